@@ -1,0 +1,5 @@
+"""`python -m arrondi` is `arrondi`."""
+
+from arrondi.cli import main
+
+main()

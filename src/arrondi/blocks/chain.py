@@ -1,0 +1,247 @@
+"""A model as a chain of blocks, run one block at a time.
+
+Owns: `Chain`. Which modules are the blocks is found by structure (the list of like modules that holds the most parameters),
+how they are called is found by running the model once. No model family is named.
+
+Only one block's weights need to be in memory: `begin` runs everything before the first block, `run` one block, `finish`
+everything after the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from arrondi.blocks.skeleton import Skeleton
+from arrondi.errors import SchemeError
+from arrondi.formats import Scheme
+from arrondi.qtensor import fake_quantize
+
+
+class _Stop(Exception):
+    """Raised inside a forward pass when all that was wanted has been seen."""
+
+
+@dataclass
+class _Call:
+    """How the model calls one block: everything but the hidden states, whose place is None in `args` or under `key`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    key: str | None
+
+
+class Chain:
+    """The blocks of a skeleton.
+
+    Attributes:
+        skeleton: model and weights.
+        prefix: name of the block list, for example `model.layers`.
+        activations: module name → scheme by which its input is quantized at run time.
+
+    Raises:
+        SchemeError: the model has no chain of like blocks that pass one tensor on.
+    """
+
+    def __init__(self, skeleton: Skeleton, activations: dict[str, Scheme] | None = None) -> None:
+        self.skeleton = skeleton
+        self.model = skeleton.model
+        self.prefix = find_blocks(self.model)
+        self.blocks: list[Any] = list(self.model.get_submodule(self.prefix))
+        self._forward = [block.forward for block in self.blocks]
+        self._calls: dict[int, list[_Call]] = {}
+        self._wrap: Callable[[torch.Tensor], Any] | None = None
+        for name, scheme in (activations or {}).items():
+            self.model.get_submodule(name).register_forward_pre_hook(_activation_hook(scheme))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def params(self, i: int) -> list[str]:
+        """Names of the parameters of block i."""
+        start = f"{self.prefix}.{i}."
+        return [n for n in self.skeleton.empty if n.startswith(start)]
+
+    def fill(self, i: int) -> None:
+        """Load block i."""
+        self.skeleton.fill(self.params(i))
+
+    def drop(self, i: int) -> None:
+        """Release block i."""
+        self.skeleton.drop(self.params(i))
+
+    @torch.no_grad()
+    def begin(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Input ids (B, T) of every batch → hidden states (B, T, n) that enter the first block."""
+        hidden = []
+        with self.outer_loaded():
+            for ids in batches:
+                if len(ids) not in self._calls:
+                    self._record(ids)
+                hidden.append(self._first_input(ids))
+        return hidden
+
+    @torch.no_grad()
+    def run(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after block i, whose weights must be filled."""
+        return _hidden_of(self._call(i, hidden), hidden)
+
+    @torch.no_grad()
+    def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What follows the last block: logits, or the last hidden state of an encoder. Call it inside `outer_loaded`."""
+        with self._replaced(self._passing(hidden)):
+            output = self.model(input_ids=ids)
+        found: torch.Tensor = output.logits if hasattr(output, "logits") else output[0]
+        return found
+
+    def _call(self, i: int, hidden: torch.Tensor) -> Any:
+        call = self._calls[len(hidden)][i]
+        if call.key is not None:
+            return self._forward[i](*call.args, **{**call.kwargs, call.key: hidden})
+        return self._forward[i](hidden, *call.args, **call.kwargs)
+
+    def _record(self, ids: torch.Tensor) -> None:
+        """Learn how each block is called for batches of this size, and what a block returns."""
+        calls: list[_Call | None] = [None] * len(self.blocks)
+
+        def recorder(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                call, hidden = _split(args, kwargs)
+                if calls[i] is not None or (i and calls[i - 1] is None):
+                    raise SchemeError(f"The blocks {self.prefix}.* are not run once each in order, so the model cannot be streamed block by block.")
+                calls[i] = call
+                if self._wrap is None:
+                    self.fill(i)
+                    output = self._forward[i](*args, **kwargs)
+                    self._wrap = _wrapper(output, hidden)
+                    self.drop(i)
+                if i + 1 == len(self.blocks):
+                    raise _Stop
+                return self._wrap(hidden)
+
+            return forward
+
+        with self._replaced(recorder), contextlib.suppress(_Stop):
+            self.model(input_ids=ids)
+        if any(c is None for c in calls):
+            raise SchemeError(f"The model does not run all blocks {self.prefix}.*, so it cannot be streamed block by block.")
+        self._calls[len(ids)] = [c for c in calls if c is not None]
+
+    def _first_input(self, ids: torch.Tensor) -> torch.Tensor:
+        caught: list[torch.Tensor] = []
+
+        def catcher(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                caught.append(_split(args, kwargs)[1])
+                raise _Stop
+
+            return forward
+
+        with self._replaced(catcher), contextlib.suppress(_Stop):
+            self.model(input_ids=ids)
+        return caught[0].clone()
+
+    def _passing(self, last: torch.Tensor) -> Callable[[int], Callable[..., Any]]:
+        """Blocks that hand their input on, the last one `last` instead."""
+
+        def factory(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                assert self._wrap is not None
+                return self._wrap(last if i + 1 == len(self.blocks) else _split(args, kwargs)[1])
+
+            return forward
+
+        return factory
+
+    @contextlib.contextmanager
+    def _replaced(self, factory: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        for i, block in enumerate(self.blocks):
+            block.forward = factory(i)
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, self._forward, strict=True):
+                block.forward = forward
+
+    @contextlib.contextmanager
+    def outer_loaded(self) -> Iterator[None]:
+        """Inside, modules outside the blocks load their own weights when they are called; all are released at the end."""
+        used: list[str] = []
+        handles = []
+        for name, module in self.model.named_modules():
+            if name == self.prefix or name.startswith(f"{self.prefix}."):
+                continue
+            own = [f"{name}.{leaf}".lstrip(".") for leaf in module._parameters if module._parameters[leaf] is not None]
+            if own:
+                handles.append(module.register_forward_pre_hook(self._filler(own, used)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.skeleton.drop(used)
+
+    def _filler(self, own: list[str], used: list[str]) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            self.skeleton.fill(own)
+            used.extend(own)
+
+        return hook
+
+
+def find_blocks(model: torch.nn.Module) -> str:
+    """Name of the outermost module list of like modules that holds the most parameters.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    best, size = "", 0
+    lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    for name in lists:
+        if any(name.startswith(other + ".") for other in lists if other != name):
+            continue
+        members: Any = model.get_submodule(name)
+        if len({type(m) for m in members}) == 1:
+            parameters = sum(p.numel() for p in members.parameters())
+            if parameters > size:
+                best, size = name, parameters
+    if not best:
+        raise SchemeError("The model has no list of like blocks, so it cannot be calibrated block by block. Use --method rtn or hqq without calibration text.")
+    return best
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, torch.Tensor]:
+    """A block's arguments without its hidden states, and those."""
+    if args and isinstance(args[0], torch.Tensor):
+        return _Call(args[1:], dict(kwargs), None), args[0]
+    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        return _Call(args, rest, "hidden_states"), kwargs["hidden_states"]
+    raise SchemeError("The model's blocks do not take hidden states as their first argument, so it cannot be streamed block by block.")
+
+
+def _hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    if found.shape != like.shape:
+        raise SchemeError(f"A block turns hidden states {tuple(like.shape)} into {tuple(found.shape)}; only chains of one width can be streamed.")
+    return found
+
+
+def _wrapper(output: Any, hidden: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    """Put other hidden states into the same structure that a block returned."""
+    _hidden_of(output, hidden)
+    if isinstance(output, torch.Tensor):
+        return lambda h: h
+    rest = tuple(output[1:])
+    return lambda h: (h, *rest)
+
+
+def _activation_hook(scheme: Scheme) -> Callable[..., Any]:
+    def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (fake_quantize(args[0], scheme, name="activation"), *args[1:])
+
+    return hook

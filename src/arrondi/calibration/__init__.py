@@ -1,0 +1,16 @@
+"""What calibration data says about a tensor: ranges, second moments, a sample of its rows."""
+
+from arrondi.calibration.moments import Reservoir, SecondMoment, unvech, vech
+from arrondi.calibration.observers import NEEDS_GRID, OBSERVERS, Observer, get_observer, histogram_filter
+
+__all__ = [
+    "NEEDS_GRID",
+    "OBSERVERS",
+    "Observer",
+    "Reservoir",
+    "SecondMoment",
+    "get_observer",
+    "histogram_filter",
+    "unvech",
+    "vech",
+]

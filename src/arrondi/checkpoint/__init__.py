@@ -1,0 +1,106 @@
+"""Files ↔ named tensors and QTensors, lazily, one tensor at a time.
+
+Owns: the table `LAYOUTS`, and `Checkpoint`: a model directory, plain or quantized, read through its layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+from arrondi.checkpoint import compressed_tensors, packed
+from arrondi.checkpoint.layout import Layout, Placed
+from arrondi.checkpoint.model_dir import ModelDir
+from arrondi.checkpoint.tensor_file import Entry, read_header, read_tensor
+from arrondi.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, guard_disk, write_json
+from arrondi.errors import FileFormatError, unknown
+from arrondi.qtensor import QTensor
+
+LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
+    "compressed-tensors": compressed_tensors.LAYOUT,
+    "arrondi": packed.LAYOUT,
+})  # fmt: skip
+"""Every storage layout, the most widely read first."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose tensors are named as in the unquantized original; `read` gives a Tensor or a QTensor."""
+
+    folder: ModelDir
+    layout: Layout | None = None
+    placed: Mapping[str, Placed] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a directory, quantized or not.
+
+        Raises:
+            FileFormatError: not a model, a file that lies, or a quantization that no layout here reads.
+        """
+        folder = ModelDir.open(path)
+        config = folder.config.get("quantization_config")
+        if config is None:
+            return cls(folder)
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        if method not in LAYOUTS:
+            raise FileFormatError(str(unknown(f"quantization of {folder.path}:", str(method), LAYOUTS)))
+        layout = LAYOUTS[method]
+        names = {n: (e.dtype, e.shape) for n, e in folder.entries.items()}
+        found = {p.name: p for p in layout.find(config, names, folder.read)}
+        for p in found.values():
+            for name, dtype, shape in layout.specs(p):
+                entry = folder.entries.get(name)
+                if entry is None or entry.shape != shape or entry.torch_dtype.itemsize != dtype.itemsize:
+                    have = f"{entry.dtype} {entry.shape}" if entry else "nothing"
+                    raise FileFormatError(f"{folder.path}: {name} should be {dtype} {shape}, found {have}. The config does not describe these files.")
+        return cls(folder, layout, found)
+
+    @property
+    def quantized(self) -> bool:
+        return self.layout is not None
+
+    @cached_property
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by its original name."""
+        if self.layout is None:
+            return {n: e.shape for n, e in self.folder.entries.items()}
+        stored = {name for p in self.placed.values() for name, _, _ in self.layout.specs(p)}
+        plain = {n: e.shape for n, e in self.folder.entries.items() if n not in stored}
+        return plain | {p.name: p.shape for p in self.placed.values()}
+
+    def read(self, name: str) -> torch.Tensor | QTensor:
+        """One tensor; a QTensor (a matrix, also for stacks) if it is stored quantized."""
+        if self.layout is not None and name in self.placed:
+            return self.layout.read(self.placed[name], self.folder.read)
+        return self.folder.read(name)
+
+    def dense(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """One tensor as ordinary numbers in its original shape. Integers and booleans keep their type."""
+        value = self.read(name)
+        if isinstance(value, QTensor):
+            return value.dequantize(dtype).reshape(self.placed[name].shape)
+        return value.to(dtype) if value.dtype.is_floating_point else value
+
+
+__all__ = [
+    "LAYOUTS",
+    "Checkpoint",
+    "Entry",
+    "Layout",
+    "ModelDir",
+    "Placed",
+    "ShardPlan",
+    "ShardWriter",
+    "TensorSpec",
+    "guard_disk",
+    "read_header",
+    "read_tensor",
+    "write_json",
+]

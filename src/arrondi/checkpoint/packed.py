@@ -1,0 +1,118 @@
+"""Arrondi's own layout: any scheme, for what no other layout can hold (NF4, ternary, float zero points, stacks of experts).
+
+Owns: `LAYOUT`. A tensor `N` becomes `N.codes` (uint8, one little-endian bit stream a row, `arrondi.packing`), `N.scale`, and,
+where the scheme asks for them, `N.zero_point` (uint8, code - qmin), `N.offset` (float32) and `N.group_index` (int32). Scales
+that are quantized in turn are `N.scale.codes` and `N.scale.scale`. A stack (E, a, b) is stored as the matrix (E·a, b). The
+`quantization_config` lists every tensor with its shape and its scheme in the compact grammar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+from arrondi.checkpoint.layout import Layout, Placed
+from arrondi.checkpoint.writer import TensorSpec
+from arrondi.encoding import code_dtype
+from arrondi.errors import FileFormatError
+from arrondi.fitting import STORED
+from arrondi.formats import PRESETS, LayerScheme, Scheme, parse_scheme, scale_shape
+from arrondi.packing import pack, packed_width, unpack
+from arrondi.qtensor import QTensor
+
+
+def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | None:
+    if scheme.weights.format.name not in str(_text(scheme)):
+        return f"the format {scheme.weights.format} has no name that a file could refer to"
+    return None
+
+
+def _text(scheme: LayerScheme) -> str:
+    """The scheme as the config spells it: the grammar, or a preset's name where the grammar cannot say it."""
+    if not isinstance(scheme.weights.scale, Scheme):
+        return str(scheme)
+    named = [name for name, preset in PRESETS.items() if preset == scheme]
+    return f"{named[0]} ({scheme})" if named else str(scheme)
+
+
+def _part_specs(name: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
+    groups = scale_shape(scheme.granularity, shape)
+    width = packed_width(shape[-1], scheme.format.bits)
+    specs: list[TensorSpec] = [(f"{name}.codes", torch.uint8, (*shape[:-1], width))]
+    if isinstance(scheme.scale, Scheme):
+        specs += _part_specs(f"{name}.scale", groups, scheme.scale)
+    else:
+        specs.append((f"{name}.scale", torch.uint8 if scheme.scale == "e8m0" else STORED[scheme.scale], groups))
+    if scheme.zero_point == "integer":
+        specs.append((f"{name}.zero_point", torch.uint8, groups))
+    if scheme.zero_point == "float":
+        specs.append((f"{name}.offset", torch.float32, groups))
+    return specs
+
+
+def _part_write(name: str, q: QTensor) -> dict[str, torch.Tensor]:
+    low = q.scheme.format.qmin
+    unsigned = q.codes.view(torch.uint8) - torch.tensor(low % 256, dtype=torch.uint8)
+    tensors = {f"{name}.codes": pack(unsigned, q.scheme.format.bits)}
+    if isinstance(q.scale, QTensor):
+        tensors |= _part_write(f"{name}.scale", q.scale)
+    elif q.scheme.scale == "e8m0":
+        tensors[f"{name}.scale"] = (torch.frexp(q.scale).exponent + 126).to(torch.uint8)
+    else:
+        tensors[f"{name}.scale"] = q.scale.to(STORED[str(q.scheme.scale)])
+    if q.zero_point is not None:
+        tensors[f"{name}.zero_point"] = (q.zero_point - low).to(torch.uint8)
+    if q.offset is not None:
+        tensors[f"{name}.offset"] = q.offset
+    return tensors
+
+
+def _part_read(name: str, shape: tuple[int, ...], scheme: Scheme, read: Callable[[str], torch.Tensor]) -> QTensor:
+    low = scheme.format.qmin
+    codes = unpack(read(f"{name}.codes"), scheme.format.bits, shape[-1]) + torch.tensor(low % 256, dtype=torch.uint8)
+    groups = scale_shape(scheme.granularity, shape)
+    scale: torch.Tensor | QTensor
+    if isinstance(scheme.scale, Scheme):
+        scale = _part_read(f"{name}.scale", groups, scheme.scale, read)
+    elif scheme.scale == "e8m0":
+        scale = torch.exp2(read(f"{name}.scale").double() - 127).float()
+    else:
+        scale = read(f"{name}.scale").float()
+    zero = read(f"{name}.zero_point").int() + low if scheme.zero_point == "integer" else None
+    offset = read(f"{name}.offset") if scheme.zero_point == "float" else None
+    return QTensor(codes.view(code_dtype(scheme.format)), scale, zero, offset, scheme)
+
+
+def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "quant_method": "arrondi",
+        "version": 1,
+        "ignore": kept,
+        "tensors": {p.name: {"shape": list(p.shape), "scheme": _text(p.scheme)} for p in placed},
+    }
+
+
+def _find(config: Mapping[str, Any], names: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], torch.Tensor]) -> list[Placed]:
+    try:
+        if config["version"] != 1:
+            raise FileFormatError(f"This checkpoint is of version {config['version']} of arrondi's layout; this release reads 1. Update arrondi.")
+        return [
+            Placed(name, tuple(int(n) for n in facts["shape"]), parse_scheme(facts["scheme"].split(" ")[0]))
+            for name, facts in config["tensors"].items()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"quantization_config of arrondi cannot be read: {type(error).__name__} {error}.") from error
+
+
+LAYOUT: Final = Layout(
+    "arrondi",
+    "arrondi",
+    _refuse,
+    lambda placed: _part_specs(placed.name, placed.matrix_shape, placed.scheme.weights),
+    lambda placed, q: _part_write(placed.name, q),
+    lambda placed, read: _part_read(placed.name, placed.matrix_shape, placed.scheme.weights, read),
+    _config,
+    _find,
+)

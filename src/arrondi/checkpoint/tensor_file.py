@@ -1,0 +1,151 @@
+"""One safetensors file, read lazily and written in place.
+
+Owns: `read_header`, `Entry` (where a tensor lies), `read_tensor`, and `encode_header` for the writer. The format
+is an 8-byte little-endian length, a JSON header, then one byte buffer (the specification of safetensors 0.x).
+
+Why not the safetensors package here: a map of the whole file counts towards the resident set and its writer wants every
+tensor at once, while we read and write one tensor at a time in files larger than memory. What we write, that package reads
+(tested), and what it refuses we refuse, with the file and the tensor named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from arrondi.errors import FileFormatError
+
+DTYPES: Final = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""safetensors' names of the element types that we read and write."""
+
+DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_HEADER = 100_000_000
+"""The package's own limit: a longer header is hostile."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a file: element type, shape, and byte range counted from the start of the file."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file, in the order of their bytes.
+
+    Raises:
+        FileFormatError: truncated, not JSON, overlapping or missing bytes, sizes that contradict shapes, unknown types.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
+            raise FileFormatError(
+                f"{path}: the header declares {length} bytes, but the file has {size}. It is truncated or not a safetensors file; download it again."
+            )
+        text = file.read(length)
+    try:
+        table = json.loads(text)
+        if not isinstance(table, dict):
+            raise TypeError("the header is not a JSON object")
+        table.pop("__metadata__", None)
+        entries = [_entry(path, name, facts, 8 + length) for name, facts in table.items()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(f"{path}: the header cannot be read ({error}). Is this a safetensors file?") from error
+    entries.sort(key=lambda e: (e.start, e.stop))
+    position = 8 + length
+    for entry in entries:
+        if entry.start != position:
+            raise FileFormatError(f"{path}: tensor {entry.name!r} starts at byte {entry.start}, expected {position}. The header lies; download it again.")
+        position = entry.stop
+        if position > size:
+            raise FileFormatError(f"{path}: tensor {entry.name!r} ends at byte {position}, but the file ends at {size}. It is truncated; download it again.")
+    if position != size:
+        raise FileFormatError(f"{path}: {size - position} bytes after the last tensor belong to none. The header lies; download it again.")
+    return {e.name: e for e in entries}
+
+
+def _entry(path: Path, name: str, facts: dict[str, object], base: int) -> Entry:
+    dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
+    if dtype not in DTYPES:
+        raise FileFormatError(f"{path}: tensor {name!r} has the element type {dtype!r}. Known: {', '.join(DTYPES)}.")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        raise FileFormatError(f"{path}: tensor {name!r} has the shape {shape!r}; sizes are whole numbers from 0.")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(isinstance(n, int) and n >= 0 for n in offsets):
+        raise FileFormatError(f"{path}: tensor {name!r} has the byte range {offsets!r}.")
+    start, stop = offsets
+    wanted = math.prod(shape) * DTYPES[str(dtype)].itemsize
+    if stop - start != wanted:
+        raise FileFormatError(f"{path}: tensor {name!r} has {stop - start} bytes, but {dtype} of shape {shape} needs {wanted}. The header lies.")
+    return Entry(name, path, str(dtype), tuple(shape), base + start, base + stop)
+
+
+def read_tensor(entry: Entry) -> torch.Tensor:
+    """The whole tensor, in its stored type."""
+    return _read(entry, entry.start, entry.nbytes).view(entry.torch_dtype).reshape(entry.shape)
+
+
+def read_bytes(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:
+    """Some of a tensor's raw bytes, uint8; the rest of the tensor is not touched."""
+    return _read(entry, entry.start + offset, nbytes)
+
+
+def _read(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    with entry.path.open("rb", buffering=0) as file:
+        while view:
+            got = os.preadv(file.fileno(), [view], offset)
+            if got == 0:
+                raise FileFormatError(f"{entry.path}: tensor {entry.name!r} is cut off: the file became shorter while it was read.")
+            view, offset = view[got:], offset + got
+    return buffer
+
+
+def encode_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The bytes in front of the buffer, and each tensor's byte range from the start of the file.
+
+    The header is padded with spaces so that the buffer starts at a multiple of 8, as the package does.
+    """
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ranges, offset = {}, 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        ranges[name] = (offset, offset + nbytes)
+        offset += nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: (base + a, base + b) for n, (a, b) in ranges.items()}

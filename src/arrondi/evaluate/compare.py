@@ -1,0 +1,103 @@
+"""Two models on the same text, followed block by block.
+
+Owns: `compare_models` and `comparison_for`, which picks what can be measured on a kind of model. Only one block of each model is in
+memory; logits live for one window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrondi.blocks import Chain, HiddenStore, Skeleton
+from arrondi.checkpoint import Checkpoint
+from arrondi.errors import FileFormatError
+from arrondi.evaluate.metrics import Comparison, EncoderComparison
+from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
+
+_BATCH_TOKENS = 2048
+_HIDDEN_LIMIT = 512 << 20
+
+
+def comparison_for(model: Any) -> Comparison | EncoderComparison:
+    """Perplexity, KL and agreement for a causal language model; distances of outputs for an encoder."""
+    return Comparison() if is_causal(model) else EncoderComparison()
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the model predicts the next token."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+
+
+def activation_schemes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Module → scheme of its input, for a quantized checkpoint whose activations are quantized at run time."""
+    return {p.name.removesuffix(".weight"): p.scheme.activations for p in checkpoint.placed.values() if p.scheme.activations}
+
+
+def compare_models(
+    quantized: str | Path,
+    reference: str | Path,
+    text: str | Path,
+    *,
+    seq_len: int = 256,
+    samples: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a model against its original.
+
+    Args:
+        quantized: directory of the model in question, quantized or plain.
+        reference: directory of the original; its tokenizer is used.
+        text: UTF-8 file that calibration has not seen.
+        seq_len: tokens of a window, special tokens included.
+        samples: windows at most; None takes all.
+        progress: called with (blocks done, blocks, what).
+
+    Returns:
+        for causal models perplexity, reference_perplexity, kl_mean, kl_p99, top1_agreement, tokens, intervals; for
+        encoders cosine similarities and relative error; and the protocol.
+
+    Raises:
+        FileFormatError: a directory is no model, or the two are not of one shape.
+        DataError: the text is shorter than one window.
+    """
+    skeletons = [Skeleton(Checkpoint.open(p)) for p in (reference, quantized)]
+    configs = [s.model.config for s in skeletons]
+    if type(skeletons[0].model) is not type(skeletons[1].model) or configs[0].hidden_size != configs[1].hidden_size:
+        raise FileFormatError(f"{quantized} is a {type(skeletons[1].model).__name__} and {reference} another model. Compare a model with its own original.")
+    seq_len = min(seq_len, getattr(configs[0], "max_position_embeddings", None) or seq_len)
+    tokenizer = load_tokenizer(Path(reference))
+    windows = read_windows(text, tokenizer, seq_len, "evaluation text")
+    ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
+    chains = [Chain(s, {m: a for m, a in activation_schemes(s.checkpoint).items() if _has(s.model, m)}) for s in skeletons]
+    stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT) for c in chains]
+    report = progress or (lambda done, total, what: None)
+    for i in range(len(chains[0])):
+        report(i, len(chains[0]) + 1, f"block {i + 1} of {len(chains[0])}")
+        for chain, store in zip(chains, stores, strict=True):
+            chain.fill(i)
+            for j in range(len(store)):
+                store[j] = chain.run(i, store[j])
+            chain.drop(i)
+    report(len(chains[0]), len(chains[0]) + 1, "comparing outputs")
+    comparison = comparison_for(chains[0].model)
+    with torch.no_grad(), chains[0].outer_loaded(), chains[1].outer_loaded():
+        for j, batch in enumerate(ids):
+            for k in range(len(batch)):
+                one = batch[k : k + 1]
+                outputs = [c.finish(one, s[j][k : k + 1]) for c, s in zip(chains, stores, strict=True)]
+                comparison.add(outputs[0], outputs[1], one)
+    return {**comparison.summary().to_dict(), "text": windows.source, "windows": sum(len(b) for b in ids), "protocol": protocol(tokenizer, seq_len)}
+
+
+def _has(model: Any, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

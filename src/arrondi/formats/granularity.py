@@ -1,0 +1,92 @@
+"""Granularity: which elements of a tensor share a scale.
+
+Owns: the five small types and `tile_shape`, which turns one of them into the tile of elements under one scale.
+The shape of a scale follows: every dimension is `ceil(size / tile)`, so the scale itself tells the granularity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arrondi.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for all elements."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for every index of `axis`; for a weight (out, in), axis 0 is the output channel."""
+
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for `size` consecutive elements of the last axis; the last group may be shorter."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ShapeError(f"A group has at least one element, got group_size={self.size}. For one group use PerChannel().")
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for every tile of `rows` × `columns` of the last two axes."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ShapeError(f"A block has at least one element, got {self.rows} × {self.columns}.")
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for every position: the last axis shares it. Meant for activations, computed at run time."""
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
+
+
+def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The extent of one scale along every axis of a tensor of this shape.
+
+    >>> tile_shape(PerGroup(32), (4, 96)), tile_shape(PerChannel(), (4, 96)), tile_shape(PerBlock(2, 32), (4, 96))
+    ((1, 32), (1, 96), (2, 32))
+
+    Raises:
+        ShapeError: the tensor has too few axes for this granularity.
+    """
+    if not shape and not isinstance(granularity, PerTensor):
+        raise ShapeError(f"{granularity} needs a tensor with at least one axis, got a scalar. Use PerTensor().")
+    match granularity:
+        case PerTensor():
+            return shape
+        case PerChannel(axis):
+            if not -len(shape) <= axis < len(shape):
+                raise ShapeError(f"PerChannel(axis={axis}) does not exist in shape {shape}.")
+            return tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
+        case PerToken():
+            return (*(1 for _ in shape[:-1]), shape[-1])
+        case PerGroup(size):
+            return (*(1 for _ in shape[:-1]), min(size, max(shape[-1], 1)))
+        case PerBlock(rows, columns):
+            if len(shape) < 2:
+                raise ShapeError(f"PerBlock needs two axes, got shape {shape}. Use PerGroup({columns}).")
+            return (*(1 for _ in shape[:-2]), min(rows, max(shape[-2], 1)), min(columns, max(shape[-1], 1)))
+
+
+def scale_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scale of a tensor of this shape: one entry for every tile, ragged last tiles included.
+
+    >>> scale_shape(PerGroup(32), (4, 100)), scale_shape(PerTensor(), (4, 100))
+    ((4, 4), (1, 1))
+    """
+    tile = tile_shape(granularity, shape)
+    return tuple(-(-n // t) if t else 1 for n, t in zip(shape, tile, strict=True))

@@ -1,0 +1,109 @@
+"""Matrix products with quantized weights: one table, and the choice from it.
+
+Owns: `KERNELS`, `choose`, `explain`. A kernel is data (`Kernel`): a reason to refuse, a way to pack, a way to multiply.
+To add one: its file, a line in `KERNELS`, its test; the differential tests run over the table. `reference` is last and
+takes everything; the kernels before it are faster where they do not refuse.
+
+    >>> import torch
+    >>> from arrondi.formats import parse_scheme
+    >>> choose(parse_scheme("W4A16").weights, (64, 256), torch.float32, "cpu").name
+    'reference'
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+from arrondi.errors import SchemeError, unknown
+from arrondi.formats import Scheme
+from arrondi.kernels.act_order import contiguous_groups
+from arrondi.kernels.kernel import Kernel, Meta, Tensors
+from arrondi.kernels.reference import REFERENCE, decoded, decoded_rows, pack_weight
+from arrondi.kernels.torch_ops import TORCH_INT4, TORCH_INT8
+
+KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType({k.name: k for k in (TORCH_INT4, TORCH_INT8, REFERENCE)})
+"""Every kernel by name, the preferred ones first."""
+
+FORCE: Final = "ARRONDI_KERNEL"
+"""Environment variable with the name of the only kernel to use."""
+
+
+def choose(
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    x_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    plain: bool = True,
+) -> Kernel:
+    """The first kernel of the table that can do it, or the one that the environment variable `ARRONDI_KERNEL` names.
+
+    Args:
+        scheme: of the weight.
+        shape: of the weight, (out, in).
+        x_dtype: in which the product is computed.
+        device: where the weight lies.
+        plain: False for a weight that is stored as (in, out), or whose groups are scattered over the columns.
+
+    Raises:
+        SchemeError: no kernel can, or the one asked for cannot, or it does not exist; the message has the reason.
+    """
+    reasons = explain(scheme, shape, x_dtype, device, plain=plain)
+    forced = os.environ.get(FORCE, "").strip()
+    if forced:
+        if forced not in KERNELS:
+            raise unknown(f"kernel in {FORCE}:", forced, KERNELS)
+        reasons = [(name, reason) for name, reason in reasons if name == forced]
+    for name, reason in reasons:
+        if reason is None:
+            return KERNELS[name]
+    advice = (
+        f"{FORCE} asks for it: unset it, or set it to reference."
+        if forced
+        else "Use a 2-D weight and a floating dtype."
+    )
+    name, reason = reasons[-1]
+    raise SchemeError(
+        f"Kernel {name} cannot run {scheme} of shape {tuple(shape)} in {x_dtype} on {device}: {reason} {advice}"
+    )
+
+
+def explain(
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    x_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    plain: bool = True,
+) -> list[tuple[str, str | None]]:
+    """Every kernel in order of preference with the sentence why it refuses, None if it does not.
+
+    Takes the arguments of `choose`.
+    """
+    where = torch.device(device)
+    scattered = None if plain else "It takes weights stored as (out, in) with contiguous groups."
+    reasons = []
+    for name, kernel in KERNELS.items():
+        own = None if kernel is REFERENCE else scattered
+        reasons.append((name, own or kernel.refuse(scheme, tuple(shape), x_dtype, where)))
+    return reasons
+
+
+__all__ = [
+    "FORCE",
+    "KERNELS",
+    "Kernel",
+    "Meta",
+    "Tensors",
+    "choose",
+    "contiguous_groups",
+    "decoded",
+    "decoded_rows",
+    "explain",
+    "pack_weight",
+]

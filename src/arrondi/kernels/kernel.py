@@ -1,0 +1,50 @@
+"""What a kernel is: four functions' worth of data, and the facts that they share about one weight.
+
+Owns: `Kernel`, `Meta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from arrondi.formats import Scheme
+from arrondi.qtensor import QTensor
+
+Tensors = dict[str, torch.Tensor]
+"""The tensors that a kernel keeps of one weight, under names of its own choosing."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The facts about one packed weight that are not tensors.
+
+    Attributes:
+        scheme: what its codes and scales mean.
+        shape: (out, in).
+        dtype: the floating type in which the product is computed.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to multiply by a quantized matrix.
+
+    Attributes:
+        name: what `ARRONDI_KERNEL` and reports call it.
+        refuse: (scheme, shape (out, in), dtype of x, device) → None if it can do it, else one sentence why not.
+        prepack: (weight, dtype of x) → the tensors that `linear` needs, `codes` among them. Packed; never a float copy
+            of the weight. They belong to this machine and this process, and are not a file format.
+        linear: (x (..., in) of `meta.dtype`, tensors of `prepack`, meta, bias (out,) or None) → (..., out), same dtype.
+    """
+
+    name: str
+    refuse: Callable[[Scheme, tuple[int, ...], torch.dtype, torch.device], str | None]
+    prepack: Callable[[QTensor, torch.dtype], Tensors]
+    linear: Callable[[torch.Tensor, Tensors, Meta, torch.Tensor | None], torch.Tensor]

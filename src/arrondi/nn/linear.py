@@ -1,0 +1,157 @@
+"""A linear layer whose weight stays in few bits.
+
+Owns: `QLinear`, `PackedWeight`. The layer holds what the chosen kernel keeps of the weight, as buffers that are no part
+of `state_dict()`: they are packed for this machine, and files are written from QTensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from arrondi.errors import SchemeError, ShapeError
+from arrondi.formats import Scheme
+from arrondi.kernels import KERNELS, Meta, choose, contiguous_groups, decoded
+from arrondi.nn.packed import keep_types
+from arrondi.qtensor import QTensor, fake_quantize
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What `QLinear.weight` answers: facts for code that asks a layer where its weight lies. It holds no numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class QLinear(nn.Module):
+    """`y = x @ W.T + bias` with W packed.
+
+    Args:
+        weight: (out, in); or (in, out) with `transposed`.
+        bias: (out,) or None.
+        activations: scheme by which x is rounded at every call, its scales from x itself; None leaves x alone.
+        dtype: in which the product is computed; x is cast to it, and y cast back to the type of x.
+        transposed: the stored weight is (in, out), as in GPT-2's Conv1D: `y = x @ W + bias`. Reference kernel only.
+
+    Raises:
+        ShapeError: the weight is no matrix, or the bias does not fit.
+        SchemeError: the kernel named by `ARRONDI_KERNEL` cannot run this layer.
+
+    `.to(dtype)` and `.half()` leave the packed weight as it is. Moving the layer to a device where its kernel does not
+    run is a SchemeError.
+    """
+
+    bias: nn.Parameter | None
+    order: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: QTensor,
+        bias: torch.Tensor | None = None,
+        *,
+        activations: Scheme | None = None,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ShapeError(
+                f"QLinear takes a matrix (out, in), got shape {weight.shape}. Use QStack for fused experts."
+            )
+        rows, columns = weight.shape
+        self.out_features, self.in_features = (columns, rows) if transposed else (rows, columns)
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ShapeError(
+                f"The bias must have one number for each of {self.out_features} outputs, got {tuple(bias.shape)}."
+            )
+        self.activations, self.transposed = activations, transposed
+        order: torch.Tensor | None = None
+        if weight.group_index is not None and not transposed:
+            weight, order = _sorted(weight)
+        self.meta = Meta(weight.scheme, (rows, columns), dtype)
+        plain = weight.group_index is None and not transposed
+        self.kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=plain).name
+        for name, tensor in KERNELS[self.kernel].prepack(weight, dtype).items():
+            self.register_buffer(f"packed_{name}", tensor, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in), any float dtype → (..., out), same dtype."""
+        values = x.to(self.meta.dtype)
+        if self.activations is not None:
+            values = fake_quantize(values, self.activations, name="activations")
+        if self.order is not None:
+            values = values[..., self.order]
+        bias = None if self.bias is None else self.bias.to(self.meta.dtype)
+        if self.transposed:
+            weight = decoded(self._tensors(), self.meta.scheme, self.meta.shape, self.meta.dtype)
+            return nn.functional.linear(values, weight.T, bias).to(x.dtype)
+        return KERNELS[self.kernel].linear(values, self._tensors(), self.meta, bias).to(x.dtype)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """Shape, compute dtype and device of the weight. Its numbers: `dequantize()`."""
+        return PackedWeight(torch.Size(self.meta.shape), self.meta.dtype, self._tensors()["codes"].device)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes that the packed weight holds in memory: codes, scales, zero points, column order."""
+        tensors = [*self._tensors().values(), *([] if self.order is None else [self.order])]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @torch.no_grad()
+    def dequantize(self) -> torch.Tensor:
+        """The weight that the layer computes with, (out, in) or as stored with `transposed`, in the compute dtype.
+
+        It is read off the kernel itself, by multiplying with unit vectors: for checks, not for every day.
+        """
+        if self.transposed:
+            return decoded(self._tensors(), self.meta.scheme, self.meta.shape, self.meta.dtype)
+        device = self.weight.device
+        parts = []
+        for start in range(0, self.in_features, 256):
+            count = min(256, self.in_features - start)
+            unit = torch.zeros(count, self.in_features, dtype=self.meta.dtype, device=device)
+            unit[:, start : start + count].fill_diagonal_(1)
+            values = unit if self.order is None else unit[:, self.order]
+            parts.append(KERNELS[self.kernel].linear(values, self._tensors(), self.meta, None))
+        return torch.cat(parts).T.contiguous()
+
+    def extra_repr(self) -> str:
+        rounding = "" if self.activations is None else f", activations={self.activations}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, weight={self.meta.scheme}{rounding}, kernel={self.kernel}"
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            n.removeprefix("packed_"): t for n, t in self._buffers.items() if n.startswith("packed_") and t is not None
+        }
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Moves buffers between devices; `keep_types` undoes what a cast of the model does to packed floats."""
+        keep_types(self, lambda: super(QLinear, self)._apply(fn, recurse))
+        reason = KERNELS[self.kernel].refuse(self.meta.scheme, self.meta.shape, self.meta.dtype, self.weight.device)
+        if reason and self.weight.device.type != "meta":
+            where = self.weight.device
+            raise SchemeError(
+                f"{self.kernel} packed this layer for another device: {reason} Load the model on {where} anew."
+            )
+        return self
+
+
+def _sorted(weight: QTensor) -> tuple[QTensor, torch.Tensor | None]:
+    """Contiguous groups and the order of columns that makes them so; unchanged where sorting cannot help."""
+    found = contiguous_groups(weight)
+    if found is None:
+        return weight, None
+    weight, order = found
+    return weight, None if torch.equal(order, torch.arange(order.numel(), device=order.device)) else order

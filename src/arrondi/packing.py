@@ -1,0 +1,107 @@
+"""Codes ↔ bytes, lossless, no arithmetic on values.
+
+Owns: `pack` and `unpack`. The layout is one little-endian bit stream for every row (last axis): code j of width b occupies
+bits [j·b, (j+1)·b) of its row, so the first code sits in the lowest bits, and 3-, 5-, 6- and 7-bit codes cross byte and
+word borders. A row is padded with zero bits to a whole number of words. Read as int32 words, this is the `weight_packed`
+of compressed-tensors (since its version 0.18) and the column stream of GPTQ's `qweight`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from arrondi.errors import ShapeError
+
+_LANES = 8
+"""Codes handled at a time: 8 codes of b bits fill exactly b bytes."""
+
+
+def packed_width(columns: int, bits: int, word_bytes: int = 1) -> int:
+    """Bytes of one packed row of `columns` codes, padded to whole words.
+
+    >>> packed_width(100, 4), packed_width(100, 3), packed_width(100, 3, word_bytes=4)
+    (50, 38, 40)
+    """
+    used = -(-columns * bits // 8)
+    return -(-used // word_bytes) * word_bytes
+
+
+def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor:
+    """Unsigned codes → bytes.
+
+    Args:
+        codes: (..., K) uint8, every code below 2**bits (signed codes: subtract `qmin` first).
+        bits: 1 to 8.
+        word_bytes: rows are padded to a multiple of this many bytes.
+
+    Returns:
+        (..., packed_width(K, bits, word_bytes)) uint8.
+
+    Raises:
+        ShapeError: codes are not uint8 or a scalar, or `bits` is out of range.
+
+    >>> pack(torch.tensor([[1, 8, 15, 7]], dtype=torch.uint8), 4).tolist()
+    [[129, 127]]
+    """
+    _check(codes, bits)
+    columns = codes.shape[-1]
+    width = packed_width(columns, bits, word_bytes)
+    if not codes.numel():
+        return codes.new_zeros((*codes.shape[:-1], width))
+    stored = width * 8 // bits if bits in (4, 8) else -(-width // bits) * _LANES
+    if stored != columns:
+        codes = torch.nn.functional.pad(codes, (0, stored - columns))
+    if bits == 8:
+        return codes.contiguous().clone() if stored == columns else codes
+    if bits == 4:
+        # The low byte of a 16-bit lane holds the even code: (hi << 8 | lo) becomes hi << 4 | lo.
+        aligned = codes.clone() if codes.storage_offset() % 2 else codes
+        pairs = aligned.contiguous().view(torch.int16)
+        return (pairs | (pairs >> 4)).to(torch.uint8)
+    lanes = codes.reshape(*codes.shape[:-1], -1, _LANES).to(torch.int64)
+    word = torch.zeros(lanes.shape[:-1], dtype=torch.int64, device=codes.device)
+    for j in range(_LANES):
+        word |= lanes[..., j] << (j * bits)
+    packed = word.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+    return packed[..., :width].contiguous()
+
+
+def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Bytes → unsigned codes; the inverse of `pack` for any word size.
+
+    Args:
+        packed: (..., at least packed_width(columns, bits)) uint8.
+        bits: 1 to 8.
+        columns: codes wanted of every row.
+
+    Returns:
+        (..., columns) uint8.
+
+    Raises:
+        ShapeError: not uint8, or the rows are too short for `columns` codes.
+    """
+    _check(packed, bits)
+    need = packed_width(columns, bits)
+    if packed.shape[-1] < need:
+        raise ShapeError(f"{columns} codes of {bits} bits need {need} bytes a row, got {packed.shape[-1]}. Is the width right?")
+    if bits == 8:
+        return packed[..., :columns].clone()
+    if bits == 4:
+        both = torch.stack((packed & 15, packed >> 4), dim=-1)
+        return both.flatten(-2)[..., :columns].contiguous()
+    groups = -(-columns // _LANES)
+    wide = torch.nn.functional.pad(packed[..., : groups * bits], (0, max(groups * bits - packed.shape[-1], 0)))
+    lanes = torch.nn.functional.pad(wide.reshape(*packed.shape[:-1], groups, bits), (0, 8 - bits))
+    word = lanes.contiguous().view(torch.int64)
+    mask = 2**bits - 1
+    codes = torch.stack([(word[..., 0] >> (j * bits)) & mask for j in range(_LANES)], dim=-1)
+    return codes.flatten(-2)[..., :columns].to(torch.uint8)
+
+
+def _check(values: torch.Tensor, bits: int) -> None:
+    if values.dtype != torch.uint8:
+        raise ShapeError(f"Packing moves unsigned bytes, got {values.dtype}. Call quantize() first and subtract format.qmin.")
+    if not values.ndim:
+        raise ShapeError("Packing works along the last axis, got a scalar. Reshape it to (1,).")
+    if not 1 <= bits <= 8:
+        raise ShapeError(f"Codes have 1 to 8 bits, got {bits}.")

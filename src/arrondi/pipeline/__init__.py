@@ -1,0 +1,21 @@
+"""Whole models: plan, quantize, restore, inspect, load. Every function here takes directories and returns plain data."""
+
+from arrondi.pipeline.inspect import inspect_model
+from arrondi.pipeline.load import load_model
+from arrondi.pipeline.plan import Plan, check, make_plan
+from arrondi.pipeline.quantize import TextOptions, quantize_model
+from arrondi.pipeline.recipe import Recipe, Rule
+from arrondi.pipeline.restore import dequantize_model
+
+__all__ = [
+    "Plan",
+    "Recipe",
+    "Rule",
+    "TextOptions",
+    "check",
+    "dequantize_model",
+    "inspect_model",
+    "load_model",
+    "make_plan",
+    "quantize_model",
+]

@@ -1,0 +1,99 @@
+"""Continue a prompt with a model directory: `generate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from arrondi.errors import DataError, SchemeError
+from arrondi.evaluate.text import load_tokenizer, special_tokens
+from arrondi.pipeline.load import load_model
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "float32",
+    stream: TextIO | None = None,
+) -> dict[str, Any]:
+    """Generate text.
+
+    Args:
+        path: model directory, quantized or plain.
+        prompt: text to continue; its special start token is added.
+        max_new_tokens: tokens at most.
+        temperature: 0 takes the likeliest token; above, tokens are sampled from the tempered distribution with `seed`.
+        dtype: type of activations.
+        stream: prompt and words are printed there as they come.
+
+    Returns:
+        text (prompt included), tokens, seconds, tokens_per_second.
+
+    Raises:
+        SchemeError: the model does not generate text.
+        DataError: the prompt leaves no room in the model's context.
+    """
+    tokenizer = load_tokenizer(Path(path))
+    model = load_model(path, dtype=dtype)
+    if not model.can_generate():
+        raise SchemeError(f"{path}: a {type(model).__name__} does not generate text. Use a causal language model.")
+    ids = special_tokens(tokenizer)[0] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise DataError("The prompt is empty and the tokenizer has no start token. Give a prompt.")
+    room = (getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens) - len(ids)
+    if room < 1:
+        raise DataError(f"The prompt takes {len(ids)} tokens and the model's context ends there. Shorten the prompt.")
+    inputs = torch.tensor([ids])
+    streamer = _Streamer(tokenizer, stream) if stream is not None else None
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    started = time.monotonic()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=min(max_new_tokens, room),
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    seconds = time.monotonic() - started
+    new = output.shape[1] - len(ids)
+    return {
+        "text": tokenizer.decode(output[0], skip_special_tokens=True),
+        "tokens": new,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(new / max(seconds, 1e-9), 2),
+    }
+
+
+class _Streamer:
+    """Prints text as far as it can no longer change: the pieces of one character come in several tokens."""
+
+    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+        self.tokenizer, self.out = tokenizer, out
+        self.ids: list[int] = []
+        self.printed = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.ids += value.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self._print(text)
+
+    def end(self) -> None:
+        self._print(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self.out.write("\n")
+        self.out.flush()
+
+    def _print(self, text: str) -> None:
+        self.out.write(text[self.printed :])
+        self.out.flush()
+        self.printed = len(text)

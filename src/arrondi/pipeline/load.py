@@ -1,0 +1,122 @@
+"""A quantized checkpoint as a transformers model whose linears hold packed codes: `load_model`.
+
+The model is transformers' own; only modules that multiply by a quantized weight are replaced, one at a time, so the float
+copy of the model never exists.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrondi.blocks import Skeleton, Slot
+from arrondi.checkpoint import Checkpoint
+from arrondi.errors import FileFormatError
+from arrondi.nn import QLinear, QStack
+from arrondi.pipeline.restore import DTYPES
+from arrondi.qtensor import QTensor
+
+
+def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any:
+    """Load a model directory, quantized or plain, in eval mode.
+
+    Args:
+        path: model directory.
+        dtype: type that activations and unquantized weights have.
+
+    Returns:
+        the transformers model; its quantized linears are `arrondi.nn.QLinear`, fused experts `arrondi.nn.QStack`.
+
+    Raises:
+        FileFormatError: not a model directory, or a layout that is not known.
+    """
+    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    checkpoint = Checkpoint.open(path)
+    skeleton = Skeleton(checkpoint)
+    model = skeleton.model
+    packed = _packed_slots(skeleton)
+    for param, found in packed.items():
+        module_name, _, leaf = param.rpartition(".")
+        module = model.get_submodule(module_name)
+        tensors = {source: checkpoint.read(source) for _, source in found}
+        if len(skeleton.empty[param].shape) == 3:
+            stack = _stack(found, tensors, skeleton, param, kind)
+            del module._parameters[leaf]
+            setattr(module, leaf, stack)
+        else:
+            model.set_submodule(module_name, _linear(skeleton, module_name, module, found[0][1], tensors, kind))
+    rest = [n for n in skeleton.empty if n not in packed and n.rpartition(".")[0] not in {p.rpartition(".")[0] for p in packed}]
+    rest += [n for n in skeleton.empty if n not in packed and n not in rest and not _gone(model, n)]
+    for name in rest:
+        skeleton.fill([name])
+        _cast(skeleton, name, kind)
+    skeleton.load_buffers()
+    model.config.use_cache = True
+    model.config.dtype = kind
+    generation = checkpoint.folder.path / "generation_config.json"
+    if generation.exists() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder.path)
+    return model
+
+
+def _packed_slots(skeleton: Skeleton) -> dict[str, list[tuple[Slot, str]]]:
+    """Parameter → the quantized tensors that fill it, with their places."""
+    packed: dict[str, list[tuple[Slot, str]]] = {}
+    for source in skeleton.checkpoint.placed:
+        slots = skeleton.slots(source)
+        if not slots:
+            raise FileFormatError(f"{skeleton.checkpoint.folder.path}: {source} is quantized, but transformers computes its parameter from it in a way that packed codes cannot follow.")
+        for slot in slots:
+            packed.setdefault(slot.param, []).append((slot, source))
+    return packed
+
+
+def _linear(skeleton: Skeleton, name: str, module: Any, source: str, tensors: dict[str, Any], kind: torch.dtype) -> QLinear:
+    bias = None
+    if module._parameters.get("bias") is not None:
+        skeleton.fill([f"{name}.bias"])
+        bias = module.bias.detach().to(kind)
+    scheme = skeleton.checkpoint.placed[source].scheme
+    return QLinear(tensors[source], bias, activations=scheme.activations, dtype=kind, transposed=type(module).__name__ == "Conv1D")
+
+
+def _stack(found: list[tuple[Slot, str]], tensors: dict[str, Any], skeleton: Skeleton, param: str, kind: torch.dtype) -> QStack:
+    """The quantized matrices of a fused parameter, in order."""
+    count = skeleton.empty[param].shape[0]
+    pieces: list[list[QTensor]] = [[] for _ in range(count)]
+    flipped = found[0][0].flipped
+    for slot, source in sorted(found, key=lambda f: (f[0].index or 0, f[0].rows.start or 0, f[0].columns.start or 0)):
+        q = tensors[source]
+        if slot.source_index is not None:
+            rows = q.shape[0] // count
+            q = _rows(q, slot.source_index * rows, rows)
+        pieces[slot.index or 0].append(q)
+    return QStack(pieces, transposed=flipped, dtype=kind)
+
+
+def _rows(q: QTensor, start: int, count: int) -> QTensor:
+    """Some rows of a matrix that was rounded row by row."""
+    parts = [None if p is None else p[start : start + count] for p in (q.codes, q.real_scale, q.zero_point, q.offset)]
+    return QTensor(parts[0], parts[1], parts[2], parts[3], q.scheme)  # type: ignore[arg-type]
+
+
+def _gone(model: Any, param: str) -> bool:
+    """Whether the module that held this parameter was replaced, or the parameter itself."""
+    try:
+        module = model.get_submodule(param.rpartition(".")[0])
+    except AttributeError:
+        return True
+    return isinstance(module, QLinear) or param.rpartition(".")[2] not in module._parameters
+
+
+def _cast(skeleton: Skeleton, name: str, kind: torch.dtype) -> None:
+    value = skeleton.parameter(name)
+    if value.dtype.is_floating_point and value.dtype != kind:
+        cast = torch.nn.Parameter(value.to(kind), requires_grad=False)
+        for alias in skeleton.names_of(name):
+            module = skeleton.model.get_submodule(alias.rpartition(".")[0])
+            module._parameters[alias.rpartition(".")[2]] = cast

@@ -1,0 +1,422 @@
+"""Checkpoint in, packed checkpoint out: the streaming run.
+
+Owns: `quantize_model`. Reads the model block by block, rounds it, writes the packed tensors to their places, notes the block in
+the journal, and lets its memory go. With calibration text, the inputs of a block come from the already rounded blocks before
+it; with evaluation text, the original and the rounded model are followed side by side and compared at the end.
+
+A run that was killed is continued by the same call: finished blocks are read back from the output and only run, not rounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrondi.blocks import Chain, HiddenStore, Skeleton
+from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
+from arrondi.errors import DataError, OutputError, SchemeError
+from arrondi.evaluate.compare import comparison_for
+from arrondi.evaluate.text import Windows, load_tokenizer, protocol, read_windows
+from arrondi.pipeline.journal import MANIFEST, Journal, finished_key
+from arrondi.pipeline.plan import Plan, PlannedTensor, check, make_plan
+from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.rounding_step import BlockRounder, Rounded, round_tensor
+from arrondi.rounding import get_method
+
+_COPY_CHUNK = 32 << 20
+"""Bytes of a kept tensor that are copied at a time."""
+_BATCH_TOKENS = 2048
+"""Tokens sent through a block at once."""
+_HIDDEN_LIMIT = 256 << 20
+"""Bytes of hidden states kept in memory; more goes to a file in the output directory."""
+_GROUP_BYTES = 256 << 20
+"""Tensors outside the blocks, or of a run without text, are written in groups of this size between two journal lines."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what is going on)."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What text a run uses and how much of it.
+
+    Attributes:
+        calibration: file to calibrate on, or None.
+        samples: windows taken from it, chosen by `seed`.
+        seq_len: tokens of a window, special tokens included; cut to what the model can take.
+        eval_text: file to measure on; None takes the last tenth of the calibration text, which is then not calibrated on.
+        evaluate: False leaves the measurement out.
+        eval_samples: windows measured at most.
+        seed: chooses the calibration windows.
+    """
+
+    calibration: Path | None = None
+    samples: int = 128
+    seq_len: int = 512
+    eval_text: Path | None = None
+    evaluate: bool = True
+    eval_samples: int = 32
+    seed: int = 0
+
+
+@dataclass
+class _Texts:
+    """The windows of a run."""
+
+    calibration: Windows | None = None
+    evaluation: Windows | None = None
+    evaluation_source: str = ""
+    protocol: str = ""
+
+
+def quantize_model(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    text: TextOptions | None = None,
+    *,
+    layout: str | None = None,
+    keep_misfits: bool = False,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize a model directory into another.
+
+    Args:
+        model: directory with config.json and safetensors files.
+        out: directory to write; new, empty, or the unfinished (or finished) output of the same call.
+        recipe: what becomes what.
+        text: calibration and evaluation text.
+        layout: storage layout; None takes the most widely read one that holds everything.
+        keep_misfits: keep weights whose shape does not fit instead of refusing.
+        shard_bytes: files are split when they would exceed this.
+        overwrite: a finished output of another run may be replaced.
+        progress: called as the run goes on.
+
+    Returns:
+        the report, as written to `report.json`.
+
+    Raises:
+        FileFormatError, SchemeError, DataError, OutputError: see their sentences; nothing of the user's is lost.
+    """
+    text = text or TextOptions()
+    out = Path(out)
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.quantized:
+        raise SchemeError(f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN.")
+    if out.resolve() == checkpoint.folder.path.resolve():
+        raise OutputError(f"{out}: output and model are the same directory. Choose another output.")
+    skeleton = Skeleton(checkpoint)
+    plan = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
+    check(plan)
+    texts = _read_texts(skeleton, text, recipe)
+    key = _run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
+    if finished_key(out) == key:
+        return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
+    with Journal(out, key, overwrite=overwrite) as journal:
+        _check_space(out, plan, bool(journal.steps))
+        run = _Run(skeleton, plan, texts, journal, shard_bytes, progress or (lambda done, total, what: None))
+        return run.execute(_facts(checkpoint, plan, recipe, text, texts), key)
+
+
+class _Run:
+    """One execution: the state that the steps share."""
+
+    def __init__(self, skeleton: Skeleton, plan: Plan, texts: _Texts, journal: Journal, shard_bytes: int, progress: Progress) -> None:
+        self.skeleton, self.plan, self.texts, self.journal, self.progress = skeleton, plan, texts, journal, progress
+        self.shards = plan.shards(shard_bytes)
+        self.rows: list[dict[str, Any]] = []
+        self.started = time.monotonic()
+        self.chain: Chain | None = None
+        if texts.calibration is not None or texts.evaluation is not None:
+            self.chain = Chain(skeleton, _activations(plan))
+
+    def execute(self, facts: dict[str, Any], key: str) -> dict[str, Any]:
+        """All steps, then the files get their names; config.json comes last."""
+        if "measured" not in self.journal.steps:
+            self.writer = ShardWriter(self.journal.work, self.shards)
+            with torch.no_grad():
+                measured = self._with_chain(self.chain) if self.chain is not None else self._without_chain()
+            self.writer.sync()
+            self.writer.close()
+            self.journal.record("measured", {"measured": measured, "rows": self.rows, "seconds": round(time.monotonic() - self.started, 2)})
+        done = self.journal.steps["measured"]
+        return self._publish(facts, key, done)
+
+    # ── without any text: tensors go from file to file ────────────────────────────────────────────────────────────────
+
+    def _without_chain(self) -> None:
+        groups = _grouped(self.plan.tensors)
+        for i, group in enumerate(groups):
+            self.progress(i, len(groups), f"tensors {i + 1} of {len(groups)}")
+            self._step(f"tensors {i}", lambda group=group: [self._stored(t) for t in group])  # type: ignore[misc]
+
+    def _stored(self, tensor: PlannedTensor) -> dict[str, Any] | None:
+        """Round one tensor by itself, or copy it."""
+        if tensor.status != "quantized":
+            self._copy(tensor)
+            return None
+        return self._put(round_tensor(tensor, self.skeleton.checkpoint.folder.read(tensor.name)))
+
+    # ── with text: block by block ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _with_chain(self, chain: Chain) -> dict[str, Any] | None:
+        folder = self.journal.work
+        calibration, evaluation = self.texts.calibration, self.texts.evaluation
+        ids = [] if calibration is None else calibration.batches(_batch_size(calibration))
+        eval_ids = [] if evaluation is None else evaluation.batches(_batch_size(evaluation))
+        total = len(chain) + 2
+        self.progress(0, total, "reading text")
+        hidden = HiddenStore(chain.begin(ids), _HIDDEN_LIMIT, folder)
+        reference = HiddenStore(chain.begin(eval_ids), _HIDDEN_LIMIT // 2, folder)
+        rounded = HiddenStore((h.clone() for h in reference), _HIDDEN_LIMIT // 2, folder)
+        for i in range(len(chain)):
+            self.progress(i, total, f"block {i + 1} of {len(chain)}")
+            last = i + 1 == len(chain)
+            chain.fill(i)
+            _advance(chain, i, reference)
+            tensors = [t for t in self.plan.tensors if t.block == i]
+            name = f"block {i}"
+            if name in self.journal.steps:
+                self._restore(tensors)
+                chain.drop(i)
+                chain.fill(i)
+                self.rows += self.journal.steps[name]
+            else:
+                self._step(name, lambda tensors=tensors, i=i: self._block(tensors, chain, i, hidden))  # type: ignore[misc]
+            if not last or self._outer_quantized():
+                _advance(chain, i, hidden)
+            _advance(chain, i, rounded)
+            chain.drop(i)
+            self.skeleton.overrides.clear()
+        self.progress(len(chain), total, "outside the blocks")
+        outer = [t for t in self.plan.tensors if t.block is None]
+        self._step("outer", lambda: self._outer(outer, chain, ids, hidden))
+        hidden.close()
+        if evaluation is None:
+            return None
+        self.progress(len(chain) + 1, total, "measuring")
+        return self._measure(chain, evaluation, eval_ids, reference, rounded)
+
+    def _block(self, tensors: list[PlannedTensor], chain: Chain, i: int, hidden: HiddenStore) -> list[dict[str, Any] | None]:
+        """Round the weights of a filled block and write everything in it."""
+        forwards = [lambda j=j: chain.run(i, hidden[j]) for j in range(len(hidden))]  # type: ignore[misc]
+        return self._round_and_write(tensors, forwards)
+
+    def _round_and_write(self, tensors: list[PlannedTensor], forwards: Sequence[Callable[[], object]]) -> list[dict[str, Any] | None]:
+        wanted = [t for t in tensors if t.status == "quantized"]
+        rows: list[dict[str, Any] | None] = [self._put(r) for r in BlockRounder(self.skeleton, wanted, forwards).round()]
+        for tensor in tensors:
+            if tensor.status != "quantized":
+                self._copy(tensor)
+        return rows
+
+    def _restore(self, tensors: list[PlannedTensor]) -> None:
+        """Make the rounded values of a finished block what the skeleton reads."""
+        for tensor in tensors:
+            if tensor.status == "quantized":
+                self.skeleton.overrides[tensor.name] = self._written(tensor)
+
+    def _written(self, tensor: PlannedTensor) -> torch.Tensor:
+        return self.plan.layout.read(tensor.placed, self.writer.get).dequantize().reshape(tensor.shape)
+
+    def _outer_quantized(self) -> bool:
+        return any(t.block is None for t in self.plan.quantized)
+
+    def _outer(self, tensors: list[PlannedTensor], chain: Chain, ids: list[torch.Tensor], hidden: HiddenStore) -> list[dict[str, Any] | None]:
+        """What lies outside the blocks; a head or a pooler is calibrated on what the rounded blocks give."""
+        wanted = [p for t in tensors if t.status == "quantized" for p in self.skeleton.params_of[t.name]]
+        if not wanted:
+            return self._round_and_write(tensors, [])
+        with chain.outer_loaded():
+            self.skeleton.fill(wanted)
+            forwards = [lambda j=j: chain.finish(ids[j], hidden[j]) for j in range(len(ids))]  # type: ignore[misc]
+            rows = self._round_and_write(tensors, forwards)
+        self.skeleton.drop(wanted)
+        return rows
+
+    def _measure(self, chain: Chain, windows: Windows, ids: list[torch.Tensor], reference: HiddenStore, rounded: HiddenStore) -> dict[str, Any]:
+        """Original against rounded, window by window."""
+        comparison = comparison_for(chain.model)
+        outer = [t for t in self.plan.quantized if t.block is None]
+
+        def finish(store: HiddenStore, j: int, k: int) -> torch.Tensor:
+            return chain.finish(ids[j][k : k + 1], store[j][k : k + 1])
+
+        outputs: dict[tuple[int, int], torch.Tensor] = {}
+        with chain.outer_loaded():
+            for j, batch in enumerate(ids):
+                for k in range(len(batch)):
+                    outputs[j, k] = finish(reference, j, k)
+                    if not outer:
+                        comparison.add(outputs.pop((j, k)), finish(rounded, j, k), batch[k : k + 1])
+        if outer:
+            self._restore(outer)
+            with chain.outer_loaded():
+                for (j, k), original in outputs.items():
+                    comparison.add(original, finish(rounded, j, k), ids[j][k : k + 1])
+            self.skeleton.overrides.clear()
+        return {**comparison.summary().to_dict(), "text": self.texts.evaluation_source, "windows": len(windows), "protocol": self.texts.protocol}
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _step(self, name: str, work: Callable[[], list[dict[str, Any] | None]]) -> None:
+        """Do a step once: its bytes are on the disk before the journal says so."""
+        if name not in self.journal.steps:
+            rows = [r for r in work() if r is not None]
+            self.writer.sync()
+            self.journal.record(name, rows)
+        self.rows += self.journal.steps[name]
+
+    def _put(self, rounded: Rounded) -> dict[str, Any]:
+        for name, value in self.plan.layout.write(rounded.tensor.placed, rounded.q).items():
+            self.writer.put(name, value)
+        return rounded.row()
+
+    def _copy(self, tensor: PlannedTensor) -> None:
+        entry = self.skeleton.checkpoint.folder.entries[tensor.name]
+        self.writer.copy(entry, _COPY_CHUNK)
+
+    def _publish(self, facts: dict[str, Any], key: str, done: dict[str, Any]) -> dict[str, Any]:
+        out, source = self.journal.out, self.skeleton.checkpoint.folder
+        ShardWriter.publish(self.journal.work, self.shards, out)
+        with guard_disk(out):
+            for path in source.other_files():
+                shutil.copyfile(path, out / path.name)
+        quantization = self.plan.layout.config([t.placed for t in self.plan.quantized], self.plan.kept_modules, self.plan.classes)
+        report = {**facts, "seconds": done["seconds"], "evaluation": done["measured"], "layers": done["rows"], "kept": _kept(self.plan)}
+        write_json(out / "report.json", report)
+        write_json(out / MANIFEST, {"run": key, **_manifest(facts)})
+        write_json(out / "config.json", {**source.config, "quantization_config": quantization})
+        self.journal.remove()
+        return report
+
+
+def _advance(chain: Chain, i: int, store: HiddenStore) -> None:
+    for j in range(len(store)):
+        store[j] = chain.run(i, store[j])
+
+
+def _batch_size(windows: Windows) -> int:
+    return max(_BATCH_TOKENS // windows.ids.shape[1], 1)
+
+
+def _activations(plan: Plan) -> dict[str, Any]:
+    """Module → scheme of its input, where activations are quantized at run time."""
+    return {t.module: t.scheme.activations for t in plan.quantized if t.scheme and t.scheme.activations and t.module in plan.classes}
+
+
+def _grouped(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:
+    groups: list[list[PlannedTensor]] = [[]]
+    used = 0
+    for tensor in tensors:
+        size = tensor.weights * tensor.dtype.itemsize
+        if groups[-1] and used + size > _GROUP_BYTES:
+            groups.append([])
+            used = 0
+        groups[-1].append(tensor)
+        used += size
+    return groups
+
+
+def _read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> _Texts:
+    """Tokenize, cut, hold back and choose."""
+    needs = [r.method for r in recipe.rules if r.scheme is not None and get_method(r.method).needs_moment]
+    if needs and options.calibration is None:
+        raise DataError(f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq.")
+    if options.calibration is None and (options.eval_text is None or not options.evaluate):
+        return _Texts()
+    folder = skeleton.checkpoint.folder.path
+    tokenizer = load_tokenizer(folder)
+    seq_len = min(options.seq_len, getattr(skeleton.model.config, "max_position_embeddings", None) or options.seq_len)
+    texts = _Texts(protocol=protocol(tokenizer, seq_len))
+    if options.calibration is not None:
+        windows = read_windows(options.calibration, tokenizer, seq_len, "calibration text")
+        held = max(len(windows) // 10, 1) if options.evaluate and options.eval_text is None and len(windows) > 1 else 0
+        pool = windows.ids[: len(windows) - held]
+        generator = torch.Generator().manual_seed(options.seed)
+        chosen = torch.randperm(len(pool), generator=generator)[: options.samples].sort().values
+        texts.calibration = Windows(pool[chosen], windows.source, windows.text_hash)
+        if held:
+            texts.evaluation = Windows(windows.ids[len(pool) :][: options.eval_samples], windows.source, windows.text_hash)
+            texts.evaluation_source = f"last tenth of {windows.source}, not calibrated on"
+    if options.eval_text is not None and options.evaluate:
+        windows = read_windows(options.eval_text, tokenizer, seq_len, "evaluation text")
+        texts.evaluation = Windows(windows.ids[: options.eval_samples], windows.source, windows.text_hash)
+        texts.evaluation_source = windows.source
+    _check_ids(skeleton, texts)
+    return texts
+
+
+def _check_ids(skeleton: Skeleton, texts: _Texts) -> None:
+    vocabulary = getattr(skeleton.model.config, "vocab_size", None)
+    for windows in (texts.calibration, texts.evaluation):
+        if windows is not None and vocabulary and int(windows.ids.max()) >= vocabulary:
+            raise DataError(f"The tokenizer gives token {int(windows.ids.max())}, but the model knows {vocabulary}. They do not belong together.")
+
+
+def _check_space(out: Path, plan: Plan, resumed: bool) -> None:
+    free, need = shutil.disk_usage(out).free, plan.output_bytes
+    if not resumed and free < need:
+        raise OutputError(f"{out}: the output needs {need / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free. Free some space or choose another disk.")
+
+
+def _run_key(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: _Texts, shard_bytes: int) -> str:
+    """Identifies a run: same key, same bytes."""
+    import transformers
+
+    from arrondi import __version__
+
+    facts = [
+        checkpoint.folder.fingerprint(), plan.layout.name, recipe.to_dict(), [(t.name, t.status, str(t.scheme)) for t in plan.tensors],
+        text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes,
+        texts.calibration and texts.calibration.text_hash, texts.evaluation and texts.evaluation.text_hash,
+        __version__, torch.__version__, transformers.__version__,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: _Texts) -> dict[str, Any]:
+    """The part of the report that is known before the run."""
+    import transformers
+
+    from arrondi import __version__
+
+    summary = plan.to_dict()
+    calibration = texts.calibration
+    return {
+        "model": str(checkpoint.folder.path),
+        "architecture": type(plan).__name__ and (checkpoint.folder.config.get("architectures") or [None])[0],
+        "fingerprint": checkpoint.folder.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "layout": plan.layout.name,
+        "bits_per_weight": summary["bits_per_weight"],
+        "model_bits_per_weight": summary["model_bits_per_weight"],
+        "output_bytes": plan.output_bytes,
+        "input_bytes": checkpoint.folder.nbytes,
+        "counts": summary["counts"],
+        "calibration": None
+        if calibration is None
+        else {"text": calibration.source, "sha256": calibration.text_hash, "windows": len(calibration), "tokens": calibration.ids.numel(), "seed": text.seed},
+        "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
+        "notes": plan.notes,
+        "versions": {"arrondi": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+    }
+
+
+def _manifest(facts: dict[str, Any]) -> dict[str, Any]:
+    return {k: facts[k] for k in ("fingerprint", "recipe", "layout", "calibration", "evaluation_text_sha256", "versions")}
+
+
+def _kept(plan: Plan) -> list[dict[str, Any]]:
+    return [{"name": t.name, "status": t.status, "reason": t.reason} for t in plan.tensors if t.status != "quantized"]

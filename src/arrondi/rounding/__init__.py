@@ -1,0 +1,76 @@
+"""Rounding methods: which code each weight gets. Pure functions on tensors, listed in one table.
+
+A method is a function `(weight, scheme, moment, *, name, …options) -> QTensor`. To add one: its file, a line in `METHODS`,
+its test. The command line, the plan and the contract tests read this table.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from arrondi.errors import SchemeError, unknown
+from arrondi.qtensor import QTensor
+from arrondi.rounding.gptq import gptq
+from arrondi.rounding.grid_search import search_grid
+from arrondi.rounding.hqq import hqq
+from arrondi.rounding.rtn import rtn
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        run: the function.
+        needs_moment: it cannot work without the second moment of the layer's inputs.
+        source: where it comes from, for people.
+        seconds_per_gigaweight: rough single-core cost of the sweep itself, for the plan's estimate.
+    """
+
+    run: Callable[..., QTensor]
+    needs_moment: bool
+    source: str
+    seconds_per_gigaweight: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options that a user may set."""
+        parameters = inspect.signature(self.run).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "name"}
+
+
+METHODS: Final[Mapping[str, Method]] = MappingProxyType({
+    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 4.0),
+    "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 400.0),
+    "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 300.0),
+})  # fmt: skip
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        SchemeError: there is none; the message has the nearest name.
+    """
+    if name.lower() not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name.lower()]
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse an option that the method does not have.
+
+    Raises:
+        SchemeError: names the option and lists those that exist.
+    """
+    known = get_method(method).options
+    for option in options:
+        if option not in known:
+            raise SchemeError(str(unknown(f"option of {method}", option, known)))
+
+
+__all__ = ["METHODS", "Method", "check_options", "get_method", "gptq", "hqq", "rtn", "search_grid"]

@@ -1,0 +1,231 @@
+"""GPTQ: round column by column and let the columns not yet rounded make up for each error.
+
+Owns: `gptq`. For a layer with inputs x, H = Σ x xᵀ is the curvature of its output error: with H⁻¹ = UᵀU, U upper
+triangular, rounding column c with error e = (w - ŵ)/U[c,c] is best repaired by w[c+1:] -= e · U[c, c+1:].
+
+The grid may be any format: integers, fp4, codebooks, power-of-two or quantized scales.
+
+Source: Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, algorithm 1; static act-order (scales from the
+contiguous groups of the unrounded weight, columns visited by falling diagonal) is the variant that its users settled on.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from arrondi.calibration import SecondMoment
+from arrondi.encoding import code_dtype, decode, encode
+from arrondi.errors import DataError, SchemeError, ShapeError
+from arrondi.fitting import Grid, fit
+from arrondi.formats import Format, PerGroup, Scheme, scale_shape, tile_shape
+from arrondi.qtensor import QTensor, quantize_scales
+from arrondi.rounding.grid_search import search_grid
+from arrondi.tiling import to_tiles
+
+Order = Literal["static", "dynamic", "none"]
+Range = Literal["mse", "absmax"]
+
+
+def gptq(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    moment: SecondMoment | None = None,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    order: Order = "static",
+    range: Range = "mse",
+    name: str = "weight",
+) -> QTensor:
+    """Round a weight so that the layer's output changes least on the calibration inputs.
+
+    Args:
+        weight: (m, n), any float dtype, finite. float64 is computed in float64, all else in float32.
+        scheme: what it becomes; any granularity.
+        moment: second moment of the layer's inputs, of size n; columns whose input was always zero are set to zero.
+        damping: fraction of the mean diagonal that is added to the diagonal.
+        block_size: columns between two updates of the far columns; changes speed, not results.
+        order: "static" visits columns by falling input power with scales fixed beforehand; "dynamic" forms groups in
+            the visiting order (`group_index` is set); "none" goes left to right, scales from the compensated columns.
+        range: "mse" searches each group's range, weighted by the input power; "absmax" spans it.
+        name: for messages.
+
+    Raises:
+        ShapeError: weight is not a matrix or the moment has another size.
+        SchemeError: `order` does not fit the granularity, or an option is out of range.
+        DataError: no moment, or NaN.
+    """
+    if weight.ndim != 2:
+        raise ShapeError(f"{name}: gptq rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
+    if moment is None:
+        raise DataError(f"{name}: gptq needs the second moment of the layer's inputs. Give calibration text, or use rtn or hqq.")
+    if moment.n != weight.shape[1]:
+        raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
+    if block_size < 1 or not damping >= 0:
+        raise SchemeError(f"{name}: gptq needs block_size >= 1 and damping >= 0, got {block_size} and {damping}.")
+    work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    if not bool(torch.isfinite(work).all()):
+        raise DataError(f"{name}: the weights hold NaN or infinity. Repair or exclude the tensor.")
+    hessian = moment.matrix(work.dtype)
+    alive = hessian.diagonal() > 0
+    importance = hessian.diagonal().clone()
+    work = work * alive
+    permutation = None if order == "none" else torch.argsort(importance, descending=True, stable=True)
+    grids = _Grids(work, scheme, importance, range, order, permutation, name)
+    factor = inverse_factor(hessian, damping, permutation)
+    codes, _ = _sweep(work, factor, grids, block_size, permutation)
+    return grids.assemble(codes)
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float, permutation: torch.Tensor | None = None) -> torch.Tensor:
+    """U, upper triangular with a positive diagonal, such that (H + λI)⁻¹ = UᵀU, λ = damping · mean(diag H).
+
+    Args:
+        hessian: (n, n) symmetric; overwritten. Rows of all zeros (inputs that never occur) count as unit rows.
+        permutation: (n,) order of the columns; U belongs to the permuted matrix.
+
+    One factorisation: with J the reversal of indices, J H J = R Rᵀ gives H = (J R J)(J R J)ᵀ, and U is the inverse of J R J.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.mean())
+    diagonal[dead] = 1.0
+    if permutation is not None:
+        hessian = hessian[permutation][:, permutation]
+        diagonal = hessian.diagonal()
+    reversed_ = hessian.flip(0, 1)
+    del hessian
+    diagonal = reversed_.diagonal()
+    added = 0.0
+    while True:
+        diagonal += damping * mean - added
+        added = damping * mean
+        root, failed = torch.linalg.cholesky_ex(reversed_)
+        if not int(failed):
+            break
+        if damping >= 1.0:
+            raise DataError("The second moment of the inputs cannot be factored even when heavily damped: it holds NaN or infinity.")
+        damping = min(max(damping * 10, 1e-6), 1.0)
+    del reversed_
+    upper = root.flip(0, 1)
+    del root
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+
+
+class _Grids:
+    """Where each column's grid comes from: fixed beforehand, or fitted when the sweep reaches a group."""
+
+    def __init__(
+        self, work: torch.Tensor, scheme: Scheme, importance: torch.Tensor, range: Range, order: Order, permutation: torch.Tensor | None, name: str
+    ) -> None:
+        if order not in ("static", "dynamic", "none"):
+            raise SchemeError(f"Unknown order {order!r}. Known: dynamic, none, static.")
+        if range not in ("mse", "absmax"):
+            raise SchemeError(f"Unknown range {range!r}. Known: absmax, mse.")
+        if order == "dynamic" and not isinstance(scheme.granularity, PerGroup):
+            raise SchemeError(f"Dynamic act-order forms groups of columns, got {scheme}. Use order='static'.")
+        self.scheme, self.range, self.name = scheme, range, name
+        self.shape = (work.shape[0], work.shape[1])
+        self.tile = tile_shape(scheme.granularity, self.shape)
+        self.importance = importance
+        self.permutation = permutation if order == "dynamic" else None
+        # Scales that are quantized together (per tensor) must be known together.
+        self.fitted_first = order == "static" or isinstance(scheme.scale, Scheme)
+        shape = scale_shape(scheme.granularity, self.shape)
+        self.scale = torch.ones(shape, dtype=torch.float32)
+        self.zero_point = torch.zeros(shape, dtype=torch.int32) if scheme.zero_point == "integer" else None
+        self.offset = torch.zeros(shape, dtype=torch.float32) if scheme.zero_point == "float" else None
+        self.nested: QTensor | None = None
+        if self.fitted_first:
+            columns = slice(None) if self.permutation is None else self.permutation
+            self._store(slice(None), work[:, columns].float(), importance[columns])
+        if isinstance(scheme.scale, Scheme):
+            self.nested = quantize_scales(self.scale, scheme.scale, name)
+            self.scale = self.nested.dequantize()
+
+    def _store(self, groups: slice, columns: torch.Tensor, importance: torch.Tensor) -> None:
+        if self.range == "mse":
+            grid = search_grid(columns, self.scheme, importance)
+        else:
+            grid = fit(to_tiles(columns, self.tile), self.scheme)
+        for mine, new in zip((self.scale, self.zero_point, self.offset), grid, strict=True):
+            if mine is not None and new is not None:
+                mine[:, groups] = new.reshape(mine[:, groups].shape)
+
+    def column(self, position: int, original: int, current: torch.Tensor) -> Grid:
+        """The grid of the column at `position` of the sweep.
+
+        `current` holds this and later columns as they are now, (columns, m): a group that starts here is fitted to them.
+        """
+        index = position if self.permutation is not None else original
+        group = index // self.tile[1]
+        if not self.fitted_first and index % self.tile[1] == 0:
+            width = min(self.tile[1], self.shape[1] - index)
+            order = self.permutation if self.permutation is not None else slice(None)
+            self._store(slice(group, group + 1), current[:width].T.float(), self.importance[order][index : index + width])
+        return Grid(*(None if p is None else self._tall(p[:, group]) for p in (self.scale, self.zero_point, self.offset)))
+
+    def _tall(self, entries: torch.Tensor) -> torch.Tensor:
+        """One entry for every tile of rows → one for every row."""
+        if self.tile[0] == 1:
+            return entries
+        return entries.repeat_interleave(self.tile[0])[: self.shape[0]]
+
+    def assemble(self, codes: torch.Tensor) -> QTensor:
+        index = None
+        if self.permutation is not None:
+            index = torch.empty(self.shape[1], dtype=torch.int32)
+            index[self.permutation] = torch.arange(self.shape[1], dtype=torch.int32) // self.tile[1]
+        return QTensor(codes, self.nested if self.nested is not None else self.scale, self.zero_point, self.offset, self.scheme, index)
+
+
+def _sweep(work: torch.Tensor, factor: torch.Tensor, grids: _Grids, block_size: int, permutation: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+    """Visit the columns in order.
+
+    Returns:
+        the codes (m, n) in the original order, and the loss ½ Σ (error / U[c,c])², which equals ½ tr(D (H + λI) Dᵀ) for
+        D = weight - rounded weight, whatever the grid and the order.
+    """
+    m, n = work.shape
+    format = grids.scheme.format
+    group = grids.tile[1]
+    # A group that is fitted on the way must lie inside one block, or its later columns would be stale.
+    block = group * max(block_size // group, 1) if not grids.fitted_first and block_size % group else block_size
+    if not grids.fitted_first:
+        block = max(block, group)
+    rows = (work if permutation is None else work[:, permutation]).T.contiguous()  # (n, m): a column is a contiguous row
+    originals = list(range(n)) if permutation is None else permutation.tolist()
+    diagonal = factor.diagonal().tolist()
+    codes = torch.empty((n, m), dtype=code_dtype(format))
+    errors = torch.empty((min(block, n), m), dtype=work.dtype)
+    loss = 0.0
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        for c in range(start, stop):
+            w = rows[c]
+            grid = grids.column(c, originals[c], rows[c:])
+            codes[originals[c]] = chosen = _column_codes(w, grid, format)
+            error = torch.sub(w, _column_values(chosen, grid, format), out=errors[c - start]).div_(diagonal[c])
+            if c + 1 < stop:
+                rows[c + 1 : stop].addr_(factor[c, c + 1 : stop], error, alpha=-1)
+        done = errors[: stop - start]
+        loss += 0.5 * float(done.square().sum())
+        if stop < n:
+            rows[stop:].addmm_(factor[start:stop, stop:].T, done, alpha=-1)
+    return codes.T.contiguous(), loss
+
+
+def _column_codes(w: torch.Tensor, grid: Grid, format: Format) -> torch.Tensor:
+    if grid.offset is not None:
+        w = w - grid.offset
+    return encode((w / grid.scale).float(), format, grid.zero_point)
+
+
+def _column_values(codes: torch.Tensor, grid: Grid, format: Format) -> torch.Tensor:
+    values = decode(codes, format)
+    if grid.zero_point is not None:
+        values -= grid.zero_point
+    values *= grid.scale
+    return values if grid.offset is None else values.add_(grid.offset)

@@ -1,0 +1,58 @@
+"""Round to nearest: the baseline that every other method must beat.
+
+Owns: `rtn`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer). Ties go to even, as in IEEE 754.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from arrondi.calibration import SecondMoment
+from arrondi.errors import SchemeError
+from arrondi.fitting import Grid
+from arrondi.formats import Scheme, scale_shape
+from arrondi.qtensor import QTensor, named, quantize, quantize_scales, quantize_with
+from arrondi.rounding.grid_search import search_grid
+
+
+def rtn(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    moment: SecondMoment | None = None,
+    *,
+    range: Literal["absmax", "mse"] = "absmax",
+    name: str = "weight",
+) -> QTensor:
+    """The nearest code of every weight.
+
+    Args:
+        weight: (..., K), any float dtype, finite.
+        scheme: what it becomes.
+        moment: second moment of the inputs (n = K); with range="mse" its diagonal weighs the columns.
+        range: "absmax" spans the whole group; "mse" searches a narrower range with less squared error.
+        name: for messages.
+
+    Raises:
+        SchemeError: another `range`.
+        DataError: NaN or infinity in the weight.
+    """
+    if range not in ("absmax", "mse"):
+        raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, mse.")
+    if range == "absmax" or weight.numel() == 0:
+        return quantize(weight, scheme, name=name)
+    with named(name):
+        grid = searched(weight.detach(), scheme, None if moment is None else moment.diagonal(), name)
+    return quantize_with(weight, scheme, grid, name=name)
+
+
+def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, name: str) -> Grid:
+    """The searched grid in the scale's own shape, quantized scales included."""
+    grid = search_grid(weight.float(), scheme, importance)
+    shape = scale_shape(scheme.granularity, tuple(weight.shape))
+    scale = grid.scale.reshape(shape)
+    return Grid(
+        quantize_scales(scale, scheme.scale, name) if isinstance(scheme.scale, Scheme) else scale,  # type: ignore[arg-type]
+        *(None if p is None else p.reshape(shape) for p in grid[1:]),
+    )

@@ -1,0 +1,203 @@
+"""Presets against compressed-tensors' own, the compact grammar, and what it says to a typing mistake."""
+
+from __future__ import annotations
+
+import pytest
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+from arrondi.errors import ArrondiError, SchemeError
+from arrondi.formats import (
+    FORMATS,
+    PRESETS,
+    LayerScheme,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    integer,
+    parse_scheme,
+)
+
+SHARED = sorted(PRESETS.keys() & PRESET_SCHEMES.keys())
+
+
+def facts(scheme: Scheme | None) -> dict[str, object] | None:
+    """Our scheme in the words of `QuantizationArgs`."""
+    if scheme is None:
+        return None
+    where = scheme.granularity
+    strategy = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token", PerBlock: "block", PerGroup: "group"}[
+        type(where)
+    ]
+    if isinstance(where, PerGroup) and isinstance(scheme.scale, Scheme):
+        strategy = "tensor_group"
+    return {
+        "num_bits": scheme.format.bits,
+        "type": "int" if scheme.format.kind == "integer" else "float",
+        "symmetric": scheme.symmetric,
+        "strategy": strategy,
+        "group_size": where.size if isinstance(where, PerGroup) else None,
+        "block_structure": [where.rows, where.columns] if isinstance(where, PerBlock) else None,
+    }
+
+
+def their_facts(args: QuantizationArgs | None) -> dict[str, object] | None:
+    if args is None:
+        return None
+    return {
+        key: getattr(args, key)
+        for key in ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure")
+    }
+
+
+def test_the_shared_names_are_the_expected_ones() -> None:
+    wanted = {f"W{b}A16" for b in range(2, 9)} | {"W4A16_ASYM", "W8A8", "W4A8", "W4AFP8", "FP8_DYNAMIC", "FP8_BLOCK"}
+    wanted |= {"MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "NVFP4A16"}
+    assert set(SHARED) == wanted
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_preset_means_what_compressed_tensors_means(name: str) -> None:
+    mine, theirs = PRESETS[name], PRESET_SCHEMES[name]
+    assert facts(mine.weights) == their_facts(theirs["weights"])
+    assert facts(mine.activations) == their_facts(theirs.get("input_activations"))
+    if mine.activations is not None:
+        assert mine.dynamic == theirs["input_activations"].dynamic
+
+
+@pytest.mark.parametrize(("name", "bits"), [("MXFP4", 4), ("MXFP8", 8), ("MXFP6", 6), ("NVFP4A16", 4)])
+def test_block_formats_store_the_scales_of_their_specification(name: str, bits: int) -> None:
+    weights = PRESETS[name].weights
+    assert weights.format.bits == bits
+    if name == "NVFP4A16":
+        assert weights.granularity == PerGroup(16)
+        assert weights.scale == Scheme(FORMATS["fp8_e4m3"], PerTensor())
+    else:
+        assert (weights.granularity, weights.scale) == (PerGroup(32), "e8m0")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_found_in_any_spelling(name: str) -> None:
+    for text in (name, name.lower(), name.replace("_", "-"), f" {name} "):
+        assert parse_scheme(text) is PRESETS[name]
+
+
+@pytest.mark.parametrize(("alias", "name"), [("INT8", "W8A8"), ("int8-dynamic", "W8A8")])
+def test_aliases(alias: str, name: str) -> None:
+    assert parse_scheme(alias) is PRESETS[name]
+
+
+INT3_G64_ASYM = Scheme(integer(3), PerGroup(64), "integer")
+TOKEN8 = Scheme(integer(8), PerToken())
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("w=int4", LayerScheme(Scheme(integer(4), PerChannel()))),
+        ("w=int3/g64/asym", LayerScheme(INT3_G64_ASYM)),
+        ("w=int3/asym/g64", LayerScheme(INT3_G64_ASYM)),
+        ("W = INT3/G64/ASYM", LayerScheme(INT3_G64_ASYM)),
+        ("w=int3/g64/asym,a=int8", LayerScheme(INT3_G64_ASYM, TOKEN8, dynamic=True)),
+        ("w=int3/g64/asym,a=int8/token/dynamic", LayerScheme(INT3_G64_ASYM, TOKEN8, dynamic=True)),
+        (
+            "a=int8/tensor/static, w=int3/g64/asym",
+            LayerScheme(INT3_G64_ASYM, Scheme(integer(8), PerTensor()), dynamic=False),
+        ),
+        ("w=fp8_e4m3/b128x64/float16", LayerScheme(Scheme(FORMATS["fp8_e4m3"], PerBlock(128, 64), scale="float16"))),
+        ("w=fp4/g32/e8m0", LayerScheme(Scheme(FORMATS["fp4_e2m1"], PerGroup(32), scale="e8m0"))),
+        (
+            "w=uint4/g32/offset/bfloat16",
+            LayerScheme(Scheme(integer(4, signed=False), PerGroup(32), "float", "bfloat16")),
+        ),
+        ("w=int8/channel1", LayerScheme(Scheme(integer(8), PerChannel(1)))),
+        ("w=int8/asym/sym", LayerScheme(Scheme(integer(8)))),
+        ("w=nf4/tensor", LayerScheme(Scheme(FORMATS["nf4"], PerTensor()))),
+    ],
+)
+def test_the_grammar(text: str, wanted: LayerScheme) -> None:
+    assert parse_scheme(text) == wanted
+
+
+SPELLED = {
+    **{name: scheme for name, scheme in PRESETS.items() if isinstance(scheme.weights.scale, str)},
+    "bfloat16 scales": PRESETS["W4A16"].with_scale("bfloat16"),
+    "float16 offset": LayerScheme(Scheme(integer(4, signed=False), PerGroup(64), "float", "float16")),
+    "input channels": LayerScheme(Scheme(integer(8), PerChannel(1))),
+    "static activations": LayerScheme(Scheme(integer(8)), Scheme(integer(8), PerTensor()), dynamic=False),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_a_scheme_reads_back_from_its_own_text(name: str) -> None:
+    assert parse_scheme(str(SPELLED[name])) == SPELLED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("W4A16", "w=int4/g128"),
+        ("W4A16_ASYM", "w=int4/g128/asym"),
+        ("W8A8", "w=int8/channel,a=int8/token"),
+        ("FP8_BLOCK", "w=fp8_e4m3/b128x128,a=fp8_e4m3/g128"),
+        ("MXFP4A16", "w=fp4_e2m1/g32/e8m0"),
+        ("T158", "w=ternary/tensor"),
+    ],
+)
+def test_the_text_of_a_scheme(name: str, text: str) -> None:
+    assert str(PRESETS[name]) == text
+
+
+def test_quantized_scales_are_shown_in_parentheses() -> None:
+    assert str(PRESETS["NVFP4A16"]) == "w=fp4_e2m1/g16/s:(fp8_e4m3/tensor)"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("W4A17", "Unknown scheme 'W4A17'. Did you mean 'W4A16'"),
+        ("mxpf4", "Did you mean 'MXFP4'"),
+        ("", "Unknown scheme ''"),
+        ("w=int4/g128/asim", "Did you mean 'asym'"),
+        ("w=int4/grp128", "'grp128'"),
+        ("w=int4/g-1", "'g-1'"),
+        ("w=int4/g", "'g'"),
+        ("w=itn4/g128", "Unknown number format 'itn4'. Did you mean 'int4'"),
+        ("w=", "Cannot read 'w='"),
+        ("w=int4,", "Cannot read ''"),
+        ("a=int8", "A scheme has 'w=…'"),
+        ("w=int4,kv=int8", "A scheme has 'w=…'"),
+        ("w=int4,w=int8", "A scheme has 'w=…'"),
+        ("w=nf4/asym", "A zero point needs an integer format"),
+        ("w=fp8/offset", "A zero point needs an integer format"),
+        ("w=int4/g32/asym/e8m0", "go with symmetric formats only"),
+        ("w=int4/g0", "group_size=0"),
+        ("w=int4/b0x4", "A block has at least one element"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_to_write(text: str, words: str) -> None:
+    with pytest.raises(ArrondiError) as caught:
+        parse_scheme(text)
+    assert words in str(caught.value)
+
+
+def test_another_group_size() -> None:
+    assert PRESETS["W4A16"].with_group_size(32).weights.granularity == PerGroup(32)
+    assert PRESETS["W4A16"].with_group_size(-1).weights.granularity == PerChannel()
+    assert PRESETS["W4A8"].with_group_size(32).activations == PRESETS["W4A8"].activations
+    for name in ("MXFP4", "NVFP4A16"):
+        with pytest.raises(SchemeError, match="fixed by the format"):
+            PRESETS[name].with_group_size(64)
+
+
+def test_another_scale_type_is_for_plain_scales_only() -> None:
+    assert PRESETS["W4A16"].with_scale("bfloat16").weights.scale == "bfloat16"
+    assert PRESETS["MXFP4"].with_scale("bfloat16") == PRESETS["MXFP4"]
+    assert PRESETS["NVFP4A16"].with_scale("bfloat16") == PRESETS["NVFP4A16"]
+
+
+def test_symmetric_means_that_no_zero_is_stored() -> None:
+    assert [Scheme(integer(4), PerChannel(), z).symmetric for z in ("none", "integer", "float")] == [True, False, False]

@@ -1,0 +1,165 @@
+"""The benchmark scripts: a checkpoint that loads, a yardstick and a layer loss right where the answer is known."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import layer_loss
+import make_llama
+import yardstick
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class TestMakeLlama:
+    def test_tiny_checkpoint_in_shards_loads_whole(self, tmp_path: Path):
+        make_llama.main([str(tmp_path / "tiny"), "--size", "tiny", "--shard-size", "300KB"])
+        shards = sorted((tmp_path / "tiny").glob("*.safetensors"))
+        assert len(shards) > 2
+        assert all(shard.stat().st_size < 310_000 for shard in shards)
+
+        index = json.loads((tmp_path / "tiny" / "model.safetensors.index.json").read_text())
+        held = {}
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                held |= dict.fromkeys(file.keys(), shard.name)
+        assert held == index["weight_map"]
+
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", output_loading_info=True)
+        assert not any(info.values())
+        assert model.dtype == torch.bfloat16
+        assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in model.parameters())
+        weight = model.model.layers[1].mlp.down_proj.weight.detach().float()
+        assert weight.std().item() == pytest.approx(0.02, rel=0.02)  # 32,768 draws: standard error 0.4 %
+        assert torch.equal(model.model.norm.weight, torch.ones(128, dtype=torch.bfloat16))
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+    def test_a_tensor_depends_on_its_name_and_the_seed_alone(self, tmp_path: Path):
+        name, shape = "model.layers.0.self_attn.k_proj.weight", (64, 128)
+        once = make_llama.draw(name, shape, seed=7)
+        assert torch.equal(once, make_llama.draw(name, shape, seed=7))
+        assert not torch.equal(once, make_llama.draw(name, shape, seed=8))
+        assert not torch.equal(once, make_llama.draw("model.layers.1.self_attn.k_proj.weight", shape, seed=7))
+
+        make_llama.main([str(tmp_path / "one"), "--size", "tiny", "--seed", "7"])
+        assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+        with safe_open(tmp_path / "one" / "model.safetensors", framework="pt") as file:
+            assert torch.equal(file.get_tensor(name), once)
+
+    def test_the_vocabulary_is_the_tokenizers_unless_named(self, tmp_path: Path):
+        tokens = {"<s>": 0, "a": 1, "b": 2}
+        added = [{"id": 0, "content": "<s>"}, {"id": 5, "content": "<pad>"}]
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": added}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "b"}}))
+        assert make_llama.tokenizer_facts(tmp_path) == (6, 0, 2)
+        size = make_llama.SIZES["tiny"]
+        make_llama.write_checkpoint(tmp_path / "six", size, tokenizer=tmp_path, shard_bytes=10**9)
+        assert json.loads((tmp_path / "six" / "config.json").read_text())["vocab_size"] == 6
+        make_llama.write_checkpoint(tmp_path / "ten", size, tokenizer=tmp_path, vocab=10, shard_bytes=10**9)
+        assert json.loads((tmp_path / "ten" / "config.json").read_text())["vocab_size"] == 10
+        with pytest.raises(ValueError, match="at least 6"):
+            make_llama.write_checkpoint(tmp_path / "five", size, tokenizer=tmp_path, vocab=5, shard_bytes=10**9)
+
+    @pytest.mark.parametrize(("size", "parameters"), [("57m", 58.7e6), ("0.5b", 0.57e9), ("1.3b", 1.364e9)])
+    def test_presets_are_as_large_as_their_name_says(self, size: str, parameters: float):
+        entries = list(make_llama.tensors(make_llama.SIZES[size], vocab=make_llama.SIZES[size].vocab))
+        assert sum(torch.Size(shape).numel() for _, shape in entries) == pytest.approx(parameters, rel=0.3)
+        assert all(width % 128 == 0 for _, shape in entries for width in shape)
+
+
+class TestYardstick:
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    def test_gptq_with_a_diagonal_hessian_is_round_to_nearest(self, bits: int):
+        generator = torch.Generator().manual_seed(bits)
+        weight = torch.randn(24, 256, generator=generator, dtype=torch.float64)
+        hessian = torch.rand(256, generator=generator, dtype=torch.float64).add(0.1).diag()
+        assert torch.equal(yardstick.gptq(weight, hessian, bits), yardstick.rtn(weight, bits))
+
+    def test_gptq_lowers_the_loss_it_minimizes(self):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(16, 128, generator=generator, dtype=torch.float64)
+        mixing = torch.randn(128, 128, generator=generator, dtype=torch.float64)
+        inputs = torch.randn(512, 32, generator=generator, dtype=torch.float64) @ mixing[:32]  # 32 directions of 128
+        hessian = inputs.T @ inputs
+
+        def loss(rounded: torch.Tensor) -> float:
+            return ((weight - rounded) @ inputs.T).square().sum().item()
+
+        assert loss(yardstick.gptq(weight, hessian, 3)) < 0.3 * loss(yardstick.rtn(weight, 3))
+
+    def test_the_grid_is_the_unsigned_code_space(self):
+        weight = torch.tensor([[-7.5, 7.5, 0.4, 0.6, 2.5, -2.5, 0.0, 3.5]])
+        step = yardstick.column_steps(weight, 4, group_size=8)
+        assert torch.equal(step, torch.ones(1, 8))
+        assert yardstick.to_grid(weight, step, 4).tolist() == [[-8.0, 7.0, 0.0, 1.0, 2.0, -2.0, 0.0, 4.0]]
+
+    def test_quantize_model_replaces_every_linear_but_the_head(self):
+        model = tiny_llama()
+        quantized = yardstick.quantize_model(model, torch.arange(32).view(2, 16), lambda w, h: yardstick.rtn(w, 4))
+        for (name, before), after in zip(model.named_parameters(), quantized.parameters(), strict=True):
+            if "_proj" in name:
+                torch.testing.assert_close(after, yardstick.rtn(before.double(), 4).float(), rtol=0, atol=0)
+            else:
+                assert torch.equal(after, before), name
+
+    def test_inputs_of_a_block_come_from_what_is_already_quantized(self):
+        model, windows = tiny_llama(), torch.arange(32).view(2, 16)
+        seen: list[torch.Tensor] = []
+        quantized = yardstick.quantize_model(model, windows, lambda w, h: (seen.append(h), yardstick.rtn(w, 2))[1])
+        names = [f"model.layers.{block}.{part}" for block in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")]
+        with torch.no_grad():
+            hessians = {
+                name: yardstick.input_hessian(quantized.get_submodule(name), lambda: quantized(windows))
+                for name in names
+            }
+        # Order of the calls in a block: q k v o gate up down. Float32 forward passes, so equal to rounding.
+        for name, index in zip(names, (0, 6, 7, 13), strict=True):
+            torch.testing.assert_close(seen[index], hessians[name], rtol=1e-4, atol=1e-4 * hessians[name].max().item())
+
+    def test_mean_kl_of_a_model_with_itself_is_zero(self):
+        model = tiny_llama()
+        windows = torch.arange(32).view(2, 16)
+        assert yardstick.mean_kl(model, model, windows) == 0
+        quantized = yardstick.quantize_model(model, windows, lambda w, h: yardstick.rtn(w, 2))
+        assert yardstick.mean_kl(model, quantized, windows) > 0
+
+
+class TestLayerLoss:
+    def test_it_is_the_trace_formula(self):
+        model, windows = tiny_llama(), torch.arange(32).view(2, 16)
+        copy = yardstick.quantize_model(model, windows, lambda w, h: yardstick.rtn(w, 3))
+        losses = layer_loss.layer_losses(model, copy, windows)
+        linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        assert losses.keys() == linears - {"lm_head"}
+
+        name = "model.layers.1.mlp.down_proj"
+        weight, rounded = (m.get_submodule(name).weight.detach().double() for m in (model, copy))
+        with torch.no_grad():
+            hessian = yardstick.input_hessian(model.get_submodule(name), lambda: model(windows))
+        expected = ((weight - rounded) @ hessian @ (weight - rounded).T).trace() / (weight @ hessian @ weight.T).trace()
+        assert losses[name] == pytest.approx(expected.item(), rel=1e-5)  # float32 products
+
+    def test_rounding_to_bfloat16_is_not_quantizing(self):
+        model = tiny_llama()
+        copy = tiny_llama().bfloat16().float()
+        assert layer_loss.layer_losses(model, copy, torch.arange(8).view(1, 8)) == {}
