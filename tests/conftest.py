@@ -19,8 +19,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 VOCABULARY = 2048
 """Of the sample's tokenizer, which every small model shares."""
 
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
-_DECODER = {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_DECODER = {
+    **_COMMON,
+    "intermediate_size": 96,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": False}),

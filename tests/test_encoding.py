@@ -1,6 +1,6 @@
 """Real numbers ↔ codes: every code, every float16, and every place where a rounding could go the other way.
 
-The other side is ml_dtypes, PyTorch's and compressed-tensors' casts, gguf's block decoders, or a search over all levels.
+The other side is ml_dtypes, PyTorch's and compressed-tensors' casts, gguf's decoders, or a search over all levels.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import gguf
 import ml_dtypes
@@ -177,7 +178,7 @@ def test_integers_round_half_to_even_and_saturate(bits: int, signed: bool) -> No
 
 @pytest.mark.parametrize("zero_point", [-8, -3, 0, 7])
 def test_the_zero_point_is_added_after_rounding(zero_point: int) -> None:
-    # ONNX's order: round(1.5) = 2 whatever the parity of the zero point; round(1.5 + 1) would be 2, one less than 2 + 1.
+    # ONNX's order: round(1.5) = 2 whatever the parity of the zero point; round(1.5 + 1) would be 2, not 2 + 1.
     x = torch.tensor([-2.5, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 40.0, -40.0])
     rounded = torch.tensor([-2, -2, 0, 0, 0, 2, 2, 40, -40])
     wanted = (rounded + zero_point).clamp(-8, 7).to(torch.int8)
@@ -225,18 +226,31 @@ def test_encode_leaves_its_input_alone() -> None:
         assert torch.equal(x, before), format.name
 
 
-def test_tables_made_under_another_default_dtype_are_the_same() -> None:
-    # transformers loads models under set_default_dtype(bfloat16); the tables are cached for the whole process.
+@pytest.mark.parametrize("kind", ["codebook", "float"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_tables_made_under_other_defaults_are_the_same(kind: str, default: torch.dtype | str) -> None:
+    # transformers loads models under set_default_dtype(bfloat16) and on the meta device; tables are cached for good.
+    fresh = (
+        codebook(f"fresh {default}", [-1.0, -0.301, 0.0, 0.299, 0.7])
+        if kind == "codebook"
+        else replace(FORMATS["fp6_e2m3"], name=f"fresh {default}")
+    )
     x = torch.linspace(-1, 1, 1001)
-    for made_first in (codebook("first", [-1.0, -0.301, 0.0, 0.299, 1.0]), codebook("second", [-0.999, 0.123, 1.0])):
-        torch.set_default_dtype(torch.bfloat16)
+    if isinstance(default, str):
+        with torch.device(default):
+            codes = encode(x, fresh)
+            values = decode(codes, fresh)
+    else:
+        torch.set_default_dtype(default)
         try:
-            early = encode(x, made_first)
+            codes = encode(x, fresh)
+            values = decode(codes, fresh)
         finally:
             torch.set_default_dtype(torch.float32)
-        levels = np.array(made_first.values)
-        wanted = np.abs(x.numpy().astype(np.float64)[:, None] - levels).argmin(axis=1)
-        np.testing.assert_array_equal(early.numpy(), wanted)
+    levels = np.array(fresh.values)
+    nearest = np.abs(x.numpy().astype(np.float64)[:, None] - levels).min(axis=1)
+    np.testing.assert_array_equal(np.abs(x.numpy().astype(np.float64) - levels[codes.numpy()]), nearest)
+    np.testing.assert_array_equal(values.numpy(), levels[codes.numpy()].astype(np.float32))
 
 
 def nibbles(block_bytes: np.ndarray) -> np.ndarray:

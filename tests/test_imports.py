@@ -48,7 +48,7 @@ def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def parts_imported(path: Path) -> list[tuple[int, str]]:
-    """(line, part of arrondi) of a file. What `from arrondi import x` takes belongs to `__init__`, except the version."""
+    """(line, part of arrondi) of a file. `from arrondi import x` is of `__init__`, but for the version."""
     package = ["arrondi", *path.relative_to(PACKAGE).parts[:-1]]
     found = []
     for line, module in imports(ast.parse(path.read_text(encoding="utf-8")), package):

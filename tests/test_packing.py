@@ -1,4 +1,4 @@
-"""Codes ↔ bytes: all pairs, all widths, all lengths; a bit stream rewritten in Python; compressed-tensors as the peer."""
+"""Codes ↔ bytes: all pairs, all widths, all lengths; a bit stream in plain Python; compressed-tensors."""
 
 from __future__ import annotations
 

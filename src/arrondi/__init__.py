@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from arrondi.rounding import rtn as rtn
     from arrondi.sample import sample_path as sample_path
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ ties towards the even code, codebooks towards the lower level. Both are exact in
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,7 +17,9 @@ import torch
 
 from arrondi.formats import Format
 
-NATIVE: Final[Mapping[str, torch.dtype]] = MappingProxyType({"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2})
+NATIVE: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+)
 """Formats that PyTorch casts to and from itself, with the same rounding, faster than a table look-up."""
 
 
@@ -70,7 +73,7 @@ def decode(codes: torch.Tensor, format: Format, dtype: torch.dtype = torch.float
 def value_table(format: Format, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The values of a float or codebook format as a tensor indexed by code."""
     assert format.values is not None
-    return torch.tensor(format.values, dtype=torch.float64).to(device, dtype)
+    return torch.tensor(format.values, dtype=torch.float64, device="cpu").to(device, dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,7 +81,7 @@ def _thresholds(format: Format, device: torch.device) -> torch.Tensor:
     """Largest float32 that still belongs to the lower of two neighbouring levels; a tie belongs to the lower."""
     assert format.values is not None
     levels = [v for v in format.values if not math.isnan(v)]
-    limits = [_below((a + b) / 2) for a, b in zip(levels, levels[1:], strict=False)]
+    limits = [_below((a + b) / 2) for a, b in itertools.pairwise(levels)]
     return torch.tensor(limits, dtype=torch.float32, device=device)
 
 
@@ -89,7 +92,7 @@ def _float_tables(format: Format, device: torch.device) -> tuple[torch.Tensor, t
     half = format.values[: len(format.values) // 2]
     order = sorted((c for c, v in enumerate(half) if math.isfinite(v)), key=lambda c: half[c])
     limits = []
-    for low, high in zip(order, order[1:], strict=False):
+    for low, high in itertools.pairwise(order):
         middle = (half[low] + half[high]) / 2
         tie_goes_down = low % 2 == 0
         limits.append(_below(middle) if tie_goes_down else _strictly_below(middle))
@@ -99,12 +102,12 @@ def _float_tables(format: Format, device: torch.device) -> tuple[torch.Tensor, t
 
 def _below(x: float) -> float:
     """The largest float32 not above x."""
-    t = torch.tensor(x, dtype=torch.float64)
+    t = torch.tensor(x, dtype=torch.float64, device="cpu")
     f = t.float()
     return float(f if f.double() <= t else torch.nextafter(f, f.new_tensor(-math.inf)))
 
 
 def _strictly_below(x: float) -> float:
     """The largest float32 below x."""
-    f = torch.tensor(_below(x), dtype=torch.float32)
+    f = torch.tensor(_below(x), dtype=torch.float32, device="cpu")
     return float(torch.nextafter(f, f.new_tensor(-math.inf)) if float(f) == x else f)

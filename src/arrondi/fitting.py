@@ -61,7 +61,9 @@ def fit(tiles: torch.Tensor, scheme: Scheme, rule: str = "auto", shrink: torch.T
     """
     if scheme.zero_point != "none":
         if rule not in ("auto", "full"):
-            raise SchemeError(f"Fit {rule!r} is for symmetric schemes, got {scheme}. An asymmetric grid spans min … max.")
+            raise SchemeError(
+                f"Fit {rule!r} is for symmetric schemes, got {scheme}. An asymmetric grid spans min … max."
+            )
         return _affine(tiles, scheme, shrink)
     name = _default_rule(scheme) if rule == "auto" else rule
     if name not in FITS:
@@ -101,7 +103,9 @@ def round_scale(scale: torch.Tensor, storage: str | Scheme) -> torch.Tensor:
         return torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
     info = torch.finfo(STORED[storage])
     if bool((scale.abs() > info.max).any()):
-        raise DataError(f"A scale of {float(scale.abs().max()):.3g} overflows {storage}. Store scales as bfloat16 or float32.")
+        raise DataError(
+            f"A scale of {float(scale.abs().max()):.3g} overflows {storage}. Store scales as bfloat16 or float32."
+        )
     tiny = torch.copysign(scale.abs().clamp(min=info.tiny), scale)
     return torch.where(scale == 0, 1.0, tiny).to(STORED[storage]).float()
 
@@ -158,7 +162,9 @@ def _absmean(tiles: torch.Tensor, format: Format) -> torch.Tensor:
 def _least_squares(tiles: torch.Tensor, format: Format) -> torch.Tensor:
     """Binary: mean |x|. Ternary: keep the k largest magnitudes that maximise (their sum)²/k; the scale is their mean."""
     if format.levels > 3:
-        raise SchemeError(f"Fit 'least-squares' is for ternary and binary formats, got {format}. Use a grid search instead.")
+        raise SchemeError(
+            f"Fit 'least-squares' is for ternary and binary formats, got {format}. Use a grid search instead."
+        )
     if format.levels == 2:
         return _absmean(tiles, format)
     ranked = tiles.abs().sort(dim=-1, descending=True).values

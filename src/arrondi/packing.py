@@ -83,7 +83,9 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     _check(packed, bits)
     need = packed_width(columns, bits)
     if packed.shape[-1] < need:
-        raise ShapeError(f"{columns} codes of {bits} bits need {need} bytes a row, got {packed.shape[-1]}. Is the width right?")
+        raise ShapeError(
+            f"{columns} codes of {bits} bits need {need} bytes a row, got {packed.shape[-1]}. Is the width right?"
+        )
     if bits == 8:
         return packed[..., :columns].clone()
     if bits == 4:
@@ -100,7 +102,9 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 def _check(values: torch.Tensor, bits: int) -> None:
     if values.dtype != torch.uint8:
-        raise ShapeError(f"Packing moves unsigned bytes, got {values.dtype}. Call quantize() first and subtract format.qmin.")
+        raise ShapeError(
+            f"Packing moves unsigned bytes, got {values.dtype}. Call quantize() first and subtract format.qmin."
+        )
     if not values.ndim:
         raise ShapeError("Packing works along the last axis, got a scalar. Reshape it to (1,).")
     if not 1 <= bits <= 8:

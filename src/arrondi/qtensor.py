@@ -54,12 +54,18 @@ class QTensor:
         parts = {"scale": self.scale, "zero_point": self.zero_point, "offset": self.offset}
         for name, part in parts.items():
             if part is not None and tuple(part.shape) != wanted:
-                raise ShapeError(f"{name} of {self.scheme} must have shape {wanted} for codes {self.shape}, got {tuple(part.shape)}.")
+                raise ShapeError(
+                    f"{name} of {self.scheme} must have shape {wanted} for codes {self.shape}, got {tuple(part.shape)}."
+                )
         present = (self.zero_point is not None, self.offset is not None)
         if present != (self.scheme.zero_point == "integer", self.scheme.zero_point == "float"):
-            raise ShapeError(f"{self.scheme} asks for zero_point={self.scheme.zero_point!r}; zero_point and offset given: {present}.")
+            raise ShapeError(
+                f"{self.scheme} asks for zero_point={self.scheme.zero_point!r}; zero_point and offset given: {present}."
+            )
         if self.codes.dtype != code_dtype(self.scheme.format):
-            raise ShapeError(f"Codes of {self.scheme.format} are {code_dtype(self.scheme.format)}, got {self.codes.dtype}.")
+            raise ShapeError(
+                f"Codes of {self.scheme.format} are {code_dtype(self.scheme.format)}, got {self.codes.dtype}."
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,7 +130,9 @@ class QTensor:
         return values.to(dtype)
 
 
-def quantize(x: torch.Tensor, scheme: Scheme, *, rule: str = "auto", name: str = "tensor", shrink: torch.Tensor | float = 1.0) -> QTensor:
+def quantize(
+    x: torch.Tensor, scheme: Scheme, *, rule: str = "auto", name: str = "tensor", shrink: torch.Tensor | float = 1.0
+) -> QTensor:
     """Round to nearest on the grid that the data's own range gives.
 
     Args:
@@ -180,7 +188,7 @@ def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid, *, name: str = "t
         raise DataError(f"{name}: the values hold NaN or infinity. Repair or exclude the tensor.")
     nested = grid.scale if isinstance(grid.scale, QTensor) else None
     real = nested.dequantize() if nested is not None else grid.scale
-    flat = Grid(*(None if p is None else p.reshape(-1, 1) for p in (real, grid.zero_point, grid.offset)))
+    flat = Grid(*(None if p is None else p.reshape(-1, 1) for p in (real, grid.zero_point, grid.offset)))  # type: ignore
     codes = _encode_tiles(tiles, scheme, flat)
     return _assemble(codes, flat, scheme, shape, nested)
 
@@ -237,7 +245,9 @@ def _concatenate(grids: list[Grid]) -> Grid:
     return Grid(*(None if part(grids[0]) is None else torch.cat([part(g) for g in grids]) for part in parts))  # type: ignore
 
 
-def _assemble(codes: torch.Tensor, grid: Grid, scheme: Scheme, shape: tuple[int, ...], nested: QTensor | None = None) -> QTensor:
+def _assemble(
+    codes: torch.Tensor, grid: Grid, scheme: Scheme, shape: tuple[int, ...], nested: QTensor | None = None
+) -> QTensor:
     """Tiles of codes and flat grids → a QTensor of the tensor's own shape."""
     whole = from_tiles(codes, tile_shape(scheme.granularity, shape), shape)
     wanted = scale_shape(scheme.granularity, shape)
@@ -259,7 +269,17 @@ class named:
             raise type(error)(f"{self.name}: {error}") from error
 
 
-__all__ = ["Grid", "QTensor", "dequantize", "fake_quantize", "fit", "quantize", "quantize_scales", "quantize_with", "round_scale"]
+__all__ = [
+    "Grid",
+    "QTensor",
+    "dequantize",
+    "fake_quantize",
+    "fit",
+    "quantize",
+    "quantize_scales",
+    "quantize_with",
+    "round_scale",
+]
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

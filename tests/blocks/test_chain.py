@@ -45,8 +45,16 @@ def test_nothing_stays_in_memory_after_a_pass(models: Callable[..., Path]) -> No
 
 
 def test_blocks_are_the_largest_list_of_like_modules(models: Callable[..., Path]) -> None:
-    found = {n: find_blocks(Skeleton(Checkpoint.open(models(n))).model) for n in ("llama", "gpt2", "opt", "bert", "mixtral")}
-    assert found == {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers", "bert": "encoder.layer", "mixtral": "model.layers"}
+    found = {
+        n: find_blocks(Skeleton(Checkpoint.open(models(n))).model) for n in ("llama", "gpt2", "opt", "bert", "mixtral")
+    }
+    assert found == {
+        "llama": "model.layers",
+        "gpt2": "transformer.h",
+        "opt": "model.decoder.layers",
+        "bert": "encoder.layer",
+        "mixtral": "model.layers",
+    }
 
 
 def test_the_global_random_state_is_untouched(models: Callable[..., Path]) -> None:

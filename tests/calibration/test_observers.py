@@ -6,12 +6,14 @@ samples and the exact optima of the density (mse, cosine), the definition writte
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import integrate, optimize
@@ -26,6 +28,15 @@ INT8 = {"qmin": -128, "qmax": 127, "symmetric": True}
 KINDS = pytest.mark.parametrize("kind", list(OBSERVERS))
 PER_CHANNEL = ["min-max", "moving-average", "percentile", "mse", "cosine"]
 ORDERLESS = ["min-max", "percentile", "histogram", "mse", "cosine"]  # what they keep depends on the values alone
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Thousands of short operations: on a busy machine, waiting for a second thread would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(kind: str, **options: object) -> Observer:
@@ -57,13 +68,18 @@ def share(x: torch.Tensor, low: float, high: float) -> float:
     return float(((x.double() >= low) & (x.double() <= high)).double().mean())
 
 
-def fake_quantized(x: torch.Tensor, low: float, high: float, qmin: int, qmax: int, symmetric: bool) -> torch.Tensor:
+def fake_quantized(x: torch.Tensor, low: float, high: float, qmin: int, qmax: int, symmetric: bool) -> np.ndarray:
     """x̂ on the grid of a range, by the affine rule written out: divide, round, add the zero point, clip, and back."""
-    x = x.double()
+    values = x.double().numpy()
     low, high = (low, high) if symmetric else (min(low, 0.0), max(high, 0.0))
     scale = (high - low) / (qmax - qmin)
     zero = 0 if symmetric else min(max(round(qmin - low / scale), qmin), qmax)
-    return ((torch.round(x / scale) + zero).clamp(qmin, qmax) - zero) * scale
+    return ((np.round(values / scale) + zero).clip(qmin, qmax) - zero) * scale
+
+
+def cosine_between(x: torch.Tensor, y: np.ndarray) -> float:
+    values = x.double().numpy()
+    return float(values @ y / np.sqrt((values @ values) * max(y @ y, 1e-300)))
 
 
 finite_floats = st.floats(-(2.0**60), 2.0**60, width=32)
@@ -199,6 +215,18 @@ def test_merged_observers_equal_one_that_saw_it_all(kind, axis):
     assert all(torch.equal(u, v) for u, v in zip(b.range(), kept, strict=True))
 
 
+@pytest.mark.parametrize("axis", [None, 0])
+def test_merging_leaves_the_other_observer_alone(axis):
+    """Beside 1e20 the small values would count as zero; in their own observer they must not."""
+    large, small = make("percentile", axis=axis), make("percentile", axis=axis)
+    expected = observed(small, torch.tensor([[1e-20, 2e-20, 3e-20]]))
+    large.observe(torch.tensor([[1e20]]))
+    large.merge(small)
+    assert observed(small) == expected
+    assert observed(large) == (float(torch.tensor(1e-20)), float(torch.tensor(1e20)))
+    assert int(large.state.counts.sum()) == 4 and int(large.state.counts[0, large.state.half]) == 3
+
+
 def test_kinds_that_depend_on_order_refuse_to_merge():
     for kind in ("moving-average", "kl"):
         with pytest.raises(SchemeError, match=f"cannot merge a {kind} observer"):
@@ -309,7 +337,7 @@ def test_a_channel_without_finite_values_is_named(kind):
 
 
 def test_names_are_looked_up_kindly():
-    with pytest.raises(SchemeError, match="Unknown observer 'minmax'. Did you mean 'min-max'"):
+    with pytest.raises(SchemeError, match=r"Unknown observer 'minmax'\. Did you mean 'min-max'"):
         get_observer("minmax")
     with pytest.raises(SchemeError, match="Unknown nan_policy 'ignore'"):
         make("min-max", nan_policy="ignore")
@@ -338,6 +366,7 @@ def test_impossible_options_are_refused(call, message):
 # Min-max and moving average
 
 
+@settings(deadline=None)
 @given(batches=st.lists(samples, min_size=1, max_size=4))
 def test_min_max_is_exact(batches):
     everything = np.concatenate(batches)
@@ -352,6 +381,7 @@ def test_moving_average_starts_from_the_first_batch():
     assert observed(observer, *[batch] * 99) == pytest.approx((-2.0, 5.0), rel=1e-12)
 
 
+@settings(deadline=None)
 @given(
     ends=st.lists(st.tuples(st.floats(-100, 0), st.floats(0, 100)), min_size=1, max_size=20),
     momentum=st.floats(0, 0.999),
@@ -368,11 +398,12 @@ def test_moving_average_is_the_weighted_sum_of_the_batch_extremes(ends, momentum
 # Percentile
 
 
+@settings(deadline=None)
 @given(x=samples, p=st.sampled_from([0.5, 0.9, 0.99, 0.9999, 1.0]))
 def test_percentile_is_the_order_statistic_to_half_a_cell(x, p):
-    """Values below 2^-48 of the greatest may count as zero."""
+    """Values below 2^-48 of the greatest may count as zero, and so may the smaller half of the denormal numbers."""
     n, ordered = len(x), np.sort(x.astype(np.float64))
-    slack = np.abs(ordered).max() * 2.0**-47
+    slack = np.abs(ordered).max() * 2.0**-47 + 2.0**-135
     out = math.floor((1 - p) / 2 * n + 1e-9)
     low, high = observed(make("percentile", p=p), torch.from_numpy(x))
     assert low == pytest.approx(ordered[out], rel=2**-11, abs=slack)
@@ -435,17 +466,18 @@ FAMILIES = {
 FAMILY = pytest.mark.parametrize("family", list(FAMILIES))
 
 
-def test_the_filter_by_hand():
-    """10 bins of one over 0 … 10 holding 1 2 0 30 30 30 4 0 1 1 + the top value: 100 values, 10 may go.
+@pytest.mark.parametrize("keep, kept", [(0.90, (3, 6)), (0.91, (3, 7)), (0.97, (1, 9)), (0.995, (0, 10))])
+def test_the_filter_by_hand(keep, kept):
+    """Bins of width one over 0 … 10 with 1 2 0 30 30 30 4 0 1 1 values, 99 in all; at 0.90 nine may go.
 
-    Left on the tie 1-1 (9 left to drop), then right 1 (8), right 1 (7), the empty bin on the right (7), left 2 (5), left 0
-    (5), then the right bin's 4 (1); now 30 and 30 remain, which the budget does not cover. Bins 3, 4 and 5 stay.
+    On the tie the left 1 goes (8 may still go), then on the right 1 (7), 1 (6) and the empty bin; now 2 on the left is
+    lighter than 4 (4), the empty bin after it, and the 4 on the right (0). Bins 3, 4 and 5 stay. At 0.91 eight may go
+    and the 4 is one too many; at 0.97 two may go, one from each end; at 0.995 none.
     """
     counts = [1, 2, 0, 30, 30, 30, 4, 0, 1, 1]
-    x = torch.cat([torch.full((c,), i + 0.5) for i, c in enumerate(counts)] + [torch.tensor([0.0, 10.0])])[:-2]
-    x = torch.cat((x, torch.tensor([0.0])))  # 100 values from 0 to 9.5: bins of 0.95
-    low, high = histogram_filter(torch.cat((x, torch.tensor([10.0]))), keep=0.90, bins=10, max_refine=0)
-    assert (low, high) == (3.0, 6.0)
+    x = torch.cat([torch.full((c,), i + 0.5) for i, c in enumerate(counts)])
+    x[0], x[-1] = 0.0, 10.0
+    assert histogram_filter(x, keep=keep, bins=10, max_refine=0) == kept
 
 
 def test_equal_end_bins_drop_the_left_one_first():
@@ -482,7 +514,9 @@ def test_one_pass_agrees_with_numpy_histogram(family):
         assert histogram_filter(x, keep=keep, bins=bins, max_refine=0) == pytest.approx(expected, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(x=samples, keep=st.sampled_from([0.5, 0.9, 0.99]), bins=st.sampled_from([2, 16, 2048]))
+@example(x=np.array([1e-45, 1e-45], np.float32), keep=0.5, bins=16)
 @example(x=np.array([0.0] * 199 + [1e-30], np.float32), keep=0.99, bins=2048)
 @example(x=np.array([1.0] * 199 + [1.0000001], np.float32), keep=0.99, bins=2048)
 def test_the_share_is_kept_whatever_the_data(x, keep, bins):
@@ -543,6 +577,7 @@ def test_the_filter_does_not_see_the_order():
     assert histogram_filter(x[torch.randperm(len(x), generator=generator())]) == histogram_filter(x)
 
 
+@settings(deadline=None)
 @given(factor=st.floats(1e-20, 1e20), seed=st.integers(0, 20))
 def test_the_filter_scales_with_the_data_to_rounding(factor, seed):
     x = laplace(500, seed).double()
@@ -565,7 +600,7 @@ def test_the_filter_needs_values():
 
 
 LATTICE = torch.from_numpy(ndtri((np.arange(400_000) + 0.5) / 400_000))
-"""Quantiles of a Gaussian at equal steps of probability: a sample without noise, for the optimum of the density itself."""
+"""Quantiles of a Gaussian at equal steps of probability: a sample without noise, for the optimum of the density."""
 
 
 def full_grid_optimum(bits: int) -> float:
@@ -623,22 +658,23 @@ GRIDS = {
     "uint8-asymmetric": {"qmin": 0, "qmax": 255, "symmetric": False},
 }
 SHAPES = {
-    "gaussian": lambda: gaussian(20_000),
-    "shifted-laplace": lambda: laplace(20_000) + 1.5,
-    "relu": lambda: gaussian(20_000).relu(),
-    "positive": lambda: gaussian(20_000).abs() + 4,
-    "outliers": lambda: torch.cat((gaussian(20_000), 30 * gaussian(20, 1))),
-    "bfloat16": lambda: gaussian(20_000).bfloat16(),
+    "gaussian": lambda: gaussian(4000),
+    "shifted-laplace": lambda: laplace(4000) + 1.5,
+    "relu": lambda: gaussian(4000).relu(),
+    "positive": lambda: gaussian(4000).abs() + 4,
+    "outliers": lambda: torch.cat((gaussian(4000), 30 * gaussian(4, 1))),
+    "bfloat16": lambda: gaussian(4000).bfloat16(),
 }
 
 
-def searched(x: torch.Tensor, grid: dict[str, object], loss: object) -> float:
-    """The least loss on the samples over 990 factors, the range of each written out for its grid."""
+def best_ends(x: torch.Tensor, grid: dict[str, Any], loss: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """The range with the least loss on the samples, of 496 factors; the widest range is written out for its grid."""
     low, high = float(x.min()), float(x.max())
     if grid["symmetric"]:
-        low, high = (0.0, max(high, 0.0)) if grid["qmin"] == 0 else (-max(-low, high), max(-low, high))
+        low, high = (0.0, high) if grid["qmin"] == 0 else (-max(-low, high), max(-low, high))
     low, high = min(low, 0.0), max(high, 0.0)
-    return min(loss(fake_quantized(x, f * low, f * high, **grid)) for f in np.linspace(0.011, 1.0, 990))
+    ends = [(f * low, f * high) for f in np.linspace(1.0, 0.01, 496)]
+    return min(ends, key=lambda e: loss(fake_quantized(x, *e, **grid)))
 
 
 @pytest.mark.parametrize("exponent", [2.0, 2.4])
@@ -647,11 +683,12 @@ def searched(x: torch.Tensor, grid: dict[str, object], loss: object) -> float:
 def test_mse_is_as_good_as_a_blind_search_on_the_samples(grid, shape, exponent):
     x = SHAPES[shape]()
 
-    def loss(y: torch.Tensor) -> float:
-        return float((x.double() - y).abs().pow(exponent).mean())
+    def loss(y: np.ndarray) -> float:
+        return float((np.abs(x.double().numpy() - y) ** exponent).mean())
 
-    low, high = observed(OBSERVERS["mse"](**GRIDS[grid], exponent=exponent), x)
-    assert loss(fake_quantized(x, low, high, **GRIDS[grid])) <= 1.02 * searched(x[::1], GRIDS[grid], loss)
+    found = observed(OBSERVERS["mse"](**GRIDS[grid], exponent=exponent), x)
+    best = best_ends(x, GRIDS[grid], loss)
+    assert loss(fake_quantized(x, *found, **GRIDS[grid])) <= 1.02 * loss(fake_quantized(x, *best, **GRIDS[grid]))
 
 
 def test_asymmetric_codes_halve_the_step_of_one_sided_data():
@@ -661,7 +698,7 @@ def test_asymmetric_codes_halve_the_step_of_one_sided_data():
     for symmetric in (True, False):
         grid = {"qmin": -128, "qmax": 127, "symmetric": symmetric}
         low, high = observed(OBSERVERS["mse"](**grid), x)
-        errors.append(float((x.double() - fake_quantized(x, low, high, **grid)).square().mean()))
+        errors.append(float(((x.double().numpy() - fake_quantized(x, low, high, **grid)) ** 2).mean()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
 
 
@@ -678,16 +715,14 @@ def test_mse_narrows_with_fewer_bits_and_min_max_never_beats_it():
 
 
 def divergence_by_definition(counts: np.ndarray, end: int, levels: int) -> float:
-    """D(p ‖ q) after `end` bins, every step written out."""
+    """D(p ‖ q) after `end` bins, step by step."""
     raw = counts[:end].astype(float)
     p = raw.copy()
     p[-1] += counts[end:].sum()
-    q = np.zeros(end)
-    group = [j * levels // end for j in range(end)]
-    for g in range(levels):
-        members = [j for j in range(end) if group[j] == g and raw[j] > 0]
-        for j in members:
-            q[j] = sum(raw[k] for k in members) / len(members)
+    group = np.arange(end) * levels // end
+    occupied = np.bincount(group, weights=raw > 0, minlength=levels)
+    mass = np.bincount(group, weights=raw, minlength=levels)
+    q = np.where(raw > 0, (mass / np.maximum(occupied, 1))[group], 0)
     p[p == 0] = 1e-4
     q[q == 0] = 1e-4
     p, q = p / p.sum(), q / q.sum()
@@ -725,23 +760,31 @@ def test_kl_is_its_definition(shape, seed):
     assert high == pytest.approx(threshold_by_definition(x, 64, 16, empty_first=relu), rel=1e-12)
 
 
-DIRECTION_SEEDS = range(3)
+@pytest.mark.parametrize("shape", ["gaussian", "laplace"])
+def test_kl_is_its_definition_at_full_size(shape):
+    x = {"gaussian": gaussian, "laplace": laplace}[shape](20_000)
+    assert observed(make("kl"), x)[1] == pytest.approx(threshold_by_definition(x, 2048, 128), rel=1e-12)
+
+
+DIRECTION_SEEDS = range(4)
 
 
 @pytest.mark.parametrize("seed", DIRECTION_SEEDS)
 def test_kl_direction_on_clean_data(seed):
-    """Uniform stays at absmax; Gaussian and Laplace clip a little, wider than the mean squared error would or about there."""
+    """Uniform stays at absmax; the others clip less than a third of it, at or beyond what the mean squared error would.
+
+    The threshold is noisy, for it is decided in the sparse tail: over seeds it moves between 4.1σ and 4.5σ for Gaussian
+    data of this size, and between 9 and 13 for Laplace data of scale 1.
+    """
     n = 200_000
     uniform = torch.rand(n, generator=generator(seed)) * 2 - 1
     assert observed(make("kl"), uniform) == (-float(uniform.abs().max()), float(uniform.abs().max()))
-    x = gaussian(n, seed)
-    kl, mse = observed(make("kl"), x)[1], observed(make("mse"), x)[1]
-    assert 3.9 < kl < float(x.abs().max()) and kl > mse and 3.7 < mse < 4.2
-    x = laplace(n, seed)
-    kl, mse = observed(make("kl"), x)[1], observed(make("mse"), x)[1]
-    assert 9.3 < kl < 11 and 9.3 < mse < 10.7 and kl < 0.9 * float(x.abs().max())
+    for x, mse_clip in ((gaussian(n, seed), 3.92), (laplace(n, seed), 6.99 * math.sqrt(2))):
+        kl, mse, absmax = observed(make("kl"), x)[1], observed(make("mse"), x)[1], float(x.abs().max())
+        assert mse == pytest.approx(mse_clip, rel=0.1)
+        assert 0.9 * mse < kl <= absmax and kl > 0.67 * absmax
     x = gaussian(n, seed).relu()
-    assert 3.8 < observed(make("kl"), x)[1] < 4.3
+    assert 0.67 * float(x.max()) < observed(make("kl"), x)[1] <= float(x.max())
 
 
 @pytest.mark.parametrize("seed", DIRECTION_SEEDS)
@@ -821,42 +864,32 @@ def test_kl_of_an_asymmetric_grid_cuts_the_observed_range():
 @pytest.mark.parametrize("grid", ["int4-full", "int4-asymmetric", "uint8-asymmetric"])
 def test_cosine_is_as_good_as_a_blind_search_on_the_samples(grid, shape):
     x = SHAPES[shape]()
-
-    def loss(y: torch.Tensor) -> float:
-        return 1 - float((x.double() * y).sum() / (x.double().norm() * y.norm() + 1e-300))
-
-    low, high = observed(OBSERVERS["cosine"](**GRIDS[grid]), x)
-    y = fake_quantized(x, low, high, **GRIDS[grid])
-    if abs(float(y.norm() / x.double().norm()) - 1) < 0.02:
-        mse = observed(OBSERVERS["mse"](**GRIDS[grid]), x)
-        assert loss(y) <= 1.02 * searched(x, GRIDS[grid], loss) or (low, high) == mse
+    found = observed(OBSERVERS["cosine"](**GRIDS[grid]), x)
+    best = fake_quantized(x, *best_ends(x, GRIDS[grid], lambda y: -cosine_between(x, y)), **GRIDS[grid])
+    magnitude = float(np.linalg.norm(best)) / float(x.double().norm())
+    assert abs(abs(magnitude - 1) - 0.02) > 0.001  # the case is clear
+    if abs(magnitude - 1) < 0.02:
+        ours = fake_quantized(x, *found, **GRIDS[grid])
+        assert 1 - cosine_between(x, ours) <= 1.02 * (1 - cosine_between(x, best))
     else:
-        assert (low, high) == observed(OBSERVERS["mse"](**GRIDS[grid]), x)
+        assert found == observed(OBSERVERS["mse"](**GRIDS[grid]), x)
 
 
 def test_cosine_falls_back_where_the_magnitude_is_wrong():
-    """At 2 bits the best direction shrinks the values by more than 2 %, so the clip must be that of mse."""
+    """Values 1 and, one in a hundred, 10 on -1, 0, 1: below a step of 2 all directions are the same, so the widest
+    wins; its length is 1.35 times too great. The clip must be that of mse, the mean magnitude 1.09."""
     grid = {"qmin": -1, "qmax": 1, "symmetric": True}
-    x = laplace(50_000)
-
-    def cosine(f: float) -> float:
-        y = fake_quantized(x, -f, f, **grid)
-        return float((x.double() * y).sum() / (x.double().norm() * y.norm()))
-
-    best = max(np.linspace(0.05, 12, 240), key=cosine)
-    y = fake_quantized(x, -best, best, **grid)
-    assert abs(float(y.norm() / x.double().norm()) - 1) > 0.02
-    assert observed(OBSERVERS["cosine"](**grid), x) == observed(OBSERVERS["mse"](**grid), x)
+    x = torch.cat((torch.ones(9900), torch.full((100,), 10.0)))
+    assert cosine_between(x, fake_quantized(x, -1.9, 1.9, **grid)) > cosine_between(
+        x, fake_quantized(x, -10, 10, **grid)
+    )
+    assert observed(OBSERVERS["cosine"](**grid), x) == pytest.approx((-1.09, 1.09), rel=0.002)
 
 
 def test_cosine_is_its_own_criterion_where_the_magnitude_holds():
-    """4 bits on Laplace data: not the clip of mse, and a better cosine than it."""
-    grid = {"qmin": -7, "qmax": 7, "symmetric": True}
+    """5 bits on Laplace data: not the clip of mse, and a better cosine than it."""
+    grid = {"qmin": -15, "qmax": 15, "symmetric": True}
     x = laplace(100_000)
     ours, theirs = observed(OBSERVERS["cosine"](**grid), x), observed(OBSERVERS["mse"](**grid), x)
-
-    def cosine(ends: tuple[float, float]) -> float:
-        y = fake_quantized(x, *ends, **grid)
-        return float((x.double() * y).sum() / (x.double().norm() * y.norm()))
-
-    assert ours != theirs and cosine(ours) > cosine(theirs)
+    assert ours != theirs
+    assert cosine_between(x, fake_quantized(x, *ours, **grid)) > cosine_between(x, fake_quantized(x, *theirs, **grid))

@@ -1,4 +1,4 @@
-"""Every code of every named format against somebody else's table: ml_dtypes, PyTorch, SciPy, bitsandbytes' construction."""
+"""Every code of every named format against somebody else's table: ml_dtypes, PyTorch, SciPy, bitsandbytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of every method in the table: shapes, types, determinism, input untouched, errors that carry the name."""
+"""The contract of every method in the table: shapes, types, determinism, input untouched, named errors."""
 
 from __future__ import annotations
 
@@ -125,6 +125,18 @@ def test_nan_and_infinity_are_refused_by_name(method: str, scheme: str, bad: flo
 
 
 @CONTRACT
+def test_tensors_are_made_where_the_weight_is(method: str, scheme: str) -> None:
+    # Any factory call that names no device would land on the default one, here one without memory.
+    wanted = apply(method, SCHEMES[scheme], weight())
+    w, statistics = weight(), moment()
+    with torch.device("meta"):
+        q = METHODS[method].run(w, SCHEMES[scheme].weights, statistics)
+        back = q.dequantize()
+    assert torch.equal(q.codes, wanted.codes)
+    assert torch.equal(back, wanted.dequantize())
+
+
+@CONTRACT
 def test_one_row_and_one_column(method: str, scheme: str) -> None:
     for shape in ((1, 72), (12, 1), (1, 1)):
         made = SecondMoment(shape[1])
@@ -167,7 +179,7 @@ def test_a_row_of_the_table_is_filled_in(method: str) -> None:
 def test_the_options_of_the_methods() -> None:
     assert set(METHODS) == {"rtn", "hqq", "gptq"}
     assert METHODS["rtn"].options == {"range": "absmax"}
-    assert METHODS["gptq"].options == {"damping": 0.01, "block_size": 128, "order": "static", "range": "mse"}
+    assert METHODS["gptq"].options == {"damping": 0.01, "block_size": 128, "order": "static", "range": "search"}
     assert set(METHODS["hqq"].options) == {"p", "beta", "kappa", "iterations", "normalize"}
 
 

@@ -5,4 +5,15 @@ from arrondi.blocks.skeleton import Skeleton, Slot, build_model
 from arrondi.blocks.store import HiddenStore
 from arrondi.blocks.trace import Product, Stage, find_stages, watch_products
 
-__all__ = ["Chain", "HiddenStore", "Product", "Skeleton", "Slot", "Stage", "build_model", "find_blocks", "find_stages", "watch_products"]
+__all__ = [
+    "Chain",
+    "HiddenStore",
+    "Product",
+    "Skeleton",
+    "Slot",
+    "Stage",
+    "build_model",
+    "find_blocks",
+    "find_stages",
+    "watch_products",
+]

@@ -86,9 +86,10 @@ class Chain:
         return hidden
 
     @torch.no_grad()
-    def run(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states after block i, whose weights must be filled."""
-        return _hidden_of(self._call(i, hidden), hidden)
+    def run(self, i: int, hidden: torch.Tensor, *, bfloat16: bool = False) -> torch.Tensor:
+        """Hidden states after block i, whose weights must be filled; float32, with bfloat16 products if asked."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return _hidden_of(self._call(i, hidden), hidden).float()
 
     @torch.no_grad()
     def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -112,7 +113,9 @@ class Chain:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 call, hidden = _split(args, kwargs)
                 if calls[i] is not None or (i and calls[i - 1] is None):
-                    raise SchemeError(f"The blocks {self.prefix}.* are not run once each in order, so the model cannot be streamed block by block.")
+                    raise SchemeError(
+                        f"The blocks {self.prefix}.* are not run once each in order, so the model cannot be streamed block by block."
+                    )
                 calls[i] = call
                 if self._wrap is None:
                     self.fill(i)
@@ -128,7 +131,9 @@ class Chain:
         with self._replaced(recorder), contextlib.suppress(_Stop):
             self.model(input_ids=ids)
         if any(c is None for c in calls):
-            raise SchemeError(f"The model does not run all blocks {self.prefix}.*, so it cannot be streamed block by block.")
+            raise SchemeError(
+                f"The model does not run all blocks {self.prefix}.*, so it cannot be streamed block by block."
+            )
         self._calls[len(ids)] = [c for c in calls if c is not None]
 
     def _first_input(self, ids: torch.Tensor) -> torch.Tensor:
@@ -210,7 +215,9 @@ def find_blocks(model: torch.nn.Module) -> str:
             if parameters > size:
                 best, size = name, parameters
     if not best:
-        raise SchemeError("The model has no list of like blocks, so it cannot be calibrated block by block. Use --method rtn or hqq without calibration text.")
+        raise SchemeError(
+            "The model has no list of like blocks, so it cannot be calibrated block by block. Use --method rtn or hqq without calibration text."
+        )
     return best
 
 
@@ -221,13 +228,17 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, torch.
     if isinstance(kwargs.get("hidden_states"), torch.Tensor):
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         return _Call(args, rest, "hidden_states"), kwargs["hidden_states"]
-    raise SchemeError("The model's blocks do not take hidden states as their first argument, so it cannot be streamed block by block.")
+    raise SchemeError(
+        "The model's blocks do not take hidden states as their first argument, so it cannot be streamed block by block."
+    )
 
 
 def _hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
     found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
     if found.shape != like.shape:
-        raise SchemeError(f"A block turns hidden states {tuple(like.shape)} into {tuple(found.shape)}; only chains of one width can be streamed.")
+        raise SchemeError(
+            f"A block turns hidden states {tuple(like.shape)} into {tuple(found.shape)}; only chains of one width can be streamed."
+        )
     return found
 
 

@@ -75,9 +75,13 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
     names = plain.get("architectures") or []
     kind = plain.get("model_type")
     if plain.get("auto_map") and kind not in transformers.CONFIG_MAPPING:
-        raise FileFormatError(f"{folder}: this model needs code that comes with it, which is not run here. Use a model that transformers itself knows.")
+        raise FileFormatError(
+            f"{folder}: this model needs code that comes with it, which is not run here. Use a model that transformers itself knows."
+        )
     if kind not in transformers.CONFIG_MAPPING:
-        raise FileFormatError(f"{folder}: transformers {transformers.__version__} does not know model_type {kind!r}. Update transformers, or check config.json.")
+        raise FileFormatError(
+            f"{folder}: transformers {transformers.__version__} does not know model_type {kind!r}. Update transformers, or check config.json."
+        )
     try:
         parsed = transformers.CONFIG_MAPPING[kind](**plain)
         found = [getattr(transformers, n, None) for n in names]
@@ -89,7 +93,9 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
         with _quiet_transformers(), torch.random.fork_rng(devices=[]), _EmptyOnMeta(), _default_dtype(dtype):
             model = cls._from_config(parsed, dtype=dtype)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise FileFormatError(f"{folder}: config.json does not give a {names or kind} model: {type(error).__name__}: {error}") from error
+        raise FileFormatError(
+            f"{folder}: config.json does not give a {names or kind} model: {type(error).__name__}: {error}"
+        ) from error
     _empty_parameters(model)
     return model.eval()
 
@@ -139,7 +145,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.model = build_model(checkpoint.folder.config, checkpoint.folder.path)
-        self.empty = {n: p for n, p in self.model.named_parameters(remove_duplicate=False)}
+        self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.empty.items():
             self.aliases.setdefault(id(parameter), []).append(name)
@@ -236,7 +242,9 @@ class Skeleton:
     def _assign(self, param: str, value: torch.Tensor) -> None:
         wanted = self.empty[param]
         if tuple(value.shape) != tuple(wanted.shape):
-            raise FileFormatError(f"{self.checkpoint.folder.path}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}.")
+            raise FileFormatError(
+                f"{self.checkpoint.folder.path}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}."
+            )
         if value.dtype.is_floating_point:
             value = value.to(wanted.dtype)
         # The zero-copy case would alias an override that the caller still owns.
@@ -254,7 +262,10 @@ class Skeleton:
         renamings = [r for r in rules if isinstance(r, WeightRenaming)]
         converters = [r for r in rules if isinstance(r, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
-        state = {**{n: p for n, p in self.model.named_parameters(remove_duplicate=False)}, **dict(self.model.named_buffers())}
+        state = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers()),
+        }
         prefix = self.model.base_model_prefix
         plain: list[_Group] = []
         converted: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
@@ -302,7 +313,9 @@ class Skeleton:
             if len(shape) == 3:
                 return {source: [Slot(target, e, source_index=e) for e in range(shape[0])]}
             return {source: [Slot(target)]}
-        marked = group.convert([torch.tensor(i, dtype=torch.int16).expand(names[s]) for i, s in enumerate(group.sources)])
+        marked = group.convert(
+            [torch.tensor(i, dtype=torch.int16).expand(names[s]) for i, s in enumerate(group.sources)]
+        )
         slots: dict[str, list[Slot]] = {s: [] for s in group.sources}
         for target, value in marked.items():
             stack = value if value.ndim == 3 else value.unsqueeze(0)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from arrondi.checkpoint.tensor_file import as_memory
+
 
 class HiddenStore:
     """A fixed number of float32 tensors. What exceeds `limit` bytes lives in an unnamed file in `folder`."""
@@ -46,7 +48,7 @@ class HiddenStore:
             return held
         offset, shape = self._place[i]
         tensor = torch.empty(shape)
-        view = memoryview(tensor.numpy().reshape(-1).view("uint8"))
+        view = as_memory(tensor)
         while view:
             done = os.preadv(self._handle(), [view], offset)
             assert done, "the file of hidden states was cut off"
@@ -59,7 +61,7 @@ class HiddenStore:
         if offset < 0:
             self._memory[i] = tensor
             return
-        view = memoryview(tensor.contiguous().numpy().reshape(-1).view("uint8"))
+        view = as_memory(tensor.contiguous())
         while view:
             done = os.pwrite(self._handle(), view, offset)
             view, offset = view[done:], offset + done

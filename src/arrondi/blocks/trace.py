@@ -22,20 +22,28 @@ class Product(NamedTuple):
 
     Attributes:
         param: name of the parameter.
-        index: which matrix of a 3-D parameter, else None.
+        matrix: which matrix of a 3-D parameter, else None.
         reduces_last: the sum runs over the parameter's last axis (False for Conv1D).
         x: the other operand, (…, n).
     """
 
     param: str
-    index: int | None
+    matrix: int | None
     reduces_last: bool
     x: torch.Tensor
 
 
 _LINEAR = {torch.nn.functional.linear}
 _ADDMM = {torch.addmm, torch.Tensor.addmm}
-_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm}
+_MATMUL = {
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.bmm,
+    torch.Tensor.bmm,
+}
 
 
 class _Watcher(TorchFunctionMode):

@@ -534,13 +534,11 @@ class _Cells:
             part = rows[:, start : start + step].float()
             number = (self._number(part) - self.floor).clamp_(min=0)
             index = first + torch.where(part < 0, -number, number)
-            zero = part == 0
             if finite is not None:
-                good = finite[:, start : start + step]
-                index, zero = torch.where(good, index, channels * size), zero & good
+                index = torch.where(finite[:, start : start + step], index, channels * size)
             found = torch.bincount(index.flatten(), minlength=channels * size + 1)[:-1]
             self.counts += found.reshape(channels, size).cpu()
-            self.zeros += zero.sum(1).cpu()
+            self.zeros += (part == 0).sum(1).cpu()
 
     def merge(self, other: _Cells) -> None:
         other = replace(other)  # to raise its floor on this copy only

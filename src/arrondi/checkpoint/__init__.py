@@ -49,7 +49,7 @@ class Checkpoint:
         if config is None:
             return cls(folder)
         method = config.get("quant_method") if isinstance(config, dict) else None
-        if method not in LAYOUTS:
+        if not isinstance(method, str) or method not in LAYOUTS:
             raise FileFormatError(str(unknown(f"quantization of {folder.path}:", str(method), LAYOUTS)))
         layout = LAYOUTS[method]
         names = {n: (e.dtype, e.shape) for n, e in folder.entries.items()}
@@ -59,7 +59,9 @@ class Checkpoint:
                 entry = folder.entries.get(name)
                 if entry is None or entry.shape != shape or entry.torch_dtype.itemsize != dtype.itemsize:
                     have = f"{entry.dtype} {entry.shape}" if entry else "nothing"
-                    raise FileFormatError(f"{folder.path}: {name} should be {dtype} {shape}, found {have}. The config does not describe these files.")
+                    raise FileFormatError(
+                        f"{folder.path}: {name} should be {dtype} {shape}, found {have}. The config does not describe these files."
+                    )
         return cls(folder, layout, found)
 
     @property

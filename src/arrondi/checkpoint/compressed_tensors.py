@@ -28,7 +28,19 @@ from arrondi.checkpoint.writer import TensorSpec
 from arrondi.encoding import code_dtype
 from arrondi.errors import FileFormatError
 from arrondi.fitting import STORED
-from arrondi.formats import FORMATS, LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, integer, scale_shape
+from arrondi.formats import (
+    FORMATS,
+    Granularity,
+    LayerScheme,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    integer,
+    scale_shape,
+)
 from arrondi.packing import pack, packed_width, unpack
 from arrondi.qtensor import QTensor
 
@@ -101,7 +113,9 @@ def _packed_write(q: QTensor) -> dict[str, torch.Tensor]:
     }
     if q.zero_point is not None:
         zero = (q.zero_point - q.scheme.format.qmin).to(torch.uint8)
-        tensors["weight_zero_point"] = pack(zero.T.contiguous(), bits, word_bytes=_WORD).view(torch.int32).T.contiguous()
+        tensors["weight_zero_point"] = (
+            pack(zero.T.contiguous(), bits, word_bytes=_WORD).view(torch.int32).T.contiguous()
+        )
     return tensors
 
 
@@ -145,7 +159,10 @@ def _plain_read(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
 
 
 def _mxfp4_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    return {"weight_packed": (torch.uint8, (shape[0], packed_width(shape[1], 4))), "weight_scale": _scale_spec(shape, scheme)}
+    return {
+        "weight_packed": (torch.uint8, (shape[0], packed_width(shape[1], 4))),
+        "weight_scale": _scale_spec(shape, scheme),
+    }
 
 
 def _mxfp4_write(q: QTensor) -> dict[str, torch.Tensor]:
@@ -178,7 +195,13 @@ def _nvfp4_write(q: QTensor) -> dict[str, torch.Tensor]:
 def _nvfp4_read(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
     assert isinstance(scheme.scale, Scheme)
     columns = tensors["weight_packed"].shape[1] * 2
-    inner = QTensor(tensors["weight_scale"].view(torch.uint8), (1 / tensors["weight_global_scale"]).reshape(1, 1), None, None, scheme.scale)
+    inner = QTensor(
+        tensors["weight_scale"].view(torch.uint8),
+        (1 / tensors["weight_global_scale"]).reshape(1, 1),
+        None,
+        None,
+        scheme.scale,
+    )
     return QTensor(unpack(tensors["weight_packed"], 4, columns), inner, None, None, scheme)
 
 
@@ -229,7 +252,10 @@ def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | Non
 def _specs(placed: Placed) -> list[TensorSpec]:
     storage = _STORAGE[str(_format_of(placed.scheme))]
     prefix = placed.name.removesuffix("weight")
-    return [(prefix + suffix, dtype, shape) for suffix, (dtype, shape) in storage.specs(placed.shape, placed.scheme.weights).items()]
+    return [
+        (prefix + suffix, dtype, shape)
+        for suffix, (dtype, shape) in storage.specs(placed.shape, placed.scheme.weights).items()
+    ]
 
 
 def _write(placed: Placed, q: QTensor) -> dict[str, torch.Tensor]:
@@ -279,7 +305,9 @@ def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -
     for i, scheme in enumerate(schemes):
         groups[f"group_{i}"] = {
             # Fused experts are linears in a checkpoint though not in the model, hence the class name when all is uniform.
-            "targets": sorted({"Linear", *found} if found != ["Conv1D"] else found) if len(schemes) == 1 else modules[scheme],
+            "targets": sorted({"Linear", *found} if found != ["Conv1D"] else found)
+            if len(schemes) == 1
+            else modules[scheme],
             "weights": _args(scheme.weights, False),
             "input_activations": None if scheme.activations is None else _args(scheme.activations, scheme.dynamic),
             "output_activations": None,
@@ -305,7 +333,11 @@ def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -
 def _parse_scheme(group: Mapping[str, Any]) -> LayerScheme:
     weights = _parse_args(group["weights"])
     activations = group.get("input_activations")
-    return LayerScheme(weights, None if activations is None else _parse_args(activations), bool((activations or {}).get("dynamic", True)))
+    return LayerScheme(
+        weights,
+        None if activations is None else _parse_args(activations),
+        bool((activations or {}).get("dynamic", True)),
+    )
 
 
 def _parse_args(args: Mapping[str, Any]) -> Scheme:
@@ -313,14 +345,17 @@ def _parse_args(args: Mapping[str, Any]) -> Scheme:
     format = integer(bits) if kind == "int" else {4: FORMATS["fp4_e2m1"], 8: FORMATS["fp8_e4m3"]}.get(bits)
     if format is None:
         raise FileFormatError(f"compressed-tensors config: {bits}-bit {kind} is not known here.")
-    granularity = {
-        "tensor": lambda: PerTensor(), "channel": lambda: PerChannel(), "token": lambda: PerToken(),
-        "group": lambda: PerGroup(args["group_size"]), "tensor_group": lambda: PerGroup(args["group_size"]),
+    found: dict[str, Callable[[], Granularity]] = {
+        "tensor": PerTensor,
+        "channel": PerChannel,
+        "token": PerToken,
+        "group": lambda: PerGroup(args["group_size"]),
+        "tensor_group": lambda: PerGroup(args["group_size"]),
         "block": lambda: PerBlock(*args["block_structure"]),
-    }.get(strategy)  # fmt: skip
-    if granularity is None:
+    }
+    if strategy not in found:
         raise FileFormatError(f"compressed-tensors config: strategy {strategy!r} is not known here.")
-    scheme = Scheme(format, granularity(), "none" if args.get("symmetric", True) else "integer")
+    scheme = Scheme(format, found[strategy](), "none" if args.get("symmetric", True) else "integer")
     if strategy == "tensor_group":
         return Scheme(format, scheme.granularity, scale=Scheme(FORMATS["fp8_e4m3"], PerTensor()))
     if args.get("scale_dtype") in ("torch.uint8", "uint8"):
@@ -328,7 +363,9 @@ def _parse_args(args: Mapping[str, Any]) -> Scheme:
     return scheme
 
 
-def _find(config: Mapping[str, Any], names: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], torch.Tensor]) -> list[Placed]:
+def _find(
+    config: Mapping[str, Any], names: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], torch.Tensor]
+) -> list[Placed]:
     """Every quantized weight of a checkpoint, found by its `weight_scale`.
 
     Raises:
@@ -337,11 +374,15 @@ def _find(config: Mapping[str, Any], names: Mapping[str, tuple[str, tuple[int, .
     try:
         groups = [(list(g["targets"]), _parse_scheme(g)) for g in config["config_groups"].values()]
     except (KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"quantization_config of compressed-tensors cannot be read: {type(error).__name__} {error}.") from error
+        raise FileFormatError(
+            f"quantization_config of compressed-tensors cannot be read: {type(error).__name__} {error}."
+        ) from error
     version = tuple(int(n) for n in re.findall(r"\d+", str(config.get("version", "0.18")))[:2])
     old = [s.weights.format.bits for _, s in groups if s.weights.format.bits in (3, 5, 6, 7)]
     if old and version < (0, 18):
-        raise FileFormatError(f"This checkpoint holds {old[0]}-bit codes of compressed-tensors {config['version']}, whose packing changed in 0.18. Quantize it again.")
+        raise FileFormatError(
+            f"This checkpoint holds {old[0]}-bit codes of compressed-tensors {config['version']}, whose packing changed in 0.18. Quantize it again."
+        )
     placed = []
     for scale_name in (n for n in names if n.endswith(".weight_scale")):
         prefix = scale_name.removesuffix("weight_scale")
@@ -361,10 +402,17 @@ def _match(groups: list[tuple[list[str], LayerScheme]], module: str) -> LayerSch
     for targets, scheme in groups:
         if any("." not in t and not t.startswith("re:") for t in targets):
             return scheme
-    raise FileFormatError(f"quantization_config of compressed-tensors has no group for module {module!r}, which is stored quantized.")
+    raise FileFormatError(
+        f"quantization_config of compressed-tensors has no group for module {module!r}, which is stored quantized."
+    )
 
 
-def _shape(prefix: str, scheme: LayerScheme, names: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], torch.Tensor]) -> tuple[int, ...]:
+def _shape(
+    prefix: str,
+    scheme: LayerScheme,
+    names: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], torch.Tensor],
+) -> tuple[int, ...]:
     if prefix + "weight_shape" in names:
         return tuple(int(n) for n in read(prefix + "weight_shape"))
     if prefix + "weight" in names:

@@ -57,4 +57,6 @@ class Layout:
     write: Callable[[Placed, QTensor], dict[str, torch.Tensor]]
     read: Callable[[Placed, Callable[[str], torch.Tensor]], QTensor]
     config: Callable[[list[Placed], list[str], Mapping[str, str]], dict[str, Any]]
-    find: Callable[[Mapping[str, Any], Mapping[str, tuple[str, tuple[int, ...]]], Callable[[str], torch.Tensor]], list[Placed]]
+    find: Callable[
+        [Mapping[str, Any], Mapping[str, tuple[str, tuple[int, ...]]], Callable[[str], torch.Tensor]], list[Placed]
+    ]

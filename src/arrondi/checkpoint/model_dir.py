@@ -43,16 +43,22 @@ class ModelDir:
         """
         path = Path(path)
         if not path.exists():
-            raise FileFormatError(f"{path}: no such directory. Give the path of a model directory with config.json and safetensors files.")
+            raise FileFormatError(
+                f"{path}: no such directory. Give the path of a model directory with config.json and safetensors files."
+            )
         if not path.is_dir():
-            raise FileFormatError(f"{path}: a file, but a model is a directory with config.json and safetensors files. Give its directory.")
+            raise FileFormatError(
+                f"{path}: a file, but a model is a directory with config.json and safetensors files. Give its directory."
+            )
         config = _read_json(path / "config.json", "Is this a model directory?")
         files = _weight_files(path)
         entries: dict[str, Entry] = {}
         for file in files:
             for name, entry in read_header(file).items():
                 if name in entries:
-                    raise FileFormatError(f"{file}: tensor {name!r} is also in {entries[name].path.name}. Remove one of the files.")
+                    raise FileFormatError(
+                        f"{file}: tensor {name!r} is also in {entries[name].path.name}. Remove one of the files."
+                    )
                 entries[name] = entry
         if not entries:
             raise FileFormatError(f"{path}: its safetensors files hold no tensor.")

@@ -94,16 +94,22 @@ def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -
     }
 
 
-def _find(config: Mapping[str, Any], names: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], torch.Tensor]) -> list[Placed]:
+def _find(
+    config: Mapping[str, Any], names: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], torch.Tensor]
+) -> list[Placed]:
     try:
         if config["version"] != 1:
-            raise FileFormatError(f"This checkpoint is of version {config['version']} of arrondi's layout; this release reads 1. Update arrondi.")
+            raise FileFormatError(
+                f"This checkpoint is of version {config['version']} of arrondi's layout; this release reads 1. Update arrondi."
+            )
         return [
             Placed(name, tuple(int(n) for n in facts["shape"]), parse_scheme(facts["scheme"].split(" ")[0]))
             for name, facts in config["tensors"].items()
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"quantization_config of arrondi cannot be read: {type(error).__name__} {error}.") from error
+        raise FileFormatError(
+            f"quantization_config of arrondi cannot be read: {type(error).__name__} {error}."
+        ) from error
 
 
 LAYOUT: Final = Layout(

@@ -87,12 +87,18 @@ def read_header(path: Path) -> dict[str, Entry]:
     position = 8 + length
     for entry in entries:
         if entry.start != position:
-            raise FileFormatError(f"{path}: tensor {entry.name!r} starts at byte {entry.start}, expected {position}. The header lies; download it again.")
+            raise FileFormatError(
+                f"{path}: tensor {entry.name!r} starts at byte {entry.start}, expected {position}. The header lies; download it again."
+            )
         position = entry.stop
         if position > size:
-            raise FileFormatError(f"{path}: tensor {entry.name!r} ends at byte {position}, but the file ends at {size}. It is truncated; download it again.")
+            raise FileFormatError(
+                f"{path}: tensor {entry.name!r} ends at byte {position}, but the file ends at {size}. It is truncated; download it again."
+            )
     if position != size:
-        raise FileFormatError(f"{path}: {size - position} bytes after the last tensor belong to none. The header lies; download it again.")
+        raise FileFormatError(
+            f"{path}: {size - position} bytes after the last tensor belong to none. The header lies; download it again."
+        )
     return {e.name: e for e in entries}
 
 
@@ -107,7 +113,9 @@ def _entry(path: Path, name: str, facts: dict[str, object], base: int) -> Entry:
     start, stop = offsets
     wanted = math.prod(shape) * DTYPES[str(dtype)].itemsize
     if stop - start != wanted:
-        raise FileFormatError(f"{path}: tensor {name!r} has {stop - start} bytes, but {dtype} of shape {shape} needs {wanted}. The header lies.")
+        raise FileFormatError(
+            f"{path}: tensor {name!r} has {stop - start} bytes, but {dtype} of shape {shape} needs {wanted}. The header lies."
+        )
     return Entry(name, path, str(dtype), tuple(shape), base + start, base + stop)
 
 
@@ -123,14 +131,22 @@ def read_bytes(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:
 
 def _read(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = as_memory(buffer)
     with entry.path.open("rb", buffering=0) as file:
         while view:
             got = os.preadv(file.fileno(), [view], offset)
             if got == 0:
-                raise FileFormatError(f"{entry.path}: tensor {entry.name!r} is cut off: the file became shorter while it was read.")
+                raise FileFormatError(
+                    f"{entry.path}: tensor {entry.name!r} is cut off: the file became shorter while it was read."
+                )
             view, offset = view[got:], offset + got
     return buffer
+
+
+def as_memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    raw = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)  # type: ignore[arg-type]
 
 
 def encode_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:

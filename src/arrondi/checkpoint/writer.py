@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from arrondi.checkpoint.tensor_file import DTYPE_NAMES, Entry, encode_header, read_bytes, read_tensor
+from arrondi.checkpoint.tensor_file import DTYPE_NAMES, Entry, as_memory, encode_header, read_bytes, read_tensor
 from arrondi.errors import OutputError
 
 TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]
@@ -91,11 +91,11 @@ class ShardWriter:
             OutputError: the disk is full; what was finished before stays valid.
         """
         file, start, stop = self._place[name]
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        assert data.numel() == stop - start, f"{name}: {data.numel()} bytes do not fit its place"
+        data = as_memory(tensor.contiguous())
+        assert data.nbytes == stop - start, f"{name}: {data.nbytes} bytes do not fit its place"
         self._dirty.add(file)
         with guard_disk(self.folder):
-            _pwrite(self._files[file], memoryview(data.numpy()), start)
+            _pwrite(self._files[file], data, start)
 
     def sync(self) -> None:
         """Everything put so far survives a power cut."""
@@ -111,7 +111,7 @@ class ShardWriter:
         with guard_disk(self.folder):
             for offset in range(0, entry.nbytes, chunk_bytes):
                 piece = read_bytes(entry, offset, min(chunk_bytes, entry.nbytes - offset))
-                _pwrite(self._files[file], memoryview(piece.numpy()), start + offset)
+                _pwrite(self._files[file], as_memory(piece), start + offset)
 
     def get(self, name: str) -> torch.Tensor:
         """Read back a tensor that was put, in this run or in one that was killed."""

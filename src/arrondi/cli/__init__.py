@@ -24,7 +24,10 @@ def main() -> None:
         print(f"arrondi: {error}", file=sys.stderr)
         sys.exit(2)
     except MemoryError:
-        print("arrondi: out of memory. Use fewer --samples or a smaller --seq-len; `arrondi plan` estimates the need.", file=sys.stderr)
+        print(
+            "arrondi: out of memory. Use fewer --samples or a smaller --seq-len; `arrondi plan` estimates the need.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)

@@ -29,20 +29,37 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 SchemeName = Annotated[str, typer.Option(help="Preset (W4A16, W8A8, NF4, MXFP4A16, …) or grammar (w=int3/g64/asym).")]
 MethodName = Annotated[str, typer.Option(help="rtn, hqq or gptq.")]
-GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale; -1: a whole row. Default: the scheme's.")]
-Targets = Annotated[list[str] | None, typer.Option(help="Modules to quantize: class, exact name or re:PATTERN. Repeatable.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Modules to leave alone, same selectors. Default: the output head.")]
-Options = Annotated[list[str] | None, typer.Option("--option", help="Option of the method as NAME=VALUE, e.g. damping=0.02. Repeatable.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="JSON file of rules, instead of scheme, method and targets.")]
-LayoutName = Annotated[str | None, typer.Option("--layout", help="compressed-tensors or arrondi. Default: the most widely read that fits.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights that share a scale; -1: a whole row. Default: the scheme's.")
+]
+Targets = Annotated[
+    list[str] | None, typer.Option(help="Modules to quantize: class, exact name or re:PATTERN. Repeatable.")
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Modules to leave alone, same selectors. Default: the output head.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Option of the method as NAME=VALUE, e.g. damping=0.02. Repeatable."),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="JSON file of rules, instead of scheme, method and targets.")
+]
+LayoutName = Annotated[
+    str | None, typer.Option("--layout", help="compressed-tensors or arrondi. Default: the most widely read that fits.")
+]
 KeepMisfits = Annotated[bool, typer.Option("--keep-misfits", help="Leave layers whose shape does not fit as they are.")]
 Calibration = Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")]
 Samples = Annotated[int, typer.Option(help="Windows of calibration text.", min=1)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
-EvalText = Annotated[Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")]
+EvalText = Annotated[
+    Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
+]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
 MaxKl = Annotated[float | None, typer.Option(help="Exit with status 3 if the mean KL divergence is larger.")]
-MaxPpl = Annotated[float | None, typer.Option(help="Exit with status 3 if perplexity rises by more than this fraction (0.05: 5 %).")]
+MaxPpl = Annotated[
+    float | None, typer.Option(help="Exit with status 3 if perplexity rises by more than this fraction (0.05: 5 %).")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -55,7 +72,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 
@@ -103,7 +122,9 @@ def quantize(
     seed: Seed = 0,
     max_kl: MaxKl = None,
     max_ppl_increase: MaxPpl = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -195,7 +216,15 @@ def run(
     """Continue a prompt on this machine, printing as it goes."""
     from arrondi.pipeline.generate import generate
 
-    result = generate(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, dtype=dtype, stream=None if json_ else sys.stdout)
+    result = generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        stream=None if json_ else sys.stdout,
+    )
     if json_:
         typer.echo(json.dumps(result, ensure_ascii=False))
 
@@ -223,13 +252,26 @@ def _answer(document: dict[str, Any], as_json: bool, show: Any) -> None:
 
 
 def _recipe(
-    scheme: str, method: str, group_size: int | None, targets: list[str] | None, ignore: list[str] | None, options: list[str] | None, file: Path | None
+    scheme: str,
+    method: str,
+    group_size: int | None,
+    targets: list[str] | None,
+    ignore: list[str] | None,
+    options: list[str] | None,
+    file: Path | None,
 ) -> Any:
     from arrondi.pipeline.recipe import Recipe
 
     if file is not None:
         return Recipe.read(file)
-    return Recipe.simple(scheme, method, group_size=group_size, targets=targets or ["Linear"], ignore=ignore, options=_parse_options(options or []))
+    return Recipe.simple(
+        scheme,
+        method,
+        group_size=group_size,
+        targets=targets or ["Linear"],
+        ignore=ignore,
+        options=_parse_options(options or []),
+    )
 
 
 def _parse_options(items: list[str]) -> dict[str, Any]:
@@ -258,7 +300,9 @@ def _bytes(text: str) -> int:
     return int(size)
 
 
-def _make_plan(model: Path, recipe: Any, layout: str | None, keep_misfits: bool, samples: int, seq_len: int) -> dict[str, Any]:
+def _make_plan(
+    model: Path, recipe: Any, layout: str | None, keep_misfits: bool, samples: int, seq_len: int
+) -> dict[str, Any]:
     from arrondi.blocks import Skeleton
     from arrondi.checkpoint import Checkpoint
     from arrondi.pipeline import make_plan
@@ -282,7 +326,9 @@ def _show_plan(document: dict[str, Any], as_json: bool) -> None:
 
 def _need_measurement(max_kl: float | None, max_ppl: float | None, *, measured: bool) -> None:
     if (max_kl is not None or max_ppl is not None) and not measured:
-        raise SchemeError("--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval.")
+        raise SchemeError(
+            "--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval."
+        )
 
 
 def _hold_to(result: dict[str, Any], max_kl: float | None, max_ppl: float | None) -> None:
@@ -297,5 +343,8 @@ def _hold_to(result: dict[str, Any], max_kl: float | None, max_ppl: float | None
         if result[key] > limit:
             missed.append(f"{option} {limit:g} was missed: {key} is {result[key]:.6g}.")
     if missed:
-        typer.echo(f"arrondi: {' '.join(missed)} The files are written; use more bits, smaller groups or a better method.", err=True)
+        typer.echo(
+            f"arrondi: {' '.join(missed)} The files are written; use more bits, smaller groups or a better method.",
+            err=True,
+        )
         raise typer.Exit(MISSED)

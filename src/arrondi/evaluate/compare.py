@@ -31,12 +31,17 @@ def is_causal(model: Any) -> bool:
     """Whether the model predicts the next token."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    return (
+        type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    )
 
 
 def activation_schemes(checkpoint: Checkpoint) -> dict[str, Any]:
     """Module → scheme of its input, for a quantized checkpoint whose activations are quantized at run time."""
-    return {p.name.removesuffix(".weight"): p.scheme.activations for p in checkpoint.placed.values() if p.scheme.activations}
+    return {
+        p.name.removesuffix(".weight"): p.scheme.activations for p in checkpoint.placed.values() if p.scheme.activations
+    }
 
 
 def compare_models(
@@ -69,12 +74,16 @@ def compare_models(
     skeletons = [Skeleton(Checkpoint.open(p)) for p in (reference, quantized)]
     configs = [s.model.config for s in skeletons]
     if type(skeletons[0].model) is not type(skeletons[1].model) or configs[0].hidden_size != configs[1].hidden_size:
-        raise FileFormatError(f"{quantized} is a {type(skeletons[1].model).__name__} and {reference} another model. Compare a model with its own original.")
+        raise FileFormatError(
+            f"{quantized} is a {type(skeletons[1].model).__name__} and {reference} another model. Compare a model with its own original."
+        )
     seq_len = min(seq_len, getattr(configs[0], "max_position_embeddings", None) or seq_len)
     tokenizer = load_tokenizer(Path(reference))
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
     ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
-    chains = [Chain(s, {m: a for m, a in activation_schemes(s.checkpoint).items() if _has(s.model, m)}) for s in skeletons]
+    chains = [
+        Chain(s, {m: a for m, a in activation_schemes(s.checkpoint).items() if _has(s.model, m)}) for s in skeletons
+    ]
     stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT) for c in chains]
     report = progress or (lambda done, total, what: None)
     for i in range(len(chains[0])):
@@ -92,7 +101,12 @@ def compare_models(
                 one = batch[k : k + 1]
                 outputs = [c.finish(one, s[j][k : k + 1]) for c, s in zip(chains, stores, strict=True)]
                 comparison.add(outputs[0], outputs[1], one)
-    return {**comparison.summary().to_dict(), "text": windows.source, "windows": sum(len(b) for b in ids), "protocol": protocol(tokenizer, seq_len)}
+    return {
+        **comparison.summary().to_dict(),
+        "text": windows.source,
+        "windows": sum(len(b) for b in ids),
+        "protocol": protocol(tokenizer, seq_len),
+    }
 
 
 def _has(model: Any, name: str) -> bool:

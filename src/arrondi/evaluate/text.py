@@ -40,8 +40,13 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")):
-        raise FileFormatError(f"{folder}: no tokenizer files. Copy tokenizer.json and tokenizer_config.json there; text cannot be read without them.")
+    if not any(
+        (folder / n).exists()
+        for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    ):
+        raise FileFormatError(
+            f"{folder}: no tokenizer files. Copy tokenizer.json and tokenizer_config.json there; text cannot be read without them."
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer raises, it is the file that is wrong
@@ -66,7 +71,9 @@ def read_windows(path: str | Path, tokenizer: Any, seq_len: int, purpose: str = 
     except IsADirectoryError as error:
         raise FileFormatError(f"{path}: a directory. Give a UTF-8 text file as {purpose}.") from error
     except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path}: not UTF-8 text (byte {error.start}). Give a plain text file as {purpose}.") from error
+        raise FileFormatError(
+            f"{path}: not UTF-8 text (byte {error.start}). Give a plain text file as {purpose}."
+        ) from error
     prefix, suffix = special_tokens(tokenizer)
     body = seq_len - len(prefix) - len(suffix)
     if body < 1:
@@ -74,7 +81,9 @@ def read_windows(path: str | Path, tokenizer: Any, seq_len: int, purpose: str = 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // body
     if count == 0:
-        raise DataError(f"{path}: {len(ids)} tokens of {purpose}, but one sample takes {body}. Give a longer text or a smaller --seq-len.")
+        raise DataError(
+            f"{path}: {len(ids)} tokens of {purpose}, but one sample takes {body}. Give a longer text or a smaller --seq-len."
+        )
     rows = torch.tensor(ids[: count * body], dtype=torch.long).reshape(count, body)
     parts = [torch.tensor(s, dtype=torch.long).expand(count, len(s)) for s in (prefix, suffix)]
     return Windows(torch.cat([parts[0], rows, parts[1]], dim=1), path.name, hashlib.sha256(raw).hexdigest())

@@ -1,7 +1,16 @@
 """Number formats, granularities and schemes: floor 0, plain data that imports neither torch nor NumPy."""
 
 from arrondi.formats.format import FORMATS, Format, codebook, get_format, integer
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape, tile_shape
+from arrondi.formats.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    scale_shape,
+    tile_shape,
+)
 from arrondi.formats.scheme import PRESETS, LayerScheme, Scheme, parse_scheme
 
 __all__ = [

@@ -11,6 +11,7 @@ Dettmers et al. 2023, arXiv:2305.14314 (NF4, FP4 of bitsandbytes).
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -85,8 +86,10 @@ def codebook(name: str, values: Iterable[float]) -> Format:
     levels = tuple(float(v) for v in values)
     if not 2 <= len(levels) <= 256:
         raise SchemeError(f"Codebook {name!r} needs 2 to 256 levels, got {len(levels)}.")
-    if not all(math.isfinite(v) for v in levels) or any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
-        raise SchemeError(f"Codebook {name!r} must list finite, strictly ascending levels, got {levels}. Sort them first.")
+    if not all(math.isfinite(v) for v in levels) or any(a >= b for a, b in itertools.pairwise(levels)):
+        raise SchemeError(
+            f"Codebook {name!r} must list finite, strictly ascending levels, got {levels}. Sort them first."
+        )
     return Format(name, "codebook", (len(levels) - 1).bit_length(), 0, len(levels) - 1, levels)
 
 
@@ -126,7 +129,7 @@ def _dynamic8() -> Format:
     levels = {0.0, 1.0}
     for i in range(7):
         edges = [0.1 + 0.9 * k / 2**i for k in range(2**i + 1)]
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             middle = (low + high) / 2 * 10.0 ** (i - 6)
             levels |= {middle, -middle}
     return codebook("dynamic8", sorted(levels))

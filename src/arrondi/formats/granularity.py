@@ -31,7 +31,9 @@ class PerGroup:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ShapeError(f"A group has at least one element, got group_size={self.size}. For one group use PerChannel().")
+            raise ShapeError(
+                f"A group has at least one element, got group_size={self.size}. For one group use PerChannel()."
+            )
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def ecsq(distribution: Distribution, rate: float) -> EntropyCoded:
     Source: Gish and Pierce 1968: at high rate the error is step² / 12, 1.533 dB above the bound.
 
     >>> [round(v, 4) for v in ecsq("laplace", 3)]
-    [0.4879, 0.0196, 0.019]
+    [0.488, 0.0196, 0.019]
     """
     import numpy as np
     from scipy.optimize import brentq

@@ -66,7 +66,9 @@ class Scheme:
             case PerBlock(rows, columns):
                 where = f"b{rows}x{columns}"
         zero = {"none": "", "integer": "/asym", "float": "/offset"}[self.zero_point]
-        scale = {"float32": ""}.get(self.scale, f"/{self.scale}") if isinstance(self.scale, str) else f"/s:({self.scale})"
+        scale = (
+            {"float32": ""}.get(self.scale, f"/{self.scale}") if isinstance(self.scale, str) else f"/s:({self.scale})"
+        )
         return f"{self.format}/{where}{zero}{scale}"
 
 
@@ -96,7 +98,9 @@ class LayerScheme:
         return replace(self, weights=replace(self.weights, granularity=granularity))
 
     def __str__(self) -> str:
-        return f"w={self.weights}" + (f",a={self.activations}{'' if self.dynamic else '/static'}" if self.activations else "")
+        return f"w={self.weights}" + (
+            f",a={self.activations}{'' if self.dynamic else '/static'}" if self.activations else ""
+        )
 
 
 def _int(bits: int, granularity: Granularity, zero_point: Literal["none", "integer", "float"] = "none") -> Scheme:
@@ -160,7 +164,9 @@ def parse_scheme(text: str) -> LayerScheme:
     items = [_split(item, text) for item in text.split(",")]
     parts = dict(items)
     if "w" not in parts or parts.keys() - {"w", "a"} or len(parts) < len(items):
-        raise SchemeError(f"A scheme has 'w=…' and optionally 'a=…', got {text!r}. Example: w=int4/g128/asym,a=int8/token.")
+        raise SchemeError(
+            f"A scheme has 'w=…' and optionally 'a=…', got {text!r}. Example: w=int4/g128/asym,a=int8/token."
+        )
     weights, _ = _parse_tensor(parts["w"], PerChannel(), text)
     if "a" not in parts:
         return LayerScheme(weights)

@@ -30,7 +30,16 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         else:
             nbytes, what = entries[name].nbytes, entries[name].dtype
         bits = 8 * nbytes / max(math.prod(shape), 1)
-        tensors.append({"name": name, "shape": list(shape), "format": what, "bytes": nbytes, "bits_per_weight": round(bits, 4), "quantized": placed is not None})
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(shape),
+                "format": what,
+                "bytes": nbytes,
+                "bits_per_weight": round(bits, 4),
+                "quantized": placed is not None,
+            }
+        )
     weights = sum(math.prod(t["shape"]) for t in tensors)
     packed = [t for t in tensors if t["quantized"]]
     packed_weights = sum(math.prod(t["shape"]) for t in packed)

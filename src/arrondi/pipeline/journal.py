@@ -49,7 +49,11 @@ class Journal:
             raise OutputError(f"{out}: a file. Give a directory that does not exist yet.")
         if out.exists() and any(out.iterdir()) and not self.work.exists():
             if not (overwrite and finished_key(out)):
-                what = "a finished model of another run" if finished_key(out) else f"{next(iter(sorted(out.iterdir()))).name} and maybe more"
+                what = (
+                    "a finished model of another run"
+                    if finished_key(out)
+                    else f"{next(iter(sorted(out.iterdir()))).name} and maybe more"
+                )
                 fix = " or add --overwrite" if finished_key(out) else ""
                 raise OutputError(f"{out}: already holds {what}. Nothing was touched: choose a new directory{fix}.")
             shutil.rmtree(out)
@@ -64,7 +68,9 @@ class Journal:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
-            raise OutputError(f"{self.out}: another run is writing here. Wait for it, or choose a new directory.") from error
+            raise OutputError(
+                f"{self.out}: another run is writing here. Wait for it, or choose a new directory."
+            ) from error
         return lock
 
     def _open(self, key: str) -> Any:

@@ -47,7 +47,11 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any
             setattr(module, leaf, stack)
         else:
             model.set_submodule(module_name, _linear(skeleton, module_name, module, found[0][1], tensors, kind))
-    rest = [n for n in skeleton.empty if n not in packed and n.rpartition(".")[0] not in {p.rpartition(".")[0] for p in packed}]
+    rest = [
+        n
+        for n in skeleton.empty
+        if n not in packed and n.rpartition(".")[0] not in {p.rpartition(".")[0] for p in packed}
+    ]
     rest += [n for n in skeleton.empty if n not in packed and n not in rest and not _gone(model, n)]
     for name in rest:
         skeleton.fill([name])
@@ -69,22 +73,30 @@ def _packed_slots(skeleton: Skeleton) -> dict[str, list[tuple[Slot, str]]]:
     for source in skeleton.checkpoint.placed:
         slots = skeleton.slots(source)
         if not slots:
-            raise FileFormatError(f"{skeleton.checkpoint.folder.path}: {source} is quantized, but transformers computes its parameter from it in a way that packed codes cannot follow.")
+            raise FileFormatError(
+                f"{skeleton.checkpoint.folder.path}: {source} is quantized, but transformers computes its parameter from it in a way that packed codes cannot follow."
+            )
         for slot in slots:
             packed.setdefault(slot.param, []).append((slot, source))
     return packed
 
 
-def _linear(skeleton: Skeleton, name: str, module: Any, source: str, tensors: dict[str, Any], kind: torch.dtype) -> QLinear:
+def _linear(
+    skeleton: Skeleton, name: str, module: Any, source: str, tensors: dict[str, Any], kind: torch.dtype
+) -> QLinear:
     bias = None
     if module._parameters.get("bias") is not None:
         skeleton.fill([f"{name}.bias"])
         bias = module.bias.detach().to(kind)
     scheme = skeleton.checkpoint.placed[source].scheme
-    return QLinear(tensors[source], bias, activations=scheme.activations, dtype=kind, transposed=type(module).__name__ == "Conv1D")
+    return QLinear(
+        tensors[source], bias, activations=scheme.activations, dtype=kind, transposed=type(module).__name__ == "Conv1D"
+    )
 
 
-def _stack(found: list[tuple[Slot, str]], tensors: dict[str, Any], skeleton: Skeleton, param: str, kind: torch.dtype) -> QStack:
+def _stack(
+    found: list[tuple[Slot, str]], tensors: dict[str, Any], skeleton: Skeleton, param: str, kind: torch.dtype
+) -> QStack:
     """The quantized matrices of a fused parameter, in order."""
     count = skeleton.empty[param].shape[0]
     pieces: list[list[QTensor]] = [[] for _ in range(count)]

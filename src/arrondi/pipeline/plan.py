@@ -100,7 +100,10 @@ class Plan:
         """Peak memory in bytes and rough seconds for so many calibration and evaluation tokens."""
         largest = max((t.weights for t in self.tensors), default=0)
         matrices = sum(t.weights for t in self.quantized)
-        seconds = sum(t.weights * get_method(t.rule.method).seconds_per_gigaweight for t in self.quantized if t.rule) / 1e9 + 3
+        seconds = (
+            sum(t.weights * get_method(t.rule.method).seconds_per_gigaweight for t in self.quantized if t.rule) / 1e9
+            + 3
+        )
         if not tokens and not eval_tokens:
             return _BASE_BYTES + 3 * 4 * min(largest, 1 << 24) + 2 * largest, seconds
         blocks: dict[int, int] = {}
@@ -112,7 +115,11 @@ class Plan:
         width = max((t.shape[-1] for t in self.quantized), default=0)
         hidden = min((t.shape[-1] for t in self.quantized), default=0)
         activations = 4 * hidden * (tokens + 2 * eval_tokens)
-        solving = 4 * (4 * width**2 + 4 * block // 3) if any(get_method(t.rule.method).needs_moment for t in self.quantized if t.rule) else 0
+        solving = (
+            4 * (4 * width**2 + 4 * block // 3)
+            if any(get_method(t.rule.method).needs_moment for t in self.quantized if t.rule)
+            else 0
+        )
         seconds += 2 * matrices * (3.4 * tokens + 2 * eval_tokens) / _FLOPS
         return _BASE_BYTES + activations + 4 * max(outer, block + solving // 4), seconds
 
@@ -128,7 +135,10 @@ class Plan:
             "output_bytes": self.output_bytes,
             "bits_per_weight": round(bits / quantized, 4) if quantized else None,
             "model_bits_per_weight": round(8 * self.output_bytes / max(total, 1), 4),
-            "counts": {s: sum(t.status == s for t in self.tensors) for s in ("quantized", "kept by rule", "kept because impossible")},
+            "counts": {
+                s: sum(t.status == s for t in self.tensors)
+                for s in ("quantized", "kept by rule", "kept because impossible")
+            },
             "problems": self.problems,
             "notes": self.notes,
             "tensors": [
@@ -168,7 +178,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, *, layout: str | None = None, 
             problems.append(f"{t.name}: {refusal}. Use --layout arrondi, or another scheme.")
             break
     if not any(t.status == "quantized" for t in tensors) and not problems:
-        problems.append("Nothing would be quantized: the model has no linear layer that the rules pick. Check --targets and --ignore.")
+        problems.append(
+            "Nothing would be quantized: the model has no linear layer that the rules pick. Check --targets and --ignore."
+        )
     notes = [f"{n} is missing in the checkpoint and is taken as zero." for n in skeleton.missing]
     return Plan(tensors, chosen, problems, resolver.classes, resolver.kept_modules(tensors), notes)
 
@@ -233,9 +245,13 @@ class _Resolver:
         if ignored:
             return _with(plain, reason=f"ignored by {ignored[0]!r}{tied}")
         if any("Embedding" in c for c in classes):
-            return _with(plain, status="kept because impossible", reason=f"an embedding is looked up, not multiplied{tied}")
+            return _with(
+                plain, status="kept because impossible", reason=f"an embedding is looked up, not multiplied{tied}"
+            )
         if not product:
-            return _with(plain, status="kept because impossible", reason=f"not a matrix product ({'/'.join(sorted(classes))})")
+            return _with(
+                plain, status="kept because impossible", reason=f"not a matrix product ({'/'.join(sorted(classes))})"
+            )
         if shape[-2] < _SMALL_OUTPUT:
             return _with(plain, reason=f"only {shape[-2]} outputs")
         for module_name, module in modules.items():
@@ -248,7 +264,9 @@ class _Resolver:
             if self.keep_misfits:
                 return _with(plain, status="kept because impossible", reason=misfit.partition(". ")[0])
             self.problems.append(misfit)
-        return _with(plain, status="quantized", reason=f"rule {self.recipe.rules.index(rule) + 1}", rule=rule, scheme=scheme)
+        return _with(
+            plain, status="quantized", reason=f"rule {self.recipe.rules.index(rule) + 1}", rule=rule, scheme=scheme
+        )
 
     def _rule(self, names: list[str], classes: set[str]) -> Rule | None:
         found = None
@@ -270,11 +288,16 @@ class _Resolver:
         all_names = self.names | {n for n, _ in self.model.named_modules()}
         sentences = []
         for option, selector in asked:
-            if selector in self.used or (option == "--ignore" and any(matches(selector, [n], [type(m).__name__]) for n, m in self.model.named_modules())):
+            if selector in self.used or (
+                option == "--ignore"
+                and any(matches(selector, [n], [type(m).__name__]) for n, m in self.model.named_modules())
+            ):
                 continue
             near = difflib.get_close_matches(selector.removeprefix("re:"), all_names, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            sentences.append(f"{option} {selector!r} matches nothing in this model.{hint} `arrondi plan` lists the names.")
+            sentences.append(
+                f"{option} {selector!r} matches nothing in this model.{hint} `arrondi plan` lists the names."
+            )
         return sentences
 
     def kept_modules(self, tensors: list[PlannedTensor]) -> list[str]:
@@ -299,7 +322,13 @@ def _misfit(scheme: Scheme, shape: tuple[int, ...], name: str) -> str | None:
         case PerGroup(size) if shape[-1] % size:
             fixed = scheme.scale == "e8m0" or isinstance(scheme.scale, Scheme)
             fits = [g for g in (256, 128, 64, 32, 16, 8) if shape[-1] % g == 0]
-            advice = f"Use --group-size {fits[0]}" if fits and not fixed else "Use --group-size -1 (one group a row)" if not fixed else "Use another scheme"
+            advice = (
+                f"Use --group-size {fits[0]}"
+                if fits and not fixed
+                else "Use --group-size -1 (one group a row)"
+                if not fixed
+                else "Use another scheme"
+            )
             return f"{name}: group_size {size} does not divide its last axis of {shape[-1]}. {advice}, or keep such layers as they are with --keep-misfits."
         case PerBlock(rows, columns) if shape[-1] % columns or shape[-2] % rows:
             return f"{name}: blocks of {rows} × {columns} do not divide its shape {tuple(shape)}. Use another scheme, or --keep-misfits."

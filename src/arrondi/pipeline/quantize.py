@@ -113,7 +113,9 @@ def quantize_model(
     out = Path(out)
     checkpoint = Checkpoint.open(model)
     if checkpoint.quantized:
-        raise SchemeError(f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN.")
+        raise SchemeError(
+            f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
+        )
     if out.resolve() == checkpoint.folder.path.resolve():
         raise OutputError(f"{out}: output and model are the same directory. Choose another output.")
     skeleton = Skeleton(checkpoint)
@@ -132,11 +134,14 @@ def quantize_model(
 class _Run:
     """One execution: the state that the steps share."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, texts: _Texts, journal: Journal, shard_bytes: int, progress: Progress) -> None:
+    def __init__(
+        self, skeleton: Skeleton, plan: Plan, texts: _Texts, journal: Journal, shard_bytes: int, progress: Progress
+    ) -> None:
         self.skeleton, self.plan, self.texts, self.journal, self.progress = skeleton, plan, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
+        self.bfloat16 = _bfloat16_pays(skeleton)
         self.chain: Chain | None = None
         if texts.calibration is not None or texts.evaluation is not None:
             self.chain = Chain(skeleton, _activations(plan))
@@ -146,10 +151,15 @@ class _Run:
         if "measured" not in self.journal.steps:
             self.writer = ShardWriter(self.journal.work, self.shards)
             with torch.no_grad():
-                measured = self._with_chain(self.chain) if self.chain is not None else self._without_chain()
+                if self.chain is None:
+                    self._without_chain()
+                measured = None if self.chain is None else self._with_chain(self.chain)
             self.writer.sync()
             self.writer.close()
-            self.journal.record("measured", {"measured": measured, "rows": self.rows, "seconds": round(time.monotonic() - self.started, 2)})
+            self.journal.record(
+                "measured",
+                {"measured": measured, "rows": self.rows, "seconds": round(time.monotonic() - self.started, 2)},
+            )
         done = self.journal.steps["measured"]
         return self._publish(facts, key, done)
 
@@ -195,7 +205,7 @@ class _Run:
             else:
                 self._step(name, lambda tensors=tensors, i=i: self._block(tensors, chain, i, hidden))  # type: ignore[misc]
             if not last or self._outer_quantized():
-                _advance(chain, i, hidden)
+                _advance(chain, i, hidden, bfloat16=self.bfloat16)
             _advance(chain, i, rounded)
             chain.drop(i)
             self.skeleton.overrides.clear()
@@ -208,14 +218,20 @@ class _Run:
         self.progress(len(chain) + 1, total, "measuring")
         return self._measure(chain, evaluation, eval_ids, reference, rounded)
 
-    def _block(self, tensors: list[PlannedTensor], chain: Chain, i: int, hidden: HiddenStore) -> list[dict[str, Any] | None]:
+    def _block(
+        self, tensors: list[PlannedTensor], chain: Chain, i: int, hidden: HiddenStore
+    ) -> list[dict[str, Any] | None]:
         """Round the weights of a filled block and write everything in it."""
-        forwards = [lambda j=j: chain.run(i, hidden[j]) for j in range(len(hidden))]  # type: ignore[misc]
+        forwards = [lambda j=j: chain.run(i, hidden[j], bfloat16=self.bfloat16) for j in range(len(hidden))]
         return self._round_and_write(tensors, forwards)
 
-    def _round_and_write(self, tensors: list[PlannedTensor], forwards: Sequence[Callable[[], object]]) -> list[dict[str, Any] | None]:
+    def _round_and_write(
+        self, tensors: list[PlannedTensor], forwards: Sequence[Callable[[], object]]
+    ) -> list[dict[str, Any] | None]:
         wanted = [t for t in tensors if t.status == "quantized"]
-        rows: list[dict[str, Any] | None] = [self._put(r) for r in BlockRounder(self.skeleton, wanted, forwards).round()]
+        rows: list[dict[str, Any] | None] = [
+            self._put(r) for r in BlockRounder(self.skeleton, wanted, forwards).round()
+        ]
         for tensor in tensors:
             if tensor.status != "quantized":
                 self._copy(tensor)
@@ -233,19 +249,23 @@ class _Run:
     def _outer_quantized(self) -> bool:
         return any(t.block is None for t in self.plan.quantized)
 
-    def _outer(self, tensors: list[PlannedTensor], chain: Chain, ids: list[torch.Tensor], hidden: HiddenStore) -> list[dict[str, Any] | None]:
+    def _outer(
+        self, tensors: list[PlannedTensor], chain: Chain, ids: list[torch.Tensor], hidden: HiddenStore
+    ) -> list[dict[str, Any] | None]:
         """What lies outside the blocks; a head or a pooler is calibrated on what the rounded blocks give."""
         wanted = [p for t in tensors if t.status == "quantized" for p in self.skeleton.params_of[t.name]]
         if not wanted:
             return self._round_and_write(tensors, [])
         with chain.outer_loaded():
             self.skeleton.fill(wanted)
-            forwards = [lambda j=j: chain.finish(ids[j], hidden[j]) for j in range(len(ids))]  # type: ignore[misc]
+            forwards = [lambda j=j: chain.finish(ids[j], hidden[j]) for j in range(len(ids))]
             rows = self._round_and_write(tensors, forwards)
         self.skeleton.drop(wanted)
         return rows
 
-    def _measure(self, chain: Chain, windows: Windows, ids: list[torch.Tensor], reference: HiddenStore, rounded: HiddenStore) -> dict[str, Any]:
+    def _measure(
+        self, chain: Chain, windows: Windows, ids: list[torch.Tensor], reference: HiddenStore, rounded: HiddenStore
+    ) -> dict[str, Any]:
         """Original against rounded, window by window."""
         comparison = comparison_for(chain.model)
         outer = [t for t in self.plan.quantized if t.block is None]
@@ -266,7 +286,12 @@ class _Run:
                 for (j, k), original in outputs.items():
                     comparison.add(original, finish(rounded, j, k), ids[j][k : k + 1])
             self.skeleton.overrides.clear()
-        return {**comparison.summary().to_dict(), "text": self.texts.evaluation_source, "windows": len(windows), "protocol": self.texts.protocol}
+        return {
+            **comparison.summary().to_dict(),
+            "text": self.texts.evaluation_source,
+            "windows": len(windows),
+            "protocol": self.texts.protocol,
+        }
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -293,8 +318,16 @@ class _Run:
         with guard_disk(out):
             for path in source.other_files():
                 shutil.copyfile(path, out / path.name)
-        quantization = self.plan.layout.config([t.placed for t in self.plan.quantized], self.plan.kept_modules, self.plan.classes)
-        report = {**facts, "seconds": done["seconds"], "evaluation": done["measured"], "layers": done["rows"], "kept": _kept(self.plan)}
+        quantization = self.plan.layout.config(
+            [t.placed for t in self.plan.quantized], self.plan.kept_modules, self.plan.classes
+        )
+        report = {
+            **facts,
+            "seconds": done["seconds"],
+            "evaluation": done["measured"],
+            "layers": done["rows"],
+            "kept": _kept(self.plan),
+        }
         write_json(out / "report.json", report)
         write_json(out / MANIFEST, {"run": key, **_manifest(facts)})
         write_json(out / "config.json", {**source.config, "quantization_config": quantization})
@@ -302,9 +335,18 @@ class _Run:
         return report
 
 
-def _advance(chain: Chain, i: int, store: HiddenStore) -> None:
+def _advance(chain: Chain, i: int, store: HiddenStore, *, bfloat16: bool = False) -> None:
     for j in range(len(store)):
-        store[j] = chain.run(i, store[j])
+        store[j] = chain.run(i, store[j], bfloat16=bfloat16)
+
+
+def _bfloat16_pays(skeleton: Skeleton) -> bool:
+    """Whether calibration may use bfloat16 products: the weights have no more digits, and the CPU multiplies them faster.
+
+    Measuring never does: its differences are as small as bfloat16's own error.
+    """
+    narrow = all(e.dtype != "F32" for e in skeleton.checkpoint.folder.entries.values() if len(e.shape) > 1)
+    return narrow and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _batch_size(windows: Windows) -> int:
@@ -313,7 +355,11 @@ def _batch_size(windows: Windows) -> int:
 
 def _activations(plan: Plan) -> dict[str, Any]:
     """Module → scheme of its input, where activations are quantized at run time."""
-    return {t.module: t.scheme.activations for t in plan.quantized if t.scheme and t.scheme.activations and t.module in plan.classes}
+    return {
+        t.module: t.scheme.activations
+        for t in plan.quantized
+        if t.scheme and t.scheme.activations and t.module in plan.classes
+    }
 
 
 def _grouped(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:
@@ -333,7 +379,9 @@ def _read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> _Te
     """Tokenize, cut, hold back and choose."""
     needs = [r.method for r in recipe.rules if r.scheme is not None and get_method(r.method).needs_moment]
     if needs and options.calibration is None:
-        raise DataError(f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq.")
+        raise DataError(
+            f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq."
+        )
     if options.calibration is None and (options.eval_text is None or not options.evaluate):
         return _Texts()
     folder = skeleton.checkpoint.folder.path
@@ -348,7 +396,9 @@ def _read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> _Te
         chosen = torch.randperm(len(pool), generator=generator)[: options.samples].sort().values
         texts.calibration = Windows(pool[chosen], windows.source, windows.text_hash)
         if held:
-            texts.evaluation = Windows(windows.ids[len(pool) :][: options.eval_samples], windows.source, windows.text_hash)
+            texts.evaluation = Windows(
+                windows.ids[len(pool) :][: options.eval_samples], windows.source, windows.text_hash
+            )
             texts.evaluation_source = f"last tenth of {windows.source}, not calibrated on"
     if options.eval_text is not None and options.evaluate:
         windows = read_windows(options.eval_text, tokenizer, seq_len, "evaluation text")
@@ -362,16 +412,22 @@ def _check_ids(skeleton: Skeleton, texts: _Texts) -> None:
     vocabulary = getattr(skeleton.model.config, "vocab_size", None)
     for windows in (texts.calibration, texts.evaluation):
         if windows is not None and vocabulary and int(windows.ids.max()) >= vocabulary:
-            raise DataError(f"The tokenizer gives token {int(windows.ids.max())}, but the model knows {vocabulary}. They do not belong together.")
+            raise DataError(
+                f"The tokenizer gives token {int(windows.ids.max())}, but the model knows {vocabulary}. They do not belong together."
+            )
 
 
 def _check_space(out: Path, plan: Plan, resumed: bool) -> None:
     free, need = shutil.disk_usage(out).free, plan.output_bytes
     if not resumed and free < need:
-        raise OutputError(f"{out}: the output needs {need / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free. Free some space or choose another disk.")
+        raise OutputError(
+            f"{out}: the output needs {need / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free. Free some space or choose another disk."
+        )
 
 
-def _run_key(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: _Texts, shard_bytes: int) -> str:
+def _run_key(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: _Texts, shard_bytes: int
+) -> str:
     """Identifies a run: same key, same bytes."""
     import transformers
 
@@ -396,7 +452,7 @@ def _facts(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions
     calibration = texts.calibration
     return {
         "model": str(checkpoint.folder.path),
-        "architecture": type(plan).__name__ and (checkpoint.folder.config.get("architectures") or [None])[0],
+        "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
         "fingerprint": checkpoint.folder.fingerprint(),
         "recipe": recipe.to_dict(),
         "layout": plan.layout.name,
@@ -407,15 +463,28 @@ def _facts(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions
         "counts": summary["counts"],
         "calibration": None
         if calibration is None
-        else {"text": calibration.source, "sha256": calibration.text_hash, "windows": len(calibration), "tokens": calibration.ids.numel(), "seed": text.seed},
+        else {
+            "text": calibration.source,
+            "sha256": calibration.text_hash,
+            "windows": len(calibration),
+            "tokens": calibration.ids.numel(),
+            "seed": text.seed,
+        },
         "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
         "notes": plan.notes,
-        "versions": {"arrondi": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {
+            "arrondi": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 
 def _manifest(facts: dict[str, Any]) -> dict[str, Any]:
-    return {k: facts[k] for k in ("fingerprint", "recipe", "layout", "calibration", "evaluation_text_sha256", "versions")}
+    return {
+        k: facts[k] for k in ("fingerprint", "recipe", "layout", "calibration", "evaluation_text_sha256", "versions")
+    }
 
 
 def _kept(plan: Plan) -> list[dict[str, Any]]:

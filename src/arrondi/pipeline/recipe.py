@@ -75,7 +75,14 @@ class Recipe:
                 scheme = None if entry["scheme"] is None else parse_scheme(entry["scheme"])
                 if scheme is not None and "group_size" in entry:
                     scheme = scheme.with_group_size(entry["group_size"])
-                rules.append(Rule(scheme, entry.get("method", "rtn"), tuple(entry.get("targets", ["Linear"])), entry.get("options", {})))
+                rules.append(
+                    Rule(
+                        scheme,
+                        entry.get("method", "rtn"),
+                        tuple(entry.get("targets", ["Linear"])),
+                        entry.get("options", {}),
+                    )
+                )
             ignore = document.get("ignore")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, SchemeError):
@@ -87,7 +94,12 @@ class Recipe:
         """What `report.json` and the run's key record."""
         return {
             "rules": [
-                {"scheme": None if r.scheme is None else str(r.scheme), "method": r.method, "targets": list(r.targets), "options": dict(r.options)}
+                {
+                    "scheme": None if r.scheme is None else str(r.scheme),
+                    "method": r.method,
+                    "targets": list(r.targets),
+                    "options": dict(r.options),
+                }
                 for r in self.rules
             ],
             "ignore": None if self.ignore is None else list(self.ignore),
@@ -107,6 +119,8 @@ def matches(selector: str, names: Iterable[str], classes: Iterable[str]) -> bool
         try:
             pattern = re.compile(selector[3:])
         except re.error as error:
-            raise SchemeError(f"Selector {selector!r} is not a regular expression: {error}. Escape dots and brackets with a backslash.") from error
+            raise SchemeError(
+                f"Selector {selector!r} is not a regular expression: {error}. Escape dots and brackets with a backslash."
+            ) from error
         return any(pattern.match(name) for name in names)
     return selector in classes or selector in names

@@ -48,7 +48,10 @@ def dequantize_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: already holds something. Nothing was touched: choose a new directory.")
     stored = {n: e.torch_dtype for n, e in checkpoint.folder.entries.items()}
-    types = {n: kind if stored.get(n, kind).is_floating_point or n in checkpoint.placed else stored[n] for n in checkpoint.names}
+    types = {
+        n: kind if stored.get(n, kind).is_floating_point or n in checkpoint.placed else stored[n]
+        for n in checkpoint.names
+    }
     plan = ShardPlan.split([(n, types[n], shape) for n, shape in checkpoint.names.items()], shard_bytes)
     with guard_disk(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,11 @@ def dequantize_model(
         if progress:
             progress(i, len(checkpoint.names), name)
         value = checkpoint.read(name)
-        plain = value.dequantize(kind).reshape(checkpoint.names[name]) if isinstance(value, QTensor) else value.to(types[name])
+        plain = (
+            value.dequantize(kind).reshape(checkpoint.names[name])
+            if isinstance(value, QTensor)
+            else value.to(types[name])
+        )
         writer.put(name, plain)
     writer.sync()
     writer.close()
@@ -69,4 +76,9 @@ def dequantize_model(
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = dtype
     write_json(out / "config.json", config)
-    return {"restored": len(checkpoint.placed), "copied": len(checkpoint.names) - len(checkpoint.placed), "bytes": plan.nbytes, "dtype": dtype}
+    return {
+        "restored": len(checkpoint.placed),
+        "copied": len(checkpoint.names) - len(checkpoint.placed),
+        "bytes": plan.nbytes,
+        "dtype": dtype,
+    }

@@ -66,7 +66,9 @@ def sqnr(weight: torch.Tensor, restored: torch.Tensor) -> float:
 
 def rowwise(scheme: Scheme) -> bool:
     """Whether each row of a matrix is rounded by itself."""
-    return scheme.granularity == PerChannel() or (isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme))
+    return scheme.granularity == PerChannel() or (
+        isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
+    )
 
 
 def round_tensor(tensor: PlannedTensor, weight: torch.Tensor) -> Rounded:
@@ -175,7 +177,9 @@ class BlockRounder:
             for slot in slots:
                 piece = _Piece(tensor, slot, self._weight(slot))
                 if not bool(torch.isfinite(piece.weight).all()):
-                    raise DataError(f"{tensor.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore.")
+                    raise DataError(
+                        f"{tensor.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
+                    )
                 self.pieces.setdefault(self._main(slot.param), []).append(piece)
         self.results: dict[str, list[Rounded]] = {}
 
@@ -208,12 +212,16 @@ class BlockRounder:
             for stage in stages:
                 moments = self._collect(stage.leaders, params)
                 for leader in dict.fromkeys(stage.leaders.values()):
-                    self._round_together([p for p, l in stage.leaders.items() if l == leader], stage.reduces_last, moments)
+                    self._round_together(
+                        [p for p, l in stage.leaders.items() if l == leader], stage.reduces_last, moments
+                    )
             for param in self.pieces.keys() - used:
                 self._round_param(param, True, {})
         return [self._joined(t) for t in self.tensors]
 
-    def _collect(self, leaders: dict[str, str], params: dict[str, torch.Tensor]) -> dict[tuple[str, int | None], SecondMoment]:
+    def _collect(
+        self, leaders: dict[str, str], params: dict[str, torch.Tensor]
+    ) -> dict[tuple[str, int | None], SecondMoment]:
         """Second moments of the inputs of a stage, one for each leader (and each matrix of a fused parameter)."""
         moments: dict[tuple[str, int | None], SecondMoment] = {}
         wanted = set(leaders.values())
@@ -224,7 +232,7 @@ class BlockRounder:
         def report(product: Product) -> None:
             if product.param not in wanted:
                 return
-            key = (product.param, product.index)
+            key = (product.param, product.matrix)
             if key not in moments:
                 moments[key] = SecondMoment(product.x.shape[-1])
             moments[key].update(product.x)
@@ -239,7 +247,9 @@ class BlockRounder:
                     forward()
         return moments
 
-    def _round_together(self, params: list[str], reduces_last: dict[str, bool], moments: dict[tuple[str, int | None], SecondMoment]) -> None:
+    def _round_together(
+        self, params: list[str], reduces_last: dict[str, bool], moments: dict[tuple[str, int | None], SecondMoment]
+    ) -> None:
         """Round parameters that read the same input; those with the same rule and scheme in one sweep."""
         batches: dict[Any, list[_Piece]] = {}
         for param in params:
@@ -265,7 +275,7 @@ class BlockRounder:
         options = rule.options
         if method.needs_moment and (moment is None or moment.tokens == 0):
             # No token reached it (an expert never chosen, a module never run): nothing is known of its inputs.
-            method, options, moment = get_method("rtn"), {"range": "mse"}, None
+            method, options, moment = get_method("rtn"), {"range": "search"}, None
         weight = torch.cat([p.weight for p in pieces])
         if last:
             q = method.run(weight, scheme, moment, name=tensor.name, **options)
@@ -291,7 +301,13 @@ class BlockRounder:
         errors = [p.output_error for p in parts if p.output_error is not None]
         tokens = [p.tokens for p in parts if p.tokens is not None]
         ratio = sum(p.sqnr_db for p in parts) / len(parts)
-        return Rounded(tensor, stack_rows([p.q for p in parts]), ratio, sum(errors) / len(errors) if errors else None, min(tokens) if tokens else None)
+        return Rounded(
+            tensor,
+            stack_rows([p.q for p in parts]),
+            ratio,
+            sum(errors) / len(errors) if errors else None,
+            min(tokens) if tokens else None,
+        )
 
 
 def output_error(weight: torch.Tensor, restored: torch.Tensor, moment: SecondMoment, last: bool = True) -> float:

@@ -3,4 +3,12 @@
 from arrondi.report.progress import progress_bar
 from arrondi.report.tables import print_demo, print_evaluation, print_facts, print_inspection, print_plan, print_report
 
-__all__ = ["print_demo", "print_evaluation", "print_facts", "print_inspection", "print_plan", "print_report", "progress_bar"]
+__all__ = [
+    "print_demo",
+    "print_evaluation",
+    "print_facts",
+    "print_inspection",
+    "print_plan",
+    "print_report",
+    "progress_bar",
+]

@@ -14,11 +14,27 @@ _MOST_ROWS = 400
 def print_plan(plan: dict[str, Any]) -> None:
     """The resolved plan."""
     console = Console()
-    table = Table("tensor", "shape", "becomes", "method", "bits/weight", "bytes", "why", title=f"Plan for {plan['model']}")
+    table = Table(
+        "tensor", "shape", "becomes", "method", "bits/weight", "bytes", "why", title=f"Plan for {plan['model']}"
+    )
     for t in plan["tensors"][:_MOST_ROWS]:
-        becomes = t["scheme"] if t["status"] == "quantized" else "kept" if t["status"] == "kept by rule" else "kept (impossible)"
+        becomes = (
+            t["scheme"]
+            if t["status"] == "quantized"
+            else "kept"
+            if t["status"] == "kept by rule"
+            else "kept (impossible)"
+        )
         method = t["method"] if t["status"] == "quantized" else ""
-        table.add_row(t["name"], _shape(t["shape"]), becomes, method, f"{t['bits_per_weight']:.3f}", f"{t['bytes']:,}", t["reason"])
+        table.add_row(
+            t["name"],
+            _shape(t["shape"]),
+            becomes,
+            method,
+            f"{t['bits_per_weight']:.3f}",
+            f"{t['bytes']:,}",
+            t["reason"],
+        )
     console.print(table)
     _cut(console, plan["tensors"])
     console.print(f"Layout {plan['layout']}, read by {plan['readers']}.")
@@ -44,7 +60,9 @@ def print_report(report: dict[str, Any]) -> None:
     _cut(console, report["layers"])
     silent = [r["name"] for r in report["layers"] if r["calibration_tokens"] == 0]
     if silent:
-        console.print(f"[yellow]![/] {len(silent)} weights saw no calibration token and were rounded without it: {', '.join(silent[:3])} …")
+        console.print(
+            f"[yellow]![/] {len(silent)} weights saw no calibration token and were rounded without it: {', '.join(silent[:3])} …"
+        )
     for note in report["notes"]:
         console.print(f"[yellow]![/] {note}")
     _counts(console, report["counts"])
@@ -63,7 +81,9 @@ def print_evaluation(result: dict[str, Any]) -> None:
     for key, value in result.items():
         if isinstance(value, float) and not key.endswith("_interval"):
             interval = result.get(f"{key}_interval")
-            table.add_row(key.replace("_", " "), f"{value:.5g}", f"{interval[0]:.5g} … {interval[1]:.5g}" if interval else "")
+            table.add_row(
+                key.replace("_", " "), f"{value:.5g}", f"{interval[0]:.5g} … {interval[1]:.5g}" if interval else ""
+            )
     console.print(table)
     console.print(f"{result.get('tokens', 0):,} tokens; {result['protocol']}.")
 
@@ -71,7 +91,9 @@ def print_evaluation(result: dict[str, Any]) -> None:
 def print_inspection(document: dict[str, Any]) -> None:
     """Tensors and totals of a checkpoint."""
     console = Console()
-    table = Table("tensor", "shape", "format", "bits/weight", "bytes", title=f"{document['path']}: {document['architecture']}")
+    table = Table(
+        "tensor", "shape", "format", "bits/weight", "bytes", title=f"{document['path']}: {document['architecture']}"
+    )
     for t in document["tensors"][:_MOST_ROWS]:
         table.add_row(t["name"], _shape(t["shape"]), t["format"], f"{t['bits_per_weight']:.3f}", f"{t['bytes']:,}")
     console.print(table)
@@ -86,7 +108,16 @@ def print_demo(result: dict[str, Any]) -> None:
     """The comparison of the demo."""
     console = Console()
     original = result["original"]
-    table = Table("scheme", "method", "bits/weight", "MB", "perplexity", "KL to original", "top-1 agreement", title="The sample model")
+    table = Table(
+        "scheme",
+        "method",
+        "bits/weight",
+        "MB",
+        "perplexity",
+        "KL to original",
+        "top-1 agreement",
+        title="The sample model",
+    )
     table.add_row("bf16", "—", "16", f"{original['bytes'] / 1e6:.2f}", f"{original['perplexity']:.3f}", "0", "100 %")
     for r in result["rows"]:
         table.add_row(
@@ -103,7 +134,9 @@ def print_facts(document: dict[str, Any]) -> None:
     """Plain key and value."""
     console = Console()
     for key, value in document.items():
-        console.print(f"{key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')}: {value}")
+        console.print(
+            f"{key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')}: {value}"
+        )
 
 
 def _shape(shape: list[int]) -> str:

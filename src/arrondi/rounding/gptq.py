@@ -25,7 +25,10 @@ from arrondi.rounding.grid_search import search_grid
 from arrondi.tiling import to_tiles
 
 Order = Literal["static", "dynamic", "none"]
-Range = Literal["mse", "absmax"]
+Range = Literal["search", "absmax"]
+
+_POWER = 4.0
+"""Exponent of the error in the range search; see `search_grid`."""
 
 
 def gptq(
@@ -36,7 +39,7 @@ def gptq(
     damping: float = 0.01,
     block_size: int = 128,
     order: Order = "static",
-    range: Range = "mse",
+    range: Range = "search",
     name: str = "weight",
 ) -> QTensor:
     """Round a weight so that the layer's output changes least on the calibration inputs.
@@ -49,7 +52,7 @@ def gptq(
         block_size: columns between two updates of the far columns; changes speed, not results.
         order: "static" visits columns by falling input power with scales fixed beforehand; "dynamic" forms groups in
             the visiting order (`group_index` is set); "none" goes left to right, scales from the compensated columns.
-        range: "mse" searches each group's range, weighted by the input power; "absmax" spans it.
+        range: "search" tries narrower ranges for each group, "absmax" spans it.
         name: for messages.
 
     Raises:
@@ -60,7 +63,9 @@ def gptq(
     if weight.ndim != 2:
         raise ShapeError(f"{name}: gptq rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
     if moment is None:
-        raise DataError(f"{name}: gptq needs the second moment of the layer's inputs. Give calibration text, or use rtn or hqq.")
+        raise DataError(
+            f"{name}: gptq needs the second moment of the layer's inputs. Give calibration text, or use rtn or hqq."
+        )
     if moment.n != weight.shape[1]:
         raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
     if block_size < 1 or not damping >= 0:
@@ -68,12 +73,11 @@ def gptq(
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if not bool(torch.isfinite(work).all()):
         raise DataError(f"{name}: the weights hold NaN or infinity. Repair or exclude the tensor.")
-    hessian = moment.matrix(work.dtype)
+    hessian = moment.matrix(work.dtype).to(work.device)
     alive = hessian.diagonal() > 0
-    importance = hessian.diagonal().clone()
     work = work * alive
-    permutation = None if order == "none" else torch.argsort(importance, descending=True, stable=True)
-    grids = _Grids(work, scheme, importance, range, order, permutation, name)
+    permutation = None if order == "none" else torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    grids = _Grids(work, scheme, range, order, permutation, name)
     factor = inverse_factor(hessian, damping, permutation)
     codes, _ = _sweep(work, factor, grids, block_size, permutation)
     return grids.assemble(codes)
@@ -106,48 +110,58 @@ def inverse_factor(hessian: torch.Tensor, damping: float, permutation: torch.Ten
         if not int(failed):
             break
         if damping >= 1.0:
-            raise DataError("The second moment of the inputs cannot be factored even when heavily damped: it holds NaN or infinity.")
+            raise DataError(
+                "The second moment of the inputs cannot be factored even when heavily damped: it holds NaN or infinity."
+            )
         damping = min(max(damping * 10, 1e-6), 1.0)
     del reversed_
     upper = root.flip(0, 1)
     del root
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+    return torch.linalg.solve_triangular(
+        upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True
+    )
 
 
 class _Grids:
     """Where each column's grid comes from: fixed beforehand, or fitted when the sweep reaches a group."""
 
     def __init__(
-        self, work: torch.Tensor, scheme: Scheme, importance: torch.Tensor, range: Range, order: Order, permutation: torch.Tensor | None, name: str
+        self,
+        work: torch.Tensor,
+        scheme: Scheme,
+        range: Range,
+        order: Order,
+        permutation: torch.Tensor | None,
+        name: str,
     ) -> None:
         if order not in ("static", "dynamic", "none"):
             raise SchemeError(f"Unknown order {order!r}. Known: dynamic, none, static.")
-        if range not in ("mse", "absmax"):
-            raise SchemeError(f"Unknown range {range!r}. Known: absmax, mse.")
+        if range not in ("search", "absmax"):
+            raise SchemeError(f"Unknown range {range!r}. Known: absmax, search.")
         if order == "dynamic" and not isinstance(scheme.granularity, PerGroup):
             raise SchemeError(f"Dynamic act-order forms groups of columns, got {scheme}. Use order='static'.")
         self.scheme, self.range, self.name = scheme, range, name
         self.shape = (work.shape[0], work.shape[1])
         self.tile = tile_shape(scheme.granularity, self.shape)
-        self.importance = importance
         self.permutation = permutation if order == "dynamic" else None
-        # Scales that are quantized together (per tensor) must be known together.
-        self.fitted_first = order == "static" or isinstance(scheme.scale, Scheme)
+        # Scales that are quantized together (per tensor) must be known together; one group a row is all there at the start.
+        whole = self.tile[1] == self.shape[1]
+        self.fitted_first = order == "static" or isinstance(scheme.scale, Scheme) or whole
         shape = scale_shape(scheme.granularity, self.shape)
-        self.scale = torch.ones(shape, dtype=torch.float32)
-        self.zero_point = torch.zeros(shape, dtype=torch.int32) if scheme.zero_point == "integer" else None
-        self.offset = torch.zeros(shape, dtype=torch.float32) if scheme.zero_point == "float" else None
+        self.scale = work.new_ones(shape, dtype=torch.float32)
+        self.zero_point = work.new_zeros(shape, dtype=torch.int32) if scheme.zero_point == "integer" else None
+        self.offset = work.new_zeros(shape, dtype=torch.float32) if scheme.zero_point == "float" else None
         self.nested: QTensor | None = None
         if self.fitted_first:
             columns = slice(None) if self.permutation is None else self.permutation
-            self._store(slice(None), work[:, columns].float(), importance[columns])
+            self._store(slice(None), work[:, columns].float())
         if isinstance(scheme.scale, Scheme):
             self.nested = quantize_scales(self.scale, scheme.scale, name)
             self.scale = self.nested.dequantize()
 
-    def _store(self, groups: slice, columns: torch.Tensor, importance: torch.Tensor) -> None:
-        if self.range == "mse":
-            grid = search_grid(columns, self.scheme, importance)
+    def _store(self, groups: slice, columns: torch.Tensor) -> None:
+        if self.range == "search":
+            grid = search_grid(columns, self.scheme, power=_POWER)
         else:
             grid = fit(to_tiles(columns, self.tile), self.scheme)
         for mine, new in zip((self.scale, self.zero_point, self.offset), grid, strict=True):
@@ -163,9 +177,9 @@ class _Grids:
         group = index // self.tile[1]
         if not self.fitted_first and index % self.tile[1] == 0:
             width = min(self.tile[1], self.shape[1] - index)
-            order = self.permutation if self.permutation is not None else slice(None)
-            self._store(slice(group, group + 1), current[:width].T.float(), self.importance[order][index : index + width])
-        return Grid(*(None if p is None else self._tall(p[:, group]) for p in (self.scale, self.zero_point, self.offset)))
+            self._store(slice(group, group + 1), current[:width].T.float())
+        parts = (self.scale, self.zero_point, self.offset)
+        return Grid(*(None if p is None else self._tall(p[:, group]) for p in parts))  # type: ignore[arg-type]
 
     def _tall(self, entries: torch.Tensor) -> torch.Tensor:
         """One entry for every tile of rows → one for every row."""
@@ -176,12 +190,22 @@ class _Grids:
     def assemble(self, codes: torch.Tensor) -> QTensor:
         index = None
         if self.permutation is not None:
-            index = torch.empty(self.shape[1], dtype=torch.int32)
-            index[self.permutation] = torch.arange(self.shape[1], dtype=torch.int32) // self.tile[1]
-        return QTensor(codes, self.nested if self.nested is not None else self.scale, self.zero_point, self.offset, self.scheme, index)
+            position = torch.arange(self.shape[1], dtype=torch.int32, device=codes.device)
+            index = torch.empty_like(position)
+            index[self.permutation] = position // self.tile[1]
+        return QTensor(
+            codes,
+            self.nested if self.nested is not None else self.scale,
+            self.zero_point,
+            self.offset,
+            self.scheme,
+            index,
+        )
 
 
-def _sweep(work: torch.Tensor, factor: torch.Tensor, grids: _Grids, block_size: int, permutation: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+def _sweep(
+    work: torch.Tensor, factor: torch.Tensor, grids: _Grids, block_size: int, permutation: torch.Tensor | None
+) -> tuple[torch.Tensor, float]:
     """Visit the columns in order.
 
     Returns:
@@ -193,13 +217,13 @@ def _sweep(work: torch.Tensor, factor: torch.Tensor, grids: _Grids, block_size: 
     group = grids.tile[1]
     # A group that is fitted on the way must lie inside one block, or its later columns would be stale.
     block = group * max(block_size // group, 1) if not grids.fitted_first and block_size % group else block_size
-    if not grids.fitted_first:
-        block = max(block, group)
-    rows = (work if permutation is None else work[:, permutation]).T.contiguous()  # (n, m): a column is a contiguous row
+    rows = (
+        work if permutation is None else work[:, permutation]
+    ).T.contiguous()  # (n, m): a column is a contiguous row
     originals = list(range(n)) if permutation is None else permutation.tolist()
     diagonal = factor.diagonal().tolist()
-    codes = torch.empty((n, m), dtype=code_dtype(format))
-    errors = torch.empty((min(block, n), m), dtype=work.dtype)
+    codes = work.new_empty((n, m), dtype=code_dtype(format))
+    errors = work.new_empty((min(block, n), m))
     loss = 0.0
     for start in range(0, n, block):
         stop = min(start + block, n)

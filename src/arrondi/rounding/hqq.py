@@ -33,7 +33,7 @@ def hqq(
     beta: float = 10.0,
     kappa: float = 1.01,
     iterations: int = 20,
-    normalize: bool = True,
+    normalize: bool = False,
     name: str = "weight",
 ) -> QTensor:
     """Round with the grid that half-quadratic splitting finds for each group.
@@ -45,7 +45,7 @@ def hqq(
         p: exponent of the error norm, in (0, 1].
         beta, kappa: weight of the quadratic coupling and its growth at every iteration.
         iterations: at most this many; a group stops when its mean absolute error no longer falls.
-        normalize: measure errors in steps of the grid (see above); False is the published behaviour.
+        normalize: measure errors in steps of the grid (see above); the default is the published behaviour.
         name: for messages.
 
     Raises:
@@ -53,7 +53,9 @@ def hqq(
         DataError: NaN or infinity in the weight.
     """
     if scheme.format.kind != "integer" or isinstance(scheme.scale, Scheme) or scheme.scale == "e8m0":
-        raise SchemeError(f"{name}: hqq optimises integer grids with plain scales, got {scheme}. Use rtn or gptq for this scheme.")
+        raise SchemeError(
+            f"{name}: hqq optimises integer grids with plain scales, got {scheme}. Use rtn or gptq for this scheme."
+        )
     if weight.numel() == 0:
         return quantize(weight, scheme, name=name)
     shape = tuple(weight.shape)
@@ -63,7 +65,9 @@ def hqq(
     with named(name):
         grids = [solver.solve(tiles[i : i + step].float()) for i in range(0, tiles.shape[0], step)]
     wanted = scale_shape(scheme.granularity, shape)
-    scale, zero, offset = (None if part[0] is None else torch.cat(part).reshape(wanted) for part in zip(*grids, strict=True))
+    scale, zero, offset = (
+        None if part[0] is None else torch.cat(part).reshape(wanted) for part in zip(*grids, strict=True)
+    )
     assert scale is not None
     return quantize_with(weight, scheme, Grid(scale, zero, offset), name=name)
 
@@ -72,7 +76,14 @@ class _Solver:
     """The iteration on tiles (tiles, elements), each row by itself: the grid is ŵ = scale · (code - zero)."""
 
     def __init__(self, scheme: Scheme, p: float, beta: float, kappa: float, iterations: int, normalize: bool) -> None:
-        self.scheme, self.p, self.beta, self.kappa, self.iterations, self.normalize = scheme, p, beta, kappa, iterations, normalize
+        self.scheme, self.p, self.beta, self.kappa, self.iterations, self.normalize = (
+            scheme,
+            p,
+            beta,
+            kappa,
+            iterations,
+            normalize,
+        )
 
     def solve(self, tiles: torch.Tensor) -> Grid:
         first = fit(tiles, self.scheme)

@@ -22,7 +22,7 @@ def rtn(
     scheme: Scheme,
     moment: SecondMoment | None = None,
     *,
-    range: Literal["absmax", "mse"] = "absmax",
+    range: Literal["absmax", "search"] = "absmax",
     name: str = "weight",
 ) -> QTensor:
     """The nearest code of every weight.
@@ -30,20 +30,21 @@ def rtn(
     Args:
         weight: (..., K), any float dtype, finite.
         scheme: what it becomes.
-        moment: second moment of the inputs (n = K); with range="mse" its diagonal weighs the columns.
-        range: "absmax" spans the whole group; "mse" searches a narrower range with less squared error.
+        moment: second moment of the inputs (n = K); with range="search" its diagonal weighs the columns.
+        range: "absmax" spans the whole group; "search" tries narrower ranges and takes the one with the least error.
         name: for messages.
 
     Raises:
         SchemeError: another `range`.
         DataError: NaN or infinity in the weight.
     """
-    if range not in ("absmax", "mse"):
-        raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, mse.")
+    if range not in ("absmax", "search"):
+        raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, search.")
     if range == "absmax" or weight.numel() == 0:
         return quantize(weight, scheme, name=name)
     with named(name):
-        grid = searched(weight.detach(), scheme, None if moment is None else moment.diagonal(), name)
+        importance = None if moment is None else moment.diagonal().to(weight.device)
+        grid = searched(weight.detach(), scheme, importance, name)
     return quantize_with(weight, scheme, grid, name=name)
 
 
