@@ -178,8 +178,14 @@ def test_a_row_of_the_table_is_filled_in(method: str) -> None:
 
 def test_the_options_of_the_methods() -> None:
     assert set(METHODS) == {"rtn", "hqq", "gptq"}
-    assert METHODS["rtn"].options == {"range": "absmax"}
-    assert METHODS["gptq"].options == {"damping": 0.01, "block_size": 128, "order": "static", "range": "search"}
+    assert METHODS["rtn"].options == {"range": "absmax", "power": 2.5}
+    assert METHODS["gptq"].options == {
+        "damping": 0.01,
+        "block_size": 128,
+        "order": "static",
+        "range": "search",
+        "power": 4.0,
+    }
     assert set(METHODS["hqq"].options) == {"p", "beta", "kappa", "iterations", "normalize"}
 
 

@@ -581,9 +581,8 @@ class _Cells:
         )
 
     def density(self, channel: int, low: float, high: float) -> _Density:
-        """The occupied cells of a channel, cut to its extremes; exact zeros, which no grid misses, are left out."""
-        counts = self.counts[channel].clone()
-        counts[self.half] -= self.zeros[channel]
+        """The occupied cells of a channel, cut to its extremes."""
+        counts = self.counts[channel]
         place = torch.nonzero(counts).flatten()
         begin, _, end = (v[place].clamp(low, high).numpy() for v in self.values())
         return _Density(begin, end, counts[place].double().numpy())

@@ -27,9 +27,6 @@ from arrondi.tiling import to_tiles
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax"]
 
-_POWER = 4.0
-"""Exponent of the error in the range search; see `search_grid`."""
-
 
 def gptq(
     weight: torch.Tensor,
@@ -40,6 +37,7 @@ def gptq(
     block_size: int = 128,
     order: Order = "static",
     range: Range = "search",
+    power: float = 4.0,
     name: str = "weight",
 ) -> QTensor:
     """Round a weight so that the layer's output changes least on the calibration inputs.
@@ -53,6 +51,7 @@ def gptq(
         order: "static" visits columns by falling input power with scales fixed beforehand; "dynamic" forms groups in
             the visiting order (`group_index` is set); "none" goes left to right, scales from the compensated columns.
         range: "search" tries narrower ranges for each group, "absmax" spans it.
+        power: exponent of the error that the search minimises; see `search_grid`.
         name: for messages.
 
     Raises:
@@ -77,7 +76,7 @@ def gptq(
     alive = hessian.diagonal() > 0
     work = work * alive
     permutation = None if order == "none" else torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    grids = _Grids(work, scheme, range, order, permutation, name)
+    grids = _Grids(work, scheme, range, power, order, permutation, name)
     factor = inverse_factor(hessian, damping, permutation)
     codes, _ = _sweep(work, factor, grids, block_size, permutation)
     return grids.assemble(codes)
@@ -130,6 +129,7 @@ class _Grids:
         work: torch.Tensor,
         scheme: Scheme,
         range: Range,
+        power: float,
         order: Order,
         permutation: torch.Tensor | None,
         name: str,
@@ -140,7 +140,7 @@ class _Grids:
             raise SchemeError(f"Unknown range {range!r}. Known: absmax, search.")
         if order == "dynamic" and not isinstance(scheme.granularity, PerGroup):
             raise SchemeError(f"Dynamic act-order forms groups of columns, got {scheme}. Use order='static'.")
-        self.scheme, self.range, self.name = scheme, range, name
+        self.scheme, self.range, self.power, self.name = scheme, range, power, name
         self.shape = (work.shape[0], work.shape[1])
         self.tile = tile_shape(scheme.granularity, self.shape)
         self.permutation = permutation if order == "dynamic" else None
@@ -161,7 +161,7 @@ class _Grids:
 
     def _store(self, groups: slice, columns: torch.Tensor) -> None:
         if self.range == "search":
-            grid = search_grid(columns, self.scheme, power=_POWER)
+            grid = search_grid(columns, self.scheme, power=self.power)
         else:
             grid = fit(to_tiles(columns, self.tile), self.scheme)
         for mine, new in zip((self.scale, self.zero_point, self.offset), grid, strict=True):

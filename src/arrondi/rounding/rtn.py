@@ -23,6 +23,7 @@ def rtn(
     moment: SecondMoment | None = None,
     *,
     range: Literal["absmax", "search"] = "absmax",
+    power: float = 2.5,
     name: str = "weight",
 ) -> QTensor:
     """The nearest code of every weight.
@@ -32,6 +33,7 @@ def rtn(
         scheme: what it becomes.
         moment: second moment of the inputs (n = K); with range="search" its diagonal weighs the columns.
         range: "absmax" spans the whole group; "search" tries narrower ranges and takes the one with the least error.
+        power: exponent of the error that the search minimises.
         name: for messages.
 
     Raises:
@@ -44,13 +46,13 @@ def rtn(
         return quantize(weight, scheme, name=name)
     with named(name):
         importance = None if moment is None else moment.diagonal().to(weight.device)
-        grid = searched(weight.detach(), scheme, importance, name)
+        grid = searched(weight.detach(), scheme, importance, power, name)
     return quantize_with(weight, scheme, grid, name=name)
 
 
-def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, name: str) -> Grid:
+def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Grid:
     """The searched grid in the scale's own shape, quantized scales included."""
-    grid = search_grid(weight.float(), scheme, importance)
+    grid = search_grid(weight.float(), scheme, importance, power=power)
     shape = scale_shape(scheme.granularity, tuple(weight.shape))
     scale = grid.scale.reshape(shape)
     return Grid(
