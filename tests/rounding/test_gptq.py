@@ -27,7 +27,7 @@ from arrondi.formats import (
 )
 from arrondi.qtensor import QTensor, quantize_with
 from arrondi.rounding import gptq, rtn
-from arrondi.rounding.gptq import _Grids, _sweep, inverse_factor
+from arrondi.rounding.gptq import _Grids, _invert_root, _invert_root_reference, _reverse, _sweep, inverse_factor
 
 INT4 = FORMATS["int4"]
 ORDERS = ["static", "dynamic", "none"]
@@ -500,3 +500,26 @@ def test_codes_are_those_of_the_grid_that_is_returned() -> None:
         q = gptq(layer.weight, SCHEMES[name], layer.moment, order=order)  # type: ignore[arg-type]
         again = quantize_with(q.dequantize(), q.scheme, Grid(q.scale, q.zero_point, q.offset))  # type: ignore[arg-type]
         assert torch.equal(again.dequantize(), q.dequantize()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 33, 200])
+def test_the_root_in_place_is_that_of_its_twin(n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(n), dtype=dtype)
+    matrix = x.T @ x / n + torch.eye(n, dtype=dtype)
+    expected = _invert_root_reference(matrix.clone())
+    found = _invert_root(matrix.clone())
+    assert expected is not None and found is not None
+    torch.testing.assert_close(found.tril(), expected, rtol=2e-4 if dtype == torch.float32 else 1e-10, atol=1e-6)
+
+
+def test_neither_root_takes_a_matrix_that_is_not_definite() -> None:
+    matrix = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    assert _invert_root(matrix.clone()) is None
+    assert _invert_root_reference(matrix.clone()) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 64])
+def test_reversal_in_place_flips_both_axes(n: int) -> None:
+    matrix = torch.arange(n * n, dtype=torch.float32).reshape(n, n)
+    assert torch.equal(_reverse(matrix.clone()), matrix.flip(0, 1))

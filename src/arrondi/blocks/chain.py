@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from arrondi.blocks.memory import release
 from arrondi.blocks.skeleton import Skeleton
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
@@ -73,6 +74,7 @@ class Chain:
     def drop(self, i: int) -> None:
         """Release block i."""
         self.skeleton.drop(self.params(i))
+        release()
 
     @torch.no_grad()
     def begin(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:

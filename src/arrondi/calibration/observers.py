@@ -471,7 +471,7 @@ def _refuse_axis(kind: str, axis: int | None) -> None:
 def _extremes(rows: torch.Tensor) -> Range:
     if rows.dtype == torch.bool:
         rows = rows.byte()
-    low, high = torch.aminmax(rows) if rows.shape[0] == 1 else torch.aminmax(rows, dim=1)
+    low, high = rows.amin(dim=1), rows.amax(dim=1)
     return low.reshape(-1).double().cpu(), high.reshape(-1).double().cpu()
 
 

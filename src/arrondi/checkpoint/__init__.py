@@ -5,6 +5,7 @@ Owns: the table `LAYOUTS`, and `Checkpoint`: a model directory, plain or quantiz
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from arrondi.checkpoint.layout import Layout, Placed
 from arrondi.checkpoint.model_dir import ModelDir
 from arrondi.checkpoint.tensor_file import Entry, read_header, read_tensor
 from arrondi.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, guard_disk, write_json
-from arrondi.errors import FileFormatError, unknown
+from arrondi.errors import ArrondiError, FileFormatError, unknown
 from arrondi.qtensor import QTensor
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
@@ -53,15 +54,21 @@ class Checkpoint:
             raise FileFormatError(str(unknown(f"quantization of {folder.path}:", str(method), LAYOUTS)))
         layout = LAYOUTS[method]
         names = {n: (e.dtype, e.shape) for n, e in folder.entries.items()}
-        found = {p.name: p for p in layout.find(config, names, folder.read)}
-        for p in found.values():
-            for name, dtype, shape in layout.specs(p):
-                entry = folder.entries.get(name)
-                if entry is None or entry.shape != shape or entry.torch_dtype.itemsize != dtype.itemsize:
-                    have = f"{entry.dtype} {entry.shape}" if entry else "nothing"
-                    raise FileFormatError(
-                        f"{folder.path}: {name} should be {dtype} {shape}, found {have}. The config does not describe these files."
-                    )
+        try:
+            found = {p.name: p for p in layout.find(config, names, folder.read)}
+            specs = [spec for p in found.values() for spec in layout.specs(p)]
+        except (ArrondiError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, re.error) as error:
+            if isinstance(error, FileFormatError) and str(error).startswith(str(folder.path)):
+                raise
+            reason = str(error) if isinstance(error, ArrondiError) else f"{type(error).__name__}: {error}."
+            raise FileFormatError(f"{folder.path}: its quantization cannot be read. {reason}") from error
+        for name, dtype, shape in specs:
+            entry = folder.entries.get(name)
+            if entry is None or entry.shape != shape or not _alike(entry.torch_dtype, dtype):
+                have = f"{entry.dtype} {entry.shape}" if entry else "nothing"
+                raise FileFormatError(
+                    f"{folder.path}: {name} should be {dtype} {shape}, found {have}. The config does not describe these files."
+                )
         return cls(folder, layout, found)
 
     @property
@@ -89,6 +96,11 @@ class Checkpoint:
         if isinstance(value, QTensor):
             return value.dequantize(dtype).reshape(self.placed[name].shape)
         return value.to(dtype) if value.dtype.is_floating_point else value
+
+
+def _alike(have: torch.dtype, want: torch.dtype) -> bool:
+    """Whether stored elements are of the type wanted; bytes may be called int8, uint8 or float8."""
+    return have == want or have.itemsize == want.itemsize == 1
 
 
 __all__ = [

@@ -51,15 +51,7 @@ class ModelDir:
                 f"{path}: a file, but a model is a directory with config.json and safetensors files. Give its directory."
             )
         config = _read_json(path / "config.json", "Is this a model directory?")
-        files = _weight_files(path)
-        entries: dict[str, Entry] = {}
-        for file in files:
-            for name, entry in read_header(file).items():
-                if name in entries:
-                    raise FileFormatError(
-                        f"{file}: tensor {name!r} is also in {entries[name].path.name}. Remove one of the files."
-                    )
-                entries[name] = entry
+        entries = _entries(path)
         if not entries:
             raise FileFormatError(f"{path}: its safetensors files hold no tensor.")
         return cls(path, config, entries)
@@ -93,17 +85,44 @@ class ModelDir:
         return digest.hexdigest()
 
 
+def _entries(path: Path) -> dict[str, Entry]:
+    """Every stored tensor. As in transformers, model.safetensors comes first, then the index, then whatever is there."""
+    weight_map: dict[str, str] = {}
+    if (path / "model.safetensors").exists():
+        files = [path / "model.safetensors"]
+    elif (path / _INDEX).exists():
+        weight_map = _read_index(path / _INDEX)
+        files = [path / file for file in sorted(set(weight_map.values()))]
+    else:
+        files = _weight_files(path)
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise FileFormatError(
+                    f"{file}: tensor {name!r} is also in {entries[name].path.name}. Remove one of the files."
+                )
+            entries[name] = entry
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise FileFormatError(f"{path / file}: tensor {name!r} should be here, says {_INDEX}. Download both again.")
+    return entries
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The weight_map: tensor → shard beside the index."""
+    weight_map = _read_json(index, "Download it again.").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError(f"{index}: has no weight_map. Download it again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise FileFormatError(f"{index}: puts tensor {name!r} into {file!r}, which is no file beside it.")
+        if not (index.parent / file).is_file():
+            raise FileFormatError(f"{index.parent / file}: the index names this shard, but it is not there. Download it.")
+    return weight_map
+
+
 def _weight_files(path: Path) -> list[Path]:
-    index = path / _INDEX
-    if index.exists():
-        weight_map = _read_json(index, "Download it again.").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise FileFormatError(f"{index}: has no weight_map. Download it again.")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.exists():
-                raise FileFormatError(f"{file}: the index names this shard, but it is not there. Download it.")
-        return files
     files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
     if files:
         return files
@@ -121,7 +140,7 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
         raise FileFormatError(f"{path}: no such file. {advice}")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise FileFormatError(f"{path}: cannot be read as JSON ({error}). {advice}") from error
     if not isinstance(document, dict):
         raise FileFormatError(f"{path}: holds {type(document).__name__}, not an object. {advice}")

@@ -23,7 +23,8 @@ from arrondi.errors import FileFormatError
 
 DTYPES: Final = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 """safetensors' names of the element types that we read and write."""
@@ -64,22 +65,27 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         FileFormatError: truncated, not JSON, overlapping or missing bytes, sizes that contradict shapes, unknown types.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise FileFormatError(
-                f"{path}: the header declares {length} bytes, but the file has {size}. It is truncated or not a safetensors file; download it again."
-            )
-        text = file.read(length)
     try:
-        table = json.loads(text)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
+                raise FileFormatError(
+                    f"{path}: the header declares {length} bytes, but the file has {size}. It is truncated or not a safetensors file; download it again."
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read ({error.strerror}). Give a safetensors file.") from error
+    try:
+        table = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(table, dict):
-            raise TypeError("the header is not a JSON object")
-        table.pop("__metadata__", None)
+            raise TypeError("it is not a JSON object")
+        metadata = table.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise TypeError("__metadata__ does not map names to words")
         entries = [_entry(path, name, facts, 8 + length) for name, facts in table.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(f"{path}: the header cannot be read ({error}). Is this a safetensors file?") from error
@@ -102,14 +108,31 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {e.name: e for e in entries}
 
 
-def _entry(path: Path, name: str, facts: dict[str, object], base: int) -> Entry:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose keys are all different; the plain decoder would keep the last of two in silence."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is in it twice")
+    return table
+
+
+def _entry(path: Path, name: str, facts: object, base: int) -> Entry:
+    if not isinstance(facts, dict) or not {"dtype", "shape", "data_offsets"} <= facts.keys():
+        raise FileFormatError(
+            f"{path}: tensor {name!r} lacks dtype, shape or data_offsets. The header lies; download it again."
+        )
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileFormatError(f"{path}: tensor {name!r} has the element type {dtype!r}. Known: {', '.join(DTYPES)}.")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise FileFormatError(f"{path}: tensor {name!r} has the shape {shape!r}; sizes are whole numbers from 0.")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(isinstance(n, int) and n >= 0 for n in offsets):
-        raise FileFormatError(f"{path}: tensor {name!r} has the byte range {offsets!r}.")
+    if not _sizes(shape) or math.prod(max(n, 1) for n in shape) >= 2**59:  # torch multiplies sizes in 64 bits
+        raise FileFormatError(
+            f"{path}: tensor {name!r} has the shape {shape!r}; sizes are whole numbers from 0. The header lies."
+        )
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise FileFormatError(
+            f"{path}: tensor {name!r} has the byte range {offsets!r}; it should be two whole numbers. The header lies."
+        )
     start, stop = offsets
     wanted = math.prod(shape) * DTYPES[str(dtype)].itemsize
     if stop - start != wanted:
@@ -117,6 +140,11 @@ def _entry(path: Path, name: str, facts: dict[str, object], base: int) -> Entry:
             f"{path}: tensor {name!r} has {stop - start} bytes, but {dtype} of shape {shape} needs {wanted}. The header lies."
         )
     return Entry(name, path, str(dtype), tuple(shape), base + start, base + stop)
+
+
+def _sizes(values: object) -> bool:
+    """Whether this is a list of whole numbers that a tensor's size can be; JSON's true is no number."""
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:

@@ -137,7 +137,7 @@ PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
 })  # fmt: skip
 """The field's names, with the meaning that compressed-tensors gives them where it has the name."""
 
-_ALIASES: Final = {"INT8": "W8A8", "INT8_DYNAMIC": "W8A8", "FP8": "FP8_DYNAMIC"}
+_ALIASES: Final = {"INT8": "W8A8", "INT8_DYNAMIC": "W8A8"}
 
 _PART = re.compile(r"g(\d+)|b(\d+)x(\d+)|channel(\d+)")
 

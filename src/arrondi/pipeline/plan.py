@@ -177,6 +177,10 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, *, layout: str | None = None, 
         if refusal:
             problems.append(f"{t.name}: {refusal}. Use --layout arrondi, or another scheme.")
             break
+    if any(r.options.get("order") == "dynamic" for r in recipe.rules):
+        problems.append(
+            "Act-order with dynamic groups needs a group index, which no layout here stores. Use --option order=static."
+        )
     if not any(t.status == "quantized" for t in tensors) and not problems:
         problems.append(
             "Nothing would be quantized: the model has no linear layer that the rules pick. Check --targets and --ignore."

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from arrondi.blocks import Product, Skeleton, Slot, find_stages, watch_products
+from arrondi.blocks import Product, Skeleton, Slot, find_stages, release, watch_products
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError
 from arrondi.formats import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
@@ -27,6 +27,10 @@ Forward = Callable[[], object]
 
 _CHUNK = 1 << 20
 """Elements of a tensor that are rounded at a time when rows do not depend on each other."""
+
+
+_ERROR_ROWS = 1024
+"""Rows whose output error is computed at a time."""
 
 
 class _Enough(Exception):
@@ -276,7 +280,7 @@ class BlockRounder:
         if method.needs_moment and (moment is None or moment.tokens == 0):
             # No token reached it (an expert never chosen, a module never run): nothing is known of its inputs.
             method, options, moment = get_method("rtn"), {"range": "search"}, None
-        weight = torch.cat([p.weight for p in pieces])
+        weight = pieces[0].weight if len(pieces) == 1 else torch.cat([p.weight for p in pieces])
         if last:
             q = method.run(weight, scheme, moment, name=tensor.name, **options)
         else:
@@ -290,6 +294,7 @@ class BlockRounder:
             self.results.setdefault(piece.tensor.name, []).append(done)
             region = self._region(piece.slot)
             region.copy_(back.T if piece.slot.flipped else back)
+        release()
 
     def _joined(self, tensor: PlannedTensor) -> Rounded:
         """The result of a tensor; a stored stack joins those of its matrices."""
@@ -313,9 +318,11 @@ class BlockRounder:
 def output_error(weight: torch.Tensor, restored: torch.Tensor, moment: SecondMoment, last: bool = True) -> float:
     """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs, from their second moment."""
     hessian = moment.matrix()
-    difference = weight - restored
     if not last:
-        weight, difference = weight.T, difference.T
-    error = float((difference @ hessian).mul_(difference).sum(dtype=torch.float64))
-    power = float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
+        weight, restored = weight.T, restored.T
+    error = power = 0.0
+    for rows, back in zip(weight.split(_ERROR_ROWS), restored.split(_ERROR_ROWS), strict=True):
+        difference = rows - back
+        error += float((difference @ hessian).mul_(difference).sum(dtype=torch.float64))
+        power += float((rows @ hessian).mul_(rows).sum(dtype=torch.float64))
     return error / power if power > 0 else 0.0

@@ -24,6 +24,11 @@ from arrondi.qtensor import QTensor, quantize_scales
 from arrondi.rounding.grid_search import search_grid
 from arrondi.tiling import to_tiles
 
+_PANEL = 256
+"""Rows permuted at a time."""
+_REVERSED = 1 << 20
+"""Numbers swapped at a time."""
+
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax"]
 
@@ -72,12 +77,12 @@ def gptq(
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if not bool(torch.isfinite(work).all()):
         raise DataError(f"{name}: the weights hold NaN or infinity. Repair or exclude the tensor.")
-    hessian = moment.matrix(work.dtype).to(work.device)
-    alive = hessian.diagonal() > 0
-    work = work * alive
-    permutation = None if order == "none" else torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    diagonal = moment.diagonal().to(work.device)
+    if bool((diagonal == 0).any()):
+        work = work * (diagonal > 0)
+    permutation = None if order == "none" else torch.argsort(diagonal, descending=True, stable=True)
     grids = _Grids(work, scheme, range, power, order, permutation, name)
-    factor = inverse_factor(hessian, damping, permutation)
+    factor = inverse_factor(moment.matrix(work.dtype).to(work.device), damping, permutation)
     codes, _ = _sweep(work, factor, grids, block_size, permutation)
     return grids.assemble(codes)
 
@@ -86,39 +91,76 @@ def inverse_factor(hessian: torch.Tensor, damping: float, permutation: torch.Ten
     """U, upper triangular with a positive diagonal, such that (H + λI)⁻¹ = UᵀU, λ = damping · mean(diag H).
 
     Args:
-        hessian: (n, n) symmetric; overwritten. Rows of all zeros (inputs that never occur) count as unit rows.
+        hessian: (n, n) symmetric, float32 or float64; used up. Rows of all zeros (inputs that never occur) count as unit rows.
         permutation: (n,) order of the columns; U belongs to the permuted matrix.
 
-    One factorisation: with J the reversal of indices, J H J = R Rᵀ gives H = (J R J)(J R J)ᵀ, and U is the inverse of J R J.
+    One factorisation: with J the reversal of indices, J H J = R Rᵀ gives H = (J R J)(J R J)ᵀ, and U = J R⁻¹ J. On the CPU it is
+    done by LAPACK in the matrix's own memory, which for wide layers decides what fits.
+
+    Raises:
+        DataError: no damping up to the mean diagonal makes the matrix definite.
     """
+    hessian = hessian.contiguous()
     diagonal = hessian.diagonal()
-    dead = diagonal <= 0
     mean = float(diagonal.mean())
-    diagonal[dead] = 1.0
+    diagonal[diagonal <= 0] = 1.0
     if permutation is not None:
-        hessian = hessian[permutation][:, permutation]
-        diagonal = hessian.diagonal()
-    reversed_ = hessian.flip(0, 1)
-    del hessian
-    diagonal = reversed_.diagonal()
-    added = 0.0
+        hessian = hessian.index_select(0, permutation)
+        for rows in hessian.split(_PANEL):
+            rows.copy_(rows.index_select(1, permutation))
+    _reverse(hessian)
+    saved = hessian.diagonal().clone()
+    solve = _invert_root if hessian.device.type == "cpu" else _invert_root_reference
     while True:
-        diagonal += damping * mean - added
-        added = damping * mean
-        root, failed = torch.linalg.cholesky_ex(reversed_)
-        if not int(failed):
-            break
+        hessian.diagonal().copy_(saved + damping * mean)
+        inverse = solve(hessian)
+        if inverse is not None:
+            return _reverse(inverse.tril_())
         if damping >= 1.0:
             raise DataError(
                 "The second moment of the inputs cannot be factored even when heavily damped: it holds NaN or infinity."
             )
         damping = min(max(damping * 10, 1e-6), 1.0)
-    del reversed_
-    upper = root.flip(0, 1)
-    del root
-    return torch.linalg.solve_triangular(
-        upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True
-    )
+        upper = hessian.triu(1)
+        hessian.copy_(upper + upper.T)
+
+
+def _invert_root(matrix: torch.Tensor) -> torch.Tensor | None:
+    """R⁻¹ in the lower triangle of `matrix` itself, where matrix = R Rᵀ; None if it is not definite.
+
+    The strict upper triangle keeps the matrix. LAPACK counts by columns, so our lower triangle is its upper one.
+    """
+    from scipy.linalg import lapack
+
+    root, invert = (lapack.dpotrf, lapack.dtrtri) if matrix.dtype == torch.float64 else (lapack.spotrf, lapack.strtri)
+    array = matrix.numpy().T
+    _, failed = root(array, lower=0, clean=0, overwrite_a=1)
+    if failed or not bool(torch.isfinite(matrix.diagonal()).all()):
+        return None
+    _, failed = invert(array, lower=0, overwrite_c=1)
+    return None if failed else matrix
+
+
+def _invert_root_reference(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The twin of `_invert_root` on any device, with memory for four more matrices."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(root, one, upper=False)
+
+
+def _reverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Both axes reversed, in place: the same as reading the memory backwards."""
+    flat = matrix.reshape(-1)
+    half = len(flat) // 2
+    for start in range(0, half, _REVERSED):
+        stop = min(start + _REVERSED, half)
+        front, back = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
 
 
 class _Grids:
@@ -217,9 +259,12 @@ def _sweep(
     group = grids.tile[1]
     # A group that is fitted on the way must lie inside one block, or its later columns would be stale.
     block = group * max(block_size // group, 1) if not grids.fitted_first and block_size % group else block_size
+    # (n, m), a copy: a column is a contiguous row.
     rows = (
-        work if permutation is None else work[:, permutation]
-    ).T.contiguous()  # (n, m): a column is a contiguous row
+        work.T.clone(memory_format=torch.contiguous_format)
+        if permutation is None
+        else work.T.index_select(0, permutation)
+    )
     originals = list(range(n)) if permutation is None else permutation.tolist()
     diagonal = factor.diagonal().tolist()
     codes = work.new_empty((n, m), dtype=code_dtype(format))

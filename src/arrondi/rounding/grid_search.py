@@ -62,7 +62,11 @@ class _Search:
         self.tiles, self.scheme, self.weights, self.power = tiles, scheme, weights, power
         integer = scheme.format.kind == "integer" and scheme.format.levels > 3
         # A range is known by its ends; only the rules for ternary and binary look at every element.
-        self.ends = torch.stack(torch.aminmax(tiles, dim=-1), dim=-1) if integer or scheme.format.levels > 3 else tiles
+        self.ends = (
+            torch.stack((tiles.amin(dim=-1), tiles.amax(dim=-1)), dim=-1)
+            if integer or scheme.format.levels > 3
+            else tiles
+        )
         # Scales that are quantized in turn, and powers of two, have no sign.
         self.mirrored = integer and scheme.symmetric and scheme.format.qmin < 0 and scheme.scale in STORED
         self.loss = tiles.new_full((len(tiles), 1), torch.inf)

@@ -1,0 +1,62 @@
+"""How fast round-to-nearest goes from file to file: GB of bf16 weights a second and core.
+
+Owns: that one number. Writes a random model (default 0.5 billion weights) to a scratch directory, reads it once so that it lies in
+the page cache, quantizes it to W4A16 on one thread, and divides. Beside it: the same bytes only copied, which is the limit.
+
+    python benchmarks/rtn_speed.py [--model DIR] [--repeat 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import arrondi
+from arrondi.blocks import Skeleton
+from arrondi.checkpoint import Checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = args.model
+        if model is None:
+            model = Path(scratch) / "model"
+            script = Path(__file__).parent / "make_llama.py"
+            subprocess.run(
+                [sys.executable, script, str(model), "--size", "0.5b", "--tokenizer", str(arrondi.sample_path())],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+        nbytes = sum(len(p.read_bytes()) for p in model.glob("*.safetensors"))
+        Skeleton(Checkpoint.open(model))  # imports are not part of the measurement
+        runs, copies = [], []
+        for i in range(args.repeat):
+            started, wall = time.process_time(), time.monotonic()
+            arrondi.quantize_model(model, Path(scratch) / f"out{i}", arrondi.Recipe.simple("W4A16", "rtn"))
+            runs.append((time.process_time() - started, time.monotonic() - wall))
+            started = time.process_time()
+            for path in model.glob("*.safetensors"):
+                (Path(scratch) / "copy").write_bytes(path.read_bytes())
+            copies.append(time.process_time() - started)
+        cpu, wall = (statistics.median(r[k] for r in runs) for k in (0, 1))
+        copy = statistics.median(copies)
+        print(
+            f"{nbytes / 1e9:.2f} GB of bf16: RTN W4A16 {cpu:.2f} CPU s ({wall:.2f} s wall) = {nbytes / cpu / 1e9:.2f} GB/s a core"
+        )
+        print(f"copying the same bytes {copy:.2f} CPU s = {nbytes / copy / 1e9:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
