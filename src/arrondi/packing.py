@@ -56,7 +56,8 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor
     if bits == 4:
         # The low byte of a 16-bit lane holds the even code: (hi << 8 | lo) becomes hi << 4 | lo.
         aligned = codes.clone() if codes.storage_offset() % 2 else codes
-        pairs = aligned.contiguous().view(torch.int16)
+        # Flat, because the transpose of a column calls itself contiguous with strides that `view` refuses.
+        pairs = aligned.flatten().view(torch.int16).reshape(*codes.shape[:-1], -1)
         return (pairs | (pairs >> 4)).to(torch.uint8)
     lanes = codes.reshape(*codes.shape[:-1], -1, _LANES).to(torch.int64)
     word = torch.zeros(lanes.shape[:-1], dtype=torch.int64, device=codes.device)

@@ -56,8 +56,10 @@ class Chain:
         self._forward = [block.forward for block in self.blocks]
         self._calls: dict[int, list[_Call]] = {}
         self._wrap: Callable[[torch.Tensor], Any] | None = None
+        modules = dict(self.model.named_modules())
         for name, scheme in (activations or {}).items():
-            self.model.get_submodule(name).register_forward_pre_hook(_activation_hook(scheme))
+            if name in modules:  # experts that are fused here are none, and their inputs stay as they are
+                modules[name].register_forward_pre_hook(_activation_hook(scheme))
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -247,7 +247,8 @@ def histogram(
 ) -> Observer:
     """`histogram_filter` over the stream: the lighter end is dropped until only the share `keep` is left.
 
-    At least `keep` of the values lie in the range, exactly. Its ends are those of cells, 2^-10 wide.
+    At least `keep` of the values, taken as float32, lie in the range. Its ends are borders of cells, which are at most
+    2^-10 of their value wide, so which end loses how much may differ a little from the filter on the raw values.
 
     Args:
         keep, bins, max_refine: see `histogram_filter`.

@@ -136,7 +136,7 @@ def _plain_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torc
         "weight_scale": _scale_spec(shape, scheme),
     }
     if scheme.zero_point == "integer":
-        specs["weight_zero_point"] = (torch.int8, scale_shape(scheme.granularity, shape))
+        specs["weight_zero_point"] = (torch.int8, specs["weight_scale"][1])
     return specs
 
 
@@ -146,16 +146,17 @@ def _plain_write(q: QTensor) -> dict[str, torch.Tensor]:
         "weight_scale": _write_scale(q),
     }
     if q.zero_point is not None:
-        tensors["weight_zero_point"] = q.zero_point.to(torch.int8)
+        tensors["weight_zero_point"] = q.zero_point.to(torch.int8).reshape(tensors["weight_scale"].shape)
     return tensors
 
 
 def _plain_read(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
     stored = tensors["weight"]
     shape = tuple(stored.shape)
-    codes = stored if scheme.format.kind == "integer" else stored.view(torch.uint8)
-    zero = tensors["weight_zero_point"].int() if scheme.zero_point == "integer" else None
-    return QTensor(codes, _read_scale(tensors["weight_scale"], shape, scheme), zero, None, scheme)
+    zero = None
+    if scheme.zero_point == "integer":
+        zero = tensors["weight_zero_point"].int().reshape(scale_shape(scheme.granularity, shape))
+    return QTensor(stored.view(code_dtype(scheme.format)), _read_scale(tensors["weight_scale"], shape, scheme), zero, None, scheme)
 
 
 def _mxfp4_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -246,7 +247,22 @@ def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | Non
         return "compressed-tensors stores parameters named weight only"
     if not isinstance(weights.granularity, PerTensor | PerGroup | PerBlock) and weights.granularity != PerChannel():
         return f"compressed-tensors has no granularity {weights.granularity}"
+    if not weights.symmetric and not isinstance(weights.granularity, PerGroup | PerChannel):
+        return "compressed-tensors stores zero points of groups and channels only"
+    activations = scheme.activations
+    if activations is not None:
+        known = isinstance(activations.granularity, PerTensor | PerToken | PerGroup)
+        if not known or _back(activations, scheme.dynamic) != activations:
+            return f"compressed-tensors cannot say that activations become {activations}"
     return None
+
+
+def _back(scheme: Scheme, dynamic: bool) -> Scheme | None:
+    """A scheme as it is read again from the config, None if it is not."""
+    try:
+        return _parse_args(_args(scheme, dynamic))
+    except FileFormatError:
+        return None
 
 
 def _specs(placed: Placed) -> list[TensorSpec]:
@@ -307,7 +323,7 @@ def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -
             # Fused experts are linears in a checkpoint though not in the model, hence the class name when all is uniform.
             "targets": sorted({"Linear", *found} if found != ["Conv1D"] else found)
             if len(schemes) == 1
-            else modules[scheme],
+            else [_target(m) for m in modules[scheme]],
             "weights": _args(scheme.weights, False),
             "input_activations": None if scheme.activations is None else _args(scheme.activations, scheme.dynamic),
             "output_activations": None,
@@ -323,11 +339,73 @@ def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -
         "kv_cache_scheme": None,
         "version": "0.20.0",
     }
-    if "Conv1D" in found or any(not s.weights.symmetric for s in schemes):
-        # transformers 5.23 loads these only when it dequantizes while loading: its packed path knows neither
-        # zero points nor modules other than nn.Linear.
+    if _must_dequantize(placed, classes) and _one_scheme_each(placed):
         config["dequantize"] = True
     return config
+
+
+# ── what transformers 5.23 does with it ───────────────────────────────────────────────────────────────────────────────
+
+
+def _is_expert(module: str) -> bool:
+    """One of many experts, which transformers fuses into one parameter; it knows them by this word."""
+    return "experts" in module.split(".")
+
+
+def _target(module: str) -> str:
+    """The selector of a module. transformers looks for the scheme of the experts among the patterns."""
+    return f"re:{re.escape(module)}$" if _is_expert(module) else module
+
+
+def _must_dequantize(placed: list[Placed], classes: Mapping[str, str]) -> bool:
+    """Whether transformers loads these weights only with `dequantize`, which turns them back while they are loaded.
+
+    Left packed, it knows neither zero points nor modules other than nn.Linear, and makes bfloat16 of FP4 and MX weights
+    whatever the model's type is. `dequantize` drops the rounding of activations, so schemes that have it go without.
+    """
+    for p in placed:
+        format = _format_of(p.scheme)
+        if classes.get(p.name.removesuffix(".weight")) == "Conv1D":
+            return True
+        if format == "pack-quantized" and not p.scheme.weights.symmetric:
+            return True
+        if format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized") and not p.scheme.activations:
+            return True
+    return False
+
+
+def _one_scheme_each(placed: list[Placed]) -> bool:
+    """Whether the experts have one scheme and all else has one: with `dequantize`, transformers reads no others."""
+    kinds = {(_is_expert(p.name), p.scheme) for p in placed}
+    return len({expert for expert, _ in kinds}) == len(kinds)
+
+
+def _reads_experts(scheme: LayerScheme) -> bool:
+    """Whether transformers decodes fused experts of this scheme to the right numbers."""
+    weights, format = scheme.weights, _format_of(scheme)
+    if format == "float-quantized":
+        return isinstance(weights.granularity, PerChannel | PerTensor)
+    return format == "mxfp4-pack-quantized" or (format == "pack-quantized" and weights.symmetric)
+
+
+def _notes(placed: list[Placed], classes: Mapping[str, str]) -> list[str]:
+    """What transformers is known to read otherwise than it is meant. `arrondi.load` reads all of it."""
+    notes = []
+    unread = {str(p.scheme) for p in placed if _is_expert(p.name) and not _reads_experts(p.scheme)}
+    notes += [f"transformers 5.23 cannot read experts stored as {s}; arrondi can." for s in sorted(unread)]
+    if len({p.scheme for p in placed if _is_expert(p.name)}) > 1:
+        notes.append("transformers 5.23 reads all experts by one scheme, and these have several; arrondi reads each by its own.")
+    if _must_dequantize(placed, classes) and not _one_scheme_each(placed):
+        notes.append("transformers 5.23 cannot read this mix of schemes; arrondi can.")
+    activations = [p for p in placed if p.scheme.activations is not None]
+    if any(classes.get(p.name.removesuffix(".weight")) == "Conv1D" for p in activations):
+        notes.append("transformers leaves the inputs of Conv1D layers unrounded; arrondi rounds them.")
+    if any(p.scheme.weights.scale == "e8m0" for p in activations):
+        notes.append("transformers runs MX schemes with rounded activations in bfloat16 only: load with dtype=bfloat16.")
+    return notes
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _parse_scheme(group: Mapping[str, Any]) -> LayerScheme:
@@ -424,5 +502,5 @@ def _shape(
 
 
 LAYOUT: Final = Layout(
-    "compressed-tensors", "transformers, vLLM, SGLang, arrondi", _refuse, _specs, _write, _read, _config, _find
+    "compressed-tensors", "transformers, vLLM, SGLang, arrondi", _refuse, _specs, _write, _read, _config, _find, _notes
 )  # fmt: skip

@@ -48,6 +48,7 @@ class Layout:
         read: (placed, reader of named tensors) → QTensor.
         config: (placed, modules left alone, class of each quantized module) → `quantization_config`.
         find: (quantization_config, stored names with type and shape, reader) → what is quantized.
+        notes: (placed, class of each quantized module) → sentences on what a reader is known not to do.
     """
 
     name: str
@@ -60,3 +61,4 @@ class Layout:
     find: Callable[
         [Mapping[str, Any], Mapping[str, tuple[str, tuple[int, ...]]], Callable[[str], torch.Tensor]], list[Placed]
     ]
+    notes: Callable[[list[Placed], Mapping[str, str]], list[str]]

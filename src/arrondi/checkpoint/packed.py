@@ -121,4 +121,5 @@ LAYOUT: Final = Layout(
     lambda placed, read: _part_read(placed.name, placed.matrix_shape, placed.scheme.weights, read),
     _config,
     _find,
+    lambda placed, classes: [],
 )

@@ -72,18 +72,16 @@ def compare_models(
         DataError: the text is shorter than one window.
     """
     skeletons = [Skeleton(Checkpoint.open(p)) for p in (reference, quantized)]
-    configs = [s.model.config for s in skeletons]
-    if type(skeletons[0].model) is not type(skeletons[1].model) or configs[0].hidden_size != configs[1].hidden_size:
+    shapes = [{n: tuple(p.shape) for n, p in s.empty.items()} for s in skeletons]
+    if type(skeletons[0].model) is not type(skeletons[1].model) or shapes[0] != shapes[1]:
         raise FileFormatError(
-            f"{quantized} is a {type(skeletons[1].model).__name__} and {reference} another model. Compare a model with its own original."
+            f"{quantized} is another model than {reference}: class or shapes differ. Compare a model with its own original."
         )
-    seq_len = min(seq_len, getattr(configs[0], "max_position_embeddings", None) or seq_len)
+    seq_len = min(seq_len, getattr(skeletons[0].model.config, "max_position_embeddings", None) or seq_len)
     tokenizer = load_tokenizer(Path(reference))
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
     ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
-    chains = [
-        Chain(s, {m: a for m, a in activation_schemes(s.checkpoint).items() if _has(s.model, m)}) for s in skeletons
-    ]
+    chains = [Chain(s, activation_schemes(s.checkpoint)) for s in skeletons]
     stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT) for c in chains]
     report = progress or (lambda done, total, what: None)
     for i in range(len(chains[0])):
@@ -107,11 +105,3 @@ def compare_models(
         "windows": sum(len(b) for b in ids),
         "protocol": protocol(tokenizer, seq_len),
     }
-
-
-def _has(model: Any, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

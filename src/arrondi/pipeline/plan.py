@@ -186,6 +186,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, *, layout: str | None = None, 
             "Nothing would be quantized: the model has no linear layer that the rules pick. Check --targets and --ignore."
         )
     notes = [f"{n} is missing in the checkpoint and is taken as zero." for n in skeleton.missing]
+    notes += chosen.notes([t.placed for t in tensors if t.status == "quantized"], resolver.classes)
     return Plan(tensors, chosen, problems, resolver.classes, resolver.kept_modules(tensors), notes)
 
 

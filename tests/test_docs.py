@@ -1,0 +1,58 @@
+"""The papers are true: README's Python runs, its commands exist, and links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAPERS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "samples/README.md"]
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks) + "\nassert float(error) < 0.02\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    bits, kl = map(float, done.stdout.split())
+    assert bits == pytest.approx(4.127, abs=0.01)
+    assert 0 < kl < 0.1
+
+
+def test_the_commands_of_the_readme_exist_with_their_options() -> None:
+    import typer.main
+
+    from arrondi.cli.commands import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = re.findall(r"^arrondi (\w+) (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name, _ in lines} >= {"plan", "quantize", "eval", "inspect", "run", "dequantize"}
+    for name, rest in lines:
+        options = {o for p in commands[name].params for o in p.opts}
+        for option in re.findall(r"\s(--?[a-z-]+)", rest.split("#")[0]):
+            assert option in options, f"arrondi {name} has no {option}"
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_links_lead_somewhere(paper: str) -> None:
+    path = ROOT / paper
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{paper} links to {target}"
+
+
+def test_every_place_that_the_architecture_names_exists() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^\| `(\w+(?:/|\.py))`", text, re.MULTILINE):
+        assert (ROOT / "src" / "arrondi" / name).exists(), name
+
+
+def test_the_makefile_has_the_verbs_that_the_papers_name() -> None:
+    verbs = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"make (\w+)", "".join((ROOT / p).read_text(encoding="utf-8") for p in PAPERS)))
+    assert named <= verbs, named - verbs
