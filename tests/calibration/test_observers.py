@@ -21,7 +21,7 @@ from scipy.special import ndtri
 from scipy.stats import norm
 
 from arrondi.calibration import NEEDS_GRID, OBSERVERS, Observer, get_observer, histogram_filter
-from arrondi.calibration.observers import _divergences
+from arrondi.calibration.range_rules import _divergences
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats.optimal import optimal_uniform
 

@@ -2,6 +2,7 @@
 
 from arrondi.blocks.chain import Chain, find_blocks
 from arrondi.blocks.memory import release
+from arrondi.blocks.precision import bfloat16_pays
 from arrondi.blocks.skeleton import Skeleton, Slot, build_model
 from arrondi.blocks.store import HiddenStore
 from arrondi.blocks.trace import Product, Stage, find_stages, watch_products
@@ -13,6 +14,7 @@ __all__ = [
     "Skeleton",
     "Slot",
     "Stage",
+    "bfloat16_pays",
     "build_model",
     "find_blocks",
     "find_stages",

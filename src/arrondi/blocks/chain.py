@@ -56,10 +56,11 @@ class Chain:
         self._forward = [block.forward for block in self.blocks]
         self._calls: dict[int, list[_Call]] = {}
         self._wrap: Callable[[torch.Tensor], Any] | None = None
+        self._rounding = True
         modules = dict(self.model.named_modules())
         for name, scheme in (activations or {}).items():
             if name in modules:  # experts that are fused here are none, and their inputs stay as they are
-                modules[name].register_forward_pre_hook(_activation_hook(scheme))
+                modules[name].register_forward_pre_hook(self._activation_hook(scheme))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -194,6 +195,21 @@ class Chain:
                 handle.remove()
             self.skeleton.drop(used)
 
+    @contextlib.contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Inside, activations stay as they are: the original model is not to be measured with rounded ones."""
+        self._rounding = False
+        try:
+            yield
+        finally:
+            self._rounding = True
+
+    def _activation_hook(self, scheme: Scheme) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (fake_quantize(args[0], scheme, name="activation"), *args[1:]) if self._rounding else args
+
+        return hook
+
     def _filler(self, own: list[str], used: list[str]) -> Callable[..., None]:
         def hook(module: Any, args: Any) -> None:
             self.skeleton.fill(own)
@@ -253,10 +269,3 @@ def _wrapper(output: Any, hidden: torch.Tensor) -> Callable[[torch.Tensor], Any]
         return lambda h: h
     rest = tuple(output[1:])
     return lambda h: (h, *rest)
-
-
-def _activation_hook(scheme: Scheme) -> Callable[..., Any]:
-    def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (fake_quantize(args[0], scheme, name="activation"), *args[1:])
-
-    return hook

@@ -74,6 +74,8 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     names = plain.get("architectures") or []
     kind = plain.get("model_type")
+    if not isinstance(kind, str):
+        raise FileFormatError(f"{folder}: config.json has no model_type. Is this a model of transformers?")
     if plain.get("auto_map") and kind not in transformers.CONFIG_MAPPING:
         raise FileFormatError(
             f"{folder}: this model needs code that comes with it, which is not run here. Use a model that transformers itself knows."
@@ -92,7 +94,7 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
         parsed._experts_implementation = "eager"
         with _quiet_transformers(), torch.random.fork_rng(devices=[]), _EmptyOnMeta(), _default_dtype(dtype):
             model = cls._from_config(parsed, dtype=dtype)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a class of transformers raises, it is the config that is wrong
         raise FileFormatError(
             f"{folder}: config.json does not give a {names or kind} model: {type(error).__name__}: {error}"
         ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from arrondi.checkpoint import guard_disk
 from arrondi.checkpoint.tensor_file import as_memory
 
 
@@ -62,9 +63,11 @@ class HiddenStore:
             self._memory[i] = tensor
             return
         view = as_memory(tensor.contiguous())
-        while view:
-            done = os.pwrite(self._handle(), view, offset)
-            view, offset = view[done:], offset + done
+        assert self._folder is not None
+        with guard_disk(self._folder):
+            while view:
+                done = os.pwrite(self._handle(), view, offset)
+                view, offset = view[done:], offset + done
 
     def _handle(self) -> int:
         if self._file is None:

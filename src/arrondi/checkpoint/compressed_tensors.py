@@ -156,7 +156,9 @@ def _plain_read(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
     zero = None
     if scheme.zero_point == "integer":
         zero = tensors["weight_zero_point"].int().reshape(scale_shape(scheme.granularity, shape))
-    return QTensor(stored.view(code_dtype(scheme.format)), _read_scale(tensors["weight_scale"], shape, scheme), zero, None, scheme)
+    return QTensor(
+        stored.view(code_dtype(scheme.format)), _read_scale(tensors["weight_scale"], shape, scheme), zero, None, scheme
+    )
 
 
 def _mxfp4_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -394,14 +396,18 @@ def _notes(placed: list[Placed], classes: Mapping[str, str]) -> list[str]:
     unread = {str(p.scheme) for p in placed if _is_expert(p.name) and not _reads_experts(p.scheme)}
     notes += [f"transformers 5.23 cannot read experts stored as {s}; arrondi can." for s in sorted(unread)]
     if len({p.scheme for p in placed if _is_expert(p.name)}) > 1:
-        notes.append("transformers 5.23 reads all experts by one scheme, and these have several; arrondi reads each by its own.")
+        notes.append(
+            "transformers 5.23 reads all experts by one scheme, and these have several; arrondi reads each by its own."
+        )
     if _must_dequantize(placed, classes) and not _one_scheme_each(placed):
         notes.append("transformers 5.23 cannot read this mix of schemes; arrondi can.")
     activations = [p for p in placed if p.scheme.activations is not None]
     if any(classes.get(p.name.removesuffix(".weight")) == "Conv1D" for p in activations):
         notes.append("transformers leaves the inputs of Conv1D layers unrounded; arrondi rounds them.")
     if any(p.scheme.weights.scale == "e8m0" for p in activations):
-        notes.append("transformers runs MX schemes with rounded activations in bfloat16 only: load with dtype=bfloat16.")
+        notes.append(
+            "transformers runs MX schemes with rounded activations in bfloat16 only: load with dtype=bfloat16."
+        )
     return notes
 
 

@@ -118,7 +118,9 @@ def _read_index(index: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file:
             raise FileFormatError(f"{index}: puts tensor {name!r} into {file!r}, which is no file beside it.")
         if not (index.parent / file).is_file():
-            raise FileFormatError(f"{index.parent / file}: the index names this shard, but it is not there. Download it.")
+            raise FileFormatError(
+                f"{index.parent / file}: the index names this shard, but it is not there. Download it."
+            )
     return weight_map
 
 

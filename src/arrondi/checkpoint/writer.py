@@ -124,8 +124,10 @@ class ShardWriter:
         """Give the finished files of `folder` their names in `target` and write the index of a sharded checkpoint."""
         for file in plan.files:
             partial = folder / f"{file}.partial"
-            if partial.exists():  # already moved when an earlier publish was interrupted
+            if partial.exists():
                 os.replace(partial, target / file)
+            elif not (target / file).exists():  # it was moved when an earlier publish was interrupted
+                raise OutputError(f"{target / file}: gone, though it was written. Remove {target} and start again.")
         index = plan.index()
         if index is not None:
             write_json(target / "model.safetensors.index.json", index)

@@ -36,7 +36,8 @@ Targets = Annotated[
     list[str] | None, typer.Option(help="Modules to quantize: class, exact name or re:PATTERN. Repeatable.")
 ]
 Ignore = Annotated[
-    list[str] | None, typer.Option(help="Modules to leave alone, same selectors. Default: the output head.")
+    list[str] | None,
+    typer.Option(help="Modules to leave alone, same selectors; '' for none. Default: the output head."),
 ]
 Options = Annotated[
     list[str] | None,
@@ -55,7 +56,7 @@ SeqLen = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 EvalText = Annotated[
     Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
 ]
-Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
+Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]
 MaxKl = Annotated[float | None, typer.Option(help="Exit with status 3 if the mean KL divergence is larger.")]
 MaxPpl = Annotated[
     float | None, typer.Option(help="Exit with status 3 if perplexity rises by more than this fraction (0.05: 5 %).")
@@ -210,7 +211,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 60,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token every time.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed when temperature is above 0.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     json_: Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -269,7 +270,7 @@ def _recipe(
         method,
         group_size=group_size,
         targets=targets or ["Linear"],
-        ignore=ignore,
+        ignore=None if ignore is None else [s for s in ignore if s],
         options=_parse_options(options or []),
     )
 
@@ -292,12 +293,12 @@ def _bytes(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
     number = text.upper().rstrip("KMGTB")
     try:
-        size = float(number) * units[text.upper()[len(number) :]]
-    except (ValueError, KeyError):
+        size = int(float(number) * units[text.upper()[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
         raise SchemeError(f"--shard-size takes a size such as 500MB or 5GB, got {text!r}.")
-    return int(size)
+    return size
 
 
 def _make_plan(
@@ -340,7 +341,7 @@ def _hold_to(result: dict[str, Any], max_kl: float | None, max_ppl: float | None
             continue
         if result.get(key) is None:
             raise ArrondiError(f"{option} cannot be checked: this kind of model has no {key}.")
-        if result[key] > limit:
+        if not result[key] <= limit:  # a result that is no number is a miss, too
             missed.append(f"{option} {limit:g} was missed: {key} is {result[key]:.6g}.")
     if missed:
         typer.echo(

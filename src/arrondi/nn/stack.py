@@ -2,7 +2,7 @@
 
 Owns: `QStack`, `replace_parameter`. Mixture-of-experts modules of transformers 5 hold one 3-D parameter for all experts
 and, with the experts implementation "eager", take one matrix of it at a time: `self.gate_up_proj[expert]`. A QStack
-answers that index.
+answers that index, and the product with all of them of models that know no other way (Llama 4).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from arrondi.formats import Scheme
 from arrondi.kernels import decoded, pack_weight
 from arrondi.nn.packed import keep_types
 from arrondi.qtensor import QTensor
+
+
+_PRODUCTS = (torch.bmm, torch.Tensor.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,18 @@ class QStack(nn.Module):
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`x @ stack` and `torch.bmm(x, stack)`, one expert after the other, for models that multiply by all at once.
+
+        Raises:
+            TypeError: any other function of torch; take the experts one by one.
+        """
+        x, stack = args if len(args) == 2 and not kwargs else (None, None)
+        if func not in _PRODUCTS or not isinstance(stack, QStack) or not isinstance(x, torch.Tensor) or x.ndim != 3:
+            raise TypeError(f"{getattr(func, '__name__', func)} does not take a QStack. Index it: stack[expert].")
+        return torch.stack([x[e] @ stack[e] for e in range(len(stack))])
 
     @property
     def shape(self) -> torch.Size:

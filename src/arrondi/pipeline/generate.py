@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 import torch
 
+from arrondi.blocks import bfloat16_pays
+from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, SchemeError
 from arrondi.evaluate.text import load_tokenizer, special_tokens
 from arrondi.pipeline.load import load_model
@@ -20,7 +22,7 @@ def generate(
     max_new_tokens: int = 60,
     temperature: float = 0.0,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: str = "auto",
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Generate text.
@@ -30,7 +32,7 @@ def generate(
         prompt: text to continue; its special start token is added.
         max_new_tokens: tokens at most.
         temperature: 0 takes the likeliest token; above, tokens are sampled from the tempered distribution with `seed`.
-        dtype: type of activations.
+        dtype: type of activations; "auto" is bfloat16 where the checkpoint and the CPU are made for it, else float32.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -41,6 +43,8 @@ def generate(
         DataError: the prompt leaves no room in the model's context.
     """
     tokenizer = load_tokenizer(Path(path))
+    if dtype == "auto":
+        dtype = "bfloat16" if bfloat16_pays(Checkpoint.open(path)) else "float32"
     model = load_model(path, dtype=dtype)
     if not model.can_generate():
         raise SchemeError(f"{path}: a {type(model).__name__} does not generate text. Use a causal language model.")

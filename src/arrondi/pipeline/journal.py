@@ -47,18 +47,24 @@ class Journal:
         self.steps: dict[str, Any] = {}
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: a file. Give a directory that does not exist yet.")
-        if out.exists() and any(out.iterdir()) and not self.work.exists():
-            if not (overwrite and finished_key(out)):
-                what = (
-                    "a finished model of another run"
-                    if finished_key(out)
-                    else f"{next(iter(sorted(out.iterdir()))).name} and maybe more"
-                )
-                fix = " or add --overwrite" if finished_key(out) else ""
-                raise OutputError(f"{out}: already holds {what}. Nothing was touched: choose a new directory{fix}.")
-            shutil.rmtree(out)
+        finished = finished_key(out) is not None
+        if finished and not overwrite:
+            raise OutputError(
+                f"{out}: already holds a finished model of another run. Nothing was touched: choose a new directory or add --overwrite."
+            )
+        if not finished and not self.work.exists() and out.exists() and any(out.iterdir()):
+            first = min(p.name for p in out.iterdir())
+            raise OutputError(
+                f"{out}: already holds {first} and maybe more. Nothing was touched: choose a new directory."
+            )
         self._lock = self._take_lock()
-        self._file = self._open(key)
+        try:
+            if finished:
+                self._discard()
+            self._file = self._open(key)
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def _take_lock(self) -> int:
         with guard_disk(self.out):
@@ -77,20 +83,25 @@ class Journal:
         path = self.work / "journal.jsonl"
         lines = _complete_lines(path)
         if lines and lines[0].get("run") != key:
-            # Another command's unfinished state: its parts are of no use to this one.
-            for leftover in self.work.iterdir():
-                if leftover.name != "lock":
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self._discard()
             lines = []
         for line in lines[1:]:
             self.steps[line["step"]] = line["data"]
+        fresh = path.with_suffix(".new")  # without the line that a kill cut off
         with guard_disk(self.out):
-            file = path.open("w", encoding="utf-8")
-            for line in lines or [{"run": key}]:
-                file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return file
+            with fresh.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines or [{"run": key}])
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+            return path.open("a", encoding="utf-8")
+
+    def _discard(self) -> None:
+        """Remove what another run wrote here. Its config goes first: what is left is never mistaken for a model."""
+        written = [self.out / n for n in ("config.json", MANIFEST, "report.json", "model.safetensors.index.json")]
+        written += [*self.out.glob("*.safetensors"), *(p for p in self.work.iterdir() if p.name != "lock")]
+        for path in written:
+            path.unlink(missing_ok=True)
 
     def record(self, step: str, data: Any) -> None:
         """Note a step as finished. What it wrote must be on the disk already."""
@@ -103,7 +114,7 @@ class Journal:
     def remove(self) -> None:
         """The run is complete: the working folder goes."""
         self.close()
-        shutil.rmtree(self.work)
+        shutil.rmtree(self.work, ignore_errors=True)  # the same command, run again, does it as well
 
     def close(self) -> None:
         if not self._file.closed:
@@ -123,9 +134,10 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if not text.endswith("\n"):
-                break
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not text.endswith("\n") or not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines

@@ -13,7 +13,8 @@ import torch
 
 from arrondi.blocks import Skeleton, Slot
 from arrondi.checkpoint import Checkpoint
-from arrondi.errors import FileFormatError
+from arrondi.errors import FileFormatError, unknown
+from arrondi.formats import tile_shape
 from arrondi.nn import QLinear, QStack
 from arrondi.pipeline.restore import DTYPES
 from arrondi.qtensor import QTensor
@@ -31,7 +32,10 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any
 
     Raises:
         FileFormatError: not a model directory, or a layout that is not known.
+        SchemeError: there is no such dtype.
     """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     checkpoint = Checkpoint.open(path)
     skeleton = Skeleton(checkpoint)
@@ -46,14 +50,13 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any
             del module._parameters[leaf]
             setattr(module, leaf, stack)
         else:
-            model.set_submodule(module_name, _linear(skeleton, module_name, module, found[0][1], tensors, kind))
-    rest = [
-        n
-        for n in skeleton.empty
-        if n not in packed and n.rpartition(".")[0] not in {p.rpartition(".")[0] for p in packed}
-    ]
-    rest += [n for n in skeleton.empty if n not in packed and n not in rest and not _gone(model, n)]
-    for name in rest:
+            made: dict[Any, QLinear] = {}
+            for name in (alias.rpartition(".")[0] for alias in skeleton.names_of(param)):
+                module = model.get_submodule(name)
+                if module not in made:
+                    made[module] = _linear(skeleton, name, module, found[0][1], tensors, kind)
+                model.set_submodule(name, made[module])
+    for name in [n for n in skeleton.empty if not _gone(model, n)]:
         skeleton.fill([name])
         _cast(skeleton, name, kind)
     skeleton.load_buffers()
@@ -111,9 +114,16 @@ def _stack(
 
 
 def _rows(q: QTensor, start: int, count: int) -> QTensor:
-    """Some rows of a matrix that was rounded row by row."""
-    parts = [None if p is None else p[start : start + count] for p in (q.codes, q.real_scale, q.zero_point, q.offset)]
-    return QTensor(parts[0], parts[1], parts[2], parts[3], q.scheme)  # type: ignore[arg-type]
+    """Some rows of a matrix, cut where a tile ends; a scale for all rows goes with every part."""
+    height = tile_shape(q.scheme.granularity, q.shape)[0]
+    first, last = (0, None) if height == q.shape[0] else (start // height, -(-(start + count) // height))
+    zero, offset = (None if p is None else p[first:last] for p in (q.zero_point, q.offset))
+    if isinstance(q.scale, QTensor):
+        rows = q.scale.shape[0] if last is None else last - first
+        scale: torch.Tensor | QTensor = _rows(q.scale, first, rows)
+    else:
+        scale = q.scale[first:last]
+    return QTensor(q.codes[start : start + count], scale, zero, offset, q.scheme)
 
 
 def _gone(model: Any, param: str) -> bool:

@@ -246,7 +246,8 @@ class _Resolver:
             return _with(plain, reason=f"not a target ({kind})")
         if rule.scheme is None:
             return _with(plain, reason="left alone by a rule", rule=rule)
-        tied = f", tied to {aliases[0]}" if len(aliases) > 1 else ""
+        others = [a for a in aliases if a != name]
+        tied = f", tied to {others[0]}" if len(aliases) > 1 else ""
         if ignored:
             return _with(plain, reason=f"ignored by {ignored[0]!r}{tied}")
         if any("Embedding" in c for c in classes):

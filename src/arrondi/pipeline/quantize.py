@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from arrondi.blocks import Chain, HiddenStore, Skeleton
+from arrondi.blocks import Chain, HiddenStore, Skeleton, bfloat16_pays
 from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
 from arrondi.errors import DataError, OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
 from arrondi.evaluate.text import Windows, load_tokenizer, protocol, read_windows
-from arrondi.pipeline.journal import MANIFEST, Journal, finished_key
+from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
 from arrondi.pipeline.plan import Plan, PlannedTensor, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.rounding_step import BlockRounder, Rounded, round_tensor
@@ -100,7 +100,7 @@ def quantize_model(
         layout: storage layout; None takes the most widely read one that holds everything.
         keep_misfits: keep weights whose shape does not fit instead of refusing.
         shard_bytes: files are split when they would exceed this.
-        overwrite: a finished output of another run may be replaced.
+        overwrite: a finished output may be replaced.
         progress: called as the run goes on.
 
     Returns:
@@ -123,7 +123,8 @@ def quantize_model(
     check(plan)
     texts = _read_texts(skeleton, text, recipe)
     key = _run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
-    if finished_key(out) == key:
+    if finished_key(out) == key and not overwrite:
+        shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come when only this was left to do
         return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
     with Journal(out, key, overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
@@ -141,7 +142,7 @@ class _Run:
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
-        self.bfloat16 = _bfloat16_pays(skeleton)
+        self.bfloat16 = bfloat16_pays(skeleton.checkpoint)
         self.chain: Chain | None = None
         if texts.calibration is not None or texts.evaluation is not None:
             self.chain = Chain(skeleton, _activations(plan))
@@ -188,19 +189,23 @@ class _Run:
         total = len(chain) + 2
         self.progress(0, total, "reading text")
         hidden = HiddenStore(chain.begin(ids), _HIDDEN_LIMIT, folder)
-        reference = HiddenStore(chain.begin(eval_ids), _HIDDEN_LIMIT // 2, folder)
+        with chain.unrounded():
+            reference = HiddenStore(chain.begin(eval_ids), _HIDDEN_LIMIT // 2, folder)
         rounded = HiddenStore((h.clone() for h in reference), _HIDDEN_LIMIT // 2, folder)
         for i in range(len(chain)):
             self.progress(i, total, f"block {i + 1} of {len(chain)}")
             last = i + 1 == len(chain)
             chain.fill(i)
-            _advance(chain, i, reference)
+            with chain.unrounded():
+                _advance(chain, i, reference)
             tensors = [t for t in self.plan.tensors if t.block == i]
             name = f"block {i}"
-            if name in self.journal.steps:
-                self._restore(tensors)
+            known = self._rounded_before(chain, i) + (tensors if name in self.journal.steps else [])
+            if known:
+                self._restore(known)
                 chain.drop(i)
                 chain.fill(i)
+            if name in self.journal.steps:
                 self.rows += self.journal.steps[name]
             else:
                 self._step(name, lambda tensors=tensors, i=i: self._block(tensors, chain, i, hidden))  # type: ignore[misc]
@@ -212,6 +217,7 @@ class _Run:
         self.progress(len(chain), total, "outside the blocks")
         outer = [t for t in self.plan.tensors if t.block is None]
         self._step("outer", lambda: self._outer(outer, chain, ids, hidden))
+        self.skeleton.overrides.clear()
         hidden.close()
         if evaluation is None:
             return None
@@ -236,6 +242,16 @@ class _Run:
             if tensor.status != "quantized":
                 self._copy(tensor)
         return rows
+
+    def _rounded_before(self, chain: Chain, i: int) -> list[PlannedTensor]:
+        """Tensors that block i shares with an earlier block, which rounded them."""
+        names = set(chain.params(i))
+        return [
+            t
+            for t in self.plan.quantized
+            if t.block is not None and t.block < i
+            and any(n in names for p in self.skeleton.params_of[t.name] for n in self.skeleton.names_of(p))
+        ]  # fmt: skip
 
     def _restore(self, tensors: list[PlannedTensor]) -> None:
         """Make the rounded values of a finished block what the skeleton reads."""
@@ -277,7 +293,8 @@ class _Run:
         with chain.outer_loaded():
             for j, batch in enumerate(ids):
                 for k in range(len(batch)):
-                    outputs[j, k] = finish(reference, j, k)
+                    with chain.unrounded():
+                        outputs[j, k] = finish(reference, j, k)
                     if not outer:
                         comparison.add(outputs.pop((j, k)), finish(rounded, j, k), batch[k : k + 1])
         if outer:
@@ -338,15 +355,6 @@ class _Run:
 def _advance(chain: Chain, i: int, store: HiddenStore, *, bfloat16: bool = False) -> None:
     for j in range(len(store)):
         store[j] = chain.run(i, store[j], bfloat16=bfloat16)
-
-
-def _bfloat16_pays(skeleton: Skeleton) -> bool:
-    """Whether calibration may use bfloat16 products: the weights have no more digits, and the CPU multiplies them faster.
-
-    Measuring never does: its differences are as small as bfloat16's own error.
-    """
-    narrow = all(e.dtype != "F32" for e in skeleton.checkpoint.folder.entries.values() if len(e.shape) > 1)
-    return narrow and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _batch_size(windows: Windows) -> int:

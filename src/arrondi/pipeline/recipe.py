@@ -31,6 +31,10 @@ class Rule:
     def __post_init__(self) -> None:
         get_method(self.method)
         check_options(self.method, self.options)
+        if self.scheme is not None and not self.scheme.dynamic:
+            raise SchemeError(
+                f"Scheme {self.scheme} asks for static scales of activations, which are not computed yet. Drop 'static': the scales then follow each input."
+            )
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,19 @@ class Recipe:
                     Rule(
                         scheme,
                         entry.get("method", "rtn"),
-                        tuple(entry.get("targets", ["Linear"])),
+                        _words(entry.get("targets", "Linear")),
                         entry.get("options", {}),
                     )
                 )
-            ignore = document.get("ignore")
+            unknown = document.keys() - {"rules", "ignore"}
+            if unknown:
+                raise KeyError(f"unknown key {sorted(unknown)[0]!r}")
+            ignore = None if document.get("ignore") is None else _words(document["ignore"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, SchemeError):
                 raise
             raise FileFormatError(f"{path}: not a recipe ({error}). Example: {_EXAMPLE}") from error
-        return cls(tuple(rules), None if ignore is None else tuple(ignore))
+        return cls(tuple(rules), ignore)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` and the run's key record."""
@@ -107,6 +114,14 @@ class Recipe:
 
 
 _EXAMPLE = '{"rules": [{"scheme": "W4A16", "method": "gptq"}, {"scheme": "W8A16", "targets": ["re:.*down_proj"]}]}'
+
+
+def _words(selectors: Any) -> tuple[str, ...]:
+    """One selector or a list of them."""
+    found = (selectors,) if isinstance(selectors, str) else tuple(selectors)
+    if not all(isinstance(s, str) for s in found):
+        raise TypeError(f"selectors are words, got {selectors!r}")
+    return found
 
 
 def matches(selector: str, names: Iterable[str], classes: Iterable[str]) -> bool:

@@ -28,7 +28,7 @@ def dequantize_model(
 
     Args:
         model: quantized model directory.
-        out: directory to write, new or empty.
+        out: directory to write, new or empty, or with what a killed run of the same call left.
         dtype: element type of all floating-point tensors: float32, bfloat16 or float16.
         shard_bytes: files are split when they would exceed this.
 
@@ -45,7 +45,7 @@ def dequantize_model(
     checkpoint, out, kind = Checkpoint.open(model), Path(out), DTYPES[dtype]
     if not checkpoint.quantized:
         raise SchemeError(f"{checkpoint.folder.path} is not quantized: its config.json has no quantization_config.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not p.name.endswith(".partial") for p in out.iterdir())):
         raise OutputError(f"{out}: already holds something. Nothing was touched: choose a new directory.")
     stored = {n: e.torch_dtype for n, e in checkpoint.folder.entries.items()}
     types = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from arrondi.errors import DataError
 from arrondi.formats import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.pipeline.plan import PlannedTensor
 from arrondi.qtensor import QTensor
-from arrondi.rounding import get_method
+from arrondi.rounding import Method, get_method
 
 Forward = Callable[[], object]
 """Sends one calibration batch through the block."""
@@ -31,6 +31,10 @@ _CHUNK = 1 << 20
 
 _ERROR_ROWS = 1024
 """Rows whose output error is computed at a time."""
+
+
+_BLIND: tuple[Method, Mapping[str, Any]] = (get_method("rtn"), {"range": "search"})
+"""Instead of a method that needs calibration, where nothing is known of the inputs."""
 
 
 class _Enough(Exception):
@@ -75,6 +79,11 @@ def rowwise(scheme: Scheme) -> bool:
     )
 
 
+def stackable(scheme: Scheme) -> bool:
+    """Whether matrices that are stored on top of each other can be rounded one by one: no scale covers two of them."""
+    return rowwise(scheme) or (isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.scale, Scheme))
+
+
 def round_tensor(tensor: PlannedTensor, weight: torch.Tensor) -> Rounded:
     """Round a stored tensor without knowing its inputs.
 
@@ -82,14 +91,16 @@ def round_tensor(tensor: PlannedTensor, weight: torch.Tensor) -> Rounded:
         weight: as stored, any float dtype; a stack (E, a, b) is rounded as the matrix (E·a, b).
     """
     assert tensor.rule is not None and tensor.scheme is not None
-    scheme, rule = tensor.scheme.weights, tensor.rule
-    method = get_method(rule.method)
+    scheme = tensor.scheme.weights
+    method, options = get_method(tensor.rule.method), tensor.rule.options
+    if method.needs_moment:
+        method, options = _BLIND
     matrix = weight.reshape(tensor.placed.matrix_shape)
     step = max(_CHUNK // matrix.shape[1], 1) if rowwise(scheme) else len(matrix)
     parts, noise, signal = [], 0.0, 0.0
     for start in range(0, len(matrix), step):
         part = matrix[start : start + step].float()
-        q = method.run(part, scheme, None, name=tensor.name, **rule.options)
+        q = method.run(part, scheme, None, name=tensor.name, **options)
         difference = q.dequantize().sub_(part)
         noise += float(torch.linalg.vector_norm(difference)) ** 2
         signal += float(torch.linalg.vector_norm(part)) ** 2
@@ -176,8 +187,10 @@ class BlockRounder:
         self.loose: list[PlannedTensor] = []
         for tensor in tensors:
             slots = skeleton.slots(tensor.name)
-            if not slots:
+            assert tensor.scheme is not None
+            if not slots or (slots[0].source_index is not None and not stackable(tensor.scheme.weights)):
                 self.loose.append(tensor)
+                continue
             for slot in slots:
                 piece = _Piece(tensor, slot, self._weight(slot))
                 if not bool(torch.isfinite(piece.weight).all()):
@@ -279,7 +292,7 @@ class BlockRounder:
         options = rule.options
         if method.needs_moment and (moment is None or moment.tokens == 0):
             # No token reached it (an expert never chosen, a module never run): nothing is known of its inputs.
-            method, options, moment = get_method("rtn"), {"range": "search"}, None
+            (method, options), moment = _BLIND, None
         weight = pieces[0].weight if len(pieces) == 1 else torch.cat([p.weight for p in pieces])
         if last:
             q = method.run(weight, scheme, moment, name=tensor.name, **options)
@@ -296,10 +309,19 @@ class BlockRounder:
             region.copy_(back.T if piece.slot.flipped else back)
         release()
 
+    def _whole(self, tensor: PlannedTensor) -> Rounded:
+        """A tensor that cannot be rounded piece by piece is rounded blindly, and its parameters are made anew from it."""
+        done = round_tensor(tensor, self.skeleton.tensor(tensor.name))
+        self.skeleton.overrides[tensor.name] = done.q.dequantize().reshape(tensor.shape)
+        params = self.skeleton.params_of[tensor.name]
+        self.skeleton.drop(params)
+        self.skeleton.fill(params)
+        return done
+
     def _joined(self, tensor: PlannedTensor) -> Rounded:
         """The result of a tensor; a stored stack joins those of its matrices."""
         if tensor in self.loose:
-            return round_tensor(tensor, self.skeleton.checkpoint.dense(tensor.name))
+            return self._whole(tensor)
         parts = self.results[tensor.name]
         if len(parts) == 1:
             return parts[0]

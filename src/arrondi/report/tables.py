@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_FILE_WIDTH = 200
 _MOST_ROWS = 400
 """A table of tensors longer than this is cut; `--json` has all of it."""
 
 
 def print_plan(plan: dict[str, Any]) -> None:
     """The resolved plan."""
-    console = Console()
-    table = Table(
+    console = _console()
+    table = _table(
         "tensor", "shape", "becomes", "method", "bits/weight", "bytes", "why", title=f"Plan for {plan['model']}"
     )
     for t in plan["tensors"][:_MOST_ROWS]:
@@ -50,8 +53,8 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     """What a quantization run did and cost."""
-    console = Console()
-    table = Table("layer", "scheme", "method", "bits/weight", "SQNR dB", "output error", title=f"{report['model']}")
+    console = _console()
+    table = _table("layer", "scheme", "method", "bits/weight", "SQNR dB", "output error", title=f"{report['model']}")
     for row in report["layers"][:_MOST_ROWS]:
         error = "" if row["output_error"] is None else f"{row['output_error']:.2e}"
         noise = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
@@ -76,8 +79,8 @@ def print_report(report: dict[str, Any]) -> None:
 
 def print_evaluation(result: dict[str, Any]) -> None:
     """Numbers with their 95 % intervals."""
-    console = Console()
-    table = Table("measure", "value", "95 % interval", title=f"On {result['text']}")
+    console = _console()
+    table = _table("measure", "value", "95 % interval", title=f"On {result['text']}")
     for key, value in result.items():
         if isinstance(value, float) and not key.endswith("_interval"):
             interval = result.get(f"{key}_interval")
@@ -90,8 +93,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
 
 def print_inspection(document: dict[str, Any]) -> None:
     """Tensors and totals of a checkpoint."""
-    console = Console()
-    table = Table(
+    console = _console()
+    table = _table(
         "tensor", "shape", "format", "bits/weight", "bytes", title=f"{document['path']}: {document['architecture']}"
     )
     for t in document["tensors"][:_MOST_ROWS]:
@@ -106,9 +109,9 @@ def print_inspection(document: dict[str, Any]) -> None:
 
 def print_demo(result: dict[str, Any]) -> None:
     """The comparison of the demo."""
-    console = Console()
+    console = _console()
     original = result["original"]
-    table = Table(
+    table = _table(
         "scheme",
         "method",
         "bits/weight",
@@ -132,11 +135,25 @@ def print_demo(result: dict[str, Any]) -> None:
 
 def print_facts(document: dict[str, Any]) -> None:
     """Plain key and value."""
-    console = Console()
+    console = _console()
     for key, value in document.items():
         console.print(
             f"{key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')}: {value}"
         )
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for names where the output goes to a file."""
+    return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
+
+
+def _table(first: str, *others: str, title: str) -> Table:
+    """A table whose first column, the name, is never cut."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column(first, no_wrap=True)
+    for other in others:
+        table.add_column(other, overflow="fold")
+    return table
 
 
 def _shape(shape: list[int]) -> str:

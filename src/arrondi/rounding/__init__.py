@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, get_args, get_type_hints
 
 from arrondi.errors import SchemeError, unknown
 from arrondi.qtensor import QTensor
@@ -62,15 +62,27 @@ def get_method(name: str) -> Method:
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse an option that the method does not have.
+    """Refuse an option that the method does not have, or a value of the wrong kind.
 
     Raises:
-        SchemeError: names the option and lists those that exist.
+        SchemeError: names the option and lists those that exist, or the value and what it should be.
     """
     known = get_method(method).options
-    for option in options:
+    hints = get_type_hints(get_method(method).run)
+    for option, value in options.items():
         if option not in known:
-            raise SchemeError(str(unknown(f"option of {method}", option, known)))
+            raise unknown(f"option of {method}", option, known)
+        words, default = get_args(hints[option]), known[option]
+        if words and value not in words:
+            raise unknown(f"value of option {option}:", str(value), words)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
+            raise SchemeError(
+                f"Option {option} of {method} takes {_KINDS[type(default)]} such as {default!r}, got {value!r}."
+            )
+
+
+_KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
 __all__ = ["METHODS", "Method", "check_options", "get_method", "gptq", "hqq", "rtn", "search_grid"]
