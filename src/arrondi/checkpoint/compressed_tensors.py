@@ -43,6 +43,7 @@ from arrondi.formats import (
 )
 from arrondi.packing import pack, packed_width, unpack
 from arrondi.qtensor import QTensor
+from arrondi.storage import load_scale, signed, store_scale, unsigned
 
 _F8 = torch.float8_e4m3fn
 _WORD = 4
@@ -66,28 +67,12 @@ def _scale_spec(shape: tuple[int, ...], scheme: Scheme) -> tuple[torch.dtype, tu
 
 
 def _write_scale(q: QTensor) -> torch.Tensor:
-    scale = q.real_scale
-    if q.scheme.scale == "e8m0":
-        return (torch.frexp(scale).exponent + 126).to(torch.uint8)
-    scale = scale.to(STORED[str(q.scheme.scale)])
+    scale = store_scale(q.real_scale, str(q.scheme.scale))
     return scale.reshape(1) if isinstance(q.scheme.granularity, PerTensor) else scale
 
 
 def _read_scale(stored: torch.Tensor, shape: tuple[int, ...], scheme: Scheme) -> torch.Tensor:
-    wanted = scale_shape(scheme.granularity, shape)
-    if scheme.scale == "e8m0":
-        return torch.exp2(stored.double() - 127).float().reshape(wanted)
-    return stored.float().reshape(wanted)
-
-
-def _unsigned(q: QTensor) -> torch.Tensor:
-    """Codes with the smallest at zero: the byte minus qmin, which wraps the sign away."""
-    return q.codes.view(torch.uint8) - torch.tensor(q.scheme.format.qmin % 256, dtype=torch.uint8)
-
-
-def _signed(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    shifted = codes + torch.tensor(scheme.format.qmin % 256, dtype=torch.uint8)
-    return shifted.view(code_dtype(scheme.format))
+    return load_scale(stored).reshape(scale_shape(scheme.granularity, shape))
 
 
 def _packed_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -107,7 +92,7 @@ def _packed_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[tor
 def _packed_write(q: QTensor) -> dict[str, torch.Tensor]:
     bits = q.scheme.format.bits
     tensors = {
-        "weight_packed": pack(_unsigned(q), bits, word_bytes=_WORD).view(torch.int32),
+        "weight_packed": pack(unsigned(q.codes, q.scheme.format), bits, word_bytes=_WORD).view(torch.int32),
         "weight_scale": _write_scale(q),
         "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
@@ -122,7 +107,7 @@ def _packed_write(q: QTensor) -> dict[str, torch.Tensor]:
 def _packed_read(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
     shape = tuple(tensors["weight_shape"].tolist())
     bits = scheme.format.bits
-    codes = _signed(unpack(tensors["weight_packed"].view(torch.uint8), bits, shape[1]), scheme)
+    codes = signed(unpack(tensors["weight_packed"].view(torch.uint8), bits, shape[1]), scheme.format)
     zero = None
     if scheme.zero_point == "integer":
         stored = tensors["weight_zero_point"].T.contiguous().view(torch.uint8)

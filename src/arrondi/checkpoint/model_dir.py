@@ -103,9 +103,11 @@ def _entries(path: Path) -> dict[str, Entry]:
                     f"{file}: tensor {name!r} is also in {entries[name].path.name}. Remove one of the files."
                 )
             entries[name] = entry
-    for name, file in weight_map.items():
+    for name, shard in weight_map.items():
         if name not in entries:
-            raise FileFormatError(f"{path / file}: tensor {name!r} should be here, says {_INDEX}. Download both again.")
+            raise FileFormatError(
+                f"{path / shard}: tensor {name!r} should be here, says {_INDEX}. Download both again."
+            )
     return entries
 
 

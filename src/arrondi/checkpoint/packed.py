@@ -15,12 +15,12 @@ import torch
 
 from arrondi.checkpoint.layout import Layout, Placed
 from arrondi.checkpoint.writer import TensorSpec
-from arrondi.encoding import code_dtype
 from arrondi.errors import FileFormatError
 from arrondi.fitting import STORED
 from arrondi.formats import PRESETS, LayerScheme, Scheme, parse_scheme, scale_shape
 from arrondi.packing import pack, packed_width, unpack
 from arrondi.qtensor import QTensor
+from arrondi.storage import load_scale, signed, store_scale, unsigned
 
 
 def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | None:
@@ -54,14 +54,11 @@ def _part_specs(name: str, shape: tuple[int, ...], scheme: Scheme) -> list[Tenso
 
 def _part_write(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     low = q.scheme.format.qmin
-    unsigned = q.codes.view(torch.uint8) - torch.tensor(low % 256, dtype=torch.uint8)
-    tensors = {f"{name}.codes": pack(unsigned, q.scheme.format.bits)}
+    tensors = {f"{name}.codes": pack(unsigned(q.codes, q.scheme.format), q.scheme.format.bits)}
     if isinstance(q.scale, QTensor):
         tensors |= _part_write(f"{name}.scale", q.scale)
-    elif q.scheme.scale == "e8m0":
-        tensors[f"{name}.scale"] = (torch.frexp(q.scale).exponent + 126).to(torch.uint8)
     else:
-        tensors[f"{name}.scale"] = q.scale.to(STORED[str(q.scheme.scale)])
+        tensors[f"{name}.scale"] = store_scale(q.scale, str(q.scheme.scale))
     if q.zero_point is not None:
         tensors[f"{name}.zero_point"] = (q.zero_point - low).to(torch.uint8)
     if q.offset is not None:
@@ -71,18 +68,16 @@ def _part_write(name: str, q: QTensor) -> dict[str, torch.Tensor]:
 
 def _part_read(name: str, shape: tuple[int, ...], scheme: Scheme, read: Callable[[str], torch.Tensor]) -> QTensor:
     low = scheme.format.qmin
-    codes = unpack(read(f"{name}.codes"), scheme.format.bits, shape[-1]) + torch.tensor(low % 256, dtype=torch.uint8)
+    codes = signed(unpack(read(f"{name}.codes"), scheme.format.bits, shape[-1]), scheme.format)
     groups = scale_shape(scheme.granularity, shape)
     scale: torch.Tensor | QTensor
     if isinstance(scheme.scale, Scheme):
         scale = _part_read(f"{name}.scale", groups, scheme.scale, read)
-    elif scheme.scale == "e8m0":
-        scale = torch.exp2(read(f"{name}.scale").double() - 127).float()
     else:
-        scale = read(f"{name}.scale").float()
+        scale = load_scale(read(f"{name}.scale"))
     zero = read(f"{name}.zero_point").int() + low if scheme.zero_point == "integer" else None
     offset = read(f"{name}.offset") if scheme.zero_point == "float" else None
-    return QTensor(codes.view(code_dtype(scheme.format)), scale, zero, offset, scheme)
+    return QTensor(codes, scale, zero, offset, scheme)
 
 
 def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -> dict[str, Any]:

@@ -81,8 +81,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         table = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(table, dict):
             raise TypeError("it is not a JSON object")
-        metadata = table.pop("__metadata__", None) or {}
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        metadata = table.pop("__metadata__", None)
+        named = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+        if metadata is not None and not named:
             raise TypeError("__metadata__ does not map names to words")
         entries = [_entry(path, name, facts, 8 + length) for name, facts in table.items()]
     except (ValueError, TypeError, RecursionError) as error:

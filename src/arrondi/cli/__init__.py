@@ -32,5 +32,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        print(f"arrondi: {error.filename or 'a file'}: {error.strerror or error}. Check the path and its permissions.", file=sys.stderr)
+        print(
+            f"arrondi: {error.filename or 'a file'}: {error.strerror or error}. Check the path and its permissions.",
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -12,12 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from arrondi.encoding import decode, encode
-from arrondi.fitting import STORED
-from arrondi.formats import FORMATS, Format, Scheme, scale_shape, tile_shape
+from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.kernels.kernel import Kernel, Meta, Tensors
 from arrondi.packing import pack, unpack
 from arrondi.qtensor import QTensor
+from arrondi.storage import load_scale, signed, store_scale, unsigned
 
 _CHUNK = 1 << 18
 """Weights decoded at a time for a few rows of x: with their temporaries they stay in the core's own cache."""
@@ -77,7 +76,7 @@ def decoded_rows(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         part = slice(start // shared, -(-stop // shared))
-        codes = _signed(unpack(tensors["codes"][start:stop], scheme.format.bits, columns), scheme.format)
+        codes = signed(unpack(tensors["codes"][start:stop], scheme.format.bits, columns), scheme.format)
         zeros = None if zero is None else zero[part].int()
         q = QTensor(codes, scale[part], zeros, None if offset is None else offset[part], plain, index)
         yield slice(start, stop), q.dequantize(dtype)
@@ -113,20 +112,16 @@ def _linear(x: torch.Tensor, tensors: Tensors, meta: Meta, bias: torch.Tensor | 
 
 def _packed_codes(q: QTensor) -> torch.Tensor:
     """Some rows at a time: packing needs up to eight bytes for each code."""
-    lowest, rows = q.scheme.format.qmin % 256, max(_WIDE_CHUNK // max(q.shape[1], 1), 1)
-    return torch.cat([pack(part.view(torch.uint8) - lowest, q.scheme.format.bits) for part in q.codes.split(rows)])
+    format, rows = q.scheme.format, max(_WIDE_CHUNK // max(q.shape[1], 1), 1)
+    return torch.cat([pack(unsigned(part, format), format.bits) for part in q.codes.split(rows)])
 
 
 def _stored_scale(scale: torch.Tensor, storage: str | Scheme) -> torch.Tensor:
     """In the storage type; values that do not fit it (a tensor made by hand) stay in float32."""
     if isinstance(storage, Scheme):
         return scale
-    if storage == "e8m0":
-        stored = encode(scale, FORMATS["e8m0"])
-        exact = torch.equal(decode(stored, FORMATS["e8m0"]), scale)
-    else:
-        stored = scale.to(STORED[storage])
-        exact = torch.equal(stored.float(), scale)
+    stored = store_scale(scale, storage)
+    exact = torch.equal(load_scale(stored), scale)
     return stored if exact else scale
 
 
@@ -136,8 +131,7 @@ def _real_scale(tensors: Tensors, scheme: Scheme, shape: tuple[int, int]) -> tor
         inner = {name.removeprefix("scale_"): part for name, part in tensors.items() if name.startswith("scale_")}
         rows, columns = scale_shape(scheme.granularity, shape)
         return decoded(inner, scheme.scale, (rows, columns), torch.float32)
-    scale = tensors["scale"]
-    return decode(scale, FORMATS["e8m0"]) if scale.dtype == torch.uint8 else scale.float()
+    return load_scale(tensors["scale"])
 
 
 def _narrow(zero_point: torch.Tensor) -> torch.Tensor:
@@ -145,11 +139,6 @@ def _narrow(zero_point: torch.Tensor) -> torch.Tensor:
         if torch.equal(zero_point.to(dtype).int(), zero_point):
             return zero_point.to(dtype)
     return zero_point
-
-
-def _signed(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """Unsigned codes of the bit stream → codes as `QTensor` has them; the sum wraps as two's complement does."""
-    return (codes + format.qmin % 256).view(torch.int8) if format.qmin < 0 else codes
 
 
 REFERENCE = Kernel("reference", _refuse, _prepack, _linear)

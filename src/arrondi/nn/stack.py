@@ -20,7 +20,6 @@ from arrondi.kernels import decoded, pack_weight
 from arrondi.nn.packed import keep_types
 from arrondi.qtensor import QTensor
 
-
 _PRODUCTS = (torch.bmm, torch.Tensor.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 

@@ -24,10 +24,12 @@ from arrondi.rounding import get_method
 
 Status = Literal["quantized", "kept by rule", "kept because impossible"]
 
-_BASE_BYTES = 480 << 20
+_BASE_BYTES = 420 << 20
 """Resident set of Python with torch and transformers loaded."""
-_FLOPS = 1.0e11
-"""Rough float32 rate of a small CPU, for the time estimate."""
+_FLOPS = 2.0e11
+"""Rough rate of a small CPU, for the time estimate."""
+_START_SECONDS = 3.0
+"""Imports, headers, tokenizer."""
 _SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
 
@@ -98,30 +100,24 @@ class Plan:
 
     def estimate(self, tokens: int, eval_tokens: int) -> tuple[int, float]:
         """Peak memory in bytes and rough seconds for so many calibration and evaluation tokens."""
-        largest = max((t.weights for t in self.tensors), default=0)
+        largest = max((t.weights for t in self.quantized), default=0)
         matrices = sum(t.weights for t in self.quantized)
-        seconds = (
-            sum(t.weights * get_method(t.rule.method).seconds_per_gigaweight for t in self.quantized if t.rule) / 1e9
-            + 3
-        )
+        methods = [(t.weights, get_method(t.rule.method)) for t in self.quantized if t.rule]
+        seconds = _START_SECONDS + sum(weights * m.seconds_per_gigaweight for weights, m in methods) / 1e9
         if not tokens and not eval_tokens:
-            return _BASE_BYTES + 3 * 4 * min(largest, 1 << 24) + 2 * largest, seconds
+            return _BASE_BYTES + 10 * largest, seconds  # as stored, codes, packed, and chunks of float32
         blocks: dict[int, int] = {}
         for t in self.tensors:
             if t.block is not None:
                 blocks[t.block] = blocks.get(t.block, 0) + t.weights
-        block = max(blocks.values(), default=0)
         outer = sum(t.weights for t in self.tensors if t.block is None)
         width = max((t.shape[-1] for t in self.quantized), default=0)
         hidden = min((t.shape[-1] for t in self.quantized), default=0)
         activations = 4 * hidden * (tokens + 2 * eval_tokens)
-        solving = (
-            4 * (4 * width**2 + 4 * block // 3)
-            if any(get_method(t.rule.method).needs_moment for t in self.quantized if t.rule)
-            else 0
-        )
+        # A moment and its factor; then weights that share an input, as float32, as rows and restored.
+        solving = 10 * width**2 + 26 * largest if any(m.needs_moment for _, m in methods) else 0
         seconds += 2 * matrices * (3.4 * tokens + 2 * eval_tokens) / _FLOPS
-        return _BASE_BYTES + activations + 4 * max(outer, block + solving // 4), seconds
+        return _BASE_BYTES + activations + max(4 * outer, 4 * max(blocks.values(), default=0) + solving), seconds
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""

@@ -1,0 +1,188 @@
+"""Writing in any order, twice, and onto a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from arrondi.checkpoint import ShardPlan, ShardWriter, TensorSpec, guard_disk, read_header, write_json
+from arrondi.errors import OutputError
+
+TENSORS = {name: torch.arange(n, dtype=torch.float32) for name, n in (("a", 3), ("b", 5), ("c", 0), ("d", 2))}
+SPECS: list[TensorSpec] = [(n, t.dtype, tuple(t.shape)) for n, t in TENSORS.items()]
+
+
+def written(folder: Path, plan: ShardPlan, order: list[str]) -> ShardWriter:
+    writer = ShardWriter(folder, plan)
+    for name in order:
+        writer.put(name, TENSORS[name])
+    writer.sync()
+    return writer
+
+
+def test_shards_are_filled_in_order_and_named_as_hugging_face_does() -> None:
+    plan = ShardPlan.split(SPECS, 24)
+    assert {f: [n for n, _, _ in specs] for f, specs in plan.files.items()} == {
+        "model-00001-of-00003.safetensors": ["a"],
+        "model-00002-of-00003.safetensors": ["b", "c"],
+        "model-00003-of-00003.safetensors": ["d"],
+    }
+    assert plan.nbytes == 40
+    assert plan.index() == {
+        "metadata": {"total_size": 40},
+        "weight_map": {"a": "model-00001-of-00003.safetensors", "b": "model-00002-of-00003.safetensors", "c": "model-00002-of-00003.safetensors", "d": "model-00003-of-00003.safetensors"},
+    }  # fmt: skip
+
+
+def test_one_shard_has_no_index() -> None:
+    plan = ShardPlan.split(SPECS, 40)
+    assert list(plan.files) == ["model.safetensors"]
+    assert plan.index() is None
+
+
+@pytest.mark.parametrize("limit", [1, 12, 13, 39, 40, 10**9])
+def test_no_shard_is_larger_than_the_limit_unless_one_tensor_is(limit: int) -> None:
+    for specs in ShardPlan.split(SPECS, limit).files.values():
+        size = sum(4 * shape[0] for _, _, shape in specs)
+        assert size <= limit or sum(shape[0] > 0 for _, _, shape in specs) == 1
+
+
+def test_the_order_of_writing_does_not_change_the_bytes(tmp_path: Path) -> None:
+    plan = ShardPlan.split(SPECS, 24)
+    for folder, order in (("one", "abcd"), ("two", "dbca")):
+        written(tmp_path / folder, plan, list(order)).close()
+        ShardWriter.publish(tmp_path / folder, plan, tmp_path / folder)
+    for file in plan.files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    together = {n: t for file in plan.files for n, t in load_file(tmp_path / "one" / file).items()}
+    assert all(torch.equal(together[n], t) for n, t in TENSORS.items())
+
+
+def test_what_a_killed_writer_put_is_there_for_the_next(tmp_path: Path) -> None:
+    plan = ShardPlan.split(SPECS, 10**9)
+    written(tmp_path, plan, ["b"])  # never closed: its process is gone
+    again = ShardWriter(tmp_path, plan)
+    assert torch.equal(again.get("b"), TENSORS["b"])
+    for name in "acd":
+        again.put(name, TENSORS[name])
+    again.close()
+    ShardWriter.publish(tmp_path, plan, tmp_path)
+    assert all(torch.equal(t, TENSORS[n]) for n, t in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_nothing_has_its_final_name_before_publish(tmp_path: Path) -> None:
+    plan = ShardPlan.split(SPECS, 24)
+    written(tmp_path, plan, list("abcd")).close()
+    assert {p.name for p in tmp_path.iterdir()} == {f"{f}.partial" for f in plan.files}
+
+
+def test_publish_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    plan = ShardPlan.split(SPECS, 24)
+    (tmp_path / "out").mkdir()
+    written(tmp_path / "work", plan, list("abcd")).close()
+    first, *rest = plan.files
+    os.replace(tmp_path / "work" / f"{first}.partial", tmp_path / "out" / first)
+    ShardWriter.publish(tmp_path / "work", plan, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {first, *rest, "model.safetensors.index.json"}
+
+
+def test_publish_says_when_a_finished_file_is_gone(tmp_path: Path) -> None:
+    plan = ShardPlan.split(SPECS, 10**9)
+    with pytest.raises(OutputError, match=r"model\.safetensors: gone"):
+        ShardWriter.publish(tmp_path, plan, tmp_path)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 1000])
+def test_a_tensor_is_copied_in_pieces_as_it_is(chunk: int, tmp_path: Path) -> None:
+    source = {"x": torch.randn(5, 3).to(torch.float8_e5m2), "empty": torch.zeros(0, dtype=torch.int16)}
+    save_file(source, tmp_path / "in.safetensors")
+    writer = ShardWriter(tmp_path, ShardPlan({"out.safetensors": [(n, t.dtype, tuple(t.shape)) for n, t in source.items()]}))
+    for entry in read_header(tmp_path / "in.safetensors").values():
+        writer.copy(entry, chunk)
+    for name, tensor in source.items():
+        assert torch.equal(writer.get(name).view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path: Path) -> None:
+    matrix = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    writer = ShardWriter(tmp_path, ShardPlan({"m.safetensors": [("x", torch.int32, (3, 2))]}))
+    writer.put("x", matrix.T)
+    assert writer.get("x").tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+# ── a full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_sentence_that_says_what_is_kept(code: int, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"the disk is full.*run the same command again") as caught, guard_disk(tmp_path):
+        raise OSError(code, os.strerror(code))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_other_errors_of_the_system_pass() -> None:
+    with pytest.raises(PermissionError), guard_disk(Path()):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def full(*args: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+WRITES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "the header": ("pwrite", lambda folder: ShardWriter(folder, ShardPlan.split(SPECS, 24))),
+    "the size": ("ftruncate", lambda folder: ShardWriter(folder, ShardPlan.split(SPECS, 24))),
+    "json": ("fsync", lambda folder: write_json(folder / "x.json", {})),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_every_write_is_guarded(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, write = WRITES[what]
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(OutputError, match="disk is full"):
+        write(tmp_path)
+
+
+@pytest.mark.parametrize("function", ["pwrite", "fdatasync"])
+def test_put_copy_and_sync_are_guarded(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": TENSORS["a"]}, tmp_path / "in.safetensors")
+    entry = read_header(tmp_path / "in.safetensors")["a"]
+    writer = ShardWriter(tmp_path, ShardPlan.split(SPECS, 10**9))
+    writer.put("b", TENSORS["b"])
+    monkeypatch.setattr(os, function, full)
+    for write in (lambda: writer.put("a", TENSORS["a"]), lambda: writer.copy(entry, 100), writer.sync):
+        if function == "fdatasync" and write != writer.sync:
+            continue
+        if function == "pwrite" and write == writer.sync:
+            continue
+        with pytest.raises(OutputError, match="disk is full"):
+            write()
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: whole(handle, data[:3], offset))
+    writer = written(tmp_path, ShardPlan.split(SPECS, 10**9), list("abcd"))
+    assert all(torch.equal(writer.get(n), t) for n, t in TENSORS.items())
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError):
+        write_json(path, {"new": "ü"})
+    assert json.loads(path.read_text()) == {"old": 1}
+    monkeypatch.undo()
+    write_json(path, {"new": "ü"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"new": "ü"}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
