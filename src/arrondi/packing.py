@@ -51,12 +51,12 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor
     stored = width * 8 // bits if bits in (4, 8) else -(-width // bits) * _LANES
     if stored != columns:
         codes = torch.nn.functional.pad(codes, (0, stored - columns))
+    # Flat in between, because the transpose of a column calls itself contiguous with strides that `view` refuses.
     if bits == 8:
-        return codes.contiguous().clone() if stored == columns else codes
+        return codes.flatten().clone().reshape(codes.shape) if stored == columns else codes
     if bits == 4:
         # The low byte of a 16-bit lane holds the even code: (hi << 8 | lo) becomes hi << 4 | lo.
         aligned = codes.clone() if codes.storage_offset() % 2 else codes
-        # Flat, because the transpose of a column calls itself contiguous with strides that `view` refuses.
         pairs = aligned.flatten().view(torch.int16).reshape(*codes.shape[:-1], -1)
         return (pairs | (pairs >> 4)).to(torch.uint8)
     lanes = codes.reshape(*codes.shape[:-1], -1, _LANES).to(torch.int64)
@@ -64,7 +64,7 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor
     for j in range(_LANES):
         word |= lanes[..., j] << (j * bits)
     packed = word.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
-    return packed[..., :width].contiguous()
+    return packed[..., :width].flatten().reshape(*codes.shape[:-1], width)
 
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from arrondi.checkpoint.layout import Layout, Placed
 from arrondi.checkpoint.writer import TensorSpec
-from arrondi.errors import FileFormatError
+from arrondi.errors import ArrondiError, FileFormatError
 from arrondi.fitting import STORED
 from arrondi.formats import PRESETS, LayerScheme, Scheme, parse_scheme, scale_shape
 from arrondi.packing import pack, packed_width, unpack
@@ -24,9 +24,11 @@ from arrondi.storage import load_scale, signed, store_scale, unsigned
 
 
 def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | None:
-    if scheme.weights.format.name not in str(_text(scheme)):
-        return f"the format {scheme.weights.format} has no name that a file could refer to"
-    return None
+    try:
+        back = _parse(_text(scheme))
+    except ArrondiError:
+        back = None
+    return None if back == scheme else f"the scheme {scheme} has no name by which a file could refer to it"
 
 
 def _text(scheme: LayerScheme) -> str:
@@ -35,6 +37,10 @@ def _text(scheme: LayerScheme) -> str:
         return str(scheme)
     named = [name for name, preset in PRESETS.items() if preset == scheme]
     return f"{named[0]} ({scheme})" if named else str(scheme)
+
+
+def _parse(text: str) -> LayerScheme:
+    return parse_scheme(text.partition(" ")[0])
 
 
 def _part_specs(name: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
@@ -98,7 +104,7 @@ def _find(
                 f"This checkpoint is of version {config['version']} of arrondi's layout; this release reads 1. Update arrondi."
             )
         return [
-            Placed(name, tuple(int(n) for n in facts["shape"]), parse_scheme(facts["scheme"].split(" ")[0]))
+            Placed(name, tuple(int(n) for n in facts["shape"]), _parse(facts["scheme"]))
             for name, facts in config["tensors"].items()
         ]
     except (KeyError, TypeError, AttributeError) as error:

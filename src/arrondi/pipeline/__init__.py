@@ -3,9 +3,10 @@
 from arrondi.pipeline.inspect import inspect_model
 from arrondi.pipeline.load import load_model
 from arrondi.pipeline.plan import Plan, check, make_plan
-from arrondi.pipeline.quantize import TextOptions, quantize_model
+from arrondi.pipeline.quantize import quantize_model
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.pipeline.restore import dequantize_model
+from arrondi.pipeline.texts import TextOptions
 
 __all__ = [
     "Plan",

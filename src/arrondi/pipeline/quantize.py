@@ -9,13 +9,10 @@ A run that was killed is continued by the same call: finished blocks are read ba
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +20,15 @@ import torch
 
 from arrondi.blocks import Chain, HiddenStore, Skeleton, bfloat16_pays
 from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
-from arrondi.errors import DataError, OutputError, SchemeError
+from arrondi.errors import OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
-from arrondi.evaluate.text import Windows, load_tokenizer, protocol, read_windows
+from arrondi.evaluate.text import Windows
 from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
 from arrondi.pipeline.plan import Plan, PlannedTensor, check, make_plan
 from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.record import FileHasher, facts_of, kept_of, manifest_of, run_key
 from arrondi.pipeline.rounding_step import BlockRounder, Rounded, round_tensor
-from arrondi.rounding import get_method
+from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
 _COPY_CHUNK = 32 << 20
 """Bytes of a kept tensor that are copied at a time."""
@@ -43,39 +41,6 @@ _GROUP_BYTES = 256 << 20
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is going on)."""
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """What text a run uses and how much of it.
-
-    Attributes:
-        calibration: file to calibrate on, or None.
-        samples: windows taken from it, chosen by `seed`.
-        seq_len: tokens of a window, special tokens included; cut to what the model can take.
-        eval_text: file to measure on; None takes the last tenth of the calibration text, which is then not calibrated on.
-        evaluate: False leaves the measurement out.
-        eval_samples: windows measured at most.
-        seed: chooses the calibration windows.
-    """
-
-    calibration: Path | None = None
-    samples: int = 128
-    seq_len: int = 512
-    eval_text: Path | None = None
-    evaluate: bool = True
-    eval_samples: int = 32
-    seed: int = 0
-
-
-@dataclass
-class _Texts:
-    """The windows of a run."""
-
-    calibration: Windows | None = None
-    evaluation: Windows | None = None
-    evaluation_source: str = ""
-    protocol: str = ""
 
 
 def quantize_model(
@@ -121,27 +86,28 @@ def quantize_model(
     skeleton = Skeleton(checkpoint)
     plan = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
     check(plan)
-    texts = _read_texts(skeleton, text, recipe)
-    key = _run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
+    texts = read_texts(skeleton, text, recipe)
+    key = run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
     if finished_key(out) == key and not overwrite:
         shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come when only this was left to do
         return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
     with Journal(out, key, overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
         run = _Run(skeleton, plan, texts, journal, shard_bytes, progress or (lambda done, total, what: None))
-        return run.execute(_facts(checkpoint, plan, recipe, text, texts), key)
+        return run.execute(facts_of(checkpoint, plan, recipe, text, texts), key)
 
 
 class _Run:
     """One execution: the state that the steps share."""
 
     def __init__(
-        self, skeleton: Skeleton, plan: Plan, texts: _Texts, journal: Journal, shard_bytes: int, progress: Progress
+        self, skeleton: Skeleton, plan: Plan, texts: Texts, journal: Journal, shard_bytes: int, progress: Progress
     ) -> None:
         self.skeleton, self.plan, self.texts, self.journal, self.progress = skeleton, plan, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
+        self.hasher = FileHasher(skeleton.checkpoint.folder)
         self.bfloat16 = bfloat16_pays(skeleton.checkpoint)
         self.chain: Chain | None = None
         if texts.calibration is not None or texts.evaluation is not None:
@@ -343,10 +309,10 @@ class _Run:
             "seconds": done["seconds"],
             "evaluation": done["measured"],
             "layers": done["rows"],
-            "kept": _kept(self.plan),
+            "kept": kept_of(self.plan),
         }
         write_json(out / "report.json", report)
-        write_json(out / MANIFEST, {"run": key, **_manifest(facts)})
+        write_json(out / MANIFEST, manifest_of(facts, key, self.hasher.result()))
         write_json(out / "config.json", {**source.config, "quantization_config": quantization})
         self.journal.remove()
         return report
@@ -383,117 +349,9 @@ def _grouped(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:
     return groups
 
 
-def _read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> _Texts:
-    """Tokenize, cut, hold back and choose."""
-    needs = [r.method for r in recipe.rules if r.scheme is not None and get_method(r.method).needs_moment]
-    if needs and options.calibration is None:
-        raise DataError(
-            f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq."
-        )
-    if options.calibration is None and (options.eval_text is None or not options.evaluate):
-        return _Texts()
-    folder = skeleton.checkpoint.folder.path
-    tokenizer = load_tokenizer(folder)
-    seq_len = min(options.seq_len, getattr(skeleton.model.config, "max_position_embeddings", None) or options.seq_len)
-    texts = _Texts(protocol=protocol(tokenizer, seq_len))
-    if options.calibration is not None:
-        windows = read_windows(options.calibration, tokenizer, seq_len, "calibration text")
-        held = max(len(windows) // 10, 1) if options.evaluate and options.eval_text is None and len(windows) > 1 else 0
-        pool = windows.ids[: len(windows) - held]
-        generator = torch.Generator().manual_seed(options.seed)
-        chosen = torch.randperm(len(pool), generator=generator)[: options.samples].sort().values
-        texts.calibration = Windows(pool[chosen], windows.source, windows.text_hash)
-        if held:
-            texts.evaluation = Windows(
-                windows.ids[len(pool) :][: options.eval_samples], windows.source, windows.text_hash
-            )
-            texts.evaluation_source = f"last tenth of {windows.source}, not calibrated on"
-    if options.eval_text is not None and options.evaluate:
-        windows = read_windows(options.eval_text, tokenizer, seq_len, "evaluation text")
-        texts.evaluation = Windows(windows.ids[: options.eval_samples], windows.source, windows.text_hash)
-        texts.evaluation_source = windows.source
-    _check_ids(skeleton, texts)
-    return texts
-
-
-def _check_ids(skeleton: Skeleton, texts: _Texts) -> None:
-    vocabulary = getattr(skeleton.model.config, "vocab_size", None)
-    for windows in (texts.calibration, texts.evaluation):
-        if windows is not None and vocabulary and int(windows.ids.max()) >= vocabulary:
-            raise DataError(
-                f"The tokenizer gives token {int(windows.ids.max())}, but the model knows {vocabulary}. They do not belong together."
-            )
-
-
 def _check_space(out: Path, plan: Plan, resumed: bool) -> None:
     free, need = shutil.disk_usage(out).free, plan.output_bytes
     if not resumed and free < need:
         raise OutputError(
             f"{out}: the output needs {need / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free. Free some space or choose another disk."
         )
-
-
-def _run_key(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: _Texts, shard_bytes: int
-) -> str:
-    """Identifies a run: same key, same bytes."""
-    import transformers
-
-    from arrondi import __version__
-
-    facts = [
-        checkpoint.folder.fingerprint(), plan.layout.name, recipe.to_dict(), [(t.name, t.status, str(t.scheme)) for t in plan.tensors],
-        text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes,
-        texts.calibration and texts.calibration.text_hash, texts.evaluation and texts.evaluation.text_hash,
-        __version__, torch.__version__, transformers.__version__,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _facts(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: _Texts) -> dict[str, Any]:
-    """The part of the report that is known before the run."""
-    import transformers
-
-    from arrondi import __version__
-
-    summary = plan.to_dict()
-    calibration = texts.calibration
-    return {
-        "model": str(checkpoint.folder.path),
-        "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
-        "fingerprint": checkpoint.folder.fingerprint(),
-        "recipe": recipe.to_dict(),
-        "layout": plan.layout.name,
-        "bits_per_weight": summary["bits_per_weight"],
-        "model_bits_per_weight": summary["model_bits_per_weight"],
-        "output_bytes": plan.output_bytes,
-        "input_bytes": checkpoint.folder.nbytes,
-        "counts": summary["counts"],
-        "calibration": None
-        if calibration is None
-        else {
-            "text": calibration.source,
-            "sha256": calibration.text_hash,
-            "windows": len(calibration),
-            "tokens": calibration.ids.numel(),
-            "seed": text.seed,
-        },
-        "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
-        "notes": plan.notes,
-        "versions": {
-            "arrondi": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _manifest(facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: facts[k] for k in ("fingerprint", "recipe", "layout", "calibration", "evaluation_text_sha256", "versions")
-    }
-
-
-def _kept(plan: Plan) -> list[dict[str, Any]]:
-    return [{"name": t.name, "status": t.status, "reason": t.reason} for t in plan.tensors if t.status != "quantized"]
