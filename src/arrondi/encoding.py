@@ -42,7 +42,7 @@ def encode(x: torch.Tensor, format: Format, zero_point: torch.Tensor | None = No
     if format.kind == "integer":
         q = torch.round(x)
         if zero_point is not None:
-            q = q + zero_point
+            q += zero_point
         return q.clamp_(format.qmin, format.qmax).to(code_dtype(format))
     if format.kind == "codebook":
         return torch.bucketize(x.contiguous(), _thresholds(format, x.device)).to(torch.uint8)

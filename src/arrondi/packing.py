@@ -51,20 +51,19 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor
     stored = width * 8 // bits if bits in (4, 8) else -(-width // bits) * _LANES
     if stored != columns:
         codes = torch.nn.functional.pad(codes, (0, stored - columns))
-    # Flat in between, because the transpose of a column calls itself contiguous with strides that `view` refuses.
     if bits == 8:
-        return codes.flatten().clone().reshape(codes.shape) if stored == columns else codes
+        return _plain(codes).clone() if stored == columns else codes
     if bits == 4:
         # The low byte of a 16-bit lane holds the even code: (hi << 8 | lo) becomes hi << 4 | lo.
         aligned = codes.clone() if codes.storage_offset() % 2 else codes
-        pairs = aligned.flatten().view(torch.int16).reshape(*codes.shape[:-1], -1)
+        pairs = _plain(aligned).view(torch.int16)
         return (pairs | (pairs >> 4)).to(torch.uint8)
     lanes = codes.reshape(*codes.shape[:-1], -1, _LANES).to(torch.int64)
     word = torch.zeros(lanes.shape[:-1], dtype=torch.int64, device=codes.device)
     for j in range(_LANES):
         word |= lanes[..., j] << (j * bits)
     packed = word.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
-    return packed[..., :width].flatten().reshape(*codes.shape[:-1], width)
+    return _plain(packed[..., :width])
 
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -99,6 +98,12 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     mask = 2**bits - 1
     codes = torch.stack([(word[..., 0] >> (j * bits)) & mask for j in range(_LANES)], dim=-1)
     return codes.flatten(-2)[..., :columns].to(torch.uint8)
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, strides included: the transpose of a column calls itself contiguous, and yet `view` refuses it."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
 
 
 def _check(values: torch.Tensor, bits: int) -> None:

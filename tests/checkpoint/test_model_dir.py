@@ -79,7 +79,9 @@ def no_tensor(folder: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    shards(folder, {"one.safetensors": ["a"], "two.safetensors": ["a"]}, {"a": "one.safetensors", "b": "two.safetensors"})
+    shards(
+        folder, {"one.safetensors": ["a"], "two.safetensors": ["a"]}, {"a": "one.safetensors", "b": "two.safetensors"}
+    )
 
 
 def twice_without_index(folder: Path) -> None:
@@ -166,7 +168,14 @@ def test_what_is_no_directory_is_refused_with_its_path(kind: str, tmp_path: Path
 
 def test_a_copy_takes_tokenizer_and_licence_along_and_nothing_else(folder: Path) -> None:
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
-    taken = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer.model"]
+    taken = [
+        "LICENSE",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
     left = ["README.md", "model.safetensors.index.json", "modeling_x.py", "pytorch_model.bin", "report.json", "manifest.json", "notes"]  # fmt: skip
     for name in [*taken, *left]:
         (folder / name).write_text("{}")

@@ -104,7 +104,9 @@ def test_publish_says_when_a_finished_file_is_gone(tmp_path: Path) -> None:
 def test_a_tensor_is_copied_in_pieces_as_it_is(chunk: int, tmp_path: Path) -> None:
     source = {"x": torch.randn(5, 3).to(torch.float8_e5m2), "empty": torch.zeros(0, dtype=torch.int16)}
     save_file(source, tmp_path / "in.safetensors")
-    writer = ShardWriter(tmp_path, ShardPlan({"out.safetensors": [(n, t.dtype, tuple(t.shape)) for n, t in source.items()]}))
+    writer = ShardWriter(
+        tmp_path, ShardPlan({"out.safetensors": [(n, t.dtype, tuple(t.shape)) for n, t in source.items()]})
+    )
     for entry in read_header(tmp_path / "in.safetensors").values():
         writer.copy(entry, chunk)
     for name, tensor in source.items():
@@ -123,7 +125,10 @@ def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_one_sentence_that_says_what_is_kept(code: int, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"the disk is full.*run the same command again") as caught, guard_disk(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"the disk is full.*run the same command again") as caught,
+        guard_disk(tmp_path),
+    ):
         raise OSError(code, os.strerror(code))
     assert str(tmp_path) in str(caught.value)
 

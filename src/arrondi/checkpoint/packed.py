@@ -1,7 +1,7 @@
 """Arrondi's own layout: any scheme, for what no other layout can hold (NF4, ternary, float zero points, stacks of experts).
 
 Owns: `LAYOUT`. A tensor `N` becomes `N.codes` (uint8, one little-endian bit stream a row, `arrondi.packing`), `N.scale`, and,
-where the scheme asks for them, `N.zero_point` (uint8, code - qmin), `N.offset` (float32) and `N.group_index` (int32). Scales
+where the scheme asks for them, `N.zero_point` (uint8, code - qmin) and `N.offset` (float32). Scales
 that are quantized in turn are `N.scale.codes` and `N.scale.scale`. A stack (E, a, b) is stored as the matrix (E·a, b). The
 `quantization_config` lists every tensor with its shape and its scheme in the compact grammar.
 """

@@ -25,7 +25,7 @@ from arrondi.rounding import Method, get_method
 Forward = Callable[[], object]
 """Sends one calibration batch through the block."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
 """Elements of a tensor that are rounded at a time when rows do not depend on each other."""
 
 
