@@ -26,7 +26,5 @@ def test_a_loaded_4_bit_model_takes_less_than_40_percent_of_bfloat16(dtype: str,
         assert sum(storages.values()) < 0.4 * original
     linears = [m for m in model.modules() if isinstance(m, QLinear)]
     assert len(linears) == 28
-    assert all(
-        p.numel() != m.in_features * m.out_features for m in linears for p in [*m.parameters(), *m.buffers()]
-    )
+    assert all(p.numel() != m.in_features * m.out_features for m in linears for p in [*m.parameters(), *m.buffers()])
     assert torch.isfinite(model(input_ids=torch.arange(8)[None]).logits).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 import arrondi
-from arrondi.checkpoint import LAYOUTS, Checkpoint, Placed
-from arrondi.formats import LayerScheme, parse_scheme
+from arrondi.checkpoint import LAYOUTS, Placed
+from arrondi.formats import parse_scheme
 from arrondi.pipeline import Recipe, Rule
 from arrondi.qtensor import fake_quantize, quantize
 
@@ -223,10 +224,8 @@ def test_experts_are_read_by_transformers_or_noted(name: str, models: Callable[.
         bound = 2 * BFLOAT16 if name == "MXFP4A16" else 1e-6
         assert distance(ours, logits(theirs(tmp_path / "out", torch.float32))) <= bound
     else:  # the note is true: it refuses, or computes something else
-        try:
+        with contextlib.suppress(RuntimeError):
             assert distance(ours, logits(theirs(tmp_path / "out", torch.float32))) > 0.1
-        except RuntimeError:
-            pass
 
 
 @pytest.mark.parametrize("schemes", [("W4A16", "W8A16"), ("W8A16", "W4A16"), ("MXFP4A16", "W4A16_ASYM")], ids="-".join)

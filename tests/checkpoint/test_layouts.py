@@ -171,7 +171,7 @@ def test_codes_packed_by_an_old_version_are_refused() -> None:
 
 def test_a_later_version_of_our_layout_is_refused() -> None:
     p = placed(SCHEMES["NF4"], (64, 128))
-    with pytest.raises(FileFormatError, match="version 2.*reads 1"):
+    with pytest.raises(FileFormatError, match=r"version 2.*reads 1"):
         find(LAYOUTS["arrondi"], {**LAYOUTS["arrondi"].config([p], [], {}), "version": 2}, {})
 
 

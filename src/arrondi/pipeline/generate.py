@@ -42,9 +42,10 @@ def generate(
         SchemeError: the model does not generate text.
         DataError: the prompt leaves no room in the model's context.
     """
-    tokenizer = load_tokenizer(Path(path))
+    checkpoint = Checkpoint.open(path)
+    tokenizer = load_tokenizer(checkpoint.folder.path)
     if dtype == "auto":
-        dtype = "bfloat16" if bfloat16_pays(Checkpoint.open(path)) else "float32"
+        dtype = "bfloat16" if bfloat16_pays(checkpoint) else "float32"
     model = load_model(path, dtype=dtype)
     if not model.can_generate():
         raise SchemeError(f"{path}: a {type(model).__name__} does not generate text. Use a causal language model.")

@@ -66,7 +66,7 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
             "seed": text.seed,
         },
         "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
-        "notes": plan.notes,
+        "notes": [*plan.notes, *texts.notes],
         "versions": {
             "arrondi": __version__,
             "torch": torch.__version__,

@@ -6,7 +6,7 @@ calibrated on: it is another file, or the last tenth of the calibration text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ class Texts:
     evaluation: Windows | None = None
     evaluation_source: str = ""
     protocol: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> Texts:
@@ -71,6 +72,10 @@ def read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> Text
         generator = torch.Generator().manual_seed(options.seed)
         chosen = torch.randperm(len(pool), generator=generator)[: options.samples].sort().values
         texts.calibration = Windows(pool[chosen], windows.source, windows.text_hash)
+        if len(chosen) < options.samples:
+            texts.notes.append(
+                f"{windows.source} gave {len(chosen)} calibration windows of {seq_len} tokens; {options.samples} were asked for."
+            )
         if held:
             texts.evaluation = Windows(
                 windows.ids[len(pool) :][: options.eval_samples], windows.source, windows.text_hash
