@@ -1,8 +1,8 @@
 """Runs `quantize_model` again and again in forked processes and kills each at another moment. A script, not a test.
 
-A moment is the n-th time that the run is about to change the disk: before a write (of which half is done), a flush, a rename,
-a copied file, a removed folder. After each kill the same call runs to its end. One process imports torch once for all of them; it
-must not have computed anything when it forks, because threads do not survive that.
+Then it runs with files limited in size, and once more without. A moment is the n-th time that the run is about to change the disk: before a write (of which half is done), a flush, a rename,
+a copied file, a removed folder. After each kill the same call runs to its end. One process does it once, so that all is imported,
+and forks the others; it has one thread, because more would not survive a fork.
 
     python -m tests.pipeline.killer MODEL WORK TEXT METHOD EVERY    →  one JSON document
 """
@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -20,11 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import arrondi
 from arrondi.checkpoint import Checkpoint
-from arrondi.errors import FileFormatError
+from arrondi.errors import FileFormatError, OutputError
 
-TAIL = 14
+LIMITS = (100, 4_000, 90_000)
+"""Bytes that no file may exceed (RLIMIT_FSIZE): the journal, small files and weights meet them as they meet a full disk."""
+
+TAIL = 18
 """The last moments, when files get their names, are all tried, whatever EVERY says."""
 
 
@@ -85,8 +91,10 @@ def main(model: str, work: str, text: str, method: str, every: str) -> None:
 
         return child(job)
 
+    torch.set_num_threads(1)
     whole = Path(work) / "whole"
-    assert run(whole) == 0
+    arrondi.quantize_model(model, whole, recipe, options, shard_bytes=100_000)
+    assert run(Path(work) / "counted") == 0
     total = int(log.read_text())
     tried = []
     for moment in range(1, total + 1):
@@ -108,7 +116,28 @@ def main(model: str, work: str, text: str, method: str, every: str) -> None:
             }
         )
         shutil.rmtree(out)
-    print(json.dumps({"total": total, "tried": tried}))
+    out = Path(work) / "often"
+    kills = sum(os.WIFSIGNALED(run(out, moment)) for moment in range(5, total, 9))
+    often = {"kills": kills, "finished": run(out) == 0, "same": digest(out) == digest(whole)}
+    limited = []
+    for limit in LIMITS:
+        out = Path(work) / f"limit {limit}"
+
+        def full(out: Path = out, limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                arrondi.quantize_model(model, out, recipe, options, shard_bytes=100_000)
+            except OutputError as error:
+                os.write(end, str(error).encode())
+
+        start, end = os.pipe()
+        child(full)
+        os.close(end)
+        with os.fdopen(start) as pipe:
+            error = pipe.read()
+        half = state(out)
+        limited.append({"error": error, "half": half, "finished": run(out) == 0, "same": digest(out) == digest(whole)})
+    print(json.dumps({"total": total, "tried": tried, "often": often, "limited": limited}))
 
 
 def state(out: Path) -> str:
