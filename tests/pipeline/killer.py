@@ -1,8 +1,9 @@
-"""Runs `quantize_model` again and again in forked processes and kills each at another moment. A script, not a test.
+"""Runs `quantize_model` again and again in forked processes and ends each at another moment. A script, not a test.
 
-Then it runs with files limited in size, and once more without. A moment is the n-th time that the run is about to change the disk: before a write (of which half is done), a flush, a rename,
-a copied file, a removed folder. After each kill the same call runs to its end. One process does it once, so that all is imported,
-and forks the others; it has one thread, because more would not survive a fork.
+A moment is the n-th time that the run is about to change the disk: before a write (of which half is done), a flush, a rename,
+a copied file, a removed folder. After each kill the same call runs to its end. Then files are limited in size, and the run goes
+on without the limit. One process does it once, so that all is imported, and forks the others; it has one thread, because
+more would not survive a fork.
 
     python -m tests.pipeline.killer MODEL WORK TEXT METHOD EVERY    →  one JSON document
 """
@@ -30,8 +31,69 @@ from arrondi.errors import FileFormatError, OutputError
 LIMITS = (100, 4_000, 90_000)
 """Bytes that no file may exceed (RLIMIT_FSIZE): the journal, small files and weights meet them as they meet a full disk."""
 
-TAIL = 18
+TAIL = 16
 """The last moments, when files get their names, are all tried, whatever EVERY says."""
+
+
+class Killer:
+    """The same call of `quantize_model`, made in processes of its own.
+
+    Attributes:
+        whole: the output of a call that nothing disturbed.
+        total: how often such a call changes the disk.
+    """
+
+    def __init__(self, model: str, work: Path, text: str, method: str) -> None:
+        self.model, self.work = model, work
+        self.recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
+        self.text = arrondi.TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
+        self.whole = work / "whole"
+        self.quantize(self.whole)
+        self.run(work / "counted")
+        self.total = self.changes
+
+    def quantize(self, out: Path) -> None:
+        arrondi.quantize_model(self.model, out, self.recipe, self.text, shard_bytes=100_000)
+
+    def run(self, out: Path, moment: int | None = None) -> int:
+        """The wait status of a process that makes the call, and is killed at `moment`."""
+
+        def job() -> None:
+            arm(moment, self.work / "log")
+            self.quantize(out)
+
+        return child(job)
+
+    @property
+    def changes(self) -> int:
+        """How often the last call changed the disk."""
+        return int((self.work / "log").read_text())
+
+    def ends_well(self, out: Path) -> dict[str, Any]:
+        """Make the call once more, undisturbed, and compare."""
+        finished = self.run(out) == 0
+        return {"finished": finished, "same": digest(out) == digest(self.whole), "changes": self.changes}
+
+    def killed(self, out: Path, moments: list[int]) -> dict[str, Any]:
+        """One call after the other in the same directory, each killed, then one that is not."""
+        kills = sum(os.WIFSIGNALED(s) and os.WTERMSIG(s) == signal.SIGKILL for s in (self.run(out, m) for m in moments))
+        return {"moments": moments, "kills": kills, "half": state(out), **self.ends_well(out)}
+
+    def limited(self, out: Path, limit: int) -> dict[str, Any]:
+        """A call under a limit that the kernel holds, then one without."""
+        said = self.work / f"said at {limit}"
+
+        def job() -> None:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                self.quantize(out)
+            except OutputError as error:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+                said.write_text(str(error))
+
+        child(job)
+        return {"said": said.read_text() if said.exists() else "", "half": state(out), **self.ends_well(out)}
 
 
 def arm(moment: int | None, log: Path) -> None:
@@ -79,67 +141,6 @@ def child(job: Callable[[], object]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def main(model: str, work: str, text: str, method: str, every: str) -> None:
-    log = Path(work) / "log"
-    recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
-    options = arrondi.TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
-
-    def run(out: Path, moment: int | None = None) -> int:
-        def job() -> None:
-            arm(moment, log)
-            arrondi.quantize_model(model, out, recipe, options, shard_bytes=100_000)
-
-        return child(job)
-
-    torch.set_num_threads(1)
-    whole = Path(work) / "whole"
-    arrondi.quantize_model(model, whole, recipe, options, shard_bytes=100_000)
-    assert run(Path(work) / "counted") == 0
-    total = int(log.read_text())
-    tried = []
-    for moment in range(1, total + 1):
-        if moment % int(every) and moment <= total - TAIL:
-            continue
-        out = Path(work) / "killed"
-        first = run(out, moment)
-        half = state(out)
-        again = run(out)
-        tried.append(
-            {
-                "moment": moment,
-                "killed": os.WIFSIGNALED(first) and os.WTERMSIG(first) == signal.SIGKILL,
-                "half": half,
-                "finished": again == 0,
-                "changes": int(log.read_text()),
-                "same": digest(out) == digest(whole),
-                "files": sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir()),
-            }
-        )
-        shutil.rmtree(out)
-    out = Path(work) / "often"
-    kills = sum(os.WIFSIGNALED(run(out, moment)) for moment in range(5, total, 9))
-    often = {"kills": kills, "finished": run(out) == 0, "same": digest(out) == digest(whole)}
-    limited = []
-    for limit in LIMITS:
-        out = Path(work) / f"limit {limit}"
-
-        def full(out: Path = out, limit: int = limit) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            try:
-                arrondi.quantize_model(model, out, recipe, options, shard_bytes=100_000)
-            except OutputError as error:
-                os.write(end, str(error).encode())
-
-        start, end = os.pipe()
-        child(full)
-        os.close(end)
-        with os.fdopen(start) as pipe:
-            error = pipe.read()
-        half = state(out)
-        limited.append({"error": error, "half": half, "finished": run(out) == 0, "same": digest(out) == digest(whole)})
-    print(json.dumps({"total": total, "tried": tried, "often": often, "limited": limited}))
-
-
 def state(out: Path) -> str:
     """What a reader makes of the directory: "finished", or the reason why it is none."""
     try:
@@ -158,6 +159,19 @@ def digest(out: Path) -> dict[str, str]:
             content = json.dumps({**json.loads(content), "seconds": 0}).encode()
         found[path.name] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def main(model: str, work: str, text: str, method: str, every: str) -> None:
+    torch.set_num_threads(1)
+    killer = Killer(model, Path(work), text, method)
+    moments = [m for m in range(1, killer.total + 1) if m % int(every) == 0 or m > killer.total - TAIL]
+    result = {
+        "total": killer.total,
+        "once": [killer.killed(killer.work / f"killed at {m}", [m]) for m in moments],
+        "often": killer.killed(killer.work / "killed often", list(range(5, killer.total, 15))),
+        "limited": [killer.limited(killer.work / f"limited to {limit}", limit) for limit in LIMITS],
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
