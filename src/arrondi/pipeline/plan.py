@@ -256,9 +256,6 @@ class _Resolver:
             )
         if shape[-2] < _SMALL_OUTPUT:
             return _with(plain, reason=f"only {shape[-2]} outputs")
-        for module_name, module in modules.items():
-            self.classes[module_name] = "Conv1D" if type(module).__name__ == "Conv1D" else "Linear"
-            self.classes[own] = self.classes[module_name]
         scale = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(entry.torch_dtype, "float32")
         scheme = rule.scheme.with_scale(scale)  # type: ignore[arg-type]
         misfit = _misfit(scheme.weights, shape, name)
@@ -266,6 +263,9 @@ class _Resolver:
             if self.keep_misfits:
                 return _with(plain, status="kept because impossible", reason=misfit.partition(". ")[0])
             self.problems.append(misfit)
+        for module_name, module in modules.items():
+            self.classes[module_name] = "Conv1D" if type(module).__name__ == "Conv1D" else "Linear"
+            self.classes[own] = self.classes[module_name]
         return _with(
             plain, status="quantized", reason=f"rule {self.recipe.rules.index(rule) + 1}", rule=rule, scheme=scheme
         )

@@ -1,0 +1,359 @@
+"""What becomes of which weight: rules, selectors, and everything that a recipe may get wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import arrondi
+from arrondi.blocks import Skeleton
+from arrondi.checkpoint import Checkpoint
+from arrondi.errors import ArrondiError, DataError, FileFormatError, SchemeError
+from arrondi.formats import parse_scheme
+from arrondi.pipeline import Plan, Recipe, Rule, check, make_plan
+from arrondi.pipeline.recipe import matches
+
+W4 = Recipe.simple("W4A16", group_size=32)
+
+
+def planned(folder: Path, recipe: Recipe, **options: Any) -> Plan:
+    return make_plan(Skeleton(Checkpoint.open(folder)), recipe, **options)
+
+
+def refusal(plan: Plan) -> str:
+    with pytest.raises(SchemeError) as caught:
+        check(plan)
+    return str(caught.value)
+
+
+# ── rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_later_rule_wins_and_none_leaves_alone(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    rules = (
+        Rule(parse_scheme("W4A16").with_group_size(32), "gptq"),
+        Rule(parse_scheme("W8A16").with_group_size(32), "rtn", ("re:.*down_proj",)),
+        Rule(parse_scheme("W3A16_ASYM").with_group_size(16), "hqq", ("model.layers.1.self_attn.q_proj",)),
+        Rule(None, targets=(r"re:model\.layers\.2\.",)),
+    )
+    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2)
+    report = arrondi.quantize_model(models("llama"), tmp_path / "out", Recipe(rules), options)
+    found = {r["name"].removeprefix("model.layers."): (r["scheme"], r["method"]) for r in report["layers"]}
+    assert found["0.mlp.up_proj.weight"] == ("w=int4/g32", "gptq")
+    assert found["1.mlp.down_proj.weight"] == ("w=int8/g32", "rtn")
+    assert found["1.self_attn.q_proj.weight"] == ("w=int3/g16/asym", "hqq")
+    kept = {k["name"]: k["reason"] for k in report["kept"]}
+    assert kept["model.layers.2.mlp.up_proj.weight"] == "left alone by a rule"
+    assert len(found) == 14
+    # And the file says the same as the report.
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert {n.removeprefix("model.layers."): str(p.scheme) for n, p in checkpoint.placed.items()} == {
+        n: s for n, (s, _) in found.items()
+    }
+    plain = tmp_path / "plain"
+    arrondi.dequantize_model(tmp_path / "out", plain, "float32")
+    ids = torch.arange(20).reshape(1, 20)
+    with torch.no_grad():
+        expected = transformers.LlamaForCausalLM.from_pretrained(plain).eval()(input_ids=ids).logits
+        torch.testing.assert_close(arrondi.load(tmp_path / "out")(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+SELECTORS: dict[str, tuple[str, int]] = {
+    "class": ("Linear", 21),
+    "module": ("model.layers.0.mlp.up_proj", 1),
+    "tensor": ("model.layers.0.mlp.up_proj.weight", 1),
+    "pattern": (r"re:.*\.mlp\.(up|gate)_proj", 6),
+    "pattern from the start": (r"re:mlp", 0),
+    "parent class": ("LlamaMLP", 0),
+}
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_a_selector_picks(kind: str, models: Callable[..., Path]) -> None:
+    selector, count = SELECTORS[kind]
+    plan = planned(models("llama"), Recipe.simple("W4A16", group_size=32, targets=[selector]))
+    assert len(plan.quantized) == count
+    assert bool(plan.problems) == (count == 0)
+
+
+def test_ignore_wins_over_every_rule(models: Callable[..., Path]) -> None:
+    plan = planned(models("llama"), Recipe.simple("W4A16", group_size=32, ignore=["re:.*o_proj", "lm_head"]))
+    reasons = {t.name: t.reason for t in plan.tensors}
+    assert reasons["model.layers.0.self_attn.o_proj.weight"] == "ignored by 're:.*o_proj'"
+    assert reasons["lm_head.weight"] == "ignored by 'lm_head'"
+    assert len(plan.quantized) == 18
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_the_head_is_quantized_when_asked(method: str, models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    source, out = models("llama"), tmp_path / "out"
+    recipe = Recipe.simple("W4A16", method, group_size=32, ignore=[])
+    options = arrondi.TextOptions(text, samples=4, seq_len=24, eval_samples=2)
+    report = arrondi.quantize_model(source, out, recipe, options)
+    row = next(r for r in report["layers"] if r["name"] == "lm_head.weight")
+    assert row["calibration_tokens"] == 4 * 24
+    if method == "gptq":  # calibrated on the rounded blocks' output
+        assert 0 < row["output_error"] < 0.02
+    ids = torch.arange(20).reshape(1, 20)
+    with torch.no_grad():
+        theirs = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()(input_ids=ids).logits
+        ours = arrondi.load(out)(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    measured = arrondi.compare_models(out, source, text, seq_len=24)
+    assert measured["kl_mean"] > 0
+
+
+def test_tied_embeddings_are_kept_whatever_is_asked(models: Callable[..., Path], tmp_path: Path) -> None:
+    report = arrondi.quantize_model(
+        models("llama-tied"), tmp_path / "out", Recipe.simple("W4A16", group_size=32, ignore=[])
+    )
+    kept = {k["name"]: (k["status"], k["reason"]) for k in report["kept"]}
+    status, reason = kept["model.embed_tokens.weight"]
+    assert status == "kept because impossible"
+    assert "looked up" in reason and "tied to" in reason
+    assert "lm_head.weight" not in Checkpoint.open(tmp_path / "out").names
+    model = arrondi.load(tmp_path / "out")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+# ── selectors that pick nothing ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Recipe.simple("W4A16", targets=["model.layer.0.mlp.up_proj"]), ["--targets", "'model.layer.0.mlp.up_proj'", "Did you mean 'model.layers.0.mlp.up_proj'?"]),
+        (Recipe.simple("W4A16", group_size=32, targets=["Linear", "Conv1D"]), ["--targets", "'Conv1D'"]),
+        (Recipe.simple("W4A16", group_size=32, ignore=["lm_hed"]), ["--ignore", "'lm_hed'", "Did you mean 'lm_head'?"]),
+        (Recipe.simple("W4A16", group_size=32, ignore=["re:.*gate$"]), ["--ignore", "'re:.*gate$'"]),
+    ],
+    ids=["target", "class", "ignore", "pattern"],
+)  # fmt: skip
+def test_a_selector_that_matches_nothing_is_an_error_with_the_nearest_name(
+    recipe: Recipe, words: list[str], models: Callable[..., Path]
+) -> None:
+    message = refusal(planned(models("llama"), recipe))
+    assert all(w in message for w in [*words, "matches nothing"]), message
+
+
+def test_an_ignore_that_only_repeats_what_is_kept_anyway_is_no_error(models: Callable[..., Path]) -> None:
+    check(
+        planned(
+            models("llama"), Recipe.simple("W4A16", group_size=32, ignore=["lm_head", "model.norm", "LlamaRMSNorm"])
+        )
+    )
+
+
+def test_a_pattern_that_is_none_is_refused(models: Callable[..., Path]) -> None:
+    with pytest.raises(SchemeError, match=r"'re:\(' is not a regular expression"):
+        planned(models("llama"), Recipe.simple("W4A16", targets=["re:("]))
+
+
+def test_matches_reads_selectors_as_compressed_tensors_does() -> None:
+    from compressed_tensors.utils.match import match_name
+
+    names = ["model.layers.0.mlp.up_proj", "lm_head"]
+    for selector in ("lm_head", "re:lm_head", "re:.*proj", "re:mlp", "re:model", "lm", "Linear"):
+        for name in names:
+            assert matches(selector, [name], []) == match_name(name, selector), (selector, name)
+    assert matches("Linear", [], ["Linear"]) and not matches("Linear", [], ["linear"])
+
+
+# ── shapes that do not fit ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("W4A16", ["group_size 128", "axis of 96", "--group-size 32"]),
+        ("w=int4/g48", ["group_size 48", "axis of 64", "--group-size 64"]),
+        ("w=fp8/b128x128", ["blocks of 128 × 128", "(64, 96)", "--keep-misfits"]),
+    ],
+)
+def test_a_group_size_that_does_not_divide_is_an_error_with_one_that_does(
+    scheme: str, words: list[str], models: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SchemeError) as caught:
+        arrondi.quantize_model(models("llama"), tmp_path / "out", Recipe.simple(scheme))
+    message = str(caught.value)
+    assert all(w in message for w in ["_proj.weight", *words]), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_proposed_fix_works(models: Callable[..., Path]) -> None:
+    plan = planned(models("llama"), Recipe.simple("W4A16"))
+    sizes = {p.rpartition("--group-size ")[2].partition(",")[0] for p in plan.problems}
+    assert sizes == {"64", "32"}, "64 columns take 64, 96 take 32"
+    for problem, size in ((p, p.rpartition("--group-size ")[2].partition(",")[0]) for p in plan.problems):
+        name = problem.partition(":")[0].removesuffix(".weight")
+        check(planned(models("llama"), Recipe.simple("W4A16", group_size=int(size), targets=[name])))
+
+
+def test_a_format_with_its_own_block_size_proposes_another_scheme(models: Callable[..., Path]) -> None:
+    message = refusal(planned(models("llama", hidden_size=72, num_attention_heads=4), Recipe.simple("MXFP4A16")))
+    assert "group_size 32 does not divide its last axis of 72" in message and "Use another scheme" in message
+
+
+def test_misfits_are_kept_when_asked_and_named(models: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = Recipe.simple("W4A16", group_size=64)  # fits 64 columns, not the 96 of down_proj
+    report = arrondi.quantize_model(models("llama"), tmp_path / "out", recipe, keep_misfits=True)
+    kept = {k["name"]: k for k in report["kept"] if k["status"] == "kept because impossible"}
+    assert {n for n in kept if n.endswith("down_proj.weight")} == {
+        f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)
+    }
+    assert "group_size 64 does not divide" in kept["model.layers.0.mlp.down_proj.weight"]["reason"]
+    assert report["counts"]["quantized"] == 18
+    with torch.no_grad():
+        ids = torch.arange(9)[None]
+        theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
+        torch.testing.assert_close(arrondi.load(tmp_path / "out")(input_ids=ids).logits, theirs, rtol=1e-4, atol=1e-4)
+
+
+# ── numbers that are none ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("method", ["rtn", "rtn with text", "hqq", "gptq"])
+def test_weights_that_are_no_numbers_are_named(
+    method: str, value: str, models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source = models("llama", num_hidden_layers=2)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in source.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float(value)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with_text = method in ("rtn with text", "gptq")
+    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2) if with_text else None
+    recipe = Recipe.simple("W4A16", method.partition(" ")[0], group_size=32)
+    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or infinity"):
+        arrondi.quantize_model(broken, tmp_path / "out", recipe, options)
+    assert not (tmp_path / "out" / "config.json").exists()
+    repaired = Recipe.simple("W4A16", group_size=32, ignore=["lm_head", "model.layers.1.mlp.up_proj"])
+    report = arrondi.quantize_model(broken, tmp_path / "out", repaired)
+    assert report["counts"]["quantized"] == 13
+
+
+# ── layouts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_most_widely_read_layout_that_holds_everything_is_taken(models: Callable[..., Path]) -> None:
+    mixed = Recipe(
+        (Rule(parse_scheme("W8A16").with_group_size(32)), Rule(parse_scheme("w=nf4/g32"), targets=("re:.*down_proj",)))
+    )
+    assert planned(models("llama"), W4).layout.name == "compressed-tensors"
+    assert planned(models("llama"), mixed).layout.name == "arrondi"
+    assert planned(models("llama"), W4, layout="arrondi").layout.name == "arrondi"
+
+
+def test_a_layout_that_cannot_hold_the_scheme_says_so(models: Callable[..., Path]) -> None:
+    message = refusal(planned(models("llama"), Recipe.simple("w=nf4/g32"), layout="compressed-tensors"))
+    assert "compressed-tensors has no format for w=nf4/g32" in message and "--layout arrondi" in message
+    with pytest.raises(SchemeError, match="Unknown layout 'gguf'"):
+        planned(models("llama"), W4, layout="gguf")
+
+
+# ── what cannot start ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    message = refusal(planned(tmp_path / "resnet", Recipe.simple("W8A16")))
+    assert "Nothing would be quantized" in message and "no linear layer" in message
+
+
+def test_a_quantized_model_is_not_quantized_again(models: Callable[..., Path], tmp_path: Path) -> None:
+    arrondi.quantize_model(models("llama"), tmp_path / "out", W4)
+    with pytest.raises(SchemeError, match=r"already quantized.*arrondi dequantize"):
+        arrondi.quantize_model(tmp_path / "out", tmp_path / "again", W4)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Recipe.simple("W4A61"), ["'W4A61'", "Did you mean 'W4A16'?"]),
+        (lambda: Recipe.simple("W4A16", "gptqq"), ["'gptqq'", "'gptq'"]),
+        (lambda: Recipe.simple("W4A16", "gptq", options={"dampening": 0.1}), ["'dampening'", "'damping'"]),
+        (lambda: Recipe.simple("W4A16", "gptq", options={"damping": "lots"}), ["damping", "a number", "'lots'"]),
+        (lambda: Recipe.simple("W4A16", "gptq", options={"block_size": 1.5}), ["block_size", "a whole number", "1.5"]),
+        (lambda: Recipe.simple("W4A16", "gptq", options={"block_size": True}), ["block_size", "True"]),
+        (lambda: Recipe.simple("W4A16", "gptq", options={"order": "random"}), ["order", "'random'", "static"]),
+        (lambda: Recipe.simple("W4A16", "hqq", options={"normalize": 1}), ["normalize", "true or false", "1"]),
+        (lambda: Recipe.simple("W4A16", group_size=0), ["group_size=0"]),
+        (lambda: Recipe.simple("MXFP4A16", group_size=64), ["block size", "fixed", "--group-size"]),
+        (lambda: Recipe.simple("w=int8/channel,a=int8/tensor/static"), ["static", "not computed"]),
+    ],
+    ids=["scheme", "method", "option", "number", "whole", "boolean", "word", "switch", "group", "fixed-group", "static"],
+)  # fmt: skip
+def test_a_recipe_that_makes_no_sense_is_refused_when_it_is_made(make: Callable[[], Recipe], words: list[str]) -> None:
+    with pytest.raises(ArrondiError) as caught:
+        make()
+    message = str(caught.value)
+    assert all(w in message for w in words), message
+
+
+def test_every_option_of_every_method_takes_its_own_default() -> None:
+    for name, method in arrondi.METHODS.items():
+        Recipe.simple("W4A16", name, options=method.options)
+
+
+# ── recipe files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_recipe_file_says_what_the_command_line_says(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    rules = [
+        {"scheme": "W4A16", "method": "gptq", "group_size": 32, "options": {"damping": 0.02}},
+        {"scheme": "W8A16", "targets": "re:.*down_proj"},
+        {"scheme": None, "targets": ["lm_head"]},
+    ]
+    path.write_text(json.dumps({"rules": rules, "ignore": "model.norm"}))
+    assert Recipe.read(path) == Recipe(
+        (
+            Rule(parse_scheme("W4A16").with_group_size(32), "gptq", options={"damping": 0.02}),
+            Rule(parse_scheme("W8A16"), targets=("re:.*down_proj",)),
+            Rule(None, targets=("lm_head",)),
+        ),
+        ("model.norm",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "recipe"),
+        ("[]", "recipe"),
+        ('{"rule": []}', "rule"),
+        ('{"rules": [], "ignored": []}', "ignored"),
+        ('{"rules": [{"method": "rtn"}]}', "scheme"),
+        ('{"rules": [{"scheme": "W4A16", "bits": 4}]}', "bits"),
+        ('{"rules": [{"scheme": "W4A16", "targets": [4]}]}', "4"),
+        ('{"rules": [{"scheme": "W4A16", "group_size": "big"}]}', "recipe"),
+        ('{"rules": ["W4A16"]}', "recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_with_an_example(content: str, word: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(content)
+    with pytest.raises(FileFormatError) as caught:
+        Recipe.read(path)
+    message = str(caught.value)
+    assert str(path) in message and word in message and '"rules"' in message
+
+
+def test_a_recipe_file_that_is_missing_or_names_an_unknown_scheme(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="recipe"):
+        Recipe.read(tmp_path / "nowhere.json")
+    (tmp_path / "r.json").write_text('{"rules": [{"scheme": "W17Z"}]}')
+    with pytest.raises(SchemeError, match="'W17Z'"):
+        Recipe.read(tmp_path / "r.json")
