@@ -25,7 +25,7 @@ def test_block_by_block_equals_the_whole_model(name: str, models: Callable[..., 
 
     chain = Chain(Skeleton(Checkpoint.open(folder)))
     batches = [ids[:2], ids[2:]]  # two sizes, so that calls are learnt for each
-    hidden = chain.begin(batches)
+    hidden = list(chain.begin(batches))
     for i in range(len(chain)):
         chain.fill(i)
         hidden = [chain.run(i, h) for h in hidden]
@@ -37,7 +37,7 @@ def test_block_by_block_equals_the_whole_model(name: str, models: Callable[..., 
 
 def test_nothing_stays_in_memory_after_a_pass(models: Callable[..., Path]) -> None:
     chain = Chain(Skeleton(Checkpoint.open(models("llama"))))
-    hidden = chain.begin([torch.zeros((1, 8), dtype=torch.long)])
+    hidden = list(chain.begin([torch.zeros((1, 8), dtype=torch.long)]))
     chain.fill(0)
     chain.run(0, hidden[0])
     chain.drop(0)

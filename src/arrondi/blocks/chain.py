@@ -80,15 +80,16 @@ class Chain:
         release()
 
     @torch.no_grad()
-    def begin(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Input ids (B, T) of every batch → hidden states (B, T, n) that enter the first block."""
-        hidden = []
+    def begin(self, batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Input ids (B, T) of every batch → hidden states (B, T, n) that enter the first block, one batch at a time.
+
+        Take all of them before the first block is filled.
+        """
         with self.outer_loaded():
             for ids in batches:
                 if len(ids) not in self._calls:
                     self._record(ids)
-                hidden.append(self._first_input(ids))
-        return hidden
+                yield self._first_input(ids)
 
     @torch.no_grad()
     def run(self, i: int, hidden: torch.Tensor, *, bfloat16: bool = False) -> torch.Tensor:

@@ -6,6 +6,7 @@ memory; logits live for one window.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def compare_models(
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
     ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
     chains = [Chain(s, activation_schemes(s.checkpoint)) for s in skeletons]
-    stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT) for c in chains]
+    stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT, Path(tempfile.gettempdir())) for c in chains]
     report = progress or (lambda done, total, what: None)
     for i in range(len(chains[0])):
         report(i, len(chains[0]) + 1, f"block {i + 1} of {len(chains[0])}")
