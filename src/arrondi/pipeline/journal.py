@@ -99,7 +99,8 @@ class Journal:
     def _discard(self) -> None:
         """Remove what another run wrote here. Its config goes first: what is left is never mistaken for a model."""
         written = [self.out / n for n in ("config.json", MANIFEST, "report.json", "model.safetensors.index.json")]
-        written += [*self.out.glob("*.safetensors"), *(p for p in self.work.iterdir() if p.name != "lock")]
+        written += [self.out / "model.safetensors", *self.out.glob("model-?????-of-?????.safetensors")]
+        written += [p for p in self.work.iterdir() if p.name != "lock"]
         for path in written:
             path.unlink(missing_ok=True)
 
