@@ -23,7 +23,9 @@ def main() -> None:
     except ArrondiError as error:
         print(f"arrondi: {error}", file=sys.stderr)
         sys.exit(2)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # as torch says it
+            raise
         print(
             "arrondi: out of memory. Use fewer --samples or a smaller --seq-len; `arrondi plan` estimates the need.",
             file=sys.stderr,

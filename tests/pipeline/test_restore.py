@@ -1,0 +1,129 @@
+"""Back to ordinary weights, and looking into a checkpoint without reading them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import arrondi
+from arrondi.checkpoint import Checkpoint, ShardWriter
+from arrondi.errors import OutputError, SchemeError
+from arrondi.qtensor import QTensor
+from tests.pipeline.killer import digest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture(scope="module")
+def packed(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized Llama of bfloat16, with zero points."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    source = models("llama", torch.bfloat16, num_hidden_layers=2)
+    arrondi.quantize_model(source, out, arrondi.Recipe.simple("W4A16_ASYM", group_size=32))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_those_of_dequantize_bit_for_bit(dtype: str, packed: Path, tmp_path: Path) -> None:
+    result = arrondi.dequantize_model(packed, tmp_path / "plain", dtype)
+    checkpoint, found = Checkpoint.open(packed), load_file(tmp_path / "plain" / "model.safetensors")
+    assert found.keys() == checkpoint.names.keys()
+    for name, tensor in found.items():
+        value = checkpoint.read(name)
+        expected = value.dequantize(DTYPES[dtype]) if isinstance(value, QTensor) else value.to(DTYPES[dtype])
+        assert tensor.dtype == DTYPES[dtype]
+        assert torch.equal(tensor, expected), name
+    assert result == {"restored": 14, "copied": 7, "bytes": sum(t.nbytes for t in found.values()), "dtype": dtype}
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == dtype
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert model.dtype == DTYPES[dtype]
+    assert (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+def test_shards_and_progress(packed: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    arrondi.dequantize_model(
+        packed, tmp_path / "plain", shard_bytes=200_000, progress=lambda done, total, what: calls.append((done, total))
+    )
+    assert calls == [(i, 21) for i in range(21)]
+    assert len(list(tmp_path.glob("plain/model-*-of-*.safetensors"))) > 2
+    whole = tmp_path / "whole"
+    arrondi.dequantize_model(packed, whole)
+    one, two = Checkpoint.open(tmp_path / "plain"), Checkpoint.open(whole)
+    assert all(torch.equal(one.dense(n), two.dense(n)) for n in two.names)
+
+
+def test_integers_are_not_turned_into_floats(packed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_bytes((packed / "config.json").read_bytes())
+    tensors = load_file(packed / "model.safetensors") | {"steps": torch.tensor([7]), "mask": torch.tensor([True])}
+    save_file(tensors, source / "model.safetensors")
+    arrondi.dequantize_model(source, tmp_path / "plain", "float32")
+    found = load_file(tmp_path / "plain" / "model.safetensors")
+    assert found["steps"].dtype == torch.int64 and found["mask"].dtype == torch.bool
+
+
+def test_what_cannot_be_restored_is_refused(packed: Path, models: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match="is not quantized"):
+        arrondi.dequantize_model(models("llama"), tmp_path / "plain")
+    with pytest.raises(SchemeError, match="Cannot write 'int8'"):
+        arrondi.dequantize_model(packed, tmp_path / "plain", "int8")
+    assert not (tmp_path / "plain").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"already holds something\. Nothing was touched"):
+        arrondi.dequantize_model(packed, tmp_path / "mine")
+    with pytest.raises(OutputError, match="already holds something"):
+        arrondi.dequantize_model(packed, packed)
+    with pytest.raises(OutputError, match="already holds something"):
+        arrondi.dequantize_model(packed, tmp_path / "mine" / "thesis.txt")
+
+
+def test_a_restoration_that_broke_off_can_be_made_again(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: ShardWriter) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardWriter, "sync", stop)
+        arrondi.dequantize_model(packed, tmp_path / "plain")
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {"model.safetensors.partial"}
+    arrondi.dequantize_model(packed, tmp_path / "plain")
+    arrondi.dequantize_model(packed, tmp_path / "whole")
+    assert digest(tmp_path / "plain") == digest(tmp_path / "whole")
+
+
+# ── inspect ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_inspect_counts_every_stored_bit(packed: Path) -> None:
+    found = arrondi.inspect_model(packed)
+    tensors = load_file(packed / "model.safetensors")
+    assert found["bytes"] == sum(t.nbytes for t in tensors.values()) == sum(t["bytes"] for t in found["tensors"])
+    quantized = [t for t in found["tensors"] if t["quantized"]]
+    own = sum(t.nbytes for n, t in tensors.items() if ".weight_" in n)
+    weights = sum(t["shape"][0] * t["shape"][1] for t in quantized)
+    assert found["quantized_parameters"] == weights
+    assert found["bits_per_weight"] == round(8 * own / weights, 4)
+    # 4 bits, a bfloat16 scale and a 4-bit zero point for 32 weights, and the shape of each tensor.
+    assert found["bits_per_weight"] == pytest.approx(4 + 16 / 32 + 4 / 32 + 128 * len(quantized) / weights, abs=0.01)
+    assert found["layout"] == "compressed-tensors"
+    assert {t["format"] for t in quantized} == {"w=int4/g32/asym/bfloat16"}
+
+
+def test_inspect_of_a_plain_model(models: Callable[..., Path]) -> None:
+    found = arrondi.inspect_model(models("llama"))
+    assert found["layout"] is None and found["bits_per_weight"] is None
+    assert found["model_bits_per_weight"] == 32
+    assert found["parameters"] == found["bytes"] // 4
+    assert not any(t["quantized"] for t in found["tensors"])
