@@ -196,3 +196,10 @@ def test_repr_says_what_runs():
     text = repr(QLinear(weight(), torch.zeros(48), activations=Scheme(FORMATS["int8"], PerToken())))
     shape = "in_features=256, out_features=48, bias=True"
     assert text == f"QLinear({shape}, weight=int4/g128, activations=int8/token, kernel=reference)"
+
+
+def test_code_that_multiplies_by_the_weight_itself_gets_its_numbers() -> None:
+    q = weight((6, 16), "w=int8/channel")
+    layer, x = QLinear(q), torch.randn(16, 3)
+    for found in (layer.weight @ x, torch.matmul(layer.weight, x), nn.functional.linear(x.T, layer.weight).T):  # type: ignore[call-overload, arg-type]
+        torch.testing.assert_close(found, q.dequantize() @ x)

@@ -18,7 +18,7 @@ import torch
 
 from arrondi.blocks.memory import release
 from arrondi.blocks.skeleton import Skeleton
-from arrondi.errors import SchemeError
+from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import Scheme
 from arrondi.qtensor import fake_quantize
 
@@ -42,13 +42,17 @@ class Chain:
     Attributes:
         skeleton: model and weights.
         prefix: name of the block list, for example `model.layers`.
-        activations: module name → scheme by which its input is quantized at run time.
+        early: parameters that are used before the first block; known after `begin`.
 
     Raises:
         SchemeError: the model has no chain of like blocks that pass one tensor on.
     """
 
     def __init__(self, skeleton: Skeleton, activations: dict[str, Scheme] | None = None) -> None:
+        """
+        Args:
+            activations: module name → scheme by which its input is quantized at run time.
+        """
         self.skeleton = skeleton
         self.model = skeleton.model
         self.prefix = find_blocks(self.model)
@@ -57,6 +61,10 @@ class Chain:
         self._calls: dict[int, list[_Call]] = {}
         self._wrap: Callable[[torch.Tensor], Any] | None = None
         self._rounding = True
+        self.early: set[str] = set()
+        self._outer = [n for n in skeleton.empty if not n.startswith(f"{self.prefix}.")]
+        self._at_once = False
+        self._entering = self._past_blocks = False
         modules = dict(self.model.named_modules())
         for name, scheme in (activations or {}).items():
             if name in modules:  # experts that are fused here are none, and their inputs stay as they are
@@ -89,7 +97,7 @@ class Chain:
             for ids in batches:
                 if len(ids) not in self._calls:
                     self._record(ids)
-                yield self._first_input(ids)
+                yield self.enter(ids)
 
     @torch.no_grad()
     def run(self, i: int, hidden: torch.Tensor, *, bfloat16: bool = False) -> torch.Tensor:
@@ -101,7 +109,7 @@ class Chain:
     def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What follows the last block: logits, or the last hidden state of an encoder. Call it inside `outer_loaded`."""
         with self._replaced(self._passing(hidden)):
-            output = self.model(input_ids=ids)
+            output = self._forward_pass(ids)
         found: torch.Tensor = output.logits if hasattr(output, "logits") else output[0]
         return found
 
@@ -113,37 +121,61 @@ class Chain:
 
     def _record(self, ids: torch.Tensor) -> None:
         """Learn how each block is called for batches of this size, and what a block returns."""
-        calls: list[_Call | None] = [None] * len(self.blocks)
+        calls: list[_Call] = []
 
         def recorder(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 call, hidden = _split(args, kwargs)
-                if calls[i] is not None or (i and calls[i - 1] is None):
+                if i != len(calls):
                     raise SchemeError(
-                        f"The blocks {self.prefix}.* are not run once each in order, so the model cannot be streamed block by block."
+                        f"The blocks {self.prefix}.* are not run once each in order, so the model cannot be streamed block by block. Use --method rtn or hqq without text."
                     )
-                calls[i] = call
+                calls.append(call)
                 if self._wrap is None:
                     self.fill(i)
                     output = self._forward[i](*args, **kwargs)
                     self._wrap = _wrapper(output, hidden)
                     self.drop(i)
-                if i + 1 == len(self.blocks):
-                    raise _Stop
+                self._past_blocks = i + 1 == len(
+                    self.blocks
+                )  # the next other module ends it, or a block that runs again
                 return self._wrap(hidden)
 
             return forward
 
-        with self._replaced(recorder), contextlib.suppress(_Stop):
-            self.model(input_ids=ids)
-        if any(c is None for c in calls):
+        try:
+            with self._replaced(recorder), contextlib.suppress(_Stop):
+                self._forward_pass(ids, calls.clear)
+        except (SchemeError, FileFormatError):
+            raise
+        except Exception as error:  # whatever a model says that wants other inputs
             raise SchemeError(
-                f"The model does not run all blocks {self.prefix}.*, so it cannot be streamed block by block."
+                f"The model does not run on token ids alone ({type(error).__name__}: {error}), so it cannot be calibrated or measured. Use --method rtn or hqq without text."
+            ) from error
+        finally:
+            self._past_blocks = False
+        if len(calls) < len(self.blocks):
+            raise SchemeError(
+                f"The model does not run all blocks {self.prefix}.*, so it cannot be streamed block by block. Use --method rtn or hqq without text."
             )
-        self._calls[len(ids)] = [c for c in calls if c is not None]
+        self._calls[len(ids)] = calls
 
-    def _first_input(self, ids: torch.Tensor) -> torch.Tensor:
+    def _forward_pass(self, ids: torch.Tensor, before_again: Callable[[], None] = lambda: None) -> Any:
+        """The model on token ids. One that reaches into the weights of modules that it does not call gets all at once."""
+        try:
+            return self.model(input_ids=ids)
+        except (RuntimeError, NotImplementedError) as error:
+            if self._at_once or "meta" not in str(error):
+                raise
+        self._at_once = True
+        self.skeleton.fill(self._outer)
+        before_again()
+        return self.model(input_ids=ids)
+
+    def enter(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input ids (B, T) → hidden states that enter the first block. Call it inside `outer_loaded`."""
         caught: list[torch.Tensor] = []
+        self._entering = True
 
         def catcher(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +185,8 @@ class Chain:
             return forward
 
         with self._replaced(catcher), contextlib.suppress(_Stop):
-            self.model(input_ids=ids)
+            self._forward_pass(ids)
+        self._entering = False
         return caught[0].clone()
 
     def _passing(self, last: torch.Tensor) -> Callable[[int], Callable[..., Any]]:
@@ -181,20 +214,21 @@ class Chain:
     @contextlib.contextmanager
     def outer_loaded(self) -> Iterator[None]:
         """Inside, modules outside the blocks load their own weights when they are called; all are released at the end."""
-        used: list[str] = []
         handles = []
+        if self._at_once:
+            self.skeleton.fill(self._outer)
         for name, module in self.model.named_modules():
             if name == self.prefix or name.startswith(f"{self.prefix}."):
                 continue
             own = [f"{name}.{leaf}".lstrip(".") for leaf in module._parameters if module._parameters[leaf] is not None]
             if own:
-                handles.append(module.register_forward_pre_hook(self._filler(own, used)))
+                handles.append(module.register_forward_pre_hook(self._filler(own)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self.skeleton.drop(used)
+            self.skeleton.drop(self._outer)
 
     @contextlib.contextmanager
     def unrounded(self) -> Iterator[None]:
@@ -211,10 +245,13 @@ class Chain:
 
         return hook
 
-    def _filler(self, own: list[str], used: list[str]) -> Callable[..., None]:
+    def _filler(self, own: list[str]) -> Callable[..., None]:
         def hook(module: Any, args: Any) -> None:
+            if self._past_blocks:
+                raise _Stop
+            if self._entering:
+                self.early.update(own)
             self.skeleton.fill(own)
-            used.extend(own)
 
         return hook
 

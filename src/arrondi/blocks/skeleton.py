@@ -223,6 +223,22 @@ class Skeleton:
                 module, leaf = self._owner(name)
                 module._parameters[leaf] = self.empty[name]
 
+    def starts_without(self, modules: Iterable[str]) -> bool:
+        """Whether the class gets through its own initialisation while these modules have no `weight`.
+
+        transformers runs it before packed weights are put in, and some classes reach for the weight unasked.
+        """
+        model = copy.deepcopy(self.model)  # initialising writes buffers
+        for module in {m for n, m in model.named_modules() if n in set(modules)}:
+            module._parameters.pop("weight", None)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                for module in model.modules():
+                    model._init_weights(module)
+        except AttributeError:
+            return False
+        return True
+
     def load_buffers(self) -> None:
         """Read stored buffers (running statistics and the like) into the model."""
         for group in self._groups:

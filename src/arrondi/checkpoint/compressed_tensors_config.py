@@ -72,8 +72,8 @@ def args_of(scheme: Scheme, dynamic: bool) -> dict[str, Any]:
     return args
 
 
-def config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
+def config(placed: list[Placed], kept: list[str], classes: Mapping[str, str], whole: bool = False) -> dict[str, Any]:
+    """The `quantization_config` of config.json. `whole`: the model's class can be built only around whole weights."""
     schemes = list(dict.fromkeys(p.scheme for p in placed))
     modules = {scheme: [p.name.removesuffix(".weight") for p in placed if p.scheme == scheme] for scheme in schemes}
     found = sorted({classes[m] for names in modules.values() for m in names if m in classes} or {"Linear"})
@@ -99,7 +99,7 @@ def config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) ->
         "kv_cache_scheme": None,
         "version": "0.20.0",
     }
-    if _must_dequantize(placed, classes) and _one_scheme_each(placed):
+    if (whole or _must_dequantize(placed, classes)) and _one_scheme_each(placed):
         config["dequantize"] = True
     return config
 
@@ -148,7 +148,7 @@ def _reads_experts(scheme: LayerScheme) -> bool:
     return format == "mxfp4-pack-quantized" or (format == "pack-quantized" and weights.symmetric)
 
 
-def notes_of(placed: list[Placed], classes: Mapping[str, str]) -> list[str]:
+def notes_of(placed: list[Placed], classes: Mapping[str, str], whole: bool = False) -> list[str]:
     """What transformers is known to read otherwise than it is meant. `arrondi.load` reads all of it."""
     notes = []
     unread = {str(p.scheme) for p in placed if _is_expert(p.name) and not _reads_experts(p.scheme)}
@@ -157,12 +157,14 @@ def notes_of(placed: list[Placed], classes: Mapping[str, str]) -> list[str]:
         notes.append(
             "transformers 5.23 reads all experts by one scheme, and these have several; arrondi reads each by its own."
         )
-    if _must_dequantize(placed, classes) and not _one_scheme_each(placed):
+    if (whole or _must_dequantize(placed, classes)) and not _one_scheme_each(placed):
         notes.append("transformers 5.23 cannot read this mix of schemes; arrondi can.")
     activations = [p for p in placed if p.scheme.activations is not None]
     if any(classes.get(p.name.removesuffix(".weight")) == "Conv1D" for p in activations):
         notes.append("transformers leaves the inputs of Conv1D layers unrounded; arrondi rounds them.")
-    if any(p.scheme.weights.scale == "e8m0" for p in activations):
+    elif whole and activations:
+        notes.append("transformers 5.23 leaves the inputs of this model's layers unrounded; arrondi rounds them.")
+    elif any(p.scheme.weights.scale == "e8m0" for p in activations):
         notes.append(
             "transformers runs MX schemes with rounded activations in bfloat16 only: load with dtype=bfloat16."
         )

@@ -46,9 +46,11 @@ class Layout:
         specs: the tensors that a placed tensor becomes, known before any code is chosen.
         write: (placed, QTensor) → those tensors.
         read: (placed, reader of named tensors) → QTensor.
-        config: (placed, modules left alone, class of each quantized module) → `quantization_config`.
+        config: (placed, modules left alone, class of each quantized module, whether the model's class can be built only
+            around whole weights) → `quantization_config`.
         find: (quantization_config, stored names with type and shape, reader) → what is quantized.
-        notes: (placed, class of each quantized module) → sentences on what a reader is known not to do.
+        notes: (placed, class of each quantized module, whole weights as above) → sentences on what a reader is known not
+            to do.
     """
 
     name: str
@@ -57,8 +59,8 @@ class Layout:
     specs: Callable[[Placed], list[TensorSpec]]
     write: Callable[[Placed, QTensor], dict[str, torch.Tensor]]
     read: Callable[[Placed, Callable[[str], torch.Tensor]], QTensor]
-    config: Callable[[list[Placed], list[str], Mapping[str, str]], dict[str, Any]]
+    config: Callable[[list[Placed], list[str], Mapping[str, str], bool], dict[str, Any]]
     find: Callable[
         [Mapping[str, Any], Mapping[str, tuple[str, tuple[int, ...]]], Callable[[str], torch.Tensor]], list[Placed]
     ]
-    notes: Callable[[list[Placed], Mapping[str, str]], list[str]]
+    notes: Callable[[list[Placed], Mapping[str, str], bool], list[str]]

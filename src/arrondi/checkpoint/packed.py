@@ -86,7 +86,7 @@ def _part_read(name: str, shape: tuple[int, ...], scheme: Scheme, read: Callable
     return QTensor(codes, scale, zero, offset, scheme)
 
 
-def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str]) -> dict[str, Any]:
+def _config(placed: list[Placed], kept: list[str], classes: Mapping[str, str], whole: bool = False) -> dict[str, Any]:
     return {
         "quant_method": "arrondi",
         "version": 1,
@@ -113,6 +113,10 @@ def _find(
         ) from error
 
 
+def _notes(placed: list[Placed], classes: Mapping[str, str], whole: bool = False) -> list[str]:
+    return []
+
+
 LAYOUT: Final = Layout(
     "arrondi",
     "arrondi",
@@ -122,5 +126,5 @@ LAYOUT: Final = Layout(
     lambda placed, read: _part_read(placed.name, placed.matrix_shape, placed.scheme.weights, read),
     _config,
     _find,
-    lambda placed, classes: [],
+    _notes,
 )

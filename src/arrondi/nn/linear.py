@@ -7,7 +7,7 @@ of `state_dict()`: they are packed for this machine, and files are written from 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,24 @@ from arrondi.qtensor import QTensor, fake_quantize
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """What `QLinear.weight` answers: facts for code that asks a layer where its weight lies. It holds no numbers."""
+    """What `QLinear.weight` answers: facts for code that asks a layer where its weight lies.
+
+    It holds no numbers; a product or another function of torch (Mamba multiplies by a layer's weight itself) decodes them.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    decode: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+        return self.decode() @ other
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dense = [a.decode() if isinstance(a, PackedWeight) else a for a in args]
+        named = {k: v.decode() if isinstance(v, PackedWeight) else v for k, v in (kwargs or {}).items()}
+        return func(*dense, **named)
 
 
 class QLinear(nn.Module):
@@ -100,7 +113,8 @@ class QLinear(nn.Module):
     @property
     def weight(self) -> PackedWeight:
         """Shape, compute dtype and device of the weight. Its numbers: `dequantize()`."""
-        return PackedWeight(torch.Size(self.meta.shape), self.meta.dtype, self._tensors()["codes"].device)
+        device = self._tensors()["codes"].device
+        return PackedWeight(torch.Size(self.meta.shape), self.meta.dtype, device, self.dequantize)
 
     @property
     def weight_nbytes(self) -> int:

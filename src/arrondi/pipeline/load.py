@@ -60,7 +60,8 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any
         skeleton.fill([name])
         _cast(skeleton, name, kind)
     skeleton.load_buffers()
-    model.config.use_cache = True
+    if model.can_generate():
+        model.config.use_cache = True
     model.config.dtype = kind
     generation = checkpoint.folder.path / "generation_config.json"
     if generation.exists() and model.can_generate():

@@ -69,6 +69,7 @@ class Plan:
         classes: class name of every quantized module.
         kept_modules: modules with a matrix that stays as it is, for `ignore`.
         notes: things to know that stop nothing.
+        whole: transformers can build the model's class only around whole weights, not around packed ones.
     """
 
     tensors: list[PlannedTensor]
@@ -77,10 +78,15 @@ class Plan:
     classes: Mapping[str, str]
     kept_modules: list[str]
     notes: list[str] = field(default_factory=list)
+    whole: bool = False
 
     @property
     def quantized(self) -> list[PlannedTensor]:
         return [t for t in self.tensors if t.status == "quantized"]
+
+    def config(self) -> dict[str, Any]:
+        """The `quantization_config` of the output."""
+        return self.layout.config([t.placed for t in self.quantized], self.kept_modules, self.classes, self.whole)
 
     def specs(self, tensor: PlannedTensor) -> list[TensorSpec]:
         """The tensors that are written for one stored tensor."""
@@ -182,8 +188,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, *, layout: str | None = None, 
             "Nothing would be quantized: the model has no linear layer that the rules pick. Check --targets and --ignore."
         )
     notes = [f"{n} is missing in the checkpoint and is taken as zero." for n in skeleton.missing]
-    notes += chosen.notes([t.placed for t in tensors if t.status == "quantized"], resolver.classes)
-    return Plan(tensors, chosen, problems, resolver.classes, resolver.kept_modules(tensors), notes)
+    whole = not skeleton.starts_without(resolver.classes)
+    notes += chosen.notes([t.placed for t in tensors if t.status == "quantized"], resolver.classes, whole)
+    return Plan(tensors, chosen, problems, resolver.classes, resolver.kept_modules(tensors), notes, whole)
 
 
 def _choose_layout(tensors: list[PlannedTensor]) -> Layout:

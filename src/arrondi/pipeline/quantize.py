@@ -157,7 +157,15 @@ class _Run:
         hidden = HiddenStore(chain.begin(ids), _HIDDEN_LIMIT, folder)
         with chain.unrounded():
             reference = HiddenStore(chain.begin(eval_ids), _HIDDEN_LIMIT // 2, folder)
-        rounded = HiddenStore((h.clone() for h in reference), _HIDDEN_LIMIT // 2, folder)
+        front = self._front(chain)
+        if front:
+            self._step("front", lambda: self._outer(front, chain, [lambda b=b: chain.enter(b) for b in ids]))  # type: ignore[misc]
+            self._restore(front)
+            hidden = HiddenStore(chain.begin(ids), _HIDDEN_LIMIT, folder)
+            rounded = HiddenStore(chain.begin(eval_ids), _HIDDEN_LIMIT // 2, folder)
+            self.skeleton.overrides.clear()
+        else:
+            rounded = HiddenStore((h.clone() for h in reference), _HIDDEN_LIMIT // 2, folder)
         for i in range(len(chain)):
             self.progress(i, total, f"block {i + 1} of {len(chain)}")
             last = i + 1 == len(chain)
@@ -181,8 +189,9 @@ class _Run:
             chain.drop(i)
             self.skeleton.overrides.clear()
         self.progress(len(chain), total, "outside the blocks")
-        outer = [t for t in self.plan.tensors if t.block is None]
-        self._step("outer", lambda: self._outer(outer, chain, ids, hidden))
+        outer = [t for t in self.plan.tensors if t.block is None and t not in front]
+        ends = [lambda j=j: chain.finish(ids[j], hidden[j]) for j in range(len(ids))]
+        self._step("outer", lambda: self._outer(outer, chain, ends))
         self.skeleton.overrides.clear()
         hidden.close()
         if evaluation is None:
@@ -231,8 +240,17 @@ class _Run:
     def _outer_quantized(self) -> bool:
         return any(t.block is None for t in self.plan.quantized)
 
+    def _front(self, chain: Chain) -> list[PlannedTensor]:
+        """Quantized tensors that work before the first block: projections of narrow embeddings."""
+        return [
+            t
+            for t in self.plan.quantized
+            if t.block is None
+            and any(n in chain.early for p in self.skeleton.params_of[t.name] for n in self.skeleton.names_of(p))
+        ]
+
     def _outer(
-        self, tensors: list[PlannedTensor], chain: Chain, ids: list[torch.Tensor], hidden: HiddenStore
+        self, tensors: list[PlannedTensor], chain: Chain, forwards: Sequence[Callable[[], object]]
     ) -> list[dict[str, Any] | None]:
         """What lies outside the blocks; a head or a pooler is calibrated on what the rounded blocks give."""
         wanted = [p for t in tensors if t.status == "quantized" for p in self.skeleton.params_of[t.name]]
@@ -240,7 +258,6 @@ class _Run:
             return self._round_and_write(tensors, [])
         with chain.outer_loaded():
             self.skeleton.fill(wanted)
-            forwards = [lambda j=j: chain.finish(ids[j], hidden[j]) for j in range(len(ids))]
             rows = self._round_and_write(tensors, forwards)
         self.skeleton.drop(wanted)
         return rows
@@ -301,9 +318,6 @@ class _Run:
         with guard_disk(out):
             for path in source.other_files():
                 shutil.copyfile(path, out / path.name)
-        quantization = self.plan.layout.config(
-            [t.placed for t in self.plan.quantized], self.plan.kept_modules, self.plan.classes
-        )
         report = {
             **facts,
             "seconds": done["seconds"],
@@ -313,7 +327,7 @@ class _Run:
         }
         write_json(out / "report.json", report)
         write_json(out / MANIFEST, manifest_of(facts, key, self.hasher.result()))
-        write_json(out / "config.json", {**source.config, "quantization_config": quantization})
+        write_json(out / "config.json", {**source.config, "quantization_config": self.plan.config()})
         self.journal.remove()
         return report
 
