@@ -1,6 +1,6 @@
 """Codes ↔ bytes, lossless, no arithmetic on values.
 
-Owns: `pack` and `unpack`. The layout is one little-endian bit stream for every row (last axis): code j of width b occupies
+Owns: `pack` and `unpack` with their slow twins. The layout is one little-endian bit stream for every row (last axis): code j of width b occupies
 bits [j·b, (j+1)·b) of its row, so the first code sits in the lowest bits, and 3-, 5-, 6- and 7-bit codes cross byte and
 word borders. A row is padded with zero bits to a whole number of words. Read as int32 words, this is the `weight_packed`
 of compressed-tensors (since its version 0.18) and the column stream of GPTQ's `qweight`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from arrondi.errors import ShapeError
+from arrondi.native import address, native, threads
 
 _LANES = 8
 """Codes handled at a time: 8 codes of b bits fill exactly b bytes."""
@@ -26,24 +27,41 @@ def packed_width(columns: int, bits: int, word_bytes: int = 1) -> int:
     return -(-used // word_bytes) * word_bytes
 
 
-def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor:
+def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1, lowest: int = 0) -> torch.Tensor:
     """Unsigned codes → bytes.
 
     Args:
-        codes: (..., K) uint8, every code below 2**bits (signed codes: subtract `qmin` first).
+        codes: (..., K) uint8, or int8 where `lowest` is negative; every code less `lowest` is below 2**bits.
         bits: 1 to 8.
         word_bytes: rows are padded to a multiple of this many bytes.
+        lowest: the code that is stored as zero, `qmin` of signed formats.
 
     Returns:
         (..., packed_width(K, bits, word_bytes)) uint8.
 
     Raises:
-        ShapeError: codes are not uint8 or a scalar, or `bits` is out of range.
+        ShapeError: codes have another type or are a scalar, or `bits` is out of range.
 
     >>> pack(torch.tensor([[1, 8, 15, 7]], dtype=torch.uint8), 4).tolist()
     [[129, 127]]
     """
-    _check(codes, bits)
+    if lowest >= 0 or codes.dtype != torch.int8:
+        _check(codes, bits)
+    else:
+        _check(codes.view(torch.uint8), bits)
+    if native is None or codes.device.type != "cpu" or type(codes) is not torch.Tensor or not codes.numel():
+        return pack_reference(codes.view(torch.uint8) - lowest % 256 if lowest else codes, bits, word_bytes=word_bytes)
+    codes = codes.contiguous()
+    columns = codes.shape[-1]
+    width = packed_width(columns, bits, word_bytes)
+    packed = torch.empty((*codes.shape[:-1], width), dtype=torch.uint8, device="cpu")
+    rows = codes.numel() // columns
+    native.pack_rows(address(codes), rows, columns, bits, lowest, address(packed), width, threads())
+    return packed
+
+
+def pack_reference(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor:
+    """The slow twin of `pack`, for codes that are uint8 already; on any device."""
     columns = codes.shape[-1]
     width = packed_width(columns, bits, word_bytes)
     if not codes.numel():
@@ -66,16 +84,17 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor
     return _plain(packed[..., :width])
 
 
-def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Bytes → unsigned codes; the inverse of `pack` for any word size.
+def unpack(packed: torch.Tensor, bits: int, columns: int, *, lowest: int = 0) -> torch.Tensor:
+    """Bytes → codes; the inverse of `pack` for any word size.
 
     Args:
         packed: (..., at least packed_width(columns, bits)) uint8.
         bits: 1 to 8.
         columns: codes wanted of every row.
+        lowest: the code that is stored as zero, `qmin` of signed formats.
 
     Returns:
-        (..., columns) uint8.
+        (..., columns) uint8, or int8 where `lowest` is negative.
 
     Raises:
         ShapeError: not uint8, or the rows are too short for `columns` codes.
@@ -86,6 +105,20 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         raise ShapeError(
             f"{columns} codes of {bits} bits need {need} bytes a row, got {packed.shape[-1]}. Is the width right?"
         )
+    dtype = torch.int8 if lowest < 0 else torch.uint8
+    if native is None or packed.device.type != "cpu" or type(packed) is not torch.Tensor or not packed.numel():
+        return (unpack_reference(packed, bits, columns) + lowest % 256).view(dtype)
+    packed = packed.contiguous()
+    codes = torch.empty((*packed.shape[:-1], columns), dtype=dtype, device="cpu")
+    width = packed.shape[-1]
+    native.unpack_stream(
+        address(packed), width, bits, lowest, packed.numel() // width, columns, address(codes), threads()
+    )
+    return codes
+
+
+def unpack_reference(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The slow twin of `unpack`, for rows that are long enough; unsigned codes, on any device."""
     if bits == 8:
         return packed[..., :columns].clone()
     if bits == 4:

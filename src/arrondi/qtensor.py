@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from arrondi import quantizers
 from arrondi.encoding import code_dtype, decode, encode
 from arrondi.errors import ArrondiError, DataError, ShapeError
 from arrondi.fitting import Grid, fit, round_scale
@@ -109,6 +110,9 @@ class QTensor:
             return self.codes.to(dtype)
         if self.group_index is not None:
             return self._gathered(dtype)
+        fast = quantizers.restore(self.codes, self.scheme, Grid(self.real_scale, self.zero_point, self.offset), dtype)
+        if fast is not None:
+            return fast
         tile = tile_shape(self.scheme.granularity, self.shape)
         values = decode(to_tiles(self.codes, tile), self.scheme.format)
         if self.zero_point is not None:
@@ -160,6 +164,10 @@ def quantize(
     if isinstance(scheme.scale, Scheme):
         grid = _nested_grid(x, scheme, rule, name, shrink)
         return quantize_with(x, scheme, grid, name=name)
+    if isinstance(shrink, float) and shrink == 1.0:
+        done = quantizers.round_groups(x, scheme, rule)
+        if done is not None:
+            return _assemble(*done, scheme, shape)
     tiles = to_tiles(x, tile)
     factor = shrink.reshape(-1, 1) if isinstance(shrink, torch.Tensor) else shrink
     codes = torch.empty(tiles.shape, dtype=code_dtype(scheme.format), device=x.device)
@@ -172,7 +180,8 @@ def quantize(
             grid = fit(part, scheme, rule, some)
             codes[start : start + step] = _encode_tiles(part, scheme, grid)
             grids.append(grid)
-    return _assemble(codes, _concatenate(grids), scheme, shape)
+    whole = from_tiles(codes, tile, shape)
+    return _assemble(whole, _concatenate(grids), scheme, shape)
 
 
 def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid, *, name: str = "tensor") -> QTensor:
@@ -183,13 +192,18 @@ def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid, *, name: str = "t
         grid: parts in the scale's shape or as (tiles, 1); a quantized scale is passed as `QTensor`.
     """
     shape = tuple(x.shape)
-    tiles = to_tiles(x.detach(), tile_shape(scheme.granularity, shape)).float()
+    if not isinstance(grid.scale, QTensor):
+        found = quantizers.round_on(x.detach(), scheme, grid)
+        if found is not None:
+            return _assemble(found, grid, scheme, shape)
+    tile = tile_shape(scheme.granularity, shape)
+    tiles = to_tiles(x.detach(), tile).float()
     if not bool(torch.isfinite(tiles).all()):
         raise DataError(f"{name}: the values hold NaN or infinity. Repair or exclude the tensor.")
     nested = grid.scale if isinstance(grid.scale, QTensor) else None
     real = nested.dequantize() if nested is not None else grid.scale
     flat = Grid(*(None if p is None else p.reshape(-1, 1) for p in (real, grid.zero_point, grid.offset)))  # type: ignore
-    codes = _encode_tiles(tiles, scheme, flat)
+    codes = from_tiles(_encode_tiles(tiles, scheme, flat), tile, shape)
     return _assemble(codes, flat, scheme, shape, nested)
 
 
@@ -248,12 +262,11 @@ def _concatenate(grids: list[Grid]) -> Grid:
 def _assemble(
     codes: torch.Tensor, grid: Grid, scheme: Scheme, shape: tuple[int, ...], nested: QTensor | None = None
 ) -> QTensor:
-    """Tiles of codes and flat grids → a QTensor of the tensor's own shape."""
-    whole = from_tiles(codes, tile_shape(scheme.granularity, shape), shape)
+    """Codes and flat grids → a QTensor of the tensor's own shape."""
     wanted = scale_shape(scheme.granularity, shape)
     scale, zero, offset = (None if p is None else p.reshape(wanted) for p in grid)
     assert scale is not None
-    return QTensor(whole, scale if nested is None else nested, zero, offset, scheme)
+    return QTensor(codes, scale if nested is None else nested, zero, offset, scheme)
 
 
 class named:

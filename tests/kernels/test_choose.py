@@ -7,7 +7,7 @@ import torch
 
 from arrondi.errors import SchemeError
 from arrondi.formats import parse_scheme
-from arrondi.kernels import FORCE, KERNELS, choose, explain, torch_ops
+from arrondi.kernels import FORCE, KERNELS, choose, explain, native_linear, torch_ops
 
 W4 = parse_scheme("W4A16").weights
 W8 = parse_scheme("w=int8/channel").weights
@@ -35,7 +35,12 @@ def test_reference_is_last_and_refuses_no_matrix():
         (W8, torch.float16, "reference"),
     ],
 )
-def test_the_first_that_does_not_refuse(scheme, dtype: torch.dtype, name: str):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_first_that_does_not_refuse(
+    scheme, dtype: torch.dtype, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(native_linear, "available", lambda: compiled)
+    name = "native" if compiled else name
     assert choose(scheme, (64, 256), dtype).name == name
     reasons = explain(scheme, (64, 256), dtype)
     assert [n for n, _ in reasons] == list(KERNELS)

@@ -27,7 +27,7 @@ from arrondi.formats import (
 )
 from arrondi.qtensor import QTensor, quantize_with
 from arrondi.rounding import gptq, rtn
-from arrondi.rounding.gptq import _Grids, _invert_root, _invert_root_reference, _reverse, _sweep, inverse_factor
+from arrondi.rounding.gptq import _Grids, _reverse, _root, _root_reference, _sweep, root_factor
 
 INT4 = FORMATS["int4"]
 ORDERS = ["static", "dynamic", "none"]
@@ -95,7 +95,7 @@ def swept(
     hessian = layer.moment.matrix(torch.float64)
     permutation = None if order == "none" else torch.argsort(hessian.diagonal(), descending=True, stable=True)
     grids = _Grids(work, scheme, "absmax", 4.0, order, permutation, "w")  # type: ignore[arg-type]
-    factor = inverse_factor(hessian, damping, permutation)
+    factor = root_factor(hessian, damping, permutation)
     codes, loss = _sweep(work.clone(), factor, grids, block_size, permutation)
     return grids.assemble(codes), loss
 
@@ -104,15 +104,17 @@ def swept(
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
-def test_the_factor_is_that_of_the_inverse(permuted: bool) -> None:
+def test_the_factor_is_the_upper_one(permuted: bool) -> None:
     hessian = make_layer(n=40).moment.matrix(torch.float64)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)) if permuted else None
     inner = damped(hessian, 0.01) if order is None else damped(hessian, 0.01)[order][:, order]
-    upper = inverse_factor(hessian.clone(), 0.01, order)
+    upper = root_factor(hessian.clone(), 0.01, order)
     assert torch.equal(upper, upper.triu())
     assert bool((upper.diagonal() > 0).all())
-    torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(inner), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(upper, torch.linalg.cholesky(torch.linalg.inv(inner), upper=True), rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(upper @ upper.T, inner, rtol=1e-12, atol=1e-9)
+    # The published method's factor is its inverse.
+    published = torch.linalg.cholesky(torch.linalg.inv(inner), upper=True)
+    torch.testing.assert_close(torch.linalg.inv(upper), published, rtol=1e-7, atol=1e-12)
 
 
 def test_inputs_that_never_occur_count_as_unit_rows() -> None:
@@ -123,8 +125,8 @@ def test_inputs_that_never_occur_count_as_unit_rows() -> None:
     filled = hessian.clone()
     filled[dead, dead] = 1
     filled += 0.01 * hessian.diagonal().mean() * torch.eye(10, dtype=torch.float64)
-    upper = inverse_factor(hessian.clone(), 0.01)
-    torch.testing.assert_close(torch.linalg.inv(upper.T @ upper), filled, rtol=1e-9, atol=1e-9)
+    upper = root_factor(hessian.clone(), 0.01)
+    torch.testing.assert_close(upper @ upper.T, filled, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-9, 0.01])
@@ -137,8 +139,8 @@ def test_a_matrix_that_cannot_be_factored_is_damped_harder(damping: float) -> No
     hessian = basis @ torch.diag(values) @ basis.T
     with pytest.raises(torch.linalg.LinAlgError):
         torch.linalg.cholesky(damped(hessian, damping))
-    upper = inverse_factor(hessian.clone(), damping)
-    used = (torch.linalg.inv(upper.T @ upper) - hessian).diagonal() / hessian.diagonal().mean()
+    upper = root_factor(hessian.clone(), damping)
+    used = (upper @ upper.T - hessian).diagonal() / hessian.diagonal().mean()
     tried = [damping or 1e-6]
     while tried[-1] < 0.03:
         tried.append(min(tried[-1] * 10, 1.0) if tried[-1] >= 1e-7 else 1e-6)
@@ -153,7 +155,7 @@ def test_fewer_tokens_than_columns_are_enough() -> None:
 
 def test_a_hopeless_matrix_is_refused() -> None:
     with pytest.raises(DataError, match="cannot be factored"):
-        inverse_factor(torch.full((4, 4), torch.nan), 0.01)
+        root_factor(torch.full((4, 4), torch.nan), 0.01)
 
 
 # Diagonal H: nothing to repair.
@@ -507,16 +509,16 @@ def test_codes_are_those_of_the_grid_that_is_returned() -> None:
 def test_the_root_in_place_is_that_of_its_twin(n: int, dtype: torch.dtype) -> None:
     x = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(n), dtype=dtype)
     matrix = x.T @ x / n + torch.eye(n, dtype=dtype)
-    expected = _invert_root_reference(matrix.clone())
-    found = _invert_root(matrix.clone())
+    expected = _root_reference(matrix.clone())
+    found = _root(matrix.clone())
     assert expected is not None and found is not None
     torch.testing.assert_close(found.tril(), expected, rtol=2e-4 if dtype == torch.float32 else 1e-10, atol=1e-6)
 
 
 def test_neither_root_takes_a_matrix_that_is_not_definite() -> None:
     matrix = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
-    assert _invert_root(matrix.clone()) is None
-    assert _invert_root_reference(matrix.clone()) is None
+    assert _root(matrix.clone()) is None
+    assert _root_reference(matrix.clone()) is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 64])

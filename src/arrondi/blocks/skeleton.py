@@ -188,8 +188,8 @@ class Skeleton:
             group.slots = self._find_slots(group)
         return group.slots.get(source, [])
 
-    def fill(self, params: Iterable[str]) -> None:
-        """Read these parameters (and whatever shares their storage or their conversion) in float32."""
+    def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
+        """Read these parameters (and whatever shares their storage or their conversion), floating ones in `dtype`."""
         wanted = {id(self.empty[p]): p for p in params}
         done: set[int] = set()
         for key, param in wanted.items():
@@ -197,20 +197,20 @@ class Skeleton:
                 continue
             group = next((self._by_target[n] for n in self.aliases[key] if n in self._by_target), None)
             if group is None:
-                self._assign(param, torch.zeros(self.empty[param].shape, dtype=self.empty[param].dtype))
+                self._assign(param, torch.zeros(self.empty[param].shape, dtype=self.empty[param].dtype), dtype)
                 continue
-            tensors = [self.tensor(s) for s in group.sources]
+            tensors = [self.tensor(s, dtype) for s in group.sources]
             values = {group.targets[0]: tensors[0]} if group.convert is None else group.convert(tensors)
             for target, value in values.items():
                 if target in self.empty:
-                    self._assign(target, value)
+                    self._assign(target, value, dtype)
                     done.add(id(self.empty[target]))
 
-    def tensor(self, source: str) -> torch.Tensor:
-        """A stored tensor as float32, or its override."""
+    def tensor(self, source: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A stored tensor in `dtype`, or its override."""
         if source in self.overrides:
             return self.overrides[source]
-        return self.checkpoint.dense(source)
+        return self.checkpoint.dense(source, dtype)
 
     def is_empty(self, param: str) -> bool:
         module, leaf = self._owner(param)
@@ -257,14 +257,14 @@ class Skeleton:
         path, _, leaf = name.rpartition(".")
         return self.model.get_submodule(path), leaf
 
-    def _assign(self, param: str, value: torch.Tensor) -> None:
+    def _assign(self, param: str, value: torch.Tensor, dtype: torch.dtype) -> None:
         wanted = self.empty[param]
         if tuple(value.shape) != tuple(wanted.shape):
             raise FileFormatError(
                 f"{self.checkpoint.folder.path}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}."
             )
         if value.dtype.is_floating_point:
-            value = value.to(wanted.dtype)
+            value = value.to(dtype)
         # The zero-copy case would alias an override that the caller still owns.
         filled = torch.nn.Parameter(value.contiguous(), requires_grad=False)
         for name in self.names_of(param):

@@ -40,7 +40,7 @@ from arrondi.formats import (
 )
 from arrondi.packing import pack, packed_width, unpack
 from arrondi.qtensor import QTensor
-from arrondi.storage import load_scale, signed, store_scale, unsigned
+from arrondi.storage import load_scale, store_scale
 
 _F8 = torch.float8_e4m3fn
 _WORD = 4
@@ -89,7 +89,7 @@ def _packed_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[tor
 def _packed_write(q: QTensor) -> dict[str, torch.Tensor]:
     bits = q.scheme.format.bits
     tensors = {
-        "weight_packed": pack(unsigned(q.codes, q.scheme.format), bits, word_bytes=_WORD).view(torch.int32),
+        "weight_packed": pack(q.codes, bits, word_bytes=_WORD, lowest=q.scheme.format.qmin).view(torch.int32),
         "weight_scale": _write_scale(q),
         "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
@@ -104,7 +104,7 @@ def _packed_write(q: QTensor) -> dict[str, torch.Tensor]:
 def _packed_read(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
     shape = tuple(tensors["weight_shape"].tolist())
     bits = scheme.format.bits
-    codes = signed(unpack(tensors["weight_packed"].view(torch.uint8), bits, shape[1]), scheme.format)
+    codes = unpack(tensors["weight_packed"].view(torch.uint8), bits, shape[1], lowest=scheme.format.qmin)
     zero = None
     if scheme.zero_point == "integer":
         stored = tensors["weight_zero_point"].T.contiguous().view(torch.uint8)

@@ -20,7 +20,7 @@ from arrondi.fitting import STORED
 from arrondi.formats import PRESETS, LayerScheme, Scheme, parse_scheme, scale_shape
 from arrondi.packing import pack, packed_width, unpack
 from arrondi.qtensor import QTensor
-from arrondi.storage import load_scale, signed, store_scale, unsigned
+from arrondi.storage import load_scale, store_scale
 
 
 def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | None:
@@ -60,7 +60,7 @@ def _part_specs(name: str, shape: tuple[int, ...], scheme: Scheme) -> list[Tenso
 
 def _part_write(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     low = q.scheme.format.qmin
-    tensors = {f"{name}.codes": pack(unsigned(q.codes, q.scheme.format), q.scheme.format.bits)}
+    tensors = {f"{name}.codes": pack(q.codes, q.scheme.format.bits, lowest=low)}
     if isinstance(q.scale, QTensor):
         tensors |= _part_write(f"{name}.scale", q.scale)
     else:
@@ -74,7 +74,7 @@ def _part_write(name: str, q: QTensor) -> dict[str, torch.Tensor]:
 
 def _part_read(name: str, shape: tuple[int, ...], scheme: Scheme, read: Callable[[str], torch.Tensor]) -> QTensor:
     low = scheme.format.qmin
-    codes = signed(unpack(read(f"{name}.codes"), scheme.format.bits, shape[-1]), scheme.format)
+    codes = unpack(read(f"{name}.codes"), scheme.format.bits, shape[-1], lowest=low)
     groups = scale_shape(scheme.granularity, shape)
     scale: torch.Tensor | QTensor
     if isinstance(scheme.scale, Scheme):

@@ -245,6 +245,53 @@ def demo(
     _answer(result, json_, print_demo)
 
 
+@app.command()
+def bench(
+    shapes: Annotated[str, typer.Option(help="Shapes of weights, OUTxIN, with commas between.")] = "4096x4096",
+    m: Annotated[str, typer.Option("--m", help="Numbers of tokens, with commas between.")] = "1,16,512",
+    schemes: Annotated[
+        str | None,
+        typer.Option(help="Schemes, hadamard, quantize and signs, with commas between. Default: a line of each kind."),
+    ] = None,
+    json_: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write one JSON document, too; - for nothing else on stdout."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine, and how close products with quantized weights come to what it can do."""
+    from arrondi.evaluate.roofline import bench as measure
+    from arrondi.report import print_bench, progress_bar
+
+    wanted = [_sizes("--shapes", shape, "x", 2) for shape in shapes.split(",")]
+    tokens = _sizes("--m", m, ",")
+    with progress_bar("measuring", quiet) as progress:
+        result = measure([(n, k) for n, k in wanted], tokens, _scheme_names(schemes or ""), progress=progress)
+    if json_ not in (None, "-"):
+        Path(str(json_)).write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+    _answer(result, json_ == "-", print_bench)
+
+
+def _sizes(option: str, text: str, separator: str, count: int | None = None) -> list[int]:
+    """`4096x4096` or `1,16`: positive numbers, `count` of them if that is given."""
+    parts = text.lower().strip().split(separator)
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts) or count not in (None, len(parts)):
+        example = "4096x4096,11008x4096" if count else "1,16,512"
+        raise SchemeError(f"{option} takes positive numbers such as {example}, got {text!r}.")
+    return [int(part) for part in parts]
+
+
+def _scheme_names(text: str) -> list[str]:
+    """Names with commas between; the comma before `a=` belongs to the grammar of schemes."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part.startswith("a=") and names:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return names
+
+
 def _answer(document: dict[str, Any], as_json: bool, show: Any) -> None:
     if as_json:
         typer.echo(json.dumps(document, ensure_ascii=False))

@@ -7,7 +7,7 @@ takes everything; the kernels before it are faster where they do not refuse.
     >>> import torch
     >>> from arrondi.formats import parse_scheme
     >>> choose(parse_scheme("W4A16").weights, (64, 256), torch.float32, "cpu").name
-    'reference'
+    'native'
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ import torch
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
 from arrondi.kernels.act_order import contiguous_groups
-from arrondi.kernels.kernel import Kernel, Meta, Tensors
+from arrondi.kernels.binary import binary_linear, pack_signs, sign_tiles
+from arrondi.kernels.hadamard import hadamard, hadamard_matrix
+from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
+from arrondi.kernels.native_linear import NATIVE, integer_linear
 from arrondi.kernels.reference import REFERENCE, decoded, decoded_rows, pack_weight
 from arrondi.kernels.torch_ops import TORCH_INT4, TORCH_INT8
 
-KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType({k.name: k for k in (TORCH_INT4, TORCH_INT8, REFERENCE)})
+KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType(
+    {k.name: k for k in (NATIVE, TORCH_INT4, TORCH_INT8, REFERENCE)}
+)
 """Every kernel by name, the preferred ones first."""
 
 FORCE: Final = "ARRONDI_KERNEL"
@@ -97,13 +102,20 @@ def explain(
 __all__ = [
     "FORCE",
     "KERNELS",
+    "Bound",
     "Kernel",
     "Meta",
     "Tensors",
+    "binary_linear",
     "choose",
     "contiguous_groups",
     "decoded",
     "decoded_rows",
     "explain",
+    "hadamard",
+    "hadamard_matrix",
+    "integer_linear",
+    "pack_signs",
     "pack_weight",
+    "sign_tiles",
 ]

@@ -1,4 +1,4 @@
-"""What a kernel is: four functions' worth of data, and the facts that they share about one weight.
+"""What a kernel is: a few functions' worth of data, and the facts that they share about one weight.
 
 Owns: `Kernel`, `Meta`.
 """
@@ -16,6 +16,9 @@ from arrondi.qtensor import QTensor
 Tensors = dict[str, torch.Tensor]
 """The tensors that a kernel keeps of one weight, under names of its own choosing."""
 
+Bound = Callable[[torch.Tensor], torch.Tensor]
+"""A product with its weight and bias bound: x (..., in) → (..., out)."""
+
 
 @dataclass(frozen=True)
 class Meta:
@@ -25,11 +28,14 @@ class Meta:
         scheme: what its codes and scales mean.
         shape: (out, in).
         dtype: the floating type in which the product is computed.
+        activations: the scheme by which the kernel rounds x, None if x is multiplied as it is. Only a scheme that the
+            kernel `rounds`.
     """
 
     scheme: Scheme
     shape: tuple[int, int]
     dtype: torch.dtype
+    activations: Scheme | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,13 @@ class Kernel:
         prepack: (weight, dtype of x) → the tensors that `linear` needs, `codes` among them. Packed; never a float copy
             of the weight. They belong to this machine and this process, and are not a file format.
         linear: (x (..., in) of `meta.dtype`, tensors of `prepack`, meta, bias (out,) or None) → (..., out), same dtype.
+        rounds: (weight scheme, scheme of activations) → whether `linear` rounds x by that scheme itself.
+        bind: the same product for many calls: (tensors, meta, bias) → a function of x. None: made from `linear`.
     """
 
     name: str
     refuse: Callable[[Scheme, tuple[int, ...], torch.dtype, torch.device], str | None]
     prepack: Callable[[QTensor, torch.dtype], Tensors]
     linear: Callable[[torch.Tensor, Tensors, Meta, torch.Tensor | None], torch.Tensor]
+    rounds: Callable[[Scheme, Scheme], bool] = lambda weights, activations: False
+    bind: Callable[[Tensors, Meta, torch.Tensor | None], Bound] | None = None

@@ -1,6 +1,8 @@
-"""Modules that hold packed weights: `QLinear` and `QStack`."""
+"""Modules that hold packed weights (`QLinear`, `QStack`, `QEmbedding`), and the ordinary ones beside them (`DenseLinear`)."""
 
+from arrondi.nn.dense import DenseLinear
+from arrondi.nn.embedding import QEmbedding
 from arrondi.nn.linear import PackedWeight, QLinear
 from arrondi.nn.stack import QStack, replace_parameter
 
-__all__ = ["PackedWeight", "QLinear", "QStack", "replace_parameter"]
+__all__ = ["DenseLinear", "PackedWeight", "QEmbedding", "QLinear", "QStack", "replace_parameter"]

@@ -15,7 +15,7 @@ from torch import nn
 
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.formats import Scheme
-from arrondi.kernels import KERNELS, Meta, choose, contiguous_groups, decoded
+from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, decoded
 from arrondi.nn.packed import keep_types
 from arrondi.qtensor import QTensor, fake_quantize
 
@@ -87,9 +87,12 @@ class QLinear(nn.Module):
         order: torch.Tensor | None = None
         if weight.group_index is not None and not transposed:
             weight, order = _sorted(weight)
-        self.meta = Meta(weight.scheme, (rows, columns), dtype)
         plain = weight.group_index is None and not transposed
-        self.kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=plain).name
+        kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=plain)
+        self.kernel = kernel.name
+        inside = activations is not None and kernel.rounds(weight.scheme, activations)
+        self.meta = Meta(weight.scheme, (rows, columns), dtype, activations if inside else None)
+        self._bound: Bound | None = None
         for name, tensor in KERNELS[self.kernel].prepack(weight, dtype).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
         self.register_buffer("order", order, persistent=False)
@@ -99,8 +102,16 @@ class QLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in), any float dtype → (..., out), same dtype."""
+        if type(x) is not torch.Tensor or x.dtype != self.meta.dtype or x.requires_grad or _tracing():
+            return self._product(x)
+        if self._bound is None:
+            self._bound = self._bind()
+        return self._bound(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole of it: casts, activations that the kernel does not round itself, columns in the kernel's order."""
         values = x.to(self.meta.dtype)
-        if self.activations is not None:
+        if self.activations is not None and self.meta.activations is None:
             values = fake_quantize(values, self.activations, name="activations")
         if self.order is not None:
             values = values[..., self.order]
@@ -140,6 +151,17 @@ class QLinear(nn.Module):
             parts.append(KERNELS[self.kernel].linear(values, self._tensors(), self.meta, None))
         return torch.cat(parts).T.contiguous()
 
+    def _bind(self) -> Bound:
+        """`_product` for x of the compute dtype, with what calls have in common worked out once where the kernel can."""
+        bind = KERNELS[self.kernel].bind
+        rounds_itself = self.activations is None or self.meta.activations is not None
+        if bind is None or self.order is not None or self.transposed or not rounds_itself:
+            return self._product
+        return bind(self._tensors(), self.meta, self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_bound": None}
+
     def extra_repr(self) -> str:
         rounding = "" if self.activations is None else f", activations={self.activations}"
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -152,6 +174,7 @@ class QLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Moves buffers between devices; `keep_types` undoes what a cast of the model does to packed floats."""
+        self._bound = None
         keep_types(self, lambda: super(QLinear, self)._apply(fn, recurse))
         reason = KERNELS[self.kernel].refuse(self.meta.scheme, self.meta.shape, self.meta.dtype, self.weight.device)
         if reason and self.weight.device.type != "meta":
@@ -160,6 +183,10 @@ class QLinear(nn.Module):
                 f"{self.kernel} packed this layer for another device: {reason} Load the model on {where} anew."
             )
         return self
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _sorted(weight: QTensor) -> tuple[QTensor, torch.Tensor | None]:

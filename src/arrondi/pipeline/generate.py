@@ -12,6 +12,7 @@ from arrondi.blocks import bfloat16_pays
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, SchemeError
 from arrondi.evaluate.text import load_tokenizer, special_tokens
+from arrondi.pipeline.decoding import tokens
 from arrondi.pipeline.load import load_model
 
 
@@ -36,7 +37,8 @@ def generate(
         stream: prompt and words are printed there as they come.
 
     Returns:
-        text (prompt included), tokens, seconds, tokens_per_second.
+        text (prompt included), tokens, seconds, tokens_per_second over all of it, prompt_tokens_per_second up to the first
+        new token, decode_ms_per_token of those after it.
 
     Raises:
         SchemeError: the model does not generate text.
@@ -55,28 +57,41 @@ def generate(
     room = (getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens) - len(ids)
     if room < 1:
         raise DataError(f"The prompt takes {len(ids)} tokens and the model's context ends there. Shorten the prompt.")
-    inputs = torch.tensor([ids])
     streamer = _Streamer(tokenizer, stream) if stream is not None else None
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    if streamer is not None:
+        streamer.put(ids)
+    new: list[int] = []
     started = time.monotonic()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    first = started
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=min(max_new_tokens, room),
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
-    seconds = time.monotonic() - started
-    new = output.shape[1] - len(ids)
+        for token in tokens(
+            model, ids, min(max_new_tokens, room), temperature=temperature, stop=_end_tokens(model, tokenizer)
+        ):
+            if not new:
+                first = time.monotonic()
+            new.append(token)
+            if streamer is not None:
+                streamer.put([token])
+    seconds, decoding = time.monotonic() - started, time.monotonic() - first
+    if streamer is not None:
+        streamer.end()
     return {
-        "text": tokenizer.decode(output[0], skip_special_tokens=True),
-        "tokens": new,
+        "text": tokenizer.decode([*ids, *new], skip_special_tokens=True),
+        "tokens": len(new),
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(new / max(seconds, 1e-9), 2),
+        "tokens_per_second": round(len(new) / max(seconds, 1e-9), 2),
+        "prompt_tokens_per_second": round(len(ids) / max(first - started, 1e-9), 2),
+        "decode_ms_per_token": round(decoding * 1e3 / (len(new) - 1), 2) if len(new) > 1 else None,
     }
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a text, as the model's generation settings or its tokenizer name them."""
+    named = model.generation_config.eos_token_id
+    if named is None:
+        named = tokenizer.eos_token_id
+    return set(named) if isinstance(named, list) else set() if named is None else {named}
 
 
 class _Streamer:
@@ -87,8 +102,8 @@ class _Streamer:
         self.ids: list[int] = []
         self.printed = 0
 
-    def put(self, value: torch.Tensor) -> None:
-        self.ids += value.flatten().tolist()
+    def put(self, ids: list[int]) -> None:
+        self.ids += ids
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
             self._print(text)

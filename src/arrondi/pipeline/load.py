@@ -15,7 +15,7 @@ from arrondi.blocks import Skeleton, Slot
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, unknown
 from arrondi.formats import tile_shape
-from arrondi.nn import QLinear, QStack
+from arrondi.nn import DenseLinear, QLinear, QStack
 from arrondi.pipeline.restore import DTYPES
 from arrondi.qtensor import QTensor
 
@@ -57,9 +57,9 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any
                     made[module] = _linear(skeleton, name, module, found[0][1], tensors, kind)
                 model.set_submodule(name, made[module])
     for name in [n for n in skeleton.empty if not _gone(model, n)]:
-        skeleton.fill([name])
-        _cast(skeleton, name, kind)
+        skeleton.fill([name], kind)
     skeleton.load_buffers()
+    DenseLinear.adopt(model)
     if model.can_generate():
         model.config.use_cache = True
     model.config.dtype = kind
@@ -90,8 +90,8 @@ def _linear(
 ) -> QLinear:
     bias = None
     if module._parameters.get("bias") is not None:
-        skeleton.fill([f"{name}.bias"])
-        bias = module.bias.detach().to(kind)
+        skeleton.fill([f"{name}.bias"], kind)
+        bias = module.bias.detach()
     scheme = skeleton.checkpoint.placed[source].scheme
     return QLinear(
         tensors[source], bias, activations=scheme.activations, dtype=kind, transposed=type(module).__name__ == "Conv1D"
@@ -134,12 +134,3 @@ def _gone(model: Any, param: str) -> bool:
     except AttributeError:
         return True
     return isinstance(module, QLinear) or param.rpartition(".")[2] not in module._parameters
-
-
-def _cast(skeleton: Skeleton, name: str, kind: torch.dtype) -> None:
-    value = skeleton.parameter(name)
-    if value.dtype.is_floating_point and value.dtype != kind:
-        cast = torch.nn.Parameter(value.to(kind), requires_grad=False)
-        for alias in skeleton.names_of(name):
-            module = skeleton.model.get_submodule(alias.rpartition(".")[0])
-            module._parameters[alias.rpartition(".")[2]] = cast

@@ -83,13 +83,18 @@ def manifest_of(facts: dict[str, Any], key: str, hashes: Mapping[str, str]) -> d
 
 
 class FileHasher:
-    """SHA-256 of a model's config and weight files, computed beside the run in a thread that dies with it."""
+    """SHA-256 of a model's config and weight files, computed beside the run in a thread that dies with it.
+
+    With one thread for PyTorch there is none to be had: the files are read when the result is asked for.
+    """
 
     def __init__(self, folder: ModelDir) -> None:
         self._paths = sorted({folder.path / "config.json", *(e.path for e in folder.entries.values())})
         self._found: dict[str, str] = {}
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if torch.get_num_threads() > 1:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
 
     def _run(self) -> None:
         for path in self._paths:
@@ -101,7 +106,10 @@ class FileHasher:
 
     def result(self) -> dict[str, str]:
         """File name → hash; waits for what is left."""
-        self._thread.join()
+        if self._thread is None:
+            self._run()
+        else:
+            self._thread.join()
         return self._found
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from arrondi import quantizers
 from arrondi.blocks import Product, Skeleton, Slot, find_stages, release, watch_products
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError
+from arrondi.fitting import Grid
 from arrondi.formats import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.pipeline.plan import PlannedTensor
 from arrondi.qtensor import QTensor
@@ -68,8 +70,22 @@ class Rounded:
 def sqnr(weight: torch.Tensor, restored: torch.Tensor) -> float:
     """Signal to quantization noise ratio in dB; infinite for an exact copy."""
     noise = float((weight - restored).square().sum(dtype=torch.float64))
-    signal = float(weight.square().sum(dtype=torch.float64))
+    return decibels(noise, float(weight.square().sum(dtype=torch.float64)))
+
+
+def decibels(noise: float, signal: float) -> float:
+    """The ratio of two sums of squares."""
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def losses(weight: torch.Tensor, q: QTensor) -> tuple[float, float]:
+    """Σ (w - ŵ)² and Σ w² of a rounded tensor."""
+    found = quantizers.lost(weight, q.codes, q.scheme, Grid(q.real_scale, q.zero_point, q.offset))
+    if found is not None:
+        return found
+    weight = weight.float()
+    noise = float(torch.linalg.vector_norm(q.dequantize().sub_(weight))) ** 2
+    return noise, float(torch.linalg.vector_norm(weight)) ** 2
 
 
 def rowwise(scheme: Scheme) -> bool:
@@ -96,17 +112,16 @@ def round_tensor(tensor: PlannedTensor, weight: torch.Tensor) -> Rounded:
     if method.needs_moment:
         method, options = _BLIND
     matrix = weight.reshape(tensor.placed.matrix_shape)
-    step = max(_CHUNK // matrix.shape[1], 1) if rowwise(scheme) else len(matrix)
+    chunked = rowwise(scheme) and not quantizers.knows(matrix, scheme)
+    step = max(_CHUNK // matrix.shape[1], 1) if chunked else len(matrix)
     parts, noise, signal = [], 0.0, 0.0
     for start in range(0, len(matrix), step):
-        part = matrix[start : start + step].float()
-        q = method.run(part, scheme, None, name=tensor.name, **options)
-        difference = q.dequantize().sub_(part)
-        noise += float(torch.linalg.vector_norm(difference)) ** 2
-        signal += float(torch.linalg.vector_norm(part)) ** 2
+        part = matrix[start : start + step]
+        q = method.run(part.float() if chunked else part, scheme, None, name=tensor.name, **options)
+        lost, had = losses(part, q)
+        noise, signal = noise + lost, signal + had
         parts.append(q)
-    ratio = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
-    return Rounded(tensor, stack_rows(parts), ratio)
+    return Rounded(tensor, stack_rows(parts), decibels(noise, signal))
 
 
 def stack_rows(parts: list[QTensor]) -> QTensor:

@@ -1,9 +1,18 @@
 """Words and tables for people. Nothing here computes."""
 
 from arrondi.report.progress import progress_bar
-from arrondi.report.tables import print_demo, print_evaluation, print_facts, print_inspection, print_plan, print_report
+from arrondi.report.tables import (
+    print_bench,
+    print_demo,
+    print_evaluation,
+    print_facts,
+    print_inspection,
+    print_plan,
+    print_report,
+)
 
 __all__ = [
+    "print_bench",
     "print_demo",
     "print_evaluation",
     "print_facts",

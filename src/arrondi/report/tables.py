@@ -133,6 +133,30 @@ def print_demo(result: dict[str, Any]) -> None:
     console.print("Files: " + ", ".join(r["path"] for r in result["rows"]))
 
 
+def print_bench(document: dict[str, Any]) -> None:
+    """The machine's limits, and each operator's time and share of the nearer one."""
+    console = _console()
+    machine = document["machine"]
+    peaks = {kind: max(found.items(), key=lambda pair: pair[1]) for kind, found in machine["peak_tflop_s"].items()}
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, kernels {machine['path'] or 'none'}: "
+        f"memory {machine['bandwidth_gb_s']:.1f} GB/s; "
+        + ", ".join(f"{kind} {value:.3g} TFLOP/s ({source})" for kind, (source, value) in peaks.items())
+    )
+    tokens = sorted({row["m"] for row in document["rows"]})
+    table = _table(
+        "operator", "dtype", "shape", "kernel", *(f"m = {m}" for m in tokens), title="Time, rate, share of the roofline"
+    )
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in document["rows"]:
+        key = row["operator"], row["dtype"], _shape(row["shape"]), row["kernel"]
+        rate = f"{row['gb_s']:.1f} GB/s" if row["bound"] == "memory" else f"{row['tflop_s']:.2f} TFLOP/s"
+        lines.setdefault(key, {})[row["m"]] = f"{row['ms']:.3f} ms, {rate}, {100 * row['share']:.0f} %"
+    for names, cells in lines.items():
+        table.add_row(*names, *(cells.get(m, "") for m in tokens))
+    console.print(table)
+
+
 def print_facts(document: dict[str, Any]) -> None:
     """Plain key and value."""
     console = _console()

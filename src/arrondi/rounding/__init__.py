@@ -28,7 +28,7 @@ class Method:
         run: the function.
         needs_moment: it cannot work without the second moment of the layer's inputs.
         source: where it comes from, for people.
-        seconds_per_gigaweight: rough single-core cost of the sweep itself, for the plan's estimate.
+        seconds_per_gigaweight: rough single-core cost of the method itself with the compiled kernels, for the plan's estimate.
     """
 
     run: Callable[..., QTensor]
@@ -44,9 +44,9 @@ class Method:
 
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 4.0),
-    "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 400.0),
-    "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 300.0),
+    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 0.5),
+    "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 10.0),
+    "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 90.0),
 })  # fmt: skip
 
 

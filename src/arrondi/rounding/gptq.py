@@ -1,7 +1,9 @@
 """GPTQ: round column by column and let the columns not yet rounded make up for each error.
 
-Owns: `gptq`. For a layer with inputs x, H = Σ x xᵀ is the curvature of its output error: with H⁻¹ = UᵀU, U upper
-triangular, rounding column c with error e = (w - ŵ)/U[c,c] is best repaired by w[c+1:] -= e · U[c, c+1:].
+Owns: `gptq`. For a layer with inputs x, H = Σ x xᵀ is the curvature of its output error. With H = V Vᵀ, V upper triangular,
+that error is Σ_c (V[c,c] d[c] + Σ_{j<c} V[j,c] d[j])² for the differences d = w - ŵ of all columns: column c cancels what the
+columns before it left, as well as its grid can, by rounding w[c] + Σ_{j<c} d[j] V[j,c] / V[c,c]. This is the published method
+without the inverse of H: V⁻¹ is its Cholesky factor of H⁻¹.
 
 The grid may be any format: integers, fp4, codebooks, power-of-two or quantized scales.
 
@@ -11,10 +13,13 @@ contiguous groups of the unrounded weight, columns visited by falling diagonal) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 
+from arrondi import quantizers
 from arrondi.calibration import SecondMoment
 from arrondi.encoding import code_dtype, decode, encode
 from arrondi.errors import DataError, SchemeError, ShapeError
@@ -75,27 +80,28 @@ def gptq(
     if block_size < 1 or not damping >= 0:
         raise SchemeError(f"{name}: gptq needs block_size >= 1 and damping >= 0, got {block_size} and {damping}.")
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    if not bool(torch.isfinite(work).all()):
+    # The extremes of a NaN are NaN; a mask of the whole weight would cost ten times as much.
+    if work.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(work))).all()):
         raise DataError(f"{name}: the weights hold NaN or infinity. Repair or exclude the tensor.")
     diagonal = moment.diagonal().to(work.device)
     if bool((diagonal == 0).any()):
         work = work * (diagonal > 0)
     permutation = None if order == "none" else torch.argsort(diagonal, descending=True, stable=True)
     grids = _Grids(work, scheme, range, power, order, permutation, name)
-    factor = inverse_factor(moment.matrix(work.dtype).to(work.device), damping, permutation)
+    factor = root_factor(moment.matrix(work.dtype).to(work.device), damping, permutation)
     codes, _ = _sweep(work, factor, grids, block_size, permutation)
     return grids.assemble(codes)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float, permutation: torch.Tensor | None = None) -> torch.Tensor:
-    """U, upper triangular with a positive diagonal, such that (H + λI)⁻¹ = UᵀU, λ = damping · mean(diag H).
+def root_factor(hessian: torch.Tensor, damping: float, permutation: torch.Tensor | None = None) -> torch.Tensor:
+    """V, upper triangular with a positive diagonal, such that H + λI = V Vᵀ, λ = damping · mean(diag H).
 
     Args:
         hessian: (n, n) symmetric, float32 or float64; used up. Rows of all zeros (inputs that never occur) count as unit rows.
-        permutation: (n,) order of the columns; U belongs to the permuted matrix.
+        permutation: (n,) order of the columns; V belongs to the permuted matrix.
 
-    One factorisation: with J the reversal of indices, J H J = R Rᵀ gives H = (J R J)(J R J)ᵀ, and U = J R⁻¹ J. On the CPU it is
-    done by LAPACK in the matrix's own memory, which for wide layers decides what fits.
+    With J the reversal of indices, J H J = R Rᵀ gives V = J R J. On the CPU R is found by LAPACK in the matrix's own memory,
+    which for wide layers decides what fits.
 
     Raises:
         DataError: no damping up to the mean diagonal makes the matrix definite.
@@ -104,18 +110,20 @@ def inverse_factor(hessian: torch.Tensor, damping: float, permutation: torch.Ten
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     diagonal[diagonal <= 0] = 1.0
-    if permutation is not None:
-        hessian = hessian.index_select(0, permutation)
+    if permutation is None:
+        _reverse(hessian)
+    else:
+        backwards = permutation.flip(0)
+        hessian = hessian.index_select(0, backwards)
         for rows in hessian.split(_PANEL):
-            rows.copy_(rows.index_select(1, permutation))
-    _reverse(hessian)
+            rows.copy_(rows.index_select(1, backwards))
     saved = hessian.diagonal().clone()
-    solve = _invert_root if hessian.device.type == "cpu" else _invert_root_reference
+    solve = _root if hessian.device.type == "cpu" else _root_reference
     while True:
         hessian.diagonal().copy_(saved + damping * mean)
-        inverse = solve(hessian)
-        if inverse is not None:
-            return _reverse(inverse.tril_())
+        root = solve(hessian)
+        if root is not None:
+            return _reverse(root.tril_())
         if damping >= 1.0:
             raise DataError(
                 "The second moment of the inputs cannot be factored even when heavily damped: it holds NaN or infinity."
@@ -125,29 +133,22 @@ def inverse_factor(hessian: torch.Tensor, damping: float, permutation: torch.Ten
         hessian.copy_(upper + upper.T)
 
 
-def _invert_root(matrix: torch.Tensor) -> torch.Tensor | None:
-    """R⁻¹ in the lower triangle of `matrix` itself, where matrix = R Rᵀ; None if it is not definite.
+def _root(matrix: torch.Tensor) -> torch.Tensor | None:
+    """R in the lower triangle of `matrix` itself, where matrix = R Rᵀ; None if it is not definite.
 
     The strict upper triangle keeps the matrix. LAPACK counts by columns, so our lower triangle is its upper one.
     """
     from scipy.linalg import lapack
 
-    root, invert = (lapack.dpotrf, lapack.dtrtri) if matrix.dtype == torch.float64 else (lapack.spotrf, lapack.strtri)
-    array = matrix.numpy().T
-    _, failed = root(array, lower=0, clean=0, overwrite_a=1)
-    if failed or not bool(torch.isfinite(matrix.diagonal()).all()):
-        return None
-    _, failed = invert(array, lower=0, overwrite_c=1)
-    return None if failed else matrix
+    factorize = lapack.dpotrf if matrix.dtype == torch.float64 else lapack.spotrf
+    _, failed = factorize(matrix.numpy().T, lower=0, clean=0, overwrite_a=1)
+    return None if failed or not bool(torch.isfinite(matrix.diagonal()).all()) else matrix
 
 
-def _invert_root_reference(matrix: torch.Tensor) -> torch.Tensor | None:
-    """The twin of `_invert_root` on any device, with memory for four more matrices."""
+def _root_reference(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The twin of `_root` on any device, with memory for two more matrices."""
     root, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
-        return None
-    one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(root, one, upper=False)
+    return None if int(failed) else root
 
 
 def _reverse(matrix: torch.Tensor) -> torch.Tensor:
@@ -210,24 +211,29 @@ class _Grids:
             if mine is not None and new is not None:
                 mine[:, groups] = new.reshape(mine[:, groups].shape)
 
-    def column(self, position: int, original: int, current: torch.Tensor) -> Grid:
+    def column(self, position: int, original: int, current: Callable[[int], torch.Tensor]) -> Grid:
         """The grid of the column at `position` of the sweep.
 
-        `current` holds this and later columns as they are now, (columns, m): a group that starts here is fitted to them.
+        `current(count)` gives this and later columns, repaired for what was rounded, (count, m): a group that starts here
+        is fitted to them.
         """
         index = position if self.permutation is not None else original
         group = index // self.tile[1]
         if not self.fitted_first and index % self.tile[1] == 0:
             width = min(self.tile[1], self.shape[1] - index)
-            self._store(slice(group, group + 1), current[:width].T.float())
-        parts = (self.scale, self.zero_point, self.offset)
-        return Grid(*(None if p is None else self._tall(p[:, group]) for p in parts))  # type: ignore[arg-type]
+            self._store(slice(group, group + 1), current(width).T.float())
+        return Grid(*(None if p is None else self.tall(p[:, group]) for p in self.parts))  # type: ignore[arg-type]
 
-    def _tall(self, entries: torch.Tensor) -> torch.Tensor:
+    @property
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        """Scale, zero point and offset, (tiles of rows, groups)."""
+        return self.scale, self.zero_point, self.offset
+
+    def tall(self, entries: torch.Tensor) -> torch.Tensor:
         """One entry for every tile of rows → one for every row."""
         if self.tile[0] == 1:
             return entries
-        return entries.repeat_interleave(self.tile[0])[: self.shape[0]]
+        return entries.repeat_interleave(self.tile[0], dim=0)[: self.shape[0]]
 
     def assemble(self, codes: torch.Tensor) -> QTensor:
         index = None
@@ -251,39 +257,125 @@ def _sweep(
     """Visit the columns in order.
 
     Returns:
-        the codes (m, n) in the original order, and the loss ½ Σ (error / U[c,c])², which equals ½ tr(D (H + λI) Dᵀ) for
+        the codes (m, n) in the original order, and the loss ½ Σ (residual · V[c,c])², which equals ½ tr(D (H + λI) Dᵀ) for
         D = weight - rounded weight, whatever the grid and the order.
     """
     m, n = work.shape
-    format = grids.scheme.format
     group = grids.tile[1]
     # A group that is fitted on the way must lie inside one block, or its later columns would be stale.
     block = group * max(block_size // group, 1) if not grids.fitted_first and block_size % group else block_size
-    # (n, m), a copy: a column is a contiguous row.
-    rows = (
-        work.T.clone(memory_format=torch.contiguous_format)
-        if permutation is None
-        else work.T.index_select(0, permutation)
+    # (n, m), a copy: a column is a contiguous row. Columns that were visited hold their differences d.
+    rows = torch.empty((n, m), dtype=work.dtype, device=work.device)
+    originals = torch.arange(n, device=work.device) if permutation is None else permutation
+    for part, some in zip(rows.split(_PANEL), originals.split(_PANEL), strict=True):
+        part.copy_(work.index_select(1, some).T)
+    state = _State(
+        rows,
+        torch.zeros((min(block, n), m), dtype=work.dtype, device=work.device),
+        factor,
+        work.new_empty((n, m), dtype=code_dtype(grids.scheme.format)),
+        originals,
     )
-    originals = list(range(n)) if permutation is None else permutation.tolist()
-    diagonal = factor.diagonal().tolist()
-    codes = work.new_empty((n, m), dtype=code_dtype(format))
-    errors = work.new_empty((min(block, n), m))
+    visit = (_Compiled if quantizers.sweeps(work, grids.scheme) else _Columns)(state, grids).visit
     loss = 0.0
     for start in range(0, n, block):
         stop = min(start + block, n)
+        owed = state.owed[: stop - start]
+        if start:
+            torch.mm(factor[:start, start:stop].T, rows[:start], out=owed)
+        visit(start, stop)
+        loss += 0.5 * float((owed * state.diagonal[start:stop]).square_().sum())
+    return state.codes.T.contiguous(), loss
+
+
+class _State:
+    """What the sweep works on.
+
+    Attributes:
+        rows: (n, m), columns in the order of the visit: differences d where they were visited, weights where not.
+        owed: (block, m), for the columns of a block Σ_j d[j] V[j,c] over all j visited; once a column is visited, its residual.
+        factor: (n, n), V.
+        codes: (n, m), columns in their original order.
+        originals: (n,), where each column comes from.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        owed: torch.Tensor,
+        factor: torch.Tensor,
+        codes: torch.Tensor,
+        originals: torch.Tensor,
+    ) -> None:
+        self.rows, self.owed, self.factor, self.codes, self.originals = rows, owed, factor, codes, originals
+        self.diagonal = factor.diagonal().clone().unsqueeze(1)  # (n, 1)
+        self.order = originals.tolist()
+
+    def due(self, c: int, start: int) -> torch.Tensor:
+        """(m,): a column of the block that begins at `start` as it is to be rounded, now that those before it are."""
+        return self.rows[c] + self.owed[c - start] / self.diagonal[c]
+
+    def repaired(self, first: int, count: int, start: int) -> torch.Tensor:
+        """(count, m): columns of that block as they would best be if they were not to be rounded."""
+        columns = slice(first, first + count)
+        owed = self.owed[first - start : first - start + count]
+        triangle = self.factor[columns, columns].T
+        return self.rows[columns] + torch.linalg.solve_triangular(triangle, owed, upper=False)
+
+
+class _Columns:
+    """One column after another in PyTorch, for every format: the slow twin of `_Compiled`."""
+
+    def __init__(self, state: _State, grids: _Grids) -> None:
+        self.state, self.grids = state, grids
+        self.share = torch.empty_like(state.owed)
+
+    def visit(self, start: int, stop: int) -> None:
+        """All columns of a block."""
+        state, format = self.state, self.grids.scheme.format
         for c in range(start, stop):
-            w = rows[c]
-            grid = grids.column(c, originals[c], rows[c:])
-            codes[originals[c]] = chosen = _column_codes(w, grid, format)
-            error = torch.sub(w, _column_values(chosen, grid, format), out=errors[c - start]).div_(diagonal[c])
-            if c + 1 < stop:
-                rows[c + 1 : stop].addr_(factor[c, c + 1 : stop], error, alpha=-1)
-        done = errors[: stop - start]
-        loss += 0.5 * float(done.square().sum())
-        if stop < n:
-            rows[stop:].addmm_(factor[start:stop, stop:].T, done, alpha=-1)
-    return codes.T.contiguous(), loss
+            grid = self.grids.column(c, state.order[c], partial(state.repaired, c, start=start))
+            due = state.due(c, start)
+            state.codes[state.order[c]] = chosen = _column_codes(due, grid, format)
+            values = _column_values(chosen, grid, format)
+            torch.sub(due, values, out=state.owed[c - start])
+            difference = state.rows[c].sub_(values)
+            # Two roundings: an operation that multiplies and adds would have one on some processors and two on others.
+            later = slice(c + 1 - start, stop - start)
+            torch.mul(state.factor[c, c + 1 : stop, None], difference, out=self.share[later])
+            state.owed[later] += self.share[later]
+
+
+class _Compiled:
+    """The columns of a block in the compiled kernel, with the grids in the order in which it reads them: (groups, m)."""
+
+    def __init__(self, state: _State, grids: _Grids) -> None:
+        self.state, self.grids = state, grids
+        n = len(state.rows)
+        index = state.originals if grids.permutation is None else torch.arange(n, device=state.rows.device)
+        self.groups = index // grids.tile[1]
+        parts = (None if p is None else grids.tall(p).T.float().contiguous() for p in grids.parts)
+        self.tables = Grid(*parts)  # type: ignore[arg-type]
+
+    def visit(self, start: int, stop: int) -> None:
+        """All columns of a block; where groups are fitted on the way, one group after another."""
+        if self.grids.fitted_first:
+            self._sweep(start, start, stop, stop)
+            return
+        width = self.grids.tile[1]
+        for first in range(start, stop, width):
+            repaired = partial(self.state.repaired, first, start=start)
+            grid = self.grids.column(first, self.state.order[first], repaired)
+            for table, part in zip(self.tables, grid, strict=True):
+                if table is not None and part is not None:
+                    table[first // width] = part
+            self._sweep(start, first, min(first + width, stop), stop)
+
+    def _sweep(self, start: int, first: int, last: int, stop: int) -> None:
+        state, scheme = self.state, self.grids.scheme
+        places = state.originals, self.groups
+        owed = state.owed[first - start :]
+        quantizers.sweep(state.rows, owed, state.factor, state.codes, places, self.tables, (first, last, stop), scheme)
 
 
 def _column_codes(w: torch.Tensor, grid: Grid, format: Format) -> torch.Tensor:

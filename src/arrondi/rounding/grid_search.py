@@ -1,6 +1,6 @@
 """Ranges that clip on purpose: the grid of each tile with the least error instead of the widest one.
 
-Owns: `search_grid`. Uses `fitting` for the widest grid and tries smaller ones; for symmetric integers also their mirror
+Owns: `search_grid` and its slow twin `search_grid_reference`. Uses `fitting` for the widest grid and tries smaller ones; for symmetric integers also their mirror
 images, since the codes -2^(b-1) … 2^(b-1)-1 reach one step further on one side (the scale is then negative).
 
 Sources: the clipping search that the GPTQ family of tools shares (factors 1, 0.99, …, exponent 2.4); negative scales as in
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from arrondi import quantizers
 from arrondi.encoding import decode, encode
 from arrondi.fitting import STORED, Grid, fit
 from arrondi.formats import Scheme, tile_shape
@@ -33,7 +34,7 @@ def search_grid(
     """For every tile the grid with the least Σ importance · |w - ŵ|^power.
 
     Args:
-        weight: (..., K) float32.
+        weight: (..., K), any float dtype; computed in float32.
         scheme: what the weight becomes; scales are tried as they will be stored.
         importance: (K,) weight of each column's error, for example the mean square of its input; None: all equal.
         power: exponent of the error. Measured on real models, 2.5 is a good choice for round-to-nearest; GPTQ does
@@ -42,6 +43,14 @@ def search_grid(
     Returns:
         the grid, parts as (tiles, 1).
     """
+    found = quantizers.search(weight, scheme, importance, power)
+    return search_grid_reference(weight, scheme, importance, power=power) if found is None else found
+
+
+def search_grid_reference(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, *, power: float = 2.5
+) -> Grid:
+    """The slow twin of the compiled search, for every format and power."""
     tile = tile_shape(scheme.granularity, tuple(weight.shape))
     tiles = to_tiles(weight, tile)
     weights = None if importance is None else to_tiles(importance.float().expand_as(weight), tile)
@@ -49,7 +58,7 @@ def search_grid(
     found = []
     for start in range(0, tiles.shape[0], step):
         some = None if weights is None else weights[start : start + step]
-        found.append(_Search(tiles[start : start + step], scheme, some, power).best())
+        found.append(_Search(tiles[start : start + step].float(), scheme, some, power).best())
     scale, *rest = (torch.cat(parts) for parts in zip(*found, strict=True))
     zero = rest[0] if scheme.zero_point == "integer" else None
     return Grid(scale, zero, rest[0] if scheme.zero_point == "float" else None)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import torch
 
+from arrondi import quantizers
 from arrondi.calibration import SecondMoment
 from arrondi.encoding import decode, encode
 from arrondi.errors import SchemeError
 from arrondi.fitting import Grid, fit, round_scale
-from arrondi.formats import Scheme, scale_shape, tile_shape
+from arrondi.formats import Scheme, tile_shape
 from arrondi.qtensor import QTensor, named, quantize, quantize_with
 from arrondi.tiling import to_tiles
 
@@ -58,18 +59,22 @@ def hqq(
         )
     if weight.numel() == 0:
         return quantize(weight, scheme, name=name)
-    shape = tuple(weight.shape)
-    tiles = to_tiles(weight.detach(), tile_shape(scheme.granularity, shape))
+    weight = weight.detach()
+    grid = quantizers.split(weight, scheme, p=p, beta=beta, kappa=kappa, iterations=iterations, normalize=normalize)
+    if grid is None:
+        with named(name):
+            grid = split_reference(weight, scheme, _Solver(scheme, p, beta, kappa, iterations, normalize))
+    return quantize_with(weight, scheme, grid, name=name)
+
+
+def split_reference(weight: torch.Tensor, scheme: Scheme, solver: _Solver) -> Grid:
+    """The slow twin of the compiled iteration; parts as (tiles, 1)."""
+    tiles = to_tiles(weight, tile_shape(scheme.granularity, tuple(weight.shape)))
     step = max(_CHUNK // tiles.shape[1], 1)
-    solver = _Solver(scheme, p, beta, kappa, iterations, normalize)
-    with named(name):
-        grids = [solver.solve(tiles[i : i + step].float()) for i in range(0, tiles.shape[0], step)]
-    wanted = scale_shape(scheme.granularity, shape)
-    scale, zero, offset = (
-        None if part[0] is None else torch.cat(part).reshape(wanted) for part in zip(*grids, strict=True)
-    )
+    grids = [solver.solve(tiles[i : i + step].float()) for i in range(0, tiles.shape[0], step)]
+    scale, zero, offset = (None if part[0] is None else torch.cat(part) for part in zip(*grids, strict=True))
     assert scale is not None
-    return quantize_with(weight, scheme, Grid(scale, zero, offset), name=name)
+    return Grid(scale, zero, offset)
 
 
 class _Solver:

@@ -52,7 +52,7 @@ def rtn(
 
 def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Grid:
     """The searched grid in the scale's own shape, quantized scales included."""
-    grid = search_grid(weight.float(), scheme, importance, power=power)
+    grid = search_grid(weight, scheme, importance, power=power)
     shape = scale_shape(scheme.granularity, tuple(weight.shape))
     scale = grid.scale.reshape(shape)
     return Grid(

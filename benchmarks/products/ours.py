@@ -1,0 +1,56 @@
+"""Arrondi's own products, timed like the peers beside: the kernels that `QLinear` chooses.
+
+Run it with the interpreter that has arrondi; options as in `common.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from common import Bind, Case, main
+
+from arrondi.formats import parse_scheme
+from arrondi.kernels import choose
+from arrondi.nn import QLinear
+from arrondi.qtensor import quantize
+
+SCHEMES = {
+    "w8": "W8A16", "w6": "W6A16", "w5": "W5A16", "w4": "W4A16", "w3": "W3A16", "w2": "W2A16", "ternary": "TERNARY",
+    "binary": "BINARY", "nf4": "NF4", "fp4": "FP4", "nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16", "fp8": "FP8A16",
+    "w4a8": "W4A8", "w8a8": "W8A8",
+}  # fmt: skip
+"""Case → scheme of arrondi."""
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def cases(threads: int) -> list[Case]:
+    torch.set_num_threads(threads)
+    return list(_cases())
+
+
+def _cases() -> Iterator[Case]:
+    for name, text in SCHEMES.items():
+        scheme = parse_scheme(text)
+        for dtype_name, dtype in DTYPES.items():
+
+            def build(n: int, k: int, copies: int, scheme=scheme, dtype=dtype) -> Bind:
+                weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
+                q = quantize(weight, scheme.weights)
+                layers = [QLinear(q, activations=scheme.activations, dtype=dtype) for _ in range(copies)]
+
+                def bind(m: int):
+                    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+                    return lambda copy: layers[copy](x)
+
+                return bind
+
+            weights = scheme.weights
+            shape = (1024, 4096)
+            bits = quantize(torch.ones(shape), weights).bits_per_weight
+            kernel = choose(weights, shape, dtype).name
+            yield Case(f"{name} {dtype_name}" + ("" if kernel == "native" else f" ({kernel})"), bits, build)
+
+
+if __name__ == "__main__":
+    main("arrondi", cases, __doc__)

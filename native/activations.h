@@ -1,0 +1,160 @@
+// Activations in tiles: as int8 digits with the scales and sums that go with them, as float32, or as pairs of bfloat16.
+#pragma once
+
+#include "kernels.h"
+
+namespace arrondi {
+namespace ARRONDI_PATH {
+
+inline Floats load_type(const void* p, Type type, int64_t at) {
+    switch (type) {
+        case Type::f32: return load_floats(static_cast<const float*>(p) + at);
+        case Type::bf16: return load_bf16(static_cast<const uint16_t*>(p) + at);
+        default: return load_f16(static_cast<const uint16_t*>(p) + at);
+    }
+}
+
+inline float one_of(const void* p, Type type, int64_t at) {
+    uint16_t padded[16] = {0};
+    if (type == Type::f32) return static_cast<const float*>(p)[at];
+    padded[0] = static_cast<const uint16_t*>(p)[at];
+    float out[16];
+    store_floats(out, type == Type::bf16 ? load_bf16(padded) : load_f16(padded));
+    return out[0];
+}
+
+// x[start … start + 16), zeros from `end` on.
+inline Floats load_some(const void* p, Type type, int64_t start, int64_t end) {
+    if (start + 16 <= end) return load_type(p, type, start);
+    float some[16] = {0};
+    for (int64_t i = start; i < end; i++) some[i - start] = one_of(p, type, i);
+    return load_floats(some);
+}
+
+inline Ints bf16_bits(Floats v) {
+    // To nearest, ties to even; a NaN keeps its top bits, the quiet one set by the value it came with.
+    const Ints bits = as_ints(v);
+    return shift_right<16>(add(bits, add(splat(int32_t{0x7fff}), and_ints(shift_right<16>(bits), splat(int32_t{1})))));
+}
+
+inline float rounded_to(float v, Type type) {
+    if (type == Type::f32) return v;
+    float out[16];
+    if (type == Type::bf16) {
+        store_floats(out, as_floats(shift_left<16>(bf16_bits(splat(v)))));
+        return out[0];
+    }
+    return v;  // float16 scales of activations are refused above
+}
+
+// One token's k numbers [start, end) → digits, `width` columns from `out` on (padded with zeros), every quad `stride` bytes
+// after the one before; the digits of one number lie 4 bytes apart, the lowest last.
+template <int kDigits>
+inline void digits_of(const Product& p, int64_t row, int start, int end, int width, float inverse, float step, uint8_t* out,
+                      int stride, int32_t* sums) {
+    Ints total[3] = {zero_ints(), zero_ints(), zero_ints()};
+    for (int c = 0; c < width; c += 16) {
+        const Floats x = load_some(p.x, p.x_type, row + start + c, row + end > row + start + c ? row + end : row + start + c);
+        Ints digit[3];
+        if constexpr (kDigits == 1) {
+            const Floats code = min(max(div(x, splat(step)), splat(-128.0f)), splat(127.0f));
+            digit[0] = to_ints(code);
+        } else {
+            Ints rest = to_ints(mul(x, splat(inverse)));
+            for (int d = kDigits - 1; d > 0; d--) {
+                // The low byte as a signed number; what is left is a multiple of 256.
+                const Ints low = and_ints(rest, splat(int32_t{255}));
+                const Ints borrowed = shift_left<1>(and_ints(low, splat(int32_t{128})));
+                digit[d] = sub(low, borrowed);
+                rest = sub(rest, digit[d]);
+                // An arithmetic shift by 8 of a multiple of 256, from logical ones.
+                rest = sub(shift_right<8>(add(rest, splat(int32_t{1 << 30}))), splat(int32_t{1 << 22}));
+            }
+            digit[0] = rest;
+        }
+        uint8_t bytes[16];
+        for (int d = 0; d < kDigits; d++) {
+            total[d] = add(total[d], digit[d]);
+            store_low_bytes(bytes, digit[d]);
+            for (int q = 0; q < 4; q++) __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride + 4 * d, bytes + 4 * q, 4);
+        }
+    }
+    for (int d = 0; d < kDigits; d++) {
+        int32_t lanes[16];
+        store_ints(lanes, total[d]);
+        int32_t all = 0;
+        for (int i = 0; i < 16; i++) all += lanes[i];
+        sums[d] = all;
+    }
+}
+
+inline float absolute_largest(const Product& p, int64_t row, int start, int end) {
+    Floats high = zero_floats();
+    const Ints size = splat(int32_t{0x7fffffff});
+    // Compared as integers, so that NaN counts as larger than everything.
+    Ints most = as_ints(high);
+    for (int c = start; c < end; c += 16) most = max(most, and_ints(as_ints(load_some(p.x, p.x_type, row + c, row + end)), size));
+    int32_t lanes[16], best = 0;
+    store_ints(lanes, most);
+    for (int i = 0; i < 16; i++) best = lanes[i] > best ? lanes[i] : best;
+    float value;
+    __builtin_memcpy(&value, &best, 4);
+    return value;
+}
+
+// One tile of activations in the form that p.digits asks for.
+inline void pack_tile(const Product& p, int tile) {
+    const int first = tile * p.tokens, count = p.m - first < p.tokens ? p.m - first : p.tokens;
+    const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
+    uint8_t* out = p.tiles + tile * p.tile_bytes;
+    for (int t = 0; t < count; t++) {
+        const int64_t row = (first + t) * p.ldx;
+        if (p.digits == 0) {
+            for (int c = 0; c < padded; c += 16) {
+                const Floats x = load_some(p.x, p.x_type, row + c, row + (k > c ? k : c));
+                float lanes[16];
+                if (p.pairs) {
+                    uint16_t halves[16];
+                    store_low_halves(halves, bf16_bits(x));
+                    for (int i = 0; i < 8; i++)
+                        __builtin_memcpy(out + (static_cast<int64_t>(c / 2 + i) * count + t) * 4, halves + 2 * i, 4);
+                } else {
+                    store_floats(lanes, x);
+                    for (int i = 0; i < 16; i++)
+                        __builtin_memcpy(out + (static_cast<int64_t>(c + i) * count + t) * 4, lanes + i, 4);
+                }
+            }
+            continue;
+        }
+        const int digits = p.digits, stride = 4 * digits * count;
+        float whole = digits == 1 ? absolute_largest(p, row, 0, k) : 0.0f;
+        for (int s = 0; s < p.spans; s++) {
+            const int start = s * p.span, end = start + p.span < k ? start + p.span : k;
+            const int width = (start + p.span < padded && s + 1 < p.spans ? start + p.span : padded) - start;
+            const int64_t at = (static_cast<int64_t>(tile) * p.spans + s) * kRowsMost;
+            uint8_t* quads = out + static_cast<int64_t>(start / 4) * stride + 4 * digits * t;
+            int32_t* sums = p.tile_sum + at + digits * t;
+            if (digits == 1) {
+                const float step = whole > 0.0f || whole != whole ? rounded_to(whole / p.levels, p.step_type) : 1.0f;
+                digits_of<1>(p, row, start, end, width, 0.0f, step, quads, stride, sums);
+                p.tile_scale[static_cast<int64_t>(tile) * kRowsMost + t] = whole - whole == 0.0f ? step : whole - whole;
+                continue;
+            }
+            // Numbers are kept as multiples of largest / range. Every digit fits int8 up to 127 · 257 and 127 · 65793; the
+            // latter less what rounding the reciprocal may add.
+            const float range = digits == 2 ? 32639.0f : 8355700.0f;
+            float largest = absolute_largest(p, row, start, end);
+            const bool finite = largest - largest == 0.0f;
+            if (largest < 0x1p-100f) largest = 0x1p-100f;  // the reciprocal stays finite; what is lost is below any sum
+            const float inverse = finite ? range / largest : 0.0f;
+            if (digits == 2)
+                digits_of<2>(p, row, start, end, width, inverse, 0.0f, quads, stride, sums);
+            else
+                digits_of<3>(p, row, start, end, width, inverse, 0.0f, quads, stride, sums);
+            p.tile_scale[at + t] = finite ? largest / range : largest - largest;
+        }
+    }
+}
+
+}  // namespace ARRONDI_PATH
+}  // namespace arrondi

@@ -1,0 +1,23 @@
+// Shared by the files that make up the Python module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+namespace nb = nanobind;
+
+namespace arrondi {
+
+// An address that Python took from a tensor, and that Python keeps alive during the call.
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void bind_products(nb::module_& m);
+void bind_quantizers(nb::module_& m);
+void bind_transforms(nb::module_& m);
+void bind_tokens(nb::module_& m);
+
+}  // namespace arrondi

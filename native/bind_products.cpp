@@ -1,0 +1,82 @@
+// Products and the packing of their weights.
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <vector>
+
+#include "bind.h"
+#include "kernels.h"
+#include "prepack.h"
+
+namespace arrondi {
+namespace {
+
+using Facts = std::vector<int64_t>;  // what arrondi.kernels.native.Facts lists, in its order
+
+Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table) {
+    if (f.size() != 8) throw nb::value_error("a packed weight has eight facts");
+    Weight w{};
+    if (f[0] < 0 || f[0] >= kKinds) throw nb::value_error("there is no such kind of packed weight");
+    w.kind = static_cast<Kind>(f[0]);
+    w.n = static_cast<int>(f[1]);
+    w.k = static_cast<int>(f[2]);
+    w.group = static_cast<int>(f[3]);
+    w.groups = static_cast<int>(f[4]);
+    w.scale_type = static_cast<Type>(f[5]);
+    w.zero_all = static_cast<int>(f[6]);
+    w.steps = steps_of(w.kind, w.k);
+    if (w.n < 0 || w.k < 1 || w.group < 1 || w.groups < 1) throw nb::value_error("a size of the packed weight is not positive");
+    if (f[7] < packed_bytes(w.kind, w.n, w.k)) throw nb::value_error("the packed codes are shorter than their shape asks for");
+    w.codes = at<uint8_t>(codes);
+    w.scale = at<void>(scale);
+    w.zero = at<uint8_t>(zero);
+    w.offset = at<float>(offset);
+    if (table != 0 && w.kind == Kind::table4) std::memcpy(w.bytes, at<uint8_t>(table), 16);
+    if (table != 0 && w.kind == Kind::float4) std::memcpy(w.floats, at<float>(table), 64);
+    return w;
+}
+
+}  // namespace
+
+void bind_products(nb::module_& m) {
+    m.def("packed_bytes", [](int kind, int n, int k) { return packed_bytes(static_cast<Kind>(kind), n, k); });
+    m.def("prepack", [](int kind, uintptr_t rows, int64_t row_bytes, int bits, int add, int n, int k, uintptr_t out, int threads) {
+        nb::gil_scoped_release free;
+        prepack(static_cast<Kind>(kind), at<uint8_t>(rows), row_bytes, bits, add, n, k, at<uint8_t>(out), threads);
+    });
+    m.def("unpack_stream", [](uintptr_t rows, int64_t row_bytes, int bits, int add, int64_t n, int k, uintptr_t out, int threads) {
+        nb::gil_scoped_release free;
+        unpack_stream(at<uint8_t>(rows), row_bytes, bits, add, n, k, at<uint8_t>(out), threads);
+    });
+    m.def("unpack_rows", [](int kind, uintptr_t packed, int k, int first, int count, uintptr_t out) {
+        nb::gil_scoped_release free;
+        unpack_rows(static_cast<Kind>(kind), at<uint8_t>(packed), k, first, count, at<uint8_t>(out));
+    });
+    m.def("linear", [](const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table,
+                       uintptr_t x, int x_type, int64_t ldx, int rows, int digits, float levels, int step_type, uintptr_t y,
+                       int y_type, int64_t ldy, uintptr_t bias, bool integers, int threads) {
+        Product p{};
+        p.weight = weight_of(facts, codes, scale, zero, offset, table);
+        p.x = at<void>(x);
+        p.x_type = static_cast<Type>(x_type);
+        p.ldx = ldx;
+        p.m = rows;
+        p.digits = digits;
+        p.levels = levels;
+        p.step_type = static_cast<Type>(step_type);
+        p.y = at<void>(y);
+        p.y_type = static_cast<Type>(y_type);
+        p.ldy = ldy;
+        p.bias = at<float>(bias);
+        p.integers = integers;
+        p.threads = threads;
+        const char* wrong;
+        {
+            nb::gil_scoped_release free;
+            wrong = product(p);
+        }
+        if (wrong != nullptr) throw nb::value_error(wrong);
+    });
+}
+
+}  // namespace arrondi

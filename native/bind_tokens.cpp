@@ -1,0 +1,32 @@
+// Dense products and attention for few tokens.
+#include "bind.h"
+#include "tokens.h"
+
+namespace arrondi {
+
+void bind_tokens(nb::module_& m) {
+    m.def("dense", [](int rows, int n, int k, uintptr_t x, uintptr_t weight, int type, int64_t ldw, uintptr_t bias, uintptr_t y,
+                      int threads) {
+        const char* wrong;
+        {
+            nb::gil_scoped_release free;
+            wrong = dense({rows, n, k, at<float>(x), at<void>(weight), static_cast<Type>(type), ldw, at<float>(bias),
+                           at<float>(y), threads});
+        }
+        if (wrong != nullptr) throw nb::value_error(wrong);
+    });
+    m.def("attend", [](int heads, int key_heads, int width, int length, uintptr_t query, uintptr_t keys, int64_t key_head_stride,
+                       int64_t key_stride, uintptr_t values, int64_t value_head_stride, int64_t value_stride, uintptr_t y,
+                       int type, float scale, int threads) {
+        const char* wrong;
+        {
+            nb::gil_scoped_release free;
+            wrong = attend({heads, key_heads, width, length, at<void>(query), at<void>(keys), key_head_stride, key_stride,
+                            at<void>(values), value_head_stride, value_stride, at<void>(y), static_cast<Type>(type), scale,
+                            threads});
+        }
+        if (wrong != nullptr) throw nb::value_error(wrong);
+    });
+}
+
+}  // namespace arrondi

@@ -1,0 +1,141 @@
+// What crosses from the module to the compiled paths: plain structs, and one table of functions for each path.
+//
+// The packed weight. Rows of the weight (outputs, N) are taken sixteen at a time: a block. Along K a block is a sequence of
+// steps; a step holds `step_quads(kind)` quads of four columns for sixteen rows, as planes of bits: each vector of 64 bytes
+// has a fixed number of bits of several quads in every byte. Planes of 4, 2 and 1 bits make up every width, so one shift and
+// one mask give 64 codes, with no bits that cross a byte. Missing rows and columns have code 0 and meet activations of zero.
+//
+//   codes   [blocks][steps][step_bytes(kind)]
+//   scale   [blocks][groups][16] in its own type; zero [blocks][groups][16] uint8; offset [blocks][groups][16] float32
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "quantizers.h"
+
+namespace arrondi {
+
+enum class Kind : int {
+    u8,       // unsigned codes of 8 bits (7 bits too)
+    u6,       // planes 4 + 2
+    u5,       // planes 4 + 1
+    u4,
+    u3,       // planes 2 + 1
+    u2,
+    u1,       // one bit, decoded to 0 or 2
+    trit5,    // five ternary digits in a byte: 1.6 bits
+    table4,   // 4 bits, decoded to bytes by a table of sixteen
+    float4,   // 4 bits, decoded to float32 by a table of sixteen
+    e4m3,     // one byte
+    e5m2,     // one byte
+    e3m2,     // planes 4 + 2
+    e2m3,     // planes 4 + 2
+};
+constexpr int kKinds = 14;
+
+enum class Type : int { f32, bf16, f16 };
+
+constexpr int kBlock = 16;  // rows of the weight in a block
+
+constexpr int step_quads(Kind kind) { return kind == Kind::trit5 ? 5 : 8; }
+
+constexpr int step_bytes(Kind kind) {
+    switch (kind) {
+        case Kind::u8:
+        case Kind::e4m3:
+        case Kind::e5m2: return 512;
+        case Kind::u6:
+        case Kind::e3m2:
+        case Kind::e2m3: return 384;
+        case Kind::u5: return 320;
+        case Kind::u4:
+        case Kind::table4:
+        case Kind::float4: return 256;
+        case Kind::u3: return 192;
+        case Kind::u2: return 128;
+        case Kind::u1: return 64;
+        case Kind::trit5: return 64;
+    }
+    return 0;
+}
+
+struct Weight {
+    Kind kind;
+    int n, k;          // rows, columns
+    int group;         // columns under one scale; at least k if there is one for the row
+    int groups;        // scales in a row
+    int steps;         // of a block
+    const uint8_t* codes;
+    const void* scale;
+    Type scale_type;
+    const uint8_t* zero;   // null: every zero point is zero_all
+    int zero_all;
+    const float* offset;   // null: none
+    uint8_t bytes[16];     // of table4
+    float floats[16];      // of float4
+};
+
+// How activations meet the codes.
+//   floats   as float32 (or pairs of bfloat16 where a path has that product)
+//   digits   as integers in base 256: 1 digit is dynamic int8, one scale a token; 2 or 3 digits hold bfloat16 or float32
+//            activations to 15 or 23 bits of the largest in each span, which is as good as the type they came in
+struct Product {
+    Weight weight;
+    const void* x;     // (m, k), rows ldx elements apart
+    Type x_type;
+    int64_t ldx;
+    int m;
+    int digits;        // 0: floats
+    float levels;      // digits == 1: scale = largest / levels, codes in -128 … 127
+    Type step_type;    // digits == 1: what the scale is rounded to
+    void* y;           // (m, n), rows ldy elements apart; int32 with `integers`
+    Type y_type;
+    int64_t ldy;
+    const float* bias;  // (n,) or null
+    bool integers;      // y is the exact int32 sum; digits == 1 and one group only
+    int threads;
+    // Made by product():
+    int span;           // columns between two additions to the float sum; divides group, or is shorter than a row
+    int spans;
+    bool pairs;         // floats as pairs of bfloat16
+    int tokens;         // of one tile
+    uint8_t* tiles;     // activations [tile][unit][row of the tile][4 bytes]
+    int64_t tile_bytes;
+    float* tile_scale;  // digits == 1: [tile][kRowsMost]; else [tile][spans][kRowsMost]
+    int32_t* tile_sum;  // sums of the digits, [tile][spans][kRowsMost]
+};
+constexpr int kRowsMost = 8;
+
+struct Transforms;  // transforms.h
+struct Tokens;      // tokens.h
+
+struct Path {
+    const char* name;
+    int rows;            // of a tile of activations
+    int vectors;         // blocks of a panel
+    bool fast_dot;       // integer products beat float ones even with three digits
+    bool bf16_dot;
+    void (*pack_tile)(const Product&, int tile);
+    // y[:, blocks first … last) for few rows: the weight is decoded in registers.
+    void (*stream)(const Product&, int first, int last);
+    // The same for many rows, `vectors` blocks at a time: decoded to a panel, which all tiles then use.
+    void (*panel)(const Product&, int first, int last, uint8_t* scratch);
+    size_t (*panel_scratch)(const Product&);
+    Quantizers quantizers;
+    const Transforms* transforms;
+    const Tokens* tokens;
+};
+
+// The path in use: the best one that this CPU can run, or the one that the environment variable ARRONDI_CPU names.
+const Path& path();
+// Null if it was compiled and runs here, else a sentence that says why not.
+const char* path_missing(const char* name);
+// Every name, best first, ended by null.
+const char* const* path_names();
+void use_path(const char* name);
+
+// Runs one product. Null, or a sentence that says what is wrong with the arguments.
+const char* product(Product& p);
+
+}  // namespace arrondi

@@ -1,0 +1,244 @@
+// Sixteen lanes of 32 bits in plain C++: the meaning of every operation that the kernels use, and the path of every CPU that
+// has no lanes_*.h of its own. A file path_NAME.cpp defines ARRONDI_PATH, includes one lanes_*.h and then the kernels.
+//
+//   Bytes   64 bytes; lane i is bytes 4i … 4i+3. In a tile of weights, lane i is column i and its bytes are four
+//           consecutive rows of K ("a quad").
+//   Ints    sixteen int32.   Floats  sixteen float32.
+//
+// No standard library containers in files that are compiled for an instruction set: the linker may keep their copy for all.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace arrondi {
+namespace ARRONDI_PATH {
+
+constexpr int kRows = 4;         // rows of a tile of activations
+constexpr int kVectors = 1;      // groups of sixteen columns in a tile of weights
+constexpr bool kFastDot = false;  // whether dot7 beats four float multiplications
+
+struct Bytes {
+    uint8_t v[64];
+};
+struct Ints {
+    int32_t v[16];
+};
+struct Floats {
+    float v[16];
+};
+
+#define ARRONDI_EACH(type, count, expression) \
+    type r;                                   \
+    for (int i = 0; i < count; i++) r.v[i] = expression; \
+    return r
+
+inline Bytes load_bytes(const void* p) {
+    Bytes r;
+    std::memcpy(r.v, p, 64);
+    return r;
+}
+inline void store_bytes(void* p, Bytes b) { std::memcpy(p, b.v, 64); }
+// Four bytes in every lane.
+inline Bytes repeat4(const void* p) {
+    const uint8_t* q = static_cast<const uint8_t*>(p);
+    ARRONDI_EACH(Bytes, 64, q[i & 3]);
+}
+// Sixteen bytes four times: a table for look_up.
+inline Bytes repeat16(const void* p) {
+    const uint8_t* q = static_cast<const uint8_t*>(p);
+    ARRONDI_EACH(Bytes, 64, q[i & 15]);
+}
+inline Bytes splat_byte(int v) { ARRONDI_EACH(Bytes, 64, static_cast<uint8_t>(v)); }
+// Shifts may carry bits in from a neighbouring byte: the caller masks.
+template <int kBits>
+inline Bytes shift_down(Bytes b) {
+    ARRONDI_EACH(Bytes, 64, static_cast<uint8_t>(b.v[i] >> kBits));
+}
+template <int kBits>
+inline Bytes shift_up(Bytes b) {
+    ARRONDI_EACH(Bytes, 64, static_cast<uint8_t>(b.v[i] << kBits));
+}
+inline Bytes both(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, 64, a.v[i] & b.v[i]); }
+inline Bytes either(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, 64, a.v[i] | b.v[i]); }
+inline Bytes add_bytes(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, 64, static_cast<uint8_t>(a.v[i] + b.v[i])); }
+// a - b, zero where that would be negative.
+inline Bytes subtract_to_zero(Bytes a, Bytes b) {
+    ARRONDI_EACH(Bytes, 64, static_cast<uint8_t>(a.v[i] > b.v[i] ? a.v[i] - b.v[i] : 0));
+}
+// (a + b + 1) / 2 without overflow.
+inline Bytes average(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, 64, static_cast<uint8_t>((a.v[i] + b.v[i] + 1) >> 1)); }
+// table[index], table from repeat16, index 0 … 15.
+inline Bytes look_up(Bytes table, Bytes index) { ARRONDI_EACH(Bytes, 64, table.v[index.v[i] & 15]); }
+
+inline Ints splat(int32_t v) { ARRONDI_EACH(Ints, 16, v); }
+inline Ints zero_ints() { return splat(int32_t{0}); }
+// The bytes as lanes.
+inline Ints lanes_of(Bytes b) {
+    Ints r;
+    std::memcpy(r.v, b.v, 64);
+    return r;
+}
+inline Bytes bytes_of(Ints v) {
+    Bytes r;
+    std::memcpy(r.v, v.v, 64);
+    return r;
+}
+inline Ints load_ints(const int32_t* p) {
+    Ints r;
+    std::memcpy(r.v, p, 64);
+    return r;
+}
+inline void store_ints(int32_t* p, Ints v) { std::memcpy(p, v.v, 64); }
+// Sixteen bytes, each its own lane.
+inline Ints widen_bytes(const uint8_t* p) { ARRONDI_EACH(Ints, 16, p[i]); }
+inline Ints add(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] + b.v[i]); }
+inline Ints sub(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] - b.v[i]); }
+inline Ints mul(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] * b.v[i]); }
+inline Ints min(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline Ints max(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline Ints and_ints(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] & b.v[i]); }
+inline Ints or_ints(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] | b.v[i]); }
+inline Ints xor_ints(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] ^ b.v[i]); }
+// Logical shifts.
+template <int kBits>
+inline Ints shift_right(Ints v) {
+    ARRONDI_EACH(Ints, 16, static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) >> kBits));
+}
+template <int kBits>
+inline Ints shift_left(Ints v) {
+    ARRONDI_EACH(Ints, 16, static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) << kBits));
+}
+// sum + u · s over the four bytes of each lane, u unsigned and s signed, exact. dot7: u below 128, which some CPUs do faster.
+inline Ints dot8(Ints sum, Bytes u, Bytes s) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 4; j++) sum.v[i] += u.v[4 * i + j] * static_cast<int8_t>(s.v[4 * i + j]);
+    return sum;
+}
+inline Ints dot7(Ints sum, Bytes u, Bytes s) { return dot8(sum, u, s); }
+// In twos, fours and bytes, the library's function would not be inlined.
+inline int32_t ones_of(uint32_t v) {
+    v = v - (v >> 1 & 0x55555555u);
+    v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
+    v = (v + (v >> 4)) & 0x0f0f0f0fu;
+    v = v + (v >> 8);
+    return static_cast<int32_t>((v + (v >> 16)) & 0x3fu);
+}
+inline Ints count_ones(Ints v) { ARRONDI_EACH(Ints, 16, ones_of(static_cast<uint32_t>(v.v[i]))); }
+
+inline Floats splat(float v) { ARRONDI_EACH(Floats, 16, v); }
+inline Floats zero_floats() { return splat(0.0f); }
+inline Floats load_floats(const float* p) {
+    Floats r;
+    std::memcpy(r.v, p, 64);
+    return r;
+}
+inline void store_floats(float* p, Floats v) { std::memcpy(p, v.v, 64); }
+inline Floats as_floats(Ints v) {
+    Floats r;
+    std::memcpy(r.v, v.v, 64);
+    return r;
+}
+inline Ints as_ints(Floats v) {
+    Ints r;
+    std::memcpy(r.v, v.v, 64);
+    return r;
+}
+inline Floats load_bf16(const uint16_t* p) {
+    Ints bits;
+    for (int i = 0; i < 16; i++) bits.v[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
+    return as_floats(bits);
+}
+inline float half_to_float(uint16_t h) {
+    uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff, bits;
+    if (rest >= 0x7c00) {
+        bits = 0x7f800000 | (rest & 0x3ff) << 13;
+    } else {
+        bits = rest << 13;
+        float f;
+        std::memcpy(&f, &bits, 4);
+        f *= 0x1p112f;
+        std::memcpy(&bits, &f, 4);
+    }
+    bits |= sign;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline Floats load_f16(const uint16_t* p) { ARRONDI_EACH(Floats, 16, half_to_float(p[i])); }
+// The low 16 (8) bits of every lane, sixteen numbers in a row.
+inline void store_low_halves(uint16_t* p, Ints v) {
+    for (int i = 0; i < 16; i++) p[i] = static_cast<uint16_t>(v.v[i]);
+}
+inline void store_low_bytes(uint8_t* p, Ints v) {
+    for (int i = 0; i < 16; i++) p[i] = static_cast<uint8_t>(v.v[i]);
+}
+inline Floats to_floats(Ints v) { ARRONDI_EACH(Floats, 16, static_cast<float>(v.v[i])); }
+inline Floats add(Floats a, Floats b) { ARRONDI_EACH(Floats, 16, a.v[i] + b.v[i]); }
+inline Floats sub(Floats a, Floats b) { ARRONDI_EACH(Floats, 16, a.v[i] - b.v[i]); }
+inline Floats mul(Floats a, Floats b) { ARRONDI_EACH(Floats, 16, a.v[i] * b.v[i]); }
+inline Floats div(Floats a, Floats b) { ARRONDI_EACH(Floats, 16, a.v[i] / b.v[i]); }
+// x86's rule: the second operand if either is NaN.
+inline Floats min(Floats a, Floats b) { ARRONDI_EACH(Floats, 16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline Floats max(Floats a, Floats b) { ARRONDI_EACH(Floats, 16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline Floats sqrt(Floats v) { ARRONDI_EACH(Floats, 16, std::sqrt(v.v[i])); }
+// To nearest, ties to even. Adding 2^23 leaves no bits for the fraction; the library's function would not be inlined.
+inline float round_one(float v) {
+    float size = std::fabs(v);
+    return size < 0x1p23f ? std::copysign((size + 0x1p23f) - 0x1p23f, v) : v;
+}
+// The same as int32; lanes that do not fit (NaN too) become the smallest int32.
+inline Ints to_ints(Floats v) {
+    ARRONDI_EACH(Ints, 16, !(std::fabs(v.v[i]) < 0x1p31f) ? INT32_MIN : static_cast<int32_t>(round_one(v.v[i])));
+}
+inline Floats round_even(Floats v) { ARRONDI_EACH(Floats, 16, round_one(v.v[i])); }
+// a · b + c, rounded once where the CPU can, else twice: not for results that must equal a twin's.
+inline Floats fma(Floats a, Floats b, Floats c) { ARRONDI_EACH(Floats, 16, a.v[i] * b.v[i] + c.v[i]); }
+inline float sum(Floats v) {
+    float r = 0;
+    for (int i = 0; i < 16; i++) r += v.v[i];
+    return r;
+}
+inline float largest(Floats v) {
+    float r = v.v[0];
+    for (int i = 1; i < 16; i++) r = v.v[i] > r ? v.v[i] : r;
+    return r;
+}
+inline float smallest(Floats v) {
+    float r = v.v[0];
+    for (int i = 1; i < 16; i++) r = v.v[i] < r ? v.v[i] : r;
+    return r;
+}
+
+// Lane i is lane i ^ kStep of v; kStep 1, 2, 4 or 8.
+template <int kStep>
+inline Floats swap_lanes(Floats v) {
+    ARRONDI_EACH(Floats, 16, v.v[i ^ kStep]);
+}
+// Bit i is 1 where lane i is above zero.
+inline uint32_t positive(Floats v) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; i++) bits |= static_cast<uint32_t>(v.v[i] > 0.0f) << i;
+    return bits;
+}
+
+// Sixteen floats to be looked up by the low four bits of each lane; higher bits of the index are ignored.
+struct Table16 {
+    float v[16];
+};
+inline Table16 load_table(const float* p) {
+    Table16 t;
+    std::memcpy(t.v, p, 64);
+    return t;
+}
+inline Floats look_up(const Table16& table, Ints index) { ARRONDI_EACH(Floats, 16, table.v[index.v[i] & 15]); }
+
+// sum + w · x over the two bfloat16 of each lane; only where kHasBf16Dot.
+constexpr bool kHasBf16Dot = false;
+inline Floats dot_bf16(Floats sum, Bytes, Bytes) { return sum; }
+
+#undef ARRONDI_EACH
+
+}  // namespace ARRONDI_PATH
+}  // namespace arrondi

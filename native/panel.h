@@ -1,0 +1,347 @@
+// Products with many rows: some columns of some blocks are decoded to a panel in cache, which all tiles of rows then use.
+//
+// Everything is a grid of units of four bytes: four int8 digits, two bfloat16 or one float32. A panel holds sixteen rows of
+// the weight in a register of units, a tile one unit of each of its rows one after another; `Op` says what multiplying a
+// register by a repeated unit means.
+#pragma once
+
+#include "spans.h"
+
+namespace arrondi {
+namespace ARRONDI_PATH {
+
+struct IntegerOp {
+    static constexpr int kColumns = 4;  // of K in a unit
+    using Sum = Ints;
+    static inline Sum zero() { return zero_ints(); }
+    static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot7(sum, w, x); }
+};
+struct WideIntegerOp : IntegerOp {
+    static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot8(sum, w, x); }
+};
+struct FloatOp {
+    static constexpr int kColumns = 1;
+    using Sum = Floats;
+    static inline Sum zero() { return zero_floats(); }
+    static inline Sum step(Sum sum, Bytes w, Bytes x) { return fma(as_floats(lanes_of(w)), as_floats(lanes_of(x)), sum); }
+};
+struct PairOp : FloatOp {
+    static constexpr int kColumns = 2;
+    static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot_bf16(sum, w, x); }
+};
+
+// The heart: sum[row][vector] += panel · tile over `units`; the vectors of a panel lie `stride` bytes apart.
+template <class Op, int kRowsHere>
+inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, typename Op::Sum (*sum)[kVectors]) {
+    typename Op::Sum s[kRowsHere][kVectors];
+    for (int r = 0; r < kRowsHere; r++)
+        for (int v = 0; v < kVectors; v++) s[r][v] = sum[r][v];
+    for (int u = 0; u < units; u++, panel += 64, x += 4 * kRowsHere) {
+        Bytes w[kVectors];
+        for (int v = 0; v < kVectors; v++) w[v] = load_bytes(panel + stride * v);
+        for (int r = 0; r < kRowsHere; r++) {
+            const Bytes one = repeat4(x + 4 * r);
+            for (int v = 0; v < kVectors; v++) s[r][v] = Op::step(s[r][v], w[v], one);
+        }
+    }
+    for (int r = 0; r < kRowsHere; r++)
+        for (int v = 0; v < kVectors; v++) sum[r][v] = s[r][v];
+}
+
+// Columns of a panel that are decoded at once, and tokens between two decodings: panel and sums stay in the core's caches.
+constexpr int kPanelColumns = 512;
+constexpr int kPanelTokens = 384;
+constexpr int kWidth = kBlock * kVectors;
+constexpr int kStagger = 320;  // bytes between the vectors of a panel, so that they do not compete for the same cache sets
+
+struct Panel {
+    int first, blocks;    // blocks of the weight
+    int column, columns;  // of K, padded
+    uint8_t* units;       // memory for decoded codes, [vector][unit][64]
+    const uint8_t* from;  // what is multiplied: that memory, or codes of 8 bits where they lie
+    int64_t stride;       // bytes from one vector to the next
+    float* scale;         // [span of the panel][kWidth], and the same of zero and offset where the weight has them
+    int32_t* zero;
+    float* offset;
+    float* totals;        // [token][kWidth], float32 or int32
+    // Codes of the next panel, which the products of this one ask for, some lines at a time.
+    const uint8_t* next;
+    int64_t next_stride, next_bytes;
+    int next_vector;
+    int64_t next_done;
+};
+
+// Asks for up to `lines` lines of the next panel.
+inline void prefetch_next(Panel& panel, int lines) {
+    if (panel.next_vector >= panel.blocks) return;
+    const uint8_t* p = panel.next + panel.next_vector * panel.next_stride;
+    for (; lines > 0 && panel.next_done < panel.next_bytes; lines--, panel.next_done += 64)
+        __builtin_prefetch(p + panel.next_done, 0, 2);
+    if (panel.next_done >= panel.next_bytes) {
+        panel.next_done = 0;
+        panel.next_vector++;
+    }
+}
+
+template <class Op, int kRowsHere, int kDigits>
+inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals) {
+    constexpr int kTokens = kRowsHere / kDigits;
+    const Weight& w = p.weight;
+    const bool whole = whole_row<kDigits>(p);
+    int32_t* carried = reinterpret_cast<int32_t*>(totals);
+    const int panel_end = panel.column + panel.columns, first = panel.column / p.span;
+    for (int s = first; s < p.spans && s * p.span < panel_end; s++) {
+        const int start = s * p.span, end = s + 1 < p.spans ? start + p.span : panel_end;
+        const int32_t* digit_sum = sums_of(p, tile, s);
+        const int64_t at = static_cast<int64_t>(s - first) * kWidth;
+        Ints sum[kRowsHere][kVectors];
+        if (panel.zero == nullptr) {
+            for (int r = 0; r < kRowsHere; r++) {
+                const Ints fresh = splat(-digit_sum[r] * w.zero_all);
+                for (int v = 0; v < kVectors; v++) sum[r][v] = fresh;
+            }
+        } else {
+            for (int v = 0; v < kVectors; v++) {
+                const Ints zero = load_ints(panel.zero + at + v * kBlock);
+                for (int r = 0; r < kRowsHere; r++) sum[r][v] = mul(zero, splat(-digit_sum[r]));
+            }
+        }
+        if (whole && s > 0)
+            for (int r = 0; r < kRowsHere; r++)
+                for (int v = 0; v < kVectors; v++)
+                    sum[r][v] = add(sum[r][v], load_ints(carried + r * kWidth + v * kBlock));
+        prefetch_next(panel, (end - start) / 4);
+        multiply<Op, kRowsHere>(panel.from + static_cast<int64_t>(start - panel.column) / 4 * 64, panel.stride,
+                                p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) * kRowsHere, (end - start) / 4,
+                                sum);
+        if (whole && (s + 1 < p.spans || p.integers)) {
+            for (int r = 0; r < kRowsHere; r++)
+                for (int v = 0; v < kVectors; v++) store_ints(carried + r * kWidth + v * kBlock, sum[r][v]);
+            continue;
+        }
+        const float* token_scale = scales_of(p, tile, s);
+        const bool fresh = whole || s == 0;
+        for (int v = 0; v < kVectors; v++) {
+            const Floats scale = load_floats(panel.scale + at + v * kBlock);
+            const float* offset = panel.offset == nullptr ? nullptr : panel.offset + at + v * kBlock;
+            Ints mine[kRowsHere];
+            Floats total[kTokens];
+            for (int r = 0; r < kRowsHere; r++) mine[r] = sum[r][v];
+            for (int t = 0; t < kTokens; t++)
+                total[t] = fresh ? zero_floats() : load_floats(totals + t * kWidth + v * kBlock);
+            flush<kRowsHere, kDigits>(scale, offset, mine, token_scale, digit_sum, total);
+            for (int t = 0; t < kTokens; t++) store_floats(totals + t * kWidth + v * kBlock, total[t]);
+        }
+    }
+}
+
+// Float sums over K are broken at every 64 units, or their error would grow with the length of the chain.
+constexpr int kChain = 64;
+
+template <class Op, int kRowsHere>
+inline void float_tile(const Product& p, Panel& panel, int tile, float* totals) {
+    const int units = panel.columns / Op::kColumns;
+    const uint8_t* x = p.tiles + tile * p.tile_bytes + static_cast<int64_t>(panel.column) / Op::kColumns * kRowsHere * 4;
+    Floats sum[kRowsHere][kVectors];
+    for (int unit = 0; unit < units; unit += kChain) {
+        prefetch_next(panel, kChain / 2);
+        for (int r = 0; r < kRowsHere; r++)
+            for (int v = 0; v < kVectors; v++) sum[r][v] = zero_floats();
+        multiply<Op, kRowsHere>(panel.from + static_cast<int64_t>(unit) * 64, panel.stride,
+                                x + static_cast<int64_t>(unit) * kRowsHere * 4, unit + kChain < units ? kChain : units - unit,
+                                sum);
+        for (int r = 0; r < kRowsHere; r++)
+            for (int v = 0; v < kVectors; v++) {
+                float* total = totals + r * kWidth + v * kBlock;
+                store_floats(total, panel.column + unit == 0 ? sum[r][v] : add(load_floats(total), sum[r][v]));
+            }
+    }
+}
+
+template <int kRowsHere>
+inline void any_tile(const Product& p, Panel& panel, int tile, float* totals) {
+    const bool wide = p.weight.kind == Kind::u8;
+    if (p.digits == 0) {
+        if constexpr (kHasBf16Dot)
+            if (p.pairs) return float_tile<PairOp, kRowsHere>(p, panel, tile, totals);
+        return float_tile<FloatOp, kRowsHere>(p, panel, tile, totals);
+    }
+    if (p.digits == 1)
+        return wide ? integer_tile<WideIntegerOp, kRowsHere, 1>(p, panel, tile, totals)
+                    : integer_tile<IntegerOp, kRowsHere, 1>(p, panel, tile, totals);
+    if constexpr (kRowsHere % 2 == 0)
+        if (p.digits == 2)
+            return wide ? integer_tile<WideIntegerOp, kRowsHere, 2>(p, panel, tile, totals)
+                        : integer_tile<IntegerOp, kRowsHere, 2>(p, panel, tile, totals);
+    if constexpr (kRowsHere % 3 == 0)
+        return wide ? integer_tile<WideIntegerOp, kRowsHere, 3>(p, panel, tile, totals)
+                    : integer_tile<IntegerOp, kRowsHere, 3>(p, panel, tile, totals);
+}
+
+inline void any_rows(const Product& p, Panel& panel, int tile, float* totals) {
+    const int tokens = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
+    switch (tokens * (p.digits == 0 ? 1 : p.digits)) {
+        case 1: return any_tile<1>(p, panel, tile, totals);
+        case 2: return any_tile<2>(p, panel, tile, totals);
+        case 3: return any_tile<3>(p, panel, tile, totals);
+        case 4: return any_tile<4>(p, panel, tile, totals);
+        case 5:
+            if constexpr (kRows >= 5) return any_tile<5>(p, panel, tile, totals);
+            break;
+        case 6:
+            if constexpr (kRows >= 6) return any_tile<6>(p, panel, tile, totals);
+            break;
+        default: break;
+    }
+}
+
+// One step of one block as units of float32, or of pairs of bfloat16, with the scale and zero point in them.
+template <Kind kKind>
+inline void decode_floats(const Product& p, const Bytes* decoded, int block, int column, const Table16& table, uint8_t* out) {
+    const Weight& w = p.weight;
+    for (int q = 0; q < Decode<kKind>::kQuads; q++, column += 4) {
+        const GroupOf16 g = group_at(w, block, group_of(w, column < w.k ? column : w.k - 1));
+        const Floats zero = g.zero == nullptr ? splat(static_cast<float>(w.zero_all)) : to_floats(widen_bytes(g.zero));
+        const Floats shift = g.offset == nullptr ? zero_floats() : load_floats(g.offset);
+        const Ints lanes = lanes_of(decoded[q]);
+        Floats v[4] = {value<kKind, 0>(lanes, table), value<kKind, 1>(lanes, table), value<kKind, 2>(lanes, table),
+                       value<kKind, 3>(lanes, table)};
+        for (int j = 0; j < 4; j++) v[j] = add(mul(sub(v[j], zero), g.scale), shift);
+        if (p.pairs) {
+            for (int j = 0; j < 4; j += 2, out += 64)
+                store_bytes(out, bytes_of(or_ints(bf16_bits(v[j]), shift_left<16>(bf16_bits(v[j + 1])))));
+        } else {
+            for (int j = 0; j < 4; j++, out += 64) store_bytes(out, bytes_of(as_ints(v[j])));
+        }
+    }
+}
+
+template <Kind kKind>
+inline void decode_panel(const Product& p, Panel& panel) {
+    using D = Decode<kKind>;
+    const Weight& w = p.weight;
+    constexpr int kColumns = 4 * D::kQuads;
+    const int64_t of_block = static_cast<int64_t>(w.steps) * step_bytes(kKind);
+    const uint8_t* start = w.codes + panel.first * of_block + static_cast<int64_t>(panel.column / kColumns) * step_bytes(kKind);
+    if (kKind == Kind::u8 && p.digits > 0 && panel.blocks == kVectors) {
+        panel.from = start;
+        panel.stride = of_block;
+        return;
+    }
+    const int units = p.digits > 0 ? D::kQuads : p.pairs ? kColumns / 2 : kColumns;
+    const Table16 table = load_table(w.floats);
+    Bytes decoded[D::kQuads];
+    panel.from = panel.units;
+    panel.stride = static_cast<int64_t>(panel.columns / kColumns) * units * 64 + kStagger;
+    for (int v = 0; v < kVectors; v++) {
+        uint8_t* out = panel.units + v * panel.stride;
+        if (v >= panel.blocks) {
+            __builtin_memset(out, 0, static_cast<size_t>(panel.stride - kStagger));
+            continue;
+        }
+        const uint8_t* codes = start + v * of_block;
+        for (int column = panel.column; column < panel.column + panel.columns; column += kColumns) {
+            D::step(codes, w, decoded);
+            codes += step_bytes(kKind);
+            if (p.digits > 0) {
+                for (int q = 0; q < D::kQuads; q++) store_bytes(out + 64 * q, decoded[q]);
+            } else {
+                decode_floats<kKind>(p, decoded, panel.first + v, column, table, out);
+            }
+            out += static_cast<int64_t>(units) * 64;
+        }
+    }
+}
+
+inline int panel_columns(const Product& p) {
+    const int step = 4 * step_quads(p.weight.kind);
+    const int unit = p.span % step == 0 ? p.span : 2 * p.span;  // spans of half a step
+    const int most = p.digits == 0 && !p.pairs ? kPanelColumns / 2 : kPanelColumns;
+    return unit >= most ? unit : most / unit * unit;
+}
+
+// Where the parts of a panel lie in its scratch memory, in bytes.
+struct PanelSizes {
+    size_t units, groups, totals;
+};
+
+inline PanelSizes panel_sizes(const Product& p) {
+    const size_t columns = static_cast<size_t>(panel_columns(p));
+    const int tokens = p.m < kPanelTokens ? p.m : kPanelTokens;
+    return {columns * kWidth * (p.digits > 0 ? 1 : p.pairs ? 2 : 4) + kVectors * kStagger, (columns / p.span + 1) * kWidth * 4,
+            static_cast<size_t>(tokens + kRowsMost) * kWidth * 4};
+}
+
+inline size_t panel_scratch(const Product& p) {
+    const PanelSizes sizes = panel_sizes(p);
+    return sizes.units + 3 * sizes.groups + sizes.totals;
+}
+
+// Scales, zero points and offsets of a panel as float32 and int32, so that tiles only load them.
+inline void decode_groups(const Product& p, const Panel& panel) {
+    const Weight& w = p.weight;
+    int64_t at = 0;
+    for (int s = panel.column / p.span; s < p.spans && s * p.span < panel.column + panel.columns; s++)
+        for (int v = 0; v < kVectors; v++, at += kBlock) {
+            if (v >= panel.blocks) {
+                store_floats(panel.scale + at, zero_floats());
+                if (panel.zero != nullptr) store_ints(panel.zero + at, zero_ints());
+                if (panel.offset != nullptr) store_floats(panel.offset + at, zero_floats());
+                continue;
+            }
+            const GroupOf16 g = group_at(w, panel.first + v, group_of(w, s * p.span));
+            store_floats(panel.scale + at, g.scale);
+            if (panel.zero != nullptr) store_ints(panel.zero + at, widen_bytes(g.zero));
+            if (panel.offset != nullptr) store_floats(panel.offset + at, load_floats(g.offset));
+        }
+}
+
+template <Kind kKind>
+inline void panel_kind(const Product& p, int first, int last, uint8_t* scratch) {
+    const Weight& w = p.weight;
+    constexpr int kColumns = 4 * Decode<kKind>::kQuads;
+    const int padded = w.steps * kColumns, width = panel_columns(p);
+    const int tiles = (p.m + p.tokens - 1) / p.tokens, tiles_at_once = kPanelTokens / p.tokens;
+    const PanelSizes sizes = panel_sizes(p);
+    Panel panel{};
+    panel.first = first;
+    panel.blocks = last - first;
+    panel.units = scratch;
+    panel.scale = reinterpret_cast<float*>(scratch + sizes.units);
+    panel.zero = w.zero == nullptr ? nullptr : reinterpret_cast<int32_t*>(scratch + sizes.units + sizes.groups);
+    panel.offset = w.offset == nullptr ? nullptr : reinterpret_cast<float*>(scratch + sizes.units + 2 * sizes.groups);
+    panel.totals = reinterpret_cast<float*>(scratch + sizes.units + 3 * sizes.groups);
+    panel.next_stride = static_cast<int64_t>(w.steps) * step_bytes(kKind);
+    for (int from = 0; from < tiles; from += tiles_at_once) {
+        const int to = from + tiles_at_once < tiles ? from + tiles_at_once : tiles;
+        for (panel.column = 0; panel.column < padded; panel.column += width) {
+            panel.columns = panel.column + width < padded ? width : padded - panel.column;
+            decode_panel<kKind>(p, panel);
+            if (p.digits > 0) decode_groups(p, panel);
+            const int after = panel.column + panel.columns;
+            panel.next = w.codes + first * panel.next_stride + static_cast<int64_t>(after / kColumns) * step_bytes(kKind);
+            panel.next_bytes = static_cast<int64_t>((after + width < padded ? width : padded - after) / kColumns) * step_bytes(kKind);
+            panel.next_done = 0;
+            panel.next_vector = after < padded ? 0 : panel.blocks;
+            for (int tile = from; tile < to; tile++)
+                any_rows(p, panel, tile, panel.totals + static_cast<size_t>(tile - from) * p.tokens * kWidth);
+        }
+        for (int tile = from; tile < to; tile++) {
+            const int count = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
+            for (int t = 0; t < count; t++) {
+                const int token = tile * p.tokens + t;
+                const float* total = panel.totals + static_cast<size_t>((tile - from) * p.tokens + t) * kWidth;
+                const float scale = p.digits == 1 ? scales_of(p, tile, 0)[t] : 1.0f;
+                for (int v = 0; v < panel.blocks; v++) {
+                    if (p.integers)
+                        store_integers(p, token, first + v, load_ints(reinterpret_cast<const int32_t*>(total) + v * kBlock));
+                    else
+                        store_result(p, token, first + v, mul(load_floats(total + v * kBlock), splat(scale)));
+                }
+            }
+        }
+    }
+}
+
+}  // namespace ARRONDI_PATH
+}  // namespace arrondi

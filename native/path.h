@@ -1,0 +1,26 @@
+// The table of one path: included last by path_*.cpp.
+#pragma once
+
+#include "gptq.h"
+#include "hadamard.h"
+#include "hqq.h"
+#include "product.h"
+#include "quantize.h"
+#include "search.h"
+#include "signs.h"
+#include "token.h"
+
+#define ARRONDI_NAME_(path) #path
+#define ARRONDI_NAME(path) ARRONDI_NAME_(path)
+
+namespace arrondi {
+namespace ARRONDI_PATH {
+
+const Transforms kTransforms = {butterflies, base_product, pack_signs, multiply_signs, read};
+const Tokens kTokens = {dense, attend};
+extern const Path kPath;
+const Path kPath = {ARRONDI_NAME(ARRONDI_PATH), kRows, kVectors, kFastDot, kHasBf16Dot, pack_tile, stream, panel, panel_scratch,
+                    {round, pack, restore, search, split, sweep}, &kTransforms, &kTokens};
+
+}  // namespace ARRONDI_PATH
+}  // namespace arrondi

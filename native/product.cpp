@@ -1,0 +1,121 @@
+// One product: checks, activations into tiles, then blocks of the weight over the threads.
+#include <cstdlib>
+#include <memory>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace arrondi {
+namespace {
+
+// Memory of one thread that is kept for the next product.
+class Scratch {
+  public:
+    uint8_t* of(size_t bytes) {
+        bytes = (bytes + 127) / 64 * 64;
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = 0;
+            memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, bytes));
+            if (memory_ != nullptr) size_ = bytes;
+        }
+        return memory_;
+    }
+    ~Scratch() { std::free(memory_); }
+
+  private:
+    uint8_t* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+thread_local Scratch tiles_memory, panel_memory;
+
+bool integer(Kind kind) { return kind <= Kind::table4; }
+
+// The longest run of whole steps that divides a group and is at most `most`.
+int span_of(const Weight& w, int most) {
+    const int step = 4 * step_quads(w.kind);
+    if (w.groups == 1) return most / step * step;
+    if (w.group <= most) return w.group;
+    for (int span = most / step * step; span > step; span -= step)
+        if (w.group % span == 0) return span;
+    return step;
+}
+
+const char* check(const Product& p) {
+    const Weight& w = p.weight;
+    const int step = 4 * step_quads(w.kind);
+    if (p.m < 0 || w.n < 0 || w.k < 1) return "a size is negative, or there are no columns";
+    if (w.codes == nullptr || w.scale == nullptr || p.x == nullptr || p.y == nullptr) return "a buffer is null";
+    if (w.groups > 1 && (w.kind == Kind::trit5 || (w.group % step != 0 && w.group != 16)))
+        return "groups must be of 16 columns or of whole steps";
+    if (p.digits < 0 || p.digits > 3 || (p.digits > 0 && !integer(w.kind))) return "this format has no integer products";
+    if (p.digits == 1 && w.groups == 1 && w.k > 65536) return "int32 sums of more than 65536 columns may overflow";
+    if (p.integers && (p.digits != 1 || w.groups != 1)) return "integer results need int8 activations and one scale a row";
+    return nullptr;
+}
+
+}  // namespace
+
+const char* product(Product& p) {
+    if (p.m == 0 || p.weight.n == 0) return nullptr;
+    if (const char* wrong = check(p)) return wrong;
+    const Path& path = arrondi::path();
+    Weight& w = p.weight;
+    // Pairs of bfloat16 need half the products of two digits, and no work at the end of a group.
+    if (p.digits == 2 && p.x_type == Type::bf16 && path.bf16_dot && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
+    if (p.digits == 3 && !path.fast_dot) p.digits = 0;
+    const int padded = w.steps * 4 * step_quads(w.kind), blocks = (w.n + kBlock - 1) / kBlock;
+    const int rows = p.m * (p.digits == 0 ? 1 : p.digits);
+    // Rows of a tile when the weight is decoded in registers: as many as there are variants of (see stream_kind).
+    const int together = p.digits == 3 ? 2 : p.digits == 2 ? 2 : 4;
+    const bool few = p.digits == 0 ? rows <= 4 : rows <= 12 && p.m <= 2 * together;
+    p.pairs = !few && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
+    p.tokens = few ? (p.m < together ? p.m : together) : path.rows / (p.digits == 0 ? 1 : p.digits);
+    p.span = span_of(w, p.digits == 1 ? 512 : 256);
+    p.spans = w.groups == 1 ? (w.k + p.span - 1) / p.span : w.groups * (w.group / p.span);
+    // The last group may be short: spans that start beyond the row are not there.
+    while (p.spans > 1 && (p.spans - 1) * p.span >= padded) p.spans--;
+    const int tiles = (p.m + p.tokens - 1) / p.tokens;
+    // Columns are packed sixteen at a time: the last sixteen of steps that are no multiple of it reach beyond the row.
+    const int64_t columns = padded + (step_quads(w.kind) % 4 == 0 ? 0 : 16);
+    const int64_t units = p.digits > 0 ? columns / 4 : p.pairs ? columns / 2 : columns;
+    p.tile_bytes = (units * 4 * p.tokens * (p.digits == 0 ? 1 : p.digits) + 63) / 64 * 64;
+    const size_t sums = static_cast<size_t>(tiles) * p.spans * kRowsMost * 4;
+    uint8_t* memory = tiles_memory.of(static_cast<size_t>(tiles) * p.tile_bytes + 2 * sums + static_cast<size_t>(tiles) * kRowsMost * 4);
+    if (memory == nullptr) return "there is no memory for the activations";
+    p.tiles = memory;
+    p.tile_scale = reinterpret_cast<float*>(memory + tiles * p.tile_bytes);
+    p.tile_sum = reinterpret_cast<int32_t*>(memory + tiles * p.tile_bytes + sums + static_cast<size_t>(tiles) * kRowsMost * 4);
+
+    const bool small = static_cast<int64_t>(p.m) * padded < 65536;
+    parallel_for(tiles, small ? 1 : p.threads, [&](int tile) { path.pack_tile(p, tile); });
+
+    const int64_t work = static_cast<int64_t>(blocks) * w.steps * step_bytes(w.kind);
+    if (few) {
+        // Pieces of about 64 KB of codes, so that a thread that comes late still finds some.
+        int pieces = static_cast<int>(work / 65536) + 1;
+        if (pieces > p.threads * 8) pieces = p.threads * 8;
+        if (pieces > blocks) pieces = blocks;
+        if (work < 16384) pieces = 1;
+        parallel_for(pieces, p.threads, [&](int piece) {
+            const int first = static_cast<int>(static_cast<int64_t>(blocks) * piece / pieces);
+            path.stream(p, first, static_cast<int>(static_cast<int64_t>(blocks) * (piece + 1) / pieces));
+        });
+        return nullptr;
+    }
+    bool failed = false;
+    const int pieces = (blocks + path.vectors - 1) / path.vectors;
+    parallel_for(pieces, work < 16384 ? 1 : p.threads, [&](int piece) {
+        uint8_t* scratch = panel_memory.of(path.panel_scratch(p));
+        if (scratch == nullptr) {
+            failed = true;
+            return;
+        }
+        const int first = piece * path.vectors, last = first + path.vectors;
+        path.panel(p, first, last < blocks ? last : blocks, scratch);
+    });
+    return failed ? "there is no memory for a panel" : nullptr;
+}
+
+}  // namespace arrondi

@@ -1,0 +1,116 @@
+// What crosses from the module to the compiled quantizers: one plain struct for each job, a table of functions for each path.
+//
+// A job works on rows whose elements lie next to each other, in groups along the row; the last group may be short. Every
+// function takes rows [first, last) and memory of its own, and says false where a value is NaN or infinite or a scale does
+// not fit its storage: the caller then asks the twin in Python, which knows the sentence.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace arrondi {
+
+enum class Type : int;  // of kernels.h
+
+// How the grid of a group follows from its elements; see arrondi.fitting.
+enum class Fit : int {
+    given,      // it does not: the grid is read
+    symmetric,  // the largest magnitude over `divisor`
+    extreme,    // the element farthest from zero over qmin
+    affine,     // min … max with zero, integer zero point
+    offset,     // min … max, float offset
+};
+
+struct Groups {
+    int64_t rows, columns, group, groups;  // groups of a row
+    int qmin, qmax;
+    Fit fit;
+    float divisor;
+    Type scale_type;   // what scales are rounded to
+    const void* x;
+    Type x_type;
+    float* scale;      // (rows, groups)
+    int32_t* zero;     // (rows, groups) or null
+    float* offset;     // (rows, groups) or null
+};
+
+// Round to nearest. Codes go to `codes` (rows, columns) or, if that is null, as a stream of `bits` bits to `packed`.
+struct Rounding {
+    Groups on;
+    uint8_t* codes;
+    uint8_t* packed;
+    int64_t row_bytes;
+    int bits;
+};
+
+// Bits from codes of one byte each: `lowest` becomes zero.
+struct Packing {
+    int64_t rows, columns, row_bytes;
+    int bits, lowest;
+    const uint8_t* codes;
+    uint8_t* packed;
+};
+
+// Back to numbers: in `y` if that is not null; squares of what was lost and of what there was, for each row, in `sums`.
+struct Restoring {
+    Groups on;
+    const uint8_t* codes;
+    bool is_signed;
+    void* y;
+    Type y_type;
+    double* sums;  // (rows, 2) or null
+};
+
+// The grid of each group with the least Σ importance · |error|^power, for power 2, 2.5 and 4.
+struct Search {
+    Groups on;
+    const float* importance;  // (columns,) or null
+    int twice_power;
+    bool mirrored;
+};
+
+// Half-quadratic splitting for each group.
+struct Splitting {
+    Groups on;
+    float p, beta, kappa;
+    int iterations;
+    bool normalize;
+};
+
+// GPTQ's loop over the columns first … last of a block that ends at `stop`; see arrondi.rounding.gptq. A "row" here is one
+// column of the weight, `m` numbers long: the weight before the visit, the difference to the rounded one after.
+struct Sweep {
+    int64_t m, first, last, stop;
+    int qmin, qmax;
+    float* rows;              // (n, m)
+    float* owed;              // of column `first` and on, (…, m); becomes the residual
+    const float* factor;      // (n, n)
+    int64_t ld;
+    uint8_t* codes;           // (n, m)
+    const int64_t* places;    // row of `codes` for each column
+    const int64_t* groups;    // group of each column
+    const float* scale;       // (groups, m)
+    const float* zero;        // the same or null
+    const float* offset;      // the same or null
+};
+constexpr int64_t kSweepRows = 64;  // of the weight at a time
+
+struct Quantizers {
+    bool (*round)(const Rounding&, int64_t first, int64_t last, uint8_t* scratch);
+    void (*pack)(const Packing&, int64_t first, int64_t last);
+    void (*restore)(const Restoring&, int64_t first, int64_t last);
+    bool (*search)(const Search&, int64_t first, int64_t last, uint8_t* scratch);
+    bool (*split)(const Splitting&, int64_t first, int64_t last, uint8_t* scratch);
+    // Rows of the weight from `row` on, `kSweepRows` at most.
+    void (*sweep)(const Sweep&, int64_t row, uint8_t* scratch);
+};
+
+// The drivers: the same over all rows, on at most `threads` threads.
+bool round_groups(const Rounding& r, int threads);
+void pack_rows(const Packing& p, int threads);
+void restore(const Restoring& r, int threads);
+bool search_grids(const Search& s, int threads);
+bool split_groups(const Splitting& s, int threads);
+bool sweep(const Sweep& s, int threads);  // false: no memory, and some rows are done
+
+}  // namespace arrondi

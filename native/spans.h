@@ -1,0 +1,90 @@
+// From the integer sums of a span of columns to float results: zero points, scales, offsets, bias, type.
+#pragma once
+
+#include "activations.h"
+#include "decode.h"
+
+namespace arrondi {
+namespace ARRONDI_PATH {
+
+inline const int32_t* sums_of(const Product& p, int tile, int span) {
+    return p.tile_sum + (static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
+}
+// One digit and one scale for the row: the integer sum goes on, exact, to the row's end. An offset needs what each span's
+// digits add up to, so with it every span is added for itself.
+template <int kDigits>
+inline bool whole_row(const Product& p) {
+    return kDigits == 1 && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers);
+}
+// With one digit a token has one scale, kept once for the tile.
+inline const float* scales_of(const Product& p, int tile, int span) {
+    return p.tile_scale + (p.digits == 1 ? tile : static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
+}
+
+// sum[row] of one span and sixteen columns → added to the float sums of its tokens. `offset` may be null.
+template <int kRowsHere, int kDigits>
+inline void flush(Floats scale, const float* offset, const Ints* sum, const float* token_scale, const int32_t* digit_sum,
+                  Floats* total) {
+    for (int t = 0; t < kRowsHere / kDigits; t++) {
+        const Ints* s = sum + t * kDigits;
+        Floats value = to_floats(s[0]);
+        for (int i = 1; i < kDigits; i++) value = fma(value, splat(256.0f), to_floats(s[i]));
+        total[t] = fma(value, kDigits == 1 ? scale : mul(scale, splat(token_scale[t])), total[t]);
+        if (offset == nullptr) continue;
+        const int32_t* d = digit_sum + t * kDigits;
+        float all = static_cast<float>(d[0]);
+        for (int i = 1; i < kDigits; i++) all = all * 256.0f + static_cast<float>(d[i]);
+        total[t] = fma(splat(kDigits == 1 ? all : all * token_scale[t]), load_floats(offset), total[t]);
+    }
+    (void)token_scale;
+}
+
+// -zero · (sum of the digits): where the integer sum of a row starts, so that zero points cost nothing and are exact.
+template <int kRowsHere>
+inline void start_sums(const Weight& w, const GroupOf16& g, const int32_t* digit_sum, Ints* sum) {
+    if (g.zero != nullptr) {
+        const Ints zero = widen_bytes(g.zero);
+        for (int r = 0; r < kRowsHere; r++) sum[r] = mul(zero, splat(-digit_sum[r]));
+    } else {
+        for (int r = 0; r < kRowsHere; r++) sum[r] = splat(-digit_sum[r] * w.zero_all);
+    }
+}
+
+// Sixteen results of one token.
+inline void store_result(const Product& p, int token, int block, Floats value) {
+    const int column = block * kBlock, count = p.weight.n - column < kBlock ? p.weight.n - column : kBlock;
+    const int64_t at = token * p.ldy + column;
+    if (p.bias != nullptr) {
+        float some[16] = {0};
+        if (count == kBlock)
+            value = add(value, load_floats(p.bias + column));
+        else {
+            for (int i = 0; i < count; i++) some[i] = p.bias[column + i];
+            value = add(value, load_floats(some));
+        }
+    }
+    float lanes[16];
+    uint16_t halves[16];
+    if (p.y_type == Type::f32) {
+        if (count == kBlock) return store_floats(static_cast<float*>(p.y) + at, value);
+        store_floats(lanes, value);
+        __builtin_memcpy(static_cast<float*>(p.y) + at, lanes, 4 * static_cast<size_t>(count));
+        return;
+    }
+    // A NaN whose payload would round up to infinity's neighbour stays a NaN.
+    store_floats(lanes, value);
+    store_low_halves(halves, bf16_bits(value));
+    for (int i = 0; i < count; i++)
+        if (lanes[i] != lanes[i]) halves[i] = 0x7fc0;
+    __builtin_memcpy(static_cast<uint16_t*>(p.y) + at, halves, 2 * static_cast<size_t>(count));
+}
+
+inline void store_integers(const Product& p, int token, int block, Ints value) {
+    const int column = block * kBlock, count = p.weight.n - column < kBlock ? p.weight.n - column : kBlock;
+    int32_t lanes[16];
+    store_ints(lanes, value);
+    __builtin_memcpy(static_cast<int32_t*>(p.y) + token * p.ldy + column, lanes, 4 * static_cast<size_t>(count));
+}
+
+}  // namespace ARRONDI_PATH
+}  // namespace arrondi

@@ -1,0 +1,160 @@
+// Products with few rows: every block of the weight is decoded in registers, once, and multiplied there.
+#pragma once
+
+#include "spans.h"
+
+namespace arrondi {
+namespace ARRONDI_PATH {
+
+constexpr int kAhead = 2048;  // bytes of codes that are asked for before they are needed
+
+// `kHalf`: groups of 16, two in a step.
+template <Kind kKind, int kRowsHere, int kDigits, bool kHalf>
+inline void stream_block(const Product& p, int tile, int block) {
+    using D = Decode<kKind>;
+    constexpr int kTokens = kRowsHere / kDigits;
+    constexpr int kChains = kRowsHere < 3 ? 2 : 1;  // sums of a row, so that one product need not wait for the one before
+    const Weight& w = p.weight;
+    const uint8_t* codes = w.codes + static_cast<int64_t>(block) * w.steps * step_bytes(kKind);
+    const uint8_t* x = p.tiles + tile * p.tile_bytes;
+    const bool whole = whole_row<kDigits>(p);
+    Floats total[kTokens];
+    for (int t = 0; t < kTokens; t++) total[t] = zero_floats();
+    Ints sum[kChains][kRowsHere];
+    Bytes decoded[D::kQuads];
+
+    const auto begin = [&](int s) {
+        Ints fresh[kRowsHere];
+        start_sums<kRowsHere>(w, group_at(w, block, group_of(w, s * p.span)), sums_of(p, tile, s), fresh);
+        for (int r = 0; r < kRowsHere; r++) sum[0][r] = whole && s > 0 ? add(sum[0][r], fresh[r]) : fresh[r];
+        for (int c = 1; c < kChains; c++)
+            for (int r = 0; r < kRowsHere; r++) sum[c][r] = zero_ints();
+    };
+    const auto multiply_quad = [&](int q) {
+        for (int r = 0; r < kRowsHere; r++) {
+            Ints& into = sum[q % kChains][r];
+            into = D::kWide ? dot8(into, decoded[q], repeat4(x + 4 * r)) : dot7(into, decoded[q], repeat4(x + 4 * r));
+        }
+        x += 4 * kRowsHere;
+    };
+    const auto end = [&](int s) {
+        for (int c = 1; c < kChains; c++)
+            for (int r = 0; r < kRowsHere; r++) sum[0][r] = add(sum[0][r], sum[c][r]);
+        if (p.integers || (whole && s + 1 < p.spans)) return;
+        const GroupOf16 g = group_at(w, block, group_of(w, s * p.span));
+        flush<kRowsHere, kDigits>(g.scale, g.offset, sum[0], scales_of(p, tile, s), sums_of(p, tile, s), total);
+    };
+    const auto decode = [&] {
+        for (int line = 0; line < step_bytes(kKind); line += 64) __builtin_prefetch(codes + kAhead + line);
+        D::step(codes, w, decoded);
+        codes += step_bytes(kKind);
+    };
+
+    if constexpr (kHalf) {
+        for (int s = 0; s < p.spans; s += 2) {
+            decode();
+            begin(s);
+            for (int q = 0; q < 4; q++) multiply_quad(q);
+            end(s);
+            if (s + 1 == p.spans) break;
+            begin(s + 1);
+            for (int q = 4; q < D::kQuads; q++) multiply_quad(q);
+            end(s + 1);
+        }
+    } else {
+        const int steps_of_span = p.span / (4 * D::kQuads);
+        for (int s = 0, step = 0; s < p.spans; s++) {
+            begin(s);
+            for (const int stop = s + 1 == p.spans ? w.steps : step + steps_of_span; step < stop; step++) {
+                decode();
+                for (int q = 0; q < D::kQuads; q++) multiply_quad(q);
+            }
+            end(s);
+        }
+    }
+    for (int t = 0; t < kTokens; t++) {
+        const int token = tile * p.tokens + t;
+        if (p.integers) {
+            store_integers(p, token, block, sum[0][t]);
+            continue;
+        }
+        if (kDigits == 1) total[t] = mul(total[t], splat(scales_of(p, tile, 0)[t]));
+        store_result(p, token, block, total[t]);
+    }
+}
+
+template <Kind kKind, int kRowsHere>
+inline void stream_block_floats(const Product& p, int tile, int block) {
+    using D = Decode<kKind>;
+    const Weight& w = p.weight;
+    const uint8_t* codes = w.codes + static_cast<int64_t>(block) * w.steps * step_bytes(kKind);
+    const float* x = reinterpret_cast<const float*>(p.tiles + tile * p.tile_bytes);
+    const Table16 table = load_table(w.floats);
+    Floats total[kRowsHere], sum[kRowsHere], ones[kRowsHere];
+    for (int r = 0; r < kRowsHere; r++) total[r] = zero_floats();
+    const int of_span = p.span / 4;
+    Bytes decoded[D::kQuads];
+    int quad = 0;
+    const int quads = w.steps * D::kQuads;
+    for (int s = 0; s < p.spans; s++) {
+        const GroupOf16 g = group_at(w, block, group_of(w, s * p.span));
+        for (int r = 0; r < kRowsHere; r++) sum[r] = ones[r] = zero_floats();
+        const Floats zero = g.zero == nullptr ? splat(static_cast<float>(w.zero_all)) : to_floats(widen_bytes(g.zero));
+        const int stop = s + 1 == p.spans ? quads : quad + of_span;
+        for (; quad < stop; quad++, x += 4 * kRowsHere) {
+            if (quad % D::kQuads == 0) {
+                for (int line = 0; line < step_bytes(kKind); line += 64) __builtin_prefetch(codes + kAhead + line);
+                D::step(codes, w, decoded);
+                codes += step_bytes(kKind);
+            }
+            const Ints lanes = lanes_of(decoded[quad % D::kQuads]);
+            Floats v[4] = {value<kKind, 0>(lanes, table), value<kKind, 1>(lanes, table), value<kKind, 2>(lanes, table),
+                           value<kKind, 3>(lanes, table)};
+            for (int j = 0; j < 4; j++)
+                for (int r = 0; r < kRowsHere; r++) sum[r] = fma(sub(v[j], zero), splat(x[j * kRowsHere + r]), sum[r]);
+            if (g.offset != nullptr)
+                for (int j = 0; j < 4; j++)
+                    for (int r = 0; r < kRowsHere; r++) ones[r] = add(ones[r], splat(x[j * kRowsHere + r]));
+        }
+        for (int r = 0; r < kRowsHere; r++) {
+            total[r] = fma(sum[r], g.scale, total[r]);
+            if (g.offset != nullptr) total[r] = fma(ones[r], load_floats(g.offset), total[r]);
+        }
+    }
+    for (int r = 0; r < kRowsHere; r++) store_result(p, tile * p.tokens + r, block, total[r]);
+}
+
+template <Kind kKind, int kRowsHere, int kDigits>
+inline void stream_spans(const Product& p, int tile, int block) {
+    if (p.span == 16) {
+        if constexpr (Decode<kKind>::kQuads == 8) stream_block<kKind, kRowsHere, kDigits, true>(p, tile, block);
+    } else {
+        stream_block<kKind, kRowsHere, kDigits, false>(p, tile, block);
+    }
+}
+
+template <Kind kKind>
+inline void stream_kind(const Product& p, int tile, int block) {
+    const int count = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
+    switch (p.digits * 8 + count) {
+        case 1: return stream_block_floats<kKind, 1>(p, tile, block);
+        case 2: return stream_block_floats<kKind, 2>(p, tile, block);
+        case 3: return stream_block_floats<kKind, 3>(p, tile, block);
+        case 4: return stream_block_floats<kKind, 4>(p, tile, block);
+        default: break;
+    }
+    if constexpr (kKind <= Kind::table4) switch (p.digits * 8 + count) {
+            case 9: return stream_spans<kKind, 1, 1>(p, tile, block);
+            case 10: return stream_spans<kKind, 2, 1>(p, tile, block);
+            case 11: return stream_spans<kKind, 3, 1>(p, tile, block);
+            case 12: return stream_spans<kKind, 4, 1>(p, tile, block);
+            case 17: return stream_spans<kKind, 2, 2>(p, tile, block);
+            case 18: return stream_spans<kKind, 4, 2>(p, tile, block);
+            case 25: return stream_spans<kKind, 3, 3>(p, tile, block);
+            case 26: return stream_spans<kKind, 6, 3>(p, tile, block);
+            default: break;
+        }
+}
+
+}  // namespace ARRONDI_PATH
+}  // namespace arrondi

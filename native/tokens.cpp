@@ -1,0 +1,38 @@
+// Few tokens over the threads: rows of the weight, or heads.
+#include "tokens.h"
+
+#include <cstdlib>
+
+#include "parallel.h"
+
+namespace arrondi {
+
+const char* dense(const Dense& d) {
+    if (d.m == 0 || d.n == 0) return nullptr;
+    if (d.m < 0 || d.m > 4 || d.n < 0 || d.k < 0) return "from one to four tokens";
+    if (d.x == nullptr || d.weight == nullptr || d.y == nullptr) return "a buffer is null";
+    int pieces = static_cast<int>(static_cast<int64_t>(d.n) * d.k / 32768) + 1;
+    if (pieces > 8 * d.threads) pieces = 8 * d.threads;
+    if (pieces > d.n) pieces = d.n;
+    parallel_for(pieces, d.threads, [&](int piece) {
+        path().tokens->dense(d, static_cast<int>(static_cast<int64_t>(d.n) * piece / pieces),
+                             static_cast<int>(static_cast<int64_t>(d.n) * (piece + 1) / pieces));
+    });
+    return nullptr;
+}
+
+const char* attend(const Attention& a) {
+    if (a.heads < 1 || a.key_heads < 1 || a.heads % a.key_heads != 0 || a.length < 1 || a.width % 16 != 0 || a.width > 256)
+        return "heads must share keys evenly and be up to 256 wide, in steps of 16";
+    if (a.query == nullptr || a.keys == nullptr || a.values == nullptr || a.y == nullptr) return "a buffer is null";
+    const size_t scores = (static_cast<size_t>(a.length) + 31) / 16 * 16;
+    float* memory = static_cast<float*>(std::aligned_alloc(64, scores * a.key_heads * sizeof(float)));
+    if (memory == nullptr) return "there is no memory for the scores";
+    const bool small = static_cast<int64_t>(a.heads) * a.length * a.width < 32768;
+    parallel_for(a.key_heads, small ? 1 : a.threads,
+                 [&](int head) { path().tokens->attend(a, head, memory + head * scores); });
+    std::free(memory);
+    return nullptr;
+}
+
+}  // namespace arrondi

@@ -1,0 +1,365 @@
+"""Products by the compiled kernels (`native/` in the source tree).
+
+Owns: `NATIVE`, the operator `torch.ops.arrondi.linear`, and `integer_linear` (exact int32 sums). The weight is kept in tiles
+of sixteen rows that the kernels decode in registers. Activations meet integer codes as integers too: dynamic int8 where
+the scheme asks for it, otherwise as two (bfloat16, float16) or three (float32) digits in base 256 of their share in the largest of each 256
+columns, which costs no more than a float product and is as exact: 15 and 23 bits beside the sign. Other codes are multiplied in
+float32, or as pairs of bfloat16 where x is bfloat16 and has many rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from arrondi.errors import SchemeError, ShapeError
+from arrondi.fitting import STORED
+from arrondi.formats import Format, PerToken, Scheme, tile_shape
+from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
+from arrondi.native import TYPES, address, available, native, threads
+from arrondi.qtensor import QTensor
+
+BLOCK: Final = 16
+"""Rows of the weight in one tile."""
+
+_KINDS: Final = (
+    "u8", "u6", "u5", "u4", "u3", "u2", "u1", "trit5", "table4", "float4", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3",
+)  # fmt: skip
+"""How codes are packed, numbered as in native/kernels.h."""
+_KIND: Final = {name: number for number, name in enumerate(_KINDS)}
+_INTEGERS: Final = frozenset(_KIND[name] for name in _KINDS[:9])
+_STEP: Final = 32
+"""Columns of one packed step; of the 1.6-bit ternary layout 20."""
+_MOST_COLUMNS: Final = 65536
+"""More would let int32 sums of int8 products overflow."""
+_LARGEST: Final = 2**31 - 1
+_COLUMNS_BACK: Final = 256
+"""Columns of the weight that are decoded at a time for a gradient."""
+_DIGITS: Final = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class _Coding:
+    """How the codes of a format become what the kernels read: value(code) = (table[code] or code - base - zero) · unit."""
+
+    kind: int
+    zero: int
+    unit: float = 1.0
+    table: torch.Tensor | None = None
+
+
+def _packing(scheme: Scheme, shape: tuple[int, ...]) -> _Coding:
+    """How a weight that is not refused is kept. Ternary codes with one scale a row take 1.6 bits, which also reads faster."""
+    coding = _coding(scheme.format)
+    assert coding is not None
+    if scheme.format.levels == 3 and tile_shape(scheme.granularity, shape)[1] >= shape[1]:
+        return _Coding(_KIND["trit5"], coding.zero)
+    return coding
+
+
+def _coding(format: Format) -> _Coding | None:
+    """None if the kernels cannot read it."""
+    if format.kind == "integer":
+        width = 8 if format.bits == 7 else format.bits
+        return _Coding(_KIND[f"u{width}"], -format.qmin)
+    if format.name in _KIND:
+        return _Coding(_KIND[format.name], 0)
+    if format.values == (-1.0, 1.0):
+        return _Coding(_KIND["u1"], 1)
+    if format.bits > 4 or format.values is None or not all(math.isfinite(v) for v in format.values):
+        return None
+    values = torch.tensor(format.values, dtype=torch.float64)
+    values = torch.nn.functional.pad(values, (0, 16 - len(values)), value=float(values[0]))
+    for unit in (1.0, 0.5, 0.25):
+        steps = values / unit
+        low = int(steps.min().floor())
+        if bool((steps == steps.round()).all()) and int(steps.max()) - low < 128 and low <= 0:
+            return _Coding(_KIND["table4"], -low, unit, (steps - low).to(torch.uint8))
+    return _Coding(_KIND["float4"], 0, 1.0, values.float())
+
+
+def _refuse(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"It runs on the CPU, got {device}."
+    if not available():
+        return "This installation has no compiled kernels, or ARRONDI_CPU=none leaves them alone."
+    if dtype not in TYPES:
+        return f"It takes float32, bfloat16 and float16 activations, got {dtype}."
+    if len(shape) != 2 or not all(shape):
+        return f"It multiplies by matrices (out, in) that are not empty, got shape {shape}."
+    if shape[1] > _MOST_COLUMNS or shape[0] * shape[1] > _LARGEST:
+        return f"It takes up to {_MOST_COLUMNS} columns and 2³¹ weights, got shape {shape}."
+    if _coding(scheme.format) is None:
+        return f"It knows integers, small floats and codebooks of up to 16 levels, got {scheme.format}."
+    width = tile_shape(scheme.granularity, shape)[1]
+    if width < shape[1] and width != BLOCK and width % _STEP:
+        return f"It takes groups of 16 or a multiple of {_STEP} columns, got {width}."
+    return None
+
+
+def _per_row(part: torch.Tensor, q: QTensor) -> torch.Tensor:
+    """A scale-shaped tensor with one entry for every row, (out, groups)."""
+    height = tile_shape(q.scheme.granularity, q.shape)[0]
+    return part if height == 1 else part.repeat_interleave(height, dim=0)[: q.shape[0]]
+
+
+def _blocks(part: torch.Tensor, fill: float) -> torch.Tensor:
+    """(out, groups) → (blocks, groups, 16), missing rows filled."""
+    rows, groups = part.shape
+    part = torch.nn.functional.pad(part, (0, 0, 0, -rows % BLOCK), value=fill)
+    return part.reshape(-1, BLOCK, groups).transpose(1, 2).contiguous()
+
+
+def _narrowest(scale: torch.Tensor, storage: str | Scheme) -> torch.Tensor:
+    """The same numbers in the smallest type that holds them; where the scheme names one, that is tried alone."""
+    named = STORED.get(storage) if isinstance(storage, str) else None
+    for dtype in (named,) if named is not None else (torch.bfloat16, torch.float16):
+        narrow = scale.to(dtype)
+        if torch.equal(narrow.float(), scale):
+            return narrow
+    return scale
+
+
+def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
+    """`codes` in tiles, `scale` (blocks, groups, 16) in the smallest type that holds it exactly, and `zero`, `offset`, `table`
+    where the scheme has them; see native/kernels.h."""
+    assert native is not None
+    rows, columns = q.shape
+    coding = _packing(q.scheme, q.shape)
+    codes = q.codes.contiguous()
+    packed = torch.empty(native.packed_bytes(coding.kind, rows, columns), dtype=torch.uint8)
+    add = -q.scheme.format.qmin
+    native.prepack(coding.kind, address(codes), columns, 8, add, rows, columns, address(packed), threads())
+    scale = _without_nan_codes(q, _per_row(q.real_scale, q))
+    if coding.unit != 1.0:
+        scale = scale * coding.unit
+    tensors = {"codes": packed, "scale": _blocks(_narrowest(scale, q.scheme.scale), 1.0)}
+    offset = q.offset
+    if q.zero_point is not None:
+        zero = q.zero_point - q.scheme.format.qmin
+        if bool(((zero >= 0) & (zero <= 255)).all()):
+            tensors["zero"] = _blocks(_per_row(zero.to(torch.uint8), q), 0)
+        else:  # made by hand: a zero point that is no code
+            offset = -(q.zero_point * q.real_scale)
+    if offset is not None:
+        tensors["offset"] = _blocks(_per_row(offset, q), 0.0)
+    if coding.table is not None:
+        tensors["table"] = coding.table
+    return tensors
+
+
+def _without_nan_codes(q: QTensor, scale: torch.Tensor) -> torch.Tensor:
+    """The kernels read every pattern of an 8-bit float as a number; where a group has one that is none, its scale is NaN."""
+    if not q.scheme.format.name.startswith("fp8"):
+        return scale
+    first = 0x7F if q.scheme.format.name == "fp8_e4m3" else 0x7C
+    bad = (q.codes & 0x7F) >= first
+    if not bool(bad.any()):
+        return scale
+    width = tile_shape(q.scheme.granularity, q.shape)[1]
+    groups = torch.nn.functional.pad(bad, (0, -q.shape[1] % width)).unflatten(1, (-1, width)).any(dim=2)
+    return torch.where(groups, torch.nan, scale)
+
+
+def _facts(tensors: Tensors, meta: Meta) -> list[int]:
+    """What native/bind_products.cpp reads: kind, n, k, group, groups, type of the scales, zero point of all, bytes of codes."""
+    coding = _packing(meta.scheme, meta.shape)
+    n, k = meta.shape
+    width = tile_shape(meta.scheme.granularity, meta.shape)[1]
+    scale, codes = tensors["scale"], tensors["codes"]
+    return [coding.kind, n, k, width, -(-k // width), TYPES[scale.dtype], coding.zero, codes.numel()]
+
+
+def rounds(weights: Scheme, activations: Scheme) -> bool:
+    """Whether the integer product takes these activations: int8, symmetric, one scale for each token."""
+    coding = _coding(weights.format)
+    return (
+        coding is not None
+        and coding.kind in _INTEGERS
+        and activations.format.name == "int8"
+        and activations.symmetric
+        and isinstance(activations.granularity, PerToken)
+        and activations.scale in ("float32", "bfloat16")
+    )
+
+
+def _activation_facts(meta: Meta, kind: int) -> tuple[int, float, int]:
+    """Digits of x, levels on each side of zero, and the type of its scales."""
+    if meta.activations is not None:
+        format = meta.activations.format
+        return 1, (format.qmax - format.qmin) / 2, TYPES[STORED[str(meta.activations.scale)]]
+    return _DIGITS[meta.dtype] if kind in _INTEGERS else 0, 0.0, 0
+
+
+def linear(x: torch.Tensor, tensors: Tensors, meta: Meta, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., in) → (..., out); through `torch.ops.arrondi.linear`, so that it can be traced."""
+    facts = _facts(tensors, meta)
+    digits, levels, step_type = _activation_facts(meta, facts[0])
+    packed = [tensors["codes"], tensors["scale"], *(tensors.get(name) for name in ("zero", "offset", "table"))]
+    return torch.ops.arrondi.linear(x, packed, facts, bias, digits, levels, step_type)
+
+
+def bind(tensors: Tensors, meta: Meta, bias: torch.Tensor | None) -> Bound:
+    """The product with all that does not depend on x worked out once."""
+    facts = _facts(tensors, meta)
+    digits, levels, step_type = _activation_facts(meta, facts[0])
+    packed = [tensors["codes"], tensors["scale"], *(tensors.get(name) for name in ("zero", "offset", "table"))]
+    addresses = [address(t) for t in packed]
+    real = None if bias is None else bias.detach().float().contiguous()
+    kept = (packed, real)  # addresses are good as long as the tensors live
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        assert kept
+        return _run(x, facts, addresses, real, digits, levels, step_type)
+
+    return product
+
+
+def _run(
+    x: torch.Tensor,
+    facts: list[int],
+    addresses: list[int],
+    bias: torch.Tensor | None,
+    digits: int,
+    levels: float,
+    step_type: int,
+    integers: bool = False,
+) -> torch.Tensor:
+    k = facts[2]
+    if x.shape[-1:] != (k,) or x.dtype not in TYPES or x.device.type != "cpu":
+        raise ShapeError(
+            f"x must be (..., {k}) on the CPU in float32, bfloat16 or float16 for a weight of shape {(facts[1], k)}, got {tuple(x.shape)} in {x.dtype} on {x.device}."
+        )
+    flat = x if x.dim() == 2 else x.reshape(-1, k)
+    if flat.stride(1) != 1 or flat.stride(0) < k:
+        flat = flat.contiguous()
+    rows = flat.shape[0]
+    half = x.dtype == torch.float16
+    dtype = torch.int32 if integers else torch.float32 if half else x.dtype
+    y = torch.empty((rows, facts[1]), dtype=dtype)
+    kind = 0 if dtype != torch.bfloat16 else 1
+    assert native is not None
+    native.linear(
+        facts, *addresses, flat.data_ptr(), TYPES[x.dtype], flat.stride(0), rows, digits, levels, step_type,
+        y.data_ptr(), kind, facts[1], address(bias), integers, threads(),
+    )  # fmt: skip
+    if half and not integers:
+        y = y.to(torch.float16)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], facts[1])
+
+
+def integer_linear(x: torch.Tensor, tensors: Tensors, meta: Meta) -> torch.Tensor:
+    """The exact sums behind a product with int8 activations: Σ code(x) · (code(w) - zero point), int32 (..., out).
+
+    Args:
+        x: (..., in), rounded by `meta.activations`.
+        tensors, meta: of `NATIVE.prepack`; one scale a row.
+
+    Raises:
+        SchemeError: the weight has several groups, or `meta.activations` is not set.
+    """
+    facts = _facts(tensors, meta)
+    digits, levels, step_type = _activation_facts(meta, facts[0])
+    if digits != 1 or facts[4] != 1:
+        raise SchemeError(
+            f"Exact sums need int8 activations and one scale a row, got {meta.activations} and {meta.scheme}."
+        )
+    addresses = [address(tensors.get(name)) for name in ("codes", "scale", "zero", "offset", "table")]
+    return _run(x, facts, addresses, None, digits, levels, step_type, integers=True)
+
+
+_library: Final = torch.library.Library("arrondi", "FRAGMENT")
+_library.define(
+    "linear(Tensor x, Tensor?[] packed, int[] facts, Tensor? bias, int digits, float levels, int step_type) -> Tensor"
+)
+
+
+def _linear_cpu(
+    x: torch.Tensor,
+    packed: list[torch.Tensor | None],
+    facts: list[int],
+    bias: torch.Tensor | None,
+    digits: int,
+    levels: float,
+    step_type: int,
+) -> torch.Tensor:
+    _check(packed, facts, bias)
+    real = None if bias is None else bias.float().contiguous()
+    return _run(x, list(facts), [address(t) for t in packed], real, digits, levels, step_type)
+
+
+def _linear_fake(
+    x: torch.Tensor, packed: Any, facts: list[int], bias: Any, digits: int, levels: float, step_type: int
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], facts[1]))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.packed, ctx.facts = inputs[1], list(inputs[2])
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """grad @ W, some columns of W at a time. Rounding x to int8 counts as the identity."""
+    n, k = ctx.facts[1:3]
+    digits = _DIGITS[torch.float32] if ctx.facts[0] in _INTEGERS else 0
+    flat = grad.reshape(-1, n).float()
+    parts = []
+    for start in range(0, k, _COLUMNS_BACK):
+        count = min(_COLUMNS_BACK, k - start)
+        unit = torch.zeros(count, k)
+        unit[:, start : start + count].fill_diagonal_(1)
+        parts.append(flat @ torch.ops.arrondi.linear(unit, ctx.packed, ctx.facts, None, digits, 0.0, 0).T)
+    return torch.cat(parts, dim=1).to(grad.dtype).reshape(*grad.shape[:-1], k), *(None,) * 6
+
+
+def _check(packed: list[torch.Tensor | None], facts: list[int], bias: torch.Tensor | None) -> None:
+    """The operator can be called with anything; the kernels read where they are told to."""
+    if len(packed) != 5 or len(facts) != 8:
+        raise ShapeError(f"A packed weight has 5 tensors and 8 facts, got {len(packed)} and {len(facts)}.")
+    if not 0 <= facts[0] < len(_KINDS) or min(facts[1:5]) < 1:
+        raise ShapeError(f"The facts of a packed weight must be a kind and positive sizes, got {list(facts)}.")
+    kind, n, k, group, groups, scale_type, _, _ = facts
+    if groups != -(-k // group):
+        raise ShapeError(f"A weight of {k} columns in groups of {group} has {-(-k // group)} groups, got {groups}.")
+    assert native is not None
+    blocks = -(-n // BLOCK)
+    names = ("codes", "scale", "zero", "offset", "table")
+    table = {_KIND["table4"]: torch.uint8, _KIND["float4"]: torch.float32}.get(kind)
+    scale_dtype = next((d for d, number in TYPES.items() if number == scale_type), None)
+    wanted = (
+        (native.packed_bytes(kind, n, k), torch.uint8),
+        (blocks * groups * BLOCK, scale_dtype),
+        (blocks * groups * BLOCK, torch.uint8),
+        (blocks * groups * BLOCK, torch.float32),
+        (16, table),
+    )
+    for name, tensor, (count, dtype) in zip(names, packed, wanted, strict=True):
+        needed = name in ("codes", "scale") or (name == "table" and table is not None)
+        if tensor is None:
+            if needed:
+                raise ShapeError(f"{name} of a packed weight of shape {(n, k)} is missing.")
+            continue
+        if (
+            tensor.numel() != count
+            or tensor.dtype != dtype
+            or not tensor.is_contiguous()
+            or tensor.device.type != "cpu"
+        ):
+            raise ShapeError(
+                f"{name} of a packed weight of shape {(n, k)} must be {count} contiguous {dtype} on the CPU, got shape {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}."
+            )
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ShapeError(f"The bias must have one number for each of {n} outputs, got {tuple(bias.shape)}.")
+
+
+_library.impl("linear", _linear_cpu, "CPU")
+torch.library.register_fake("arrondi::linear", _linear_fake, lib=_library)
+torch.library.register_autograd("arrondi::linear", _backward, setup_context=_keep_for_backward, lib=_library)
+
+NATIVE: Final = Kernel("native", _refuse, prepack, linear, rounds, bind)
+"""Compiled for this CPU. Error: see the module; exact int32 sums with int8 activations."""
+
+__all__ = ["BLOCK", "NATIVE", "bind", "integer_linear", "linear", "prepack", "rounds"]

@@ -1,0 +1,361 @@
+"""The compiled products: exact sums, every path, every awkward input. Errors over all schemes: test_differential.py."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from arrondi.errors import ArrondiError, SchemeError, ShapeError
+from arrondi.formats import FORMATS, PerChannel, PerToken, Scheme, parse_scheme
+from arrondi.kernels import KERNELS, Meta, integer_linear
+from arrondi.kernels import native_linear as module
+from arrondi.native import native
+from arrondi.nn import QLinear
+from arrondi.qtensor import QTensor, fake_quantize, quantize
+
+pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
+
+INT8_TOKENS = Scheme(FORMATS["int8"], PerToken())
+RUNNABLE = [name for name, missing in native.paths() if missing is None] if native is not None else []
+TOKENS = (1, 2, 3, 4, 5, 7, 16, 65, 513)
+SHAPES = ((1, 1), (16, 32), (17, 33), (130, 300), (5, 1030))
+
+
+@pytest.fixture(params=RUNNABLE)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert native is not None
+    before = native.path()
+    native.use_path(request.param)
+    yield request.param
+    native.use_path(before)
+
+
+def random_weight(text: str, shape: tuple[int, int], seed: int = 0) -> QTensor:
+    generator = torch.Generator().manual_seed(seed)
+    return quantize(torch.randn(shape, generator=generator) * 0.05 + 0.01, parse_scheme(text).weights)
+
+
+def packed(q: QTensor, dtype: torch.dtype = torch.float32, activations: Scheme | None = None):
+    return module.prepack(q, dtype), Meta(q.scheme, (q.shape[0], q.shape[1]), dtype, activations)
+
+
+@pytest.mark.parametrize("text", ["w=int8/channel", "w=uint8/channel/asym", "w=int4/channel", "w=uint4/channel/asym",
+                                  "w=int3/channel", "w=int2/channel", "w=int5/tensor", "w=int6/channel", "w=int7/channel"])  # fmt: skip
+def test_integer_sums_are_exact(path: str, text: str):
+    for (rows, columns), tokens in itertools.product(SHAPES, TOKENS):
+        q = random_weight(text, (rows, columns))
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+        tensors, meta = packed(q, activations=INT8_TOKENS)
+        rounded = quantize(x, INT8_TOKENS)
+        zero = 0 if q.zero_point is None else q.zero_point.expand(rows, 1).long()
+        wanted = rounded.codes.long() @ (q.codes.long() - zero).T
+        assert torch.equal(integer_linear(x, tensors, meta).long(), wanted), (rows, columns, tokens)
+
+
+@pytest.mark.parametrize("text", ["W8A8", "W4A8", "w=int4/g32,a=int8/token", "w=int2/g64/asym,a=int8/token/bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_activations_are_those_of_the_twin(path: str, text: str, dtype: torch.dtype):
+    scheme = parse_scheme(text)
+    assert scheme.activations is not None
+    for (rows, columns), tokens in itertools.product(SHAPES, TOKENS[:-1]):
+        q = quantize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)), scheme.weights)
+        assert module.rounds(q.scheme, scheme.activations)
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        tensors, meta = packed(q, dtype, scheme.activations)
+        y = module.linear(x, tensors, meta, None)
+        values = fake_quantize(x.float(), scheme.activations).double()
+        wanted = values @ q.dequantize(torch.float64).T
+        bound = values.abs() @ q.dequantize(torch.float64).abs().T
+        roundoff = 2.0**-21 if dtype == torch.float32 else 2.0**-8
+        assert bool(((y.double() - wanted).abs() <= roundoff * bound + 1e-30).all()), (rows, columns, tokens)
+
+
+@pytest.mark.parametrize("text", ["W4A16", "W3A16", "W2A16_ASYM", "W8A16", "NF4", "FP8A16", "NVFP4A16", "MXFP6", "BINARY",
+                                  "w=uint4/g32/offset"])  # fmt: skip
+def test_every_path_agrees_with_the_reference(path: str, text: str):
+    for (rows, columns), tokens, dtype in itertools.product(SHAPES, TOKENS[:-1], (torch.float32, torch.bfloat16)):
+        q = random_weight(text, (rows, columns))
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        bias = torch.randn(rows, generator=torch.Generator().manual_seed(3))
+        tensors, meta = packed(q, dtype)
+        y = module.linear(x, tensors, meta, bias.to(dtype))
+        wanted = x.double() @ q.dequantize(torch.float64).T + bias.to(dtype).double()
+        bound = x.double().abs() @ q.dequantize(torch.float64).abs().T + bias.double().abs()
+        roundoff = 2.0**-20 if dtype == torch.float32 else 2.0**-7
+        assert y.dtype == dtype
+        assert bool(((y.double() - wanted).abs() <= roundoff * bound + 1e-30).all()), (rows, columns, tokens, dtype)
+
+
+def test_the_error_in_float32_is_below_that_of_dequantizing():
+    """The digits of x are finer than the roundings that dequantizing and adding up in float32 bring."""
+    x = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
+    for text in ("W4A16", "W8A16", "W2A16", "NF4"):
+        q = random_weight(text, (64, 4096))
+        tensors, meta = packed(q)
+        exact = x.double() @ q.dequantize(torch.float64).T
+        mine = (module.linear(x, tensors, meta, None).double() - exact).norm()
+        plain = (torch.nn.functional.linear(x, q.dequantize()).double() - exact).norm()
+        assert mine <= 2 * plain, text
+
+
+def test_outliers_do_not_cost_the_other_columns_their_digits():
+    x = torch.randn(4, 1024, generator=torch.Generator().manual_seed(0))
+    x[:, 7] *= 1e4
+    q = random_weight("W4A16", (32, 1024))
+    q.codes[:, 7] = 0  # the outlier meets a zero weight
+    tensors, meta = packed(q)
+    exact = x.double() @ q.dequantize(torch.float64).T
+    rest = x.clone()
+    rest[:, 7] = 0
+    near = (rest[:, :256].abs().sum() + 0.0).item()
+    error = (module.linear(x, tensors, meta, None).double() - exact).abs().max().item()
+    assert error < 1e4 * 2.0**-22 * near
+
+
+def test_views_strides_and_many_axes():
+    q = random_weight("W4A16", (48, 320))
+    tensors, meta = packed(q)
+    wide = torch.randn(7, 640, generator=torch.Generator().manual_seed(0))
+    plain = module.linear(wide[:, 5:325].contiguous(), tensors, meta, None)
+    assert torch.equal(module.linear(wide[:, 5:325], tensors, meta, None), plain)
+    every_other = wide[:, ::2]
+    assert torch.equal(
+        module.linear(every_other, tensors, meta, None), module.linear(every_other.contiguous(), tensors, meta, None)
+    )
+    flipped = torch.randn(320, 9, generator=torch.Generator().manual_seed(1)).T
+    assert torch.equal(
+        module.linear(flipped, tensors, meta, None), module.linear(flipped.contiguous(), tensors, meta, None)
+    )
+    deep = wide[:, :320].reshape(7, 1, 320).expand(7, 3, 320)
+    assert module.linear(deep, tensors, meta, None).shape == (7, 3, 48)
+    assert module.linear(wide[0, :320], tensors, meta, None).shape == (48,)
+    assert module.linear(wide[:0, :320], tensors, meta, None).shape == (0, 48)
+
+
+def test_nan_and_infinity_reach_only_their_own_row(path: str):
+    q = random_weight("W4A16", (20, 300))
+    for dtype, activations in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, INT8_TOKENS)):
+        tensors, meta = packed(q, dtype, activations)
+        x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+        clean = module.linear(x, tensors, meta, None)
+        x[2, 17], x[4, 200] = torch.nan, torch.inf
+        dirty = module.linear(x, tensors, meta, None)
+        assert not bool(torch.isfinite(dirty[[2, 4]]).any())
+        assert torch.equal(dirty[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
+
+
+def test_nan_scales_and_nan_codes_show():
+    q = random_weight("W4A16", (20, 256))
+    q.scale[3, 1] = torch.nan
+    tensors, meta = packed(q)
+    y = module.linear(torch.ones(2, 256), tensors, meta, None)
+    assert bool(torch.isnan(y[:, 3]).all())
+    assert bool(torch.isfinite(y[:, :3]).all())
+    q = random_weight("FP8A16", (20, 256))
+    q.codes[5, 9] = 0x7F
+    tensors, meta = packed(q)
+    y = module.linear(torch.ones(2, 256), tensors, meta, None)
+    assert bool(torch.isnan(y[:, 5]).all())
+    assert bool(torch.isfinite(y[:, 6:]).all())
+
+
+def test_zeros_and_the_smallest_numbers():
+    q = random_weight("W4A16", (16, 64))
+    for dtype, activations in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, INT8_TOKENS)):
+        tensors, meta = packed(q, dtype, activations)
+        assert not bool(module.linear(torch.zeros(3, 64, dtype=dtype), tensors, meta, None).any())
+        tiny = torch.full((1, 64), 1e-38).to(dtype)
+        assert bool(torch.isfinite(module.linear(tiny, tensors, meta, None)).all())
+
+
+def test_what_it_refuses():
+    refuse = KERNELS["native"].refuse
+    w4, cpu = parse_scheme("W4A16").weights, torch.device("cpu")
+    assert "not empty" in (refuse(w4, (16, 0), torch.float32, cpu) or "")
+    assert "not empty" in (refuse(w4, (16,), torch.float32, cpu) or "")
+    assert "float64" in (refuse(w4, (16, 128), torch.float64, cpu) or "")
+    assert "meta" in (refuse(w4, (16, 128), torch.float32, torch.device("meta")) or "")
+    assert "24" in (refuse(parse_scheme("w=int4/g24").weights, (16, 96), torch.float32, cpu) or "")
+    assert "65536" in (refuse(w4, (16, 131072), torch.float32, cpu) or "")
+    assert "dynamic8" in (refuse(Scheme(FORMATS["dynamic8"], PerChannel()), (16, 96), torch.float32, cpu) or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(2, 63)}, r"\(2, 63\)"),
+        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "float64"),
+        ({"x": torch.zeros(64, 2)}, r"\(64, 2\)"),
+        ({"bias": torch.zeros(17)}, r"16 outputs, got \(17,\)"),
+        ({"codes": torch.zeros(3, dtype=torch.uint8)}, r"codes .*got shape \(3,\)"),
+        ({"codes": None}, "codes .* missing"),
+        ({"scale": torch.zeros(1, 3, 16)}, r"scale .*got shape \(1, 3, 16\)"),
+        ({"scale": torch.zeros(1, 2, 16, dtype=torch.float64)}, "scale .*float64"),
+        ({"zero": torch.zeros(5, dtype=torch.uint8)}, r"zero .*got shape \(5,\)"),
+        ({"facts": [3, 16, 64, 32, 3, 0, 8, 512]}, "2 groups, got 3"),
+        ({"facts": [99, 16, 64, 32, 2, 0, 8, 512]}, "kind"),
+        ({"facts": [3, 16, -64, 32, 2, 0, 8, 512]}, "positive"),
+        ({"facts": [3, 16]}, "8 facts, got"),
+    ],
+)
+def test_bad_arguments_of_the_operator_are_exceptions(change: dict, words: str):
+    q = random_weight("w=int4/g32", (16, 64))
+    tensors, meta = packed(q)
+    given = {"x": torch.zeros(2, 64), "bias": None, "zero": None, "facts": module._facts(tensors, meta)}
+    given |= tensors | change
+    with pytest.raises(ShapeError, match=words):
+        torch.ops.arrondi.linear(
+            given["x"],
+            [given["codes"], given["scale"], given["zero"], None, None],
+            given["facts"],
+            given["bias"],
+            3,
+            0.0,
+            0,
+        )
+
+
+def test_exact_sums_need_int8_activations_and_one_group():
+    tensors, meta = packed(random_weight("w=int4/g32", (16, 64)), activations=INT8_TOKENS)
+    with pytest.raises(SchemeError, match="one scale a row"):
+        integer_linear(torch.zeros(1, 64), tensors, meta)
+
+
+def test_the_operator_can_be_traced():
+    q = random_weight("W4A16", (16, 128))
+    tensors, meta = packed(q)
+    arguments = (
+        torch.randn(3, 128),
+        [tensors["codes"], tensors["scale"], None, None, None],
+        module._facts(tensors, meta),
+        torch.randn(16),
+        3,
+        0.0,
+        0,
+    )
+    torch.library.opcheck(
+        torch.ops.arrondi.linear, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
+
+
+def test_a_layer_is_exported_with_its_operator():
+    layer = QLinear(random_weight("W4A16", (16, 128)), torch.randn(16))
+    x = torch.randn(3, 128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(layer, (x,))
+    assert "arrondi.linear" in str(exported.graph)
+    assert torch.equal(exported.module()(x), layer(x))
+
+
+def test_a_layer_forgets_addresses_when_it_is_copied_or_changed():
+    import copy
+    import pickle
+
+    layer = QLinear(random_weight("W4A16", (16, 128)), torch.randn(16))
+    x = torch.randn(3, 128)
+    wanted = layer(x)
+    copied = copy.deepcopy(layer)
+    again = pickle.loads(pickle.dumps(layer))
+    layer.packed_codes.zero_()
+    assert torch.equal(copied(x), wanted)
+    assert torch.equal(again(x), wanted)
+    assert not torch.equal(layer(x), wanted)
+
+
+def test_several_threads_may_call_at_once():
+    q = random_weight("W4A16", (256, 512))
+    tensors, meta = packed(q)
+    x = torch.randn(70, 512, generator=torch.Generator().manual_seed(0))
+    wanted = module.linear(x, tensors, meta, None)
+    wrong = []
+
+    def work() -> None:
+        for _ in range(20):
+            if not torch.equal(module.linear(x, tensors, meta, None), wanted):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    q = random_weight("W4A16", (300, 512))
+    tensors, meta = packed(q)
+    before = torch.get_num_threads()
+    try:
+        for tokens in (1, 5, 40):
+            x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(0))
+            results = []
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                results.append(module.linear(x, tensors, meta, None))
+            assert all(torch.equal(r, results[0]) for r in results)
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+
+
+def test_the_environment_names_a_path():
+    code = "from arrondi.native import native; print(native.path())"
+    assert run_python(code, ARRONDI_CPU="portable").stdout.strip() == "portable"
+    bad = run_python(code, ARRONDI_CPU="portible")
+    assert "Did you mean 'portable'?" in bad.stderr
+    assert native is not None
+    missing = [name for name, why in native.paths() if why is not None]
+    if missing:
+        answer = run_python(code, ARRONDI_CPU=missing[0])
+        assert "cannot run here" in answer.stderr
+
+
+def test_without_the_extension_everything_goes_to_pytorch():
+    code = (
+        "import torch, arrondi\n"
+        "from arrondi.formats import parse_scheme\n"
+        "from arrondi.kernels import choose\n"
+        "from arrondi.nn import QLinear\n"
+        "from arrondi.qtensor import quantize\n"
+        "scheme = parse_scheme('W4A16').weights\n"
+        "print(choose(scheme, (16, 128), torch.float32).name)\n"
+        "print(QLinear(quantize(torch.randn(16, 128), scheme))(torch.ones(1, 128)).shape)\n"
+    )
+    answer = run_python(code, ARRONDI_CPU="none")
+    assert answer.stdout.split("\n")[0] == "reference", answer.stderr
+    assert "slower" not in answer.stderr
+
+
+def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch):
+    import arrondi.native as where
+
+    monkeypatch.setattr(where, "native", None)
+    monkeypatch.setattr(where, "_warned", False)
+    monkeypatch.delenv(where.FORCE, raising=False)
+    with pytest.warns(RuntimeWarning, match="slower"):
+        assert not where.available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not where.available()
+
+
+def test_unknown_paths_are_python_errors():
+    assert native is not None
+    with pytest.raises(ValueError, match="no such path"):
+        native.use_path("sse9")
+    assert issubclass(ShapeError, ArrondiError)

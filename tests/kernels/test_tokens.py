@@ -1,0 +1,118 @@
+"""Dense products and attention of few tokens against PyTorch's own operators in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from arrondi.kernels.tokens import attend, dense_linear, takes_attention, takes_dense
+from arrondi.native import kernel_threads, native, threads
+from arrondi.nn import DenseLinear
+
+pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
+
+RUNNABLE = [name for name, missing in native.paths() if missing is None] if native is not None else []
+
+
+@pytest.fixture(autouse=True, params=RUNNABLE)
+def path(request: pytest.FixtureRequest):
+    assert native is not None
+    before = native.path()
+    native.use_path(request.param)
+    yield
+    native.use_path(before)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_dense_products(dtype: torch.dtype):
+    for rows in (1, 2, 3, 4):
+        for n, k in ((1, 1), (7, 15), (33, 64), (130, 1037)):
+            x, weight, bias = random(rows, k).to(dtype), random(n, k, seed=1).to(dtype), random(n, seed=2).to(dtype)
+            assert takes_dense(x, weight)
+            exact = x.double() @ weight.double().T + bias.double()
+            bound = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+            roundoff = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+            assert bool(((dense_linear(x, weight, bias).double() - exact).abs() <= roundoff * bound).all())
+
+
+@torch.no_grad()
+def test_a_view_of_a_weight_and_what_is_left_to_pytorch():
+    weight = random(8, 96)[:, :64]
+    x = random(1, 64)
+    torch.testing.assert_close(dense_linear(x, weight, None), x @ weight.T)
+    assert not takes_dense(random(5, 64), weight)
+    assert not takes_dense(x.double(), weight.double())
+    assert not takes_dense(x, random(64, 8).T)
+    assert not takes_dense(random(1, 63), weight)
+    with torch.enable_grad():
+        assert not takes_dense(x.requires_grad_(), weight)
+
+
+def test_layers_are_adopted_in_place():
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    x = random(2, 32)
+    wanted = model(x)
+    DenseLinear.adopt(model)
+    assert [type(m).__name__ for m in model] == ["DenseLinear", "ReLU", "DenseLinear"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), wanted.detach(), rtol=1e-5, atol=1e-6)
+    model(x).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_token(dtype: torch.dtype):
+    for heads, key_heads, width, length in ((1, 1, 16, 1), (4, 2, 64, 17), (6, 6, 128, 300), (8, 1, 256, 33)):
+        query = (random(1, heads, 1, width) * 3).to(dtype)
+        room = (random(2, 1, key_heads, length + 5, width, seed=1)).to(dtype)
+        key, value = room[0][:, :, :length], room[1][:, :, :length]
+        assert takes_attention(query, key, value)
+        shared = heads // key_heads
+        exact = nn.functional.scaled_dot_product_attention(
+            query.double(), key.double().repeat_interleave(shared, 1), value.double().repeat_interleave(shared, 1)
+        ).transpose(1, 2)
+        y = attend(query, key, value, width**-0.5)
+        assert y.shape == (1, 1, heads, width)
+        tolerance = 1e-5 if dtype == torch.float32 else 2.0**-8
+        torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_far_below_the_largest_score_vanishes():
+    key = torch.zeros(1, 1, 40, 16)
+    key[0, 0, 7] = 100.0
+    value = random(1, 1, 40, 16)
+    y = attend(torch.ones(1, 1, 1, 16), key, value, 1.0)
+    torch.testing.assert_close(y[0, 0, 0], value[0, 0, 7], rtol=1e-6, atol=1e-6)
+
+
+def test_shapes_that_attention_leaves_to_pytorch():
+    query, key = random(1, 4, 1, 64), random(1, 2, 9, 64)
+    assert not takes_attention(random(1, 4, 2, 64), key, key)
+    assert not takes_attention(random(1, 3, 1, 64), key, key)
+    assert not takes_attention(random(1, 4, 1, 40), random(1, 2, 9, 40), random(1, 2, 9, 40))
+    assert not takes_attention(query, key[:, :, :0], key[:, :, :0])
+    assert not takes_attention(query, key, key.bfloat16())
+    assert native is not None
+    with pytest.raises(ValueError, match="heads must share"):
+        native.attend(3, 2, 64, 9, 1, 1, 0, 0, 1, 0, 0, 1, 0, 1.0, 1)
+
+
+def test_threads_of_pytorch_rest_and_come_back():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with kernel_threads(alone=True):
+            assert (torch.get_num_threads(), threads()) == (1, 2)
+            with kernel_threads(alone=True):
+                assert threads() == 2
+        assert (torch.get_num_threads(), threads()) == (2, 2)
+        with kernel_threads(alone=False):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
