@@ -16,7 +16,7 @@ namespace {
 
 // How long an idle helper looks for the next job before it sleeps. Waking a sleeper costs 20 to 60 µs on a virtual machine,
 // as much as a small product; the pause between two products of one token is about as long.
-constexpr std::chrono::microseconds kLook{60};
+constexpr std::chrono::microseconds kLook{100};
 
 inline void relax() {
 #if defined(__x86_64__)

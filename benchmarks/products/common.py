@@ -28,9 +28,7 @@ from pathlib import Path
 from typing import Final
 
 LEAST: Final = 7  # timed calls
-PATIENCE: Final = (
-    30.0  # seconds after which the untimed round is cut short; a first call may prepare a copy
-)
+PATIENCE: Final = 30.0  # seconds after which the untimed round is cut short; a first call may prepare a copy
 
 Run = Callable[[int], object]  # do the product with this copy of the weights
 Bind = Callable[[int], Run]  # make the activations of so many rows, and what multiplies them

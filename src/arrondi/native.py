@@ -10,6 +10,7 @@ leaves the extension alone, which gives the slow twins everywhere.
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def _load() -> Any | None:
     if forced == "none":
         return None
     try:
-        from arrondi import _native
+        found = importlib.import_module("arrondi._native")
     except ImportError:
         if forced:
             raise ArrondiError(
@@ -40,13 +41,13 @@ def _load() -> Any | None:
             ) from None
         return None
     if forced:
-        reasons = dict(_native.paths())
+        reasons = dict(found.paths())
         if forced not in reasons:
             raise unknown(f"path in {FORCE}:", forced, [*reasons, "none"])
         if reasons[forced] is not None:
             raise ArrondiError(f"{FORCE}={forced} cannot run here: {reasons[forced]}. Unset it, or use portable.")
-        _native.use_path(forced)
-    return _native
+        found.use_path(forced)
+    return found
 
 
 native: Any | None = _load()

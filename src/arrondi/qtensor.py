@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from arrondi import quantizers
 from arrondi.encoding import code_dtype, decode, encode
 from arrondi.errors import ArrondiError, DataError, ShapeError
 from arrondi.fitting import Grid, fit, round_scale
 from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.packing import packed_width
+from arrondi.quantizers import restore, round_groups, round_on
 from arrondi.tiling import from_tiles, to_tiles
 
 _CHUNK = 1 << 18
@@ -110,7 +110,7 @@ class QTensor:
             return self.codes.to(dtype)
         if self.group_index is not None:
             return self._gathered(dtype)
-        fast = quantizers.restore(self.codes, self.scheme, Grid(self.real_scale, self.zero_point, self.offset), dtype)
+        fast = restore(self.codes, self.scheme, Grid(self.real_scale, self.zero_point, self.offset), dtype)
         if fast is not None:
             return fast
         tile = tile_shape(self.scheme.granularity, self.shape)
@@ -165,7 +165,7 @@ def quantize(
         grid = _nested_grid(x, scheme, rule, name, shrink)
         return quantize_with(x, scheme, grid, name=name)
     if isinstance(shrink, float) and shrink == 1.0:
-        done = quantizers.round_groups(x, scheme, rule)
+        done = round_groups(x, scheme, rule)
         if done is not None:
             return _assemble(*done, scheme, shape)
     tiles = to_tiles(x, tile)
@@ -193,7 +193,7 @@ def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid, *, name: str = "t
     """
     shape = tuple(x.shape)
     if not isinstance(grid.scale, QTensor):
-        found = quantizers.round_on(x.detach(), scheme, grid)
+        found = round_on(x.detach(), scheme, grid)
         if found is not None:
             return _assemble(found, grid, scheme, shape)
     tile = tile_shape(scheme.granularity, shape)

@@ -33,7 +33,12 @@ def test_the_likeliest_tokens_are_those_of_transformers(make):
     model = make().eval()
     prompt = torch.randint(0, 97, (1, 11))
     wanted = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=300, do_sample=False, eos_token_id=None, pad_token_id=0
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=300,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     before = model.config._attn_implementation
     found = list(tokens(model, prompt[0].tolist(), 300, temperature=0.0, stop=set()))

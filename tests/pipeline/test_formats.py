@@ -39,8 +39,10 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(("scheme", "method", "layout"), CASES, ids=[f"{s}-{m}" for s, m, _ in CASES])
 def test_what_is_loaded_computes_with_the_dequantized_weights(
-    scheme: str, method: str, layout: str, models: Callable[..., Path], text: Path, tmp_path: Path
+    scheme: str, method: str, layout: str, models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch
 ) -> None:
+    if "A8" in scheme or "FP8" in scheme:  # a sum in another order moves activations across a rounding edge
+        monkeypatch.setenv("ARRONDI_KERNEL", "reference")
     source, out, plain = models("llama", num_hidden_layers=1), tmp_path / "out", tmp_path / "plain"
     options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
     report = arrondi.quantize_model(

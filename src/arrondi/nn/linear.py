@@ -7,7 +7,7 @@ of `state_dict()`: they are packed for this machine, and files are written from 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,14 +141,14 @@ class QLinear(nn.Module):
         """
         if self.transposed:
             return decoded(self._tensors(), self.meta.scheme, self.meta.shape, self.meta.dtype)
-        device = self.weight.device
+        device, meta = self.weight.device, replace(self.meta, activations=None)
         parts = []
         for start in range(0, self.in_features, 256):
             count = min(256, self.in_features - start)
             unit = torch.zeros(count, self.in_features, dtype=self.meta.dtype, device=device)
             unit[:, start : start + count].fill_diagonal_(1)
             values = unit if self.order is None else unit[:, self.order]
-            parts.append(KERNELS[self.kernel].linear(values, self._tensors(), self.meta, None))
+            parts.append(KERNELS[self.kernel].linear(values, self._tensors(), meta, None))
         return torch.cat(parts).T.contiguous()
 
     def _bind(self) -> Bound:

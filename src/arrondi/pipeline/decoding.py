@@ -56,6 +56,10 @@ def tokens(model: Any, ids: list[int], count: int, *, temperature: float, stop: 
 class _GrowingLayer(DynamicLayer):
     """Keys and values as the front part of larger buffers."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+    room: list[torch.Tensor]
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         before = self.get_seq_length()
         after = before + key_states.shape[-2]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from arrondi import quantizers
 from arrondi.blocks import Product, Skeleton, Slot, find_stages, release, watch_products
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError
@@ -22,6 +21,7 @@ from arrondi.fitting import Grid
 from arrondi.formats import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.pipeline.plan import PlannedTensor
 from arrondi.qtensor import QTensor
+from arrondi.quantizers import knows, lost
 from arrondi.rounding import Method, get_method
 
 Forward = Callable[[], object]
@@ -80,7 +80,7 @@ def decibels(noise: float, signal: float) -> float:
 
 def losses(weight: torch.Tensor, q: QTensor) -> tuple[float, float]:
     """Σ (w - ŵ)² and Σ w² of a rounded tensor."""
-    found = quantizers.lost(weight, q.codes, q.scheme, Grid(q.real_scale, q.zero_point, q.offset))
+    found = lost(weight, q.codes, q.scheme, Grid(q.real_scale, q.zero_point, q.offset))
     if found is not None:
         return found
     weight = weight.float()
@@ -112,7 +112,7 @@ def round_tensor(tensor: PlannedTensor, weight: torch.Tensor) -> Rounded:
     if method.needs_moment:
         method, options = _BLIND
     matrix = weight.reshape(tensor.placed.matrix_shape)
-    chunked = rowwise(scheme) and not quantizers.knows(matrix, scheme)
+    chunked = rowwise(scheme) and not knows(matrix, scheme)
     step = max(_CHUNK // matrix.shape[1], 1) if chunked else len(matrix)
     parts, noise, signal = [], 0.0, 0.0
     for start in range(0, len(matrix), step):

@@ -19,13 +19,14 @@ from typing import Literal
 
 import torch
 
-from arrondi import quantizers
 from arrondi.calibration import SecondMoment
 from arrondi.encoding import code_dtype, decode, encode
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.fitting import Grid, fit
 from arrondi.formats import Format, PerGroup, Scheme, scale_shape, tile_shape
 from arrondi.qtensor import QTensor, quantize_scales
+from arrondi.quantizers import sweep as sweep_compiled
+from arrondi.quantizers import sweeps as can_sweep
 from arrondi.rounding.grid_search import search_grid
 from arrondi.tiling import to_tiles
 
@@ -276,7 +277,7 @@ def _sweep(
         work.new_empty((n, m), dtype=code_dtype(grids.scheme.format)),
         originals,
     )
-    visit = (_Compiled if quantizers.sweeps(work, grids.scheme) else _Columns)(state, grids).visit
+    visit = (_Compiled if can_sweep(work, grids.scheme) else _Columns)(state, grids).visit
     loss = 0.0
     for start in range(0, n, block):
         stop = min(start + block, n)
@@ -375,7 +376,7 @@ class _Compiled:
         state, scheme = self.state, self.grids.scheme
         places = state.originals, self.groups
         owed = state.owed[first - start :]
-        quantizers.sweep(state.rows, owed, state.factor, state.codes, places, self.tables, (first, last, stop), scheme)
+        sweep_compiled(state.rows, owed, state.factor, state.codes, places, self.tables, (first, last, stop), scheme)
 
 
 def _column_codes(w: torch.Tensor, grid: Grid, format: Format) -> torch.Tensor:

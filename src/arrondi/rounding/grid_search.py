@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from arrondi import quantizers
 from arrondi.encoding import decode, encode
 from arrondi.fitting import STORED, Grid, fit
 from arrondi.formats import Scheme, tile_shape
+from arrondi.quantizers import search as search_compiled
 from arrondi.tiling import to_tiles
 
 _CHUNK = 1 << 17
@@ -43,7 +43,7 @@ def search_grid(
     Returns:
         the grid, parts as (tiles, 1).
     """
-    found = quantizers.search(weight, scheme, importance, power)
+    found = search_compiled(weight, scheme, importance, power)
     return search_grid_reference(weight, scheme, importance, power=power) if found is None else found
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import torch
 
-from arrondi import quantizers
 from arrondi.calibration import SecondMoment
 from arrondi.encoding import decode, encode
 from arrondi.errors import SchemeError
 from arrondi.fitting import Grid, fit, round_scale
 from arrondi.formats import Scheme, tile_shape
 from arrondi.qtensor import QTensor, named, quantize, quantize_with
+from arrondi.quantizers import split as split_compiled
 from arrondi.tiling import to_tiles
 
 _CHUNK = 1 << 18
@@ -60,7 +60,7 @@ def hqq(
     if weight.numel() == 0:
         return quantize(weight, scheme, name=name)
     weight = weight.detach()
-    grid = quantizers.split(weight, scheme, p=p, beta=beta, kappa=kappa, iterations=iterations, normalize=normalize)
+    grid = split_compiled(weight, scheme, p=p, beta=beta, kappa=kappa, iterations=iterations, normalize=normalize)
     if grid is None:
         with named(name):
             grid = split_reference(weight, scheme, _Solver(scheme, p, beta, kappa, iterations, normalize))
