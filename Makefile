@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 # A busy neighbour makes spinning threads slow; one thread a worker and two workers use two cores well.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test check format peers bench docs install clean
+.PHONY: demo test check format peers bench kernels docs sanitize arm install clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -41,6 +41,29 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/rtn_speed.py
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/gptq_speed.py $(if $(DATA),--data $(DATA)) $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+
+# Products beside other libraries; PEERS is `--peer torch=PYTHON --peer ggml=PYTHON …`, an interpreter for each.
+kernels: $(STAMP)
+	$(BIN)/python benchmarks/kernels.py $(PEERS)
+
+# The compiled kernels by themselves, under the address, undefined-behaviour and thread sanitizers.
+sanitize:
+	cmake -S native -B build/address -DARRONDI_SELFTEST=ON -DARRONDI_SANITIZE=address,undefined
+	cmake --build build/address --parallel 2
+	build/address/arrondi_selftest --quick
+	cmake -S native -B build/thread -DARRONDI_SELFTEST=ON -DARRONDI_SANITIZE=thread
+	cmake --build build/thread --parallel 2
+	build/thread/arrondi_selftest --quick
+
+# The same kernels for ARM, cross-compiled and emulated.
+ARM := aarch64-linux-gnu
+arm:
+	@command -v $(ARM)-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
+		echo "skipped: needs $(ARM)-g++ and qemu-aarch64 (Debian: g++-$(ARM), qemu-user)"; exit 0; }; \
+	set -e; cmake -S native -B build/arm -DARRONDI_SELFTEST=ON -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM)-g++; \
+	cmake --build build/arm --parallel 2; \
+	qemu-aarch64 -L /usr/$(ARM) -cpu max build/arm/arrondi_selftest --quick
 
 # README and docstrings are run; ARCHITECTURE's links are followed.
 docs: $(STAMP)

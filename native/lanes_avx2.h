@@ -19,11 +19,19 @@ constexpr bool kFastDot = true;
 constexpr bool kFastDot = false;
 #endif
 
-struct Integers {
+struct Bytes {
     __m256i a, b;
 };
-using Bytes = Integers;
-using Ints = Integers;
+// Eight int32, by its type: GCC keeps a sum that is __m256i here and int32 there in two places, and copies it at every step.
+struct Half {
+    __v8si lanes;
+    Half() = default;
+    Half(__m256i v) : lanes(reinterpret_cast<__v8si>(v)) {}
+    operator __m256i() const { return reinterpret_cast<__m256i>(lanes); }
+};
+struct Ints {
+    Half a, b;
+};
 struct Floats {
     __m256 a, b;
 };
@@ -64,12 +72,12 @@ inline Bytes look_up(Bytes table, Bytes index) {
     return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
 }
 
-inline Ints lanes_of(Bytes v) { return v; }
-inline Bytes bytes_of(Ints v) { return v; }
+inline Ints lanes_of(Bytes v) { return {v.a, v.b}; }
+inline Bytes bytes_of(Ints v) { return {v.a, v.b}; }
 inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Ints splat(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
-inline Ints load_ints(const int32_t* p) { return load_bytes(p); }
-inline void store_ints(int32_t* p, Ints v) { store_bytes(p, v); }
+inline Ints load_ints(const int32_t* p) { return lanes_of(load_bytes(p)); }
+inline void store_ints(int32_t* p, Ints v) { store_bytes(p, bytes_of(v)); }
 inline Ints widen_bytes(const uint8_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
@@ -79,8 +87,8 @@ inline Ints sub(Ints x, Ints y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub
 inline Ints mul(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
 inline Ints min(Ints x, Ints y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
 inline Ints max(Ints x, Ints y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
-inline Ints and_ints(Ints x, Ints y) { return both(x, y); }
-inline Ints or_ints(Ints x, Ints y) { return either(x, y); }
+inline Ints and_ints(Ints x, Ints y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline Ints or_ints(Ints x, Ints y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 inline Ints xor_ints(Ints x, Ints y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 template <int kBits>
 inline Ints shift_right(Ints v) {

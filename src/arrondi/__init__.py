@@ -6,7 +6,14 @@ Names are imported when they are first used, so that `import arrondi` and `arron
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
+
+if "torch" not in sys.modules:
+    # OpenMP's threads wait for PyTorch's next operator by spinning, on cores that the kernels or a neighbour need: measured
+    # on two cores with one busy neighbour, a prompt takes eight times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
@@ -63,9 +70,9 @@ if TYPE_CHECKING:
     from arrondi.qtensor import fake_quantize as fake_quantize
     from arrondi.qtensor import quantize as quantize
     from arrondi.rounding import METHODS as METHODS
-    from arrondi.rounding import gptq as gptq
-    from arrondi.rounding import hqq as hqq
-    from arrondi.rounding import rtn as rtn
+    from arrondi.rounding.gptq import gptq as gptq
+    from arrondi.rounding.hqq import hqq as hqq
+    from arrondi.rounding.rtn import rtn as rtn
     from arrondi.sample import sample_path as sample_path
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -1,0 +1,84 @@
+"""Tokens per second of a whole model: a 512-token prompt, then decoding, beside transformers and llama.cpp.
+
+    python benchmarks/tokens.py QUANTIZED --plain MODEL --gguf FILE --gguf-python PYTHON
+
+QUANTIZED is what `arrondi quantize` wrote and is run through the loop of `arrondi run`; `--plain` is the model it came from, run
+by the same loop in bfloat16; `--gguf` is the same model as llama.cpp's file (`benchmarks/products/make_gguf.py`) and
+`--gguf-python` an interpreter with llama-cpp-python. Random weights do: only the time counts. All sides run in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import arrondi  # before torch: see arrondi/__init__.py
+from arrondi.pipeline.decoding import tokens
+
+
+def measure(model: Any, prompt: int, decode: int) -> tuple[float, float]:
+    """Tokens per second of the prompt, median milliseconds of the tokens after it."""
+    ids = torch.randint(0, 1000, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    moments = [time.perf_counter()]
+    for _ in tokens(model, ids, decode, temperature=0.0, stop=set()):
+        moments.append(time.perf_counter())
+    steps = [b - a for a, b in itertools.pairwise(moments)]
+    return prompt / steps[0], statistics.median(steps[1:]) * 1e3
+
+
+def measure_llamacpp(python: str, file: str, prompt: int, decode: int, threads: int) -> tuple[float, float]:
+    script = Path(__file__).parent / "products" / "llamacpp_tokens.py"
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        sizes = ["--prompt", str(prompt), "--decode", str(decode), "--threads", str(threads), "--rounds", "1"]
+        own = {
+            name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"
+        }  # arrondi sets it for itself
+        command = [python, str(script), file, *sizes, "--json", out.name]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=own)
+        record = json.loads(Path(out.name).read_text())[0]
+    return record["prompt_tokens_per_s"], record["decode_ms"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("quantized")
+    parser.add_argument("--plain")
+    parser.add_argument("--gguf", action="append", default=[])
+    parser.add_argument("--gguf-python")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    started = time.perf_counter()
+    sides: dict[str, Any] = {"arrondi": arrondi.load(options.quantized, dtype="bfloat16")}
+    print(f"arrondi.load: {time.perf_counter() - started:.1f} s")
+    if options.plain:
+        sides["transformers bf16"] = AutoModelForCausalLM.from_pretrained(options.plain, dtype=torch.bfloat16).eval()
+    results: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(options.rounds):
+        for name, model in sides.items():
+            results.setdefault(name, []).append(measure(model, options.prompt, options.decode))
+        for file in options.gguf:
+            found = measure_llamacpp(options.gguf_python, file, options.prompt, options.decode, torch.get_num_threads())
+            results.setdefault(f"llama.cpp {Path(file).stem}", []).append(found)
+    for name, pairs in results.items():
+        prompt, decode = (statistics.median(p[i] for p in pairs) for i in (0, 1))
+        best = max(p[0] for p in pairs), min(p[1] for p in pairs)
+        print(
+            f"{name:24s} prompt {prompt:7.1f} tokens/s (best {best[0]:.1f})   decode {decode:7.2f} ms (best {best[1]:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
