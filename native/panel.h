@@ -31,20 +31,28 @@ struct PairOp : FloatOp {
 };
 
 // The heart: sum[row][vector] += panel · tile over `units`; the vectors of a panel lie `stride` bytes apart.
+// Unrolled, for GCC keeps sums that are several registers each out of memory only then; here and in float_tile.
 template <class Op, int kRowsHere>
 inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, typename Op::Sum (*sum)[kVectors]) {
     typename Op::Sum s[kRowsHere][kVectors];
+#pragma GCC unroll 6
     for (int r = 0; r < kRowsHere; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) s[r][v] = sum[r][v];
     for (int u = 0; u < units; u++, panel += 64, x += 4 * kRowsHere) {
         Bytes w[kVectors];
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) w[v] = load_bytes(panel + stride * v);
+#pragma GCC unroll 6
         for (int r = 0; r < kRowsHere; r++) {
             const Bytes one = repeat4(x + 4 * r);
+#pragma GCC unroll 4
             for (int v = 0; v < kVectors; v++) s[r][v] = Op::step(s[r][v], w[v], one);
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < kRowsHere; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) sum[r][v] = s[r][v];
 }
 
@@ -145,12 +153,16 @@ inline void float_tile(const Product& p, Panel& panel, int tile, float* totals) 
     Floats sum[kRowsHere][kVectors];
     for (int unit = 0; unit < units; unit += kChain) {
         prefetch_next(panel, kChain / 2);
+#pragma GCC unroll 6
         for (int r = 0; r < kRowsHere; r++)
+#pragma GCC unroll 4
             for (int v = 0; v < kVectors; v++) sum[r][v] = zero_floats();
         multiply<Op, kRowsHere>(panel.from + static_cast<int64_t>(unit) * 64, panel.stride,
                                 x + static_cast<int64_t>(unit) * kRowsHere * 4, unit + kChain < units ? kChain : units - unit,
                                 sum);
+#pragma GCC unroll 6
         for (int r = 0; r < kRowsHere; r++)
+#pragma GCC unroll 4
             for (int v = 0; v < kVectors; v++) {
                 float* total = totals + r * kWidth + v * kBlock;
                 store_floats(total, panel.column + unit == 0 ? sum[r][v] : add(load_floats(total), sum[r][v]));

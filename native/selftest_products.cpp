@@ -1,0 +1,552 @@
+// Products of every kind against plain loops in double precision.
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <thread>
+
+#include "prepack.h"
+#include "selftest.h"
+
+namespace arrondi {
+namespace {
+
+// Formats without infinities and NaN: the codes that other rules give to those are numbers here.
+double value_of(const Weight& w, int code) {
+    switch (w.kind) {
+        case Kind::u1: return 2 * code;
+        case Kind::table4: return w.bytes[code];
+        case Kind::float4: return w.floats[code];
+        case Kind::e4m3: return small_float(code, 4, 3, 7);
+        case Kind::e5m2: return small_float(code, 5, 2, 15);
+        case Kind::e3m2: return small_float(code, 3, 2, 3);
+        case Kind::e2m3: return small_float(code, 2, 3, 1);
+        default: return code;
+    }
+}
+
+enum class Zero { none, constant, each };
+
+struct Case {
+    Kind kind;
+    int n, k, m, group;
+    Zero zero;
+    bool offset, bias;
+    Type scale_type, x_type, y_type;
+    int digits;
+    bool integers;
+    int threads;
+    uint64_t seed;
+
+    int groups() const { return (k + group - 1) / group; }
+    std::string text() const {
+        static const char* const zeros[3] = {"none", "constant", "each"};
+        char text[240];
+        std::snprintf(text, sizeof text,
+                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d integers=%d threads=%d "
+                      "seed=%llu",
+                      kKindNames[static_cast<int>(kind)], n, k, m, group, zeros[static_cast<int>(zero)], offset, bias,
+                      kTypeNames[static_cast<int>(scale_type)], kTypeNames[static_cast<int>(x_type)],
+                      kTypeNames[static_cast<int>(y_type)], digits, integers, threads, static_cast<unsigned long long>(seed));
+        return text;
+    }
+};
+
+// A weight with its buffers, exactly as long as kernels.h says, so that a sanitizer sees what reads beyond them.
+struct Made {
+    Weight weight{};
+    std::vector<uint8_t> codes;  // (n, k), unpacked
+    std::vector<uint8_t> packed, zero;
+    std::vector<float> offset;
+    Numbers scale{Type::f32, 0};
+
+    int code(int row, int column) const { return codes[static_cast<size_t>(row) * weight.k + column]; }
+    size_t at(int row, int group) const {
+        return (static_cast<size_t>(row / kBlock) * weight.groups + group) * kBlock + row % kBlock;
+    }
+    int group_of(int column) const { return weight.groups == 1 ? 0 : column / weight.group; }
+    int zero_of(int row, int group) const { return zero.empty() ? weight.zero_all : zero[at(row, group)]; }
+    float offset_of(int row, int group) const { return offset.empty() ? 0.0f : offset[at(row, group)]; }
+
+    void pack(int threads) {
+        packed.resize(static_cast<size_t>(packed_bytes(weight.kind, weight.n, weight.k)));
+        prepack(weight.kind, codes.data(), weight.k, 8, 0, weight.n, weight.k, packed.data(), threads);
+        weight.codes = packed.data();
+    }
+};
+
+Made make_weight(const Case& c, Random& random) {
+    Made made;
+    Weight& w = made.weight;
+    w.kind = c.kind;
+    w.n = c.n;
+    w.k = c.k;
+    w.group = c.group;
+    w.groups = c.groups();
+    w.steps = steps_of(c.kind, c.k);
+    for (int i = 0; i < 16; i++) {
+        w.bytes[i] = static_cast<uint8_t>(random.below(128));
+        w.floats[i] = random.normal();
+    }
+    made.codes.resize(static_cast<size_t>(c.n) * c.k);
+    const int most = codes_of(c.kind);
+    for (uint8_t& code : made.codes) code = static_cast<uint8_t>(random.below(most));
+    made.pack(c.threads);
+    const size_t facts = static_cast<size_t>((c.n + kBlock - 1) / kBlock) * w.groups * kBlock;
+    made.scale = Numbers(c.scale_type, facts);
+    for (size_t i = 0; i < facts; i++) made.scale.set(i, 0.01f + random.uniform());
+    w.scale = made.scale.data();
+    w.scale_type = c.scale_type;
+    if (c.zero == Zero::constant) w.zero_all = random.below(most);
+    if (c.zero == Zero::each) {
+        made.zero.resize(facts);
+        for (uint8_t& zero : made.zero) zero = static_cast<uint8_t>(random.below(most));
+        w.zero = made.zero.data();
+    }
+    if (c.offset) {
+        made.offset.resize(facts);
+        for (float& offset : made.offset) offset = random.normal();
+        w.offset = made.offset.data();
+    }
+    return made;
+}
+
+// Activations with what real ones have: outliers, tokens of zeros, zeros and tiny numbers in between.
+void fill(Numbers& x, int m, int k, int64_t ld, Random& random) {
+    for (int t = 0; t < m; t++) {
+        const bool empty = m > 2 && random.below(8) == 0;
+        const float size = random.below(4) == 0 ? 100.0f : 1.0f;
+        for (int64_t j = 0; j < ld && t * ld + j < static_cast<int64_t>(x.floats.size()); j++) {
+            float v = empty ? 0.0f : size * random.normal();
+            if (random.below(32) == 0) v *= random.below(2) == 0 ? 30.0f : 1e-6f;
+            // Between the rows is something that must not be read.
+            x.set(static_cast<size_t>(t * ld + j), j < k ? v : std::numeric_limits<float>::quiet_NaN());
+        }
+    }
+}
+
+struct Output {
+    std::vector<float> floats;
+    std::vector<uint16_t> halves;
+    std::vector<int32_t> ints;
+    void* data = nullptr;
+
+    Output(const Case& c, size_t count) {
+        // Marks, to see what is written where nothing belongs.
+        if (c.integers) {
+            ints.assign(count, 0x5a5a5a5a);
+            data = ints.data();
+        } else if (c.y_type == Type::f32) {
+            floats.assign(count, 12345.0f);
+            data = floats.data();
+        } else {
+            halves.assign(count, 0x4640);
+            data = halves.data();
+        }
+    }
+    double get(size_t i) const {
+        return !ints.empty() ? ints[i] : !floats.empty() ? static_cast<double>(floats[i]) : from_bf16(halves[i]);
+    }
+    double mark() const { return !ints.empty() ? 0x5a5a5a5a : !floats.empty() ? 12345.0 : from_bf16(0x4640); }
+    bool same(const Output& other) const {
+        return ints == other.ints && halves == other.halves && floats.size() == other.floats.size() &&
+               (floats.empty() || std::memcmp(floats.data(), other.floats.data(), 4 * floats.size()) == 0);
+    }
+};
+
+constexpr float kLevels = 127.0f;
+
+Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ldx, Output& y, int64_t ldy, const float* bias) {
+    Product p{};
+    p.weight = made.weight;
+    p.x = x.data();
+    p.x_type = c.x_type;
+    p.ldx = ldx;
+    p.m = c.m;
+    p.digits = c.digits;
+    p.levels = kLevels;
+    p.step_type = c.x_type == Type::bf16 ? Type::bf16 : Type::f32;
+    p.y = y.data;
+    p.y_type = c.y_type;
+    p.ldy = ldy;
+    p.bias = bias;
+    p.integers = c.integers;
+    p.threads = c.threads;
+    return p;
+}
+
+// One token by the definition, and how far from it a product may be: the sum of the sizes of all terms in units in the last
+// place, as many as a sum of so many terms may cost, and the steps of the digits.
+struct Expected {
+    double y, allowed;
+};
+
+struct Reference {
+    const Case& c;
+    const Made& made;
+    const Product& p;
+    std::vector<double> real, size;  // (n, k): the weights that x meets, and the sum of the sizes of their parts
+
+    Reference(const Case& c, const Made& made, const Product& p) : c(c), made(made), p(p) {
+        const size_t count = static_cast<size_t>(c.n) * c.k;
+        real.resize(count);
+        size.resize(count);
+        for (int i = 0; i < c.n; i++)
+            for (int j = 0; j < c.k; j++) {
+                const int g = made.group_of(j);
+                const double code = value_of(made.weight, made.code(i, j)) - made.zero_of(i, g);
+                const float scale = made.scale.floats[made.at(i, g)], offset = made.offset_of(i, g);
+                const size_t at = static_cast<size_t>(i) * c.k + j;
+                real[at] = c.integers ? code : code * scale + offset;
+                // Pairs of bfloat16 round the weight, and there is only one way to do it.
+                if (p.pairs) real[at] = from_bf16(to_bf16(static_cast<float>(code) * scale + offset));
+                size[at] = std::fabs(code * scale) + std::fabs(static_cast<double>(offset));
+            }
+    }
+
+    // x of one token as the product sees it, what is added to its size, and the factor of the result.
+    struct Token {
+        std::vector<double> x, doubt;
+        double scale = 1.0;
+    };
+
+    Token token(const float* x) const {
+        Token t;
+        t.x.assign(x, x + c.k);
+        t.doubt.assign(static_cast<size_t>(c.k), 0.0);
+        if (c.digits == 1) {
+            float largest = 0.0f;
+            for (int j = 0; j < c.k; j++) largest = std::max(largest, std::fabs(x[j]));
+            float step = largest > 0.0f ? largest / kLevels : 1.0f;
+            if (largest > 0.0f && p.step_type == Type::bf16) step = from_bf16(to_bf16(step));
+            for (int j = 0; j < c.k; j++) t.x[j] = std::nearbyint(std::min(std::max(x[j] / step, -128.0f), 127.0f));
+            t.scale = c.integers ? 1.0 : step;
+        } else if (p.digits > 1) {
+            // In each span numbers are multiples of a 32 000th or an 8 000 000th of the largest.
+            const double steps = p.digits == 2 ? 32000.0 : 4000000.0;
+            for (int start = 0; start < c.k; start += p.span) {
+                const int end = std::min(start + p.span, c.k);
+                double largest = 0.0;
+                for (int j = start; j < end; j++) largest = std::max(largest, std::fabs(t.x[j]));
+                for (int j = start; j < end; j++) t.doubt[j] = 0.55 * largest / steps;
+            }
+        }
+        return t;
+    }
+
+    Expected expected(const Token& t, int column) const {
+        const double* w = real.data() + static_cast<size_t>(column) * c.k;
+        const double* s = size.data() + static_cast<size_t>(column) * c.k;
+        double sum = 0.0, terms = 0.0, doubt = 0.0;
+        for (int j = 0; j < c.k; j++) {
+            sum += t.x[j] * w[j];
+            terms += std::fabs(t.x[j]) * s[j];
+            doubt += t.doubt[j] * s[j];
+        }
+        const double places = 16.0 + 4.0 * std::sqrt(static_cast<double>(c.k));
+        return {sum * t.scale, c.integers ? 0.0 : ((terms + 256.0 * doubt) * places * 0x1p-24 + doubt) * t.scale};
+    }
+};
+
+void compare(const Case& c, const Made& made, const Product& p, const Numbers& x, int64_t ldx, const Output& y, int64_t ldy,
+             const float* bias) {
+    const Reference reference(c, made, p);
+    for (int t = 0; t < c.m; t++) {
+        const Reference::Token token = reference.token(x.floats.data() + t * ldx);
+        for (int i = 0; i < c.n; i++) {
+            Expected e = reference.expected(token, i);
+            if (bias != nullptr) {
+                e.y += bias[i];
+                e.allowed += (std::fabs(e.y) + std::fabs(bias[i])) * 0x1p-23;
+            }
+            if (!c.integers) e.allowed += std::fabs(e.y) * (c.y_type == Type::bf16 ? 0x1.02p-8 : 0x1p-23) + 0x1p-100;
+            const double got = y.get(static_cast<size_t>(t * ldy + i));
+            if (!(std::fabs(got - e.y) <= e.allowed))
+                return fail("%s: y[%d][%d] is %.9g, expected %.9g ± %.3g", c.text().c_str(), t, i, got, e.y, e.allowed);
+        }
+        for (int64_t i = c.n; i < ldy && t + 1 < c.m; i++)
+            if (y.get(static_cast<size_t>(t * ldy + i)) != y.mark())
+                return fail("%s: wrote y[%d][%d], beyond the row", c.text().c_str(), t, static_cast<int>(i));
+    }
+}
+
+void try_product(const Case& c) {
+    Random random(c.seed);
+    const Made made = make_weight(c, random);
+    const int64_t ldx = c.k + random.below(3) * 8, ldy = c.n + random.below(3) * 5;
+    Numbers x(c.x_type, static_cast<size_t>((c.m - 1) * ldx + c.k));
+    fill(x, c.m, c.k, ldx, random);
+    std::vector<float> bias(c.bias ? static_cast<size_t>(c.n) : 0);
+    for (float& v : bias) v = 10.0f * random.normal();
+    const float* added = c.bias ? bias.data() : nullptr;
+    const size_t count = static_cast<size_t>((c.m - 1) * ldy + c.n);
+    Output y(c, count), again(c, count);
+    Product p = product_of(c, made, x, ldx, y, ldy, added);
+    if (const char* wrong = product(p)) return fail("%s: refused: %s", c.text().c_str(), wrong);
+    compare(c, made, p, x, ldx, y, ldy, added);
+    // How the work is shared must not show.
+    Product other = product_of(c, made, x, ldx, again, ldy, added);
+    other.threads = c.threads == 1 ? 3 : 1;
+    if (const char* wrong = product(other)) return fail("%s: refused: %s", c.text().c_str(), wrong);
+    if (!y.same(again)) fail("%s: the result depends on the number of threads", c.text().c_str());
+}
+
+constexpr int kGroups[] = {16, 32, 64, 128, 0};  // 0: the row
+
+// Everything that `kind`, `k`, `m` and `digits` leave open, by lot.
+Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
+    Random random(seed);
+    Case c{};
+    c.kind = kind;
+    c.k = k;
+    c.m = m;
+    c.digits = digits;
+    c.seed = seed;
+    c.n = any_of(kN, random);
+    const int group = kind == Kind::trit5 ? 0 : any_of(kGroups, random);
+    c.group = group == 0 ? k : group;
+    c.zero = static_cast<Zero>(random.below(3));
+    c.offset = random.below(3) == 0;
+    c.bias = random.below(2) == 0;
+    c.scale_type = any_of(kTypes, random);
+    c.x_type = any_of(kTypes, random);
+    c.y_type = kTypes[random.below(2)];
+    c.threads = any_of(kThreads, random);
+    if (digits == 1 && random.below(3) == 0) {
+        c.integers = true;
+        c.group = k;
+        c.offset = c.bias = false;
+    }
+    return c;
+}
+
+int try_products(uint64_t seed, int one_in) {
+    int count = 0, number = 0;
+    for (int kind = 0; kind < kKinds; kind++)
+        for (int k : kK)
+            for (int m : kM)
+                for (int digits = 0; digits <= (integer(static_cast<Kind>(kind)) ? 3 : 0); digits++) {
+                    // One in three of a quick run, but a different one for every kind, k and m.
+                    if (++number % one_in != 0) continue;
+                    try_product(drawn(static_cast<Kind>(kind), k, m, digits, seed * 100000 + static_cast<uint64_t>(number)));
+                    count++;
+                }
+    return count;
+}
+
+// Every code, alone: columns of one number each, products with ones and zeros.
+void try_codes(Kind kind) {
+    const int codes = codes_of(kind);
+    for (int m : {1, 20}) {
+        Case c{};
+        c.kind = kind;
+        c.n = 256;
+        c.k = 20;
+        c.m = m;
+        c.group = c.k;
+        c.threads = 1;
+        c.x_type = c.m == 1 ? Type::f32 : Type::bf16;
+        Random random(1);
+        Made made = make_weight(c, random);
+        std::fill(made.scale.floats.begin(), made.scale.floats.end(), 1.0f);
+        // Five digits of three that share a byte lie four columns apart: 256 rows have all their combinations.
+        const int powers[5] = {1, 3, 9, 27, 81};
+        for (int i = 0; i < c.n; i++)
+            for (int j = 0; j < c.k; j++)
+                made.codes[static_cast<size_t>(i * c.k + j)] =
+                    static_cast<uint8_t>(kind == Kind::trit5 ? i / powers[j / 4] % 3 : (i + j) % codes);
+        made.pack(1);
+        for (int from = 0; from < c.k; from += m) {
+            Numbers x(c.x_type, static_cast<size_t>(c.m) * c.k);
+            for (int t = 0; t < m; t++)
+                for (int j = 0; j < c.k; j++) x.set(static_cast<size_t>(t * c.k + j), j == from + t ? 1.0f : 0.0f);
+            Output y(c, static_cast<size_t>(c.m) * c.n);
+            Product p = product_of(c, made, x, c.k, y, c.n, nullptr);
+            product(p);
+            for (int t = 0; t < m; t++)
+                for (int i = 0; i < c.n; i++) {
+                    double expected = value_of(made.weight, made.code(i, from + t));
+                    if (p.pairs) expected = from_bf16(to_bf16(static_cast<float>(expected)));
+                    const double got = y.get(static_cast<size_t>(t * c.n + i));
+                    if (got != expected)
+                        return fail("%s: code %d is %.9g, expected %.9g", c.text().c_str(), made.code(i, from + t), got, expected);
+                }
+        }
+    }
+}
+
+// The largest sums there can be: rows of the largest code and activations at the ends of int8.
+void try_extremes() {
+    struct Extreme {
+        Kind kind;
+        int k, code, zero;
+        bool alternating;
+    };
+    const Extreme extremes[] = {{Kind::u8, 65536, 255, 0, false},  {Kind::u8, 65536, 0, 255, false}, {Kind::u8, 640, 255, 0, true},
+                                {Kind::u8, 640, 128, 1, false},    {Kind::table4, 640, 15, 0, false}, {Kind::table4, 640, 15, 0, true},
+                                {Kind::table4, 640, 0, 127, true}};
+    for (const Extreme& e : extremes)
+        for (int m : {1, 2, 7})
+            for (int sign : {1, -1}) {
+                Case c{};
+                c.kind = e.kind;
+                c.n = 17;
+                c.k = e.k;
+                c.m = m;
+                c.group = e.k;
+                c.threads = 2;
+                c.digits = 1;
+                c.integers = true;
+                Random random(2);
+                Made made = make_weight(c, random);
+                made.weight.zero_all = e.zero;
+                made.weight.bytes[0] = 0;
+                made.weight.bytes[15] = 127;
+                std::fill(made.codes.begin(), made.codes.end(), static_cast<uint8_t>(e.code));
+                made.pack(2);
+                Numbers x(Type::f32, static_cast<size_t>(m) * e.k);
+                for (size_t i = 0; i < x.floats.size(); i++) x.floats[i] = static_cast<float>(e.alternating && i % 2 ? -sign : sign);
+                Output y(c, static_cast<size_t>(m) * c.n);
+                Product p = product_of(c, made, x, e.k, y, c.n, nullptr);
+                p.levels = 128.0f;  // -1 becomes -128, and 1 as much as there is: 127
+                // Where int32 holds it: 255 · 128 · 65536 fits, but only just.
+                product(p);
+                const int64_t value = static_cast<int64_t>(value_of(made.weight, e.code)) - e.zero;
+                const int64_t plus = e.alternating ? e.k / 2 : sign > 0 ? e.k : 0;
+                const int64_t expected = value * (127 * plus - 128 * (e.k - plus));
+                for (double got : {y.get(0), y.get(y.ints.size() - 1)})
+                    if (got != static_cast<double>(expected))
+                        return fail("%s code=%d zero=%d: the sum is %.0f, expected %lld", c.text().c_str(), e.code, e.zero, got,
+                                    static_cast<long long>(expected));
+            }
+}
+
+// A token with NaN or infinity has no finite result, and its neighbours are as they were.
+void try_not_finite() {
+    for (Kind kind : {Kind::u4, Kind::u8, Kind::e4m3})
+        for (int digits = 0; digits <= (integer(kind) ? 3 : 0); digits++)
+            for (int m : {1, 4, 13})
+                for (Type type : kTypes)
+                    for (float odd : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(),
+                                      std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+                        Case c = drawn(kind, 100, m, digits, 77 + static_cast<uint64_t>(m));
+                        c.n = 33;
+                        c.group = m == 4 ? 100 : 32;
+                        c.integers = false;
+                        c.x_type = type;
+                        Random random(c.seed);
+                        const Made made = make_weight(c, random);
+                        Numbers x(type, static_cast<size_t>(m) * c.k);
+                        fill(x, m, c.k, c.k, random);
+                        const size_t count = static_cast<size_t>(m) * c.n;
+                        Output y(c, count), before(c, count);
+                        Product clean = product_of(c, made, x, c.k, before, c.n, nullptr);
+                        product(clean);
+                        const int token = m / 2;
+                        x.set(static_cast<size_t>(token) * c.k + 70, odd);
+                        Product p = product_of(c, made, x, c.k, y, c.n, nullptr);
+                        product(p);
+                        for (int t = 0; t < m; t++)
+                            for (int i = 0; i < c.n; i++) {
+                                const double got = y.get(static_cast<size_t>(t * c.n + i));
+                                const bool good = t == token ? !std::isfinite(got)
+                                                             : got == before.get(static_cast<size_t>(t * c.n + i));
+                                if (!good)
+                                    return fail("%s: with x[%d][70] = %g, y[%d][%d] is %g", c.text().c_str(), token, odd, t, i, got);
+                            }
+                    }
+}
+
+// Digits must hold whatever number is the largest of its span.
+void try_largest(int count) {
+    Case c{};
+    c.kind = Kind::u4;
+    c.n = c.m = 1;
+    c.k = c.group = 32;
+    c.threads = 1;
+    Random random(3);
+    Made made = make_weight(c, random);
+    for (int i = 0; i < count; i++)
+        for (c.digits = 2; c.digits <= 3; c.digits++) {
+            Numbers x(Type::f32, 32);
+            const float largest = std::ldexp(1.0f + random.uniform(), random.below(220) - 120);
+            for (int j = 0; j < 32; j++) x.set(static_cast<size_t>(j), j == 20 ? largest : -random.uniform() * largest);
+            Output y(c, 1);
+            Product p = product_of(c, made, x, 32, y, 1, nullptr);
+            product(p);
+            const int before = failures.load();
+            compare(c, made, p, x, 32, y, 1, nullptr);
+            if (failures.load() != before) return fail("… where the largest number is %.9g", static_cast<double>(largest));
+        }
+}
+
+// What is nothing, and what must be refused.
+void try_refusals() {
+    Case c{};
+    c.kind = Kind::u4;
+    c.n = c.m = 2;
+    c.k = c.group = 64;
+    c.threads = 1;
+    Random random(4);
+    const Made made = make_weight(c, random);
+    Numbers x(Type::f32, 128);
+    Output y(c, 4);
+    const Product good = product_of(c, made, x, 64, y, 2, nullptr);
+    Product p = good;
+    p.m = 0;
+    if (product(p) != nullptr) fail("a product of no tokens is refused");
+    p = good;
+    p.weight.n = 0;
+    if (product(p) != nullptr) fail("a product with no rows is refused");
+    const auto refused = [](Product p, const char* what) {
+        if (product(p) == nullptr) fail("%s is not refused", what);
+    };
+    p = good;
+    p.x = nullptr;
+    refused(p, "a missing x");
+    p = good;
+    p.weight.group = 24;
+    p.weight.groups = 3;
+    refused(p, "a group of 24");
+    p = good;
+    p.digits = 4;
+    refused(p, "a fourth digit");
+    p = good;
+    p.digits = 1;
+    p.integers = true;
+    p.weight.group = 32;
+    p.weight.groups = 2;
+    refused(p, "an integer result of two groups");
+    p = good;
+    p.weight.kind = Kind::e4m3;
+    p.digits = 1;
+    refused(p, "an integer product of floating codes");
+}
+
+}  // namespace
+
+// Products from two threads at once, each with memory of its own.
+void try_callers(uint64_t seed) {
+    const auto some = [seed](int caller) {
+        for (int i = 0; i < 40; i++) {
+            Case c = drawn(static_cast<Kind>(i % kKinds), 300, kM[i % 8], 0, seed * 1000 + static_cast<uint64_t>(i + 100 * caller));
+            if (integer(c.kind)) c.digits = i % 4;
+            c.n = 130;
+            c.threads = 3;
+            try_product(c);
+        }
+    };
+    std::thread first(some, 1), second(some, 2);
+    first.join();
+    second.join();
+}
+
+int try_all_products(uint64_t seed, bool quick) {
+    for (int kind = 0; kind < kKinds; kind++) try_codes(static_cast<Kind>(kind));
+    try_extremes();
+    try_not_finite();
+    try_largest(quick ? 300 : 3000);
+    try_refusals();
+    return try_products(seed, quick ? 7 : 1);
+}
+
+}  // namespace arrondi
