@@ -55,7 +55,7 @@ sanitize:
 	cmake --build build/thread --parallel 2
 	build/thread/arrondi_selftest --quick
 
-# The same kernels for ARM, cross-compiled and emulated.
+# The same kernels for ARM, cross-compiled and emulated; the emulator does not survive a fork.
 ARM := aarch64-linux-gnu
 arm:
 	@command -v $(ARM)-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
@@ -63,7 +63,7 @@ arm:
 	set -e; cmake -S native -B build/arm -DARRONDI_SELFTEST=ON -DCMAKE_SYSTEM_NAME=Linux \
 		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM)-g++; \
 	cmake --build build/arm --parallel 2; \
-	qemu-aarch64 -L /usr/$(ARM) -cpu max build/arm/arrondi_selftest --quick
+	qemu-aarch64 -L /usr/$(ARM) -cpu max build/arm/arrondi_selftest --quick --no-fork
 
 # README and docstrings are run; ARCHITECTURE's links are followed.
 docs: $(STAMP)

@@ -85,6 +85,7 @@ inline double small_float(int code, int exponent_bits, int mantissa_bits, int bi
 inline uint16_t to_bf16(float v) {
     uint32_t bits;
     std::memcpy(&bits, &v, 4);
+    if (v != v) return static_cast<uint16_t>(bits >> 16 | 0x40);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 

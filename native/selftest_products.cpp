@@ -426,8 +426,9 @@ void try_not_finite() {
         for (int digits = 0; digits <= (integer(kind) ? 3 : 0); digits++)
             for (int m : {1, 4, 13})
                 for (Type type : kTypes)
-                    for (float odd : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(),
-                                      std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+                    for (uint32_t bits : {0x7fc00000u, 0xffc00000u, 0x7fffffffu, 0xffffffffu, 0x7f800000u, 0xff800000u}) {
+                        float odd;
+                        std::memcpy(&odd, &bits, 4);
                         Case c = drawn(kind, 100, m, digits, 77 + static_cast<uint64_t>(m));
                         c.n = 33;
                         c.group = m == 4 ? 100 : 32;
