@@ -37,6 +37,24 @@ inline Ints bf16_bits(Floats v) {
     return shift_right<16>(add(bits, add(splat(int32_t{0x7fff}), and_ints(shift_right<16>(bits), splat(int32_t{1})))));
 }
 
+// y[at … at + count), at most sixteen numbers.
+inline void store_some(void* y, Type type, int64_t at, int count, Floats value) {
+    float lanes[16];
+    uint16_t halves[16];
+    if (type == Type::f32) {
+        if (count == 16) return store_floats(static_cast<float*>(y) + at, value);
+        store_floats(lanes, value);
+        __builtin_memcpy(static_cast<float*>(y) + at, lanes, 4 * static_cast<size_t>(count));
+        return;
+    }
+    // A NaN whose payload would round up to infinity's neighbour stays a NaN.
+    store_floats(lanes, value);
+    store_low_halves(halves, bf16_bits(value));
+    for (int i = 0; i < count; i++)
+        if (lanes[i] != lanes[i]) halves[i] = 0x7fc0;
+    __builtin_memcpy(static_cast<uint16_t*>(y) + at, halves, 2 * static_cast<size_t>(count));
+}
+
 inline float rounded_to(float v, Type type) {
     if (type == Type::f32) return v;
     float out[16];
@@ -47,21 +65,29 @@ inline float rounded_to(float v, Type type) {
     return v;  // float16 scales of activations are refused above
 }
 
+// One token's numbers, from `at` on.
+struct Row {
+    const void* x;
+    Type type;
+    int64_t at;
+};
+
 // One token's k numbers [start, end) → digits, `width` columns from `out` on (padded with zeros), every quad `stride` bytes
-// after the one before; the digits of one number lie 4 bytes apart, the lowest last.
-template <int kDigits>
-inline void digits_of(const Product& p, int64_t row, int start, int end, int width, float inverse, float step, uint8_t* out,
+// after the one before; the digits of one number lie 4 bytes apart, the lowest last. With `kWord` they stay one number of
+// 16 bits: even_words() of all tokens, then odd_words().
+template <int kDigits, bool kWord>
+inline void digits_of(const Row& row, int start, int end, int width, float inverse, float step, uint8_t* out,
                       int stride, int32_t* sums) {
     Ints total[3] = {zero_ints(), zero_ints(), zero_ints()};
     for (int c = 0; c < width; c += 16) {
-        const Floats x = load_some(p.x, p.x_type, row + start + c, row + end > row + start + c ? row + end : row + start + c);
+        const Floats x = load_some(row.x, row.type, row.at + start + c, row.at + (end > start + c ? end : start + c));
         Ints digit[3];
         if constexpr (kDigits == 1) {
             const Floats code = min(max(div(x, splat(step)), splat(-128.0f)), splat(127.0f));
             digit[0] = to_ints(code);
         } else {
             Ints rest = to_ints(mul(x, splat(inverse)));
-            for (int d = kDigits - 1; d > 0; d--) {
+            for (int d = kDigits - 1; d > 0 && !kWord; d--) {
                 // The low byte as a signed number; what is left is a multiple of 256.
                 const Ints low = and_ints(rest, splat(int32_t{255}));
                 const Ints borrowed = shift_left<1>(and_ints(low, splat(int32_t{128})));
@@ -72,6 +98,18 @@ inline void digits_of(const Product& p, int64_t row, int start, int end, int wid
             }
             digit[0] = rest;
         }
+        if constexpr (kWord) {
+            total[0] = add(total[0], digit[0]);
+            uint16_t words[16];
+            store_low_halves(words, digit[0]);
+            for (int q = 0; q < 4; q++) {
+                const uint16_t* w = words + 4 * q;
+                const uint16_t even[2] = {w[0], w[2]}, odd[2] = {w[1], w[3]};
+                __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride, even, 4);
+                __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride + stride / 2, odd, 4);
+            }
+            continue;
+        }
         uint8_t bytes[16];
         for (int d = 0; d < kDigits; d++) {
             total[d] = add(total[d], digit[d]);
@@ -79,7 +117,7 @@ inline void digits_of(const Product& p, int64_t row, int start, int end, int wid
             for (int q = 0; q < 4; q++) __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride + 4 * d, bytes + 4 * q, 4);
         }
     }
-    for (int d = 0; d < kDigits; d++) {
+    for (int d = 0; d < (kWord ? 1 : kDigits); d++) {
         int32_t lanes[16];
         store_ints(lanes, total[d]);
         int32_t all = 0;
@@ -88,12 +126,13 @@ inline void digits_of(const Product& p, int64_t row, int start, int end, int wid
     }
 }
 
-inline float absolute_largest(const Product& p, int64_t row, int start, int end) {
+inline float absolute_largest(const Row& row, int start, int end) {
     Floats high = zero_floats();
     const Ints size = splat(int32_t{0x7fffffff});
     // Compared as integers, so that NaN counts as larger than everything.
     Ints most = as_ints(high);
-    for (int c = start; c < end; c += 16) most = max(most, and_ints(as_ints(load_some(p.x, p.x_type, row + c, row + end)), size));
+    for (int c = start; c < end; c += 16)
+        most = max(most, and_ints(as_ints(load_some(row.x, row.type, row.at + c, row.at + end)), size));
     int32_t lanes[16], best = 0;
     store_ints(lanes, most);
     for (int i = 0; i < 16; i++) best = lanes[i] > best ? lanes[i] : best;
@@ -102,16 +141,32 @@ inline float absolute_largest(const Product& p, int64_t row, int start, int end)
     return value;
 }
 
+// x / rms(x) · norm, in memory of the tile.
+inline Row normed(const Product& p, int tile, const Row& row) {
+    const int k = p.weight.k, padded = (k + 15) / 16 * 16;
+    float* out = p.normed + static_cast<int64_t>(tile) * padded;
+    Floats squares = zero_floats();
+    for (int c = 0; c < k; c += 16) {
+        const Floats x = load_some(row.x, row.type, row.at + c, row.at + k);
+        squares = fma(x, x, squares);
+        store_floats(out + c, x);
+    }
+    const Floats mean = splat(sum(squares) / static_cast<float>(k) + p.eps), unit = div(splat(1.0f), sqrt(mean));
+    for (int c = 0; c < k; c += 16)
+        store_floats(out + c, mul(mul(load_floats(out + c), unit), load_some(p.norm, Type::f32, c, k)));
+    return {out, Type::f32, 0};
+}
+
 // One tile of activations in the form that p.digits asks for.
 inline void pack_tile(const Product& p, int tile) {
     const int first = tile * p.tokens, count = p.m - first < p.tokens ? p.m - first : p.tokens;
     const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
     uint8_t* out = p.tiles + tile * p.tile_bytes;
     for (int t = 0; t < count; t++) {
-        const int64_t row = (first + t) * p.ldx;
+        const Row given = {p.x, p.x_type, (first + t) * p.ldx}, row = p.norm == nullptr ? given : normed(p, tile, given);
         if (p.digits == 0) {
             for (int c = 0; c < padded; c += 16) {
-                const Floats x = load_some(p.x, p.x_type, row + c, row + (k > c ? k : c));
+                const Floats x = load_some(row.x, row.type, row.at + c, row.at + (k > c ? k : c));
                 float lanes[16];
                 if (p.pairs) {
                     uint16_t halves[16];
@@ -126,31 +181,36 @@ inline void pack_tile(const Product& p, int tile) {
             }
             continue;
         }
-        const int digits = p.digits, stride = 4 * digits * count;
-        float whole = digits == 1 ? absolute_largest(p, row, 0, k) : 0.0f;
+        const int digits = p.digits, rows = rows_of_token(p), stride = (p.words ? 8 : 4) * rows * count;
+        float whole = digits == 1 ? absolute_largest(row, 0, k) : 0.0f;
         for (int s = 0; s < p.spans; s++) {
             const int start = s * p.span, end = start + p.span < k ? start + p.span : k;
             const int width = (start + p.span < padded && s + 1 < p.spans ? start + p.span : padded) - start;
             const int64_t at = (static_cast<int64_t>(tile) * p.spans + s) * kRowsMost;
-            uint8_t* quads = out + static_cast<int64_t>(start / 4) * stride + 4 * digits * t;
-            int32_t* sums = p.tile_sum + at + digits * t;
+            uint8_t* quads = out + static_cast<int64_t>(start / 4) * stride + 4 * rows * t;
+            int32_t* sums = p.tile_sum + at + rows * t;
             if (digits == 1) {
                 const float step = whole > 0.0f || whole != whole ? rounded_to(whole / p.levels, p.step_type) : 1.0f;
-                digits_of<1>(p, row, start, end, width, 0.0f, step, quads, stride, sums);
+                if (p.words)
+                    digits_of<1, true>(row, start, end, width, 0.0f, step, quads, stride, sums);
+                else
+                    digits_of<1, false>(row, start, end, width, 0.0f, step, quads, stride, sums);
                 p.tile_scale[static_cast<int64_t>(tile) * kRowsMost + t] = whole - whole == 0.0f ? step : whole - whole;
                 continue;
             }
             // Numbers are kept as multiples of largest / range. Every digit fits int8 up to 127 · 257 and 127 · 65793; the
             // latter less what rounding the reciprocal may add.
             const float range = digits == 2 ? 32639.0f : 8355700.0f;
-            float largest = absolute_largest(p, row, start, end);
+            float largest = absolute_largest(row, start, end);
             const bool finite = largest - largest == 0.0f;
             if (largest < 0x1p-100f) largest = 0x1p-100f;  // the reciprocal stays finite; what is lost is below any sum
             const float inverse = finite ? range / largest : 0.0f;
-            if (digits == 2)
-                digits_of<2>(p, row, start, end, width, inverse, 0.0f, quads, stride, sums);
+            if (p.words)
+                digits_of<2, true>(row, start, end, width, inverse, 0.0f, quads, stride, sums);
+            else if (digits == 2)
+                digits_of<2, false>(row, start, end, width, inverse, 0.0f, quads, stride, sums);
             else
-                digits_of<3>(p, row, start, end, width, inverse, 0.0f, quads, stride, sums);
+                digits_of<3, false>(row, start, end, width, inverse, 0.0f, quads, stride, sums);
             p.tile_scale[at + t] = finite ? largest / range : largest - largest;
         }
     }

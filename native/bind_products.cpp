@@ -52,31 +52,43 @@ void bind_products(nb::module_& m) {
         nb::gil_scoped_release free;
         unpack_rows(static_cast<Kind>(kind), at<uint8_t>(packed), k, first, count, at<uint8_t>(out));
     });
-    m.def("linear", [](const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table,
-                       uintptr_t x, int x_type, int64_t ldx, int rows, int digits, float levels, int step_type, uintptr_t y,
-                       int y_type, int64_t ldy, uintptr_t bias, bool integers, int threads) {
-        Product p{};
-        p.weight = weight_of(facts, codes, scale, zero, offset, table);
-        p.x = at<void>(x);
-        p.x_type = static_cast<Type>(x_type);
-        p.ldx = ldx;
-        p.m = rows;
-        p.digits = digits;
-        p.levels = levels;
-        p.step_type = static_cast<Type>(step_type);
-        p.y = at<void>(y);
-        p.y_type = static_cast<Type>(y_type);
-        p.ldy = ldy;
-        p.bias = at<float>(bias);
-        p.integers = integers;
-        p.threads = threads;
-        const char* wrong;
-        {
-            nb::gil_scoped_release free;
-            wrong = product(p);
-        }
-        if (wrong != nullptr) throw nb::value_error(wrong);
-    });
+    // A product with its weight bound: what stays the same from call to call crosses from Python once.
+    nb::class_<Product>(m, "Product")
+        .def("__init__", [](Product* made, const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset,
+                            uintptr_t table, int digits, float levels, int step_type, uintptr_t bias, uintptr_t norm, float eps,
+                            int gate) {
+            Product p{};
+            p.weight = weight_of(facts, codes, scale, zero, offset, table);
+            p.digits = digits;
+            p.levels = levels;
+            p.step_type = static_cast<Type>(step_type);
+            p.bias = at<float>(bias);
+            p.norm = at<float>(norm);
+            p.eps = eps;
+            p.gate = static_cast<Gate>(gate);
+            new (made) Product(p);
+        })
+        .def("__call__", [](const Product& bound, uintptr_t x, int x_type, int64_t ldx, int rows, uintptr_t y, int y_type,
+                            int64_t ldy, uintptr_t residual, int64_t ldr, bool integers, int threads) {
+            Product p = bound;
+            p.x = at<void>(x);
+            p.x_type = static_cast<Type>(x_type);
+            p.ldx = ldx;
+            p.m = rows;
+            p.y = at<void>(y);
+            p.y_type = static_cast<Type>(y_type);
+            p.ldy = ldy;
+            p.residual = at<void>(residual);
+            p.ldr = ldr;
+            p.integers = integers;
+            p.threads = threads;
+            const char* wrong;
+            {
+                nb::gil_scoped_release free;
+                wrong = product(p);
+            }
+            if (wrong != nullptr) throw nb::value_error(wrong);
+        });
 }
 
 }  // namespace arrondi

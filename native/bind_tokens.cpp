@@ -27,6 +27,16 @@ void bind_tokens(nb::module_& m) {
         }
         if (wrong != nullptr) throw nb::value_error(wrong);
     });
+    m.def("rotate", [](int rows, int heads, int key_heads, int width, uintptr_t x, int64_t ldx, uintptr_t cos, uintptr_t sin,
+                       int type, uintptr_t norm, uintptr_t key_norm, float eps, int threads) {
+        const char* wrong;
+        {
+            nb::gil_scoped_release free;
+            wrong = rotate({rows, heads, key_heads, width, at<void>(x), ldx, at<void>(cos), at<void>(sin),
+                            static_cast<Type>(type), at<float>(norm), at<float>(key_norm), eps, threads});
+        }
+        if (wrong != nullptr) throw nb::value_error(wrong);
+    });
 }
 
 }  // namespace arrondi

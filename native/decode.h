@@ -6,11 +6,26 @@
 namespace arrondi {
 namespace ARRONDI_PATH {
 
+// Products with so many quads fit a sum of 16 bits: two codes times 128 each. 1: none is safe beyond two neighbours.
+constexpr int fold_quads(Kind kind) {
+    switch (kind) {
+        case Kind::u6: return 2;
+        case Kind::u5: return 4;
+        case Kind::u4: return 8;
+        case Kind::u3: return 16;
+        case Kind::u2:
+        case Kind::u1:
+        case Kind::trit5: return 32;
+        default: return 1;
+    }
+}
+
 // One step of codes as bytes, w[quad].
 template <Kind kKind>
 struct Decode {
     static constexpr int kQuads = step_quads(kKind);
     static constexpr bool kWide = kKind == Kind::u8;  // codes above 127
+    static constexpr int kFold = fold_quads(kKind);
 
     static inline void step(const uint8_t* p, const Weight& weight, Bytes* w) {
         if constexpr (kKind == Kind::u8 || kKind == Kind::e4m3 || kKind == Kind::e5m2) {

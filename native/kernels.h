@@ -36,6 +36,11 @@ constexpr int kKinds = 14;
 
 enum class Type : int { f32, bf16, f16 };
 
+constexpr int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// g · sigmoid(g); the approximation of GELU by tanh.
+enum class Gate : int { none, silu, gelu_tanh };
+
 constexpr int kBlock = 16;  // rows of the weight in a block
 
 constexpr int step_quads(Kind kind) { return kind == Kind::trit5 ? 5 : 8; }
@@ -95,17 +100,30 @@ struct Product {
     const float* bias;  // (n,) or null
     bool integers;      // y is the exact int32 sum; digits == 1 and one group only
     int threads;
+    // Beforehand x becomes x / rms(x) · norm with rms² = mean(x²) + eps. Null: x stays.
+    const float* norm;  // (k,)
+    float eps;
+    // Afterwards the first half of the results is the gate of the second half: y (m, n / 2) = gate(first) · second.
+    Gate gate;
+    // Added to y, in its type, rows ldr elements apart; null: nothing is. Not with a gate.
+    const void* residual;
+    int64_t ldr;
     // Made by product():
     int span;           // columns between two additions to the float sum; divides group, or is shorter than a row
     int spans;
     bool pairs;         // floats as pairs of bfloat16
+    bool words;         // one or two digits in one number of 16 bits
     int tokens;         // of one tile
     uint8_t* tiles;     // activations [tile][unit][row of the tile][4 bytes]
     int64_t tile_bytes;
     float* tile_scale;  // digits == 1: [tile][kRowsMost]; else [tile][spans][kRowsMost]
+    float* normed;      // a row of each tile, where x is normed
     int32_t* tile_sum;  // sums of the digits, [tile][spans][kRowsMost]
 };
 constexpr int kRowsMost = 8;
+
+// Rows of a tile that one token takes: a digit is a row like others.
+inline int rows_of_token(const Product& p) { return p.digits == 0 || p.words ? 1 : p.digits; }
 
 struct Transforms;  // transforms.h
 struct Tokens;      // tokens.h
@@ -116,12 +134,15 @@ struct Path {
     int vectors;         // blocks of a panel
     bool fast_dot;       // integer products beat float ones even with three digits
     bool bf16_dot;
+    bool words;          // codes above 127 meet activations of 16 bits
     void (*pack_tile)(const Product&, int tile);
     // y[:, blocks first … last) for few rows: the weight is decoded in registers.
     void (*stream)(const Product&, int first, int last);
     // The same for many rows, `vectors` blocks at a time: decoded to a panel, which all tiles then use.
     void (*panel)(const Product&, int first, int last, uint8_t* scratch);
     size_t (*panel_scratch)(const Product&);
+    // y[token] of a gated product from its n results.
+    void (*gate)(const Product&, int token, const float* results);
     Quantizers quantizers;
     const Transforms* transforms;
     const Tokens* tokens;

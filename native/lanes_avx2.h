@@ -14,10 +14,13 @@ namespace ARRONDI_PATH {
 constexpr int kRows = 6;
 constexpr int kVectors = 1;
 #if defined(__AVXVNNI__)
-constexpr bool kFastDot = true;
+constexpr bool kShortSums = false;
+constexpr bool kWords = false;
 #else
-constexpr bool kFastDot = false;
+constexpr bool kShortSums = true;
+constexpr bool kWords = true;
 #endif
+constexpr bool kFastDot = true;
 
 struct Bytes {
     __m256i a, b;
@@ -31,6 +34,13 @@ struct Half {
 };
 struct Ints {
     Half a, b;
+};
+// The same for sixteen int16.
+struct ShortHalf {
+    __v16hi lanes;
+    ShortHalf() = default;
+    ShortHalf(__m256i v) : lanes(reinterpret_cast<__v16hi>(v)) {}
+    operator __m256i() const { return reinterpret_cast<__m256i>(lanes); }
 };
 struct Floats {
     __m256 a, b;
@@ -103,21 +113,34 @@ inline Ints dot7(Ints sum, Bytes u, Bytes s) {
     return {_mm256_dpbusd_avx_epi32(sum.a, u.a, s.a), _mm256_dpbusd_avx_epi32(sum.b, u.b, s.b)};
 }
 inline Ints dot8(Ints sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
+using Shorts = Ints;
+inline Shorts zero_shorts() { return zero_ints(); }
+inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
+inline Ints fold(Ints sum, Shorts part) { return add(sum, part); }
 #else
+struct Shorts {
+    ShortHalf a, b;
+};
+inline Shorts zero_shorts() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) {
+    return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(u.a, s.a)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(u.b, s.b))};
+}
+inline Ints fold(Ints sum, Shorts part) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(part.a, one)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(part.b, one))};
+}
 // Two products of at most 127 · 128 fit the 16 bits that they are added in.
-inline __m256i dot7_half(__m256i sum, __m256i u, __m256i s) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+inline Ints dot7(Ints sum, Bytes u, Bytes s) {
+    return fold(sum, {_mm256_maddubs_epi16(u.a, s.a), _mm256_maddubs_epi16(u.b, s.b)});
 }
-inline Ints dot7(Ints sum, Bytes u, Bytes s) { return {dot7_half(sum.a, u.a, s.a), dot7_half(sum.b, u.b, s.b)}; }
-// Products of more than 127 do not: even and odd bytes are widened to 16 bits and added in 32.
-inline __m256i dot8_half(__m256i sum, __m256i u, __m256i s) {
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
-                                           _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
-    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
-}
-inline Ints dot8(Ints sum, Bytes u, Bytes s) { return {dot8_half(sum.a, u.a, s.a), dot8_half(sum.b, u.b, s.b)}; }
+// Codes above 127 meet activations as words.
+inline Ints dot8(Ints sum, Bytes, Bytes) { return sum; }
 #endif
+inline Bytes even_words(Bytes v) { return both(v, {_mm256_set1_epi16(255), _mm256_set1_epi16(255)}); }
+inline Bytes odd_words(Bytes v) { return shift_down<8>(v); }
+inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(w.a, x.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(w.b, x.b))};
+}
 inline __m256i count_ones_half(__m256i v) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
                                            0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);

@@ -13,6 +13,8 @@ namespace ARRONDI_PATH {
 constexpr int kRows = 6;     // rows of a tile of activations
 constexpr int kVectors = 4;  // registers of sixteen columns in a tile of weights
 constexpr bool kFastDot = true;
+constexpr bool kShortSums = false;  // nothing beats dot7 and dot8
+constexpr bool kWords = false;
 
 using Bytes = __m512i;
 using Ints = __m512i;
@@ -67,7 +69,14 @@ inline Ints shift_left(Ints v) {
     return _mm512_slli_epi32(v, kBits);
 }
 inline Ints dot7(Ints sum, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(sum, u, s); }
-inline Ints dot8(Ints sum, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(sum, u, s); }
+inline Ints dot8(Ints sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
+using Shorts = Ints;
+inline Shorts zero_shorts() { return zero_ints(); }
+inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
+inline Ints fold(Ints sum, Shorts part) { return add(sum, part); }
+inline Bytes even_words(Bytes v) { return v; }
+inline Bytes odd_words(Bytes v) { return v; }
+inline Ints dot_words(Ints sum, Bytes, Bytes) { return sum; }
 
 inline Floats zero_floats() { return _mm512_setzero_ps(); }
 inline Floats splat(float v) { return _mm512_set1_ps(v); }

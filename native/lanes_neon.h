@@ -14,6 +14,8 @@ namespace ARRONDI_PATH {
 constexpr int kRows = 6;
 constexpr int kVectors = 1;
 constexpr bool kFastDot = true;
+constexpr bool kShortSums = false;  // nothing beats dot7 and dot8
+constexpr bool kWords = false;
 
 struct Bytes {
     uint8x16_t v[4];
@@ -111,6 +113,13 @@ inline Ints dot8(Ints sum, Bytes u, Bytes s) {
                                  vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(top), vreinterpretq_s8_u8(s.v[i]))));
 }
 #endif
+using Shorts = Ints;
+inline Shorts zero_shorts() { return zero_ints(); }
+inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
+inline Ints fold(Ints sum, Shorts part) { return add(sum, part); }
+inline Bytes even_words(Bytes v) { return v; }
+inline Bytes odd_words(Bytes v) { return v; }
+inline Ints dot_words(Ints sum, Bytes, Bytes) { return sum; }
 inline Ints count_ones(Ints v) {
     ARRONDI_EACH(Ints, vreinterpretq_s32_u32(vpaddlq_u16(vpaddlq_u8(vcntq_u8(vreinterpretq_u8_s32(v.v[i]))))));
 }

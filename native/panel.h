@@ -1,9 +1,11 @@
 // Products with many rows: some columns of some blocks are decoded to a panel in cache, which all tiles of rows then use.
 //
-// Everything is a grid of units of four bytes: four int8 digits, two bfloat16 or one float32. A panel holds sixteen rows of
+// Everything is a grid of units of four bytes: four int8 digits, two int16, two bfloat16 or one float32. A panel holds sixteen rows of
 // the weight in a register of units, a tile one unit of each of its rows one after another; `Op` says what multiplying a
 // register by a repeated unit means.
 #pragma once
+
+#include <type_traits>
 
 #include "spans.h"
 
@@ -13,16 +15,23 @@ namespace ARRONDI_PATH {
 struct IntegerOp {
     static constexpr int kColumns = 4;  // of K in a unit
     using Sum = Ints;
-    static inline Sum zero() { return zero_ints(); }
     static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot7(sum, w, x); }
 };
-struct WideIntegerOp : IntegerOp {
+struct WideOp : IntegerOp {
     static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot8(sum, w, x); }
+};
+struct WordOp : IntegerOp {
+    static constexpr int kColumns = 2;
+    static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot_words(sum, w, x); }
+};
+// Part of a sum of integers, folded into it after a few units.
+struct ShortOp : IntegerOp {
+    using Sum = Shorts;
+    static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot_short(sum, w, x); }
 };
 struct FloatOp {
     static constexpr int kColumns = 1;
     using Sum = Floats;
-    static inline Sum zero() { return zero_floats(); }
     static inline Sum step(Sum sum, Bytes w, Bytes x) { return fma(as_floats(lanes_of(w)), as_floats(lanes_of(x)), sum); }
 };
 struct PairOp : FloatOp {
@@ -30,15 +39,16 @@ struct PairOp : FloatOp {
     static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot_bf16(sum, w, x); }
 };
 
-// The heart: sum[row][vector] += panel · tile over `units`; the vectors of a panel lie `stride` bytes apart.
+// The heart: s[row][vector] = begin(row, vector) + panel · tile over `units`, given to end(row, vector, s); the vectors of a
+// panel lie `stride` bytes apart.
 // Unrolled, for GCC keeps sums that are several registers each out of memory only then; here and in float_tile.
-template <class Op, int kRowsHere>
-inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, typename Op::Sum (*sum)[kVectors]) {
+template <class Op, int kRowsHere, class Begin, class End>
+inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, const Begin& begin, const End& end) {
     typename Op::Sum s[kRowsHere][kVectors];
 #pragma GCC unroll 6
     for (int r = 0; r < kRowsHere; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) s[r][v] = sum[r][v];
+        for (int v = 0; v < kVectors; v++) s[r][v] = begin(r, v);
     for (int u = 0; u < units; u++, panel += 64, x += 4 * kRowsHere) {
         Bytes w[kVectors];
 #pragma GCC unroll 4
@@ -53,7 +63,22 @@ inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int
 #pragma GCC unroll 6
     for (int r = 0; r < kRowsHere; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) sum[r][v] = s[r][v];
+        for (int v = 0; v < kVectors; v++) end(r, v, s[r][v]);
+}
+
+// sum[row][vector] += panel · tile. `fold_units`: after which a sum of 16 bits must be folded.
+template <class Op, int kRowsHere>
+inline void multiply_add(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, int fold_units,
+                         Ints (*sum)[kVectors]) {
+    if constexpr (kShortSums && std::is_same_v<Op, ShortOp>) {
+        for (; units > 0; units -= fold_units, panel += 64 * fold_units, x += 4 * kRowsHere * fold_units)
+            multiply<Op, kRowsHere>(
+                panel, stride, x, units < fold_units ? units : fold_units, [](int, int) { return zero_shorts(); },
+                [&](int r, int v, Shorts part) { sum[r][v] = fold(sum[r][v], part); });
+    } else {
+        multiply<Op, kRowsHere>(
+            panel, stride, x, units, [&](int r, int v) { return sum[r][v]; }, [&](int r, int v, Ints s) { sum[r][v] = s; });
+    }
 }
 
 // Columns of a panel that are decoded at once, and tokens between two decodings: panel and sums stay in the core's caches.
@@ -119,9 +144,9 @@ inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals
                 for (int v = 0; v < kVectors; v++)
                     sum[r][v] = add(sum[r][v], load_ints(carried + r * kWidth + v * kBlock));
         prefetch_next(panel, (end - start) / 4);
-        multiply<Op, kRowsHere>(panel.from + static_cast<int64_t>(start - panel.column) / 4 * 64, panel.stride,
-                                p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) * kRowsHere, (end - start) / 4,
-                                sum);
+        multiply_add<Op, kRowsHere>(panel.from + static_cast<int64_t>(start - panel.column) / Op::kColumns * 64, panel.stride,
+                                    p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / Op::kColumns * 4 * kRowsHere,
+                                    (end - start) / Op::kColumns, fold_quads(w.kind), sum);
         if (whole && (s + 1 < p.spans || p.integers)) {
             for (int r = 0; r < kRowsHere; r++)
                 for (int v = 0; v < kVectors; v++) store_ints(carried + r * kWidth + v * kBlock, sum[r][v]);
@@ -143,56 +168,55 @@ inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals
     }
 }
 
-// Float sums over K are broken at every 64 units, or their error would grow with the length of the chain.
+// Float sums over K are broken at every 64 units and at every panel, or their error would grow with the length of the chain.
 constexpr int kChain = 64;
 
 template <class Op, int kRowsHere>
 inline void float_tile(const Product& p, Panel& panel, int tile, float* totals) {
     const int units = panel.columns / Op::kColumns;
     const uint8_t* x = p.tiles + tile * p.tile_bytes + static_cast<int64_t>(panel.column) / Op::kColumns * kRowsHere * 4;
-    Floats sum[kRowsHere][kVectors];
+    float part[kRowsHere * kWidth];
     for (int unit = 0; unit < units; unit += kChain) {
         prefetch_next(panel, kChain / 2);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRowsHere; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) sum[r][v] = zero_floats();
-        multiply<Op, kRowsHere>(panel.from + static_cast<int64_t>(unit) * 64, panel.stride,
-                                x + static_cast<int64_t>(unit) * kRowsHere * 4, unit + kChain < units ? kChain : units - unit,
-                                sum);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRowsHere; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) {
-                float* total = totals + r * kWidth + v * kBlock;
-                store_floats(total, panel.column + unit == 0 ? sum[r][v] : add(load_floats(total), sum[r][v]));
-            }
+        const bool last = unit + kChain >= units;
+        multiply<Op, kRowsHere>(
+            panel.from + static_cast<int64_t>(unit) * 64, panel.stride, x + static_cast<int64_t>(unit) * kRowsHere * 4,
+            last ? units - unit : kChain, [](int, int) { return zero_floats(); },
+            [&](int r, int v, Floats sum) {
+                const int at = r * kWidth + v * kBlock;
+                if (unit > 0) sum = add(load_floats(part + at), sum);
+                if (last && panel.column > 0) sum = add(load_floats(totals + at), sum);
+                store_floats((last ? totals : part) + at, sum);
+            });
     }
+}
+
+template <class Op, int kRowsHere>
+inline void integer_rows(const Product& p, Panel& panel, int tile, float* totals) {
+    if (p.digits == 1) return integer_tile<Op, kRowsHere, 1>(p, panel, tile, totals);
+    if constexpr (kRowsHere % 2 == 0)
+        if (p.digits == 2) return integer_tile<Op, kRowsHere, 2>(p, panel, tile, totals);
+    if constexpr (kRowsHere % 3 == 0) return integer_tile<Op, kRowsHere, 3>(p, panel, tile, totals);
 }
 
 template <int kRowsHere>
 inline void any_tile(const Product& p, Panel& panel, int tile, float* totals) {
-    const bool wide = p.weight.kind == Kind::u8;
     if (p.digits == 0) {
         if constexpr (kHasBf16Dot)
             if (p.pairs) return float_tile<PairOp, kRowsHere>(p, panel, tile, totals);
         return float_tile<FloatOp, kRowsHere>(p, panel, tile, totals);
     }
-    if (p.digits == 1)
-        return wide ? integer_tile<WideIntegerOp, kRowsHere, 1>(p, panel, tile, totals)
-                    : integer_tile<IntegerOp, kRowsHere, 1>(p, panel, tile, totals);
-    if constexpr (kRowsHere % 2 == 0)
-        if (p.digits == 2)
-            return wide ? integer_tile<WideIntegerOp, kRowsHere, 2>(p, panel, tile, totals)
-                        : integer_tile<IntegerOp, kRowsHere, 2>(p, panel, tile, totals);
-    if constexpr (kRowsHere % 3 == 0)
-        return wide ? integer_tile<WideIntegerOp, kRowsHere, 3>(p, panel, tile, totals)
-                    : integer_tile<IntegerOp, kRowsHere, 3>(p, panel, tile, totals);
+    if constexpr (kWords)
+        if (p.words) return integer_tile<WordOp, kRowsHere, 1>(p, panel, tile, totals);
+    if (p.weight.kind == Kind::u8) return integer_rows<WideOp, kRowsHere>(p, panel, tile, totals);
+    if constexpr (kShortSums)
+        if (fold_quads(p.weight.kind) > 1) return integer_rows<ShortOp, kRowsHere>(p, panel, tile, totals);
+    return integer_rows<IntegerOp, kRowsHere>(p, panel, tile, totals);
 }
 
 inline void any_rows(const Product& p, Panel& panel, int tile, float* totals) {
     const int tokens = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
-    switch (tokens * (p.digits == 0 ? 1 : p.digits)) {
+    switch (tokens * rows_of_token(p)) {
         case 1: return any_tile<1>(p, panel, tile, totals);
         case 2: return any_tile<2>(p, panel, tile, totals);
         case 3: return any_tile<3>(p, panel, tile, totals);
@@ -235,12 +259,12 @@ inline void decode_panel(const Product& p, Panel& panel) {
     constexpr int kColumns = 4 * D::kQuads;
     const int64_t of_block = static_cast<int64_t>(w.steps) * step_bytes(kKind);
     const uint8_t* start = w.codes + panel.first * of_block + static_cast<int64_t>(panel.column / kColumns) * step_bytes(kKind);
-    if (kKind == Kind::u8 && p.digits > 0 && panel.blocks == kVectors) {
+    if (kKind == Kind::u8 && p.digits > 0 && !p.words && panel.blocks == kVectors) {
         panel.from = start;
         panel.stride = of_block;
         return;
     }
-    const int units = p.digits > 0 ? D::kQuads : p.pairs ? kColumns / 2 : kColumns;
+    const int units = p.words || p.pairs ? kColumns / 2 : p.digits > 0 ? D::kQuads : kColumns;
     const Table16 table = load_table(w.floats);
     Bytes decoded[D::kQuads];
     panel.from = panel.units;
@@ -255,7 +279,12 @@ inline void decode_panel(const Product& p, Panel& panel) {
         for (int column = panel.column; column < panel.column + panel.columns; column += kColumns) {
             D::step(codes, w, decoded);
             codes += step_bytes(kKind);
-            if (p.digits > 0) {
+            if (p.words) {
+                for (int q = 0; q < D::kQuads; q++) {
+                    store_bytes(out + 128 * q, even_words(decoded[q]));
+                    store_bytes(out + 128 * q + 64, odd_words(decoded[q]));
+                }
+            } else if (p.digits > 0) {
                 for (int q = 0; q < D::kQuads; q++) store_bytes(out + 64 * q, decoded[q]);
             } else {
                 decode_floats<kKind>(p, decoded, panel.first + v, column, table, out);
@@ -280,7 +309,7 @@ struct PanelSizes {
 inline PanelSizes panel_sizes(const Product& p) {
     const size_t columns = static_cast<size_t>(panel_columns(p));
     const int tokens = p.m < kPanelTokens ? p.m : kPanelTokens;
-    return {columns * kWidth * (p.digits > 0 ? 1 : p.pairs ? 2 : 4) + kVectors * kStagger, (columns / p.span + 1) * kWidth * 4,
+    return {columns * kWidth * (p.words || p.pairs ? 2 : p.digits > 0 ? 1 : 4) + kVectors * kStagger, (columns / p.span + 1) * kWidth * 4,
             static_cast<size_t>(tokens + kRowsMost) * kWidth * 4};
 }
 
@@ -343,7 +372,7 @@ inline void panel_kind(const Product& p, int first, int last, uint8_t* scratch) 
             for (int t = 0; t < count; t++) {
                 const int token = tile * p.tokens + t;
                 const float* total = panel.totals + static_cast<size_t>((tile - from) * p.tokens + t) * kWidth;
-                const float scale = p.digits == 1 ? scales_of(p, tile, 0)[t] : 1.0f;
+                const float scale = p.digits == 1 ? scales_of(p, tile)[t] : 1.0f;
                 for (int v = 0; v < panel.blocks; v++) {
                     if (p.integers)
                         store_integers(p, token, first + v, load_ints(reinterpret_cast<const int32_t*>(total) + v * kBlock));

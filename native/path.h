@@ -17,10 +17,10 @@ namespace arrondi {
 namespace ARRONDI_PATH {
 
 const Transforms kTransforms = {butterflies, base_product, pack_signs, multiply_signs, read};
-const Tokens kTokens = {dense, attend};
+const Tokens kTokens = {dense, attend, rotate};
 extern const Path kPath;
-const Path kPath = {ARRONDI_NAME(ARRONDI_PATH), kRows, kVectors, kFastDot, kHasBf16Dot, pack_tile, stream, panel, panel_scratch,
-                    {round, pack, restore, search, split, sweep}, &kTransforms, &kTokens};
+const Path kPath = {ARRONDI_NAME(ARRONDI_PATH), kRows, kVectors, kFastDot, kHasBf16Dot, kWords, pack_tile, stream, panel,
+                    panel_scratch, gate_token, {round, pack, restore, search, split, sweep}, &kTransforms, &kTokens};
 
 }  // namespace ARRONDI_PATH
 }  // namespace arrondi

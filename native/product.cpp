@@ -28,7 +28,10 @@ class Scratch {
     size_t size_ = 0;
 };
 
-thread_local Scratch tiles_memory, panel_memory;
+thread_local Scratch tiles_memory, panel_memory, gate_memory;
+
+// Tokens of a gated product that are computed before the gate is applied to them.
+constexpr int kGateTokens = 384;
 
 bool integer(Kind kind) { return kind <= Kind::table4; }
 
@@ -51,28 +54,30 @@ const char* check(const Product& p) {
         return "groups must be of 16 columns or of whole steps";
     if (p.digits < 0 || p.digits > 3 || (p.digits > 0 && !integer(w.kind))) return "this format has no integer products";
     if (p.digits == 1 && w.groups == 1 && w.k > 65536) return "int32 sums of more than 65536 columns may overflow";
+    if (p.gate != Gate::none && (w.n % 2 != 0 || p.residual != nullptr || p.integers))
+        return "a gate needs as many rows before as behind it, and nothing that is added";
     if (p.integers && (p.digits != 1 || w.groups != 1)) return "integer results need int8 activations and one scale a row";
     return nullptr;
 }
 
-}  // namespace
-
-const char* product(Product& p) {
-    if (p.m == 0 || p.weight.n == 0) return nullptr;
-    if (const char* wrong = check(p)) return wrong;
+const char* ungated(Product& p) {
     const Path& path = arrondi::path();
     Weight& w = p.weight;
     // Pairs of bfloat16 need half the products of two digits, and no work at the end of a group.
     if (p.digits == 2 && p.x_type == Type::bf16 && path.bf16_dot && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
-    if (p.digits == 3 && !path.fast_dot) p.digits = 0;
+    // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit.
+    const bool wide = w.kind == Kind::u8 || w.kind == Kind::table4;
+    p.words = path.words && (p.digits == 2 || (p.digits == 1 && wide));
+    if (p.digits == 3 && (!path.fast_dot || (path.words && (wide || p.m > 2)))) p.digits = 0;
     const int padded = w.steps * 4 * step_quads(w.kind), blocks = (w.n + kBlock - 1) / kBlock;
-    const int rows = p.m * (p.digits == 0 ? 1 : p.digits);
+    const int rows = p.m * rows_of_token(p);
     // Rows of a tile when the weight is decoded in registers: as many as there are variants of (see stream_kind).
-    const int together = p.digits == 3 ? 2 : p.digits == 2 ? 2 : 4;
+    const int together = rows_of_token(p) > 1 ? 2 : 4;
     const bool few = p.digits == 0 ? rows <= 4 : rows <= 12 && p.m <= 2 * together;
     p.pairs = !few && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
-    p.tokens = few ? (p.m < together ? p.m : together) : path.rows / (p.digits == 0 ? 1 : p.digits);
-    p.span = span_of(w, p.digits == 1 ? 512 : 256);
+    p.tokens = few ? (p.m < together ? p.m : together) : path.rows / rows_of_token(p);
+    // Chains of float sums lose a bit at every doubling; words fill int32.
+    p.span = span_of(w, p.digits == 1 ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);
     p.spans = w.groups == 1 ? (w.k + p.span - 1) / p.span : w.groups * (w.group / p.span);
     // The last group may be short: spans that start beyond the row are not there.
     while (p.spans > 1 && (p.spans - 1) * p.span >= padded) p.spans--;
@@ -80,13 +85,17 @@ const char* product(Product& p) {
     // Columns are packed sixteen at a time: the last sixteen of steps that are no multiple of it reach beyond the row.
     const int64_t columns = padded + (step_quads(w.kind) % 4 == 0 ? 0 : 16);
     const int64_t units = p.digits > 0 ? columns / 4 : p.pairs ? columns / 2 : columns;
-    p.tile_bytes = (units * 4 * p.tokens * (p.digits == 0 ? 1 : p.digits) + 63) / 64 * 64;
+    p.tile_bytes = (units * (p.words ? 8 : 4) * p.tokens * rows_of_token(p) + 63) / 64 * 64;
     const size_t sums = static_cast<size_t>(tiles) * p.spans * kRowsMost * 4;
-    uint8_t* memory = tiles_memory.of(static_cast<size_t>(tiles) * p.tile_bytes + 2 * sums + static_cast<size_t>(tiles) * kRowsMost * 4);
+    const size_t row = p.norm == nullptr ? 0 : static_cast<size_t>(w.k + 15) / 16 * 64;
+    uint8_t* memory = tiles_memory.of(static_cast<size_t>(tiles) * (p.tile_bytes + row + kRowsMost * 4) + 2 * sums);
     if (memory == nullptr) return "there is no memory for the activations";
     p.tiles = memory;
-    p.tile_scale = reinterpret_cast<float*>(memory + tiles * p.tile_bytes);
-    p.tile_sum = reinterpret_cast<int32_t*>(memory + tiles * p.tile_bytes + sums + static_cast<size_t>(tiles) * kRowsMost * 4);
+    memory += tiles * p.tile_bytes;
+    p.normed = reinterpret_cast<float*>(memory);
+    memory += tiles * row;
+    p.tile_scale = reinterpret_cast<float*>(memory);
+    p.tile_sum = reinterpret_cast<int32_t*>(memory + sums + static_cast<size_t>(tiles) * kRowsMost * 4);
 
     const bool small = static_cast<int64_t>(p.m) * padded < 65536;
     parallel_for(tiles, small ? 1 : p.threads, [&](int tile) { path.pack_tile(p, tile); });
@@ -116,6 +125,29 @@ const char* product(Product& p) {
         path.panel(p, first, last < blocks ? last : blocks, scratch);
     });
     return failed ? "there is no memory for a panel" : nullptr;
+}
+
+}  // namespace
+
+const char* product(Product& p) {
+    if (p.m == 0 || p.weight.n == 0) return nullptr;
+    if (const char* wrong = check(p)) return wrong;
+    if (p.gate == Gate::none) return ungated(p);
+    const int most = p.m < kGateTokens ? p.m : kGateTokens, n = p.weight.n;
+    float* results = reinterpret_cast<float*>(gate_memory.of(static_cast<size_t>(most) * n * sizeof(float)));
+    if (results == nullptr) return "there is no memory for the results before the gate";
+    for (int first = 0; first < p.m; first += most) {
+        Product part = p;
+        part.x = static_cast<const uint8_t*>(p.x) + first * p.ldx * size_of(p.x_type);
+        part.m = p.m - first < most ? p.m - first : most;
+        part.y = results;
+        part.y_type = Type::f32;
+        part.ldy = n;
+        if (const char* wrong = ungated(part)) return wrong;
+        parallel_for(part.m, part.m < 4 ? 1 : p.threads,
+                     [&](int token) { path().gate(p, first + token, results + static_cast<int64_t>(token) * n); });
+    }
+    return nullptr;
 }
 
 }  // namespace arrondi

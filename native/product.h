@@ -2,6 +2,7 @@
 #pragma once
 
 #include "panel.h"
+#include "powers.h"
 #include "stream.h"
 
 namespace arrondi {
@@ -45,6 +46,19 @@ inline void stream(const Product& p, int first, int last) { by_kind<StreamAction
 
 inline void panel(const Product& p, int first, int last, uint8_t* scratch) {
     by_kind<PanelAction>(p.weight.kind, p, first, last, scratch);
+}
+
+// y = gate(first half) · second half. Both gates are g · sigmoid(z), and e^-z is a power of two.
+inline void gate_token(const Product& p, int token, const float* results) {
+    const int half = p.weight.n / 2;
+    for (int c = 0; c < half; c += 16) {
+        const Floats g = load_some(results, Type::f32, c, half), u = load_some(results + half, Type::f32, c, half);
+        Floats z = g;
+        if (p.gate == Gate::gelu_tanh) z = mul(fma(mul(mul(g, g), g), splat(0.044715f), g), splat(1.59576912f));
+        const Floats power = min(max(mul(z, splat(-1.44269504f)), splat(-125.0f)), splat(125.0f));
+        const Floats y = mul(div(g, add(splat(1.0f), exp2_of(power))), u);
+        store_some(p.y, p.y_type, token * p.ldy + c, half - c < 16 ? half - c : 16, y);
+    }
 }
 
 }  // namespace ARRONDI_PATH

@@ -14,29 +14,31 @@ inline const int32_t* sums_of(const Product& p, int tile, int span) {
 // digits add up to, so with it every span is added for itself.
 template <int kDigits>
 inline bool whole_row(const Product& p) {
-    return kDigits == 1 && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers);
+    return kDigits == 1 && p.digits == 1 && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers);
 }
-// With one digit a token has one scale, kept once for the tile.
+// With one digit a token has one scale, which the results are multiplied with at the end.
+inline const float* scales_of(const Product& p, int tile) { return p.tile_scale + static_cast<int64_t>(tile) * kRowsMost; }
+// Otherwise one for every span; null with one digit.
 inline const float* scales_of(const Product& p, int tile, int span) {
-    return p.tile_scale + (p.digits == 1 ? tile : static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
+    return p.digits == 1 ? nullptr : p.tile_scale + (static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
 }
 
-// sum[row] of one span and sixteen columns → added to the float sums of its tokens. `offset` may be null.
+// sum[row] of one span and sixteen columns → added to the float sums of its tokens. `offset` and `token_scale` may be null.
 template <int kRowsHere, int kDigits>
 inline void flush(Floats scale, const float* offset, const Ints* sum, const float* token_scale, const int32_t* digit_sum,
                   Floats* total) {
     for (int t = 0; t < kRowsHere / kDigits; t++) {
+        const float of_token = token_scale == nullptr ? 1.0f : token_scale[t];
         const Ints* s = sum + t * kDigits;
         Floats value = to_floats(s[0]);
         for (int i = 1; i < kDigits; i++) value = fma(value, splat(256.0f), to_floats(s[i]));
-        total[t] = fma(value, kDigits == 1 ? scale : mul(scale, splat(token_scale[t])), total[t]);
+        total[t] = fma(value, mul(scale, splat(of_token)), total[t]);
         if (offset == nullptr) continue;
         const int32_t* d = digit_sum + t * kDigits;
         float all = static_cast<float>(d[0]);
         for (int i = 1; i < kDigits; i++) all = all * 256.0f + static_cast<float>(d[i]);
-        total[t] = fma(splat(kDigits == 1 ? all : all * token_scale[t]), load_floats(offset), total[t]);
+        total[t] = fma(splat(all * of_token), load_floats(offset), total[t]);
     }
-    (void)token_scale;
 }
 
 // -zero · (sum of the digits): where the integer sum of a row starts, so that zero points cost nothing and are exact.
@@ -63,20 +65,11 @@ inline void store_result(const Product& p, int token, int block, Floats value) {
             value = add(value, load_floats(some));
         }
     }
-    float lanes[16];
-    uint16_t halves[16];
-    if (p.y_type == Type::f32) {
-        if (count == kBlock) return store_floats(static_cast<float*>(p.y) + at, value);
-        store_floats(lanes, value);
-        __builtin_memcpy(static_cast<float*>(p.y) + at, lanes, 4 * static_cast<size_t>(count));
-        return;
+    if (p.residual != nullptr) {
+        const int64_t start = token * p.ldr + column;
+        value = add(value, load_some(p.residual, p.y_type, start, start + count));
     }
-    // A NaN whose payload would round up to infinity's neighbour stays a NaN.
-    store_floats(lanes, value);
-    store_low_halves(halves, bf16_bits(value));
-    for (int i = 0; i < count; i++)
-        if (lanes[i] != lanes[i]) halves[i] = 0x7fc0;
-    __builtin_memcpy(static_cast<uint16_t*>(p.y) + at, halves, 2 * static_cast<size_t>(count));
+    store_some(p.y, p.y_type, at, count, value);
 }
 
 inline void store_integers(const Product& p, int token, int block, Ints value) {

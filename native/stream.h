@@ -8,16 +8,20 @@ namespace ARRONDI_PATH {
 
 constexpr int kAhead = 2048;  // bytes of codes that are asked for before they are needed
 
-// `kHalf`: groups of 16, two in a step.
+// `kDigits` 0: words. `kHalf`: groups of 16, two in a step.
 template <Kind kKind, int kRowsHere, int kDigits, bool kHalf>
 inline void stream_block(const Product& p, int tile, int block) {
     using D = Decode<kKind>;
-    constexpr int kTokens = kRowsHere / kDigits;
-    constexpr int kChains = kRowsHere < 3 ? 2 : 1;  // sums of a row, so that one product need not wait for the one before
+    constexpr bool kWord = kDigits == 0;
+    constexpr int kOfToken = kWord ? 1 : kDigits;
+    constexpr int kTokens = kRowsHere / kOfToken;
+    constexpr bool kShort = kShortSums && !kWord && D::kFold > 1;
+    // Sums of a row, so that one product need not wait for the one before.
+    constexpr int kChains = kRowsHere < 3 && !kShort ? 2 : 1;
     const Weight& w = p.weight;
     const uint8_t* codes = w.codes + static_cast<int64_t>(block) * w.steps * step_bytes(kKind);
     const uint8_t* x = p.tiles + tile * p.tile_bytes;
-    const bool whole = whole_row<kDigits>(p);
+    const bool whole = whole_row<kOfToken>(p);
     Floats total[kTokens];
     for (int t = 0; t < kTokens; t++) total[t] = zero_floats();
     Ints sum[kChains][kRowsHere];
@@ -30,19 +34,34 @@ inline void stream_block(const Product& p, int tile, int block) {
         for (int c = 1; c < kChains; c++)
             for (int r = 0; r < kRowsHere; r++) sum[c][r] = zero_ints();
     };
-    const auto multiply_quad = [&](int q) {
-        for (int r = 0; r < kRowsHere; r++) {
-            Ints& into = sum[q % kChains][r];
-            into = D::kWide ? dot8(into, decoded[q], repeat4(x + 4 * r)) : dot7(into, decoded[q], repeat4(x + 4 * r));
+    const auto multiply_quads = [&](int from, int to) {
+        if constexpr (kShort) {
+            Shorts part[kRowsHere];
+            for (int q = from; q < to; q++, x += 4 * kRowsHere) {
+                const bool first = (q - from) % D::kFold == 0, last = q + 1 == to || (q + 1 - from) % D::kFold == 0;
+                for (int r = 0; r < kRowsHere; r++) {
+                    part[r] = dot_short(first ? zero_shorts() : part[r], decoded[q], repeat4(x + 4 * r));
+                    if (last) sum[0][r] = fold(sum[0][r], part[r]);
+                }
+            }
+        } else {
+            for (int q = from; q < to; q++, x += (kWord ? 8 : 4) * kRowsHere)
+                for (int r = 0; r < kRowsHere; r++) {
+                    Ints& into = sum[q % kChains][r];
+                    if constexpr (kWord)
+                        into = dot_words(dot_words(into, even_words(decoded[q]), repeat4(x + 4 * r)), odd_words(decoded[q]),
+                                         repeat4(x + 4 * (kRowsHere + r)));
+                    else
+                        into = D::kWide ? dot8(into, decoded[q], repeat4(x + 4 * r)) : dot7(into, decoded[q], repeat4(x + 4 * r));
+                }
         }
-        x += 4 * kRowsHere;
     };
     const auto end = [&](int s) {
         for (int c = 1; c < kChains; c++)
             for (int r = 0; r < kRowsHere; r++) sum[0][r] = add(sum[0][r], sum[c][r]);
         if (p.integers || (whole && s + 1 < p.spans)) return;
         const GroupOf16 g = group_at(w, block, group_of(w, s * p.span));
-        flush<kRowsHere, kDigits>(g.scale, g.offset, sum[0], scales_of(p, tile, s), sums_of(p, tile, s), total);
+        flush<kRowsHere, kOfToken>(g.scale, g.offset, sum[0], scales_of(p, tile, s), sums_of(p, tile, s), total);
     };
     const auto decode = [&] {
         for (int line = 0; line < step_bytes(kKind); line += 64) __builtin_prefetch(codes + kAhead + line);
@@ -54,11 +73,11 @@ inline void stream_block(const Product& p, int tile, int block) {
         for (int s = 0; s < p.spans; s += 2) {
             decode();
             begin(s);
-            for (int q = 0; q < 4; q++) multiply_quad(q);
+            multiply_quads(0, 4);
             end(s);
             if (s + 1 == p.spans) break;
             begin(s + 1);
-            for (int q = 4; q < D::kQuads; q++) multiply_quad(q);
+            multiply_quads(4, D::kQuads);
             end(s + 1);
         }
     } else {
@@ -67,7 +86,7 @@ inline void stream_block(const Product& p, int tile, int block) {
             begin(s);
             for (const int stop = s + 1 == p.spans ? w.steps : step + steps_of_span; step < stop; step++) {
                 decode();
-                for (int q = 0; q < D::kQuads; q++) multiply_quad(q);
+                multiply_quads(0, D::kQuads);
             }
             end(s);
         }
@@ -78,7 +97,7 @@ inline void stream_block(const Product& p, int tile, int block) {
             store_integers(p, token, block, sum[0][t]);
             continue;
         }
-        if (kDigits == 1) total[t] = mul(total[t], splat(scales_of(p, tile, 0)[t]));
+        if (p.digits == 1) total[t] = mul(total[t], splat(scales_of(p, tile)[t]));
         store_result(p, token, block, total[t]);
     }
 }
@@ -136,14 +155,21 @@ inline void stream_spans(const Product& p, int tile, int block) {
 template <Kind kKind>
 inline void stream_kind(const Product& p, int tile, int block) {
     const int count = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
-    switch (p.digits * 8 + count) {
-        case 1: return stream_block_floats<kKind, 1>(p, tile, block);
-        case 2: return stream_block_floats<kKind, 2>(p, tile, block);
-        case 3: return stream_block_floats<kKind, 3>(p, tile, block);
-        case 4: return stream_block_floats<kKind, 4>(p, tile, block);
-        default: break;
-    }
-    if constexpr (kKind <= Kind::table4) switch (p.digits * 8 + count) {
+    if (p.digits == 0) switch (count) {
+            case 1: return stream_block_floats<kKind, 1>(p, tile, block);
+            case 2: return stream_block_floats<kKind, 2>(p, tile, block);
+            case 3: return stream_block_floats<kKind, 3>(p, tile, block);
+            default: return stream_block_floats<kKind, 4>(p, tile, block);
+        }
+    if constexpr (kKind <= Kind::table4) {
+        if constexpr (kWords)
+            if (p.words) switch (count) {
+                    case 1: return stream_spans<kKind, 1, 0>(p, tile, block);
+                    case 2: return stream_spans<kKind, 2, 0>(p, tile, block);
+                    case 3: return stream_spans<kKind, 3, 0>(p, tile, block);
+                    default: return stream_spans<kKind, 4, 0>(p, tile, block);
+                }
+        switch (p.digits * 8 + count) {
             case 9: return stream_spans<kKind, 1, 1>(p, tile, block);
             case 10: return stream_spans<kKind, 2, 1>(p, tile, block);
             case 11: return stream_spans<kKind, 3, 1>(p, tile, block);
@@ -154,6 +180,7 @@ inline void stream_kind(const Product& p, int tile, int block) {
             case 26: return stream_spans<kKind, 6, 3>(p, tile, block);
             default: break;
         }
+    }
 }
 
 }  // namespace ARRONDI_PATH

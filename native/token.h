@@ -1,7 +1,7 @@
 // What one token needs beside quantized products: rows of ordinary weights, and attention to what came before.
 #pragma once
 
-#include "hqq.h"
+#include "powers.h"
 #include "product.h"
 #include "tokens.h"
 
@@ -84,6 +84,40 @@ inline void attend(const Attention& a, int head, float* scores) {
                 store_floats(static_cast<float*>(a.y) + q * a.width + 16 * i, y);
             else
                 store_low_halves(static_cast<uint16_t*>(a.y) + q * a.width + 16 * i, bf16_bits(y));
+        }
+    }
+}
+
+// All heads of one token.
+inline void rotate(const Rotation& r, int row) {
+    const int half = r.width / 2, parts = (half + 15) / 16;
+    const int64_t angle = static_cast<int64_t>(row) * r.width;
+    for (int head = 0; head < r.heads + r.key_heads; head++) {
+        const int64_t at = row * r.ldx + static_cast<int64_t>(head) * r.width;
+        const float* norm = head < r.heads ? r.norm : r.key_norm;
+        Floats first[8], second[8];
+        Floats squares = zero_floats();
+        for (int i = 0; i < parts; i++) {
+            first[i] = load_some(r.x, r.type, at + 16 * i, at + half);
+            second[i] = load_some(r.x, r.type, at + half + 16 * i, at + r.width);
+            squares = fma(first[i], first[i], fma(second[i], second[i], squares));
+        }
+        if (norm != nullptr) {
+            const float mean = arrondi::ARRONDI_PATH::sum(squares) / static_cast<float>(r.width) + r.eps;
+            const Floats unit = div(splat(1.0f), sqrt(splat(mean)));
+            for (int i = 0; i < parts; i++) {
+                first[i] = mul(mul(first[i], unit), load_some(norm, Type::f32, 16 * i, half));
+                second[i] = mul(mul(second[i], unit), load_some(norm, Type::f32, half + 16 * i, r.width));
+            }
+        }
+        for (int i = 0; i < parts; i++) {
+            const int64_t low = angle + 16 * i, high = low + half, middle = angle + half, end = angle + r.width;
+            const Floats turned = mul(second[i], load_some(r.sin, r.type, low, middle));
+            const Floats a = sub(mul(first[i], load_some(r.cos, r.type, low, middle)), turned);
+            const Floats b = fma(second[i], load_some(r.cos, r.type, high, end), mul(first[i], load_some(r.sin, r.type, high, end)));
+            const int count = half - 16 * i < 16 ? half - 16 * i : 16;
+            store_some(r.x, r.type, at + 16 * i, count, a);
+            store_some(r.x, r.type, at + half + 16 * i, count, b);
         }
     }
 }

@@ -35,4 +35,13 @@ const char* attend(const Attention& a) {
     return nullptr;
 }
 
+const char* rotate(const Rotation& r) {
+    if (r.rows < 0 || r.heads < 0 || r.key_heads < 0 || r.width < 2 || r.width % 2 != 0 || r.width > 256)
+        return "heads must have an even width of up to 256";
+    if (r.x == nullptr || r.cos == nullptr || r.sin == nullptr) return "a buffer is null";
+    const bool small = static_cast<int64_t>(r.rows) * (r.heads + r.key_heads) * r.width < 16384;
+    parallel_for(r.rows, small ? 1 : r.threads, [&](int row) { path().tokens->rotate(r, row); });
+    return nullptr;
+}
+
 }  // namespace arrondi

@@ -33,13 +33,30 @@ struct Attention {
     int threads;
 };
 
+// Rotary positions (Su et al., 2021, arXiv:2104.09864, in halves), in place: the heads of a token, a, become
+// a · cos + (-second half, first half) · sin; before that a / rms(a) · norm where there is a norm.
+struct Rotation {
+    int rows, heads, key_heads, width;
+    void* x;             // (rows, heads + key heads, width), rows ldx elements apart
+    int64_t ldx;
+    const void* cos;     // (rows, width)
+    const void* sin;
+    Type type;           // of all of them: float32 or bfloat16
+    const float* norm;   // (width,) of the heads, or null
+    const float* key_norm;
+    float eps;
+    int threads;
+};
+
 struct Tokens {
     void (*dense)(const Dense&, int first, int last);
     void (*attend)(const Attention&, int head, float* scores);
+    void (*rotate)(const Rotation&, int row);
 };
 
 // Null, or a sentence that says what is wrong.
 const char* dense(const Dense& d);
 const char* attend(const Attention& a);
+const char* rotate(const Rotation& r);
 
 }  // namespace arrondi

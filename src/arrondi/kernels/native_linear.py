@@ -1,6 +1,6 @@
 """Products by the compiled kernels (`native/` in the source tree).
 
-Owns: `NATIVE`, the operator `torch.ops.arrondi.linear`, and `integer_linear` (exact int32 sums). The weight is kept in tiles
+Owns: `NATIVE`, the operator `torch.ops.arrondi.linear`, `integer_linear` (exact int32 sums), and weights as one (`join`). The weight is kept in tiles
 of sixteen rows that the kernels decode in registers. Activations meet integer codes as integers too: dynamic int8 where
 the scheme asks for it, otherwise as two (bfloat16, float16) or three (float32) digits in base 256 of their share in the largest of each 256
 columns, which costs no more than a float product and is as exact: 15 and 23 bits beside the sign. Other codes are multiplied in
@@ -10,7 +10,8 @@ float32, or as pairs of bfloat16 where x is bfloat16 and has many rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -19,6 +20,7 @@ from arrondi.errors import SchemeError, ShapeError
 from arrondi.fitting import STORED
 from arrondi.formats import Format, PerToken, Scheme, tile_shape
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
+from arrondi.kernels.product import Product
 from arrondi.native import TYPES, address, available, native, threads
 from arrondi.qtensor import QTensor
 
@@ -198,57 +200,59 @@ def linear(x: torch.Tensor, tensors: Tensors, meta: Meta, bias: torch.Tensor | N
     """x (..., in) → (..., out); through `torch.ops.arrondi.linear`, so that it can be traced."""
     facts = _facts(tensors, meta)
     digits, levels, step_type = _activation_facts(meta, facts[0])
-    packed = [tensors["codes"], tensors["scale"], *(tensors.get(name) for name in ("zero", "offset", "table"))]
-    return torch.ops.arrondi.linear(x, packed, facts, bias, digits, levels, step_type)
+    return torch.ops.arrondi.linear(x, _parts(tensors), facts, bias, digits, levels, step_type)
 
 
 def bind(tensors: Tensors, meta: Meta, bias: torch.Tensor | None) -> Bound:
     """The product with all that does not depend on x worked out once."""
+    return product_of(tensors, meta, bias)
+
+
+def product_of(
+    tensors: Tensors,
+    meta: Meta,
+    bias: torch.Tensor | None,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gate: str | None = None,
+) -> Product:
+    """The product with what may come before and after it; see `Product`."""
     facts = _facts(tensors, meta)
     digits, levels, step_type = _activation_facts(meta, facts[0])
-    packed = [tensors["codes"], tensors["scale"], *(tensors.get(name) for name in ("zero", "offset", "table"))]
-    addresses = [address(t) for t in packed]
-    real = None if bias is None else bias.detach().float().contiguous()
-    kept = (packed, real)  # addresses are good as long as the tensors live
-
-    def product(x: torch.Tensor) -> torch.Tensor:
-        assert kept
-        return _run(x, facts, addresses, real, digits, levels, step_type)
-
-    return product
+    return Product(_parts(tensors), facts, digits, levels, step_type, bias, norm=norm, eps=eps, gate=gate)
 
 
-def _run(
-    x: torch.Tensor,
-    facts: list[int],
-    addresses: list[int],
-    bias: torch.Tensor | None,
-    digits: int,
-    levels: float,
-    step_type: int,
-    integers: bool = False,
-) -> torch.Tensor:
-    k = facts[2]
-    if x.shape[-1:] != (k,) or x.dtype not in TYPES or x.device.type != "cpu":
-        raise ShapeError(
-            f"x must be (..., {k}) on the CPU in float32, bfloat16 or float16 for a weight of shape {(facts[1], k)}, got {tuple(x.shape)} in {x.dtype} on {x.device}."
-        )
-    flat = x if x.dim() == 2 else x.reshape(-1, k)
-    if flat.stride(1) != 1 or flat.stride(0) < k:
-        flat = flat.contiguous()
-    rows = flat.shape[0]
-    half = x.dtype == torch.float16
-    dtype = torch.int32 if integers else torch.float32 if half else x.dtype
-    y = torch.empty((rows, facts[1]), dtype=dtype)
-    kind = 0 if dtype != torch.bfloat16 else 1
-    assert native is not None
-    native.linear(
-        facts, *addresses, flat.data_ptr(), TYPES[x.dtype], flat.stride(0), rows, digits, levels, step_type,
-        y.data_ptr(), kind, facts[1], address(bias), integers, threads(),
-    )  # fmt: skip
-    if half and not integers:
-        y = y.to(torch.float16)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], facts[1])
+def _parts(tensors: Tensors) -> list[torch.Tensor | None]:
+    return [tensors["codes"], tensors["scale"], *(tensors.get(name) for name in ("zero", "offset", "table"))]
+
+
+def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | None:
+    """Weights that read the same x as one, outputs side by side; None where they differ in more than their rows.
+
+    Each must have a multiple of `BLOCK` rows, so that the tensors of every one are a piece of those of all.
+    """
+    tensors, metas = [t for t, _ in weights], [m for _, m in weights]
+    alike = {(m.scheme, m.shape[1], m.dtype, m.activations) for m in metas}
+    if len(alike) > 1 or any(m.shape[0] % BLOCK for m in metas) or len({frozenset(t) for t in tensors}) > 1:
+        return None
+    scales = {t["scale"].dtype for t in tensors}
+    joined = {}
+    for name in tensors[0]:
+        pieces = [t[name].float() if name == "scale" and len(scales) > 1 else t[name] for t in tensors]
+        joined[name] = pieces[0] if name == "table" else torch.cat(pieces)
+    return joined, replace(metas[0], shape=(sum(m.shape[0] for m in metas), metas[0].shape[1]))
+
+
+def pieces(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
+    """The tensors of every weight that `join` made one of, as views; `rows` of each."""
+    total = sum(rows)
+    found: list[Tensors] = [{} for _ in rows]
+    for name, tensor in tensors.items():
+        sizes = [tensor.shape[0] * count // total for count in rows]
+        for piece, view in zip(found, [tensor] * len(rows) if name == "table" else tensor.split(sizes), strict=True):
+            piece[name] = view
+    return found
 
 
 def integer_linear(x: torch.Tensor, tensors: Tensors, meta: Meta) -> torch.Tensor:
@@ -267,8 +271,7 @@ def integer_linear(x: torch.Tensor, tensors: Tensors, meta: Meta) -> torch.Tenso
         raise SchemeError(
             f"Exact sums need int8 activations and one scale a row, got {meta.activations} and {meta.scheme}."
         )
-    addresses = [address(tensors.get(name)) for name in ("codes", "scale", "zero", "offset", "table")]
-    return _run(x, facts, addresses, None, digits, levels, step_type, integers=True)
+    return Product(_parts(tensors), facts, digits, levels, step_type, None)(x, integers=True)
 
 
 _library: Final = torch.library.Library("arrondi", "FRAGMENT")
@@ -287,8 +290,7 @@ def _linear_cpu(
     step_type: int,
 ) -> torch.Tensor:
     _check(packed, facts, bias)
-    real = None if bias is None else bias.float().contiguous()
-    return _run(x, list(facts), [address(t) for t in packed], real, digits, levels, step_type)
+    return Product(packed, list(facts), digits, levels, step_type, bias)(x)
 
 
 def _linear_fake(
@@ -362,4 +364,4 @@ torch.library.register_autograd("arrondi::linear", _backward, setup_context=_kee
 NATIVE: Final = Kernel("native", _refuse, prepack, linear, rounds, bind)
 """Compiled for this CPU. Error: see the module; exact int32 sums with int8 activations."""
 
-__all__ = ["BLOCK", "NATIVE", "bind", "integer_linear", "linear", "prepack", "rounds"]
+__all__ = ["BLOCK", "NATIVE", "bind", "integer_linear", "join", "linear", "pieces", "prepack", "product_of", "rounds"]

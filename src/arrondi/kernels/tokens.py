@@ -1,6 +1,6 @@
 """What one token needs beside quantized products: ordinary weights at memory speed, and attention.
 
-Owns: `dense_linear` and `attend`. PyTorch's own operators are made for many rows: with one row its bfloat16 product reads
+Owns: `dense_linear`, `attend` and `rotate`. PyTorch's own operators are made for many rows: with one row its bfloat16 product reads
 memory at less than half speed, and its attention starts threads for a few microseconds of work. Compiled; the twins are
 `torch.nn.functional.linear` and `scaled_dot_product_attention`, which also take what these refuse.
 """
@@ -96,3 +96,29 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
         address(value), value.stride(1), value.stride(2), address(y), TYPES[query.dtype], scale, threads(),
     )  # fmt: skip
     return y
+
+
+def rotate(
+    x: torch.Tensor,
+    heads: int,
+    key_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotary positions in halves (Su et al., 2021, arXiv:2104.09864), in place: a · cos + (-second half, first half) · sin.
+
+    Args:
+        x: (tokens, at least (heads + key heads) · width), float32 or bfloat16, rows contiguous; heads, then key heads.
+        cos, sin: (tokens, width), the dtype of x, contiguous.
+        norm, key_norm: (width,) float32 contiguous: each head is divided by its root mean square and multiplied by it before.
+    """
+    rows, width = cos.shape
+    assert native is not None
+    native.rotate(
+        rows, heads, key_heads, width, address(x), x.stride(0), address(cos), address(sin), TYPES[x.dtype],
+        address(norm), address(key_norm), eps, threads(),
+    )  # fmt: skip
