@@ -1,6 +1,8 @@
 // Packed codes in registers: as bytes for the integer products, as float32 for the others. For one path.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace arrondi {
@@ -20,95 +22,64 @@ constexpr int fold_quads(Kind kind) {
     }
 }
 
-// One step of codes as bytes, w[quad].
+// f(0), f(1) … as constants of the compiler.
+template <int kFrom, int kTo, class Function>
+inline void unrolled(const Function& f) {
+    if constexpr (kFrom < kTo) {
+        f(std::integral_constant<int, kFrom>{});
+        unrolled<kFrom + 1, kTo>(f);
+    }
+}
+
+// One step of codes as bytes, quad after quad: each comes from memory anew, for registers are scarcer than loads.
 template <Kind kKind>
 struct Decode {
     static constexpr int kQuads = step_quads(kKind);
     static constexpr bool kWide = kKind == Kind::u8;  // codes above 127
     static constexpr int kFold = fold_quads(kKind);
 
-    static inline void step(const uint8_t* p, const Weight& weight, Bytes* w) {
-        if constexpr (kKind == Kind::u8 || kKind == Kind::e4m3 || kKind == Kind::e5m2) {
-            for (int q = 0; q < 8; q++) w[q] = load_bytes(p + 64 * q);
-        } else if constexpr (kKind == Kind::u4 || kKind == Kind::table4 || kKind == Kind::float4) {
-            fours(p, w);
-            if constexpr (kKind == Kind::table4) {
-                const Bytes table = repeat16(weight.bytes);
-                for (int q = 0; q < 8; q++) w[q] = look_up(table, w[q]);
-            }
-        } else if constexpr (kKind == Kind::u2) {
-            twos(p, w);
-        } else if constexpr (kKind == Kind::u1) {
-            ones<1>(p, w);
-        } else if constexpr (kKind == Kind::u3) {
-            Bytes high[8];
-            twos(p, w);
-            ones<2>(p + 128, high);
-            for (int q = 0; q < 8; q++) w[q] = either(w[q], high[q]);
-        } else if constexpr (kKind == Kind::u5) {
-            Bytes high[8];
-            fours(p, w);
-            ones<4>(p + 256, high);
-            for (int q = 0; q < 8; q++) w[q] = either(w[q], high[q]);
-        } else if constexpr (kKind == Kind::u6 || kKind == Kind::e3m2 || kKind == Kind::e2m3) {
-            const Bytes mask = splat_byte(0x30);
-            fours(p, w);
-            for (int v = 0; v < 2; v++) {
-                const Bytes b = load_bytes(p + 256 + 64 * v);
-                w[4 * v] = either(w[4 * v], both(shift_up<4>(b), mask));
-                w[4 * v + 1] = either(w[4 * v + 1], both(shift_up<2>(b), mask));
-                w[4 * v + 2] = either(w[4 * v + 2], both(b, mask));
-                w[4 * v + 3] = either(w[4 * v + 3], both(shift_down<2>(b), mask));
-            }
-        } else if constexpr (kKind == Kind::trit5) {
+    // What goes on from one quad to the next: the table, or what is left of the ternary fractions.
+    static inline Bytes begin(const uint8_t* p, const Weight& weight) {
+        if constexpr (kKind == Kind::table4) return repeat16(weight.bytes);
+        if constexpr (kKind == Kind::trit5) return load_bytes(p);
+        (void)p, (void)weight;
+        return splat_byte(0);
+    }
+
+    template <int kQuad>
+    static inline Bytes quad(const uint8_t* p, Bytes& state) {
+        if constexpr (kKind == Kind::u8 || kKind == Kind::e4m3 || kKind == Kind::e5m2) return load_bytes(p + 64 * kQuad);
+        if constexpr (kKind == Kind::u4 || kKind == Kind::float4) return plane<4, kQuad, 0>(p);
+        if constexpr (kKind == Kind::table4) return look_up(state, plane<4, kQuad, 0>(p));
+        if constexpr (kKind == Kind::u2) return plane<2, kQuad, 0>(p);
+        if constexpr (kKind == Kind::u1) return plane<1, kQuad, 1>(p);
+        if constexpr (kKind == Kind::u3) return either(plane<2, kQuad, 0>(p), plane<1, kQuad, 2>(p + 128));
+        if constexpr (kKind == Kind::u5) return either(plane<4, kQuad, 0>(p), plane<1, kQuad, 4>(p + 256));
+        if constexpr (kKind == Kind::u6 || kKind == Kind::e3m2 || kKind == Kind::e2m3)
+            return either(plane<4, kQuad, 0>(p), plane<2, kQuad, 4>(p + 256));
+        if constexpr (kKind == Kind::trit5) {
             // The fraction f/256 times 3: its whole part is the digit. 3f/4 - 1 is two averages, and its top bits the digit.
-            const Bytes mask = splat_byte(3), one = splat_byte(1), zero = splat_byte(0);
-            Bytes f = load_bytes(p);
-            for (int q = 0; q < 5; q++) {
-                const Bytes less = subtract_to_zero(f, one);
-                w[q] = both(shift_down<6>(average(less, average(less, zero))), mask);
-                if (q < 4) f = add_bytes(f, add_bytes(f, f));
-            }
+            const Bytes less = subtract_to_zero(state, splat_byte(1)), zero = splat_byte(0);
+            const Bytes digit = both(shift_down<6>(average(less, average(less, zero))), splat_byte(3));
+            if constexpr (kQuad < 4) state = add_bytes(state, add_bytes(state, state));
+            return digit;
         }
-        (void)weight;
+    }
+
+    static inline void step(const uint8_t* p, const Weight& weight, Bytes* w) {
+        Bytes state = begin(p, weight);
+        unrolled<0, kQuads>([&](auto q) { w[q] = quad<q>(p, state); });
     }
 
   private:
-    static inline void fours(const uint8_t* p, Bytes* w) {
-        const Bytes mask = splat_byte(0x0f);
-        for (int v = 0; v < 4; v++) {
-            const Bytes b = load_bytes(p + 64 * v);
-            w[2 * v] = both(b, mask);
-            w[2 * v + 1] = both(shift_down<4>(b), mask);
-        }
-    }
-    static inline void twos(const uint8_t* p, Bytes* w) {
-        const Bytes mask = splat_byte(0x03);
-        for (int v = 0; v < 2; v++) {
-            const Bytes b = load_bytes(p + 64 * v);
-            w[4 * v] = both(b, mask);
-            w[4 * v + 1] = both(shift_down<2>(b), mask);
-            w[4 * v + 2] = both(shift_down<4>(b), mask);
-            w[4 * v + 3] = both(shift_down<6>(b), mask);
-        }
-    }
-    // Bit q of every byte, moved to bit `kTo`.
-    template <int kTo>
-    static inline void ones(const uint8_t* p, Bytes* w) {
-        const Bytes mask = splat_byte(1 << kTo), b = load_bytes(p);
-        w[0] = both(moved<0, kTo>(b), mask);
-        w[1] = both(moved<1, kTo>(b), mask);
-        w[2] = both(moved<2, kTo>(b), mask);
-        w[3] = both(moved<3, kTo>(b), mask);
-        w[4] = both(moved<4, kTo>(b), mask);
-        w[5] = both(moved<5, kTo>(b), mask);
-        w[6] = both(moved<6, kTo>(b), mask);
-        w[7] = both(moved<7, kTo>(b), mask);
-    }
-    template <int kFrom, int kTo>
-    static inline Bytes moved(Bytes b) {
-        if constexpr (kFrom > kTo) return shift_down<kFrom - kTo>(b);
-        return shift_up<(kFrom > kTo ? 0 : kTo - kFrom)>(b);
+    // `kWidth` bits of the codes of a quad, moved to bit `kTo`; see kernels.h.
+    template <int kWidth, int kQuad, int kTo>
+    static inline Bytes plane(const uint8_t* p) {
+        constexpr int kPer = 8 / kWidth, kFrom = kWidth * (kQuad % kPer);
+        const Bytes b = load_bytes(p + 64 * (kQuad / kPer)), mask = splat_byte(((1 << kWidth) - 1) << kTo);
+        if constexpr (kFrom > kTo) return both(shift_down<kFrom - kTo>(b), mask);
+        if constexpr (kFrom < kTo) return both(shift_up<kTo - kFrom>(b), mask);
+        return both(b, mask);
     }
 };
 

@@ -109,6 +109,13 @@ inline Floats sqrt(Floats v) { return _mm512_sqrt_ps(v); }
 inline Floats round_even(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+// The sums of four at once: halves first, then neighbours, twice.
+inline __m256 half_sums(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
+    const __m256 ab = _mm256_hadd_ps(half_sums(a), half_sums(b)), cd = _mm256_hadd_ps(half_sums(c), half_sums(d));
+    const __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 inline float largest(Floats v) { return _mm512_reduce_max_ps(v); }
 inline float smallest(Floats v) { return _mm512_reduce_min_ps(v); }
 

@@ -165,6 +165,10 @@ inline Floats sqrt(Floats v) { ARRONDI_EACH(Floats, vsqrtq_f32(v.v[i])); }
 inline Floats round_even(Floats v) { ARRONDI_EACH(Floats, vrndnq_f32(v.v[i])); }
 inline Floats fma(Floats a, Floats b, Floats c) { ARRONDI_EACH(Floats, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
 inline float sum(Floats v) { return vaddvq_f32(vaddq_f32(vaddq_f32(v.v[0], v.v[2]), vaddq_f32(v.v[1], v.v[3]))); }
+// The sums of four at once.
+inline void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
+    p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d);
+}
 inline float largest(Floats v) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.v[0], v.v[1]), vmaxq_f32(v.v[2], v.v[3]))); }
 inline float smallest(Floats v) { return vminvq_f32(vminq_f32(vminq_f32(v.v[0], v.v[1]), vminq_f32(v.v[2], v.v[3]))); }
 

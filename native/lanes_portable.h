@@ -224,6 +224,10 @@ inline float sum(Floats v) {
     for (int i = 0; i < 16; i++) r += v.v[i];
     return r;
 }
+// The sums of four at once.
+inline void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
+    p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d);
+}
 inline float largest(Floats v) {
     float r = v.v[0];
     for (int i = 1; i < 16; i++) r = v.v[i] > r ? v.v[i] : r;

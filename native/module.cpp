@@ -7,6 +7,8 @@
 namespace arrondi {
 
 NB_MODULE(_native, m) {
+    // What is bound to a model lives as long as the process: its end is no leak.
+    nb::set_leak_warnings(false);
     m.doc() = "Compiled kernels of arrondi; use it through arrondi.native.";
     m.def("path", [] { return path().name; }, "Name of the path in use.");
     m.def("use_path", [](const char* name) {

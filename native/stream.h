@@ -25,7 +25,7 @@ inline void stream_block(const Product& p, int tile, int block) {
     Floats total[kTokens];
     for (int t = 0; t < kTokens; t++) total[t] = zero_floats();
     Ints sum[kChains][kRowsHere];
-    Bytes decoded[D::kQuads];
+    Bytes state;
 
     const auto begin = [&](int s) {
         Ints fresh[kRowsHere];
@@ -34,27 +34,26 @@ inline void stream_block(const Product& p, int tile, int block) {
         for (int c = 1; c < kChains; c++)
             for (int r = 0; r < kRowsHere; r++) sum[c][r] = zero_ints();
     };
-    const auto multiply_quads = [&](int from, int to) {
-        if constexpr (kShort) {
-            Shorts part[kRowsHere];
-            for (int q = from; q < to; q++, x += 4 * kRowsHere) {
-                const bool first = (q - from) % D::kFold == 0, last = q + 1 == to || (q + 1 - from) % D::kFold == 0;
-                for (int r = 0; r < kRowsHere; r++) {
-                    part[r] = dot_short(first ? zero_shorts() : part[r], decoded[q], repeat4(x + 4 * r));
-                    if (last) sum[0][r] = fold(sum[0][r], part[r]);
+    // Quads from … to of the step at `codes`.
+    const auto multiply_quads = [&](auto from, auto to) {
+        Shorts part[kRowsHere];
+        unrolled<from, to>([&](auto q) {
+            constexpr int kQuad = q, kPlace = kQuad - from;
+            const Bytes w = D::template quad<kQuad>(codes, state);
+            for (int r = 0; r < kRowsHere; r++) {
+                Ints& into = sum[kQuad % kChains][r];
+                if constexpr (kWord) {
+                    into = dot_words(into, even_words(w), repeat4(x + 4 * r));
+                    into = dot_words(into, odd_words(w), repeat4(x + 4 * (kRowsHere + r)));
+                } else if constexpr (kShort) {
+                    part[r] = dot_short(kPlace % D::kFold == 0 ? zero_shorts() : part[r], w, repeat4(x + 4 * r));
+                    if (kQuad + 1 == to || (kPlace + 1) % D::kFold == 0) into = fold(into, part[r]);
+                } else {
+                    into = D::kWide ? dot8(into, w, repeat4(x + 4 * r)) : dot7(into, w, repeat4(x + 4 * r));
                 }
             }
-        } else {
-            for (int q = from; q < to; q++, x += (kWord ? 8 : 4) * kRowsHere)
-                for (int r = 0; r < kRowsHere; r++) {
-                    Ints& into = sum[q % kChains][r];
-                    if constexpr (kWord)
-                        into = dot_words(dot_words(into, even_words(decoded[q]), repeat4(x + 4 * r)), odd_words(decoded[q]),
-                                         repeat4(x + 4 * (kRowsHere + r)));
-                    else
-                        into = D::kWide ? dot8(into, decoded[q], repeat4(x + 4 * r)) : dot7(into, decoded[q], repeat4(x + 4 * r));
-                }
-        }
+            x += (kWord ? 8 : 4) * kRowsHere;
+        });
     };
     const auto end = [&](int s) {
         for (int c = 1; c < kChains; c++)
@@ -63,21 +62,23 @@ inline void stream_block(const Product& p, int tile, int block) {
         const GroupOf16 g = group_at(w, block, group_of(w, s * p.span));
         flush<kRowsHere, kOfToken>(g.scale, g.offset, sum[0], scales_of(p, tile, s), sums_of(p, tile, s), total);
     };
-    const auto decode = [&] {
+    const auto arrive = [&] {
         for (int line = 0; line < step_bytes(kKind); line += 64) __builtin_prefetch(codes + kAhead + line);
-        D::step(codes, w, decoded);
-        codes += step_bytes(kKind);
+        state = D::begin(codes, w);
     };
+    using Start = std::integral_constant<int, 0>;
+    using Middle = std::integral_constant<int, 4>;
+    using Stop = std::integral_constant<int, D::kQuads>;
 
     if constexpr (kHalf) {
-        for (int s = 0; s < p.spans; s += 2) {
-            decode();
+        for (int s = 0; s < p.spans; s += 2, codes += step_bytes(kKind)) {
+            arrive();
             begin(s);
-            multiply_quads(0, 4);
+            multiply_quads(Start{}, Middle{});
             end(s);
             if (s + 1 == p.spans) break;
             begin(s + 1);
-            multiply_quads(4, D::kQuads);
+            multiply_quads(Middle{}, Stop{});
             end(s + 1);
         }
     } else {
@@ -85,8 +86,9 @@ inline void stream_block(const Product& p, int tile, int block) {
         for (int s = 0, step = 0; s < p.spans; s++) {
             begin(s);
             for (const int stop = s + 1 == p.spans ? w.steps : step + steps_of_span; step < stop; step++) {
-                decode();
-                multiply_quads(0, D::kQuads);
+                arrive();
+                multiply_quads(Start{}, Stop{});
+                codes += step_bytes(kKind);
             }
             end(s);
         }

@@ -20,7 +20,7 @@ inline void dense_tokens(const Dense& d, int first, int last) {
         for (int t = 0; t < kTokens; t++)
             for (int s = 0; s < kSums; s++) sum[t][s] = zero_floats();
         for (int c = 0; c < whole; c += 16 * kSums) {
-            __builtin_prefetch(row + c * size + 4096);
+            for (int line = 0; line < 16 * kSums * size; line += 64) __builtin_prefetch(row + c * size + 4096 + line);
             for (int s = 0; s < kSums; s++) {
                 const Floats w = load_type(row, d.type, c + 16 * s);
                 for (int t = 0; t < kTokens; t++)
@@ -56,13 +56,17 @@ inline void attend(const Attention& a, int head, float* scores) {
         Floats query[16], sum[16];
         for (int i = 0; i < width; i++) query[i] = mul(load_type(a.query, a.type, q * a.width + 16 * i), splat(a.scale));
         float top = -__builtin_inff();
-        for (int t = 0; t < a.length; t++) {
-            Floats s = zero_floats();
-            for (int i = 0; i < width; i++) s = fma(query[i], load_type(keys, a.type, t * a.key_stride + 16 * i), s);
-            scores[t] = arrondi::ARRONDI_PATH::sum(s);
-            top = scores[t] > top ? scores[t] : top;
+        for (int t = 0; t < a.length; t += 4) {
+            Floats s[4];
+            for (int j = 0; j < 4; j++) {
+                s[j] = zero_floats();
+                const int64_t key = (t + j < a.length ? t + j : t) * a.key_stride;
+                for (int i = 0; i < width; i++) s[j] = fma(query[i], load_type(keys, a.type, key + 16 * i), s[j]);
+            }
+            store_sums(scores + t, s[0], s[1], s[2], s[3]);
         }
         for (int t = a.length; t % 16 != 0; t++) scores[t] = -__builtin_inff();
+        for (int t = 0; t < a.length; t++) top = scores[t] > top ? scores[t] : top;
         Floats all = zero_floats();
         for (int t = 0; t < a.length; t += 16) {
             // e^s as a power of two; below 2^-125 nothing is left of it.

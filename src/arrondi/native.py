@@ -10,6 +10,7 @@ leaves the extension alone, which gives the slow twins everywhere.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -69,6 +70,12 @@ def available() -> bool:
             stacklevel=2,
         )
     return False
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16, without which PyTorch's are a hundred times slower than those of float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 _threads: int | None = None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from tests.cli.conftest import Cli
@@ -12,18 +9,16 @@ from tests.cli.conftest import Cli
 SMALL = ("bench", "--shapes", "64x128", "--m", "1,3", "--schemes", "W4A16,w=int8,a=int8,hadamard")
 
 
-def test_table_and_file(cli: Cli, tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-    result = cli(*SMALL, "--json", file)
+def test_table(cli: Cli) -> None:
+    result = cli(*SMALL)
     assert result.code == 0, result.err
     for word in ("GB/s", "float32", "bfloat16", "W4A16", "w=int8,a=int8", "hadamard", "64 × 128", "m = 3", "%"):
         assert word in result.out
-    document = json.loads(file.read_text())
+
+
+def test_json_is_one_document_on_stdout(cli: Cli) -> None:
+    document = cli(*SMALL, "--json").document
     assert {row["operator"] for row in document["rows"]} == {"W4A16", "w=int8,a=int8", "hadamard"}
-
-
-def test_dash_is_one_document_on_stdout(cli: Cli) -> None:
-    document = cli(*SMALL, "--json", "-").document
     assert {row["m"] for row in document["rows"]} == {1, 3}
     assert document["machine"]["bandwidth_gb_s"] > 0
 
@@ -36,7 +31,6 @@ def test_dash_is_one_document_on_stdout(cli: Cli) -> None:
         (("--m", "1;2"), "--m takes"),
         (("--shapes", "64x64", "--schemes", "W4A15"), "W4A15"),
         (("--shapes", "64x92", "--m", "1", "--schemes", "hadamard"), "88 and 96"),
-        (("--shapes", "64x64", "--m", "1", "--schemes", "hadamard", "--json", "/nowhere/at/all.json"), "all.json"),
     ],
 )
 def test_bad_input(cli: Cli, options: tuple[str, ...], said: str) -> None:

@@ -1,10 +1,9 @@
-"""Which precision products are computed in: `bfloat16_pays`."""
+"""Which precision products are computed in: `bfloat16_pays`, `stored_in_16_bits`."""
 
 from __future__ import annotations
 
-import torch
-
 from arrondi.checkpoint import Checkpoint
+from arrondi.native import multiplies_bfloat16
 
 
 def bfloat16_pays(checkpoint: Checkpoint) -> bool:
@@ -12,5 +11,9 @@ def bfloat16_pays(checkpoint: Checkpoint) -> bool:
 
     Measuring never uses them: the differences that it looks for are as small as bfloat16's own error.
     """
-    narrow = all(e.dtype != "F32" for e in checkpoint.folder.entries.values() if len(e.shape) > 1)
-    return narrow and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return stored_in_16_bits(checkpoint) and multiplies_bfloat16()
+
+
+def stored_in_16_bits(checkpoint: Checkpoint) -> bool:
+    """Whether no matrix is stored in float32."""
+    return all(e.dtype != "F32" for e in checkpoint.folder.entries.values() if len(e.shape) > 1)

@@ -253,10 +253,7 @@ def bench(
         str | None,
         typer.Option(help="Schemes, hadamard, quantize and signs, with commas between. Default: a line of each kind."),
     ] = None,
-    json_: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write one JSON document, too; - for nothing else on stdout."),
-    ] = None,
+    json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure this machine, and how close products with quantized weights come to what it can do."""
@@ -267,9 +264,7 @@ def bench(
     tokens = _sizes("--m", m, ",")
     with progress_bar("measuring", quiet) as progress:
         result = measure([(n, k) for n, k in wanted], tokens, _scheme_names(schemes or ""), progress=progress)
-    if json_ not in (None, "-"):
-        Path(str(json_)).write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
-    _answer(result, json_ == "-", print_bench)
+    _answer(result, json_, print_bench)
 
 
 def _sizes(option: str, text: str, separator: str, count: int | None = None) -> list[int]:

@@ -1,4 +1,4 @@
-"""An ordinary linear layer that is fast for one token.
+"""An ordinary linear layer that is fast for one token, and in bfloat16 on every CPU.
 
 Owns: `DenseLinear`, which `arrondi.load()` makes of the `nn.Linear` that stay unquantized, the output head above all.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from arrondi.kernels.tokens import dense_linear, takes_dense
+from arrondi.native import multiplies_bfloat16
 
 
 class DenseLinear(nn.Linear):
@@ -18,6 +19,13 @@ class DenseLinear(nn.Linear):
         """x (..., in) → (..., out), same dtype."""
         if takes_dense(input, self.weight):
             return dense_linear(input, self.weight, self.bias)
+        if (
+            input.dtype == self.weight.dtype == torch.bfloat16
+            and input.device.type == "cpu"
+            and not multiplies_bfloat16()
+        ):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(input.float(), self.weight.float(), bias).to(torch.bfloat16)
         return super().forward(input)
 
     @staticmethod

@@ -1,12 +1,12 @@
 """A linear layer whose weight stays in few bits.
 
-Owns: `QLinear`, `PackedWeight`. The layer holds what the chosen kernel keeps of the weight, as buffers that are no part
+Owns: `QLinear`, `PackedWeight`, and several layers as one product (`joined_product`). The layer holds what the chosen kernel keeps of the weight, as buffers that are no part
 of `state_dict()`: they are packed for this machine, and files are written from QTensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import nn
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.formats import Scheme
 from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, decoded
+from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
+from arrondi.kernels.product import Product
 from arrondi.nn.packed import keep_types
 from arrondi.qtensor import QTensor, fake_quantize
 
@@ -151,11 +153,16 @@ class QLinear(nn.Module):
             parts.append(KERNELS[self.kernel].linear(values, self._tensors(), meta, None))
         return torch.cat(parts).T.contiguous()
 
+    @property
+    def direct(self) -> bool:
+        """Whether the kernel's product is all that the layer does: it rounds x itself, in the order in which it comes."""
+        rounds_itself = self.activations is None or self.meta.activations is not None
+        return rounds_itself and self.order is None and not self.transposed
+
     def _bind(self) -> Bound:
         """`_product` for x of the compute dtype, with what calls have in common worked out once where the kernel can."""
         bind = KERNELS[self.kernel].bind
-        rounds_itself = self.activations is None or self.meta.activations is not None
-        if bind is None or self.order is not None or self.transposed or not rounds_itself:
+        if bind is None or not self.direct:
             return self._product
         return bind(self._tensors(), self.meta, self.bias)
 
@@ -183,6 +190,34 @@ class QLinear(nn.Module):
                 f"{self.kernel} packed this layer for another device: {reason} Load the model on {where} anew."
             )
         return self
+
+
+def joined_product(
+    linears: Sequence[QLinear], *, norm: torch.Tensor | None = None, eps: float = 0.0, gate: str | None = None
+) -> Product | None:
+    """Layers that read the same x as one compiled product, outputs side by side; None where they are too different.
+
+    Their packed weights move together in memory, and each layer keeps its own as a view.
+
+    Args:
+        linears: of the same input width.
+        norm, eps, gate: see `arrondi.kernels.product.Product`.
+    """
+    first = linears[0]
+    if any(layer.kernel != NATIVE.name or not layer.direct for layer in linears):
+        return None
+    tensors, meta = first._tensors(), first.meta
+    if len(linears) > 1:
+        found = join([(layer._tensors(), layer.meta) for layer in linears])
+        if found is None:
+            return None
+        tensors, meta = found
+        for layer, piece in zip(linears, pieces(tensors, [layer.meta.shape[0] for layer in linears]), strict=True):
+            layer._buffers.update({f"packed_{name}": view for name, view in piece.items()})
+            layer._bound = None
+    biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float() for layer in linears]
+    bias = None if all(layer.bias is None for layer in linears) else torch.cat(biases)
+    return product_of(tensors, meta, bias, norm=norm, eps=eps, gate=gate)
 
 
 def _tracing() -> bool:

@@ -8,10 +8,11 @@ from typing import Any, TextIO
 
 import torch
 
-from arrondi.blocks import bfloat16_pays
+from arrondi.blocks import is_fused, stored_in_16_bits
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, SchemeError
 from arrondi.evaluate.text import load_tokenizer, special_tokens
+from arrondi.native import multiplies_bfloat16
 from arrondi.pipeline.decoding import tokens
 from arrondi.pipeline.load import load_model
 
@@ -33,7 +34,8 @@ def generate(
         prompt: text to continue; its special start token is added.
         max_new_tokens: tokens at most.
         temperature: 0 takes the likeliest token; above, tokens are sampled from the tempered distribution with `seed`.
-        dtype: type of activations; "auto" is bfloat16 where the checkpoint and the CPU are made for it, else float32.
+        dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
+            compute all of its products in it, else float32.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -46,9 +48,7 @@ def generate(
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    if dtype == "auto":
-        dtype = "bfloat16" if bfloat16_pays(checkpoint) else "float32"
-    model = load_model(path, dtype=dtype)
+    model = _load_fast(checkpoint) if dtype == "auto" else load_model(path, dtype=dtype)
     if not model.can_generate():
         raise SchemeError(f"{path}: a {type(model).__name__} does not generate text. Use a causal language model.")
     ids = special_tokens(tokenizer)[0] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -84,6 +84,16 @@ def generate(
         "prompt_tokens_per_second": round(len(ids) / max(first - started, 1e-9), 2),
         "decode_ms_per_token": round(decoding * 1e3 / (len(new) - 1), 2) if len(new) > 1 else None,
     }
+
+
+def _load_fast(checkpoint: Checkpoint) -> Any:
+    """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
+    path = checkpoint.folder.path
+    if stored_in_16_bits(checkpoint):
+        model = load_model(path, dtype="bfloat16")
+        if multiplies_bfloat16() or is_fused(model):
+            return model
+    return load_model(path, dtype="float32")
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

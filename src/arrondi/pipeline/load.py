@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from arrondi.blocks import Skeleton, Slot
+from arrondi.blocks import Skeleton, Slot, fuse
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, unknown
 from arrondi.formats import tile_shape
@@ -60,6 +60,7 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any
         skeleton.fill([name], kind)
     skeleton.load_buffers()
     DenseLinear.adopt(model)
+    fuse(model)
     if model.can_generate():
         model.config.use_cache = True
     model.config.dtype = kind

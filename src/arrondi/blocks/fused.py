@@ -1,0 +1,277 @@
+"""Transformer blocks in few compiled calls.
+
+Owns: `fuse` and `is_fused`. A block of the usual shape (RMS norm, attention with rotary positions, RMS norm, gated MLP, both added to what
+came in) takes some sixty small operators, which cost more than its products when one token is computed. Here it takes
+six calls: q, k and v as one product with the norm before it; rotary positions; the cache; attention; the output product with the
+addition; gate and up as one product with norm and gate; the last product with the addition.
+
+Which blocks are of that shape is not read off the model's name. Their parts are found by what they hold, each part is
+compared with the formula that replaces it on numbers of its own, and the whole block with transformers' own forward. Blocks
+that differ keep theirs, as does every call that asks for more: gradients, hooks inside, another type, a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from arrondi.kernels.product import Product
+from arrondi.kernels.tokens import rotate
+from arrondi.nn import QLinear, QStack, joined_product
+
+_PARTS: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+_MIXING: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_HEAD_NORMS: Final = frozenset({"q_norm", "k_norm"})
+_GATED: Final = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
+_GATES: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
+_WIDEST: Final = 256
+"""Of a head, for which the rotary kernel has registers."""
+
+
+class _Differs(Exception):
+    """Why a block is not of the usual shape."""
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: torch.Tensor
+    eps: float
+
+
+def fuse(model: nn.Module) -> dict[str, str | None]:
+    """Give every block that allows it a forward of few compiled calls.
+
+    Packed weights that are read together are put side by side in memory; every layer keeps its part.
+
+    Args:
+        model: of transformers, its quantized linears `QLinear`.
+
+    Returns:
+        for every block by name: None if it was done, else one sentence why not.
+    """
+    found: dict[str, str | None] = {}
+    for name, block in _blocks(model):
+        try:
+            _install(block)
+            found[name] = None
+        except _Differs as reason:
+            found[name] = str(reason)
+    return found
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether every layer with quantized weights is part of a block that `fuse` changed."""
+    inside = {m for _, block in _blocks(model) if "forward" in vars(block) for m in block.modules()}
+    packed = [m for m in model.modules() if isinstance(m, (QLinear, QStack))]
+    return bool(packed) and inside.issuperset(packed)
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, m) for name, m in model.named_modules() if set(_PARTS) <= {child for child, _ in m.named_children()}]
+
+
+def _install(block: Any) -> None:
+    if "forward" in vars(block):
+        raise _Differs("Its forward was replaced already.")
+    parts = _Parts(block)
+    forward = _Forward(block, parts)
+    if not _agree(block, parts, forward):
+        raise _Differs("It computes something else than a block of the usual shape.")
+    block.forward = forward
+
+
+class _Forward:
+    """The forward of one block. Copies and pickles of it make their products anew when they are called first."""
+
+    def __init__(self, block: Any, parts: _Parts | None = None) -> None:
+        self.block, self.parts = block, parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"block": self.block, "parts": None}
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' decoder layers: hidden states (batch, tokens, width) in and out."""
+        if self.parts is None:
+            self.parts = _Parts(self.block)
+        parts, attention = self.parts, self.block.self_attn
+        if position_embeddings is None or not parts.take(hidden_states, position_embeddings, attention):
+            return type(self.block).forward(
+                self.block,
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        batch, length, size = hidden_states.shape
+        x = hidden_states.reshape(-1, size)
+        mixed = parts.mix(x)
+        parts.rotate(mixed, batch, *position_embeddings)
+        states = mixed.view(batch, length, -1, parts.width).transpose(1, 2)
+        query, key, value = states.split((parts.heads, parts.key_heads, parts.key_heads), dim=1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        seen, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
+            attention,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=attention.scaling,
+            **parts.extra,
+            **kwargs,
+        )
+        x = parts.merge(seen.reshape(batch * length, -1), x)
+        return parts.narrow(parts.widen(x), x).view(batch, length, size)
+
+
+class _Parts:
+    """What a block is made of, as compiled products.
+
+    Raises:
+        _Differs: the block has other parts.
+    """
+
+    def __init__(self, block: Any) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        _exactly(block, _PARTS, frozenset())
+        _exactly(attention, _MIXING, _HEAD_NORMS)
+        _exactly(mlp, _GATED, frozenset())
+        mixing, out = [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj
+        gated, down = [mlp.gate_proj, mlp.up_proj], mlp.down_proj
+        self.dtype = _common_dtype([*mixing, out, *gated, down])
+        self.width = int(attention.head_dim)
+        if self.width % 2 or self.width > _WIDEST:
+            raise _Differs(f"Its heads are {self.width} wide; even widths up to {_WIDEST} are known.")
+        self.heads, self.key_heads, values = (linear.out_features // self.width for linear in mixing)
+        if values != self.key_heads:
+            raise _Differs("Its keys and values have different shapes.")
+        size = mixing[0].in_features
+        before, between = _norm(block.input_layernorm, size), _norm(block.post_attention_layernorm, size)
+        self.head_norms = [
+            _norm(getattr(attention, name), self.width) if hasattr(attention, name) else None
+            for name in ("q_norm", "k_norm")
+        ]
+        self.mix = _product(mixing, before)
+        self.merge = _product([out])
+        self.widen = _product(gated, between, _gate(mlp.act_fn))
+        self.narrow = _product([down])
+        self.exact = self.dtype == torch.float32 and down.activations is None
+        self.extra = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
+        inside = [m for m in block.modules() if m is not block]
+        self.hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.copied = [(p, p._version) for p in block.parameters()]
+
+    def take(self, hidden: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], attention: Any) -> bool:
+        """Whether this call is one for the compiled products."""
+        return (
+            type(hidden) is torch.Tensor
+            and hidden.dtype == positions[0].dtype == self.dtype
+            and positions[0].shape[-1] == self.width
+            and not (torch.is_grad_enabled() and hidden.requires_grad)
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and attention.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
+            and not any(self.hooks)
+            and all(p._version == version for p, version in self.copied)
+        )
+
+    def rotate(self, mixed: torch.Tensor, batch: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        if cos.shape[0] != batch:
+            cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
+        cos, sin = (t.reshape(-1, self.width).contiguous() for t in (cos, sin))
+        query, key = self.head_norms
+        if query is None or key is None:
+            return rotate(mixed, self.heads, self.key_heads, cos, sin)
+        rotate(mixed, self.heads, self.key_heads, cos, sin, norm=query.weight, key_norm=key.weight, eps=query.eps)
+
+
+def _product(linears: list[QLinear], norm: _Norm | None = None, gate: str | None = None) -> Product:
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    made = joined_product(linears, norm=weight, eps=eps, gate=gate)
+    if made is None:
+        raise _Differs(
+            "Layers that read the same activations have different schemes, or kernels that are not compiled."
+        )
+    return made
+
+
+def _exactly(module: nn.Module, needed: frozenset[str], allowed: frozenset[str]) -> None:
+    children = {name for name, _ in module.named_children()}
+    if not needed <= children <= needed | allowed:
+        raise _Differs(f"{type(module).__name__} has other parts: {', '.join(sorted(children ^ needed))}.")
+
+
+def _common_dtype(linears: list[Any]) -> torch.dtype:
+    if not all(isinstance(linear, QLinear) for linear in linears):
+        raise _Differs("Some of its linear layers are not quantized.")
+    dtypes = {linear.meta.dtype for linear in linears}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        raise _Differs("Its layers compute in different types, or in float16.")
+    return dtypes.pop()
+
+
+@torch.no_grad()
+def _norm(module: Any, size: int) -> _Norm:
+    """What makes `x / √(mean(x²) + eps) · weight` of the module: its weight, or the weight and one as in Gemma."""
+    stored = dict(module.named_parameters())
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if set(stored) != {"weight"} or stored["weight"].shape != (size,) or eps is None:
+        raise _Differs(f"{type(module).__name__} is no RMS norm with a weight of {size} numbers.")
+    x = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
+    x[1] *= float(eps) ** 0.5  # where eps counts
+    x = x.to(stored["weight"].dtype)
+    wanted = module(x).float()
+    normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
+    for weight in (stored["weight"].float(), stored["weight"].float() + 1):
+        if torch.allclose(normed * weight, wanted, rtol=0.02 if x.dtype != torch.float32 else 1e-4, atol=1e-6):
+            return _Norm(weight.contiguous(), float(eps))
+    raise _Differs(f"{type(module).__name__} computes something else than an RMS norm.")
+
+
+@torch.no_grad()
+def _gate(activation: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    x = torch.linspace(-12, 12, 193)
+    for name, function in _GATES.items():
+        if torch.allclose(activation(x), function(x), rtol=1e-5, atol=1e-6):
+            return name
+    raise _Differs(f"Its activation is none of {', '.join(_GATES)}.")
+
+
+@torch.no_grad()
+def _agree(block: Any, parts: _Parts, forward: _Forward) -> bool:
+    """Whether transformers' forward adds the same to five random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, parts.mix.columns, generator=generator).to(parts.dtype)
+    angle = torch.rand(1, 5, parts.width // 2, generator=generator) * 6
+    positions = tuple(f(torch.cat((angle, angle), dim=-1)).to(parts.dtype) for f in (torch.cos, torch.sin))
+    options: dict[str, Any] = {"position_ids": torch.arange(5)[None], "position_embeddings": positions}
+    try:
+        wanted = type(block).forward(block, x, **options)
+    except Exception:  # it wants something that blocks of the usual shape do not
+        return False
+    if not isinstance(wanted, torch.Tensor) or wanted.shape != x.shape:
+        return False
+    wanted, got, x = wanted.float(), forward(x, **options).float(), x.float()
+    # Rounded activations may fall on the other side of an edge, and bfloat16 between two operators is coarse.
+    return bool((got - wanted).norm() <= (1e-3 if parts.exact else 0.05) * (wanted - x).norm())
