@@ -57,8 +57,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", default="0.5")
     parser.add_argument("--cases", default="", help="of arrondi: only those whose name contains one of these")
+    parser.add_argument(
+        "--peer-cases",
+        action="append",
+        default=[],
+        help="NAME=PARTS: of that peer, only cases that contain one of them",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    only = {f"peer_{name}.py": cases for name, _, cases in (text.partition("=") for text in options.peer_cases)}
+    only["ours.py"] = options.cases
     sides = [("ours.py", sys.executable)]
     for peer in options.peer:
         name, _, python = peer.partition("=")
@@ -69,7 +77,7 @@ def main() -> None:
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for _ in range(options.rounds):
         for script, python in sides:
-            own = ["--cases", options.cases] if script == "ours.py" and options.cases else []
+            own = ["--cases", only[script]] if only.get(script) else []
             for record in run_side(script, python, shared + own):
                 key = (record["n"], record["k"], record["m"], record["peer"], record["case"])
                 if key not in best or record["ms"] < best[key]["ms"]:

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import arrondi  # before torch: see arrondi/__init__.py
+from arrondi.native import multiplies_bfloat16
 from arrondi.pipeline.decoding import tokens
 
 
@@ -64,7 +65,9 @@ def main() -> None:
     sides: dict[str, Any] = {"arrondi": arrondi.load(options.quantized, dtype="bfloat16")}
     print(f"arrondi.load: {time.perf_counter() - started:.1f} s")
     if options.plain:
-        sides["transformers bf16"] = AutoModelForCausalLM.from_pretrained(options.plain, dtype=torch.bfloat16).eval()
+        # Without products of bfloat16 in the CPU, PyTorch's take minutes for a prompt.
+        name, dtype = ("bf16", torch.bfloat16) if multiplies_bfloat16() else ("fp32", torch.float32)
+        sides[f"transformers {name}"] = AutoModelForCausalLM.from_pretrained(options.plain, dtype=dtype).eval()
     results: dict[str, list[tuple[float, float]]] = {}
     for _ in range(options.rounds):
         for name, model in sides.items():

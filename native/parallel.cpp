@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -23,6 +24,21 @@ inline void relax() {
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     asm volatile("yield");
+#endif
+}
+
+// OpenMP can bind the thread that calls us to one core (OMP_PROC_BIND and its kin), and a thread inherits that from the one that
+// made it: helpers would share the caller's core. They may run wherever the process may.
+void leave_the_callers_core() {
+#if defined(__linux__)
+    bool bound = false;
+    for (const char* name : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"})
+        bound = bound || std::getenv(name) != nullptr;
+    if (!bound) return;
+    cpu_set_t every;
+    CPU_ZERO(&every);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) CPU_SET(cpu, &every);
+    sched_setaffinity(0, sizeof every, &every);  // the system leaves out what a container may not use
 #endif
 }
 
@@ -58,6 +74,7 @@ struct Pool {
     }
 
     void help(int index) {
+        leave_the_callers_core();
         uint64_t seen = 0;
         for (;;) {
             auto until = std::chrono::steady_clock::now() + kLook;
