@@ -7,7 +7,8 @@ addition; gate and up as one product with norm and gate; the last product with t
 
 Which blocks are of that shape is not read off the model's name. Their parts are found by what they hold, each part is
 compared with the formula that replaces it on numbers of its own, and the whole block with transformers' own forward. Blocks
-that differ keep theirs, as does every call that asks for more: gradients, hooks inside, another type, a trace.
+that differ keep theirs, as does every call that asks for more: gradients, hooks inside, another type, a trace; and every
+call after a part was replaced (by an adapter, say) or a norm changed.
 """
 
 from __future__ import annotations
@@ -180,20 +181,24 @@ class _Parts:
         self.extra = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
         inside = [m for m in block.modules() if m is not block]
         self.hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.copied = [(p, p._version) for p in block.parameters()]
+        self.places = [(m._modules, name, child) for m in block.modules() for name, child in m._modules.items()]
+        self.copied = [(p, _version(p)) for p in block.parameters()]
 
     def take(self, hidden: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], attention: Any) -> bool:
         """Whether this call is one for the compiled products."""
         return (
             type(hidden) is torch.Tensor
+            and hidden.device.type == "cpu"
             and hidden.dtype == positions[0].dtype == self.dtype
             and positions[0].shape[-1] == self.width
-            and not (torch.is_grad_enabled() and hidden.requires_grad)
+            and not attention.training
+            and not (torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p, _ in self.copied)))
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and attention.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
             and not any(self.hooks)
-            and all(p._version == version for p, version in self.copied)
+            and all(modules.get(name) is child for modules, name, child in self.places)
+            and all(_version(p) == version for p, version in self.copied)
         )
 
     def rotate(self, mixed: torch.Tensor, batch: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -214,6 +219,11 @@ def _product(linears: list[QLinear], norm: _Norm | None = None, gate: str | None
             "Layers that read the same activations have different schemes, or kernels that are not compiled."
         )
     return made
+
+
+def _version(parameter: torch.Tensor) -> int:
+    """Counts changes in place; a tensor made in inference mode has no count, and its changes go unseen."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _exactly(module: nn.Module, needed: frozenset[str], allowed: frozenset[str]) -> None:
