@@ -40,7 +40,7 @@ def bits_class(record: dict[str, Any]) -> str:
 def run_side(script: str, python: str, options: list[str]) -> list[dict[str, Any]]:
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         done = subprocess.run(
-            [python, str(HERE / script), *options, "--json", out.name], stdout=subprocess.DEVNULL, check=False
+            [python, str(HERE / script), *options, "--json", out.name], stdout=sys.stderr, check=False
         )
         if done.returncode:
             print(f"{script} failed and is left out", file=sys.stderr)

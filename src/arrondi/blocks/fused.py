@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from arrondi.blocks.memory import release
 from arrondi.kernels.product import Product
 from arrondi.kernels.tokens import rotate
 from arrondi.nn import QLinear, QStack, joined_product
@@ -65,6 +66,7 @@ def fuse(model: nn.Module) -> dict[str, str | None]:
             found[name] = None
         except _Differs as reason:
             found[name] = str(reason)
+        release()  # what the parts held before they were put side by side
     return found
 
 
