@@ -382,6 +382,56 @@ void try_attention(int shared, int width, int length, Type type, Random& random)
     }
 }
 
+void try_rotation(int width, Type type, Random& random) {
+    const int rows = random.below(4) == 0 ? 70 : 1 + random.below(5), heads = 1 + random.below(3), key_heads = random.below(3);
+    const int turned = (heads + key_heads) * width, half = width / 2;
+    const int64_t ldx = turned + random.below(2) * 24;
+    const Numbers before = normal(type, rows * ldx, random);
+    const int64_t angles = static_cast<int64_t>(rows) * width;
+    const Numbers cos = normal(type, angles, random), sin = normal(type, angles, random);
+    const Numbers norm = normal(Type::f32, width, random), key_norm = normal(Type::f32, width, random);
+    const bool normed = random.below(2) == 0;
+    const float eps = random.below(2) == 0 ? 1.0f : 1e-6f;
+    Numbers x = before;
+    void* data = type == Type::f32 ? static_cast<void*>(x.floats.data()) : x.halves.data();
+    Rotation r{rows, heads, key_heads, width, data, ldx, cos.data(), sin.data(), type, normed ? norm.floats.data() : nullptr,
+               normed ? key_norm.floats.data() : nullptr, eps, any_of(kThreads, random)};
+    const char* kind = kTypeNames[static_cast<int>(type)];
+    if (const char* wrong = rotate(r)) return fail("rotate width=%d %s: %s", width, kind, wrong);
+    std::vector<double> a(static_cast<size_t>(width));
+    for (int row = 0; row < rows; row++) {
+        for (int head = 0; head < heads + key_heads; head++) {
+            const size_t at = static_cast<size_t>(row * ldx + head * width), angle = static_cast<size_t>(row * width);
+            double mean = 0.0;
+            for (int i = 0; i < width; i++) {
+                a[static_cast<size_t>(i)] = before.floats[at + static_cast<size_t>(i)];
+                mean += a[static_cast<size_t>(i)] * a[static_cast<size_t>(i)] / width;
+            }
+            const float* factor = head < heads ? norm.floats.data() : key_norm.floats.data();
+            for (int i = 0; normed && i < width; i++)
+                a[static_cast<size_t>(i)] *= factor[i] / std::sqrt(mean + static_cast<double>(eps));
+            for (int i = 0; i < width; i++) {
+                const size_t j = static_cast<size_t>(i);
+                const double one = a[j] * cos.floats[angle + j];
+                const double two = (i < half ? -a[j + half] : a[j - half]) * sin.floats[angle + j];
+                const double got = type == Type::f32 ? x.floats[at + j] : from_bf16(x.halves[at + j]);
+                const double relative = width / 16 * 0x1p-25 + 0x1p-21;
+                const double allowed = (std::fabs(one) + std::fabs(two)) * relative + std::fabs(one + two) * places(type);
+                if (!(std::fabs(got - one - two) <= allowed))
+                    return fail("rotate rows=%d heads=%d+%d width=%d %s norm=%d eps=%g: [%d][%d][%d] is %g, expected %g", rows, heads,
+                                key_heads, width, kind, normed, static_cast<double>(eps), row, head, i, got, one + two);
+            }
+        }
+        for (size_t i = static_cast<size_t>(row * ldx + turned); i < static_cast<size_t>((row + 1) * ldx); i++)
+            if (type == Type::f32 ? x.floats[i] != before.floats[i] : x.halves[i] != before.halves[i])
+                return fail("rotate width=%d %s: wrote beyond the heads", width, kind);
+    }
+    for (int odd : {0, 15, 258}) {
+        r.width = odd;
+        if (rotate(r) == nullptr) fail("rotate takes heads of width %d", odd);
+    }
+}
+
 }  // namespace
 
 void try_jobs(uint64_t seed, bool quick) {
@@ -404,6 +454,8 @@ void try_jobs(uint64_t seed, bool quick) {
             for (int k : kK) try_dense(m, any_of(kN, random), k, random);
         for (Type type : {Type::f32, Type::bf16})
             for (int length : {1, 15, 16, 100}) try_attention(1 + random.below(3), 16 << random.below(4), length, type, random);
+        for (Type type : {Type::f32, Type::bf16})
+            for (int width : {2, 16, 20, 34, 64, 80, 96, 128, 250, 256}) try_rotation(width, type, random);
     }
 }
 

@@ -36,17 +36,22 @@ struct Case {
     bool integers;
     int threads;
     uint64_t seed;
+    float eps;  // of the norm beforehand; 0: there is none
+    Gate gate;
+    bool residual;
 
     int groups() const { return (k + group - 1) / group; }
     std::string text() const {
         static const char* const zeros[3] = {"none", "constant", "each"};
-        char text[240];
+        static const char* const gates[3] = {"none", "silu", "gelu"};
+        char text[320];
         std::snprintf(text, sizeof text,
                       "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d integers=%d threads=%d "
-                      "seed=%llu",
+                      "eps=%g gate=%s residual=%d seed=%llu",
                       kKindNames[static_cast<int>(kind)], n, k, m, group, zeros[static_cast<int>(zero)], offset, bias,
                       kTypeNames[static_cast<int>(scale_type)], kTypeNames[static_cast<int>(x_type)],
-                      kTypeNames[static_cast<int>(y_type)], digits, integers, threads, static_cast<unsigned long long>(seed));
+                      kTypeNames[static_cast<int>(y_type)], digits, integers, threads, static_cast<double>(eps),
+                      gates[static_cast<int>(gate)], residual, static_cast<unsigned long long>(seed));
         return text;
     }
 };
@@ -153,9 +158,28 @@ struct Output {
     }
 };
 
+// What comes before and after a product.
+struct Around {
+    std::vector<float> bias, norm;
+    Numbers residual{Type::f32, 0};
+    int64_t ldr = 0;
+
+    Around() = default;
+    Around(const Case& c, Random& random) {
+        bias.resize(c.bias ? static_cast<size_t>(c.n) : 0);
+        norm.resize(c.eps > 0 ? static_cast<size_t>(c.k) : 0);
+        for (float& v : bias) v = 10.0f * random.normal();
+        for (float& v : norm) v = 1.0f + 0.5f * random.normal();
+        if (!c.residual) return;
+        ldr = c.n + random.below(3) * 7;
+        residual = Numbers(c.y_type, static_cast<size_t>((c.m - 1) * ldr + c.n));
+        for (size_t i = 0; i < residual.floats.size(); i++) residual.set(i, 10.0f * random.normal());
+    }
+};
+
 constexpr float kLevels = 127.0f;
 
-Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ldx, Output& y, int64_t ldy, const float* bias) {
+Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ldx, Output& y, int64_t ldy, const Around& around) {
     Product p{};
     p.weight = made.weight;
     p.x = x.data();
@@ -168,9 +192,14 @@ Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ld
     p.y = y.data;
     p.y_type = c.y_type;
     p.ldy = ldy;
-    p.bias = bias;
+    p.bias = around.bias.empty() ? nullptr : around.bias.data();
     p.integers = c.integers;
     p.threads = c.threads;
+    p.norm = around.norm.empty() ? nullptr : around.norm.data();
+    p.eps = c.eps;
+    p.gate = c.gate;
+    p.residual = around.residual.floats.empty() ? nullptr : around.residual.data();
+    p.ldr = around.ldr;
     return p;
 }
 
@@ -213,12 +242,32 @@ struct Reference {
         Token t;
         t.x.assign(x, x + c.k);
         t.doubt.assign(static_cast<size_t>(c.k), 0.0);
+        double inexact = 0.0;  // relative, of what the norm gives
+        if (p.norm != nullptr) {
+            double mean = 0.0;
+            for (double v : t.x) mean += v * v / c.k;
+            const double unit = 1.0 / std::sqrt(mean + static_cast<double>(c.eps));
+            for (int j = 0; j < c.k; j++) t.x[j] *= unit * p.norm[j];
+            // A sum of squares in sixteen lanes loses up to half a unit a step, of which the root leaves a half.
+            inexact = c.k / 16 * 0x1p-25 + 0x1p-22;
+            for (int j = 0; j < c.k; j++) t.doubt[j] = std::fabs(t.x[j]) * (p.pairs ? 0x1.02p-8 : inexact);
+        }
         if (c.digits == 1) {
-            float largest = 0.0f;
-            for (int j = 0; j < c.k; j++) largest = std::max(largest, std::fabs(x[j]));
-            float step = largest > 0.0f ? largest / kLevels : 1.0f;
-            if (largest > 0.0f && p.step_type == Type::bf16) step = from_bf16(to_bf16(step));
-            for (int j = 0; j < c.k; j++) t.x[j] = std::nearbyint(std::min(std::max(x[j] / step, -128.0f), 127.0f));
+            double largest = 0.0;
+            for (double v : t.x) largest = std::max(largest, std::fabs(v));
+            const auto step_of = [&](double most) {
+                const float step = most > 0.0 ? static_cast<float>(most) / kLevels : 1.0f;
+                return most > 0.0 && p.step_type == Type::bf16 ? from_bf16(to_bf16(step)) : step;
+            };
+            const float step = step_of(largest);
+            // Near the edge between two codes either is right, and between two steps all codes may be others.
+            const bool sure = p.step_type == Type::f32 || step_of(largest * (1 - inexact)) == step_of(largest * (1 + inexact));
+            for (int j = 0; j < c.k; j++) {
+                const float code = static_cast<float>(t.x[j]) / step;
+                const double off = inexact * std::fabs(code), edge = std::fabs(code - std::floor(code) - 0.5f);
+                t.x[j] = std::nearbyint(std::min(std::max(code, -128.0f), 127.0f));
+                t.doubt[j] = inexact == 0.0 ? 0.0 : !sure ? 1e9 : edge <= 4 * off ? 1.0 : off;
+            }
             t.scale = c.integers ? 1.0 : step;
         } else if (p.digits > 1) {
             // In each span numbers are multiples of a 32 000th or an 8 000 000th of the largest.
@@ -227,7 +276,7 @@ struct Reference {
                 const int end = std::min(start + p.span, c.k);
                 double largest = 0.0;
                 for (int j = start; j < end; j++) largest = std::max(largest, std::fabs(t.x[j]));
-                for (int j = start; j < end; j++) t.doubt[j] = 0.55 * largest / steps;
+                for (int j = start; j < end; j++) t.doubt[j] += 0.55 * largest / steps;
             }
         }
         return t;
@@ -247,17 +296,19 @@ struct Reference {
     }
 };
 
-void compare(const Case& c, const Made& made, const Product& p, const Numbers& x, int64_t ldx, const Output& y, int64_t ldy,
-             const float* bias) {
+void compare(const Case& c, const Made& made, const Product& p, const float* x, int64_t ldx, const Output& y, int64_t ldy,
+             const Around& around) {
     const Reference reference(c, made, p);
     for (int t = 0; t < c.m; t++) {
-        const Reference::Token token = reference.token(x.floats.data() + t * ldx);
+        const Reference::Token token = reference.token(x + t * ldx);
         for (int i = 0; i < c.n; i++) {
             Expected e = reference.expected(token, i);
-            if (bias != nullptr) {
-                e.y += bias[i];
-                e.allowed += (std::fabs(e.y) + std::fabs(bias[i])) * 0x1p-23;
-            }
+            const auto added = [&](double v) {
+                e.y += v;
+                e.allowed += (std::fabs(e.y) + std::fabs(v)) * 0x1p-23;
+            };
+            if (c.bias) added(around.bias[static_cast<size_t>(i)]);
+            if (c.residual) added(around.residual.floats[static_cast<size_t>(t * around.ldr + i)]);
             if (!c.integers) e.allowed += std::fabs(e.y) * (c.y_type == Type::bf16 ? 0x1.02p-8 : 0x1p-23) + 0x1p-100;
             const double got = y.get(static_cast<size_t>(t * ldy + i));
             if (!(std::fabs(got - e.y) <= e.allowed))
@@ -269,28 +320,70 @@ void compare(const Case& c, const Made& made, const Product& p, const Numbers& x
     }
 }
 
+// y must be the gate of what the same product gives without one, which is compared as every product is. The tokens are
+// taken in the portions that product() takes them in, because how a product is computed depends on their number.
+void compare_gated(const Case& c, const Made& made, const Numbers& x, int64_t ldx, const Output& y, int64_t ldy,
+                   const Around& around) {
+    constexpr int kPortion = 384;
+    const int half = c.n / 2;
+    for (int first = 0; first < c.m; first += kPortion) {
+        Case part = c;
+        part.m = std::min(c.m - first, kPortion);
+        part.gate = Gate::none;
+        part.y_type = Type::f32;
+        Output results(part, static_cast<size_t>(part.m) * c.n);
+        Product p = product_of(part, made, x, ldx, results, c.n, around);
+        p.x = static_cast<const uint8_t*>(x.data()) + first * ldx * size_of(c.x_type);
+        if (const char* wrong = product(p)) return fail("%s: refused: %s", part.text().c_str(), wrong);
+        compare(part, made, p, x.floats.data() + first * ldx, ldx, results, c.n, around);
+        for (int t = 0; t < part.m; t++) {
+            for (int i = 0; i < half; i++) {
+                const size_t at = static_cast<size_t>(t * c.n + i);
+                const double g = results.get(at), u = results.get(at + static_cast<size_t>(half));
+                const double z = c.gate == Gate::silu ? g : 2.0 * std::sqrt(2.0 / 3.14159265358979) * (g + 0.044715 * g * g * g);
+                const double share = 1.0 / (1.0 + std::exp(-z)), expected = g * share * u;
+                // e^-z is as good as z is, and no larger than 2^125.
+                const double relative = 0x1p-21 + 0x1p-22 * std::fabs(z) * (1.0 - share);
+                const double stored = c.y_type == Type::bf16 ? 0x1.02p-8 : 0x1p-23;
+                const double allowed = std::fabs(expected) * (relative + stored) + std::fabs(g * u) * 0x1p-124 + 0x1p-100;
+                const double got = y.get(static_cast<size_t>((first + t) * ldy + i));
+                if (!(std::fabs(got - expected) <= allowed))
+                    return fail("%s: y[%d][%d] is %.9g, expected %.9g of %g and %g", c.text().c_str(), first + t, i, got,
+                                expected, g, u);
+            }
+            for (int64_t i = half; i < ldy && first + t + 1 < c.m; i++)
+                if (y.get(static_cast<size_t>((first + t) * ldy + i)) != y.mark())
+                    return fail("%s: wrote y[%d][%d], beyond the row", c.text().c_str(), first + t, static_cast<int>(i));
+        }
+    }
+}
+
 void try_product(const Case& c) {
     Random random(c.seed);
     const Made made = make_weight(c, random);
-    const int64_t ldx = c.k + random.below(3) * 8, ldy = c.n + random.below(3) * 5;
+    const int width = c.gate == Gate::none ? c.n : c.n / 2;
+    const int64_t ldx = c.k + random.below(3) * 8, ldy = width + random.below(3) * 5;
     Numbers x(c.x_type, static_cast<size_t>((c.m - 1) * ldx + c.k));
     fill(x, c.m, c.k, ldx, random);
-    std::vector<float> bias(c.bias ? static_cast<size_t>(c.n) : 0);
-    for (float& v : bias) v = 10.0f * random.normal();
-    const float* added = c.bias ? bias.data() : nullptr;
-    const size_t count = static_cast<size_t>((c.m - 1) * ldy + c.n);
+    const Around around(c, random);
+    const size_t count = static_cast<size_t>((c.m - 1) * ldy + width);
     Output y(c, count), again(c, count);
-    Product p = product_of(c, made, x, ldx, y, ldy, added);
+    Product p = product_of(c, made, x, ldx, y, ldy, around);
     if (const char* wrong = product(p)) return fail("%s: refused: %s", c.text().c_str(), wrong);
-    compare(c, made, p, x, ldx, y, ldy, added);
+    if (c.gate == Gate::none)
+        compare(c, made, p, x.floats.data(), ldx, y, ldy, around);
+    else
+        compare_gated(c, made, x, ldx, y, ldy, around);
     // How the work is shared must not show.
-    Product other = product_of(c, made, x, ldx, again, ldy, added);
+    Product other = product_of(c, made, x, ldx, again, ldy, around);
     other.threads = c.threads == 1 ? 3 : 1;
     if (const char* wrong = product(other)) return fail("%s: refused: %s", c.text().c_str(), wrong);
     if (!y.same(again)) fail("%s: the result depends on the number of threads", c.text().c_str());
 }
 
 constexpr int kGroups[] = {16, 32, 64, 128, 0};  // 0: the row
+constexpr float kEps[] = {0.0f, 0.0f, 1e-6f, 1.0f};  // 0: no norm
+constexpr Gate kGates[] = {Gate::none, Gate::none, Gate::silu, Gate::gelu_tanh};
 
 // Everything that `kind`, `k`, `m` and `digits` leave open, by lot.
 Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
@@ -315,7 +408,14 @@ Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
         c.integers = true;
         c.group = k;
         c.offset = c.bias = false;
+        return c;
     }
+    c.eps = any_of(kEps, random);
+    c.gate = any_of(kGates, random);
+    if (c.gate == Gate::none)
+        c.residual = random.below(3) == 0;
+    else
+        c.n *= 2;
     return c;
 }
 
@@ -360,7 +460,7 @@ void try_codes(Kind kind) {
             for (int t = 0; t < m; t++)
                 for (int j = 0; j < c.k; j++) x.set(static_cast<size_t>(t * c.k + j), j == from + t ? 1.0f : 0.0f);
             Output y(c, static_cast<size_t>(c.m) * c.n);
-            Product p = product_of(c, made, x, c.k, y, c.n, nullptr);
+            Product p = product_of(c, made, x, c.k, y, c.n, {});
             product(p);
             for (int t = 0; t < m; t++)
                 for (int i = 0; i < c.n; i++) {
@@ -406,7 +506,7 @@ void try_extremes() {
                 Numbers x(Type::f32, static_cast<size_t>(m) * e.k);
                 for (size_t i = 0; i < x.floats.size(); i++) x.floats[i] = static_cast<float>(e.alternating && i % 2 ? -sign : sign);
                 Output y(c, static_cast<size_t>(m) * c.n);
-                Product p = product_of(c, made, x, e.k, y, c.n, nullptr);
+                Product p = product_of(c, made, x, e.k, y, c.n, {});
                 p.levels = 128.0f;  // -1 becomes -128, and 1 as much as there is: 127
                 // Where int32 holds it: 255 · 128 · 65536 fits, but only just.
                 product(p);
@@ -430,27 +530,32 @@ void try_not_finite() {
                         float odd;
                         std::memcpy(&odd, &bits, 4);
                         Case c = drawn(kind, 100, m, digits, 77 + static_cast<uint64_t>(m));
-                        c.n = 33;
+                        c.n = 34;
                         c.group = m == 4 ? 100 : 32;
                         c.integers = false;
                         c.x_type = type;
+                        c.residual = c.bias = false;
+                        c.eps = bits % 2 == 0 ? 0.0f : 1e-6f;
+                        c.gate = kGates[1 + digits % 3];
                         Random random(c.seed);
                         const Made made = make_weight(c, random);
                         Numbers x(type, static_cast<size_t>(m) * c.k);
                         fill(x, m, c.k, c.k, random);
-                        const size_t count = static_cast<size_t>(m) * c.n;
+                        const Around around(c, random);
+                        const int width = c.gate == Gate::none ? c.n : c.n / 2;
+                        const size_t count = static_cast<size_t>(m) * width;
                         Output y(c, count), before(c, count);
-                        Product clean = product_of(c, made, x, c.k, before, c.n, nullptr);
+                        Product clean = product_of(c, made, x, c.k, before, width, around);
                         product(clean);
                         const int token = m / 2;
                         x.set(static_cast<size_t>(token) * c.k + 70, odd);
-                        Product p = product_of(c, made, x, c.k, y, c.n, nullptr);
+                        Product p = product_of(c, made, x, c.k, y, width, around);
                         product(p);
                         for (int t = 0; t < m; t++)
-                            for (int i = 0; i < c.n; i++) {
-                                const double got = y.get(static_cast<size_t>(t * c.n + i));
+                            for (int i = 0; i < width; i++) {
+                                const double got = y.get(static_cast<size_t>(t * width + i));
                                 const bool good = t == token ? !std::isfinite(got)
-                                                             : got == before.get(static_cast<size_t>(t * c.n + i));
+                                                             : got == before.get(static_cast<size_t>(t * width + i));
                                 if (!good)
                                     return fail("%s: with x[%d][70] = %g, y[%d][%d] is %g", c.text().c_str(), token, odd, t, i, got);
                             }
@@ -472,11 +577,24 @@ void try_largest(int count) {
             const float largest = std::ldexp(1.0f + random.uniform(), random.below(220) - 120);
             for (int j = 0; j < 32; j++) x.set(static_cast<size_t>(j), j == 20 ? largest : -random.uniform() * largest);
             Output y(c, 1);
-            Product p = product_of(c, made, x, 32, y, 1, nullptr);
+            Product p = product_of(c, made, x, 32, y, 1, {});
             product(p);
             const int before = failures.load();
-            compare(c, made, p, x, 32, y, 1, nullptr);
+            compare(c, made, p, x.floats.data(), 32, y, 1, {});
             if (failures.load() != before) return fail("… where the largest number is %.9g", static_cast<double>(largest));
+        }
+}
+
+// More tokens than a gated product takes at once.
+void try_portions(uint64_t seed) {
+    int number = 0;
+    for (Kind kind : {Kind::u4, Kind::u8, Kind::float4})
+        for (int digits = 0; digits <= (integer(kind) ? 3 : 0); digits++) {
+            Case c = drawn(kind, 100, 385 + 15 * (number % 2), digits, seed * 100 + static_cast<uint64_t>(number));
+            c.n = 34;
+            c.integers = c.residual = false;
+            c.gate = kGates[2 + number++ % 2];
+            try_product(c);
         }
 }
 
@@ -491,7 +609,7 @@ void try_refusals() {
     const Made made = make_weight(c, random);
     Numbers x(Type::f32, 128);
     Output y(c, 4);
-    const Product good = product_of(c, made, x, 64, y, 2, nullptr);
+    const Product good = product_of(c, made, x, 64, y, 2, {});
     Product p = good;
     p.m = 0;
     if (product(p) != nullptr) fail("a product of no tokens is refused");
@@ -521,6 +639,18 @@ void try_refusals() {
     p.weight.kind = Kind::e4m3;
     p.digits = 1;
     refused(p, "an integer product of floating codes");
+    p = good;
+    p.gate = Gate::silu;
+    p.residual = x.data();
+    refused(p, "a residual after a gate");
+    p.residual = nullptr;
+    p.digits = 1;
+    p.integers = true;
+    refused(p, "a gate of integers");
+    p = good;
+    p.gate = Gate::gelu_tanh;
+    p.weight.n = 1;
+    refused(p, "a gate of one row");
 }
 
 }  // namespace
@@ -547,6 +677,7 @@ int try_all_products(uint64_t seed, bool quick) {
     try_not_finite();
     try_largest(quick ? 300 : 3000);
     try_refusals();
+    try_portions(seed);
     return try_products(seed, quick ? 7 : 1);
 }
 

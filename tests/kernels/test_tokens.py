@@ -1,12 +1,13 @@
-"""Dense products and attention of few tokens against PyTorch's own operators in float64."""
+"""Dense products, attention of few tokens and rotary positions against PyTorch's own operators in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from arrondi.kernels.tokens import attend, dense_linear, takes_attention, takes_dense
+from arrondi.kernels.tokens import attend, dense_linear, rotate, takes_attention, takes_dense
 from arrondi.native import kernel_threads, native, threads
 from arrondi.nn import DenseLinear
 
@@ -116,3 +117,56 @@ def test_threads_of_pytorch_rest_and_come_back():
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [16, 20, 64, 80, 128, 256])
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_rotary_positions_are_those_of_transformers(width: int, normed: bool, dtype: torch.dtype):
+    eps = 0.5  # next to a mean square of one
+    for rows, heads, key_heads in ((1, 4, 2), (5, 3, 3), (11, 6, 1), (1, 1, 0)):
+        turned = (heads + key_heads) * width
+        x = random(rows, turned + key_heads * width + 5).to(dtype)
+        angle = random(rows, width // 2, seed=1) * 100
+        cos, sin = (f(torch.cat((angle, angle), dim=1)).to(dtype) for f in (torch.cos, torch.sin))
+        weights = [1 + 0.3 * random(width, seed=seed) for seed in (2, 3)]
+        parts = x[:, :turned].double().unflatten(1, (-1, width)).transpose(0, 1).split((heads, key_heads))
+        if normed:
+            parts = [nn.functional.rms_norm(p, (width,), w.double(), eps) for p, w in zip(parts, weights, strict=True)]
+        exact, sizes = (
+            torch.cat(apply_rotary_pos_emb(q, k, c.double(), s.double(), unsqueeze_dim=0)).transpose(0, 1).flatten(1)
+            for (q, k), c, s in ((parts, cos, sin), ([p.abs() for p in parts], cos.abs(), _signed_by_half(sin.abs())))
+        )
+        got = x.clone()
+        if normed:
+            rotate(got, heads, key_heads, cos, sin, norm=weights[0], key_norm=weights[1], eps=eps)
+        else:
+            rotate(got, heads, key_heads, cos, sin)
+        # A sum of squares in 16 lanes, the roundings of two products and their sum; then one to the type.
+        bound = (width / 16 * 2.0**-25 + 2.0**-21) * sizes
+        bound += exact.abs() * (2.0**-23 if dtype == torch.float32 else 2.0**-8)
+        assert bool(((got[:, :turned].double() - exact).abs() <= bound).all()), (rows, heads, key_heads)
+        assert torch.equal(got[:, turned:], x[:, turned:])
+
+
+def _signed_by_half(sin: torch.Tensor) -> torch.Tensor:
+    """With it, the rotation of sizes adds up the sizes of its parts."""
+    half = sin.shape[1] // 2
+    return torch.cat((-sin[:, :half], sin[:, half:]), dim=1)
+
+
+def test_rotary_positions_leave_what_lies_between_rows():
+    room = random(4, 100)
+    x = room.clone()
+    cos, sin = random(4, 20, seed=1), random(4, 20, seed=2)
+    rotate(x[:, 10:90], 2, 1, cos, sin)
+    apart = room[:, 10:90].contiguous()
+    rotate(apart, 2, 1, cos, sin)
+    assert torch.equal(x[:, 10:90], apart)
+    assert torch.equal(x[:, :10], room[:, :10]) and torch.equal(x[:, 70:], room[:, 70:])
+
+
+def test_rotary_positions_of_heads_that_are_too_wide_or_odd():
+    for width in (15, 258):
+        with pytest.raises(ValueError, match="even width of up to 256"):
+            rotate(random(1, width), 1, 0, random(1, width), random(1, width))

@@ -1,0 +1,350 @@
+"""`Product` with norm, bias, gate and residual against PyTorch in float64, and weights that are joined to one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from arrondi.errors import ShapeError
+from arrondi.formats import LayerScheme, Scheme, parse_scheme
+from arrondi.kernels import Meta
+from arrondi.kernels import native_linear as module
+from arrondi.kernels.product import GATES, Product
+from arrondi.native import native
+from arrondi.qtensor import QTensor, fake_quantize, quantize
+
+pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
+
+RUNNABLE = [name for name, missing in native.paths() if missing is None] if native is not None else []
+SCHEMES = ("W4A16", "W8A16", "W2A16_ASYM", "NF4", "W4A8", "W8A8")
+SHAPES = ((42, 40), (98, 320), (34, 1040))
+"""(out, in): out even, for the gates, and no multiple of 16, nor is half of it; in with a last group that is short."""
+ROWS = (1, 2, 3, 5, 17)
+PORTION = 400
+"""Rows that a gated product computes in two portions, of 384 and of the rest."""
+EPS = 0.01
+"""As large as the mean square of the activations here."""
+STEEPEST = 1.13
+"""No gate's slope is larger."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=RUNNABLE)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert native is not None
+    before = native.path()
+    native.use_path(request.param)
+    yield request.param
+    native.use_path(before)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of(scheme: Scheme, rows: int, columns: int, seed: int = 0) -> QTensor:
+    return quantize(random(rows, columns, seed=seed) * 0.05 + 0.01, scheme)
+
+
+@functools.cache
+def weight_and_values(scheme: Scheme, rows: int, columns: int) -> tuple[QTensor, torch.Tensor]:
+    q = weight_of(scheme, rows, columns)
+    return q, q.dequantize(torch.float64)
+
+
+def packed(q: QTensor, dtype: torch.dtype = torch.float32, activations: Scheme | None = None):
+    return module.prepack(q, dtype), Meta(q.scheme, (q.shape[0], q.shape[1]), dtype, activations)
+
+
+def silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gate and the exponent z of x · sigmoid(z)."""
+    return x * torch.sigmoid(x), x
+
+
+def gelu_tanh(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    z = 2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    return x * torch.sigmoid(z), z
+
+
+TWINS = {"silu": silu, "gelu_tanh": gelu_tanh}
+
+
+@dataclass
+class Near:
+    """Numbers in float64, and how far from them float32 may be."""
+
+    value: torch.Tensor
+    bound: torch.Tensor
+
+
+def normed_twin(x: torch.Tensor, norm: torch.Tensor) -> Near:
+    """A sum of squares in 16 lanes loses at most half a unit of 2^-24 a step; half of that is left behind the root."""
+    x = x.double()
+    value = x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * norm.double()
+    return Near(value, value.abs() * (x.shape[-1] / 16 * 2.0**-25 + 2.0**-22))
+
+
+def product_twin(x: Near, scheme: LayerScheme, w: torch.Tensor, bias: torch.Tensor, roundoff: float) -> Near:
+    """x Wᵀ + bias of values that are off by up to x.bound. Where int8 is asked for and x lies that close to the edge
+    between two codes, either may be chosen."""
+    values, doubt = x.value, x.bound
+    if scheme.activations is not None:
+        values = fake_quantize(x.value.float(), scheme.activations).double()
+        step = x.value.abs().amax(dim=-1, keepdim=True) / 127.5
+        off_edge = (x.value / step - (x.value / step).floor() - 0.5).abs()
+        doubt = torch.where(off_edge * step <= 2 * doubt + 2.0**-22 * x.value.abs(), step, 2.0**-18 * values.abs())
+    sizes = values.abs() @ w.abs().T + bias.double().abs()
+    return Near(values @ w.T + bias.double(), roundoff * sizes + doubt @ w.abs().T)
+
+
+def gate_twin(y: Near, gate: str) -> Near:
+    """gate(first half) · second half; e^z is as good as z, and no larger than 2^125."""
+    (g, u), (dg, du) = y.value.chunk(2, dim=-1), y.bound.chunk(2, dim=-1)
+    gated, z = TWINS[gate](g)
+    relative = 2.0**-21 + 2.0**-22 * z.abs() * torch.sigmoid(-z)
+    near = STEEPEST * dg * (u.abs() + du) + gated.abs() * du
+    return Near(gated * u, near + (gated * u).abs() * relative + (g * u).abs() * 2.0**-124)
+
+
+def inside(dtype: torch.dtype, path: str) -> float:
+    """What is lost before the result is rounded, in units of the sum of sizes: digits of 23 and of 15 bits beside the sign, of
+    which the largest of 256 numbers takes some; only one path rounds weights to bfloat16."""
+    return 2.0**-20 if dtype == torch.float32 else 2.0**-7 if path == "avx512_bf16" else 2.0**-12
+
+
+def close(y: torch.Tensor, wanted: Near) -> bool:
+    half = 2.0**-23 if y.dtype == torch.float32 else 2.0**-8
+    return bool(((y.double() - wanted.value).abs() <= wanted.bound * 1.01 + half * wanted.value.abs() + 1e-30).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("after", ["silu", "gelu_tanh", "residual"])
+@pytest.mark.parametrize("before", ["norm", "as-it-is"])
+@pytest.mark.parametrize("text", SCHEMES)
+def test_it_is_the_product_of_pytorch(path: str, text: str, before: str, after: str, dtype: torch.dtype):
+    scheme = parse_scheme(text)
+    gate = after if after in GATES else None
+    for (out, columns), rows in [*itertools.product(SHAPES, ROWS), *([(SHAPES[1], PORTION)] if gate else [])]:
+        q, values = weight_and_values(scheme.weights, out, columns)
+        norm = (1 + 0.3 * random(columns, seed=1)) if before == "norm" else None
+        bias, x = random(out, seed=2) * 0.3, (random(rows, columns, seed=rows) * 0.1).to(dtype)
+        if norm is None:
+            x = x * 8
+        tensors, meta = packed(q, dtype, scheme.activations)
+        product = module.product_of(tensors, meta, bias, norm=norm, eps=EPS, gate=gate)
+        residual = None if gate else (random(rows, out + 3, seed=4) * 2).to(dtype)[:, :out]
+        y = product(x, residual)
+        given = Near(x.double(), x.double() * 0) if norm is None else normed_twin(x, norm)
+        wanted = product_twin(given, scheme, values, bias, inside(dtype, path))
+        if gate is not None:
+            wanted = gate_twin(wanted, gate)
+        if residual is not None:
+            sizes = wanted.value.abs() + residual.double().abs()
+            wanted = Near(wanted.value + residual.double(), wanted.bound + 2.0**-23 * sizes)
+        assert y.dtype == dtype and y.shape == (rows, out // 2 if gate else out)
+        assert close(y, wanted), (out, columns, rows)
+
+
+def test_the_norm_of_small_numbers_counts_eps_and_zeros_stay_finite(path: str):
+    q = weight_of(parse_scheme("W4A16").weights, 32, 64)
+    x = random(3, 64)
+    x[1] *= 1e-3
+    x[2] = 0
+    for eps in (1e-6, 1e-12):
+        y = module.product_of(*packed(q), None, norm=torch.ones(64), eps=eps)(x)
+        exact = nn.functional.rms_norm(x.double(), (64,), eps=eps) @ q.dequantize(torch.float64).T
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+        assert not bool(y[2].any())
+    large, small = (module.product_of(*packed(q), None, norm=torch.ones(64), eps=eps)(x[1:2]) for eps in (1e-6, 1e-12))
+    square = float(x[1].double().square().mean())
+    ratio = ((square + 1e-12) / (square + 1e-6)) ** 0.5
+    assert ratio < 0.8
+    torch.testing.assert_close(large, small * ratio, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("gate", TWINS)
+def test_gates_far_out(path: str, gate: str, dtype: torch.dtype):
+    """e^100 and more, and cubes that float32 cannot hold."""
+    far = [100.0, -100.0, 1e30, -1e30, 12.0, -12.0, 0.0, -0.0, 1e-30]
+    half = 24
+    q = weight_of(parse_scheme("W8A16").weights, 2 * half, 64)
+    q.scale[: len(far)] = 0.0  # their results are the bias
+    bias = random(2 * half, seed=1)
+    bias[: len(far)] = torch.tensor(far)
+    for rows in (1, 7):
+        x = random(rows, 64, seed=rows).to(dtype)
+        y = module.product_of(*packed(q, dtype), bias, gate=gate)(x)
+        given = Near(x.double(), x.double() * 0)
+        before = product_twin(given, parse_scheme("W8A16"), q.dequantize(torch.float64), bias, inside(dtype, path))
+        before.bound[:, : len(far)] = 0
+        assert close(y, gate_twin(before, gate)), rows
+        assert bool((y[:, [1, 3]].abs() < 1e-7 * before.value[:, half:][:, [1, 3]].abs() + 1e-30).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_nan_stays_nan_and_where_it_is(path: str, dtype: torch.dtype):
+    scheme = parse_scheme("W4A16").weights
+    q, half = weight_of(scheme, 72, 64), 36
+    bias = random(72, seed=1)
+    for gate, rows in itertools.product(TWINS, (1, 3, 9)):
+        x = random(rows, 64, seed=2).to(dtype)
+        clean = module.product_of(*packed(q, dtype), bias, gate=gate)(x)
+        for place in (5, half + 7):  # in front of the gate, and behind it
+            dirty = bias.clone()
+            dirty[place] = torch.nan
+            y = module.product_of(*packed(q, dtype), dirty, gate=gate)(x)
+            assert bool(torch.isnan(y[:, place % half]).all())
+            others = torch.arange(half) != place % half
+            assert torch.equal(y[:, others], clean[:, others])
+        x[rows // 2, 9] = torch.nan
+        for norm in (None, torch.ones(64)):
+            wanted = module.product_of(*packed(q, dtype), bias, norm=norm, gate=gate)
+            clear = torch.where(torch.isnan(x), 1, x)
+            y, whole = wanted(x), wanted(clear)
+            assert bool(torch.isnan(y[rows // 2]).all())
+            others = torch.arange(rows) != rows // 2
+            assert torch.equal(y[others], whole[others])
+    residual = random(2, 72, seed=3).to(dtype)
+    residual[1, 4] = torch.nan
+    y = module.product_of(*packed(q, dtype), None)(random(2, 64).to(dtype), residual)
+    assert torch.isnan(y).nonzero().tolist() == [[1, 4]]
+
+
+@pytest.mark.parametrize("gate", [None, *TWINS])
+def test_strides_axes_and_types_of_x(gate: str | None):
+    q = weight_of(parse_scheme("W4A16").weights, 48, 320)
+    product = module.product_of(*packed(q), random(48, seed=1), norm=torch.ones(320), eps=EPS, gate=gate)
+    out = 48 if gate is None else 24
+    wide = random(7, 640)
+    for x in (wide[:, 5:325], wide[:, ::2], random(320, 9, seed=2).T, wide[:1, :320].expand(4, 320)):
+        assert torch.equal(product(x), product(x.contiguous()))
+    deep = wide[:6, :320].reshape(2, 3, 320)
+    assert torch.equal(product(deep), product(wide[:6, :320]).reshape(2, 3, out))
+    assert product(wide[0, :320]).shape == (out,)
+    assert product(wide[:0, :320]).shape == (0, out)
+    halves = wide[:, :320].half()
+    y = module.product_of(*packed(q, torch.float16), random(48, seed=1), norm=torch.ones(320), eps=EPS, gate=gate)(
+        halves
+    )
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), product(halves.float()), rtol=2.0**-10, atol=2.0**-9)
+
+
+def test_results_are_written_where_they_belong():
+    q = weight_of(parse_scheme("W4A16").weights, 42, 64)
+    x, residual = random(5, 64), random(5, 42, seed=1)
+    for gate, out in ((None, 42), ("silu", 21)):
+        product = module.product_of(*packed(q), None, gate=gate)
+        added = None if gate else residual
+        room = torch.full((5, 50), 7.0)
+        product.into(x, room[:, 3 : 3 + out], added)
+        assert torch.equal(room[:, 3 : 3 + out], product(x, added))
+        assert bool((room[:, :3] == 7).all()) and bool((room[:, 3 + out :] == 7).all())
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    q = weight_of(parse_scheme("W4A16").weights, 300, 512)
+    product = module.product_of(*packed(q), None, norm=torch.ones(512), eps=EPS, gate="silu")
+    for rows in (1, 5, PORTION):
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(product(random(rows, 512)))
+        assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.zeros(2, 63), r"\(\.\.\., 64\).*\(48, 64\), got \(2, 63\)"),
+        (torch.zeros(64, 2), r"got \(64, 2\)"),
+        (torch.zeros(()), r"got \(\)"),
+        (torch.zeros(2, 64, dtype=torch.float64), "float64"),
+        (torch.zeros(2, 64, device="meta"), "meta"),
+    ],
+    ids=["narrow", "flipped", "scalar", "float64", "meta"],
+)
+def test_an_x_that_does_not_fit(x: torch.Tensor, words: str):
+    q = weight_of(parse_scheme("W4A16").weights, 48, 64)
+    for gate in (None, "silu"):
+        with pytest.raises(ShapeError, match=words):
+            module.product_of(*packed(q), None, gate=gate)(x)
+
+
+def test_what_a_gate_does_not_go_with():
+    scheme = parse_scheme("W4A16").weights
+    odd = module.product_of(*packed(weight_of(scheme, 33, 64)), None, gate="silu")
+    with pytest.raises(ValueError, match="as many rows before as behind"):
+        odd(torch.ones(1, 64))
+    even = module.product_of(*packed(weight_of(scheme, 32, 64)), None, gate="silu")
+    with pytest.raises(ValueError, match="nothing that is added"):
+        even(torch.ones(1, 64), torch.ones(1, 16))
+    with pytest.raises(KeyError):
+        Product([None] * 5, [0] * 8, 0, 0.0, 0, None, gate="relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "text", [*SCHEMES, "w=uint4/g32/offset", "w=int4/channel,a=int8/token", "BINARY", "w=ternary/channel"]
+)
+def test_joined_weights_are_read_as_before(path: str, text: str, dtype: torch.dtype):
+    scheme = parse_scheme(text)
+    sizes = (48, 16, 32)
+    apart = [packed(weight_of(scheme.weights, n, 320, seed=n), dtype, scheme.activations) for n in sizes]
+    joined = module.join(apart)
+    assert joined is not None
+    tensors, meta = joined
+    assert meta.shape == (96, 320)
+    views = module.pieces(tensors, sizes)
+    for name, tensor in tensors.items():
+        assert all(view[name].untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for view in views)
+        assert name == "table" or sum(view[name].numel() for view in views) == tensor.numel()
+    for rows in (1, 5, 40):
+        x = random(rows, 320, seed=rows).to(dtype)
+        before = [module.product_of(t, m, None)(x) for t, m in apart]
+        after = [module.product_of(v, m, None)(x) for v, (_, m) in zip(views, apart, strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert torch.equal(module.product_of(tensors, meta, None)(x), torch.cat(before, dim=1))
+
+
+def test_scales_of_two_types_are_joined_in_the_wider_one():
+    scheme = parse_scheme("w=int4/g32/float32").weights
+    apart = [packed(weight_of(scheme, rows, 64, seed=rows)) for rows in (32, 16)]
+    apart[0][0]["scale"] = apart[0][0]["scale"].bfloat16()
+    assert {t["scale"].dtype for t, _ in apart} == {torch.bfloat16, torch.float32}
+    joined = module.join(apart)
+    assert joined is not None
+    x = random(3, 64)
+    before = torch.cat([module.product_of(t, m, None)(x) for t, m in apart], dim=1)
+    assert torch.equal(module.product_of(*joined, None)(x), before)
+
+
+def test_weights_that_differ_are_not_joined():
+    four, eight = (parse_scheme(text) for text in ("W4A16", "W8A16"))
+    one = packed(weight_of(four.weights, 32, 64))
+    for other in (
+        packed(weight_of(eight.weights, 32, 64)),
+        packed(weight_of(four.weights, 32, 128)),
+        packed(weight_of(four.weights, 24, 64)),
+        packed(weight_of(four.weights, 32, 64), torch.bfloat16),
+        packed(weight_of(four.weights, 32, 64), activations=parse_scheme("W8A8").activations),
+    ):
+        assert module.join([one, other]) is None
+        assert module.join([other, one]) is None
+    assert module.join([packed(weight_of(four.weights, 24, 64))]) is None
+    assert module.join([one, one]) is not None
