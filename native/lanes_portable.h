@@ -17,9 +17,9 @@ namespace ARRONDI_PATH {
 
 constexpr int kRows = 4;         // rows of a tile of activations
 constexpr int kVectors = 1;      // groups of sixteen columns in a tile of weights
-constexpr bool kFastDot = false;   // whether integer products of three digits beat float ones
-constexpr bool kShortSums = true;  // whether sums that stay in 16 bits for a while are faster than dot7
-constexpr bool kWords = true;      // whether two digits, and codes above 127, are multiplied in 16 bits
+constexpr bool kFastDot = false;    // whether integer products of three digits beat float ones
+constexpr bool kShortSums = false;  // whether sums that stay in 16 bits for a while (Shorts) are faster than dot7
+constexpr bool kWords = false;      // whether two digits, and codes above 127, are multiplied in 16 bits (dot_words)
 
 struct Bytes {
     uint8_t v[64];
@@ -119,28 +119,15 @@ inline Ints dot8(Ints sum, Bytes u, Bytes s) {
     return sum;
 }
 inline Ints dot7(Ints sum, Bytes u, Bytes s) { return dot8(sum, u, s); }
-// Bytes 0 and 2, 1 and 3 of every lane as two numbers of 16 bits; sum + w · x over the two.
-inline Bytes even_words(Bytes b) { ARRONDI_EACH(Bytes, 64, i % 2 == 0 ? b.v[i] : uint8_t{0}); }
-inline Bytes odd_words(Bytes b) { ARRONDI_EACH(Bytes, 64, i % 2 == 0 ? b.v[i + 1] : uint8_t{0}); }
-inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
-    int16_t left[32], right[32];
-    std::memcpy(left, w.v, 64);
-    std::memcpy(right, x.v, 64);
-    for (int i = 0; i < 16; i++) sum.v[i] += left[2 * i] * right[2 * i] + left[2 * i + 1] * right[2 * i + 1];
-    return sum;
-}
-// Sums of two neighbouring products, 16 bits each; the caller folds them into a sum of 32 before they overflow.
-struct Shorts {
-    int16_t v[32];
-};
-inline Shorts zero_shorts() { ARRONDI_EACH(Shorts, 32, 0); }
-inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) {
-    for (int i = 0; i < 32; i++)
-        sum.v[i] = static_cast<int16_t>(sum.v[i] + u.v[2 * i] * static_cast<int8_t>(s.v[2 * i]) +
-                                        u.v[2 * i + 1] * static_cast<int8_t>(s.v[2 * i + 1]));
-    return sum;
-}
-inline Ints fold(Ints sum, Shorts part) { ARRONDI_EACH(Ints, 16, sum.v[i] + part.v[2 * i] + part.v[2 * i + 1]); }
+// With kShortSums: sums of two neighbouring products, 16 bits each, and how they are folded into a sum of 32 before they overflow.
+using Shorts = Ints;
+inline Shorts zero_shorts() { return zero_ints(); }
+inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
+inline Ints fold(Ints sum, Shorts part) { ARRONDI_EACH(Ints, 16, sum.v[i] + part.v[i]); }
+// With kWords: bytes 0 and 2, 1 and 3 of every lane as two numbers of 16 bits; sum + w · x over the two.
+inline Bytes even_words(Bytes b) { return b; }
+inline Bytes odd_words(Bytes b) { return b; }
+inline Ints dot_words(Ints sum, Bytes, Bytes) { return sum; }
 // In twos, fours and bytes, the library's function would not be inlined.
 inline int32_t ones_of(uint32_t v) {
     v = v - (v >> 1 & 0x55555555u);

@@ -426,6 +426,7 @@ void try_rotation(int width, Type type, Random& random) {
             if (type == Type::f32 ? x.floats[i] != before.floats[i] : x.halves[i] != before.halves[i])
                 return fail("rotate width=%d %s: wrote beyond the heads", width, kind);
     }
+    r.rows = 0;
     for (int odd : {0, 15, 258}) {
         r.width = odd;
         if (rotate(r) == nullptr) fail("rotate takes heads of width %d", odd);
