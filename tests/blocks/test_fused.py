@@ -308,6 +308,27 @@ def test_gradients_of_the_embeddings():
     assert torch.equal(grads[0], grads[1])
 
 
+def test_gradients_of_a_norm_alone():
+    model = fused("llama")
+    other, grads = apart(model), []
+    for m in (model, other):
+        weight = m.model.layers[1].input_layernorm.weight.requires_grad_()
+        m(input_ids=IDS).logits.square().sum().backward()
+        grads.append(weight.grad)
+    assert grads[0] is not None and grads[1].abs().max() > 0
+    assert off(grads[0], grads[1]) < ROUNDOFF
+
+
+def test_dropout_in_training():
+    model = fused("llama", attention_dropout=0.5).train()
+    found = []
+    for m in (model, apart(model)):
+        torch.manual_seed(1)
+        found.append(logits(m))
+    assert torch.equal(found[0], found[1])
+    assert off(logits(model.eval()), found[0]) > 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gemma-one-plus-weight", "qwen3-head-norms"])
 def test_a_weight_changed_in_place_counts_at_the_next_call(name: str, dtype: torch.dtype):
@@ -340,6 +361,29 @@ def test_packed_numbers_changed_in_place_count_at_the_next_call():
     found, wanted = logits(model), logits(apart(model))
     assert off(before, wanted) > 0.05
     assert 0 < off(found, wanted) < ROUNDOFF  # still of few calls
+
+
+class Doubled(nn.Module):
+    """As adapters do: a layer in the place of a layer, with that one inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.act_fn", "mlp", "post_attention_layernorm"])
+def test_a_part_that_is_replaced_counts_at_the_next_call(part: str):
+    model = fused("llama")
+    other, before = apart(model), logits(model)
+    for m in (model, other):
+        name = f"model.layers.0.{part}"
+        m.set_submodule(name, Doubled(m.get_submodule(name)))
+    wanted = logits(other)
+    assert off(before, wanted) > 0.01
+    assert off(logits(model), wanted) < ROUNDOFF
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
