@@ -495,3 +495,13 @@ def test_the_reference_kernel_is_not_fused_and_says_so(checkpoint: Path, monkeyp
     assert off(logits(model), wanted) < 10 * ROUNDOFF
     for reason in fuse(model).values():
         assert reason is not None and reason.endswith("kernels that are not compiled.")
+
+
+def test_autocast_and_a_norm_that_was_replaced_take_the_models_own_forward():
+    model = fused("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, wanted = logits(model), logits(apart(model))
+    assert torch.equal(found, wanted)
+    norm = model.model.layers[0].input_layernorm
+    norm.weight = nn.Parameter(3 * norm.weight.detach(), requires_grad=False)
+    assert off(logits(model), logits(apart(model))) < ROUNDOFF

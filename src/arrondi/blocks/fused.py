@@ -185,6 +185,7 @@ class _Parts:
         self.hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.places = [(m._modules, name, child) for m in block.modules() for name, child in m._modules.items()]
         self.copied = [(p, _version(p)) for p in block.parameters()]
+        self.owned = [(m._parameters, name, p) for m in block.modules() for name, p in m._parameters.items()]
 
     def take(self, hidden: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], attention: Any) -> bool:
         """Whether this call is one for the compiled products."""
@@ -197,9 +198,11 @@ class _Parts:
             and not (torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p, _ in self.copied)))
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
+            and not torch.is_autocast_enabled("cpu")
             and attention.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
             and not any(self.hooks)
             and all(modules.get(name) is child for modules, name, child in self.places)
+            and all(parameters.get(name) is p for parameters, name, p in self.owned)
             and all(_version(p) == version for p, version in self.copied)
         )
 

@@ -65,7 +65,7 @@ class Product:
             residual: (tokens, out), added to the result; x is then float32 or bfloat16 and so is it.
 
         Raises:
-            ShapeError: x does not fit the weight.
+            ShapeError: x does not fit the weight, or the residual not the result.
         """
         k = self.columns
         if x.shape[-1:] != (k,) or x.dtype not in TYPES or x.device.type != "cpu":
@@ -79,6 +79,12 @@ class Product:
         y = torch.empty(
             (flat.shape[0], self.rows), dtype=torch.int32 if integers else torch.float32 if half else x.dtype
         )
+        if residual is not None and (
+            residual.shape != y.shape or residual.dtype != y.dtype or residual.stride(1) != 1 or half or integers
+        ):
+            raise ShapeError(
+                f"The residual must be {tuple(y.shape)} in {y.dtype} with contiguous rows, as the result is, got {tuple(residual.shape)} in {residual.dtype}."
+            )
         self.into(flat, y, residual, integers=integers)
         if half and not integers:
             y = y.to(torch.float16)
