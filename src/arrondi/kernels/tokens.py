@@ -115,6 +115,9 @@ def rotate(
         x: (tokens, at least (heads + key heads) · width), float32 or bfloat16, rows contiguous; heads, then key heads.
         cos, sin: (tokens, width), the dtype of x, contiguous.
         norm, key_norm: (width,) float32 contiguous: each head is divided by its root mean square and multiplied by it before.
+
+    Raises:
+        ValueError: an odd width, or one above 256.
     """
     rows, width = cos.shape
     assert native is not None
