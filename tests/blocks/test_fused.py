@@ -505,3 +505,10 @@ def test_autocast_and_a_norm_that_was_replaced_take_the_models_own_forward():
     norm = model.model.layers[0].input_layernorm
     norm.weight = nn.Parameter(3 * norm.weight.detach(), requires_grad=False)
     assert off(logits(model), logits(apart(model))) < ROUNDOFF
+
+
+def test_a_copy_whose_part_was_replaced_takes_its_own_forward():
+    model = copy.deepcopy(fused("llama"))
+    torch.manual_seed(1)
+    model.model.layers[0].mlp.down_proj = nn.Linear(96, 64, bias=False)
+    assert off(logits(model), logits(apart(model))) < ROUNDOFF

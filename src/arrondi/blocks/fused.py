@@ -100,6 +100,15 @@ class _Forward:
     def __getstate__(self) -> dict[str, Any]:
         return {"block": self.block, "parts": None}
 
+    def _ready(self) -> _Parts | None:
+        """The products; None in a copy whose parts were replaced by others."""
+        if self.parts is None:
+            try:
+                self.parts = _Parts(self.block)
+            except _Differs:
+                return None
+        return self.parts
+
     def __call__(
         self,
         hidden_states: torch.Tensor,
@@ -111,10 +120,12 @@ class _Forward:
         **kwargs: Any,
     ) -> Any:
         """As transformers' decoder layers: hidden states (batch, tokens, width) in and out."""
-        if self.parts is None:
-            self.parts = _Parts(self.block)
-        parts, attention = self.parts, self.block.self_attn
-        if position_embeddings is None or not parts.take(hidden_states, position_embeddings, attention):
+        parts, attention = self._ready(), self.block.self_attn
+        if (
+            parts is None
+            or position_embeddings is None
+            or not parts.take(hidden_states, position_embeddings, attention)
+        ):
             return type(self.block).forward(
                 self.block,
                 hidden_states,
