@@ -72,33 +72,70 @@ struct Row {
     int64_t at;
 };
 
-// One token's k numbers [start, end) → digits, `width` columns from `out` on (padded with zeros), every quad `stride` bytes
-// after the one before; the digits of one number lie 4 bytes apart, the lowest last. With `kWord` they stay one number of
-// 16 bits: even_words() of all tokens, then odd_words().
-template <int kDigits, bool kWord>
-inline void digits_of(const Row& row, int start, int end, int width, float inverse, float step, uint8_t* out,
-                      int stride, int32_t* sums) {
-    Ints total[3] = {zero_ints(), zero_ints(), zero_ints()};
+inline float absolute_largest(const Row& row, int start, int end) {
+    Floats high = zero_floats();
+    const Ints size = splat(int32_t{0x7fffffff});
+    // Compared as integers, so that NaN counts as larger than everything.
+    Ints most = as_ints(high);
+    for (int c = start; c < end; c += 16)
+        most = max(most, and_ints(as_ints(load_some(row.x, row.type, row.at + c, row.at + end)), size));
+    int32_t lanes[16], best = 0;
+    store_ints(lanes, most);
+    for (int i = 0; i < 16; i++) best = lanes[i] > best ? lanes[i] : best;
+    float value;
+    __builtin_memcpy(&value, &best, 4);
+    return value;
+}
+
+// The grid that a token is rounded to: code - zero point = x / step, between low and high.
+struct Grid {
+    float step, low, high;
+};
+
+// As arrondi.fitting finds it: symmetric, or from the smallest to the largest with zero between them.
+inline Grid grid_of(const Product& p, const Row& row) {
+    const float lowest = static_cast<float>(p.lowest), highest = static_cast<float>(p.highest), levels = highest - lowest;
+    const float size = absolute_largest(row, 0, p.weight.k);
+    if (!(size - size == 0.0f)) return {size - size, 0.0f, 0.0f};
+    const auto stored = [&](float step) {
+        return step == 0.0f ? 1.0f : rounded_to(step < 0x1p-126f ? 0x1p-126f : step, p.step_type);
+    };
+    if (p.digits == 1) return {stored(size / (levels / 2.0f)), lowest, highest};
+    Floats least = zero_floats(), most = zero_floats();
+    for (int c = 0; c < p.weight.k; c += 16) {
+        const Floats x = load_some(row.x, row.type, row.at + c, row.at + p.weight.k);
+        least = min(least, x);
+        most = max(most, x);
+    }
+    const float low = smallest(least), step = stored(largest(most) / levels - low / levels);
+    float lanes[16];
+    store_floats(lanes, min(max(round_even(splat(lowest - low / step)), splat(lowest)), splat(highest)));
+    return {step, lowest - lanes[0], highest - lanes[0]};
+}
+
+// One token's numbers [start, end) → integers → digits, `width` columns from `out` on (padded with zeros), every quad `stride`
+// bytes after the one before; the digits of one number lie 4 bytes apart, the lowest last. `kDigits` 0: words, even_words()
+// of all tokens, then odd_words().
+template <int kDigits, class Integers>
+inline void digits_of(const Row& row, int start, int end, int width, const Integers& integers, uint8_t* out, int stride,
+                      int32_t* sums) {
+    constexpr int kSums = kDigits == 0 ? 1 : kDigits;
+    Ints total[kSums];
+    for (int d = 0; d < kSums; d++) total[d] = zero_ints();
     for (int c = 0; c < width; c += 16) {
         const Floats x = load_some(row.x, row.type, row.at + start + c, row.at + (end > start + c ? end : start + c));
-        Ints digit[3];
-        if constexpr (kDigits == 1) {
-            const Floats code = min(max(div(x, splat(step)), splat(-128.0f)), splat(127.0f));
-            digit[0] = to_ints(code);
-        } else {
-            Ints rest = to_ints(mul(x, splat(inverse)));
-            for (int d = kDigits - 1; d > 0 && !kWord; d--) {
-                // The low byte as a signed number; what is left is a multiple of 256.
-                const Ints low = and_ints(rest, splat(int32_t{255}));
-                const Ints borrowed = shift_left<1>(and_ints(low, splat(int32_t{128})));
-                digit[d] = sub(low, borrowed);
-                rest = sub(rest, digit[d]);
-                // An arithmetic shift by 8 of a multiple of 256, from logical ones.
-                rest = sub(shift_right<8>(add(rest, splat(int32_t{1 << 30}))), splat(int32_t{1 << 22}));
-            }
-            digit[0] = rest;
+        Ints digit[kSums], rest = integers(x);
+        for (int d = kDigits - 1; d > 0; d--) {
+            // The low byte as a signed number; what is left is a multiple of 256.
+            const Ints low = and_ints(rest, splat(int32_t{255}));
+            const Ints borrowed = shift_left<1>(and_ints(low, splat(int32_t{128})));
+            digit[d] = sub(low, borrowed);
+            rest = sub(rest, digit[d]);
+            // An arithmetic shift by 8 of a multiple of 256, from logical ones.
+            rest = sub(shift_right<8>(add(rest, splat(int32_t{1 << 30}))), splat(int32_t{1 << 22}));
         }
-        if constexpr (kWord) {
+        digit[0] = rest;
+        if constexpr (kDigits == 0) {
             total[0] = add(total[0], digit[0]);
             uint16_t words[16];
             store_low_halves(words, digit[0]);
@@ -117,28 +154,13 @@ inline void digits_of(const Row& row, int start, int end, int width, float inver
             for (int q = 0; q < 4; q++) __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride + 4 * d, bytes + 4 * q, 4);
         }
     }
-    for (int d = 0; d < (kWord ? 1 : kDigits); d++) {
+    for (int d = 0; d < kSums; d++) {
         int32_t lanes[16];
         store_ints(lanes, total[d]);
         int32_t all = 0;
         for (int i = 0; i < 16; i++) all += lanes[i];
         sums[d] = all;
     }
-}
-
-inline float absolute_largest(const Row& row, int start, int end) {
-    Floats high = zero_floats();
-    const Ints size = splat(int32_t{0x7fffffff});
-    // Compared as integers, so that NaN counts as larger than everything.
-    Ints most = as_ints(high);
-    for (int c = start; c < end; c += 16)
-        most = max(most, and_ints(as_ints(load_some(row.x, row.type, row.at + c, row.at + end)), size));
-    int32_t lanes[16], best = 0;
-    store_ints(lanes, most);
-    for (int i = 0; i < 16; i++) best = lanes[i] > best ? lanes[i] : best;
-    float value;
-    __builtin_memcpy(&value, &best, 4);
-    return value;
 }
 
 // x / rms(x) · norm, in memory of the tile.
@@ -157,62 +179,72 @@ inline Row normed(const Product& p, int tile, const Row& row) {
     return {out, Type::f32, 0};
 }
 
+// Token `t` of a tile of `count` as float32 or pairs of bfloat16.
+inline void pack_floats(const Product& p, const Row& row, int t, int count, uint8_t* out) {
+    const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
+    for (int c = 0; c < padded; c += 16) {
+        const Floats x = load_some(row.x, row.type, row.at + c, row.at + (k > c ? k : c));
+        if (p.pairs) {
+            uint16_t halves[16];
+            store_low_halves(halves, bf16_bits(x));
+            for (int i = 0; i < 8; i++)
+                __builtin_memcpy(out + (static_cast<int64_t>(c / 2 + i) * count + t) * 4, halves + 2 * i, 4);
+        } else {
+            float lanes[16];
+            store_floats(lanes, x);
+            for (int i = 0; i < 16; i++)
+                __builtin_memcpy(out + (static_cast<int64_t>(c + i) * count + t) * 4, lanes + i, 4);
+        }
+    }
+}
+
+// The same as digits, with their scales and sums.
+inline void pack_digits(const Product& p, const Row& row, int tile, int t, int count, uint8_t* out) {
+    const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
+    const int rows = rows_of_token(p), stride = (p.words ? 8 : 4) * rows * count;
+    const Grid grid = p.by_token ? grid_of(p, row) : Grid{};
+    if (p.by_token) p.tile_scale[static_cast<int64_t>(tile) * kRowsMost + t] = grid.step;
+    for (int s = 0; s < p.spans; s++) {
+        const int start = s * p.span, end = start + p.span < k ? start + p.span : k;
+        const int width = (start + p.span < padded && s + 1 < p.spans ? start + p.span : padded) - start;
+        const int64_t at = (static_cast<int64_t>(tile) * p.spans + s) * kRowsMost;
+        uint8_t* quads = out + static_cast<int64_t>(start / 4) * stride + 4 * rows * t;
+        int32_t* sums = p.tile_sum + at + rows * t;
+        const auto pack = [&](const auto& integers) {
+            if (p.words) return digits_of<0>(row, start, end, width, integers, quads, stride, sums);
+            if (p.digits == 1) return digits_of<1>(row, start, end, width, integers, quads, stride, sums);
+            if (p.digits == 2) return digits_of<2>(row, start, end, width, integers, quads, stride, sums);
+            digits_of<3>(row, start, end, width, integers, quads, stride, sums);
+        };
+        if (p.by_token) {
+            pack([&](Floats x) { return to_ints(min(max(div(x, splat(grid.step)), splat(grid.low)), splat(grid.high))); });
+            continue;
+        }
+        // Numbers are kept as multiples of largest / range. Every digit fits int8 up to 127 · 257 and 127 · 65793; the
+        // latter less what rounding the reciprocal may add.
+        const float range = p.digits == 2 ? 32639.0f : 8355700.0f;
+        float largest = absolute_largest(row, start, end);
+        const bool finite = largest - largest == 0.0f;
+        if (largest < 0x1p-100f) largest = 0x1p-100f;  // the reciprocal stays finite; what is lost is below any sum
+        const float inverse = range / largest;
+        if (finite)
+            pack([&](Floats x) { return to_ints(mul(x, splat(inverse))); });
+        else
+            pack([](Floats) { return zero_ints(); });  // what is no number has no digits
+        p.tile_scale[at + t] = finite ? largest / range : largest - largest;
+    }
+}
+
 // One tile of activations in the form that p.digits asks for.
 inline void pack_tile(const Product& p, int tile) {
     const int first = tile * p.tokens, count = p.m - first < p.tokens ? p.m - first : p.tokens;
-    const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
     uint8_t* out = p.tiles + tile * p.tile_bytes;
     for (int t = 0; t < count; t++) {
         const Row given = {p.x, p.x_type, (first + t) * p.ldx}, row = p.norm == nullptr ? given : normed(p, tile, given);
-        if (p.digits == 0) {
-            for (int c = 0; c < padded; c += 16) {
-                const Floats x = load_some(row.x, row.type, row.at + c, row.at + (k > c ? k : c));
-                float lanes[16];
-                if (p.pairs) {
-                    uint16_t halves[16];
-                    store_low_halves(halves, bf16_bits(x));
-                    for (int i = 0; i < 8; i++)
-                        __builtin_memcpy(out + (static_cast<int64_t>(c / 2 + i) * count + t) * 4, halves + 2 * i, 4);
-                } else {
-                    store_floats(lanes, x);
-                    for (int i = 0; i < 16; i++)
-                        __builtin_memcpy(out + (static_cast<int64_t>(c + i) * count + t) * 4, lanes + i, 4);
-                }
-            }
-            continue;
-        }
-        const int digits = p.digits, rows = rows_of_token(p), stride = (p.words ? 8 : 4) * rows * count;
-        float whole = digits == 1 ? absolute_largest(row, 0, k) : 0.0f;
-        for (int s = 0; s < p.spans; s++) {
-            const int start = s * p.span, end = start + p.span < k ? start + p.span : k;
-            const int width = (start + p.span < padded && s + 1 < p.spans ? start + p.span : padded) - start;
-            const int64_t at = (static_cast<int64_t>(tile) * p.spans + s) * kRowsMost;
-            uint8_t* quads = out + static_cast<int64_t>(start / 4) * stride + 4 * rows * t;
-            int32_t* sums = p.tile_sum + at + rows * t;
-            if (digits == 1) {
-                const float step = whole > 0.0f || whole != whole ? rounded_to(whole / p.levels, p.step_type) : 1.0f;
-                if (p.words)
-                    digits_of<1, true>(row, start, end, width, 0.0f, step, quads, stride, sums);
-                else
-                    digits_of<1, false>(row, start, end, width, 0.0f, step, quads, stride, sums);
-                p.tile_scale[static_cast<int64_t>(tile) * kRowsMost + t] = whole - whole == 0.0f ? step : whole - whole;
-                continue;
-            }
-            // Numbers are kept as multiples of largest / range. Every digit fits int8 up to 127 · 257 and 127 · 65793; the
-            // latter less what rounding the reciprocal may add.
-            const float range = digits == 2 ? 32639.0f : 8355700.0f;
-            float largest = absolute_largest(row, start, end);
-            const bool finite = largest - largest == 0.0f;
-            if (largest < 0x1p-100f) largest = 0x1p-100f;  // the reciprocal stays finite; what is lost is below any sum
-            const float inverse = finite ? range / largest : 0.0f;
-            if (p.words)
-                digits_of<2, true>(row, start, end, width, inverse, 0.0f, quads, stride, sums);
-            else if (digits == 2)
-                digits_of<2, false>(row, start, end, width, inverse, 0.0f, quads, stride, sums);
-            else
-                digits_of<3, false>(row, start, end, width, inverse, 0.0f, quads, stride, sums);
-            p.tile_scale[at + t] = finite ? largest / range : largest - largest;
-        }
+        if (p.digits == 0)
+            pack_floats(p, row, t, count, out);
+        else
+            pack_digits(p, row, tile, t, count, out);
     }
 }
 

@@ -11,7 +11,7 @@
 namespace arrondi {
 namespace {
 
-using Facts = std::vector<int64_t>;  // what arrondi.kernels.native.Facts lists, in its order
+using Facts = std::vector<int64_t>;  // what native_linear._facts lists, in its order; of activations what rounding_of does
 
 Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table) {
     if (f.size() != 8) throw nb::value_error("a packed weight has eight facts");
@@ -55,13 +55,18 @@ void bind_products(nb::module_& m) {
     // A product with its weight bound: what stays the same from call to call crosses from Python once.
     nb::class_<Product>(m, "Product")
         .def("__init__", [](Product* made, const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset,
-                            uintptr_t table, int digits, float levels, int step_type, uintptr_t bias, uintptr_t norm, float eps,
+                            uintptr_t table, int digits, const Facts& rounding, uintptr_t bias, uintptr_t norm, float eps,
                             int gate) {
             Product p{};
             p.weight = weight_of(facts, codes, scale, zero, offset, table);
             p.digits = digits;
-            p.levels = levels;
-            p.step_type = static_cast<Type>(step_type);
+            p.by_token = !rounding.empty();
+            if (p.by_token) {
+                if (rounding.size() != 3) throw nb::value_error("the rounding of activations has three facts");
+                p.lowest = static_cast<int>(rounding[0]);
+                p.highest = static_cast<int>(rounding[1]);
+                p.step_type = static_cast<Type>(rounding[2]);
+            }
             p.bias = at<float>(bias);
             p.norm = at<float>(norm);
             p.eps = eps;

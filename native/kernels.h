@@ -83,8 +83,10 @@ struct Weight {
 
 // How activations meet the codes.
 //   floats   as float32 (or pairs of bfloat16 where a path has that product)
-//   digits   as integers in base 256: 1 digit is dynamic int8, one scale a token; 2 or 3 digits hold bfloat16 or float32
-//            activations to 15 or 23 bits of the largest in each span, which is as good as the type they came in
+//   digits   as integers in base 256: 2 or 3 digits hold bfloat16 or float32 activations to 15 or 23 bits of the largest in
+//            each span, which is as good as the type they came in
+//   by token as integers of one scale a token, to which x is rounded: 1 digit; 2 where the grid has a zero point, for then
+//            code - zero point has nine bits
 struct Product {
     Weight weight;
     const void* x;     // (m, k), rows ldx elements apart
@@ -92,13 +94,14 @@ struct Product {
     int64_t ldx;
     int m;
     int digits;        // 0: floats
-    float levels;      // digits == 1: scale = largest / levels, codes in -128 … 127
-    Type step_type;    // digits == 1: what the scale is rounded to
+    bool by_token;
+    int lowest, highest;  // by token: the codes of x
+    Type step_type;    // by token: what the scale is rounded to
     void* y;           // (m, n), rows ldy elements apart; int32 with `integers`
     Type y_type;
     int64_t ldy;
     const float* bias;  // (n,) or null
-    bool integers;      // y is the exact int32 sum; digits == 1 and one group only
+    bool integers;      // y is the exact int32 sum; by token and one group only
     int threads;
     // Beforehand x becomes x / rms(x) · norm with rms² = mean(x²) + eps. Null: x stays.
     const float* norm;  // (k,)
@@ -116,11 +119,13 @@ struct Product {
     int tokens;         // of one tile
     uint8_t* tiles;     // activations [tile][unit][row of the tile][4 bytes]
     int64_t tile_bytes;
-    float* tile_scale;  // digits == 1: [tile][kRowsMost]; else [tile][spans][kRowsMost]
+    float* tile_scale;  // by token: [tile][kRowsMost]; else [tile][spans][kRowsMost]
     float* normed;      // a row of each tile, where x is normed
     int32_t* tile_sum;  // sums of the digits, [tile][spans][kRowsMost]
 };
 constexpr int kRowsMost = 8;
+// Longer sums of nine bits times eight may not fit int32.
+constexpr int kZeroPointColumns = 32768;
 
 // Rows of a tile that one token takes: a digit is a row like others.
 inline int rows_of_token(const Product& p) { return p.digits == 0 || p.words ? 1 : p.digits; }

@@ -140,26 +140,28 @@ inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals
             }
         }
         if (whole && s > 0)
-            for (int r = 0; r < kRowsHere; r++)
-                for (int v = 0; v < kVectors; v++)
-                    sum[r][v] = add(sum[r][v], load_ints(carried + r * kWidth + v * kBlock));
+            for (int t = 0; t < kTokens; t++)
+                for (int v = 0; v < kVectors; v++) {
+                    Ints& last = sum[(t + 1) * kDigits - 1][v];
+                    last = add(last, load_ints(carried + t * kWidth + v * kBlock));
+                }
         prefetch_next(panel, (end - start) / 4);
         multiply_add<Op, kRowsHere>(panel.from + static_cast<int64_t>(start - panel.column) / Op::kColumns * 64, panel.stride,
                                     p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / Op::kColumns * 4 * kRowsHere,
                                     (end - start) / Op::kColumns, fold_quads(w.kind), sum);
-        if (whole && (s + 1 < p.spans || p.integers)) {
-            for (int r = 0; r < kRowsHere; r++)
-                for (int v = 0; v < kVectors; v++) store_ints(carried + r * kWidth + v * kBlock, sum[r][v]);
-            continue;
-        }
         const float* token_scale = scales_of(p, tile, s);
         const bool fresh = whole || s == 0;
         for (int v = 0; v < kVectors; v++) {
+            Ints mine[kRowsHere];
+            for (int r = 0; r < kRowsHere; r++) mine[r] = sum[r][v];
+            if (whole && (s + 1 < p.spans || p.integers)) {
+                for (int t = 0; t < kTokens; t++)
+                    store_ints(carried + t * kWidth + v * kBlock, joined<kDigits>(mine + t * kDigits));
+                continue;
+            }
             const Floats scale = load_floats(panel.scale + at + v * kBlock);
             const float* offset = panel.offset == nullptr ? nullptr : panel.offset + at + v * kBlock;
-            Ints mine[kRowsHere];
             Floats total[kTokens];
-            for (int r = 0; r < kRowsHere; r++) mine[r] = sum[r][v];
             for (int t = 0; t < kTokens; t++)
                 total[t] = fresh ? zero_floats() : load_floats(totals + t * kWidth + v * kBlock);
             flush<kRowsHere, kDigits>(scale, offset, mine, token_scale, digit_sum, total);
@@ -372,7 +374,7 @@ inline void panel_kind(const Product& p, int first, int last, uint8_t* scratch) 
             for (int t = 0; t < count; t++) {
                 const int token = tile * p.tokens + t;
                 const float* total = panel.totals + static_cast<size_t>((tile - from) * p.tokens + t) * kWidth;
-                const float scale = p.digits == 1 ? scales_of(p, tile)[t] : 1.0f;
+                const float scale = p.by_token ? scales_of(p, tile)[t] : 1.0f;
                 for (int v = 0; v < panel.blocks; v++) {
                     if (p.integers)
                         store_integers(p, token, first + v, load_ints(reinterpret_cast<const int32_t*>(total) + v * kBlock));

@@ -33,6 +33,7 @@ struct Case {
     bool offset, bias;
     Type scale_type, x_type, y_type;
     int digits;
+    int lowest, highest;  // the codes of activations by token; equal: x keeps its own numbers
     bool integers;
     int threads;
     uint64_t seed;
@@ -40,17 +41,18 @@ struct Case {
     Gate gate;
     bool residual;
 
+    bool by_token() const { return lowest < highest; }
     int groups() const { return (k + group - 1) / group; }
     std::string text() const {
         static const char* const zeros[3] = {"none", "constant", "each"};
         static const char* const gates[3] = {"none", "silu", "gelu"};
         char text[320];
         std::snprintf(text, sizeof text,
-                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d integers=%d threads=%d "
+                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d codes=%d…%d integers=%d threads=%d "
                       "eps=%g gate=%s residual=%d seed=%llu",
                       kKindNames[static_cast<int>(kind)], n, k, m, group, zeros[static_cast<int>(zero)], offset, bias,
                       kTypeNames[static_cast<int>(scale_type)], kTypeNames[static_cast<int>(x_type)],
-                      kTypeNames[static_cast<int>(y_type)], digits, integers, threads, static_cast<double>(eps),
+                      kTypeNames[static_cast<int>(y_type)], digits, lowest, highest, integers, threads, static_cast<double>(eps),
                       gates[static_cast<int>(gate)], residual, static_cast<unsigned long long>(seed));
         return text;
     }
@@ -177,8 +179,6 @@ struct Around {
     }
 };
 
-constexpr float kLevels = 127.0f;
-
 Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ldx, Output& y, int64_t ldy, const Around& around) {
     Product p{};
     p.weight = made.weight;
@@ -187,7 +187,9 @@ Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ld
     p.ldx = ldx;
     p.m = c.m;
     p.digits = c.digits;
-    p.levels = kLevels;
+    p.by_token = c.by_token();
+    p.lowest = c.lowest;
+    p.highest = c.highest;
     p.step_type = c.x_type == Type::bf16 ? Type::bf16 : Type::f32;
     p.y = y.data;
     p.y_type = c.y_type;
@@ -232,6 +234,23 @@ struct Reference {
             }
     }
 
+    struct Grid {
+        float step, zero;
+    };
+
+    Grid grid_of(double smallest, double largest) const {
+        const float low = static_cast<float>(smallest), high = static_cast<float>(largest);
+        const float levels = static_cast<float>(c.highest - c.lowest);
+        const auto stored = [&](float step) {
+            if (step == 0.0f) return 1.0f;
+            step = std::max(step, std::numeric_limits<float>::min());
+            return p.step_type == Type::bf16 ? from_bf16(to_bf16(step)) : step;
+        };
+        if (c.digits == 1) return {stored(std::max(-low, high) / (levels / 2)), 0.0f};
+        const float step = stored(high / levels - low / levels), first = static_cast<float>(c.lowest);
+        return {step, std::min(std::max(std::nearbyint(first - low / step), first), first + levels)};
+    }
+
     // x of one token as the product sees it, what is added to its size, and the factor of the result.
     struct Token {
         std::vector<double> x, doubt;
@@ -252,23 +271,24 @@ struct Reference {
             inexact = c.k / 16 * 0x1p-25 + 0x1p-22;
             for (int j = 0; j < c.k; j++) t.doubt[j] = std::fabs(t.x[j]) * (p.pairs ? 0x1.02p-8 : inexact);
         }
-        if (c.digits == 1) {
-            double largest = 0.0;
-            for (double v : t.x) largest = std::max(largest, std::fabs(v));
-            const auto step_of = [&](double most) {
-                const float step = most > 0.0 ? static_cast<float>(most) / kLevels : 1.0f;
-                return most > 0.0 && p.step_type == Type::bf16 ? from_bf16(to_bf16(step)) : step;
-            };
-            const float step = step_of(largest);
-            // Near the edge between two codes either is right, and between two steps all codes may be others.
-            const bool sure = p.step_type == Type::f32 || step_of(largest * (1 - inexact)) == step_of(largest * (1 + inexact));
+        if (c.by_token()) {
+            double low = 0.0, high = 0.0;
+            for (double v : t.x) low = std::min(low, v), high = std::max(high, v);
+            const Grid grid = grid_of(low, high);
+            // Near the edge between two codes either is right, and between two grids all codes may be others.
+            const Grid less = grid_of(low * (1 - inexact), high * (1 - inexact)),
+                       more = grid_of(low * (1 + inexact), high * (1 + inexact)),
+                       left = grid_of(low * (1 + inexact), high * (1 - inexact)),
+                       right = grid_of(low * (1 - inexact), high * (1 + inexact));
+            const bool same_zero = less.zero == more.zero && left.zero == right.zero && less.zero == left.zero;
+            const bool sure = same_zero && (p.step_type == Type::f32 || (less.step == more.step && left.step == right.step));
             for (int j = 0; j < c.k; j++) {
-                const float code = static_cast<float>(t.x[j]) / step;
+                const float code = static_cast<float>(t.x[j]) / grid.step;
                 const double off = inexact * std::fabs(code), edge = std::fabs(code - std::floor(code) - 0.5f);
-                t.x[j] = std::nearbyint(std::min(std::max(code, -128.0f), 127.0f));
+                t.x[j] = std::min(std::max(std::nearbyint(code), c.lowest - grid.zero), c.highest - grid.zero);
                 t.doubt[j] = inexact == 0.0 ? 0.0 : !sure ? 1e9 : edge <= 4 * off ? 1.0 : off;
             }
-            t.scale = c.integers ? 1.0 : step;
+            t.scale = c.integers ? 1.0 : grid.step;
         } else if (p.digits > 1) {
             // In each span numbers are multiples of a 32 000th or an 8 000 000th of the largest.
             const double steps = p.digits == 2 ? 32000.0 : 4000000.0;
@@ -404,7 +424,13 @@ Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
     c.x_type = any_of(kTypes, random);
     c.y_type = kTypes[random.below(2)];
     c.threads = any_of(kThreads, random);
-    if (digits == 1 && random.below(3) == 0) {
+    if (digits == 1 || (digits == 2 && random.below(3) == 0)) {
+        // Signed or unsigned, of eight bits or four.
+        const int bits = random.below(2) == 0 ? 8 : 4;
+        c.lowest = digits == 1 || random.below(2) == 0 ? -(1 << (bits - 1)) : 0;
+        c.highest = c.lowest + (1 << bits) - 1;
+    }
+    if (c.by_token() && random.below(3) == 0) {
         c.integers = true;
         c.group = k;
         c.offset = c.bias = false;
@@ -478,12 +504,15 @@ void try_codes(Kind kind) {
 void try_extremes() {
     struct Extreme {
         Kind kind;
-        int k, code, zero;
+        int k, code, zero, digits;
         bool alternating;
     };
-    const Extreme extremes[] = {{Kind::u8, 65536, 255, 0, false},  {Kind::u8, 65536, 0, 255, false}, {Kind::u8, 640, 255, 0, true},
-                                {Kind::u8, 640, 128, 1, false},    {Kind::table4, 640, 15, 0, false}, {Kind::table4, 640, 15, 0, true},
-                                {Kind::table4, 640, 0, 127, true}};
+    // Where int32 holds it: 255 · 128 · 65536 and 255 · 255 · 32768 fit, but only just.
+    const Extreme extremes[] = {
+        {Kind::u8, 65536, 255, 0, 1, false},  {Kind::u8, 65536, 0, 255, 1, false},   {Kind::u8, 640, 255, 0, 1, true},
+        {Kind::u8, 640, 128, 1, 1, false},    {Kind::table4, 640, 15, 0, 1, false},  {Kind::table4, 640, 15, 0, 1, true},
+        {Kind::table4, 640, 0, 127, 1, true}, {Kind::u8, 32768, 255, 0, 2, false},   {Kind::u8, 32768, 0, 255, 2, false},
+        {Kind::u8, 640, 255, 0, 2, true},     {Kind::table4, 640, 0, 127, 2, false}, {Kind::u4, 32768, 15, 0, 2, true}};
     for (const Extreme& e : extremes)
         for (int m : {1, 2, 7})
             for (int sign : {1, -1}) {
@@ -494,7 +523,9 @@ void try_extremes() {
                 c.m = m;
                 c.group = e.k;
                 c.threads = 2;
-                c.digits = 1;
+                c.digits = e.digits;
+                c.lowest = e.digits == 1 ? -128 : 0;
+                c.highest = c.lowest + 255;
                 c.integers = true;
                 Random random(2);
                 Made made = make_weight(c, random);
@@ -504,15 +535,17 @@ void try_extremes() {
                 std::fill(made.codes.begin(), made.codes.end(), static_cast<uint8_t>(e.code));
                 made.pack(2);
                 Numbers x(Type::f32, static_cast<size_t>(m) * e.k);
-                for (size_t i = 0; i < x.floats.size(); i++) x.floats[i] = static_cast<float>(e.alternating && i % 2 ? -sign : sign);
+                // Steps of one: -127.5 becomes -128, and 127.5 as much as there is, 127. With a zero point ±255 are codes of
+                // their own where all are alike, and else 255 is the length of the whole grid.
+                const float most = e.digits == 1 || e.alternating ? 127.5f : 255.0f;
+                for (size_t i = 0; i < x.floats.size(); i++) x.floats[i] = e.alternating && i % 2 ? -sign * most : sign * most;
                 Output y(c, static_cast<size_t>(m) * c.n);
                 Product p = product_of(c, made, x, e.k, y, c.n, {});
-                p.levels = 128.0f;  // -1 becomes -128, and 1 as much as there is: 127
-                // Where int32 holds it: 255 · 128 · 65536 fits, but only just.
                 product(p);
                 const int64_t value = static_cast<int64_t>(value_of(made.weight, e.code)) - e.zero;
                 const int64_t plus = e.alternating ? e.k / 2 : sign > 0 ? e.k : 0;
-                const int64_t expected = value * (127 * plus - 128 * (e.k - plus));
+                const bool longer = e.digits == 2 && !e.alternating;
+                const int64_t expected = value * ((longer ? 255 : 127) * plus - (longer ? 255 : 128) * (e.k - plus));
                 for (double got : {y.get(0), y.get(y.ints.size() - 1)})
                     if (got != static_cast<double>(expected))
                         return fail("%s code=%d zero=%d: the sum is %.0f, expected %lld", c.text().c_str(), e.code, e.zero, got,
@@ -629,22 +662,31 @@ void try_refusals() {
     p = good;
     p.digits = 4;
     refused(p, "a fourth digit");
-    p = good;
     p.digits = 1;
+    refused(p, "a digit that nothing is rounded to");
+    Product rounded = good;
+    rounded.digits = 1;
+    rounded.by_token = true;
+    rounded.lowest = -128;
+    rounded.highest = 127;
+    if (product(rounded) != nullptr) fail("a product of rounded activations is refused");
+    p = rounded;
+    p.highest = 128;
+    refused(p, "a code that is no int8");
+    p = rounded;
     p.integers = true;
     p.weight.group = 32;
     p.weight.groups = 2;
     refused(p, "an integer result of two groups");
-    p = good;
+    p = rounded;
     p.weight.kind = Kind::e4m3;
-    p.digits = 1;
     refused(p, "an integer product of floating codes");
     p = good;
     p.gate = Gate::silu;
     p.residual = x.data();
     refused(p, "a residual after a gate");
-    p.residual = nullptr;
-    p.digits = 1;
+    p = rounded;
+    p.gate = Gate::silu;
     p.integers = true;
     refused(p, "a gate of integers");
     p = good;
@@ -659,8 +701,8 @@ void try_refusals() {
 void try_callers(uint64_t seed) {
     const auto some = [seed](int caller) {
         for (int i = 0; i < 40; i++) {
-            Case c = drawn(static_cast<Kind>(i % kKinds), 300, kM[i % 8], 0, seed * 1000 + static_cast<uint64_t>(i + 100 * caller));
-            if (integer(c.kind)) c.digits = i % 4;
+            const Kind kind = static_cast<Kind>(i % kKinds);
+            Case c = drawn(kind, 300, kM[i % 8], integer(kind) ? i % 4 : 0, seed * 1000 + static_cast<uint64_t>(i + 100 * caller));
             c.n = 130;
             c.threads = 3;
             try_product(c);

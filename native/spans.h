@@ -10,17 +10,25 @@ namespace ARRONDI_PATH {
 inline const int32_t* sums_of(const Product& p, int tile, int span) {
     return p.tile_sum + (static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
 }
-// One digit and one scale for the row: the integer sum goes on, exact, to the row's end. An offset needs what each span's
-// digits add up to, so with it every span is added for itself.
+// One scale for the row and one for the token: the integer sum goes on, exact, to the row's end. An offset needs what each
+// span's digits add up to, so with it every span is added for itself.
 template <int kDigits>
 inline bool whole_row(const Product& p) {
-    return kDigits == 1 && p.digits == 1 && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers);
+    return kDigits < 3 && p.by_token && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers) &&
+           (p.digits == 1 || p.weight.k <= kZeroPointColumns);
 }
-// With one digit a token has one scale, which the results are multiplied with at the end.
+// By token, the results are multiplied with the scale at the end.
 inline const float* scales_of(const Product& p, int tile) { return p.tile_scale + static_cast<int64_t>(tile) * kRowsMost; }
-// Otherwise one for every span; null with one digit.
+// Otherwise there is one for every span; null by token.
 inline const float* scales_of(const Product& p, int tile, int span) {
-    return p.digits == 1 ? nullptr : p.tile_scale + (static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
+    return p.by_token ? nullptr : p.tile_scale + (static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
+}
+
+// The digits of one token's sum as one number.
+template <int kDigits>
+inline Ints joined(const Ints* sum) {
+    if constexpr (kDigits == 2) return add(shift_left<8>(sum[0]), sum[1]);
+    return sum[0];
 }
 
 // sum[row] of one span and sixteen columns → added to the float sums of its tokens. `offset` and `token_scale` may be null.

@@ -96,10 +96,10 @@ inline void stream_block(const Product& p, int tile, int block) {
     for (int t = 0; t < kTokens; t++) {
         const int token = tile * p.tokens + t;
         if (p.integers) {
-            store_integers(p, token, block, sum[0][t]);
+            store_integers(p, token, block, joined<kOfToken>(sum[0] + t * kOfToken));
             continue;
         }
-        if (p.digits == 1) total[t] = mul(total[t], splat(scales_of(p, tile)[t]));
+        if (p.by_token) total[t] = mul(total[t], splat(scales_of(p, tile)[t]));
         store_result(p, token, block, total[t]);
     }
 }

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ from arrondi.qtensor import QTensor, fake_quantize, quantize
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
 INT8_TOKENS = Scheme(FORMATS["int8"], PerToken())
+TOKEN_SCHEMES = (
+    INT8_TOKENS,
+    replace(INT8_TOKENS, zero_point="integer"),
+    Scheme(FORMATS["uint4"], PerToken(), "integer"),
+)
 RUNNABLE = [name for name, missing in native.paths() if missing is None] if native is not None else []
 TOKENS = (1, 2, 3, 4, 5, 7, 16, 65, 513)
 SHAPES = ((1, 1), (16, 32), (17, 33), (130, 300), (5, 1030))
@@ -53,16 +59,37 @@ def test_integer_sums_are_exact(path: str, text: str):
     for (rows, columns), tokens in itertools.product(SHAPES, TOKENS):
         q = random_weight(text, (rows, columns))
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
-        tensors, meta = packed(q, activations=INT8_TOKENS)
-        rounded = quantize(x, INT8_TOKENS)
-        zero = 0 if q.zero_point is None else q.zero_point.expand(rows, 1).long()
-        wanted = rounded.codes.long() @ (q.codes.long() - zero).T
-        assert torch.equal(integer_linear(x, tensors, meta).long(), wanted), (rows, columns, tokens)
+        for activations in TOKEN_SCHEMES:
+            tensors, meta = packed(q, activations=activations)
+            assert torch.equal(integer_linear(x, tensors, meta).long(), exact_sums(x, activations, q)), (
+                rows, columns, tokens, str(activations),
+            )  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["W8A8", "W4A8", "w=int4/g32,a=int8/token", "w=int2/g64/asym,a=int8/token/bfloat16"])
+def exact_sums(x: torch.Tensor, activations: Scheme, q: QTensor) -> torch.Tensor:
+    """Σ (code(x) - zero point) · (code(w) - zero point) in int64."""
+    rounded = quantize(x, activations)
+    of_x, of_w = (0 if t.zero_point is None else t.zero_point.long() for t in (rounded, q))
+    return (rounded.codes.long() - of_x) @ (q.codes.long() - of_w).T
+
+
+def test_sums_with_two_zero_points_are_exact_at_their_longest(path: str):
+    """All of them 255 · 255 · 32768: just below 2³¹."""
+    q = quantize(torch.full((17, 32768), 3.0), parse_scheme("w=uint8/channel/asym").weights)
+    activations = parse_scheme("w=int8/channel,a=uint8/token/asym").activations
+    assert activations is not None
+    for x in (torch.full((2, 32768), 0.5), torch.full((5, 32768), -0.5)):
+        tensors, meta = packed(q, activations=activations)
+        sums = integer_linear(x, tensors, meta)
+        assert torch.equal(sums.long(), exact_sums(x, activations, q))
+        assert int(sums[0, 0].abs()) == 255 * 255 * 32768
+
+
+@pytest.mark.parametrize("text", ["W8A8", "W4A8", "w=int4/g32,a=int8/token", "w=int2/g64/asym,a=int8/token/bfloat16",
+                                  "w=int8/channel,a=int8/token/asym", "w=int4/g32/asym,a=uint8/token/asym/bfloat16",
+                                  "w=uint4/g64/offset,a=int8/token/asym", "w=int4/g32,a=int4/token"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_activations_are_those_of_the_twin(path: str, text: str, dtype: torch.dtype):
+def test_rounded_activations_are_those_of_the_twin(path: str, text: str, dtype: torch.dtype):
     scheme = parse_scheme(text)
     assert scheme.activations is not None
     for (rows, columns), tokens in itertools.product(SHAPES, TOKENS[:-1]):
@@ -218,15 +245,25 @@ def test_bad_arguments_of_the_operator_are_exceptions(change: dict, words: str):
             given["facts"],
             given["bias"],
             3,
-            0.0,
-            0,
+            None,
         )
 
 
-def test_exact_sums_need_int8_activations_and_one_group():
+@pytest.mark.parametrize("rounding", [[-128, 127], [0, 256, 0], [5, 5, 0], [-300, 0, 0]])
+def test_bad_codes_of_activations_are_exceptions(rounding: list[int]):
+    tensors, meta = packed(random_weight("w=int4/g32", (16, 64)))
+    parts = [tensors["codes"], tensors["scale"], None, None, None]
+    with pytest.raises(ValueError, match="activations"):
+        torch.ops.arrondi.linear(torch.zeros(2, 64), parts, module._facts(tensors, meta), None, 1, rounding)
+
+
+def test_exact_sums_need_rounded_activations_and_one_group():
     tensors, meta = packed(random_weight("w=int4/g32", (16, 64)), activations=INT8_TOKENS)
     with pytest.raises(SchemeError, match="one scale a row"):
         integer_linear(torch.zeros(1, 64), tensors, meta)
+    tensors, meta = packed(random_weight("w=int4/channel", (16, 32769)), activations=TOKEN_SCHEMES[1])
+    with pytest.raises(SchemeError, match="up to 32768 columns"):
+        integer_linear(torch.zeros(1, 32769), tensors, meta)
 
 
 def test_the_operator_can_be_traced():
@@ -238,8 +275,7 @@ def test_the_operator_can_be_traced():
         module._facts(tensors, meta),
         torch.randn(16),
         3,
-        0.0,
-        0,
+        None,
     )
     torch.library.opcheck(
         torch.ops.arrondi.linear, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -295,7 +295,7 @@ def test_what_a_gate_does_not_go_with():
     with pytest.raises(ValueError, match="nothing that is added"):
         even(torch.ones(1, 64), torch.ones(1, 16))
     with pytest.raises(KeyError):
-        Product([None] * 5, [0] * 8, 0, 0.0, 0, None, gate="relu")
+        Product([None] * 5, [0] * 8, 0, None, None, gate="relu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

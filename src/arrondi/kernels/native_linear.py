@@ -1,8 +1,8 @@
 """Products by the compiled kernels (`native/` in the source tree).
 
 Owns: `NATIVE`, the operator `torch.ops.arrondi.linear`, `integer_linear` (exact int32 sums), and weights as one (`join`). The weight is kept in tiles
-of sixteen rows that the kernels decode in registers. Activations meet integer codes as integers too: dynamic int8 where
-the scheme asks for it, otherwise as two (bfloat16, float16) or three (float32) digits in base 256 of their share in the largest of each 256
+of sixteen rows that the kernels decode in registers. Activations meet integer codes as integers too: int8 or less, one scale
+for each token, where the scheme asks for it, otherwise as two (bfloat16, float16) or three (float32) digits in base 256 of their share in the largest of each 256
 columns, which costs no more than a float product and is as exact: 15 and 23 bits beside the sign. Other codes are multiplied in
 float32, or as pairs of bfloat16 where x is bfloat16 and has many rows.
 """
@@ -37,6 +37,8 @@ _STEP: Final = 32
 """Columns of one packed step; of the 1.6-bit ternary layout 20."""
 _MOST_COLUMNS: Final = 65536
 """More would let int32 sums of int8 products overflow."""
+_MOST_COLUMNS_ZERO_POINT: Final = 32768
+"""The same of int8 weights with activations that have a zero point: code - zero point has nine bits."""
 _LARGEST: Final = 2**31 - 1
 _COLUMNS_BACK: Final = 256
 """Columns of the weight that are decoded at a time for a gradient."""
@@ -176,31 +178,33 @@ def _facts(tensors: Tensors, meta: Meta) -> list[int]:
 
 
 def rounds(weights: Scheme, activations: Scheme) -> bool:
-    """Whether the integer product takes these activations: int8, symmetric, one scale for each token."""
-    coding = _coding(weights.format)
+    """Whether the integer product takes these activations: integers of up to 8 bits, one scale for each token, symmetric
+    (signed) or with an integer zero point."""
+    coding, format = _coding(weights.format), activations.format
     return (
         coding is not None
         and coding.kind in _INTEGERS
-        and activations.format.name == "int8"
-        and activations.symmetric
+        and format.kind == "integer"
+        and (activations.zero_point == "integer" or (activations.symmetric and format.qmin < 0))
         and isinstance(activations.granularity, PerToken)
         and activations.scale in ("float32", "bfloat16")
     )
 
 
-def _activation_facts(meta: Meta, kind: int) -> tuple[int, float, int]:
-    """Digits of x, levels on each side of zero, and the type of its scales."""
-    if meta.activations is not None:
-        format = meta.activations.format
-        return 1, (format.qmax - format.qmin) / 2, TYPES[STORED[str(meta.activations.scale)]]
-    return _DIGITS[meta.dtype] if kind in _INTEGERS else 0, 0.0, 0
+def rounding_of(meta: Meta, kind: int) -> tuple[int, list[int] | None]:
+    """In how many digits x meets the codes, and by what it is rounded: lowest code, highest code, type of the scales; None
+    where x keeps its own numbers."""
+    if meta.activations is None:
+        return _DIGITS[meta.dtype] if kind in _INTEGERS else 0, None
+    format = meta.activations.format
+    digits = 1 if meta.activations.symmetric else 2
+    return digits, [format.qmin, format.qmax, TYPES[STORED[str(meta.activations.scale)]]]
 
 
 def linear(x: torch.Tensor, tensors: Tensors, meta: Meta, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., in) → (..., out); through `torch.ops.arrondi.linear`, so that it can be traced."""
     facts = _facts(tensors, meta)
-    digits, levels, step_type = _activation_facts(meta, facts[0])
-    return torch.ops.arrondi.linear(x, _parts(tensors), facts, bias, digits, levels, step_type)
+    return torch.ops.arrondi.linear(x, _parts(tensors), facts, bias, *rounding_of(meta, facts[0]))
 
 
 def bind(tensors: Tensors, meta: Meta, bias: torch.Tensor | None) -> Bound:
@@ -219,8 +223,7 @@ def product_of(
 ) -> Product:
     """The product with what may come before and after it; see `Product`."""
     facts = _facts(tensors, meta)
-    digits, levels, step_type = _activation_facts(meta, facts[0])
-    return Product(_parts(tensors), facts, digits, levels, step_type, bias, norm=norm, eps=eps, gate=gate)
+    return Product(_parts(tensors), facts, *rounding_of(meta, facts[0]), bias, norm=norm, eps=eps, gate=gate)
 
 
 def _parts(tensors: Tensors) -> list[torch.Tensor | None]:
@@ -256,28 +259,32 @@ def pieces(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
 
 
 def integer_linear(x: torch.Tensor, tensors: Tensors, meta: Meta) -> torch.Tensor:
-    """The exact sums behind a product with int8 activations: Σ code(x) · (code(w) - zero point), int32 (..., out).
+    """The exact sums behind a product with integer activations: Σ (code(x) - zero point) · (code(w) - zero point), int32
+    (..., out).
 
     Args:
         x: (..., in), rounded by `meta.activations`.
         tensors, meta: of `NATIVE.prepack`; one scale a row.
 
     Raises:
-        SchemeError: the weight has several groups, or `meta.activations` is not set.
+        SchemeError: the weight has several groups, `meta.activations` is not set, or it has a zero point and the weight
+            more than 32768 columns.
     """
     facts = _facts(tensors, meta)
-    digits, levels, step_type = _activation_facts(meta, facts[0])
-    if digits != 1 or facts[4] != 1:
+    digits, rounding = rounding_of(meta, facts[0])
+    if rounding is None or facts[4] != 1:
         raise SchemeError(
-            f"Exact sums need int8 activations and one scale a row, got {meta.activations} and {meta.scheme}."
+            f"Exact sums need activations rounded to integers and one scale a row, got {meta.activations} and {meta.scheme}."
         )
-    return Product(_parts(tensors), facts, digits, levels, step_type, None)(x, integers=True)
+    if digits > 1 and meta.shape[1] > _MOST_COLUMNS_ZERO_POINT:
+        raise SchemeError(
+            f"Exact sums with a zero point of activations have up to {_MOST_COLUMNS_ZERO_POINT} columns, got shape {meta.shape}."
+        )
+    return Product(_parts(tensors), facts, digits, rounding, None)(x, integers=True)
 
 
 _library: Final = torch.library.Library("arrondi", "FRAGMENT")
-_library.define(
-    "linear(Tensor x, Tensor?[] packed, int[] facts, Tensor? bias, int digits, float levels, int step_type) -> Tensor"
-)
+_library.define("linear(Tensor x, Tensor?[] packed, int[] facts, Tensor? bias, int digits, int[]? rounding) -> Tensor")
 
 
 def _linear_cpu(
@@ -286,15 +293,14 @@ def _linear_cpu(
     facts: list[int],
     bias: torch.Tensor | None,
     digits: int,
-    levels: float,
-    step_type: int,
+    rounding: list[int] | None,
 ) -> torch.Tensor:
     _check(packed, facts, bias)
-    return Product(packed, list(facts), digits, levels, step_type, bias)(x)
+    return Product(packed, list(facts), digits, rounding, bias)(x)
 
 
 def _linear_fake(
-    x: torch.Tensor, packed: Any, facts: list[int], bias: Any, digits: int, levels: float, step_type: int
+    x: torch.Tensor, packed: Any, facts: list[int], bias: Any, digits: int, rounding: list[int] | None
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], facts[1]))
 
@@ -304,7 +310,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """grad @ W, some columns of W at a time. Rounding x to int8 counts as the identity."""
+    """grad @ W, some columns of W at a time. Rounding x counts as the identity."""
     n, k = ctx.facts[1:3]
     digits = _DIGITS[torch.float32] if ctx.facts[0] in _INTEGERS else 0
     flat = grad.reshape(-1, n).float()
@@ -313,8 +319,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         count = min(_COLUMNS_BACK, k - start)
         unit = torch.zeros(count, k)
         unit[:, start : start + count].fill_diagonal_(1)
-        parts.append(flat @ torch.ops.arrondi.linear(unit, ctx.packed, ctx.facts, None, digits, 0.0, 0).T)
-    return torch.cat(parts, dim=1).to(grad.dtype).reshape(*grad.shape[:-1], k), *(None,) * 6
+        parts.append(flat @ torch.ops.arrondi.linear(unit, ctx.packed, ctx.facts, None, digits, None).T)
+    return torch.cat(parts, dim=1).to(grad.dtype).reshape(*grad.shape[:-1], k), *(None,) * 5
 
 
 def _check(packed: list[torch.Tensor | None], facts: list[int], bias: torch.Tensor | None) -> None:
@@ -364,4 +370,16 @@ torch.library.register_autograd("arrondi::linear", _backward, setup_context=_kee
 NATIVE: Final = Kernel("native", _refuse, prepack, linear, rounds, bind)
 """Compiled for this CPU. Error: see the module; exact int32 sums with int8 activations."""
 
-__all__ = ["BLOCK", "NATIVE", "bind", "integer_linear", "join", "linear", "pieces", "prepack", "product_of", "rounds"]
+__all__ = [
+    "BLOCK",
+    "NATIVE",
+    "bind",
+    "integer_linear",
+    "join",
+    "linear",
+    "pieces",
+    "prepack",
+    "product_of",
+    "rounding_of",
+    "rounds",
+]

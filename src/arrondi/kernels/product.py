@@ -23,7 +23,7 @@ class Product:
     Args:
         packed: codes, scale, zero, offset, table; see `native_linear.prepack`.
         facts: of the weight; see native/bind_products.cpp.
-        digits, levels, step_type: how x is rounded; see native/kernels.h.
+        digits, rounding: how x is rounded; see `native_linear.rounding_of`.
         bias: (out,) or None.
         norm: (in,): x is replaced by x / √(mean(x²) + eps) · norm (RMS norm; Zhang, Sennrich, 2019, arXiv:1910.07467).
         gate: a key of `GATES`: of the results, y = gate(first half) · second half.
@@ -36,8 +36,7 @@ class Product:
         packed: Sequence[torch.Tensor | None],
         facts: list[int],
         digits: int,
-        levels: float,
-        step_type: int,
+        rounding: Sequence[int] | None,
         bias: torch.Tensor | None,
         *,
         norm: torch.Tensor | None = None,
@@ -52,13 +51,20 @@ class Product:
         if gate is not None:
             self.rows //= 2
         self.run = native.Product(
-            facts, *map(address, packed), digits, levels, step_type, address(real), address(weights), eps, GATES[gate]
+            facts,
+            *map(address, packed),
+            digits,
+            list(rounding or ()),
+            address(real),
+            address(weights),
+            eps,
+            GATES[gate],
         )
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, *, integers: bool = False
     ) -> torch.Tensor:
-        """x (..., in) → (..., out) of the same dtype, or the exact int32 sums of int8 activations.
+        """x (..., in) → (..., out) of the same dtype, or the exact int32 sums of activations that are rounded by token.
 
         Args:
             x: float32, bfloat16 or float16.
