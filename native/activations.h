@@ -87,23 +87,23 @@ inline float absolute_largest(const Row& row, int start, int end) {
     return value;
 }
 
-// The grid that a token is rounded to: code - zero point = x / step, between low and high.
+// The grid that numbers are rounded to: code - zero point = x / step, between low and high.
 struct Grid {
     float step, low, high;
 };
 
 // As arrondi.fitting finds it: symmetric, or from the smallest to the largest with zero between them.
-inline Grid grid_of(const Product& p, const Row& row) {
+inline Grid grid_of(const Product& p, const Row& row, int start, int end) {
     const float lowest = static_cast<float>(p.lowest), highest = static_cast<float>(p.highest), levels = highest - lowest;
-    const float size = absolute_largest(row, 0, p.weight.k);
+    const float size = absolute_largest(row, start, end);
     if (!(size - size == 0.0f)) return {size - size, 0.0f, 0.0f};
     const auto stored = [&](float step) {
         return step == 0.0f ? 1.0f : rounded_to(step < 0x1p-126f ? 0x1p-126f : step, p.step_type);
     };
     if (p.digits == 1) return {stored(size / (levels / 2.0f)), lowest, highest};
     Floats least = zero_floats(), most = zero_floats();
-    for (int c = 0; c < p.weight.k; c += 16) {
-        const Floats x = load_some(row.x, row.type, row.at + c, row.at + p.weight.k);
+    for (int c = start; c < end; c += 16) {
+        const Floats x = load_some(row.x, row.type, row.at + c, row.at + end);
         least = min(least, x);
         most = max(most, x);
     }
@@ -202,8 +202,11 @@ inline void pack_floats(const Product& p, const Row& row, int t, int count, uint
 inline void pack_digits(const Product& p, const Row& row, int tile, int t, int count, uint8_t* out) {
     const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
     const int rows = rows_of_token(p), stride = (p.words ? 8 : 4) * rows * count;
-    const Grid grid = p.by_token ? grid_of(p, row) : Grid{};
-    if (p.by_token) p.tile_scale[static_cast<int64_t>(tile) * kRowsMost + t] = grid.step;
+    Grid grid{};
+    if (by_token(p)) {
+        grid = grid_of(p, row, 0, k);
+        p.tile_scale[static_cast<int64_t>(tile) * kRowsMost + t] = grid.step;
+    }
     for (int s = 0; s < p.spans; s++) {
         const int start = s * p.span, end = start + p.span < k ? start + p.span : k;
         const int width = (start + p.span < padded && s + 1 < p.spans ? start + p.span : padded) - start;
@@ -216,7 +219,12 @@ inline void pack_digits(const Product& p, const Row& row, int tile, int t, int c
             if (p.digits == 2) return digits_of<2>(row, start, end, width, integers, quads, stride, sums);
             digits_of<3>(row, start, end, width, integers, quads, stride, sums);
         };
-        if (p.by_token) {
+        if (p.rounded) {
+            // A group may have several spans, where those of the weight are shorter.
+            if (p.x_group != 0) {
+                if (start % p.x_group == 0) grid = grid_of(p, row, start, start + p.x_group < k ? start + p.x_group : k);
+                p.tile_scale[at + t] = grid.step;
+            }
             pack([&](Floats x) { return to_ints(min(max(div(x, splat(grid.step)), splat(grid.low)), splat(grid.high))); });
             continue;
         }

@@ -60,12 +60,13 @@ void bind_products(nb::module_& m) {
             Product p{};
             p.weight = weight_of(facts, codes, scale, zero, offset, table);
             p.digits = digits;
-            p.by_token = !rounding.empty();
-            if (p.by_token) {
-                if (rounding.size() != 3) throw nb::value_error("the rounding of activations has three facts");
+            p.rounded = !rounding.empty();
+            if (p.rounded) {
+                if (rounding.size() != 4) throw nb::value_error("the rounding of activations has four facts");
                 p.lowest = static_cast<int>(rounding[0]);
                 p.highest = static_cast<int>(rounding[1]);
                 p.step_type = static_cast<Type>(rounding[2]);
+                p.x_group = static_cast<int>(rounding[3]);
             }
             p.bias = at<float>(bias);
             p.norm = at<float>(norm);

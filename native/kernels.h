@@ -85,8 +85,8 @@ struct Weight {
 //   floats   as float32 (or pairs of bfloat16 where a path has that product)
 //   digits   as integers in base 256: 2 or 3 digits hold bfloat16 or float32 activations to 15 or 23 bits of the largest in
 //            each span, which is as good as the type they came in
-//   by token as integers of one scale a token, to which x is rounded: 1 digit; 2 where the grid has a zero point, for then
-//            code - zero point has nine bits
+//   rounded  to the codes of a scheme, with one scale a token or for every `x_group` columns of it: 1 digit; 2 where the
+//            grid has a zero point, for then code - zero point has nine bits
 struct Product {
     Weight weight;
     const void* x;     // (m, k), rows ldx elements apart
@@ -94,9 +94,10 @@ struct Product {
     int64_t ldx;
     int m;
     int digits;        // 0: floats
-    bool by_token;
-    int lowest, highest;  // by token: the codes of x
-    Type step_type;    // by token: what the scale is rounded to
+    bool rounded;
+    int lowest, highest;  // rounded: the codes of x
+    Type step_type;       // rounded: what the scale is rounded to
+    int x_group;          // rounded: columns under one scale; 0: by token
     void* y;           // (m, n), rows ldy elements apart; int32 with `integers`
     Type y_type;
     int64_t ldy;
@@ -126,6 +127,8 @@ struct Product {
 constexpr int kRowsMost = 8;
 // Longer sums of nine bits times eight may not fit int32.
 constexpr int kZeroPointColumns = 32768;
+
+inline bool by_token(const Product& p) { return p.rounded && p.x_group == 0; }
 
 // Rows of a tile that one token takes: a digit is a row like others.
 inline int rows_of_token(const Product& p) { return p.digits == 0 || p.words ? 1 : p.digits; }

@@ -95,9 +95,11 @@ inline Ints load_ints(const int32_t* p) {
 inline void store_ints(int32_t* p, Ints v) { std::memcpy(p, v.v, 64); }
 // Sixteen bytes, each its own lane.
 inline Ints widen_bytes(const uint8_t* p) { ARRONDI_EACH(Ints, 16, p[i]); }
-inline Ints add(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] + b.v[i]); }
-inline Ints sub(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] - b.v[i]); }
-inline Ints mul(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] * b.v[i]); }
+// Sums and products wrap around, as they do in registers.
+inline int32_t wrapped(uint32_t v) { return static_cast<int32_t>(v); }
+inline Ints add(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, wrapped(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]))); }
+inline Ints sub(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, wrapped(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i]))); }
+inline Ints mul(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, wrapped(static_cast<uint32_t>(a.v[i]) * static_cast<uint32_t>(b.v[i]))); }
 inline Ints min(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 inline Ints max(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline Ints and_ints(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] & b.v[i]); }
@@ -106,11 +108,11 @@ inline Ints xor_ints(Ints a, Ints b) { ARRONDI_EACH(Ints, 16, a.v[i] ^ b.v[i]); 
 // Logical shifts.
 template <int kBits>
 inline Ints shift_right(Ints v) {
-    ARRONDI_EACH(Ints, 16, static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) >> kBits));
+    ARRONDI_EACH(Ints, 16, wrapped(static_cast<uint32_t>(v.v[i]) >> kBits));
 }
 template <int kBits>
 inline Ints shift_left(Ints v) {
-    ARRONDI_EACH(Ints, 16, static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) << kBits));
+    ARRONDI_EACH(Ints, 16, wrapped(static_cast<uint32_t>(v.v[i]) << kBits));
 }
 // sum + u · s over the four bytes of each lane, u unsigned and s signed, exact. dot7: u below 128, which some CPUs do faster.
 inline Ints dot8(Ints sum, Bytes u, Bytes s) {

@@ -374,7 +374,7 @@ inline void panel_kind(const Product& p, int first, int last, uint8_t* scratch) 
             for (int t = 0; t < count; t++) {
                 const int token = tile * p.tokens + t;
                 const float* total = panel.totals + static_cast<size_t>((tile - from) * p.tokens + t) * kWidth;
-                const float scale = p.by_token ? scales_of(p, tile)[t] : 1.0f;
+                const float scale = by_token(p) ? scales_of(p, tile)[t] : 1.0f;
                 for (int v = 0; v < panel.blocks; v++) {
                     if (p.integers)
                         store_integers(p, token, first + v, load_ints(reinterpret_cast<const int32_t*>(total) + v * kBlock));

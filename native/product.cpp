@@ -53,14 +53,17 @@ const char* check(const Product& p) {
     if (w.groups > 1 && (w.kind == Kind::trit5 || (w.group % step != 0 && w.group != 16)))
         return "groups must be of 16 columns or of whole steps";
     if (p.digits < 0 || p.digits > 3 || (p.digits > 0 && !integer(w.kind))) return "this format has no integer products";
-    if (p.digits == 1 && !p.by_token) return "one digit is for activations that are rounded by token";
-    if (p.by_token && (p.digits < 1 || p.digits > 2 || p.highest <= p.lowest || p.highest - p.lowest > 255 ||
+    if (p.digits == 1 && !p.rounded) return "one digit is for activations that are rounded";
+    if (p.rounded && (p.digits < 1 || p.digits > 2 || p.highest <= p.lowest || p.highest - p.lowest > 255 ||
                        p.lowest < -128 || p.lowest > 0 || (p.digits == 1 && p.highest > 127)))
         return "codes of activations must be those of an integer of up to eight bits";
-    if (p.by_token && w.groups == 1 && w.k > 65536) return "int32 sums of more than 65536 columns may overflow";
+    if (p.x_group != 0 && (p.x_group < 32 || p.x_group > 512 || p.x_group % step != 0 ||
+                           (w.groups > 1 && w.group % p.x_group != 0 && p.x_group % w.group != 0)))
+        return "activations must be rounded by token, or in groups of 32 to 512 that go with those of the weight";
+    if (by_token(p) && w.groups == 1 && w.k > 65536) return "int32 sums of more than 65536 columns may overflow";
     if (p.gate != Gate::none && (w.n % 2 != 0 || p.residual != nullptr || p.integers))
         return "a gate needs as many rows before as behind it, and nothing that is added";
-    if (p.integers && (!p.by_token || w.groups != 1)) return "integer results need integer activations and one scale a row";
+    if (p.integers && (!by_token(p) || w.groups != 1)) return "integer results need activations rounded by token and one scale a row";
     if (p.integers && p.digits == 2 && w.k > kZeroPointColumns)
         return "int32 sums of more than 32768 columns may overflow where activations have a zero point";
     return nullptr;
@@ -70,10 +73,11 @@ const char* ungated(Product& p) {
     const Path& path = arrondi::path();
     Weight& w = p.weight;
     // Pairs of bfloat16 need half the products of two digits, and no work at the end of a group.
-    if (p.digits == 2 && !p.by_token && p.x_type == Type::bf16 && path.bf16_dot && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
-    // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit.
+    if (p.digits == 2 && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
+    // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
+    // one or two tokens taking the codes apart costs more than that saves.
     const bool wide = w.kind == Kind::u8 || w.kind == Kind::table4;
-    p.words = path.words && (p.digits == 2 || (p.digits == 1 && wide));
+    p.words = path.words && (wide ? p.digits == 1 || p.digits == 2 : p.digits == 2 && p.m > 2);
     if (p.digits == 3 && (!path.fast_dot || (path.words && (wide || p.m > 2)))) p.digits = 0;
     const int padded = w.steps * 4 * step_quads(w.kind), blocks = (w.n + kBlock - 1) / kBlock;
     const int rows = p.m * rows_of_token(p);
@@ -83,7 +87,7 @@ const char* ungated(Product& p) {
     p.pairs = !few && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
     p.tokens = few ? (p.m < together ? p.m : together) : path.rows / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
-    p.span = span_of(w, p.by_token ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);
+    p.span = span_of(w, p.x_group != 0 ? p.x_group : p.rounded ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);
     p.spans = w.groups == 1 ? (w.k + p.span - 1) / p.span : w.groups * (w.group / p.span);
     // The last group may be short: spans that start beyond the row are not there.
     while (p.spans > 1 && (p.spans - 1) * p.span >= padded) p.spans--;

@@ -33,7 +33,8 @@ struct Case {
     bool offset, bias;
     Type scale_type, x_type, y_type;
     int digits;
-    int lowest, highest;  // the codes of activations by token; equal: x keeps its own numbers
+    int lowest, highest;  // the codes of rounded activations; equal: x keeps its own numbers
+    int x_group;
     bool integers;
     int threads;
     uint64_t seed;
@@ -41,18 +42,18 @@ struct Case {
     Gate gate;
     bool residual;
 
-    bool by_token() const { return lowest < highest; }
+    bool rounded() const { return lowest < highest; }
     int groups() const { return (k + group - 1) / group; }
     std::string text() const {
         static const char* const zeros[3] = {"none", "constant", "each"};
         static const char* const gates[3] = {"none", "silu", "gelu"};
         char text[320];
         std::snprintf(text, sizeof text,
-                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d codes=%d…%d integers=%d threads=%d "
+                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d codes=%d…%d x_group=%d integers=%d threads=%d "
                       "eps=%g gate=%s residual=%d seed=%llu",
                       kKindNames[static_cast<int>(kind)], n, k, m, group, zeros[static_cast<int>(zero)], offset, bias,
                       kTypeNames[static_cast<int>(scale_type)], kTypeNames[static_cast<int>(x_type)],
-                      kTypeNames[static_cast<int>(y_type)], digits, lowest, highest, integers, threads, static_cast<double>(eps),
+                      kTypeNames[static_cast<int>(y_type)], digits, lowest, highest, x_group, integers, threads, static_cast<double>(eps),
                       gates[static_cast<int>(gate)], residual, static_cast<unsigned long long>(seed));
         return text;
     }
@@ -187,7 +188,8 @@ Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ld
     p.ldx = ldx;
     p.m = c.m;
     p.digits = c.digits;
-    p.by_token = c.by_token();
+    p.rounded = c.rounded();
+    p.x_group = c.x_group;
     p.lowest = c.lowest;
     p.highest = c.highest;
     p.step_type = c.x_type == Type::bf16 ? Type::bf16 : Type::f32;
@@ -251,11 +253,30 @@ struct Reference {
         return {step, std::min(std::max(std::nearbyint(first - low / step), first), first + levels)};
     }
 
-    // x of one token as the product sees it, what is added to its size, and the factor of the result.
+    // x of one token as the product sees it, and what is added to its size.
     struct Token {
         std::vector<double> x, doubt;
-        double scale = 1.0;
     };
+
+    void round(Token& t, int start, int end, double inexact) const {
+        double low = 0.0, high = 0.0;
+        for (int j = start; j < end; j++) low = std::min(low, t.x[j]), high = std::max(high, t.x[j]);
+        const Grid grid = grid_of(low, high);
+        // Near the edge between two codes either is right, and between two grids all codes may be others.
+        const Grid less = grid_of(low * (1 - inexact), high * (1 - inexact)),
+                   more = grid_of(low * (1 + inexact), high * (1 + inexact)),
+                   left = grid_of(low * (1 + inexact), high * (1 - inexact)),
+                   right = grid_of(low * (1 - inexact), high * (1 + inexact));
+        const bool same_zero = less.zero == more.zero && left.zero == right.zero && less.zero == left.zero;
+        const bool sure = same_zero && (p.step_type == Type::f32 || (less.step == more.step && left.step == right.step));
+        const double step = c.integers ? 1.0 : grid.step;
+        for (int j = start; j < end; j++) {
+            const float code = static_cast<float>(t.x[j]) / grid.step;
+            const double off = inexact * std::fabs(code), edge = std::fabs(code - std::floor(code) - 0.5f);
+            t.x[j] = step * std::min(std::max(std::nearbyint(code), c.lowest - grid.zero), c.highest - grid.zero);
+            t.doubt[j] = step * (inexact == 0.0 ? 0.0 : !sure ? 1e9 : edge <= 4 * off ? 1.0 : off);
+        }
+    }
 
     Token token(const float* x) const {
         Token t;
@@ -271,24 +292,9 @@ struct Reference {
             inexact = c.k / 16 * 0x1p-25 + 0x1p-22;
             for (int j = 0; j < c.k; j++) t.doubt[j] = std::fabs(t.x[j]) * (p.pairs ? 0x1.02p-8 : inexact);
         }
-        if (c.by_token()) {
-            double low = 0.0, high = 0.0;
-            for (double v : t.x) low = std::min(low, v), high = std::max(high, v);
-            const Grid grid = grid_of(low, high);
-            // Near the edge between two codes either is right, and between two grids all codes may be others.
-            const Grid less = grid_of(low * (1 - inexact), high * (1 - inexact)),
-                       more = grid_of(low * (1 + inexact), high * (1 + inexact)),
-                       left = grid_of(low * (1 + inexact), high * (1 - inexact)),
-                       right = grid_of(low * (1 - inexact), high * (1 + inexact));
-            const bool same_zero = less.zero == more.zero && left.zero == right.zero && less.zero == left.zero;
-            const bool sure = same_zero && (p.step_type == Type::f32 || (less.step == more.step && left.step == right.step));
-            for (int j = 0; j < c.k; j++) {
-                const float code = static_cast<float>(t.x[j]) / grid.step;
-                const double off = inexact * std::fabs(code), edge = std::fabs(code - std::floor(code) - 0.5f);
-                t.x[j] = std::min(std::max(std::nearbyint(code), c.lowest - grid.zero), c.highest - grid.zero);
-                t.doubt[j] = inexact == 0.0 ? 0.0 : !sure ? 1e9 : edge <= 4 * off ? 1.0 : off;
-            }
-            t.scale = c.integers ? 1.0 : grid.step;
+        if (c.rounded()) {
+            const int group = c.x_group == 0 ? c.k : c.x_group;
+            for (int start = 0; start < c.k; start += group) round(t, start, std::min(start + group, c.k), inexact);
         } else if (p.digits > 1) {
             // In each span numbers are multiples of a 32 000th or an 8 000 000th of the largest.
             const double steps = p.digits == 2 ? 32000.0 : 4000000.0;
@@ -312,7 +318,7 @@ struct Reference {
             doubt += t.doubt[j] * s[j];
         }
         const double places = 16.0 + 4.0 * std::sqrt(static_cast<double>(c.k));
-        return {sum * t.scale, c.integers ? 0.0 : ((terms + 256.0 * doubt) * places * 0x1p-24 + doubt) * t.scale};
+        return {sum, c.integers ? 0.0 : (terms + 256.0 * doubt) * places * 0x1p-24 + doubt};
     }
 };
 
@@ -329,8 +335,8 @@ void compare(const Case& c, const Made& made, const Product& p, const float* x, 
             };
             if (c.bias) added(around.bias[static_cast<size_t>(i)]);
             if (c.residual) added(around.residual.floats[static_cast<size_t>(t * around.ldr + i)]);
-            if (!c.integers) e.allowed += std::fabs(e.y) * (c.y_type == Type::bf16 ? 0x1.02p-8 : 0x1p-23) + 0x1p-100;
-            const double got = y.get(static_cast<size_t>(t * ldy + i));
+            const double got = y.get(static_cast<size_t>(t * ldy + i)), size = std::max(std::fabs(e.y), std::fabs(got));
+            if (!c.integers) e.allowed += size * (c.y_type == Type::bf16 ? 0x1.02p-8 : 0x1p-23) + 0x1p-100;
             if (!(std::fabs(got - e.y) <= e.allowed))
                 return fail("%s: y[%d][%d] is %.9g, expected %.9g ± %.3g", c.text().c_str(), t, i, got, e.y, e.allowed);
         }
@@ -402,6 +408,7 @@ void try_product(const Case& c) {
 }
 
 constexpr int kGroups[] = {16, 32, 64, 128, 0};  // 0: the row
+constexpr int kColumns[] = {32, 64, 128};  // of x under one scale
 constexpr float kEps[] = {0.0f, 0.0f, 1e-6f, 1.0f};  // 0: no norm
 constexpr Gate kGates[] = {Gate::none, Gate::none, Gate::silu, Gate::gelu_tanh};
 
@@ -430,11 +437,15 @@ Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
         c.lowest = digits == 1 || random.below(2) == 0 ? -(1 << (bits - 1)) : 0;
         c.highest = c.lowest + (1 << bits) - 1;
     }
-    if (c.by_token() && random.below(3) == 0) {
+    if (c.rounded() && random.below(3) == 0) {
         c.integers = true;
         c.group = k;
         c.offset = c.bias = false;
         return c;
+    }
+    if (c.rounded() && kind != Kind::trit5 && random.below(2) == 0) {
+        const int columns = any_of(kColumns, random);
+        if (group == 0 || group % columns == 0 || columns % group == 0) c.x_group = columns;
     }
     c.eps = any_of(kEps, random);
     c.gate = any_of(kGates, random);
@@ -666,13 +677,20 @@ void try_refusals() {
     refused(p, "a digit that nothing is rounded to");
     Product rounded = good;
     rounded.digits = 1;
-    rounded.by_token = true;
+    rounded.rounded = true;
     rounded.lowest = -128;
     rounded.highest = 127;
     if (product(rounded) != nullptr) fail("a product of rounded activations is refused");
     p = rounded;
     p.highest = 128;
     refused(p, "a code that is no int8");
+    p = rounded;
+    p.x_group = 48;
+    refused(p, "activations in groups of no whole step");
+    p = rounded;
+    p.x_group = 32;
+    p.integers = true;
+    refused(p, "an integer result of activations in groups");
     p = rounded;
     p.integers = true;
     p.weight.group = 32;

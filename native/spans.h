@@ -14,14 +14,14 @@ inline const int32_t* sums_of(const Product& p, int tile, int span) {
 // span's digits add up to, so with it every span is added for itself.
 template <int kDigits>
 inline bool whole_row(const Product& p) {
-    return kDigits < 3 && p.by_token && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers) &&
+    return kDigits < 3 && by_token(p) && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers) &&
            (p.digits == 1 || p.weight.k <= kZeroPointColumns);
 }
 // By token, the results are multiplied with the scale at the end.
 inline const float* scales_of(const Product& p, int tile) { return p.tile_scale + static_cast<int64_t>(tile) * kRowsMost; }
 // Otherwise there is one for every span; null by token.
 inline const float* scales_of(const Product& p, int tile, int span) {
-    return p.by_token ? nullptr : p.tile_scale + (static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
+    return by_token(p) ? nullptr : p.tile_scale + (static_cast<int64_t>(tile) * p.spans + span) * kRowsMost;
 }
 
 // The digits of one token's sum as one number.

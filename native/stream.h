@@ -99,7 +99,7 @@ inline void stream_block(const Product& p, int tile, int block) {
             store_integers(p, token, block, joined<kOfToken>(sum[0] + t * kOfToken));
             continue;
         }
-        if (p.by_token) total[t] = mul(total[t], splat(scales_of(p, tile)[t]));
+        if (by_token(p)) total[t] = mul(total[t], splat(scales_of(p, tile)[t]));
         store_result(p, token, block, total[t]);
     }
 }

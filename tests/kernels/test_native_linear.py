@@ -87,7 +87,9 @@ def test_sums_with_two_zero_points_are_exact_at_their_longest(path: str):
 
 @pytest.mark.parametrize("text", ["W8A8", "W4A8", "w=int4/g32,a=int8/token", "w=int2/g64/asym,a=int8/token/bfloat16",
                                   "w=int8/channel,a=int8/token/asym", "w=int4/g32/asym,a=uint8/token/asym/bfloat16",
-                                  "w=uint4/g64/offset,a=int8/token/asym", "w=int4/g32,a=int4/token"])  # fmt: skip
+                                  "w=uint4/g64/offset,a=int8/token/asym", "w=int4/g32,a=int4/token",
+                                  "w=int4/g128,a=int8/g32", "w=int3/g32,a=int8/g128/asym", "w=int8/channel,a=int8/g64",
+                                  "w=int5/g16/asym,a=uint4/g32/asym/bfloat16", "w=int2/tensor,a=int8/g512"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounded_activations_are_those_of_the_twin(path: str, text: str, dtype: torch.dtype):
     scheme = parse_scheme(text)
@@ -249,12 +251,37 @@ def test_bad_arguments_of_the_operator_are_exceptions(change: dict, words: str):
         )
 
 
-@pytest.mark.parametrize("rounding", [[-128, 127], [0, 256, 0], [5, 5, 0], [-300, 0, 0]])
+@pytest.mark.parametrize(
+    "rounding",
+    [
+        [-128, 127, 0],
+        [0, 256, 0, 0],
+        [5, 5, 0, 0],
+        [-300, 0, 0, 0],
+        [-128, 127, 0, 48],
+        [-128, 127, 0, -32],
+        [-128, 127, 0, 1024],
+    ],
+)
 def test_bad_codes_of_activations_are_exceptions(rounding: list[int]):
     tensors, meta = packed(random_weight("w=int4/g32", (16, 64)))
     parts = [tensors["codes"], tensors["scale"], None, None, None]
     with pytest.raises(ValueError, match="activations"):
         torch.ops.arrondi.linear(torch.zeros(2, 64), parts, module._facts(tensors, meta), None, 1, rounding)
+
+
+@pytest.mark.parametrize("text", ["w=int4/g32,a=int8/g48", "w=int4/g64,a=int8/g96", "TERNARY,a=int8/g64",
+                                  "w=int4/g32,a=int8/token/offset", "w=int4/g32,a=uint8/token", "NF4,a=int8/token"])  # fmt: skip
+def test_what_the_kernel_does_not_round(text: str):
+    """And the layer rounds instead."""
+    weights, _, activations = text.partition(",")
+    scheme = parse_scheme(f"w=int4,{activations}").activations
+    assert scheme is not None
+    q = random_weight(weights, (17, 192))
+    assert not module.rounds(q.scheme, scheme)
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(0))
+    wanted = fake_quantize(x, scheme).double() @ q.dequantize(torch.float64).T
+    assert torch.allclose(QLinear(q, activations=scheme)(x).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_exact_sums_need_rounded_activations_and_one_group():

@@ -18,7 +18,7 @@ import torch
 
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.fitting import STORED
-from arrondi.formats import Format, PerToken, Scheme, tile_shape
+from arrondi.formats import Format, Granularity, PerBlock, PerGroup, PerToken, Scheme, tile_shape
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
 from arrondi.kernels.product import Product
 from arrondi.native import TYPES, address, available, native, threads
@@ -39,6 +39,8 @@ _MOST_COLUMNS: Final = 65536
 """More would let int32 sums of int8 products overflow."""
 _MOST_COLUMNS_ZERO_POINT: Final = 32768
 """The same of int8 weights with activations that have a zero point: code - zero point has nine bits."""
+_MOST_GROUP: Final = 512
+"""Columns of x under one scale, where not the whole token is."""
 _LARGEST: Final = 2**31 - 1
 _COLUMNS_BACK: Final = 256
 """Columns of the weight that are decoded at a time for a gradient."""
@@ -178,27 +180,38 @@ def _facts(tensors: Tensors, meta: Meta) -> list[int]:
 
 
 def rounds(weights: Scheme, activations: Scheme) -> bool:
-    """Whether the integer product takes these activations: integers of up to 8 bits, one scale for each token, symmetric
-    (signed) or with an integer zero point."""
+    """Whether the integer product takes these activations: integers of up to 8 bits, symmetric (signed) or with an integer
+    zero point, one scale for each token or group of columns."""
     coding, format = _coding(weights.format), activations.format
     return (
         coding is not None
         and coding.kind in _INTEGERS
         and format.kind == "integer"
         and (activations.zero_point == "integer" or (activations.symmetric and format.qmin < 0))
-        and isinstance(activations.granularity, PerToken)
+        and _groups_fit(weights, activations.granularity)
         and activations.scale in ("float32", "bfloat16")
     )
 
 
+def _groups_fit(weights: Scheme, activations: Granularity) -> bool:
+    """Groups of activations must be of whole steps, and each made of groups of the weight or a part of one."""
+    if not isinstance(activations, PerGroup):
+        return isinstance(activations, PerToken)
+    size, of_weight = activations.size, weights.granularity
+    if size % _STEP or size > _MOST_GROUP or weights.format.levels == 3 or isinstance(of_weight, PerBlock):
+        return False
+    return not isinstance(of_weight, PerGroup) or of_weight.size % size == 0 or size % of_weight.size == 0
+
+
 def rounding_of(meta: Meta, kind: int) -> tuple[int, list[int] | None]:
-    """In how many digits x meets the codes, and by what it is rounded: lowest code, highest code, type of the scales; None
-    where x keeps its own numbers."""
+    """In how many digits x meets the codes, and by what it is rounded: lowest code, highest code, type of the scales, columns
+    under one scale (0: all of a token); None where x keeps its own numbers."""
     if meta.activations is None:
         return _DIGITS[meta.dtype] if kind in _INTEGERS else 0, None
-    format = meta.activations.format
+    format, granularity = meta.activations.format, meta.activations.granularity
     digits = 1 if meta.activations.symmetric else 2
-    return digits, [format.qmin, format.qmax, TYPES[STORED[str(meta.activations.scale)]]]
+    group = granularity.size if isinstance(granularity, PerGroup) else 0
+    return digits, [format.qmin, format.qmax, TYPES[STORED[str(meta.activations.scale)]], group]
 
 
 def linear(x: torch.Tensor, tensors: Tensors, meta: Meta, bias: torch.Tensor | None) -> torch.Tensor:
@@ -267,14 +280,14 @@ def integer_linear(x: torch.Tensor, tensors: Tensors, meta: Meta) -> torch.Tenso
         tensors, meta: of `NATIVE.prepack`; one scale a row.
 
     Raises:
-        SchemeError: the weight has several groups, `meta.activations` is not set, or it has a zero point and the weight
-            more than 32768 columns.
+        SchemeError: the weight or x has several groups, `meta.activations` is not set, or it has a zero point and the
+            weight more than 32768 columns.
     """
     facts = _facts(tensors, meta)
     digits, rounding = rounding_of(meta, facts[0])
-    if rounding is None or facts[4] != 1:
+    if rounding is None or rounding[3] or facts[4] != 1:
         raise SchemeError(
-            f"Exact sums need activations rounded to integers and one scale a row, got {meta.activations} and {meta.scheme}."
+            f"Exact sums need activations rounded to integers by token and one scale a row, got {meta.activations} and {meta.scheme}."
         )
     if digits > 1 and meta.shape[1] > _MOST_COLUMNS_ZERO_POINT:
         raise SchemeError(
