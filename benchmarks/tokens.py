@@ -1,9 +1,9 @@
 """Tokens per second of a whole model: a 512-token prompt, then decoding, beside transformers and llama.cpp.
 
-    python benchmarks/tokens.py QUANTIZED … --plain MODEL --gguf FILE --gguf-python PYTHON
+    python benchmarks/tokens.py QUANTIZED --activations int8/g128 --plain MODEL --gguf FILE --gguf-python PYTHON
 
-QUANTIZED is what `arrondi quantize` wrote and is run through the loop of `arrondi run`; of the first, the time of loading and
-what then is in memory are told, as shares of its files; `--plain` is the model it came from, run
+QUANTIZED is what `arrondi quantize` wrote and is run through the loop of `arrondi run`, with inputs as they are and, with
+`--activations`, rounded too; the time of loading it and what is in memory then are told; `--plain` is the model it came from, run
 by the same loop in bfloat16; `--gguf` is the same model as llama.cpp's file (`benchmarks/products/make_gguf.py`) and
 `--gguf-python` an interpreter with llama-cpp-python. Random weights do: only the time counts. All sides run in turns.
 """
@@ -39,11 +39,11 @@ def measure(model: Any, prompt: int, decode: int) -> tuple[float, float]:
     return prompt / steps[0], statistics.median(steps[1:]) * 1e3
 
 
-def load(path: str, *, tell: bool) -> Any:
+def load(path: str) -> Any:
     before, started = memory("VmRSS"), time.perf_counter()
     model = arrondi.load(path, dtype="bfloat16")
     took = time.perf_counter() - started
-    if tell and before:
+    if before:
         files = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / 1e6
         resident, peak = memory("VmRSS") - before, memory("VmHWM") - before
         print(
@@ -76,7 +76,8 @@ def measure_llamacpp(python: str, file: str, prompt: int, decode: int, threads: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("quantized", nargs="+")
+    parser.add_argument("quantized")
+    parser.add_argument("--activations", action="append", default=[], help="as arrondi run takes it; repeatable")
     parser.add_argument("--plain")
     parser.add_argument("--gguf", action="append", default=[])
     parser.add_argument("--gguf-python")
@@ -84,9 +85,9 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    sides: dict[str, Any] = {
-        f"arrondi {Path(path).name}": load(path, tell=i == 0) for i, path in enumerate(options.quantized)
-    }
+    sides: dict[str, Any] = {"arrondi": load(options.quantized)}
+    for activations in options.activations:
+        sides[f"arrondi {activations}"] = arrondi.load(options.quantized, dtype="bfloat16", activations=activations)
     if options.plain:
         # Without products of bfloat16 in the CPU, PyTorch's take minutes for a prompt.
         name, dtype = ("bf16", torch.bfloat16) if multiplies_bfloat16() else ("fp32", torch.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,8 @@ from arrondi.checkpoint.layout import Layout, Placed
 from arrondi.checkpoint.model_dir import ModelDir
 from arrondi.checkpoint.tensor_file import Entry, read_header, read_tensor
 from arrondi.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, guard_disk, write_json
-from arrondi.errors import ArrondiError, FileFormatError, unknown
+from arrondi.errors import ArrondiError, FileFormatError, SchemeError, unknown
+from arrondi.formats import Scheme, parse_activations
 from arrondi.qtensor import QTensor
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
@@ -32,11 +33,16 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory whose tensors are named as in the unquantized original; `read` gives a Tensor or a QTensor."""
+    """A model directory whose tensors are named as in the unquantized original; `read` gives a Tensor or a QTensor.
+
+    Attributes:
+        activations: how the input of a quantized tensor is rounded whose own scheme leaves it alone; None: it stays.
+    """
 
     folder: ModelDir
     layout: Layout | None = None
     placed: Mapping[str, Placed] = field(default_factory=dict)
+    activations: Scheme | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -70,6 +76,24 @@ class Checkpoint:
                     f"{folder.path}: {name} should be {dtype} {shape}, found {have}. The config does not describe these files."
                 )
         return cls(folder, layout, found)
+
+    def rounding(self, activations: str | Scheme | None) -> Checkpoint:
+        """The same directory, with the inputs of its weight-only tensors rounded by `activations` (`"int8/g128"`).
+
+        Raises:
+            SchemeError: not the grammar of activations, or there is no tensor that is quantized and leaves its input alone.
+        """
+        if activations is None:
+            return self
+        scheme = parse_activations(activations) if isinstance(activations, str) else activations
+        if all(p.scheme.activations for p in self.placed.values()):
+            why = "its own schemes round them" if self.placed else "it is not quantized"
+            raise SchemeError(f"{self.folder.path}: no activations can be rounded to {scheme}: {why}. Leave them out.")
+        return replace(self, activations=scheme)
+
+    def activations_of(self, name: str) -> Scheme | None:
+        """How the input of a quantized tensor is rounded when they are multiplied."""
+        return self.placed[name].scheme.activations or self.activations
 
     @property
     def quantized(self) -> bool:

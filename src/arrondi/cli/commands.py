@@ -56,6 +56,12 @@ SeqLen = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 EvalText = Annotated[
     Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="Round the inputs of weight-only layers too, for speed: int8/g128, int8/token. Default: they stay."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]
 MaxKl = Annotated[float | None, typer.Option(help="Exit with status 3 if the mean KL divergence is larger.")]
 MaxPpl = Annotated[
@@ -163,6 +169,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 text that calibration has not seen.", show_default=False)],
     seq_len: SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
+    activations: Activations = None,
     max_kl: MaxKl = None,
     max_ppl_increase: MaxPpl = None,
     json_: Json = False,
@@ -173,7 +180,9 @@ def evaluate(
     from arrondi.report import print_evaluation, progress_bar
 
     with progress_bar("measuring", quiet) as progress:
-        result = compare_models(model, against, text, seq_len=seq_len, samples=samples, progress=progress)
+        result = compare_models(
+            model, against, text, seq_len=seq_len, samples=samples, activations=activations, progress=progress
+        )
     _answer(result, json_, print_evaluation)
     _hold_to(result, max_kl, max_ppl_increase)
 
@@ -212,6 +221,7 @@ def run(
     temperature: Annotated[float, typer.Option(help="0: the likeliest token every time.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed when temperature is above 0.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
+    activations: Activations = None,
     json_: Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -224,6 +234,7 @@ def run(
         temperature=temperature,
         seed=seed,
         dtype=dtype,
+        activations=activations,
         stream=None if json_ else sys.stdout,
     )
     if json_:

@@ -40,9 +40,8 @@ def is_causal(model: Any) -> bool:
 
 def activation_schemes(checkpoint: Checkpoint) -> dict[str, Any]:
     """Module → scheme of its input, for a quantized checkpoint whose activations are quantized at run time."""
-    return {
-        p.name.removesuffix(".weight"): p.scheme.activations for p in checkpoint.placed.values() if p.scheme.activations
-    }
+    found = {name.removesuffix(".weight"): checkpoint.activations_of(name) for name in checkpoint.placed}
+    return {module: scheme for module, scheme in found.items() if scheme is not None}
 
 
 def compare_models(
@@ -52,6 +51,7 @@ def compare_models(
     *,
     seq_len: int = 256,
     samples: int | None = None,
+    activations: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model against its original.
@@ -62,6 +62,7 @@ def compare_models(
         text: UTF-8 file that calibration has not seen.
         seq_len: tokens of a window, special tokens included.
         samples: windows at most; None takes all.
+        activations: how inputs of weight-only linears of `quantized` are rounded, as `load_model` does; None: they stay.
         progress: called with (blocks done, blocks, what).
 
     Returns:
@@ -71,8 +72,9 @@ def compare_models(
     Raises:
         FileFormatError: a directory is no model, or the two are not of one shape.
         DataError: the text is shorter than one window.
+        SchemeError: there are no activations that can be rounded so.
     """
-    skeletons = [Skeleton(Checkpoint.open(p)) for p in (reference, quantized)]
+    skeletons = [Skeleton(Checkpoint.open(reference)), Skeleton(Checkpoint.open(quantized).rounding(activations))]
     shapes = [{n: tuple(p.shape) for n, p in s.empty.items()} for s in skeletons]
     if type(skeletons[0].model) is not type(skeletons[1].model) or shapes[0] != shapes[1]:
         raise FileFormatError(

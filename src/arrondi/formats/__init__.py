@@ -11,7 +11,7 @@ from arrondi.formats.granularity import (
     scale_shape,
     tile_shape,
 )
-from arrondi.formats.scheme import PRESETS, LayerScheme, Scheme, parse_scheme
+from arrondi.formats.scheme import PRESETS, LayerScheme, Scheme, parse_activations, parse_scheme
 
 __all__ = [
     "FORMATS",
@@ -28,6 +28,7 @@ __all__ = [
     "codebook",
     "get_format",
     "integer",
+    "parse_activations",
     "parse_scheme",
     "scale_shape",
     "tile_shape",

@@ -174,6 +174,23 @@ def parse_scheme(text: str) -> LayerScheme:
     return LayerScheme(weights, activations, dynamic)
 
 
+def parse_activations(text: str) -> Scheme:
+    """The scheme of activations alone, without `a=`; scales follow each input.
+
+    >>> parse_activations("int8/g128").granularity
+    PerGroup(size=128)
+
+    Raises:
+        SchemeError: not in the grammar of `parse_scheme`, or it asks for static scales.
+    """
+    if not text.strip() or "," in text or "=" in text:
+        raise SchemeError(f"Activations are written as FORMAT/PART/…, got {text!r}. Example: int8/g128.")
+    scheme, dynamic = _parse_tensor(text.strip().lower(), PerToken(), text)
+    if not dynamic:
+        raise SchemeError(f"Scales of activations follow each input here, got {text!r}. Drop 'static'.")
+    return scheme
+
+
 def _split(item: str, text: str) -> tuple[str, str]:
     key, _, value = item.strip().partition("=")
     if not value:

@@ -25,6 +25,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str = "auto",
+    activations: str | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Generate text.
@@ -36,6 +37,7 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are sampled from the tempered distribution with `seed`.
         dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
             compute all of its products in it, else float32.
+        activations: see `load_model`.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -43,12 +45,16 @@ def generate(
         new token, decode_ms_per_token of those after it.
 
     Raises:
-        SchemeError: the model does not generate text.
+        SchemeError: the model does not generate text, or `load_model` refuses dtype or activations.
         DataError: the prompt leaves no room in the model's context.
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    model = _load_fast(checkpoint) if dtype == "auto" else load_model(path, dtype=dtype)
+    model = (
+        _load_fast(checkpoint, activations)
+        if dtype == "auto"
+        else load_model(path, dtype=dtype, activations=activations)
+    )
     if not model.can_generate():
         raise SchemeError(f"{path}: a {type(model).__name__} does not generate text. Use a causal language model.")
     ids = special_tokens(tokenizer)[0] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -86,14 +92,14 @@ def generate(
     }
 
 
-def _load_fast(checkpoint: Checkpoint) -> Any:
+def _load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
     """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
     path = checkpoint.folder.path
     if stored_in_16_bits(checkpoint):
-        model = load_model(path, dtype="bfloat16")
+        model = load_model(path, dtype="bfloat16", activations=activations)
         if multiplies_bfloat16() or is_fused(model):
             return model
-    return load_model(path, dtype="float32")
+    return load_model(path, dtype="float32", activations=activations)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

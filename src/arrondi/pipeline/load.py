@@ -14,30 +14,34 @@ import torch
 from arrondi.blocks import Skeleton, Slot, fuse
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, unknown
-from arrondi.formats import tile_shape
+from arrondi.formats import Scheme, tile_shape
 from arrondi.nn import DenseLinear, QLinear, QStack
 from arrondi.pipeline.restore import DTYPES
 from arrondi.qtensor import QTensor
 
 
-def load_model(path: str | Path, *, dtype: str | torch.dtype = "float32") -> Any:
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "float32", activations: str | Scheme | None = None
+) -> Any:
     """Load a model directory, quantized or plain, in eval mode.
 
     Args:
         path: model directory.
         dtype: type that activations and unquantized weights have.
+        activations: round the inputs of weight-only linears too, for speed; `"int8/g128"` costs little and is what other
+            runtimes do without asking. See `parse_activations`; `arrondi eval --activations` measures the cost.
 
     Returns:
         the transformers model; its quantized linears are `arrondi.nn.QLinear`, fused experts `arrondi.nn.QStack`.
 
     Raises:
         FileFormatError: not a model directory, or a layout that is not known.
-        SchemeError: there is no such dtype.
+        SchemeError: there is no such dtype, or no activations that can be rounded so.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path).rounding(activations)
     skeleton = Skeleton(checkpoint)
     model = skeleton.model
     packed = _packed_slots(skeleton)
@@ -93,9 +97,12 @@ def _linear(
     if module._parameters.get("bias") is not None:
         skeleton.fill([f"{name}.bias"], kind)
         bias = module.bias.detach()
-    scheme = skeleton.checkpoint.placed[source].scheme
     return QLinear(
-        tensors[source], bias, activations=scheme.activations, dtype=kind, transposed=type(module).__name__ == "Conv1D"
+        tensors[source],
+        bias,
+        activations=skeleton.checkpoint.activations_of(source),
+        dtype=kind,
+        transposed=type(module).__name__ == "Conv1D",
     )
 
 
