@@ -109,6 +109,8 @@ def test_unknown_names_get_a_suggestion(cli: Cli, copy: Path, tmp_path: Path) ->
     refused(cli(*start, "--group-size", 32, "--ignore", "lm_haed"), "lm_haed", "lm_head")
     refused(cli(*start, "--group-size", 32, "--targets", r"re:model\.layer\.0"), "matches nothing")
     assert not (tmp_path / "x").exists()
+    refused(cli("run", copy, "The", "--activations", "itn8/g32"), "itn8", "int8")
+    refused(cli("run", copy, "The", "--activations", "int8/g32"), "it is not quantized")
 
 
 def test_a_group_size_that_does_not_divide(cli: Cli, copy: Path, tmp_path: Path) -> None:

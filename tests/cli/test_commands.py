@@ -90,6 +90,11 @@ def test_quantize_eval_inspect_dequantize_run(cli: Cli, models: Models, text: Pa
     assert words.code == 0
     assert words.out.startswith("Once upon a time")
     assert cli("run", out, "Once", "--max-new-tokens", 3, "--json").document["tokens"] == 3
+    assert cli("run", out, "Once", "--activations", "int8/g32", "--max-new-tokens", 3, "--json").document["tokens"] == 3
+
+    rounded = ("--activations", "int4/token", "--json")
+    worse = cli("eval", out, "--against", model, "--text", text, "--seq-len", 32, "--samples", 4, *rounded).document
+    assert worse["kl_mean"] > found["kl_mean"]
 
 
 def test_tables_for_people(cli: Cli, models: Models, text: Path, tmp_path: Path) -> None:

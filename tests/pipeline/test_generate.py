@@ -52,7 +52,7 @@ def test_the_type_that_is_picked(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda: multiplies)
-    model = module._load_fast(Checkpoint.open(quantized(name, stored)))
+    model = module._load_fast(Checkpoint.open(quantized(name, stored)), None)
     assert is_fused(model) == (name == "llama")
     assert model.config.dtype == wanted
     assert {p.dtype for p in model.parameters()} == {wanted}
@@ -61,14 +61,14 @@ def test_the_type_that_is_picked(
 def test_a_plain_model_has_no_products_of_ours(models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     for multiplies, wanted in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
-        model = module._load_fast(Checkpoint.open(models("llama", torch.bfloat16)))
+        model = module._load_fast(Checkpoint.open(models("llama", torch.bfloat16)), None)
         assert {p.dtype for p in model.parameters()} == {wanted}
 
 
 def test_generate_asks_for_it_unless_a_type_is_named(quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     path, asked = quantized("llama", torch.bfloat16), []
     plain = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda where, dtype: asked.append(dtype) or plain(where, dtype=dtype))
+    monkeypatch.setattr(module, "load_model", lambda where, **how: asked.append(how["dtype"]) or plain(where, **how))
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
     for dtype in ("auto", "float32"):
         assert module.generate(path, "The", max_new_tokens=2, dtype=dtype)["text"].startswith("The")
