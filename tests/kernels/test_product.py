@@ -21,7 +21,6 @@ from arrondi.qtensor import QTensor, fake_quantize, quantize
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
-RUNNABLE = [name for name, missing in native.paths() if missing is None] if native is not None else []
 SCHEMES = ("W4A16", "W8A16", "W2A16_ASYM", "NF4", "W4A8", "W8A8")
 SHAPES = ((42, 40), (98, 320), (34, 1040))
 """(out, in): out even, for the gates, and no multiple of 16, nor is half of it; in with a last group that is short."""
@@ -41,15 +40,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=RUNNABLE)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native is not None
-    before = native.path()
-    native.use_path(request.param)
-    yield request.param
-    native.use_path(before)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
