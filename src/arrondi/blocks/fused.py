@@ -8,7 +8,7 @@ addition; gate and up as one product with norm and gate; the last product with t
 Which blocks are of that shape is not read off the model's name. Their parts are found by what they hold, each part is
 compared with the formula that replaces it on numbers of its own, and the whole block with transformers' own forward. Blocks
 that differ keep theirs, as does every call that asks for more: gradients, hooks inside, another type, a trace; and every
-call after a part was replaced (by an adapter, say) or a norm changed.
+call after a part was replaced (by an adapter, say). Numbers that change in place count at the next call.
 """
 
 from __future__ import annotations
@@ -43,8 +43,26 @@ class _Differs(Exception):
 
 
 @dataclass(frozen=True)
+class _Live:
+    """The float32 copy that compiled calls read of a norm's weight or a bias.
+
+    It is made anew before every use: a change in place through `.data` leaves no trace that could be looked for.
+    """
+
+    stored: torch.Tensor
+    copy: torch.Tensor
+    plus: torch.Tensor | None = None
+
+    def read(self) -> None:
+        if self.plus is None:
+            self.copy.copy_(self.stored)
+        else:  # in one step, so that another thread never finds half of it
+            torch.add(self.plus, self.stored, out=self.copy)
+
+
+@dataclass(frozen=True)
 class _Norm:
-    weight: torch.Tensor
+    weight: _Live
     eps: float
 
 
@@ -138,6 +156,8 @@ class _Forward:
             )
         batch, length, size = hidden_states.shape
         x = hidden_states.reshape(-1, size)
+        for live in parts.live:
+            live.read()
         mixed = parts.mix(x)
         parts.rotate(mixed, batch, *position_embeddings)
         states = mixed.view(batch, length, -1, parts.width).transpose(1, 2)
@@ -166,6 +186,8 @@ class _Parts:
         _Differs: the block has other parts.
     """
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside
+    @torch.no_grad()
     def __init__(self, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
         _exactly(block, _PARTS, frozenset())
@@ -192,10 +214,13 @@ class _Parts:
         self.narrow = _product([down])
         self.exact = self.dtype == torch.float32 and down.activations is None
         self.extra = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
+        norms = [norm for norm in (before, between, *self.head_norms) if norm is not None]
+        self.live = [norm.weight for norm in norms]
+        for product, linears in ((self.mix, mixing), (self.merge, [out]), (self.widen, gated), (self.narrow, [down])):
+            self.live += _biases(product, linears)
         inside = [m for m in block.modules() if m is not block]
         self.hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.places = [(m._modules, name, child) for m in block.modules() for name, child in m._modules.items()]
-        self.copied = [(p, _version(p)) for p in block.parameters()]
         self.owned = [(m._parameters, name, p) for m in block.modules() for name, p in m._parameters.items()]
 
     def take(self, hidden: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], attention: Any) -> bool:
@@ -206,7 +231,10 @@ class _Parts:
             and hidden.dtype == positions[0].dtype == self.dtype
             and positions[0].shape[-1] == self.width
             and not attention.training
-            and not (torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p, _ in self.copied)))
+            and not (
+                torch.is_grad_enabled()
+                and (hidden.requires_grad or any(live.stored.requires_grad for live in self.live))
+            )
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled("cpu")
@@ -214,7 +242,6 @@ class _Parts:
             and not any(self.hooks)
             and all(modules.get(name) is child for modules, name, child in self.places)
             and all(parameters.get(name) is p for parameters, name, p in self.owned)
-            and all(_version(p) == version for p, version in self.copied)
         )
 
     def rotate(self, mixed: torch.Tensor, batch: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -224,11 +251,12 @@ class _Parts:
         query, key = self.head_norms
         if query is None or key is None:
             return rotate(mixed, self.heads, self.key_heads, cos, sin)
-        rotate(mixed, self.heads, self.key_heads, cos, sin, norm=query.weight, key_norm=key.weight, eps=query.eps)
+        norms = {"norm": query.weight.copy, "key_norm": key.weight.copy}
+        rotate(mixed, self.heads, self.key_heads, cos, sin, **norms, eps=query.eps)
 
 
 def _product(linears: list[QLinear], norm: _Norm | None = None, gate: str | None = None) -> Product:
-    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    weight, eps = (None, 0.0) if norm is None else (norm.weight.copy, norm.eps)
     made = joined_product(linears, norm=weight, eps=eps, gate=gate)
     if made is None:
         raise _Differs(
@@ -237,9 +265,13 @@ def _product(linears: list[QLinear], norm: _Norm | None = None, gate: str | None
     return made
 
 
-def _version(parameter: torch.Tensor) -> int:
-    """Counts changes in place; a tensor made in inference mode has no count, and its changes go unseen."""
-    return 0 if parameter.is_inference() else parameter._version
+def _biases(product: Product, linears: list[QLinear]) -> list[_Live]:
+    """Where the product reads the biases of its layers."""
+    _, joined, _ = product.kept
+    if joined is None:
+        return []
+    copies = joined.split([linear.out_features for linear in linears])
+    return [_Live(l.bias, copy) for l, copy in zip(linears, copies, strict=True) if l.bias is not None]
 
 
 def _exactly(module: nn.Module, needed: frozenset[str], allowed: frozenset[str]) -> None:
@@ -257,7 +289,6 @@ def _common_dtype(linears: list[Any]) -> torch.dtype:
     return dtypes.pop()
 
 
-@torch.no_grad()
 def _norm(module: Any, size: int) -> _Norm:
     """What makes `x / √(mean(x²) + eps) · weight` of the module: its weight, or the weight and one as in Gemma."""
     stored = dict(module.named_parameters())
@@ -269,9 +300,11 @@ def _norm(module: Any, size: int) -> _Norm:
     x = x.to(stored["weight"].dtype)
     wanted = module(x).float()
     normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
-    for weight in (stored["weight"].float(), stored["weight"].float() + 1):
-        if torch.allclose(normed * weight, wanted, rtol=0.02 if x.dtype != torch.float32 else 1e-4, atol=1e-6):
-            return _Norm(weight.contiguous(), float(eps))
+    for plus in (None, torch.ones(1)):
+        weight = _Live(stored["weight"], torch.empty(size), plus)
+        weight.read()
+        if torch.allclose(normed * weight.copy, wanted, rtol=0.02 if x.dtype != torch.float32 else 1e-4, atol=1e-6):
+            return _Norm(weight, float(eps))
     raise _Differs(f"{type(module).__name__} computes something else than an RMS norm.")
 
 
