@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import arrondi
 from arrondi.blocks import fuse, is_fused
@@ -275,6 +277,23 @@ def test_everything_that_transformers_can_record(implementation: str):
         assert [a.shape for a in seen] == [(2, 4, 12, 12)] * 2
 
 
+def test_blocks_are_of_few_calls_again_after_something_was_recorded():
+    model = fused("llama")
+    before, own = logits(model), logits(apart(model))
+    for _ in range(2):
+        with torch.no_grad():
+            model.set_attn_implementation("eager")
+            assert len(model(input_ids=IDS, output_attentions=True).attentions) == 2
+            model.set_attn_implementation("sdpa")
+            assert len(model(input_ids=IDS, output_hidden_states=True).hidden_states) == 3
+        assert torch.equal(logits(model), before) and not torch.equal(before, own)
+    # A hook of somebody else beside those is seen.
+    seen: list[int] = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    assert not torch.equal(logits(model), before)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("inner", ["self_attn", "mlp.act_fn", "mlp.up_proj", "input_layernorm"])
 def test_a_hook_inside_fires(inner: str):
     model = fused("llama")
@@ -287,6 +306,20 @@ def test_a_hook_inside_fires(inner: str):
     assert len(seen) == 2
     assert torch.equal(logits(model), without)
     assert len(seen) == 2
+
+
+def test_a_hook_on_all_modules_fires_inside():
+    model = fused("llama")
+    without, seen = logits(model), []
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        handle = register(lambda module, *_: seen.append(module))
+        try:
+            assert off(logits(model), without) < ROUNDOFF
+        finally:
+            handle.remove()
+    for module in model.model.layers.modules():
+        assert seen.count(module) == (0 if module is model.model.layers else 2)
+    assert torch.equal(logits(model), without)
 
 
 def test_a_hook_on_a_block_changes_what_comes_out():
@@ -404,6 +437,44 @@ def test_a_part_that_is_replaced_counts_at_the_next_call(part: str):
     wanted = logits(other)
     assert off(before, wanted) > 0.01
     assert off(logits(model), wanted) < ROUNDOFF
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp", "mlp.act_fn", "self_attn.v_proj", "input_layernorm"])
+def test_a_forward_that_is_replaced_counts_at_the_next_call(part: str):
+    model = fused("llama")
+    other, before = apart(model), logits(model)
+    for m in (model, other):
+        module = m.get_submodule(f"model.layers.0.{part}")
+        module.forward = twice(module.forward)
+    wanted = logits(other)
+    assert off(before, wanted) > 0.01
+    assert off(logits(model), wanted) < ROUNDOFF
+    # As accelerate takes its own away: what was there before, now as an attribute of the layer.
+    module = model.get_submodule(f"model.layers.0.{part}")
+    module.forward = module.forward.__wrapped__
+    assert torch.equal(logits(model), before)
+
+
+def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def found(*args: Any, **kwargs: Any) -> Any:
+        y = forward(*args, **kwargs)
+        return (2 * y[0], *y[1:]) if isinstance(y, tuple) else 2 * y
+
+    return found
+
+
+def test_a_forward_that_was_replaced_before_is_kept():
+    model = built("LlamaForCausalLM")
+    mlp, seen = model.model.layers[1].mlp, []
+    forward = mlp.forward
+    mlp.forward = lambda x: (seen.append(1), forward(x))[1]
+    assert fuse(model) == {
+        "model.layers.0": None,
+        "model.layers.1": "The forward of its LlamaMLP was replaced.",
+    }
+    logits(model)
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])

@@ -7,24 +7,31 @@ addition; gate and up as one product with norm and gate; the last product with t
 
 Which blocks are of that shape is not read off the model's name. Their parts are found by what they hold, each part is
 compared with the formula that replaces it on numbers of its own, and the whole block with transformers' own forward. Blocks
-that differ keep theirs, as does every call that asks for more: gradients, hooks inside, another type, a trace; and every
-call after a part was replaced (by an adapter, say). Numbers that change in place count at the next call.
+that differ keep theirs, as does every call that asks for more: gradients, hooks inside or everywhere, another type, a trace;
+and every call after a part or its forward was replaced (by an adapter, say). Numbers that change in place count at the next call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arrondi.blocks.memory import release
 from arrondi.kernels.product import Product
 from arrondi.kernels.tokens import rotate
 from arrondi.nn import QLinear, QStack, joined_product
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _recorded
+except ImportError:  # transformers before 5.2 takes away what it recorded with
+    _recorded = None
 
 _PARTS: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 _MIXING: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -90,7 +97,7 @@ def fuse(model: nn.Module) -> dict[str, str | None]:
 
 def is_fused(model: nn.Module) -> bool:
     """Whether every layer with quantized weights is part of a block that `fuse` changed."""
-    inside = {m for _, block in _blocks(model) if "forward" in vars(block) for m in block.modules()}
+    inside = {m for _, block in _blocks(model) if type(vars(block).get("forward")) is _Forward for m in block.modules()}
     packed = [m for m in model.modules() if isinstance(m, (QLinear, QStack))]
     return bool(packed) and inside.issuperset(packed)
 
@@ -193,6 +200,11 @@ class _Parts:
         _exactly(block, _PARTS, frozenset())
         _exactly(attention, _MIXING, _HEAD_NORMS)
         _exactly(mlp, _GATED, frozenset())
+        inside = [m for m in block.modules() if m is not block]
+        self.forwards = [(m, MethodType(type(m).forward, m)) for m in inside]
+        for module, forward in self.forwards:
+            if module.forward != forward:
+                raise _Differs(f"The forward of its {type(module).__name__} was replaced.")
         mixing, out = [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj
         gated, down = [mlp.gate_proj, mlp.up_proj], mlp.down_proj
         self.dtype = _common_dtype([*mixing, out, *gated, down])
@@ -218,7 +230,6 @@ class _Parts:
         self.live = [norm.weight for norm in norms]
         for product, linears in ((self.mix, mixing), (self.merge, [out]), (self.widen, gated), (self.narrow, [down])):
             self.live += _biases(product, linears)
-        inside = [m for m in block.modules() if m is not block]
         self.hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.places = [(m._modules, name, child) for m in block.modules() for name, child in m._modules.items()]
         self.owned = [(m._parameters, name, p) for m in block.modules() for name, p in m._parameters.items()]
@@ -239,9 +250,11 @@ class _Parts:
             and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled("cpu")
             and attention.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
-            and not any(self.hooks)
+            and not (_global_forward_hooks or _global_forward_pre_hooks)
             and all(modules.get(name) is child for modules, name, child in self.places)
             and all(parameters.get(name) is p for parameters, name, p in self.owned)
+            and all(module.forward == forward for module, forward in self.forwards)
+            and not any(hooks and _busy(hooks.values()) for hooks in self.hooks)
         )
 
     def rotate(self, mixed: torch.Tensor, batch: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -253,6 +266,15 @@ class _Parts:
             return rotate(mixed, self.heads, self.key_heads, cos, sin)
         norms = {"norm": query.weight.copy, "key_norm": key.weight.copy}
         rotate(mixed, self.heads, self.key_heads, cos, sin, **norms, eps=query.eps)
+
+
+def _busy(hooks: Collection[Callable[..., Any]]) -> bool:
+    """Whether hooks have something to do in this call.
+
+    Those with which transformers records attentions stay for good once it was asked to, and mostly record nothing.
+    """
+    recording = _recorded is None or _recorded.get()
+    return bool(recording) or any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _product(linears: list[QLinear], norm: _Norm | None = None, gate: str | None = None) -> Product:
