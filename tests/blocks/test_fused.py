@@ -41,13 +41,13 @@ USUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-plain": ("GraniteForCausalLM", {}),
 }
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 16}, r"^Gemma2DecoderLayer has other parts: post_feedforward_layernorm"),
-    "gemma3": ("Gemma3ForCausalLM", {"head_dim": 16}, r"^Gemma3DecoderLayer has other parts: post_feedforward_layernorm"),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 16}, r"^Gemma2DecoderLayer has other parts: post_feedforward_layernorm, pre_feedforward_layernorm\.$"),
+    "gemma3": ("Gemma3ForCausalLM", {"head_dim": 16}, r"^Gemma3DecoderLayer has other parts: post_feedforward_layernorm, pre_feedforward_layernorm\.$"),
     "phi3": ("Phi3ForCausalLM", {}, r"^Phi3DecoderLayer has other parts: resid_attn_dropout, resid_mlp_dropout\.$"),
-    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}, r"^MixtralSparseMoeBlock has other parts: .*experts"),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}, r"^MixtralSparseMoeBlock has other parts: experts, gate\.$"),
     "granite-multiplier": ("GraniteForCausalLM", {"residual_multiplier": 0.5}, r"^It computes something else than a block"),
     "llama-gelu": ("LlamaForCausalLM", {"hidden_act": "gelu"}, r"^Its activation is none of silu, gelu_tanh\.$"),
-    "llama-few-rows": ("LlamaForCausalLM", {"intermediate_size": 72}, r"^Layers that read the same activations"),
+    "llama-few-rows": ("LlamaForCausalLM", {"intermediate_size": 72}, r"^Layers that read the same activations are joined in tiles of 16 rows, and one has 72 rows\.$"),
     "llama-wide-heads": ("LlamaForCausalLM", {"head_dim": 288}, r"^Its heads are 288 wide; even widths up to 256 are known\.$"),
 }  # fmt: skip
 IDS = torch.arange(24).reshape(2, 12) * 31 % 512
@@ -201,7 +201,7 @@ def test_a_mixed_recipe_is_not_fused_and_says_so():
     before = logits(model)
     assert fuse(model) == {
         "model.layers.0": None,
-        "model.layers.1": "Layers that read the same activations have different schemes, or kernels that are not compiled.",
+        "model.layers.1": "Layers that read the same activations have different schemes.",
     }
     assert not is_fused(model)
     assert off(logits(model), before) < ROUNDOFF
@@ -211,8 +211,55 @@ def test_layers_that_are_not_quantized_are_not_fused():
     model = built("LlamaForCausalLM")
     model.model.layers[0].mlp.down_proj = nn.Linear(96, 64, bias=False)
     found = fuse(model)
-    assert found["model.layers.0"] == "Some of its linear layers are not quantized."
+    assert found["model.layers.0"] == "One of its linear layers is a Linear, no QLinear."
     assert found["model.layers.1"] is None
+
+
+def without(name: str) -> Callable[[Any], None]:
+    def change(block: Any) -> None:
+        part, _, attribute = name.rpartition(".")
+        delattr(block.get_submodule(part), attribute)
+
+    return change
+
+
+def layer_in_bfloat16(block: Any) -> None:
+    block.mlp.up_proj = packed(nn.Linear(64, 96, bias=False), "w=int4/g32", torch.bfloat16)
+
+
+def wider_values(block: Any) -> None:
+    block.self_attn.v_proj = packed(nn.Linear(64, 48, bias=False), "w=int4/g32", torch.float32)
+
+
+def layer_norm(block: Any) -> None:
+    block.input_layernorm = nn.LayerNorm(64)
+
+
+def scattered_groups(block: Any) -> None:
+    block.mlp.down_proj.order = torch.arange(96)
+
+
+REASONS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a part less": (without("mlp.act_fn"), "LlamaMLP lacks parts: act_fn."),
+    "no scaling": (without("self_attn.scaling"), "LlamaAttention lacks attributes: scaling."),
+    "two types": (layer_in_bfloat16, "Its linear layers compute in different types."),
+    "wider values": (wider_values, "Its keys and values have different shapes."),
+    "layer norm": (layer_norm, "LayerNorm has not exactly a weight of 64 numbers and an eps, as an RMS norm does."),
+    "scattered groups": (scattered_groups, "A layer rounds or reorders its activations before the compiled product."),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_refusal_names_what_it_met(name: str):
+    model = built("LlamaForCausalLM")
+    change, words = REASONS[name]
+    change(model.model.layers[0])
+    assert fuse(model) == {"model.layers.0": words, "model.layers.1": None}
+
+
+def test_float16_is_not_fused():
+    model = built("LlamaForCausalLM", dtype=torch.float16)
+    assert set(fuse(model).values()) == {"Its linear layers compute in float16; float32 and bfloat16 are known."}
 
 
 # ── calls of many kinds ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -585,7 +632,7 @@ def test_the_reference_kernel_is_not_fused_and_says_so(checkpoint: Path, monkeyp
     assert blocks_of(model) == [] and not is_fused(model)
     assert off(logits(model), wanted) < 10 * ROUNDOFF
     for reason in fuse(model).values():
-        assert reason is not None and reason.endswith("kernels that are not compiled.")
+        assert reason is not None and reason.startswith("A layer runs on the kernel reference, and only native")
 
 
 def test_autocast_and_a_norm_that_was_replaced_take_the_models_own_forward():

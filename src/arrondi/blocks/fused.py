@@ -200,6 +200,9 @@ class _Parts:
         _exactly(block, _PARTS, frozenset())
         _exactly(attention, _MIXING, _HEAD_NORMS)
         _exactly(mlp, _GATED, frozenset())
+        lacking = [name for name in ("config", "head_dim", "layer_idx", "scaling") if not hasattr(attention, name)]
+        if lacking:
+            raise _Differs(f"{type(attention).__name__} lacks attributes: {', '.join(lacking)}.")
         inside = [m for m in block.modules() if m is not block]
         self.forwards = [(m, MethodType(type(m).forward, m)) for m in inside]
         for module, forward in self.forwards:
@@ -211,9 +214,9 @@ class _Parts:
         self.width = int(attention.head_dim)
         if self.width % 2 or self.width > _WIDEST:
             raise _Differs(f"Its heads are {self.width} wide; even widths up to {_WIDEST} are known.")
-        self.heads, self.key_heads, values = (linear.out_features // self.width for linear in mixing)
-        if values != self.key_heads:
+        if attention.k_proj.out_features != attention.v_proj.out_features:
             raise _Differs("Its keys and values have different shapes.")
+        self.heads, self.key_heads = (linear.out_features // self.width for linear in mixing[:2])
         size = mixing[0].in_features
         before, between = _norm(block.input_layernorm, size), _norm(block.post_attention_layernorm, size)
         self.head_norms = [
@@ -280,10 +283,8 @@ def _busy(hooks: Collection[Callable[..., Any]]) -> bool:
 def _product(linears: list[QLinear], norm: _Norm | None = None, gate: str | None = None) -> Product:
     weight, eps = (None, 0.0) if norm is None else (norm.weight.copy, norm.eps)
     made = joined_product(linears, norm=weight, eps=eps, gate=gate)
-    if made is None:
-        raise _Differs(
-            "Layers that read the same activations have different schemes, or kernels that are not compiled."
-        )
+    if isinstance(made, str):
+        raise _Differs(made)
     return made
 
 
@@ -298,16 +299,20 @@ def _biases(product: Product, linears: list[QLinear]) -> list[_Live]:
 
 def _exactly(module: nn.Module, needed: frozenset[str], allowed: frozenset[str]) -> None:
     children = {name for name, _ in module.named_children()}
-    if not needed <= children <= needed | allowed:
-        raise _Differs(f"{type(module).__name__} has other parts: {', '.join(sorted(children ^ needed))}.")
+    for what, names in (("has other parts", children - needed - allowed), ("lacks parts", needed - children)):
+        if names:
+            raise _Differs(f"{type(module).__name__} {what}: {', '.join(sorted(names))}.")
 
 
 def _common_dtype(linears: list[Any]) -> torch.dtype:
-    if not all(isinstance(linear, QLinear) for linear in linears):
-        raise _Differs("Some of its linear layers are not quantized.")
+    for linear in linears:
+        if not isinstance(linear, QLinear):
+            raise _Differs(f"One of its linear layers is a {type(linear).__name__}, no QLinear.")
     dtypes = {linear.meta.dtype for linear in linears}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
-        raise _Differs("Its layers compute in different types, or in float16.")
+    if len(dtypes) > 1:
+        raise _Differs("Its linear layers compute in different types.")
+    if not dtypes <= {torch.float32, torch.bfloat16}:
+        raise _Differs("Its linear layers compute in float16; float32 and bfloat16 are known.")
     return dtypes.pop()
 
 
@@ -316,7 +321,9 @@ def _norm(module: Any, size: int) -> _Norm:
     stored = dict(module.named_parameters())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if set(stored) != {"weight"} or stored["weight"].shape != (size,) or eps is None:
-        raise _Differs(f"{type(module).__name__} is no RMS norm with a weight of {size} numbers.")
+        raise _Differs(
+            f"{type(module).__name__} has not exactly a weight of {size} numbers and an eps, as an RMS norm does."
+        )
     x = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
     x[1] *= float(eps) ** 0.5  # where eps counts
     x = x.to(stored["weight"].dtype)
