@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import pickle
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -530,7 +532,7 @@ def test_copies(way: str):
     wanted = logits(model)
     copied = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
     assert is_fused(copied)
-    assert all(b.forward.block is b for b in blocks_of(copied))
+    assert all(b.forward.block() is b for b in blocks_of(copied))
     for _ in range(2):
         assert torch.equal(logits(copied), wanted)
     # Each has numbers of its own.
@@ -596,6 +598,37 @@ def test_packed_weights_lie_side_by_side_and_only_once():
                 assert parts[0].untyped_storage().nbytes() == sum(p.numel() * p.element_size() for p in parts)
                 ends = [p.data_ptr() + p.numel() * p.element_size() for p in parts]
                 assert [p.data_ptr() for p in parts[1:]] == ends[:-1]
+
+
+def saved(model: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.tell()
+
+
+@pytest.mark.parametrize("size", [lambda model: len(pickle.dumps(model)), saved], ids=["pickle", "torch.save"])
+def test_a_pickle_holds_every_packed_weight_once(size: Callable[[nn.Module], int]):
+    model = built("Qwen2ForCausalLM", scheme="w=uint4/g32/asym", hidden_size=256, intermediate_size=512)
+    before = size(model)
+    fuse(model)
+    logits(model)
+    assert size(model) < before + 2048  # of names
+
+
+def test_a_fused_block_is_freed_with_its_last_user():
+    model = fused("llama")
+    logits(model)
+    block = weakref.ref(model.model.layers[0])
+    forward = model.model.layers[0].forward
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert block() is None
+    finally:
+        gc.enable()
+    with pytest.raises(ReferenceError, match="Keep the block"):
+        forward(torch.ones(1, 1, 64))
 
 
 def test_layers_of_a_fused_block_still_compute_alone():

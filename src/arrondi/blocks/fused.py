@@ -13,6 +13,7 @@ and every call after a part or its forward was replaced (by an adapter, say). Nu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import MethodType
@@ -120,16 +121,17 @@ class _Forward:
     """The forward of one block. Copies and pickles of it make their products anew when they are called first."""
 
     def __init__(self, block: Any, parts: _Parts | None = None) -> None:
-        self.block, self.parts = block, parts
+        # The block holds its forward; held by it in turn, its weights would stay until the garbage collector looks.
+        self.block, self.parts = weakref.ref(block), parts
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"block": self.block, "parts": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Forward, (self.block(),)
 
-    def _ready(self) -> _Parts | None:
+    def _ready(self, block: Any) -> _Parts | None:
         """The products; None in a copy whose parts were replaced by others."""
         if self.parts is None:
             try:
-                self.parts = _Parts(self.block)
+                self.parts = _Parts(block)
             except _Differs:
                 return None
         return self.parts
@@ -145,14 +147,19 @@ class _Forward:
         **kwargs: Any,
     ) -> Any:
         """As transformers' decoder layers: hidden states (batch, tokens, width) in and out."""
-        parts, attention = self._ready(), self.block.self_attn
+        block = self.block()
+        if block is None:
+            raise ReferenceError(
+                "The block that this forward was made for is gone. Keep the block, not its forward alone."
+            )
+        parts, attention = self._ready(block), block.self_attn
         if (
             parts is None
             or position_embeddings is None
             or not parts.take(hidden_states, position_embeddings, attention)
         ):
-            return type(self.block).forward(
-                self.block,
+            return type(block).forward(
+                block,
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,

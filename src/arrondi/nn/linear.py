@@ -167,7 +167,10 @@ class QLinear(nn.Module):
         return bind(self._tensors(), self.meta, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bound": None}
+        # A pickled tensor brings all of its memory along, and `joined_product` lets layers share theirs.
+        shared = {n: t for n, t in self._buffers.items() if t is not None and t.untyped_storage().nbytes() > t.nbytes}
+        alone = self._buffers | {n: t.clone() for n, t in shared.items()}
+        return self.__dict__ | {"_bound": None, "_buffers": alone}
 
     def extra_repr(self) -> str:
         rounding = "" if self.activations is None else f", activations={self.activations}"
