@@ -241,12 +241,36 @@ def scattered_groups(block: Any) -> None:
     block.mlp.down_proj.order = torch.arange(96)
 
 
+def eager(block: Any) -> None:
+    block.self_attn.config = copy.copy(block.self_attn.config)
+    block.self_attn.config._attn_implementation = "eager"
+
+
+def demanding(block: Any) -> None:
+    class Demanding(type(block)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor, *, needed: torch.Tensor, **_: Any) -> torch.Tensor:
+            return x + needed
+
+    block.__class__ = Demanding
+
+
+def two_results(block: Any) -> None:
+    class TwoResults(type(block)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            return super().forward(*args, **kwargs), None
+
+    block.__class__ = TwoResults
+
+
 REASONS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a part less": (without("mlp.act_fn"), "LlamaMLP lacks parts: act_fn."),
     "no scaling": (without("self_attn.scaling"), "LlamaAttention lacks attributes: scaling."),
     "two types": (layer_in_bfloat16, "Its linear layers compute in different types."),
     "wider values": (wider_values, "Its keys and values have different shapes."),
     "layer norm": (layer_norm, "LayerNorm has not exactly a weight of 64 numbers and an eps, as an RMS norm does."),
+    "eager": (eager, "Its attention is eager, which is not among the functions that all models share."),
+    "demanding": (demanding, "Its forward, called as that of a usual block, raises TypeError."),
+    "two results": (two_results, "Its forward gives something else than hidden states."),
     "scattered groups": (scattered_groups, "A layer rounds or reorders its activations before the compiled product."),
 }
 
@@ -257,6 +281,30 @@ def test_a_refusal_names_what_it_met(name: str):
     change, words = REASONS[name]
     change(model.model.layers[0])
     assert fuse(model) == {"model.layers.0": words, "model.layers.1": None}
+
+
+@pytest.mark.parametrize("scheme", ["w=int4/g32", "W8A8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_small_differences_count_in_every_type(dtype: torch.dtype, scheme: str):
+    model = built("GraniteForCausalLM", scheme=scheme, dtype=dtype, residual_multiplier=0.98)
+    assert set(fuse(model).values()) == {"It computes something else than a block of the usual shape."}
+
+    class Louder(transformers.models.granite.modeling_granite.GraniteRMSNorm):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.01 * super().forward(x)  # type: ignore[no-any-return]
+
+    model = built("GraniteForCausalLM", scheme=scheme, dtype=dtype)
+    model.model.layers[0].input_layernorm = Louder(64).to(dtype)
+    assert fuse(model) == {"model.layers.0": "Louder computes something else than an RMS norm.", "model.layers.1": None}
+
+
+def test_comparing_leaves_no_trace():
+    """Not even where the blocks are compared in float32 and compute in bfloat16."""
+    model = built("GraniteForCausalLM", dtype=torch.bfloat16, residual_multiplier=0.98)
+    before = logits(model)
+    fuse(model)
+    assert {m.meta.dtype for m in linears(model)} == {torch.bfloat16}
+    assert torch.equal(logits(model), before)
 
 
 def test_float16_is_not_fused():
