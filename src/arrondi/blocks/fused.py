@@ -8,7 +8,8 @@ addition; gate and up as one product with norm and gate; the last product with t
 Which blocks are of that shape is not read off the model's name. Their parts are found by what they hold, each part is
 compared with the formula that replaces it on numbers of its own, and the whole block with transformers' own forward. Blocks
 that differ keep theirs, as does every call that asks for more: gradients, hooks inside or everywhere, another type, a trace;
-and every call after a part or its forward was replaced (by an adapter, say). Numbers that change in place count at the next call.
+and every call after a part or its forward was replaced (by an adapter, say). Numbers that change in place count at the next call,
+or, if they change through `.data`, which nobody counts, at the next call of several tokens.
 """
 
 from __future__ import annotations
@@ -51,22 +52,28 @@ class _Differs(Exception):
     """Why a block is not of the usual shape."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Live:
     """The float32 copy that compiled calls read of a norm's weight or a bias.
 
-    It is made anew before every use: a change in place through `.data` leaves no trace that could be looked for.
+    PyTorch counts changes in place, except those through `.data`. For their sake it is made anew in calls of several tokens,
+    with which nearly every text begins; for each token after them that would cost a small block a tenth of its time.
     """
 
     stored: torch.Tensor
     copy: torch.Tensor
     plus: torch.Tensor | None = None
+    seen: tuple[int, int] | None = None
 
-    def read(self) -> None:
+    def read(self, *, anew: bool) -> None:
+        now = (0 if self.stored.is_inference() else self.stored._version, self.stored.data_ptr())
+        if now == self.seen and not anew:
+            return
         if self.plus is None:
             self.copy.copy_(self.stored)
         else:  # in one step, so that another thread never finds half of it
             torch.add(self.plus, self.stored, out=self.copy)
+        self.seen = now
 
 
 @dataclass(frozen=True)
@@ -251,8 +258,9 @@ class _Parts:
     ) -> torch.Tensor:
         batch, length, size = hidden_states.shape
         x = hidden_states.reshape(-1, size)
+        several = batch * length > 1
         for live in self.live:
-            live.read()
+            live.read(anew=several)
         mixed = self.mix(x)
         self.rotate(mixed, batch, *position_embeddings)
         states = mixed.view(batch, length, -1, self.width).transpose(1, 2)
@@ -343,7 +351,7 @@ def _norm(module: Any, size: int) -> _Norm:
     normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     for plus in (None, torch.ones(1)):
         weight = _Live(stored["weight"], torch.empty(size), plus)
-        weight.read()
+        weight.read(anew=True)
         if torch.allclose(normed * weight.copy, wanted, rtol=1e-4, atol=1e-6):
             return _Norm(weight, float(eps))
     raise _Differs(f"{type(module).__name__} computes something else than an RMS norm.")
