@@ -1,16 +1,17 @@
-"""Small random models of many architectures, and the paths of real data where there is any."""
+"""Small random models of many architectures, every path of the compiled kernels, and the paths of real data where there is any."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from arrondi.native import native
 from arrondi.sample import sample_path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,6 +73,16 @@ def build(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(sample_path() / file, folder / file)
     return folder
+
+
+@pytest.fixture(params=[] if native is None else [name for name, missing in native.paths() if missing is None])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every path of the compiled kernels that runs here, one after another."""
+    assert native is not None
+    before = native.path()
+    native.use_path(request.param)
+    yield request.param
+    native.use_path(before)
 
 
 @pytest.fixture(scope="session")

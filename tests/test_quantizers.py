@@ -38,18 +38,7 @@ from arrondi.tiling import to_tiles
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
-PATHS = [] if native is None else [name for name, why in native.paths() if why is None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every path that runs here, one after another."""
-    assert native is not None
-    before = native.path()
-    native.use_path(request.param)
-    yield request.param
-    native.use_path(before)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -30,18 +29,8 @@ TOKEN_SCHEMES = (
     replace(INT8_TOKENS, zero_point="integer"),
     Scheme(FORMATS["uint4"], PerToken(), "integer"),
 )
-RUNNABLE = [name for name, missing in native.paths() if missing is None] if native is not None else []
 TOKENS = (1, 2, 3, 4, 5, 7, 16, 65, 513)
 SHAPES = ((1, 1), (16, 32), (17, 33), (130, 300), (5, 1030))
-
-
-@pytest.fixture(params=RUNNABLE)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native is not None
-    before = native.path()
-    native.use_path(request.param)
-    yield request.param
-    native.use_path(before)
 
 
 def random_weight(text: str, shape: tuple[int, int], seed: int = 0) -> QTensor:

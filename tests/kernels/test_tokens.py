@@ -11,18 +11,10 @@ from arrondi.kernels.tokens import attend, dense_linear, rotate, takes_attention
 from arrondi.native import kernel_threads, native, threads
 from arrondi.nn import DenseLinear
 
-pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
-
-RUNNABLE = [name for name, missing in native.paths() if missing is None] if native is not None else []
-
-
-@pytest.fixture(autouse=True, params=RUNNABLE)
-def path(request: pytest.FixtureRequest):
-    assert native is not None
-    before = native.path()
-    native.use_path(request.param)
-    yield
-    native.use_path(before)
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels"),
+    pytest.mark.usefixtures("path"),
+]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

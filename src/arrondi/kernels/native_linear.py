@@ -243,15 +243,25 @@ def _parts(tensors: Tensors) -> list[torch.Tensor | None]:
     return [tensors["codes"], tensors["scale"], *(tensors.get(name) for name in ("zero", "offset", "table"))]
 
 
-def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | None:
-    """Weights that read the same x as one, outputs side by side; None where they differ in more than their rows.
+def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | str:
+    """Weights that read the same x as one, outputs side by side; a sentence why not where they differ in more than their rows.
 
     Each must have a multiple of `BLOCK` rows, so that the tensors of every one are a piece of those of all.
     """
     tensors, metas = [t for t, _ in weights], [m for _, m in weights]
-    alike = {(m.scheme, m.shape[1], m.dtype, m.activations) for m in metas}
-    if len(alike) > 1 or any(m.shape[0] % BLOCK for m in metas) or len({frozenset(t) for t in tensors}) > 1:
-        return None
+    facts: dict[str, set[Any]] = {
+        "schemes": {m.scheme for m in metas},
+        "numbers of columns": {m.shape[1] for m in metas},
+        "types": {m.dtype for m in metas},
+        "ways to round them": {m.activations for m in metas},
+        "ways to keep zero points": {frozenset(t) for t in tensors},
+    }
+    for what, found in facts.items():
+        if len(found) > 1:
+            return f"Layers that read the same activations have different {what}."
+    for m in metas:
+        if m.shape[0] % BLOCK:
+            return f"Layers that read the same activations are joined in tiles of {BLOCK} rows, and one has {m.shape[0]} rows."
     scales = {t["scale"].dtype for t in tensors}
     joined = {}
     for name in tensors[0]:

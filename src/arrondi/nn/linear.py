@@ -167,7 +167,10 @@ class QLinear(nn.Module):
         return bind(self._tensors(), self.meta, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bound": None}
+        # A pickled tensor brings all of its memory along, and `joined_product` lets layers share theirs.
+        shared = {n: t for n, t in self._buffers.items() if t is not None and t.untyped_storage().nbytes() > t.nbytes}
+        alone = self._buffers | {n: t.clone() for n, t in shared.items()}
+        return self.__dict__ | {"_bound": None, "_buffers": alone}
 
     def extra_repr(self) -> str:
         rounding = "" if self.activations is None else f", activations={self.activations}"
@@ -194,8 +197,8 @@ class QLinear(nn.Module):
 
 def joined_product(
     linears: Sequence[QLinear], *, norm: torch.Tensor | None = None, eps: float = 0.0, gate: str | None = None
-) -> Product | None:
-    """Layers that read the same x as one compiled product, outputs side by side; None where they are too different.
+) -> Product | str:
+    """Layers that read the same x as one compiled product, outputs side by side; or one sentence why they cannot be.
 
     Their packed weights move together in memory, and each layer keeps its own as a view.
 
@@ -203,14 +206,16 @@ def joined_product(
         linears: of the same input width.
         norm, eps, gate: see `arrondi.kernels.product.Product`.
     """
-    first = linears[0]
-    if any(layer.kernel != NATIVE.name or not layer.direct for layer in linears):
-        return None
-    tensors, meta = first._tensors(), first.meta
+    for layer in linears:
+        if layer.kernel != NATIVE.name:
+            return f"A layer runs on the kernel {layer.kernel}, and only {NATIVE.name} computes norms, gates or more layers in the same call."
+        if not layer.direct:
+            return "A layer rounds or reorders its activations before the compiled product."
+    tensors, meta = linears[0]._tensors(), linears[0].meta
     if len(linears) > 1:
         found = join([(layer._tensors(), layer.meta) for layer in linears])
-        if found is None:
-            return None
+        if isinstance(found, str):
+            return found
         tensors, meta = found
         for layer, piece in zip(linears, pieces(tensors, [layer.meta.shape[0] for layer in linears]), strict=True):
             layer._buffers.update({f"packed_{name}": view for name, view in piece.items()})
