@@ -203,3 +203,16 @@ def test_code_that_multiplies_by_the_weight_itself_gets_its_numbers() -> None:
     layer, x = QLinear(q), torch.randn(16, 3)
     for found in (layer.weight @ x, torch.matmul(layer.weight, x), nn.functional.linear(x.T, layer.weight).T):  # type: ignore[call-overload, arg-type]
         torch.testing.assert_close(found, q.dequantize() @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_may_change_between_calls(dtype: torch.dtype):
+    layer = QLinear(weight(), torch.zeros(48), dtype=dtype)
+    layer.bias.data = layer.bias.data.to(dtype)
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = layer(x)
+    with torch.no_grad():
+        layer.bias.add_(64.0)
+    assert torch.allclose(layer(x), before + 64.0, atol=0.5)
+    layer.bias = nn.Parameter(torch.full((48,), -64.0, dtype=dtype), requires_grad=False)
+    assert torch.allclose(layer(x), before - 64.0, atol=0.5)

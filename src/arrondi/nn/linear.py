@@ -94,7 +94,7 @@ class QLinear(nn.Module):
         self.kernel = kernel.name
         inside = activations is not None and kernel.rounds(weight.scheme, activations)
         self.meta = Meta(weight.scheme, (rows, columns), dtype, activations if inside else None)
-        self._bound: Bound | None = None
+        self._bound: tuple[Any, Bound] | None = None
         for name, tensor in KERNELS[self.kernel].prepack(weight, dtype).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
         self.register_buffer("order", order, persistent=False)
@@ -106,9 +106,10 @@ class QLinear(nn.Module):
         """x (..., in), any float dtype → (..., out), same dtype."""
         if type(x) is not torch.Tensor or x.dtype != self.meta.dtype or x.requires_grad or _tracing():
             return self._product(x)
-        if self._bound is None:
-            self._bound = self._bind()
-        return self._bound(x)
+        state = _state(self._parameters["bias"])
+        if self._bound is None or self._bound[0] != state:
+            self._bound = state, self._bind()
+        return self._bound[1](x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """The whole of it: casts, activations that the kernel does not round itself, columns in the kernel's order."""
@@ -223,6 +224,11 @@ def joined_product(
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float() for layer in linears]
     bias = None if all(layer.bias is None for layer in linears) else torch.cat(biases)
     return product_of(tensors, meta, bias, norm=norm, eps=eps, gate=gate)
+
+
+def _state(bias: torch.Tensor | None) -> tuple[int, int] | None:
+    """Another one after the bias was replaced or changed in place: a bound product may hold a copy of it."""
+    return None if bias is None else (bias.data_ptr(), 0 if bias.is_inference() else bias._version)
 
 
 def _tracing() -> bool:
