@@ -62,7 +62,7 @@ inline float rounded_to(float v, Type type) {
         store_floats(out, as_floats(shift_left<16>(bf16_bits(splat(v)))));
         return out[0];
     }
-    return v;  // float16 scales of activations are refused above
+    return v;  // product() refuses float16
 }
 
 // One token's numbers, from `at` on.

@@ -54,9 +54,10 @@ const char* check(const Product& p) {
         return "groups must be of 16 columns or of whole steps";
     if (p.digits < 0 || p.digits > 3 || (p.digits > 0 && !integer(w.kind))) return "this format has no integer products";
     if (p.digits == 1 && !p.rounded) return "one digit is for activations that are rounded";
-    if (p.rounded && (p.digits < 1 || p.digits > 2 || p.highest <= p.lowest || p.highest - p.lowest > 255 ||
-                       p.lowest < -128 || p.lowest > 0 || (p.digits == 1 && p.highest > 127)))
+    if (p.rounded && (p.digits < 1 || p.digits > 2 || p.lowest < -128 || p.lowest > 0 || p.highest > 255 ||
+                      p.highest <= p.lowest || p.highest - p.lowest > 255 || (p.digits == 1 && p.highest > 127)))
         return "codes of activations must be those of an integer of up to eight bits";
+    if (p.rounded && p.step_type == Type::f16) return "scales of activations are float32 or bfloat16";
     if (p.x_group != 0 && (p.x_group < 32 || p.x_group > 512 || p.x_group % step != 0 ||
                            (w.groups > 1 && w.group % p.x_group != 0 && p.x_group % w.group != 0)))
         return "activations must be rounded by token, or in groups of 32 to 512 that go with those of the weight";

@@ -307,6 +307,15 @@ def test_comparing_leaves_no_trace():
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("scheme", ["w=int4/g32", "w=int8/channel,a=int8/token"])
+def test_a_block_that_adds_nothing_is_fused_too(scheme: str):
+    """As those with which a deeper model starts to be trained."""
+    model = built("LlamaForCausalLM", scheme)
+    for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        linear.packed_scale.zero_()
+    assert set(fuse(model).values()) == {None}
+
+
 def test_float16_is_not_fused():
     model = built("LlamaForCausalLM", dtype=torch.float16)
     assert set(fuse(model).values()) == {"Its linear layers compute in float16; float32 and bfloat16 are known."}

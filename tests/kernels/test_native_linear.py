@@ -250,17 +250,27 @@ def test_bad_arguments_of_the_operator_are_exceptions(change: dict, words: str):
         [-128, 127, 0, 48],
         [-128, 127, 0, -32],
         [-128, 127, 0, 1024],
+        [-128, 127, 2, 0],
+        [-128, 127, 7, 0],
+        [-1, 2**31 - 1, 0, 0],
+        [-128, 2**32 + 127, 0, 0],
+        [-128, 127, 0, 2**32],
+        [1, 127, 0, 0],
     ],
 )
 def test_bad_codes_of_activations_are_exceptions(rounding: list[int]):
     tensors, meta = packed(random_weight("w=int4/g32", (16, 64)))
     parts = [tensors["codes"], tensors["scale"], None, None, None]
-    with pytest.raises(ValueError, match="activations"):
-        torch.ops.arrondi.linear(torch.zeros(2, 64), parts, module._facts(tensors, meta), None, 1, rounding)
+    for digits in (1, 2):
+        with pytest.raises(ShapeError, match="rounding of activations"):
+            torch.ops.arrondi.linear(torch.zeros(2, 64), parts, module._facts(tensors, meta), None, digits, rounding)
+    with pytest.raises(ShapeError, match="2 or 3 digits, got 1"):
+        torch.ops.arrondi.linear(torch.zeros(2, 64), parts, module._facts(tensors, meta), None, 1, None)
 
 
 @pytest.mark.parametrize("text", ["w=int4/g32,a=int8/g48", "w=int4/g64,a=int8/g96", "TERNARY,a=int8/g64",
-                                  "w=int4/g32,a=int8/token/offset", "w=int4/g32,a=uint8/token", "NF4,a=int8/token"])  # fmt: skip
+                                  "w=int4/g32,a=int8/token/offset", "w=int4/g32,a=uint8/token", "NF4,a=int8/token",
+                                  "w=int4/g32,a=ternary/token", "w=int4/g32,a=ternary/g64"])  # fmt: skip
 def test_what_the_kernel_does_not_round(text: str):
     """And the layer rounds instead."""
     weights, _, activations = text.partition(",")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from arrondi.errors import SchemeError, ShapeError
-from arrondi.formats import FORMATS, PerGroup, PerToken, Scheme, parse_scheme
+from arrondi.formats import FORMATS, PerGroup, PerToken, Scheme, parse_activations, parse_scheme
 from arrondi.kernels import FORCE, KERNELS, Kernel
 from arrondi.nn import QLinear
 from arrondi.nn import linear as linear_module
@@ -214,5 +214,18 @@ def test_a_bias_may_change_between_calls(dtype: torch.dtype):
     with torch.no_grad():
         layer.bias.add_(64.0)
     assert torch.allclose(layer(x), before + 64.0, atol=0.5)
-    layer.bias = nn.Parameter(torch.full((48,), -64.0, dtype=dtype), requires_grad=False)
-    assert torch.allclose(layer(x), before - 64.0, atol=0.5)
+    for size in (-64.0, 100.0, 30.0):
+        layer.bias = None  # the next may come to lie where it was
+        layer.bias = nn.Parameter(torch.full((48,), size, dtype=dtype), requires_grad=False)
+        assert torch.allclose(layer(x), before + size, atol=0.5)
+
+
+@pytest.mark.parametrize("text", ["int8/token", "int8/g64", "int8/g64/asym"])
+def test_activations_are_grouped_in_the_order_in_which_they_come(text: str):
+    q = weight(scheme="w=int4/g32/asym")
+    shuffle = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(0))
+    q = replace(q, codes=q.codes[:, shuffle], group_index=(shuffle // 32).int())
+    scheme = parse_activations(text)
+    x = torch.randn(3, q.shape[1], generator=torch.Generator().manual_seed(0))
+    wanted = fake_quantize(x, scheme) @ q.dequantize().T
+    assert torch.allclose(QLinear(q, activations=scheme)(x), wanted, rtol=1e-4, atol=1e-5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import arrondi
@@ -72,6 +74,26 @@ def test_its_cost_is_measured(four: Path, models: Callable[..., Path], text: Pat
     ]
     assert cost[0] < cost[2]
     assert abs(cost[1] - cost[0]) < 0.1 * (cost[2] - cost[0])
+
+
+def test_its_cost_is_measured_where_names_lack_a_prefix(
+    four: Path, models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """As in checkpoints that were saved without the head's model around them."""
+    bare = shutil.copytree(models("llama"), tmp_path / "bare")
+    tensors = load_file(bare / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): t for name, t in tensors.items()},
+        bare / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    arrondi.quantize_model(bare, tmp_path / "out", arrondi.Recipe.simple("W4A16", group_size=32))
+    found = [
+        compare_models(where, models("llama"), text, seq_len=64, samples=8, activations="int4/token")
+        for where in (four, tmp_path / "out")
+    ]
+    assert found[0]["kl_mean"] == pytest.approx(found[1]["kl_mean"], rel=1e-6)
+    assert found[1]["activations"] == "int4/token"
 
 
 def test_a_scheme_of_its_own_stays(models: Callable[..., Path], tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ EvalText = Annotated[
 Activations = Annotated[
     str | None,
     typer.Option(
-        help="Round the inputs of weight-only layers too, for speed: int8/g128, int8/token. Default: they stay."
+        help="Round the inputs of weight-only linears too, for speed: int8/g128, int8/token. Those of fused experts stay."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]

@@ -18,6 +18,7 @@ from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.evaluate.metrics import Comparison, EncoderComparison
 from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
+from arrondi.formats import Scheme
 
 _BATCH_TOKENS = 2048
 _HIDDEN_LIMIT = 512 << 20
@@ -38,10 +39,16 @@ def is_causal(model: Any) -> bool:
     )
 
 
-def activation_schemes(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Module → scheme of its input, for a quantized checkpoint whose activations are quantized at run time."""
-    found = {name.removesuffix(".weight"): checkpoint.activations_of(name) for name in checkpoint.placed}
-    return {module: scheme for module, scheme in found.items() if scheme is not None}
+def activation_schemes(skeleton: Skeleton) -> dict[str, Any]:
+    """Module → scheme of its input, where activations are quantized at run time; inputs of fused experts stay as they are."""
+    found: dict[str, Any] = {}
+    for source in skeleton.checkpoint.placed:
+        scheme = skeleton.checkpoint.activations_of(source)
+        params = {slot.param for slot in skeleton.slots(source)} if scheme is not None else set()
+        for param in params:
+            if len(skeleton.empty[param].shape) == 2:
+                found |= {name.rpartition(".")[0]: scheme for name in skeleton.names_of(param)}
+    return found
 
 
 def compare_models(
@@ -51,7 +58,7 @@ def compare_models(
     *,
     seq_len: int = 256,
     samples: int | None = None,
-    activations: str | None = None,
+    activations: str | Scheme | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model against its original.
@@ -67,7 +74,7 @@ def compare_models(
 
     Returns:
         for causal models perplexity, reference_perplexity, kl_mean, kl_p99, top1_agreement, tokens, intervals; for
-        encoders cosine similarities and relative error; and the protocol.
+        encoders cosine similarities and relative error; the protocol; and the activations.
 
     Raises:
         FileFormatError: a directory is no model, or the two are not of one shape.
@@ -84,7 +91,7 @@ def compare_models(
     tokenizer = load_tokenizer(Path(reference))
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
     ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
-    chains = [Chain(s, activation_schemes(s.checkpoint)) for s in skeletons]
+    chains = [Chain(s, activation_schemes(s)) for s in skeletons]
     stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT, Path(tempfile.gettempdir())) for c in chains]
     report = progress or (lambda done, total, what: None)
     for i in range(len(chains[0])):
@@ -107,4 +114,5 @@ def compare_models(
         "text": windows.source,
         "windows": sum(len(b) for b in ids),
         "protocol": protocol(tokenizer, seq_len),
+        "activations": None if activations is None else str(skeletons[1].checkpoint.activations),
     }

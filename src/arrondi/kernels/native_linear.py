@@ -2,7 +2,7 @@
 
 Owns: `NATIVE`, the operator `torch.ops.arrondi.linear`, `integer_linear` (exact int32 sums), and weights as one (`join`). The weight is kept in tiles
 of sixteen rows that the kernels decode in registers. Activations meet integer codes as integers too: int8 or less, one scale
-for each token, where the scheme asks for it, otherwise as two (bfloat16, float16) or three (float32) digits in base 256 of their share in the largest of each 256
+for each token or group of columns, where the scheme asks for it, otherwise as two (bfloat16, float16) or three (float32) digits in base 256 of their share in the largest of each 256
 columns, which costs no more than a float product and is as exact: 15 and 23 bits beside the sign. Other codes are multiplied in
 float32, or as pairs of bfloat16 where x is bfloat16 and has many rows.
 """
@@ -180,14 +180,14 @@ def _facts(tensors: Tensors, meta: Meta) -> list[int]:
 
 
 def rounds(weights: Scheme, activations: Scheme) -> bool:
-    """Whether the integer product takes these activations: integers of up to 8 bits, symmetric (signed) or with an integer
-    zero point, one scale for each token or group of columns."""
+    """Whether the integer product takes these activations: integers of up to 8 bits, symmetric (signed, more than three
+    levels, which have a rule of their own) or with an integer zero point, one scale for each token or group of columns."""
     coding, format = _coding(weights.format), activations.format
     return (
         coding is not None
         and coding.kind in _INTEGERS
         and format.kind == "integer"
-        and (activations.zero_point == "integer" or (activations.symmetric and format.qmin < 0))
+        and (activations.zero_point == "integer" or (activations.symmetric and format.qmin < 0 and format.levels > 3))
         and _groups_fit(weights, activations.granularity)
         and activations.scale in ("float32", "bfloat16")
     )
@@ -319,6 +319,7 @@ def _linear_cpu(
     rounding: list[int] | None,
 ) -> torch.Tensor:
     _check(packed, facts, bias)
+    _check_rounding(digits, rounding)
     return Product(packed, list(facts), digits, rounding, bias)(x)
 
 
@@ -386,12 +387,28 @@ def _check(packed: list[torch.Tensor | None], facts: list[int], bias: torch.Tens
         raise ShapeError(f"The bias must have one number for each of {n} outputs, got {tuple(bias.shape)}.")
 
 
+def _check_rounding(digits: int, rounding: list[int] | None) -> None:
+    """The numbers of `rounding_of`."""
+    if rounding is None:
+        if digits not in (0, 2, 3):
+            raise ShapeError(f"Activations that are not rounded are floats (0) or have 2 or 3 digits, got {digits}.")
+        return
+    lowest, highest, step_type, group = rounding if len(rounding) == 4 else (0, 0, 0, 0)
+    signed = -128 <= lowest < 0 and lowest < highest <= 127
+    codes = signed if digits == 1 else digits == 2 and (signed or (lowest == 0 < highest <= 255))
+    sizes = group == 0 or (_STEP <= group <= _MOST_GROUP and group % _STEP == 0)
+    if not codes or not sizes or step_type not in (TYPES[torch.float32], TYPES[torch.bfloat16]):
+        raise ShapeError(
+            f"The rounding of activations is lowest and highest code of up to 8 bits, type of the scales (float32, bfloat16) and columns under one (0, or {_STEP} … {_MOST_GROUP} in steps of {_STEP}), got {rounding} in {digits} digits."
+        )
+
+
 _library.impl("linear", _linear_cpu, "CPU")
 torch.library.register_fake("arrondi::linear", _linear_fake, lib=_library)
 torch.library.register_autograd("arrondi::linear", _backward, setup_context=_keep_for_backward, lib=_library)
 
 NATIVE: Final = Kernel("native", _refuse, prepack, linear, rounds, bind)
-"""Compiled for this CPU. Error: see the module; exact int32 sums with int8 activations."""
+"""Compiled for this CPU. Error: see the module; exact int32 sums with activations rounded by token."""
 
 __all__ = [
     "BLOCK",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from arrondi.errors import SchemeError, ShapeError
-from arrondi.formats import Scheme
+from arrondi.formats import PerToken, Scheme
 from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, decoded
 from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
@@ -92,9 +92,11 @@ class QLinear(nn.Module):
         plain = weight.group_index is None and not transposed
         kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=plain)
         self.kernel = kernel.name
-        inside = activations is not None and kernel.rounds(weight.scheme, activations)
+        # In another order, columns would meet in other groups.
+        apart = order is not None and activations is not None and not isinstance(activations.granularity, PerToken)
+        inside = activations is not None and not apart and kernel.rounds(weight.scheme, activations)
         self.meta = Meta(weight.scheme, (rows, columns), dtype, activations if inside else None)
-        self._bound: tuple[Any, Bound] | None = None
+        self._bound: _Bound | None = None
         for name, tensor in KERNELS[self.kernel].prepack(weight, dtype).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
         self.register_buffer("order", order, persistent=False)
@@ -106,10 +108,10 @@ class QLinear(nn.Module):
         """x (..., in), any float dtype → (..., out), same dtype."""
         if type(x) is not torch.Tensor or x.dtype != self.meta.dtype or x.requires_grad or _tracing():
             return self._product(x)
-        state = _state(self._parameters["bias"])
-        if self._bound is None or self._bound[0] != state:
-            self._bound = state, self._bind()
-        return self._bound[1](x)
+        bias = self._parameters["bias"]
+        if self._bound is None or self._bound.bias is not bias or self._bound.version != _version(bias):
+            self._bound = _Bound(bias, _version(bias), self._bind())
+        return self._bound.product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """The whole of it: casts, activations that the kernel does not round itself, columns in the kernel's order."""
@@ -226,9 +228,17 @@ def joined_product(
     return product_of(tensors, meta, bias, norm=norm, eps=eps, gate=gate)
 
 
-def _state(bias: torch.Tensor | None) -> tuple[int, int] | None:
-    """Another one after the bias was replaced or changed in place: a bound product may hold a copy of it."""
-    return None if bias is None else (bias.data_ptr(), 0 if bias.is_inference() else bias._version)
+class _Bound(NamedTuple):
+    """A product that may hold a copy of the bias, and by what its changes are noticed; those through `.data` may not be."""
+
+    bias: torch.Tensor | None
+    version: int
+    product: Bound
+
+
+def _version(bias: torch.Tensor | None) -> int:
+    """Counts changes in place."""
+    return 0 if bias is None or bias.is_inference() else bias._version
 
 
 def _tracing() -> bool:

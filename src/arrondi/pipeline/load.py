@@ -28,8 +28,8 @@ def load_model(
     Args:
         path: model directory.
         dtype: type that activations and unquantized weights have.
-        activations: round the inputs of weight-only linears too, for speed; `"int8/g128"` costs little and is what other
-            runtimes do without asking. See `parse_activations`; `arrondi eval --activations` measures the cost.
+        activations: round the inputs of weight-only linears too, for speed (those of fused experts stay); `"int8/g128"`
+            costs little. See `parse_activations`; `arrondi eval --activations` measures the cost.
 
     Returns:
         the transformers model; its quantized linears are `arrondi.nn.QLinear`, fused experts `arrondi.nn.QStack`.
