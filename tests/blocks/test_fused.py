@@ -593,7 +593,7 @@ def test_copies(way: str):
     wanted = logits(model)
     copied = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
     assert is_fused(copied)
-    assert all(b.forward.block() is b for b in blocks_of(copied))
+    assert all(b.forward.block is b for b in blocks_of(copied))
     for _ in range(2):
         assert torch.equal(logits(copied), wanted)
     # Each has numbers of its own.
