@@ -68,7 +68,7 @@ arm:
 # README and docstrings are run; ARCHITECTURE's links are followed.
 docs: $(STAMP)
 	$(PYTEST) tests/test_docs.py
-	$(BIN)/python -m pytest --doctest-modules src/arrondi/formats src/arrondi/packing.py src/arrondi/errors.py
+	$(BIN)/python -m pytest --doctest-modules src/arrondi/formats src/arrondi/tensor/packing.py src/arrondi/errors.py
 
 clean:
 	rm -rf $(VENV) build dist demo-output src/*.egg-info

@@ -27,7 +27,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKE
 OURS = """
 import json, resource, sys, time
 import arrondi, transformers
-from arrondi.blocks import Skeleton
+from arrondi.model import Skeleton
 from arrondi.checkpoint import Checkpoint
 from arrondi.evaluate.text import load_tokenizer
 from pathlib import Path

@@ -21,10 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from arrondi.formats import parse_scheme
-from arrondi.packing import pack
-from arrondi.qtensor import quantize
-from arrondi.quantizers import round_packed
 from arrondi.rounding import hqq
+from arrondi.tensor.packing import pack
+from arrondi.tensor.qtensor import quantize
+from arrondi.tensor.quantizers import round_packed
 
 
 def median_seconds(run: Callable[[], object], repeat: int) -> float:

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import arrondi
-from arrondi.blocks import Skeleton
 from arrondi.checkpoint import Checkpoint, ModelDir
+from arrondi.model import Skeleton
 from arrondi.pipeline.record import FileHasher
 
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import arrondi  # before torch: see arrondi/__init__.py
 from arrondi.native import multiplies_bfloat16
-from arrondi.pipeline.decoding import tokens
+from arrondi.runtime.decoding import tokens
 
 
 def measure(model: Any, prompt: int, decode: int) -> tuple[float, float]:

@@ -21,12 +21,12 @@ _HOME: Final = {
     "FORMATS": "formats", "PRESETS": "formats", "Format": "formats", "LayerScheme": "formats", "PerBlock": "formats",
     "PerChannel": "formats", "PerGroup": "formats", "PerTensor": "formats", "PerToken": "formats", "Scheme": "formats",
     "codebook": "formats", "get_format": "formats", "parse_scheme": "formats",
-    "QTensor": "qtensor", "dequantize": "qtensor", "fake_quantize": "qtensor", "quantize": "qtensor",
-    "pack": "packing", "unpack": "packing",
+    "QTensor": "tensor.qtensor", "dequantize": "tensor.qtensor", "fake_quantize": "tensor.qtensor", "quantize": "tensor.qtensor",
+    "pack": "tensor.packing", "unpack": "tensor.packing",
     "METHODS": "rounding", "gptq": "rounding", "hqq": "rounding", "rtn": "rounding",
     "SecondMoment": "calibration",
     "Recipe": "pipeline", "TextOptions": "pipeline", "dequantize_model": "pipeline", "inspect_model": "pipeline",
-    "quantize_model": "pipeline", "load": "pipeline.load", "compare_models": "evaluate.compare",
+    "quantize_model": "pipeline", "load": "runtime.load", "compare_models": "evaluate.compare",
     "ArrondiError": "errors", "DataError": "errors", "FileFormatError": "errors", "OutputError": "errors",
     "SchemeError": "errors", "ShapeError": "errors",
     "sample_path": "sample",
@@ -57,23 +57,23 @@ if TYPE_CHECKING:
     from arrondi.formats import codebook as codebook
     from arrondi.formats import get_format as get_format
     from arrondi.formats import parse_scheme as parse_scheme
-    from arrondi.packing import pack as pack
-    from arrondi.packing import unpack as unpack
     from arrondi.pipeline import Recipe as Recipe
     from arrondi.pipeline import TextOptions as TextOptions
     from arrondi.pipeline import dequantize_model as dequantize_model
     from arrondi.pipeline import inspect_model as inspect_model
-    from arrondi.pipeline import load_model as load
     from arrondi.pipeline import quantize_model as quantize_model
-    from arrondi.qtensor import QTensor as QTensor
-    from arrondi.qtensor import dequantize as dequantize
-    from arrondi.qtensor import fake_quantize as fake_quantize
-    from arrondi.qtensor import quantize as quantize
     from arrondi.rounding import METHODS as METHODS
     from arrondi.rounding.gptq import gptq as gptq
     from arrondi.rounding.hqq import hqq as hqq
     from arrondi.rounding.rtn import rtn as rtn
+    from arrondi.runtime.load import load_model as load
     from arrondi.sample import sample_path as sample_path
+    from arrondi.tensor.packing import pack as pack
+    from arrondi.tensor.packing import unpack as unpack
+    from arrondi.tensor.qtensor import QTensor as QTensor
+    from arrondi.tensor.qtensor import dequantize as dequantize
+    from arrondi.tensor.qtensor import fake_quantize as fake_quantize
+    from arrondi.tensor.qtensor import quantize as quantize
 
 __all__ = ["__version__", *sorted(_HOME)]
 

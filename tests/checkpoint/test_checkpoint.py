@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 
 
 @pytest.fixture(scope="module")

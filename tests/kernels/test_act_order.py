@@ -9,7 +9,7 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.kernels import contiguous_groups, decoded, pack_weight
-from arrondi.qtensor import QTensor, quantize
+from arrondi.tensor.qtensor import QTensor, quantize
 
 
 def scattered(shape: tuple[int, int], scheme: str = "w=int4/g32/asym") -> QTensor:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from arrondi.encoding import decode, encode
 from arrondi.errors import ShapeError
 from arrondi.formats import FORMATS
 from arrondi.kernels.binary import binary_linear, binary_linear_reference, pack_signs, sign_tiles
 from arrondi.native import native
+from arrondi.tensor.encoding import decode, encode
 
 PATHS = ["torch"] + ([] if native is None else [name for name, missing in native.paths() if missing is None])
 COLUMNS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200, 1000, 4096)

@@ -10,8 +10,8 @@ import torch
 from arrondi.formats import FORMATS, PerChannel, PerGroup, PerTensor, Scheme, codebook, parse_scheme, tile_shape
 from arrondi.kernels import KERNELS, Meta, decoded, decoded_rows, pack_weight
 from arrondi.native import native
-from arrondi.qtensor import QTensor, quantize
-from arrondi.tiling import from_tiles
+from arrondi.tensor.qtensor import QTensor, quantize
+from arrondi.tensor.tiling import from_tiles
 
 SCHEMES = {
     name: parse_scheme(name).weights

@@ -19,7 +19,7 @@ from arrondi.kernels import KERNELS, Meta, integer_linear
 from arrondi.kernels import native_linear as module
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
@@ -393,7 +393,7 @@ def test_without_the_extension_everything_goes_to_pytorch():
         "from arrondi.formats import parse_scheme\n"
         "from arrondi.kernels import choose\n"
         "from arrondi.nn import QLinear\n"
-        "from arrondi.qtensor import quantize\n"
+        "from arrondi.tensor.qtensor import quantize\n"
         "scheme = parse_scheme('W4A16').weights\n"
         "print(choose(scheme, (16, 128), torch.float32).name)\n"
         "print(QLinear(quantize(torch.randn(16, 128), scheme))(torch.ones(1, 128)).shape)\n"

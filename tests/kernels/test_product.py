@@ -17,7 +17,7 @@ from arrondi.kernels import Meta
 from arrondi.kernels import native_linear as module
 from arrondi.kernels.product import GATES, Product
 from arrondi.native import native
-from arrondi.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 

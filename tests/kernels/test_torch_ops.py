@@ -7,7 +7,7 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.kernels import KERNELS, Meta, torch_ops
-from arrondi.qtensor import quantize
+from arrondi.tensor.qtensor import quantize
 
 CPU = torch.device("cpu")
 

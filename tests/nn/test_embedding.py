@@ -8,7 +8,7 @@ import torch
 from arrondi.errors import DataError, ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.nn import QEmbedding
-from arrondi.qtensor import quantize
+from arrondi.tensor.qtensor import quantize
 
 
 @pytest.mark.parametrize("text", ["W4A16", "W3A16_ASYM", "W8A16", "NF4", "T158", "w=uint4/g32/offset", "w=int4/tensor"])

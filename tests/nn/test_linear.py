@@ -14,7 +14,7 @@ from arrondi.formats import FORMATS, PerGroup, PerToken, Scheme, parse_activatio
 from arrondi.kernels import FORCE, KERNELS, Kernel
 from arrondi.nn import QLinear
 from arrondi.nn import linear as linear_module
-from arrondi.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import nn
 from arrondi.errors import ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.nn import QStack, replace_parameter
-from arrondi.qtensor import QTensor, quantize
+from arrondi.tensor.qtensor import QTensor, quantize
 
 EXPERTS, HIDDEN, INNER = 4, 64, 96
 

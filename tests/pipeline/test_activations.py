@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import arrondi
-from arrondi.blocks import is_fused
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import SchemeError
 from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_activations
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.qtensor import fake_quantize
+from arrondi.runtime.fused import is_fused
+from arrondi.tensor.qtensor import fake_quantize
 
 
 @pytest.fixture(scope="module")

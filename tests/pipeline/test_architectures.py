@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import arrondi
-from arrondi.blocks import Chain, Skeleton
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import SchemeError
+from arrondi.model import Chain, Skeleton
 from arrondi.sample import sample_path
 from tests.conftest import _COMMON, _DECODER, VOCABULARY
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import arrondi
-from arrondi.blocks import Skeleton
 from arrondi.checkpoint import Checkpoint
 from arrondi.evaluate.text import Windows
+from arrondi.model import Skeleton
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 from tests.pipeline.killer import digest
 
@@ -55,7 +55,7 @@ def test_the_global_random_state_is_untouched(models: Callable[..., Path], text:
     arrondi.compare_models(out, models("llama", num_hidden_layers=1), text, seq_len=24, samples=2)
     arrondi.load(out)
     arrondi.dequantize_model(out, tmp_path / "plain")
-    from arrondi.pipeline.generate import generate
+    from arrondi.runtime.generate import generate
 
     generate(out, "Return", max_new_tokens=3, temperature=1.0)
     after = (torch.random.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002

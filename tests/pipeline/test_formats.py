@@ -14,7 +14,7 @@ import transformers
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.nn import QLinear
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 from tests.conftest import ARCHITECTURES
 
 CASES = [

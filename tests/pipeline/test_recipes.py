@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import arrondi
-from arrondi.blocks import Skeleton
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import ArrondiError, DataError, FileFormatError, SchemeError
 from arrondi.formats import parse_scheme
+from arrondi.model import Skeleton
 from arrondi.pipeline import Plan, Recipe, Rule, check, make_plan
 from arrondi.pipeline.recipe import matches
 

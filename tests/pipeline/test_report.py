@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import arrondi
 import arrondi.pipeline.quantize as pipeline
-from arrondi.blocks import Skeleton
 from arrondi.checkpoint import Checkpoint
+from arrondi.model import Skeleton
 from arrondi.pipeline import make_plan
 from tests.conftest import ARCHITECTURES
 from tests.pipeline.killer import digest

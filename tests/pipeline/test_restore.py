@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint, ShardWriter
 from arrondi.errors import OutputError, SchemeError
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 from tests.pipeline.killer import digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import arrondi
-import arrondi.blocks.skeleton as skeleton_module
-from arrondi.blocks import Skeleton
+import arrondi.model.skeleton as skeleton_module
 from arrondi.checkpoint import Checkpoint
+from arrondi.model import Skeleton
 from arrondi.nn import QLinear
 from arrondi.pipeline.journal import Journal
 from tests.pipeline.killer import digest

@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from arrondi.calibration import SecondMoment
-from arrondi.encoding import decode, encode
 from arrondi.errors import DataError, SchemeError, ShapeError
-from arrondi.fitting import Grid
 from arrondi.formats import (
     FORMATS,
     PRESETS,
@@ -25,9 +23,11 @@ from arrondi.formats import (
     codebook,
     integer,
 )
-from arrondi.qtensor import QTensor, quantize_with
 from arrondi.rounding import gptq, rtn
 from arrondi.rounding.gptq import _Grids, _reverse, _root, _root_reference, _sweep, root_factor
+from arrondi.tensor.encoding import decode, encode
+from arrondi.tensor.fitting import Grid
+from arrondi.tensor.qtensor import QTensor, quantize_with
 
 INT4 = FORMATS["int4"]
 ORDERS = ["static", "dynamic", "none"]

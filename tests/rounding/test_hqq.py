@@ -10,8 +10,8 @@ import torch
 
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import FORMATS, PRESETS, PerChannel, PerGroup, Scheme, integer
-from arrondi.qtensor import QTensor
 from arrondi.rounding import hqq, rtn
+from arrondi.tensor.qtensor import QTensor
 
 
 def drawn(source: str, std: float = 0.02, rows: int = 64, columns: int = 2048) -> torch.Tensor:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from arrondi.calibration import SecondMoment
-from arrondi.encoding import code_dtype
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import PRESETS, LayerScheme, Scheme, parse_scheme, scale_shape
-from arrondi.qtensor import QTensor
 from arrondi.rounding import METHODS, check_options, get_method
+from arrondi.tensor.encoding import code_dtype
+from arrondi.tensor.qtensor import QTensor
 
 SCHEMES = {
     "W4A16": PRESETS["W4A16"].with_group_size(16),

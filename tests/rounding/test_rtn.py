@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from arrondi.calibration import SecondMoment
-from arrondi.encoding import decode, encode
 from arrondi.errors import DataError, SchemeError
-from arrondi.fitting import Grid
 from arrondi.formats import (
     FORMATS,
     PerBlock,
@@ -23,10 +21,12 @@ from arrondi.formats import (
     scale_shape,
     tile_shape,
 )
-from arrondi.qtensor import quantize, quantize_with
 from arrondi.rounding import rtn, search_grid
 from arrondi.rounding.grid_search import on_grid
-from arrondi.tiling import to_tiles
+from arrondi.tensor.encoding import decode, encode
+from arrondi.tensor.fitting import Grid
+from arrondi.tensor.qtensor import quantize, quantize_with
+from arrondi.tensor.tiling import to_tiles
 
 INT4 = FORMATS["int4"]
 POWER = inspect.signature(search_grid).parameters["power"].default

@@ -15,14 +15,14 @@ from typing import Final
 
 import torch
 
-from arrondi.checkpoint import compressed_tensors, packed
-from arrondi.checkpoint.layout import Layout, Placed
-from arrondi.checkpoint.model_dir import ModelDir
-from arrondi.checkpoint.tensor_file import Entry, read_header, read_tensor
-from arrondi.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, guard_disk, write_json
+from arrondi.checkpoint.containers.model_dir import ModelDir
+from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
+from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec, guard_disk, write_json
+from arrondi.checkpoint.layouts import compressed_tensors, packed
+from arrondi.checkpoint.layouts.layout import Layout, Placed
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError, unknown
 from arrondi.formats import Scheme, parse_activations
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "compressed-tensors": compressed_tensors.LAYOUT,

@@ -225,7 +225,7 @@ def run(
     json_: Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
-    from arrondi.pipeline.generate import generate
+    from arrondi.runtime.generate import generate
 
     result = generate(
         model,
@@ -357,8 +357,8 @@ def _bytes(text: str) -> int:
 def _make_plan(
     model: Path, recipe: Any, layout: str | None, keep_misfits: bool, samples: int, seq_len: int
 ) -> dict[str, Any]:
-    from arrondi.blocks import Skeleton
     from arrondi.checkpoint import Checkpoint
+    from arrondi.model import Skeleton
     from arrondi.pipeline import make_plan
 
     checkpoint = Checkpoint.open(model)

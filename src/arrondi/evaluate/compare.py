@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from arrondi.blocks import Chain, HiddenStore, Skeleton
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.evaluate.metrics import Comparison, EncoderComparison
 from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
 from arrondi.formats import Scheme
+from arrondi.model import Chain, HiddenStore, Skeleton
 
 _BATCH_TOKENS = 2048
 _HIDDEN_LIMIT = 512 << 20

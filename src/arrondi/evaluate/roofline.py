@@ -28,7 +28,7 @@ from arrondi.errors import SchemeError
 from arrondi.formats import FORMATS, LayerScheme, PerToken, Scheme, parse_scheme
 from arrondi.kernels import KERNELS, Meta, binary_linear, choose, hadamard, pack_signs, sign_tiles
 from arrondi.native import address, native, threads
-from arrondi.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
 
 SCHEMES: Final = (
     "W8A16", "W6A16", "W5A16", "W4A16", "W3A16", "W2A16", "NF4", "FP4", "MXFP4A16", "NVFP4A16", "FP8A16", "TERNARY",

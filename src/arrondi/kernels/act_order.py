@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from arrondi.formats import PerGroup
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 
 
 def contiguous_groups(q: QTensor) -> tuple[QTensor, torch.Tensor] | None:

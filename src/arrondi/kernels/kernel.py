@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from arrondi.formats import Scheme
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 
 Tensors = dict[str, torch.Tensor]
 """The tensors that a kernel keeps of one weight, under names of its own choosing."""

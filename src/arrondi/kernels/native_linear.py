@@ -17,12 +17,12 @@ from typing import Any, Final
 import torch
 
 from arrondi.errors import SchemeError, ShapeError
-from arrondi.fitting import STORED
 from arrondi.formats import Format, Granularity, PerBlock, PerGroup, PerToken, Scheme, tile_shape
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
 from arrondi.kernels.product import Product
 from arrondi.native import TYPES, address, available, native, threads
-from arrondi.qtensor import QTensor
+from arrondi.tensor.fitting import STORED
+from arrondi.tensor.qtensor import QTensor
 
 BLOCK: Final = 16
 """Rows of the weight in one tile."""

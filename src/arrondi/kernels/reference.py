@@ -1,7 +1,7 @@
 """The slow, obvious twin: packed codes that become floats again at every call.
 
 Owns: `REFERENCE`, which takes every scheme on every device, and `pack_weight` / `decoded_rows`, the packed form that it
-keeps: codes as a bit stream (`arrondi.packing`), scales in their stored type, zero points in one byte where they fit,
+keeps: codes as a bit stream (`arrondi.tensor.packing`), scales in their stored type, zero points in one byte where they fit,
 quantized scales packed in turn. The weight is decoded some rows at a time and forgotten, so the peak is one chunk.
 """
 
@@ -14,9 +14,9 @@ import torch
 
 from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.kernels.kernel import Kernel, Meta, Tensors
-from arrondi.packing import pack, unpack
-from arrondi.qtensor import QTensor
-from arrondi.storage import load_scale, signed, store_scale, unsigned
+from arrondi.tensor.packing import pack, unpack
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.storage import load_scale, signed, store_scale, unsigned
 
 _CHUNK = 1 << 18
 """Weights decoded at a time for a few rows of x: with their temporaries they stay in the core's own cache."""

@@ -24,7 +24,7 @@ import torch
 
 from arrondi.formats import Scheme, tile_shape
 from arrondi.kernels.kernel import Kernel, Meta, Tensors
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 
 _GROUPS = (256, 128, 64, 32)
 """Group sizes of the 4-bit operator. Larger groups repeat their scale."""

@@ -15,7 +15,7 @@ from arrondi.errors import DataError, ShapeError
 from arrondi.formats import tile_shape
 from arrondi.kernels import decoded, pack_weight
 from arrondi.nn.packed import keep_types
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 
 
 class QEmbedding(nn.Module):

@@ -19,7 +19,7 @@ from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, dec
 from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
 from arrondi.nn.packed import keep_types
-from arrondi.qtensor import QTensor, fake_quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize
 
 
 @dataclass(frozen=True)

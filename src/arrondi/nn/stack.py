@@ -18,7 +18,7 @@ from arrondi.errors import ShapeError
 from arrondi.formats import Scheme
 from arrondi.kernels import decoded, pack_weight
 from arrondi.nn.packed import keep_types
-from arrondi.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor
 
 _PRODUCTS = (torch.bmm, torch.Tensor.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 

@@ -1,7 +1,6 @@
-"""Whole models: plan, quantize, restore, inspect, load. Every function here takes directories and returns plain data."""
+"""Whole models: plan, quantize, restore, inspect. Every function here takes directories and returns plain data."""
 
 from arrondi.pipeline.inspect import inspect_model
-from arrondi.pipeline.load import load_model
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.quantize import quantize_model
 from arrondi.pipeline.recipe import Recipe, Rule
@@ -16,7 +15,6 @@ __all__ = [
     "check",
     "dequantize_model",
     "inspect_model",
-    "load_model",
     "make_plan",
     "quantize_model",
 ]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arrondi.pipeline.generate import generate
 from arrondi.pipeline.quantize import quantize_model
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.texts import TextOptions
+from arrondi.runtime.generate import generate
 from arrondi.sample import sample_path
 
 _RUNS = (("W8A16", "rtn"), ("W4A16", "rtn"), ("W4A16", "gptq"), ("W3A16", "rtn"), ("W3A16", "gptq"))

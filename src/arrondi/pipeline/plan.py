@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-from arrondi.blocks import Skeleton, find_blocks
 from arrondi.checkpoint import LAYOUTS, Layout, Placed, ShardPlan, TensorSpec
 from arrondi.errors import ArrondiError, SchemeError, unknown
 from arrondi.formats import LayerScheme, PerBlock, PerGroup, Scheme
+from arrondi.model import Skeleton, find_blocks
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.rounding import get_method
 

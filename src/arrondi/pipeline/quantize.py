@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from arrondi.blocks import Chain, HiddenStore, Skeleton, bfloat16_pays
 from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
 from arrondi.errors import OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
 from arrondi.evaluate.text import Windows
+from arrondi.model import Chain, HiddenStore, Skeleton, bfloat16_pays
 from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
 from arrondi.pipeline.plan import Plan, PlannedTensor, check, make_plan
 from arrondi.pipeline.recipe import Recipe

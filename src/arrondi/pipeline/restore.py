@@ -7,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, guard_disk, write_json
 from arrondi.errors import OutputError, SchemeError
-from arrondi.qtensor import QTensor
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from arrondi.model import DTYPES
+from arrondi.tensor.qtensor import QTensor
 
 
 def dequantize_model(

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from arrondi.blocks import Product, Skeleton, Slot, find_stages, release, watch_products
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError
-from arrondi.fitting import Grid
 from arrondi.formats import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
+from arrondi.model import Product, Skeleton, Slot, find_stages, release, watch_products
 from arrondi.pipeline.plan import PlannedTensor
-from arrondi.qtensor import QTensor
-from arrondi.quantizers import knows, lost
 from arrondi.rounding import Method, get_method
+from arrondi.tensor.fitting import Grid
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.quantizers import knows, lost
 
 Forward = Callable[[], object]
 """Sends one calibration batch through the block."""

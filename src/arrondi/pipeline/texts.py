@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from arrondi.blocks import Skeleton
 from arrondi.errors import DataError
 from arrondi.evaluate.text import Windows, load_tokenizer, protocol, read_windows
+from arrondi.model import Skeleton
 from arrondi.pipeline.recipe import Recipe
 from arrondi.rounding import get_method
 

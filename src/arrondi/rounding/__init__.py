@@ -13,11 +13,11 @@ from types import MappingProxyType
 from typing import Any, Final, get_args, get_type_hints
 
 from arrondi.errors import SchemeError, unknown
-from arrondi.qtensor import QTensor
 from arrondi.rounding.gptq import gptq
 from arrondi.rounding.grid_search import search_grid
 from arrondi.rounding.hqq import hqq
 from arrondi.rounding.rtn import rtn
+from arrondi.tensor.qtensor import QTensor
 
 
 @dataclass(frozen=True)

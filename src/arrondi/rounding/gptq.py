@@ -20,15 +20,15 @@ from typing import Literal
 import torch
 
 from arrondi.calibration import SecondMoment
-from arrondi.encoding import code_dtype, decode, encode
 from arrondi.errors import DataError, SchemeError, ShapeError
-from arrondi.fitting import Grid, fit
 from arrondi.formats import Format, PerGroup, Scheme, scale_shape, tile_shape
-from arrondi.qtensor import QTensor, quantize_scales
-from arrondi.quantizers import sweep as sweep_compiled
-from arrondi.quantizers import sweeps as can_sweep
 from arrondi.rounding.grid_search import search_grid
-from arrondi.tiling import to_tiles
+from arrondi.tensor.encoding import code_dtype, decode, encode
+from arrondi.tensor.fitting import Grid, fit
+from arrondi.tensor.qtensor import QTensor, quantize_scales
+from arrondi.tensor.quantizers import sweep as sweep_compiled
+from arrondi.tensor.quantizers import sweeps as can_sweep
+from arrondi.tensor.tiling import to_tiles
 
 _PANEL = 256
 """Rows permuted at a time."""

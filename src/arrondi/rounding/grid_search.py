@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from arrondi.encoding import decode, encode
-from arrondi.fitting import STORED, Grid, fit
 from arrondi.formats import Scheme, tile_shape
-from arrondi.quantizers import search as search_compiled
-from arrondi.tiling import to_tiles
+from arrondi.tensor.encoding import decode, encode
+from arrondi.tensor.fitting import STORED, Grid, fit
+from arrondi.tensor.quantizers import search as search_compiled
+from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 17
 """Elements searched at a time; small enough that every try stays in the core's cache."""

@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch
 
 from arrondi.calibration import SecondMoment
-from arrondi.encoding import decode, encode
 from arrondi.errors import SchemeError
-from arrondi.fitting import Grid, fit, round_scale
 from arrondi.formats import Scheme, tile_shape
-from arrondi.qtensor import QTensor, named, quantize, quantize_with
-from arrondi.quantizers import split as split_compiled
-from arrondi.tiling import to_tiles
+from arrondi.tensor.encoding import decode, encode
+from arrondi.tensor.fitting import Grid, fit, round_scale
+from arrondi.tensor.qtensor import QTensor, named, quantize, quantize_with
+from arrondi.tensor.quantizers import split as split_compiled
+from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 18
 

@@ -11,10 +11,10 @@ import torch
 
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
-from arrondi.fitting import Grid
 from arrondi.formats import Scheme, scale_shape
-from arrondi.qtensor import QTensor, named, quantize, quantize_scales, quantize_with
 from arrondi.rounding.grid_search import search_grid
+from arrondi.tensor.fitting import Grid
+from arrondi.tensor.qtensor import QTensor, named, quantize, quantize_scales, quantize_with
 
 
 def rtn(

@@ -1,0 +1,1 @@
+"""Containers: names, metadata and bytes of files, and the writer that lays them out beforehand."""

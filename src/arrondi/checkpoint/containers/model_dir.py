@@ -1,0 +1,151 @@
+"""A model directory as Hugging Face lays it out: config.json, safetensors files, tokenizer files.
+
+Owns: `ModelDir`, which finds and checks all of it without reading a weight, and reads one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
+from arrondi.errors import FileFormatError
+
+_INDEX = "model.safetensors.index.json"
+_NOT_COPIED = {"config.json", _INDEX, "report.json", "manifest.json", "quantize_config.json"}
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """A checked model directory.
+
+    Attributes:
+        path: the directory.
+        config: config.json.
+        entries: every stored tensor by name, in the order of the files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelDir:
+        """Read config and headers, and check that they fit together.
+
+        Raises:
+            FileFormatError: nothing there, no config, no safetensors weights, a file that lies, a missing shard.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileFormatError(
+                f"{path}: no such directory. Give the path of a model directory with config.json and safetensors files."
+            )
+        if not path.is_dir():
+            raise FileFormatError(
+                f"{path}: a file, but a model is a directory with config.json and safetensors files. Give its directory."
+            )
+        config = _read_json(path / "config.json", "Is this a model directory?")
+        entries = _entries(path)
+        if not entries:
+            raise FileFormatError(f"{path}: its safetensors files hold no tensor.")
+        return cls(path, config, entries)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its stored type."""
+        return read_tensor(self.entries[name])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(e.nbytes for e in self.entries.values())
+
+    def other_files(self) -> list[Path]:
+        """Tokenizer, generation config, chat template, licence: what a quantized copy takes along."""
+        keep = {".json", ".txt", ".model", ".jinja", ".tiktoken", ""}
+        return [
+            p
+            for p in sorted(self.path.iterdir())
+            if p.is_file() and p.suffix in keep and p.name not in _NOT_COPIED and not p.name.endswith(".index.json")
+            and (p.suffix or p.name.upper().startswith(("LICENSE", "NOTICE", "COPYING")))
+        ]  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """A hash of config, headers and file times: changes when the model does, without reading its weights."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for entry in self.entries.values():
+            digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|{entry.start}".encode())
+        for path in sorted({e.path for e in self.entries.values()}):
+            stat = path.stat()
+            digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    """Every stored tensor. As in transformers, model.safetensors comes first, then the index, then whatever is there."""
+    weight_map: dict[str, str] = {}
+    if (path / "model.safetensors").exists():
+        files = [path / "model.safetensors"]
+    elif (path / _INDEX).exists():
+        weight_map = _read_index(path / _INDEX)
+        files = [path / file for file in sorted(set(weight_map.values()))]
+    else:
+        files = _weight_files(path)
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise FileFormatError(
+                    f"{file}: tensor {name!r} is also in {entries[name].path.name}. Remove one of the files."
+                )
+            entries[name] = entry
+    for name, shard in weight_map.items():
+        if name not in entries:
+            raise FileFormatError(
+                f"{path / shard}: tensor {name!r} should be here, says {_INDEX}. Download both again."
+            )
+    return entries
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The weight_map: tensor → shard beside the index."""
+    weight_map = _read_json(index, "Download it again.").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError(f"{index}: has no weight_map. Download it again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise FileFormatError(f"{index}: puts tensor {name!r} into {file!r}, which is no file beside it.")
+        if not (index.parent / file).is_file():
+            raise FileFormatError(
+                f"{index.parent / file}: the index names this shard, but it is not there. Download it."
+            )
+    return weight_map
+
+
+def _weight_files(path: Path) -> list[Path]:
+    files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
+    if files:
+        return files
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if pickles:
+        raise FileFormatError(
+            f"{path}: only pickled weights ({pickles[0]}), which can run code when loaded. Save the model as safetensors first: "
+            "model.save_pretrained(DIR)."
+        )
+    raise FileFormatError(f"{path}: no *.safetensors file. Give a model directory that holds its weights.")
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    if not path.exists():
+        raise FileFormatError(f"{path}: no such file. {advice}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise FileFormatError(f"{path}: cannot be read as JSON ({error}). {advice}") from error
+    if not isinstance(document, dict):
+        raise FileFormatError(f"{path}: holds {type(document).__name__}, not an object. {advice}")
+    return document

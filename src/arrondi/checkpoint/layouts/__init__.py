@@ -1,0 +1,1 @@
+"""Layouts: QTensors ↔ named tensors, one file each."""

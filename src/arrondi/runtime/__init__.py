@@ -1,0 +1,1 @@
+"""Quantized models at run time: load, fused blocks, decoding, generation."""

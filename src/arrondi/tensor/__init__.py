@@ -1,0 +1,1 @@
+"""Tensors in few bits: `QTensor`, ranges, encoding, packing and storage."""

@@ -1,0 +1,266 @@
+"""The compiled quantizers: tensors in, tensors out, and None where PyTorch must do it.
+
+Owns: which tensors and schemes the kernels take, and how they are handed over. Every function has its slow twin, named in
+its docstring, with the same result: codes and scales to the last bit unless it says otherwise. None means that there is no
+extension, that the kernels do not know this scheme, layout, type or device, or that a value is NaN or infinite or a scale
+does not fit its storage; the twin then does the work or says what is wrong.
+
+Kernels see a tensor as rows of groups: PerGroup, PerChannel, PerToken and PerTensor, everything whose scales cover consecutive
+elements. Integer formats with plain scales only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from arrondi.formats import Scheme, tile_shape
+from arrondi.native import TYPES, address, native, threads
+from arrondi.tensor.fitting import STORED, Grid
+from arrondi.tensor.packing import packed_width
+
+_GIVEN, _SYMMETRIC, _EXTREME, _AFFINE, _OFFSET = range(5)
+"""Fits as the extension numbers them."""
+
+_POWERS: Final = {2.0: 4, 2.5: 5, 4.0: 8}
+"""Exponents of an error that are squares and square roots, doubled."""
+
+_CODES: Final = (torch.int8, torch.uint8)
+
+
+class _Rows(NamedTuple):
+    """A tensor as the kernels see it: rows of `columns` consecutive elements, `group` of them under one scale."""
+
+    rows: int
+    columns: int
+    group: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.columns // self.group)
+
+
+def round_groups(x: torch.Tensor, scheme: Scheme, rule: str = "auto") -> tuple[torch.Tensor, Grid] | None:
+    """Fit and round to nearest: codes like `x`, the grid as (tiles, 1). The twin is `arrondi.tensor.qtensor.quantize`."""
+    fit = _fit(scheme, rule)
+    rows = _rows(x, scheme)
+    if fit is None or rows is None:
+        return None
+    x = x.contiguous()
+    grid = _empty_grid(rows, scheme)
+    codes = torch.empty(x.shape, dtype=_code_dtype(scheme), device="cpu")
+    fine = _module().round_groups(*_groups(x, rows, scheme, fit, grid), address(codes), threads())
+    return (codes, grid) if fine else None
+
+
+def round_packed(
+    x: torch.Tensor, scheme: Scheme, rule: str = "auto", *, word_bytes: int = 1
+) -> tuple[torch.Tensor, Grid] | None:
+    """The same with codes as the bit stream of `arrondi.tensor.packing.pack`, codes counted from the smallest."""
+    fit = _fit(scheme, rule)
+    rows = _rows(x, scheme)
+    if fit is None or rows is None or rows.columns != x.shape[-1]:
+        return None
+    x = x.contiguous()
+    grid = _empty_grid(rows, scheme)
+    width = packed_width(rows.columns, scheme.format.bits, word_bytes)
+    packed = torch.empty((*x.shape[:-1], width), dtype=torch.uint8, device="cpu")
+    parts = _groups(x, rows, scheme, fit, grid)
+    fine = _module().round_packed(*parts, address(packed), width, scheme.format.bits, threads())
+    return (packed, grid) if fine else None
+
+
+def round_on(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor | None:
+    """Codes for a given grid. The twin is `arrondi.tensor.qtensor.quantize_with`."""
+    rows = _rows(x, scheme)
+    if rows is None or not _fits_grid(grid, rows):
+        return None
+    x = x.contiguous()
+    grid = _plain(grid)
+    codes = torch.empty(x.shape, dtype=_code_dtype(scheme), device="cpu")
+    parts = _groups(x, rows, scheme, (_GIVEN, 1.0), grid)
+    return codes if _module().round_groups(*parts, address(codes), threads()) else None
+
+
+def restore(codes: torch.Tensor, scheme: Scheme, grid: Grid, dtype: torch.dtype) -> torch.Tensor | None:
+    """Codes back to numbers. The twin is `arrondi.tensor.qtensor.QTensor.dequantize`."""
+    rows = _rows(codes, scheme, _CODES)
+    if rows is None or dtype not in (torch.float32, torch.bfloat16) or not _fits_grid(grid, rows):
+        return None
+    y = torch.empty(codes.shape, dtype=dtype, device="cpu")
+    codes, grid = codes.contiguous(), _plain(grid)
+    facts, _, places = _groups(y, rows, scheme, (_GIVEN, 1.0), grid)
+    _module().restore(facts, places, address(codes), codes.dtype == torch.int8, address(y), TYPES[dtype], 0, threads())
+    return y
+
+
+def lost(x: torch.Tensor, codes: torch.Tensor, scheme: Scheme, grid: Grid) -> tuple[float, float] | None:
+    """Σ (x - x̂)² and Σ x², float32 within a group and float64 beyond."""
+    rows = _rows(x, scheme)
+    if rows is None or not _fits_grid(grid, rows):
+        return None
+    x, codes, grid = x.contiguous(), codes.contiguous(), _plain(grid)
+    sums = torch.empty((rows.rows, 2), dtype=torch.float64, device="cpu")
+    facts, _, places = _groups(x, rows, scheme, (_GIVEN, 1.0), grid)
+    _module().restore(facts, places, address(codes), codes.dtype == torch.int8, 0, 0, address(sums), threads())
+    noise, signal = sums.sum(dim=0).tolist()
+    return noise, signal
+
+
+def search(x: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float) -> Grid | None:
+    """The grid of each group with the least error, as (tiles, 1).
+
+    The twin is `arrondi.rounding.grid_search.search_grid`; sums are added in another order, so of two candidates whose losses
+    agree to some 1e-6 either may be taken.
+    """
+    fit = _fit(scheme, "auto")
+    rows = _rows(x, scheme)
+    if fit is None or rows is None or power not in _POWERS or (importance is not None and rows.columns != x.shape[-1]):
+        return None
+    x = x.contiguous()
+    weights = None if importance is None else importance.float().contiguous()
+    grid = _empty_grid(rows, scheme)
+    mirrored = scheme.symmetric and scheme.format.qmin < 0
+    parts = _groups(x, rows, scheme, fit, grid)
+    return grid if _module().search_grids(*parts, address(weights), _POWERS[power], mirrored, threads()) else None
+
+
+def split(
+    x: torch.Tensor, scheme: Scheme, *, p: float, beta: float, kappa: float, iterations: int, normalize: bool
+) -> Grid | None:
+    """The grid of each group by half-quadratic splitting, as (tiles, 1).
+
+    The twin is `arrondi.rounding.hqq`; powers of the error are within some 1e-6 of its own, and a group whose error falls by
+    less than that may stop at another iteration.
+    """
+    fit = _fit(scheme, "auto")
+    rows = _rows(x, scheme)
+    if fit is None or rows is None:
+        return None
+    x = x.contiguous()
+    grid = _empty_grid(rows, scheme)
+    parts = _groups(x, rows, scheme, fit, grid)
+    return grid if _module().split_groups(*parts, p, beta, kappa, iterations, normalize, threads()) else None
+
+
+def knows(x: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether the kernels fit and round this tensor without a float32 copy of it."""
+    return _fit(scheme, "auto") is not None and _rows(x, scheme) is not None
+
+
+def sweeps(work: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether `sweep` can take GPTQ's working copy of a weight."""
+    return native is not None and _plain_cpu(work) and work.dtype == torch.float32 and scheme.format.kind == "integer"
+
+
+def sweep(
+    rows: torch.Tensor,
+    owed: torch.Tensor,
+    factor: torch.Tensor,
+    codes: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
+    grid: Grid,
+    columns: tuple[int, int, int],
+    scheme: Scheme,
+) -> None:
+    """GPTQ's loop over some columns of a block. The twin is `_Columns` in `arrondi.rounding.gptq`.
+
+    Args:
+        rows: (n, m) float32, the weight's columns in the order of the visit; those visited become differences.
+        owed: (end of the block - first, m) float32; those of the columns visited become residuals.
+        factor: (n, n) float32, upper triangular.
+        codes: (n, m) int8 or uint8.
+        places: (n,) int64 each: the row of `codes` and the row of the grid's parts that belong to a column.
+        grid: parts (groups, m) float32.
+        columns: first, last, end of the block.
+    """
+    first, last, stop = columns
+    done = _module().sweep(
+        rows.shape[1], first, last, stop, scheme.format.qmin, scheme.format.qmax,
+        address(rows), address(owed), address(factor), factor.stride(0), address(codes), *(address(p) for p in places),
+        *(address(part) for part in grid), threads(),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError("There is no memory for a block of GPTQ.")
+
+
+def _module() -> Any:
+    return native
+
+
+def _plain_cpu(x: torch.Tensor) -> bool:
+    """Real memory of the CPU: no subclass, whose numbers may be elsewhere or nowhere (fake tensors), and no tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.layout == torch.strided and type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _rows(x: torch.Tensor, scheme: Scheme, types: Collection[torch.dtype] = TYPES) -> _Rows | None:
+    """How the kernels see `x`; None if they do not take it."""
+    if native is None or not x.numel() or x.dtype not in types or not _plain_cpu(x) or scheme.format.kind != "integer":
+        return None
+    shape = tuple(x.shape) or (1,)
+    tile = tile_shape(scheme.granularity, shape)
+    for lead in range(len(shape)):
+        if tile[lead:] == shape[lead:] and all(t == 1 for t in tile[:lead]):
+            columns = math.prod(shape[lead:])
+            return _Rows(math.prod(shape[:lead]), columns, columns)
+    if all(t == 1 for t in tile[:-1]):
+        return _Rows(math.prod(shape[:-1]), shape[-1], tile[-1])
+    return None
+
+
+def _fit(scheme: Scheme, rule: str) -> tuple[int, float] | None:
+    """Number and divisor of a fit; None if the kernels do not have it."""
+    format = scheme.format
+    if format.kind != "integer" or not isinstance(scheme.scale, str) or scheme.scale not in STORED:
+        return None
+    if not scheme.symmetric:
+        fit = _AFFINE if scheme.zero_point == "integer" else _OFFSET
+        return (fit, 1.0) if rule in ("auto", "full") else None
+    if rule == "extreme":
+        return (_EXTREME, 1.0) if format.qmin < 0 else None
+    if rule == "narrow" or (rule in ("auto", "full") and format.qmin == 0):
+        return _SYMMETRIC, float(format.qmax)
+    if rule == "full" or (rule == "auto" and format.levels > 3):
+        return _SYMMETRIC, (format.qmax - format.qmin) / 2
+    return None
+
+
+def _code_dtype(scheme: Scheme) -> torch.dtype:
+    return torch.int8 if scheme.format.qmin < 0 else torch.uint8
+
+
+def _empty_grid(rows: _Rows, scheme: Scheme) -> Grid:
+    tiles = (rows.rows * rows.groups, 1)
+    zero = torch.empty(tiles, dtype=torch.int32, device="cpu") if scheme.zero_point == "integer" else None
+    scale = torch.empty(tiles, dtype=torch.float32, device="cpu")
+    return Grid(scale, zero, torch.empty_like(scale) if scheme.zero_point == "float" else None)
+
+
+def _fits_grid(grid: Grid, rows: _Rows) -> bool:
+    parts = [p for p in grid if p is not None]
+    return all(_plain_cpu(p) and p.numel() == rows.rows * rows.groups for p in parts)
+
+
+def _plain(grid: Grid) -> Grid:
+    """The parts as the extension reads them. Copies of them live as long as the caller keeps what is returned here."""
+    scale, zero, offset = grid
+    return Grid(
+        scale.float().contiguous(),
+        None if zero is None else zero.int().contiguous(),
+        None if offset is None else offset.float().contiguous(),
+    )
+
+
+def _groups(
+    x: torch.Tensor, rows: _Rows, scheme: Scheme, fit: tuple[int, float], grid: Grid
+) -> tuple[list[int], float, list[int]]:
+    """Facts, divisor and addresses, in the order of the extension. The caller keeps the tensors alive."""
+    stored = STORED.get(scheme.scale, torch.float32) if isinstance(scheme.scale, str) else torch.float32
+    format = scheme.format
+    facts = [*rows, format.qmin, format.qmax, fit[0], TYPES[stored], TYPES[x.dtype]]
+    return facts, fit[1], [address(x), *(address(part) for part in grid)]
