@@ -11,6 +11,8 @@ so on typical weights (|w| ≈ 0.02) it never fires; `normalize=True` measures e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from arrondi.calibration import SecondMoment
@@ -38,6 +40,7 @@ def hqq(
     iterations: int = 20,
     normalize: bool = False,
     name: str = "weight",
+    facts: dict[str, Any] | None = None,
 ) -> QTensor:
     """Round with the grid that half-quadratic splitting finds for each group.
 
@@ -50,6 +53,7 @@ def hqq(
         iterations: at most this many; a group stops when its mean absolute error no longer falls.
         normalize: measure errors in steps of the grid (see above); the default is the published behaviour.
         name: for messages.
+        facts: not used; accepted so that every method is called alike.
 
     Raises:
         SchemeError: the format is not an integer one, or its scales are quantized or powers of two.
