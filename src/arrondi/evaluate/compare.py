@@ -1,7 +1,7 @@
-"""Two models on the same text, followed block by block.
+"""Two models on the same text, followed unit by unit.
 
-Owns: `compare_models` and `comparison_for`, which picks what can be measured on a kind of model. Only one block of each model is in
-memory; logits live for one window.
+Owns: `evaluate` and `comparison_for`, which picks what can be measured on a kind of model. Only one unit of each model is in
+memory; outputs live for one batch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from arrondi.errors import FileFormatError
 from arrondi.evaluate.metrics import Comparison, EncoderComparison
 from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
 from arrondi.formats import Scheme
-from arrondi.model import Chain, HiddenStore, Skeleton
+from arrondi.model import Budget, OnDisk, Stream, settle, walk
 
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
+"""Tokens sent through a unit at once."""
 _HIDDEN_LIMIT = 512 << 20
+_OUTPUT_BYTES = 256 << 20
+"""Outputs of one model that are in memory at once."""
 
 
 def comparison_for(model: Any) -> Comparison | EncoderComparison:
@@ -30,31 +33,24 @@ def comparison_for(model: Any) -> Comparison | EncoderComparison:
 
 
 def is_causal(model: Any) -> bool:
-    """Whether the model predicts the next token."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """Whether the model predicts the next token: its class is one of a language model over a vocabulary."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    return (
-        type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
-    )
+    kinds = [table.get(type(model.config), None) for table in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)]
+    return any(type(model) is k or (isinstance(k, tuple) and type(model) in k) for k in kinds)
 
 
-def activation_schemes(skeleton: Skeleton) -> dict[str, Any]:
-    """Module → scheme of its input, where activations are quantized at run time; inputs of fused experts stay as they are."""
-    found: dict[str, Any] = {}
-    for source in skeleton.checkpoint.placed:
-        scheme = skeleton.checkpoint.activations_of(source)
-        params = {slot.param for slot in skeleton.slots(source)} if scheme is not None else set()
-        for param in params:
-            if len(skeleton.empty[param].shape) == 2:
-                found |= {name.rpartition(".")[0]: scheme for name in skeleton.names_of(param)}
-    return found
+def batch_size(model: Any, seq_len: int) -> int:
+    """Windows in a batch: enough to keep the machine busy, few enough that outputs fit in memory."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0) if is_causal(model) else 0
+    by_output = _OUTPUT_BYTES // max(4 * vocabulary * seq_len, 1)
+    return max(min(BATCH_TOKENS // seq_len, by_output), 1)
 
 
-def compare_models(
+def evaluate(
     quantized: str | Path,
     reference: str | Path,
-    text: str | Path,
+    text: Any,
     *,
     seq_len: int = 256,
     samples: int | None = None,
@@ -66,10 +62,10 @@ def compare_models(
     Args:
         quantized: directory of the model in question, quantized or plain.
         reference: directory of the original; its tokenizer is used.
-        text: UTF-8 file that calibration has not seen.
+        text: a UTF-8 file that calibration has not seen, strings, or token ids.
         seq_len: tokens of a window, special tokens included.
         samples: windows at most; None takes all.
-        activations: how inputs of weight-only linears of `quantized` are rounded, as `load_model` does; None: they stay.
+        activations: how inputs of weight-only linears of `quantized` are rounded, as `load` does; None: they stay.
         progress: called with (blocks done, blocks, what).
 
     Returns:
@@ -79,40 +75,46 @@ def compare_models(
     Raises:
         FileFormatError: a directory is no model, or the two are not of one shape.
         DataError: the text is shorter than one window.
-        SchemeError: there are no activations that can be rounded so.
+        SchemeError: there are no activations that can be rounded so, or the model does not run on text.
     """
-    skeletons = [Skeleton(Checkpoint.open(reference)), Skeleton(Checkpoint.open(quantized).rounding(activations))]
-    shapes = [{n: tuple(p.shape) for n, p in s.empty.items()} for s in skeletons]
-    if type(skeletons[0].model) is not type(skeletons[1].model) or shapes[0] != shapes[1]:
+    sources = [OnDisk.open(reference), OnDisk(Checkpoint.open(quantized).rounding(activations))]
+    shapes = [{n: tuple(p.shape) for n, p in s.names.params.items()} for s in sources]
+    if type(sources[0].model) is not type(sources[1].model) or shapes[0] != shapes[1]:
         raise FileFormatError(
             f"{quantized} is another model than {reference}: class or shapes differ. Compare a model with its own original."
         )
-    seq_len = min(seq_len, getattr(skeletons[0].model.config, "max_position_embeddings", None) or seq_len)
-    tokenizer = load_tokenizer(Path(reference))
+    limit = getattr(sources[0].model.config.get_text_config(), "max_position_embeddings", None)
+    seq_len = min(seq_len, limit or seq_len)
+    tokenizer = load_tokenizer(sources[0].where)
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
-    ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
-    chains = [Chain(s, activation_schemes(s)) for s in skeletons]
-    stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT, Path(tempfile.gettempdir())) for c in chains]
+    ids = list(windows.ids[:samples].split(batch_size(sources[0].model, windows.ids.shape[1])))
+    notes = settle(sources[0], ids[-1][-1:])
+    if sources[0].whole:
+        sources[1].run_as_whole()
+    instances = [s.instance() for s in sources]
+    instances[1].round_inputs(sources[1].rounded_inputs)
+    units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
     report = progress or (lambda done, total, what: None)
-    for i in range(len(chains[0])):
-        report(i, len(chains[0]) + 1, f"block {i + 1} of {len(chains[0])}")
-        for chain, store in zip(chains, stores, strict=True):
-            chain.fill(i)
-            for j in range(len(store)):
-                store[j] = chain.run(i, store[j])
-            chain.drop(i)
-    report(len(chains[0]), len(chains[0]) + 1, "comparing outputs")
-    comparison = comparison_for(chains[0].model)
-    with torch.no_grad(), chains[0].outer_loaded(), chains[1].outer_loaded():
-        for j, batch in enumerate(ids):
-            for k in range(len(batch)):
-                one = batch[k : k + 1]
-                outputs = [c.finish(one, s[j][k : k + 1]) for c, s in zip(chains, stores, strict=True)]
-                comparison.add(outputs[0], outputs[1], one)
+    budget, folder = Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
+    comparison = comparison_for(sources[0].model)
+    with torch.no_grad(), Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:
+        first.begin()
+        second.begin()
+        for i in walk([[first], [second]]):
+            report(i, len(units[0]) + 1, f"block {i + 1} of {len(units[0])}")
+        report(len(units[0]), len(units[0]) + 1, "comparing outputs")
+        with units[0].outer_loaded(), units[1].outer_loaded():
+            for j, batch in enumerate(ids):
+                comparison.add(first.output(j), second.output(j), batch)
     return {
         **comparison.summary().to_dict(),
         "text": windows.source,
         "windows": sum(len(b) for b in ids),
         "protocol": protocol(tokenizer, seq_len),
-        "activations": None if activations is None else str(skeletons[1].checkpoint.activations),
+        "activations": None if activations is None else str(sources[1].checkpoint.activations),
+        "notes": notes,
     }
+
+
+def check_measurable(model: Any) -> None:
+    """What can be measured is known before the work: see `comparison_for`."""

@@ -1,0 +1,150 @@
+"""Rounding sites: weights in, QTensors with what they cost out.
+
+Owns: `Rounded`, `round_alone` (a weight of whose inputs nothing is known) and `round_together` (weights that read the same input).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from arrondi.errors import DataError
+from arrondi.formats import LayerScheme, PerChannel, PerGroup, Scheme
+from arrondi.model import Site, release
+from arrondi.pipeline.statistics import Seen
+from arrondi.rounding import get_method
+from arrondi.rounding.error import ErrorSums, output_sums, weight_sums
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.quantizers import knows
+
+_CHUNK = 1 << 19
+"""Elements of a weight that are rounded at a time when rows do not depend on each other."""
+
+
+@dataclass
+class Rounded:
+    """One site, rounded.
+
+    Attributes:
+        q: its codes.
+        weight_error: Σ (w - ŵ)² and Σ w².
+        output_error: ‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² on the calibration inputs, if there were any.
+        tokens: calibration tokens that reached it; None without calibration.
+        method: what was done.
+        why: why it is not what was asked for, "" if it is.
+        facts: what the method says of its run.
+    """
+
+    q: QTensor
+    weight_error: ErrorSums
+    output_error: ErrorSums | None
+    tokens: int | None
+    method: str
+    why: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def rowwise(scheme: Scheme) -> bool:
+    """Whether each row of a matrix is rounded by itself."""
+    return scheme.granularity == PerChannel() or (
+        isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
+    )
+
+
+def round_alone(
+    weight: torch.Tensor, scheme: Scheme, method: str, options: Mapping[str, Any], name: str, why: str = ""
+) -> Rounded:
+    """Round one weight (out, in), any float dtype, without knowing its inputs."""
+    run = get_method(method).run
+    chunked = rowwise(scheme) and not knows(weight, scheme)
+    step = max(_CHUNK // weight.shape[1], 1) if chunked else len(weight)
+    parts, error = [], ErrorSums()
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step]
+        q = run(part.float() if chunked else part, scheme, None, name=name, **options)
+        error += weight_sums(part, q)
+        parts.append(q)
+    return Rounded(stack_rows(parts), error, None, None, method, why)
+
+
+def round_together(
+    sites: Sequence[Site],
+    weights: Sequence[torch.Tensor],
+    scheme: Scheme,
+    method: str,
+    options: Mapping[str, Any],
+    seen: Seen,
+) -> list[Rounded]:
+    """Round weights (out, in) that read the same input, in one sweep; each error is the weight's own."""
+    for site, weight in zip(sites, weights, strict=True):
+        if not bool(torch.isfinite(weight).all()):
+            raise DataError(
+                f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
+            )
+    joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    facts: dict[str, Any] = {}
+    q = get_method(method).run(joined, scheme, seen.moment, name=sites[0].name, facts=facts, **options)
+    sizes = [len(w) for w in weights]
+    found = []
+    for weight, part in zip(weights, split_rows(q, sizes), strict=True):
+        restored = part.dequantize()
+        error = output_sums(weight, restored, seen.moment) if seen.moment is not None else None
+        found.append(Rounded(part, weight_sums(weight, part), error, seen.tokens, method, facts=facts))
+    release()
+    return found
+
+
+def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded]) -> dict[str, Any]:
+    """A tensor's line in `report.json`; sums of its sites', never means of ratios."""
+    error = sum((p.weight_error for p in parts), ErrorSums())
+    outputs = [p.output_error for p in parts if p.output_error is not None]
+    output = sum(outputs, ErrorSums())
+    tokens = [p.tokens for p in parts if p.tokens is not None]
+    weights = sum(p.q.codes.numel() for p in parts)
+    ways = sorted({p.method for p in parts})
+    whys = sorted({p.why for p in parts if p.why})
+    facts = {k: v for p in parts for k, v in p.facts.items()}
+    return {
+        "name": name,
+        "scheme": str(scheme),
+        "method": "+".join(ways),
+        "bits_per_weight": round(sum(p.q.stored_bits for p in parts) / max(weights, 1), 4),
+        "sqnr_db": round(error.decibels, 3) if math.isfinite(error.decibels) else None,
+        "output_error": output.ratio if outputs else None,
+        "calibration_tokens": min(tokens) if tokens else None,
+        **({"why": "; ".join(whys)} if whys else {}),
+        **facts,
+    }
+
+
+def stack_rows(parts: Sequence[QTensor]) -> QTensor:
+    """QTensors of matrices below each other as one; every scale belongs to rows of one part."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    scale: torch.Tensor | QTensor
+    if isinstance(first.scale, QTensor):
+        scale = stack_rows([p.scale for p in parts])  # type: ignore[misc]
+    else:
+        scale = torch.cat([p.real_scale for p in parts])
+    zero = None if first.zero_point is None else torch.cat([p.zero_point for p in parts])  # type: ignore[misc]
+    offset = None if first.offset is None else torch.cat([p.offset for p in parts])  # type: ignore[misc]
+    return QTensor(torch.cat([p.codes for p in parts]), scale, zero, offset, first.scheme, first.group_index)
+
+
+def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
+    """The inverse of `stack_rows`, for schemes whose rows are rounded one by one."""
+    if len(sizes) == 1:
+        return [q]
+
+    def cut(part: torch.Tensor | QTensor | None) -> list[Any]:
+        if part is None:
+            return [None] * len(sizes)
+        return split_rows(part, sizes) if isinstance(part, QTensor) else list(part.split(sizes))
+
+    parts = zip(q.codes.split(sizes), cut(q.scale), cut(q.zero_point), cut(q.offset), strict=True)
+    return [QTensor(c, s, z, o, q.scheme, q.group_index) for c, s, z, o in parts]
