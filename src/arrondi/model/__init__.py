@@ -1,25 +1,38 @@
-"""A model as a chain of blocks: run from disk with one block in memory, one unit at a time."""
+"""What a model is: sites, sources, and the walk over its units."""
 
-from arrondi.model.chain import Chain, find_blocks
+from arrondi.model.build import build_model
+from arrondi.model.chain import Chain, Inputs
+from arrondi.model.instance import Instance, Rounding
 from arrondi.model.memory import release
+from arrondi.model.overlay import Overlay
 from arrondi.model.precision import DTYPES, bfloat16_pays, stored_in_16_bits
-from arrondi.model.skeleton import Skeleton, Slot, build_model
-from arrondi.model.store import HiddenStore
-from arrondi.model.trace import Product, Stage, find_stages, watch_products
+from arrondi.model.settle import settle
+from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
+from arrondi.model.source import OnDisk
+from arrondi.model.store import Budget, TreeStore
+from arrondi.model.streams import Stream, walk
+from arrondi.model.whole import Whole
 
 __all__ = [
     "DTYPES",
+    "Budget",
     "Chain",
-    "HiddenStore",
-    "Product",
-    "Skeleton",
-    "Slot",
-    "Stage",
+    "Facts",
+    "Inputs",
+    "Instance",
+    "OnDisk",
+    "Overlay",
+    "Rounding",
+    "Site",
+    "StoredTensor",
+    "Stream",
+    "TreeStore",
+    "Whole",
     "bfloat16_pays",
     "build_model",
-    "find_blocks",
-    "find_stages",
+    "find_tensors",
     "release",
+    "settle",
     "stored_in_16_bits",
-    "watch_products",
+    "walk",
 ]

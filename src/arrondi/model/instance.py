@@ -17,7 +17,7 @@ from arrondi.formats import ActivationScheme
 from arrondi.model.memory import release
 from arrondi.model.overlay import Overlay
 from arrondi.tensor.qtensor import fake_quantize
-from arrondi.tensor.ranges import Grid
+from arrondi.tensor.qtensor import Grid
 
 if TYPE_CHECKING:
     from arrondi.model.source import OnDisk

@@ -87,7 +87,7 @@ def _observe(chain: Chain) -> Facts:
             seen.add(structure)
             chain.fill(i)
             params = {n: chain.instance.parameter(n) for n in chain.params(i)}
-            flow = trace(params, lambda i=i: chain.call(i, hidden.clone(), calls[i]))  # type: ignore[misc]
+            flow = trace(block, params, lambda i=i: chain.call(i, hidden.clone(), calls[i]))  # type: ignore[misc]
             chain.drop(i)
             own = f"{chain.prefix}.{i}."
             like = _others(chain, i, structure)
@@ -110,10 +110,11 @@ def _look_up(module: Any) -> Any:
     """Make an embedding give random rows, without its weight; returns what undoes it."""
     forward = module.forward
     module.forward = lambda ids, *_: torch.randn(*ids.shape, module.embedding_dim)
-    module._parameters, kept = {}, module._parameters
+    kept = module._parameters["weight"]
+    module._parameters["weight"] = torch.nn.Parameter(torch.zeros(1, 1).expand(kept.shape), requires_grad=False)
 
     def undo() -> None:
-        module.forward, module._parameters = forward, kept
+        module.forward, module._parameters["weight"] = forward, kept
 
     return undo
 

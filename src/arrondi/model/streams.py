@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,27 +46,29 @@ class Stream:
         """
         self.units, self.bfloat16 = units, bfloat16
         self.batches = [Inputs.of(b) for b in batches]
-        self._hidden = TreeStore(budget, folder)
-        self._calls = TreeStore(budget, folder)
+        self._budget, self._folder = budget, folder
+        self._hidden, self._calls = TreeStore(budget, folder), TreeStore(budget, folder)
+        self._kept: list[Any] = []
 
     def begin(self) -> None:
         """Run what comes before the first unit, for every batch. No unit may be filled."""
-        self._hidden.clear()
-        self._calls.clear()
+        self.close()
+        self._hidden, self._calls = (TreeStore(self._budget, self._folder) for _ in range(2))
+        self._kept = []
         with self.units.outer_loaded():
             for batch in self.batches:
                 hidden, calls = self.units.begin(batch)
                 self._hidden.append(hidden)
                 shared = _shared(calls)
                 for call in calls:
-                    self._calls.append(_hide(call, shared))
+                    self._calls.append(self._hide(call, shared))
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def run(self, i: int, j: int) -> torch.Tensor:
         """Unit i, which is filled, on batch j."""
-        call = Call(*_show(self._calls[j * len(self.units) + i]))
+        call = self._show(self._calls[j * len(self.units) + i])
         return self.units.run(i, self._hidden[j], call, bfloat16=self.bfloat16)
 
     def forwards(self, i: int) -> list[Callable[[], object]]:
@@ -83,12 +84,37 @@ class Stream:
         """What the model computes for batch j, after its last unit. Call it inside `units.outer_loaded()`."""
         return self.units.finish(self.batches[j], self._hidden[j])
 
+    def _hide(self, call: Call, shared: set[int]) -> tuple[Any, ...]:
+        """A call as a tree; containers that units share, and objects of the model's own, are kept beside it."""
+
+        def hidden(value: Any) -> Any:
+            if id(value) not in shared and _is_tree(value):
+                return value
+            number = next((n for n, kept in enumerate(self._kept) if kept is value), len(self._kept))
+            if number == len(self._kept):
+                self._kept.append(value)
+            return (_KEPT, number)
+
+        return tuple(map(hidden, call.args)), {k: hidden(v) for k, v in call.kwargs.items()}, call.key
+
+    def _show(self, stored: tuple[Any, ...]) -> Call:
+        args, kwargs, key = stored
+
+        def shown(value: Any) -> Any:
+            return self._kept[value[1]] if type(value) is tuple and value[:1] == (_KEPT,) else value
+
+        return Call(tuple(map(shown, args)), {k: shown(v) for k, v in kwargs.items()}, key)
+
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give memory and files back."""
         self._hidden.close()
         self._calls.close()
 
@@ -117,15 +143,12 @@ def walk(groups: Sequence[Sequence[Stream]], visit: Visit | None = None) -> Iter
                     stream.advance(i)
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """A container that several units of one batch get and may change (keys and values that later blocks read again)."""
-
-    value: Any
+_KEPT = "arrondi: kept by reference"
+"""Marks the place of a value that is no tree of tensors."""
 
 
 def _shared(calls: list[Call]) -> set[int]:
-    """Identities of the containers that more than one unit is given."""
+    """Identities of the containers that more than one unit is given, to be changed by one and read by another."""
     seen: set[int] = set()
     again: set[int] = set()
     for call in calls:
@@ -135,17 +158,10 @@ def _shared(calls: list[Call]) -> set[int]:
     return again
 
 
-def _hide(call: Call, shared: set[int]) -> tuple[Any, ...]:
-    def hidden(value: Any) -> Any:
-        return _Shared(value) if id(value) in shared else value
-
-    return tuple(map(hidden, call.args)), {k: hidden(v) for k, v in call.kwargs.items()}, call.key
-
-
-def _show(stored: tuple[Any, ...]) -> tuple[Any, ...]:
-    args, kwargs, key = stored
-
-    def shown(value: Any) -> Any:
-        return value.value if isinstance(value, _Shared) else value
-
-    return tuple(map(shown, args)), {k: shown(v) for k, v in kwargs.items()}, key
+def _is_tree(value: Any) -> bool:
+    """Whether a value is made of tensors and plain numbers."""
+    if type(value) in (tuple, list):
+        return all(map(_is_tree, value))
+    if type(value) is dict:
+        return all(map(_is_tree, value.values()))
+    return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))

@@ -208,7 +208,7 @@ class Work:
 
     def _traced(self) -> list[_Stage]:
         params = self._params({s.param for s in self.sites})
-        flow = trace(params, self.forwards[0])
+        flow = trace(None, params, self.forwards[0])
         counts: dict[str, int] = {}
         for use in flow.uses:
             if use.matrix is None:
