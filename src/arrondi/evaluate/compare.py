@@ -17,7 +17,7 @@ from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.evaluate.metrics import Comparison, EncoderComparison
 from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
-from arrondi.formats import Scheme
+from arrondi.formats import ActivationScheme
 from arrondi.model import Chain, HiddenStore, Skeleton
 
 _BATCH_TOKENS = 2048
@@ -43,7 +43,8 @@ def activation_schemes(skeleton: Skeleton) -> dict[str, Any]:
     """Module → scheme of its input, where activations are quantized at run time; inputs of fused experts stay as they are."""
     found: dict[str, Any] = {}
     for source in skeleton.checkpoint.placed:
-        scheme = skeleton.checkpoint.activations_of(source)
+        inputs = skeleton.checkpoint.inputs_of(source)
+        scheme = None if inputs is None else inputs.scheme
         params = {slot.param for slot in skeleton.slots(source)} if scheme is not None else set()
         for param in params:
             if len(skeleton.empty[param].shape) == 2:
@@ -58,7 +59,7 @@ def compare_models(
     *,
     seq_len: int = 256,
     samples: int | None = None,
-    activations: str | Scheme | None = None,
+    activations: str | ActivationScheme | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model against its original.

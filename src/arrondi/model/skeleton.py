@@ -146,7 +146,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.model = build_model(checkpoint.folder.config, checkpoint.folder.path)
+        self.model = build_model(checkpoint.folder.model_config, checkpoint.folder.path)
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.empty.items():

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from arrondi.checkpoint import LAYOUTS, Layout, Placed, ShardPlan, TensorSpec
+from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, Placed, ShardPlan, TensorSpec, readers_of
 from arrondi.errors import ArrondiError, SchemeError, unknown
 from arrondi.formats import LayerScheme, PerBlock, PerGroup, Scheme
 from arrondi.model import Skeleton, find_blocks
@@ -47,6 +47,8 @@ class PlannedTensor:
     rule: Rule | None = None
     scheme: LayerScheme | None = None
     block: int | None = None
+    kind: str = "Linear"
+    path: str = ""
 
     @property
     def weights(self) -> int:
@@ -55,7 +57,7 @@ class PlannedTensor:
     @property
     def placed(self) -> Placed:
         assert self.scheme is not None
-        return Placed(self.name, self.shape, self.scheme)
+        return Placed(self.name, self.shape, self.scheme, self.path, self.kind)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The `quantization_config` of the output."""
-        return self.layout.config([t.placed for t in self.quantized], self.kept_modules, self.classes, self.whole)
+        return self.layout.config([t.placed for t in self.quantized], self.kept_modules, ModelFacts(whole=self.whole))
 
     def specs(self, tensor: PlannedTensor) -> list[TensorSpec]:
         """The tensors that are written for one stored tensor."""
@@ -132,7 +134,7 @@ class Plan:
         bits = 8 * sum(self.nbytes(t) for t in self.quantized)
         return {
             "layout": self.layout.name,
-            "readers": self.layout.readers,
+            "readers": [v.reader for v in readers_of([t.placed for t in self.quantized], self.layout) if v.ok],
             "parameters": total,
             "output_bytes": self.output_bytes,
             "bits_per_weight": round(bits / quantized, 4) if quantized else None,
@@ -175,7 +177,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, *, layout: str | None = None, 
     problems = [*resolver.problems, *resolver.unmatched()]
     chosen = LAYOUTS[layout] if layout else _choose_layout(tensors)
     for t in tensors:
-        refusal = chosen.refuse(t.scheme, t.name, t.shape) if t.status == "quantized" and t.scheme else None
+        refusal = chosen.refuse(t.placed) if t.status == "quantized" and t.scheme else None
         if refusal:
             problems.append(f"{t.name}: {refusal}. Use --layout arrondi, or another scheme.")
             break
@@ -189,14 +191,15 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, *, layout: str | None = None, 
         )
     notes = [f"{n} is missing in the checkpoint and is taken as zero." for n in skeleton.missing]
     whole = not skeleton.starts_without(resolver.classes)
-    notes += chosen.notes([t.placed for t in tensors if t.status == "quantized"], resolver.classes, whole)
+    placed = [t.placed for t in tensors if t.status == "quantized"]
+    notes += [v.sentence for v in readers_of(placed, chosen, ModelFacts(whole=whole)) if not v.ok]
     return Plan(tensors, chosen, problems, resolver.classes, resolver.kept_modules(tensors), notes, whole)
 
 
 def _choose_layout(tensors: list[PlannedTensor]) -> Layout:
     wanted = [t for t in tensors if t.status == "quantized"]
     for layout in LAYOUTS.values():
-        if all(layout.refuse(t.scheme, t.name, t.shape) is None for t in wanted if t.scheme):
+        if all(layout.refuse(t.placed) is None for t in wanted if t.scheme):
             return layout
     return next(iter(LAYOUTS.values()))
 
@@ -274,7 +277,13 @@ class _Resolver:
             self.classes[module_name] = "Conv1D" if type(module).__name__ == "Conv1D" else "Linear"
             self.classes[own] = self.classes[module_name]
         return _with(
-            plain, status="quantized", reason=f"rule {self.recipe.rules.index(rule) + 1}", rule=rule, scheme=scheme
+            plain,
+            status="quantized",
+            reason=f"rule {self.recipe.rules.index(rule) + 1}",
+            rule=rule,
+            scheme=scheme,
+            kind=self.classes[own],
+            path="" if fused or own in modules else next(iter(modules)),
         )
 
     def _rule(self, names: list[str], classes: set[str]) -> Rule | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
+from arrondi.checkpoint import Checkpoint, LayerValues, ShardWriter, guard_disk, write_json
 from arrondi.errors import OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
 from arrondi.evaluate.text import Windows
@@ -235,7 +235,7 @@ class _Run:
                 self.skeleton.overrides[tensor.name] = self._written(tensor)
 
     def _written(self, tensor: PlannedTensor) -> torch.Tensor:
-        return self.plan.layout.read(tensor.placed, self.writer.get).dequantize().reshape(tensor.shape)
+        return self.plan.layout.read(tensor.placed, self.writer.get).weight.dequantize().reshape(tensor.shape)
 
     def _outer_quantized(self) -> bool:
         return any(t.block is None for t in self.plan.quantized)
@@ -304,7 +304,7 @@ class _Run:
         self.rows += self.journal.steps[name]
 
     def _put(self, rounded: Rounded) -> dict[str, Any]:
-        for name, value in self.plan.layout.write(rounded.tensor.placed, rounded.q).items():
+        for name, value in self.plan.layout.write(rounded.tensor.placed, LayerValues(rounded.q)).items():
             self.writer.put(name, value)
         return rounded.row()
 
@@ -316,8 +316,7 @@ class _Run:
         out, source = self.journal.out, self.skeleton.checkpoint.folder
         ShardWriter.publish(self.journal.work, self.shards, out)
         with guard_disk(out):
-            for path in source.other_files():
-                shutil.copyfile(path, out / path.name)
+            source.copy_other_files(out)
         report = {
             **facts,
             "seconds": done["seconds"],

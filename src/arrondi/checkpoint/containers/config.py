@@ -52,9 +52,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             or (layers and value > _MOST_LAYERS)
             or (key in _COUNTS and (value < 0 or value != int(value)))
         ):
-            raise FileFormatError(
-                f"{path}: {key} cannot be {_short(value)}. Take config.json from the original model."
-            )
+            raise FileFormatError(f"{path}: {key} cannot be {_short(value)}. Take config.json from the original model.")
 
 
 def check_generation(folder: Path) -> None:

@@ -71,9 +71,11 @@ def _downloaded(name: str, missing: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED))
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        why = {401: "the Hub has no such model, or it needs a login", 403: "access to this model must be asked for on its page", 404: "the Hub has no such model"}.get(status, "the Hub refused")  # fmt: skip
-        raise FileFormatError(f"{missing}, or the name of a model on the Hugging Face Hub: {why}.") from error
+        status = getattr(error.response, "status_code", 0)
+        known = {401: "the Hub has no such model, or it needs a login", 403: "access to this model must be asked for on its page", 404: "the Hub has no such model"}  # fmt: skip
+        raise FileFormatError(
+            f"{missing}, or the name of a model on the Hugging Face Hub: {known.get(status, 'the Hub refused')}."
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise FileFormatError(
             f"{missing}, or the name of a model on the Hugging Face Hub: this one is not complete in the local cache, "

@@ -16,7 +16,7 @@ import torch
 from arrondi.checkpoint.containers.config import check_config, check_generation, decode_floats
 from arrondi.checkpoint.containers.hub import resolve
 from arrondi.checkpoint.containers.json_file import read_json
-from arrondi.checkpoint.containers.side_files import side_files
+from arrondi.checkpoint.containers.side_files import copy_side_files, side_files
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
 from arrondi.checkpoint.foreign import what_directory, what_file
 from arrondi.errors import FileFormatError
@@ -51,8 +51,9 @@ class ModelDir:
                 "a file, but a model is a directory with config.json and safetensors files. Give its directory"
             )
             raise FileFormatError(f"{path}: {what}.")
-        if not (path / "config.json").exists() and (what := what_directory(path)):
-            raise FileFormatError(f"{path}: {what}.")
+        foreign = None if (path / "config.json").exists() else what_directory(path)
+        if foreign:
+            raise FileFormatError(f"{path}: {foreign}.")
         config = read_json(path / "config.json", "Is this a model directory?")
         check_config(config, path / "config.json")
         check_generation(path)
@@ -78,6 +79,10 @@ class ModelDir:
     def other_files(self) -> list[Path]:
         """Tokenizer, generation config, chat templates, licence, … : what a copy takes along, relative to the directory."""
         return side_files(self.path)
+
+    def copy_other_files(self, out: Path) -> list[Path]:
+        """Copy them into another directory, at the same places."""
+        return copy_side_files(self.path, out)
 
     def fingerprint(self) -> str:
         """A hash of config, headers and file times: changes when the model does, without reading its weights."""

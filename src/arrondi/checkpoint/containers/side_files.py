@@ -1,6 +1,6 @@
 """The files of a model directory that are not weights and that a copy of the model needs.
 
-Owns: `side_files`. The rule:
+Owns: `side_files` and `copy_side_files`. The rule:
 
 * by suffix: `.json .jinja .model .txt .tiktoken .spm .bpe .vocab .py`, and any LICENSE, NOTICE or COPYING;
 * also in subfolders (`1_Pooling/config.json`, `additional_chat_templates/*.jinja`), unless the folder holds weights of another
@@ -12,6 +12,7 @@ Owns: `side_files`. The rule:
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +40,15 @@ def side_files(folder: Path) -> list[Path]:
             continue
         found += [where / f for f in files if _taken(f, where == Path(), part) and (Path(here) / f).is_file()]
     return sorted(found)
+
+
+def copy_side_files(folder: Path, out: Path) -> list[Path]:
+    """Copy them into another directory, at the same places; the paths as `side_files` gives them."""
+    found = side_files(folder)
+    for path in found:
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / path, out / path)
+    return found
 
 
 def _taken(name: str, top: bool, part: bool) -> bool:

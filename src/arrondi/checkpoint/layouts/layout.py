@@ -89,6 +89,21 @@ class LayerValues:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What layouts and readers must know of a model beyond its layers.
+
+    Attributes:
+        dtype: the element type in which a reader loads the model unless told otherwise: the one that config.json names.
+        fused_experts: transformers keeps the experts of a mixture in one parameter.
+        whole: transformers can build the model's class only around whole weights, not around packed ones.
+    """
+
+    dtype: str = "float32"
+    fused_experts: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
     """How quantized layers are stored.
 
@@ -98,7 +113,7 @@ class Layout:
         specs: placed → the tensors that it becomes, known before any code is chosen.
         write: (placed, values) → those tensors.
         read: (placed, reader of named tensors) → values; a number that cannot be raises FileFormatError.
-        config: (placed, paths of the modules whose matrix is kept) → `quantization_config`.
+        config: (placed, paths of the modules whose matrix is kept, facts of the model) → `quantization_config`.
         find: (config.json, stored names, reader) → what is quantized; raises FileFormatError on whatever it does not consume.
     """
 
@@ -107,5 +122,5 @@ class Layout:
     specs: Callable[[Placed], list[TensorSpec]]
     write: Callable[[Placed, LayerValues], dict[str, torch.Tensor]]
     read: Callable[[Placed, Reader], LayerValues]
-    config: Callable[[list[Placed], list[str]], dict[str, Any]]
+    config: Callable[[list[Placed], list[str], ModelFacts], dict[str, Any]]
     find: Callable[[Mapping[str, Any], Names, Reader], list[Placed]]

@@ -36,7 +36,9 @@ _KEYS: Final = frozenset({
     "observer", "observer_kwargs",
 })  # fmt: skip
 _FLOAT_TYPES: Final = frozenset({"torch.float32", "torch.bfloat16", "torch.float16"})
-_TYPES: Final = frozenset({*_FLOAT_TYPES, "torch.float8_e4m3fn", "torch.uint8", "torch.int8", "torch.int16", "torch.int32"})
+_TYPES: Final = frozenset(
+    {*_FLOAT_TYPES, "torch.float8_e4m3fn", "torch.uint8", "torch.int8", "torch.int16", "torch.int32"}
+)
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,11 @@ def read_args(args: object, where: str, powers: bool = False) -> Args:
         raise _wrong(where, args, "an object")
     unknown = sorted(str(k) for k in args.keys() - _KEYS)
     if unknown:
-        raise FileFormatError(f"{where} has the key {unknown[0]!r}, which is not known here. Remove it, or update arrondi.")
+        raise FileFormatError(
+            f"{where} has the key {unknown[0]!r}, which is not known here. Remove it, or update arrondi."
+        )
     dynamic = args.get("dynamic", False)
-    if dynamic not in (True, False, "local") or isinstance(dynamic, int) and not isinstance(dynamic, bool):
+    if dynamic not in (True, False, "local") or (isinstance(dynamic, int) and not isinstance(dynamic, bool)):
         raise _wrong(f"{where}.dynamic", dynamic, "true, false or 'local'")
     symmetric = args.get("symmetric", True)
     if not isinstance(symmetric, bool):
@@ -117,7 +121,9 @@ def read_args(args: object, where: str, powers: bool = False) -> Args:
         raise FileFormatError(f"{where}: tensor_group is known for NVFP4 only (4-bit float, groups of 16, fp8 scales).")
     powers = powers or scale == "torch.uint8"
     if powers and (format.kind != "float" or granularity != PerGroup(32) or scale not in (None, "torch.uint8")):
-        raise FileFormatError(f"{where}: scales that are powers of two go with MX formats only (floats in groups of 32).")
+        raise FileFormatError(
+            f"{where}: scales that are powers of two go with MX formats only (floats in groups of 32)."
+        )
     if scale == "torch.float8_e4m3fn" and not nested:
         raise FileFormatError(f"{where}: fp8 scales go with strategy 'tensor_group' only, got {strategy!r}.")
     scheme = Scheme(
@@ -165,7 +171,8 @@ def _granularity(args: Mapping[str, Any], where: str) -> tuple[str, Granularity]
         return strategy, PerBlock(*sizes)
     if strategy in ("group", "tensor_group"):
         return strategy, PerGroup(int(size or 0))
-    return strategy, {"tensor": PerTensor(), "channel": PerChannel(), "token": PerToken()}[strategy]
+    simple: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel(), "token": PerToken()}
+    return strategy, simple[strategy]
 
 
 def _check_words(args: Mapping[str, Any], where: str) -> None:

@@ -3,7 +3,8 @@
 Owns: `STORAGE` and `format_of`. Beside `P.weight_scale`, of a weight `P.weight`:
 
     pack-quantized          weight_packed int32, codes + 2^(b-1) as one little-endian bit stream a row; weight_shape int64;
-                            weight_zero_point int32, packed along the outputs; weight_g_idx int32 where groups are scattered
+                            weight_zero_point int32, packed along the outputs (int8 where blocks or the whole tensor share it);
+                            weight_g_idx int32 where groups are scattered
     int-quantized           weight int8; weight_zero_point int8
     float-quantized         weight float8_e4m3
     nvfp4-pack-quantized    weight_packed uint8, first code in the low nibble; weight_scale float8_e4m3 for 16 codes;
@@ -103,6 +104,11 @@ def _read_scale(placed: Placed, stored: torch.Tensor) -> torch.Tensor:
 # ── integers, packed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _packs_zeros(scheme: Scheme) -> bool:
+    """Whether zero points are packed as codes are; those of blocks and tensors take a byte each."""
+    return isinstance(scheme.granularity, PerGroup | PerChannel)
+
+
 def _packed_specs(placed: Placed) -> Specs:
     scheme, (rows, columns) = placed.scheme.weights, placed.matrix_shape
     bits = scheme.format.bits
@@ -111,9 +117,11 @@ def _packed_specs(placed: Placed) -> Specs:
         "weight_scale": _scale_spec((rows, columns), scheme),
         "weight_shape": (torch.int64, (2,)),
     }
-    if scheme.zero_point == "integer":
+    if scheme.zero_point == "integer" and _packs_zeros(scheme):
         groups = scale_shape(scheme.granularity, (rows, columns))[1]
         specs["weight_zero_point"] = (torch.int32, (packed_width(rows, bits, _WORD) // _WORD, groups))
+    elif scheme.zero_point == "integer":
+        specs["weight_zero_point"] = (torch.int8, specs["weight_scale"][1])
     if placed.indexed:
         specs["weight_g_idx"] = (torch.int32, (columns,))
     return specs
@@ -126,7 +134,9 @@ def _packed_write(placed: Placed, q: QTensor) -> dict[str, torch.Tensor]:
         "weight_scale": _write_scale(q),
         "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
-    if q.zero_point is not None:
+    if q.zero_point is not None and not _packs_zeros(q.scheme):
+        tensors["weight_zero_point"] = q.zero_point.to(torch.int8).reshape(tensors["weight_scale"].shape)
+    elif q.zero_point is not None:
         zero = (q.zero_point - low).to(torch.uint8).T.contiguous()
         tensors["weight_zero_point"] = pack(zero, bits, word_bytes=_WORD).view(torch.int32).T.contiguous()
     if q.group_index is not None:
@@ -138,11 +148,15 @@ def _packed_read(placed: Placed, tensors: Stored) -> QTensor:
     scheme, (rows, columns) = placed.scheme.weights, placed.matrix_shape
     bits, low = scheme.format.bits, scheme.format.qmin
     if tensors["weight_shape"].tolist() != [rows, columns]:
-        raise FileFormatError(f"{placed.name}: weight_shape says {tensors['weight_shape'].tolist()}, not {[rows, columns]}.")
+        raise FileFormatError(
+            f"{placed.name}: weight_shape says {tensors['weight_shape'].tolist()}, not {[rows, columns]}."
+        )
     packed = tensors["weight_packed"].view(torch.uint8)
     check_padding(placed.name, packed, bits, columns)
     zero = None
-    if scheme.zero_point == "integer":
+    if scheme.zero_point == "integer" and not _packs_zeros(scheme):
+        zero = tensors["weight_zero_point"].int().reshape(scale_shape(scheme.granularity, (rows, columns)))
+    elif scheme.zero_point == "integer":
         stored = tensors["weight_zero_point"].T.contiguous().view(torch.uint8)
         check_padding(f"{placed.name}: zero points", stored, bits, rows)
         zero = unpack(stored, bits, rows).T.int() + low
@@ -227,11 +241,7 @@ def _float_read(placed: Placed, tensors: Stored) -> QTensor:
 
 def _is_integer(s: Scheme) -> bool:
     plain = isinstance(s.granularity, PerTensor | PerGroup | PerBlock) or s.granularity == PerChannel()
-    return s.format in _INTEGERS and s.scale in STORED and plain
-
-
-def _is_packed_integer(s: Scheme) -> bool:
-    return _is_integer(s) and (s.symmetric or isinstance(s.granularity, PerGroup | PerChannel))
+    return s.format in _INTEGERS and s.scale in STORED and s.zero_point != "float" and plain
 
 
 def _is_fp8(s: Scheme) -> bool:
@@ -252,7 +262,7 @@ _PLAIN = (_plain_specs, _plain_write, _plain_read)
 _FLOATS = (_float_specs, _float_write, _float_read)
 
 STORAGE: Final[Mapping[str, Storage]] = MappingProxyType({
-    "pack-quantized": Storage(_is_packed_integer, *_PACKED),
+    "pack-quantized": Storage(_is_integer, *_PACKED),
     "int-quantized": Storage(_is_integer, *_PLAIN),
     "float-quantized": Storage(_is_fp8, *_PLAIN),
     "naive-quantized": Storage(lambda s: _is_integer(s) or _is_fp8(s), *_PLAIN),
