@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, guard_disk, write_json
 from arrondi.errors import OutputError, SchemeError
 from arrondi.model import DTYPES
-from arrondi.tensor.qtensor import QTensor
 
 
 def dequantize_model(
@@ -56,19 +54,12 @@ def dequantize_model(
     for i, name in enumerate(checkpoint.names):
         if progress:
             progress(i, len(checkpoint.names), name)
-        value = checkpoint.read(name)
-        plain = (
-            value.dequantize(kind).reshape(checkpoint.names[name])
-            if isinstance(value, QTensor)
-            else value.to(types[name])
-        )
-        writer.put(name, plain)
+        writer.put(name, checkpoint.dense(name, kind).to(types[name]))
     writer.sync()
     writer.close()
     ShardWriter.publish(out, plan, out)
-    for path in checkpoint.folder.other_files():
-        with guard_disk(out):
-            shutil.copyfile(path, out / path.name)
+    with guard_disk(out):
+        checkpoint.folder.copy_other_files(out)
     config = {k: v for k, v in checkpoint.folder.config.items() if k != "quantization_config"}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = dtype

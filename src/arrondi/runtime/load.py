@@ -13,7 +13,7 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, unknown
-from arrondi.formats import Scheme, tile_shape
+from arrondi.formats import ActivationScheme, Scheme, tile_shape
 from arrondi.model import DTYPES, Skeleton, Slot
 from arrondi.nn import DenseLinear, QLinear, QStack
 from arrondi.runtime.fused import fuse
@@ -21,7 +21,7 @@ from arrondi.tensor.qtensor import QTensor
 
 
 def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "float32", activations: str | Scheme | None = None
+    path: str | Path, *, dtype: str | torch.dtype = "float32", activations: str | ActivationScheme | None = None
 ) -> Any:
     """Load a model directory, quantized or plain, in eval mode.
 
@@ -100,10 +100,17 @@ def _linear(
     return QLinear(
         tensors[source],
         bias,
-        activations=skeleton.checkpoint.activations_of(source),
+        activations=_inputs(skeleton, source),
         dtype=kind,
         transposed=type(module).__name__ == "Conv1D",
     )
+
+
+def _inputs(skeleton: Skeleton, source: str) -> Scheme | None:
+    inputs = skeleton.checkpoint.inputs_of(source)
+    if inputs is not None and inputs.dynamic is not True:
+        raise FileFormatError(f"{skeleton.checkpoint.folder.path}: static scales of inputs are not run here yet.")
+    return None if inputs is None else inputs.scheme
 
 
 def _stack(
