@@ -1,4 +1,4 @@
-"""A quantized checkpoint as a transformers model whose linears hold packed codes: `load_model`.
+"""A quantized checkpoint as a transformers model whose linears hold packed codes: `load`.
 
 The model is transformers' own; only modules that multiply by a quantized weight are replaced, one at a time, so the float
 copy of the model never exists.
@@ -6,22 +6,27 @@ copy of the model never exists.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from arrondi.checkpoint import Checkpoint
-from arrondi.errors import FileFormatError, unknown
-from arrondi.formats import ActivationScheme, Scheme, tile_shape
-from arrondi.model import DTYPES, Skeleton, Slot
+from arrondi.checkpoint import Checkpoint, LayerValues
+from arrondi.errors import unknown
+from arrondi.formats import ActivationScheme, tile_shape
+from arrondi.model import DTYPES, Instance, OnDisk, Site
 from arrondi.nn import DenseLinear, QLinear, QStack
-from arrondi.runtime.fused import fuse
-from arrondi.tensor.qtensor import QTensor
+from arrondi.runtime.fused import fuse as fuse_blocks
+from arrondi.tensor.qtensor import Grid, QTensor
 
 
-def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "float32", activations: str | ActivationScheme | None = None
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    activations: str | ActivationScheme | None = None,
+    fuse: bool = True,
 ) -> Any:
     """Load a model directory, quantized or plain, in eval mode.
 
@@ -30,103 +35,108 @@ def load_model(
         dtype: type that activations and unquantized weights have.
         activations: round the inputs of weight-only linears too, for speed (those of fused experts stay); `"int8/g128"`
             costs little. See `parse_activations`; `arrondi eval --activations` measures the cost.
+        fuse: compute blocks of the usual shape in few compiled calls; see `arrondi.runtime.fuse`.
 
     Returns:
         the transformers model; its quantized linears are `arrondi.nn.QLinear`, fused experts `arrondi.nn.QStack`.
 
     Raises:
-        FileFormatError: not a model directory, or a layout that is not known.
+        FileFormatError: not a model directory, tensors are missing, or a layout that is not known.
         SchemeError: there is no such dtype, or no activations that can be rounded so.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    checkpoint = Checkpoint.open(path).rounding(activations)
-    skeleton = Skeleton(checkpoint)
-    model = skeleton.model
-    packed = _packed_slots(skeleton)
-    for param, found in packed.items():
-        module_name, _, leaf = param.rpartition(".")
-        module = model.get_submodule(module_name)
-        tensors = {source: checkpoint.read(source) for _, source in found}
-        if len(skeleton.empty[param].shape) == 3:
-            stack = _stack(found, tensors, skeleton, param, kind)
-            del module._parameters[leaf]
-            setattr(module, leaf, stack)
-        else:
-            made: dict[Any, QLinear] = {}
-            for name in (alias.rpartition(".")[0] for alias in skeleton.names_of(param)):
-                module = model.get_submodule(name)
-                if module not in made:
-                    made[module] = _linear(skeleton, name, module, found[0][1], tensors, kind)
-                model.set_submodule(name, made[module])
-    for name in [n for n in skeleton.empty if not _gone(model, n)]:
-        skeleton.fill([name], kind)
-    skeleton.load_buffers()
+    source = OnDisk(Checkpoint.open(path).rounding(activations))
+    instance = source.instance()
+    model = instance.model
+    packed = _Packed(source, instance, kind)
+    for param, sites in _by_param(source).items():
+        packed.put(param, sites)
+    instance.fill([n for n in instance.empty if n not in packed.gone], kind)
     DenseLinear.adopt(model)
-    fuse(model)
-    if model.can_generate():
+    if fuse:
+        fuse_blocks(model)
+    if hasattr(model, "can_generate") and model.can_generate():
         model.config.use_cache = True
-    model.config.dtype = kind
-    generation = checkpoint.folder.path / "generation_config.json"
-    if generation.exists() and model.can_generate():
-        from transformers import GenerationConfig
+        generation = source.where / "generation_config.json"
+        if generation.exists():
+            from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder.path)
+            model.generation_config = GenerationConfig.from_pretrained(source.where)
+    model.config.dtype = kind
     return model
 
 
-def _packed_slots(skeleton: Skeleton) -> dict[str, list[tuple[Slot, str]]]:
-    """Parameter → the quantized tensors that fill it, with their places."""
-    packed: dict[str, list[tuple[Slot, str]]] = {}
-    for source in skeleton.checkpoint.placed:
-        slots = skeleton.slots(source)
-        if not slots:
-            raise FileFormatError(
-                f"{skeleton.checkpoint.folder.path}: {source} is quantized, but transformers computes its parameter from it in a way that packed codes cannot follow."
-            )
-        for slot in slots:
-            packed.setdefault(slot.param, []).append((slot, source))
-    return packed
+def _by_param(source: OnDisk) -> dict[str, list[Site]]:
+    """Parameter → the sites that fill it, where all of them are stored quantized and a module can hold them packed."""
+    found: dict[str, list[Site]] = {}
+    for site in source.sites:
+        found.setdefault(site.param, []).append(site)
+    placed = source.checkpoint.placed
+    return {
+        param: sites
+        for param, sites in found.items()
+        if all(s.piece is not None and s.piece.source in placed and s.kind == "linear" and not s.unfit for s in sites)
+    }
 
 
-def _linear(
-    skeleton: Skeleton, name: str, module: Any, source: str, tensors: dict[str, Any], kind: torch.dtype
-) -> QLinear:
-    bias = None
-    if module._parameters.get("bias") is not None:
-        skeleton.fill([f"{name}.bias"], kind)
-        bias = module.bias.detach()
-    return QLinear(
-        tensors[source],
-        bias,
-        activations=_inputs(skeleton, source),
-        dtype=kind,
-        transposed=type(module).__name__ == "Conv1D",
-    )
+class _Packed:
+    """Puts packed modules where parameters were.
+
+    Attributes:
+        gone: parameters that modules with packed codes replaced.
+    """
+
+    def __init__(self, source: OnDisk, instance: Instance, kind: torch.dtype) -> None:
+        self.source, self.instance, self.kind = source, instance, kind
+        self.gone: set[str] = set()
+
+    def put(self, param: str, sites: list[Site]) -> None:
+        """Replace a parameter by packed codes; one whose codes do not fit a module stays to be filled with numbers."""
+        ordered = sorted(sites, key=lambda s: (s.param_index or 0, s.rows.start or 0, s.columns.start or 0))
+        stored = {s.piece.source: self.source.checkpoint.layer(s.piece.source) for s in ordered if s.piece}
+        weights = [_codes(s, stored) for s in ordered]
+        if ordered[0].param_index is None:
+            if len(weights) == 1 and tuple(weights[0].shape) == ordered[0].shape:
+                self._linear(param, ordered[0], weights[0], next(iter(stored.values())).inputs)
+            return
+        count = self.instance.empty[param].shape[0]
+        pieces: list[list[QTensor]] = [[] for _ in range(count)]
+        for site, weight in zip(ordered, weights, strict=True):
+            pieces[site.param_index or 0].append(weight)
+        module, _, leaf = param.rpartition(".")
+        owner = self.instance.model.get_submodule(module)
+        del owner._parameters[leaf]
+        setattr(owner, leaf, QStack(pieces, transposed=ordered[0].param_flipped, dtype=self.kind))
+        self.gone.add(param)
+
+    def _linear(self, param: str, site: Site, weight: QTensor, grid: Grid | None) -> None:
+        """One module for all places that share the parameter; each keeps its own bias."""
+        model, names = self.instance.model, self.instance.names.names_of(param)
+        made: dict[Any, QLinear] = {}
+        assert site.piece is not None
+        scheme = self.source.checkpoint.inputs_of(site.piece.source)
+        for name in (n.rpartition(".")[0] for n in names):
+            module = model.get_submodule(name)
+            if module not in made:
+                bias = None
+                if module._parameters.get("bias") is not None:
+                    self.instance.fill([f"{name}.bias"], self.kind)
+                    bias = module.bias.detach()
+                made[module] = QLinear(weight, bias, inputs=scheme, input_grid=grid, dtype=self.kind)
+            model.set_submodule(name, made[module])
+        self.gone.update(names)
+        self.gone.update(n for n in self.instance.empty if n.rpartition(".")[0] in {m.rpartition(".")[0] for m in names})
 
 
-def _inputs(skeleton: Skeleton, source: str) -> Scheme | None:
-    inputs = skeleton.checkpoint.inputs_of(source)
-    if inputs is not None and inputs.dynamic is not True:
-        raise FileFormatError(f"{skeleton.checkpoint.folder.path}: static scales of inputs are not run here yet.")
-    return None if inputs is None else inputs.scheme
-
-
-def _stack(
-    found: list[tuple[Slot, str]], tensors: dict[str, Any], skeleton: Skeleton, param: str, kind: torch.dtype
-) -> QStack:
-    """The quantized matrices of a fused parameter, in order."""
-    count = skeleton.empty[param].shape[0]
-    pieces: list[list[QTensor]] = [[] for _ in range(count)]
-    flipped = found[0][0].flipped
-    for slot, source in sorted(found, key=lambda f: (f[0].index or 0, f[0].rows.start or 0, f[0].columns.start or 0)):
-        q = tensors[source]
-        if slot.source_index is not None:
-            rows = q.shape[0] // count
-            q = _rows(q, slot.source_index * rows, rows)
-        pieces[slot.index or 0].append(q)
-    return QStack(pieces, transposed=flipped, dtype=kind)
+def _codes(site: Site, stored: Mapping[str, LayerValues]) -> QTensor:
+    """The codes of a site, (out, in)."""
+    piece = site.piece
+    assert piece is not None
+    q, rows = stored[piece.source].weight, site.shape[0]
+    start = piece.source_rows.start if piece.source_index is None else piece.source_index * rows
+    return q if q.shape[0] == rows else _rows(q, start, rows)
 
 
 def _rows(q: QTensor, start: int, count: int) -> QTensor:
@@ -139,13 +149,4 @@ def _rows(q: QTensor, start: int, count: int) -> QTensor:
         scale: torch.Tensor | QTensor = _rows(q.scale, first, rows)
     else:
         scale = q.scale[first:last]
-    return QTensor(q.codes[start : start + count], scale, zero, offset, q.scheme)
-
-
-def _gone(model: Any, param: str) -> bool:
-    """Whether the module that held this parameter was replaced, or the parameter itself."""
-    try:
-        module = model.get_submodule(param.rpartition(".")[0])
-    except AttributeError:
-        return True
-    return isinstance(module, QLinear) or param.rpartition(".")[2] not in module._parameters
+    return QTensor(q.codes[start : start + count], scale, zero, offset, q.scheme, q.group_index)
