@@ -15,8 +15,10 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
-from arrondi.evaluate.metrics import Comparison, EncoderComparison
-from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
+from arrondi.evaluate.comparison import Comparison, EncoderComparison
+from arrondi.evaluate.data import Data, check_windows, read_windows, reads_text
+from arrondi.evaluate.limits import Limits, check_limits
+from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.formats import Scheme
 from arrondi.model import Chain, HiddenStore, Skeleton
 
@@ -54,11 +56,12 @@ def activation_schemes(skeleton: Skeleton) -> dict[str, Any]:
 def compare_models(
     quantized: str | Path,
     reference: str | Path,
-    text: str | Path,
+    text: Data,
     *,
     seq_len: int = 256,
     samples: int | None = None,
     activations: str | Scheme | None = None,
+    limits: Limits | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model against its original.
@@ -66,10 +69,11 @@ def compare_models(
     Args:
         quantized: directory of the model in question, quantized or plain.
         reference: directory of the original; its tokenizer is used.
-        text: UTF-8 file that calibration has not seen.
+        text: data that calibration has not seen: a path, texts, token ids, or batches of them.
         seq_len: tokens of a window, special tokens included.
         samples: windows at most; None takes all.
         activations: how inputs of weight-only linears of `quantized` are rounded, as `load_model` does; None: they stay.
+        limits: what the result will be held to; refused before the work where the model has no such measure.
         progress: called with (blocks done, blocks, what).
 
     Returns:
@@ -87,10 +91,13 @@ def compare_models(
         raise FileFormatError(
             f"{quantized} is another model than {reference}: class or shapes differ. Compare a model with its own original."
         )
-    seq_len = min(seq_len, getattr(skeletons[0].model.config, "max_position_embeddings", None) or seq_len)
-    tokenizer = load_tokenizer(Path(reference))
+    if limits:
+        check_limits(comparison_for(skeletons[0].model).kind, limits.kl, limits.ppl_increase)
+    seq_len, note = fit_length(seq_len, positions_of(skeletons[0].model))
+    tokenizer = load_tokenizer(skeletons[0].checkpoint.folder.path) if reads_text(text) else None
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
-    ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
+    check_windows(windows, skeletons[0].model)
+    ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // windows.seq_len, 1)))
     chains = [Chain(s, activation_schemes(s)) for s in skeletons]
     stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT, Path(tempfile.gettempdir())) for c in chains]
     report = progress or (lambda done, total, what: None)
@@ -113,6 +120,7 @@ def compare_models(
         **comparison.summary().to_dict(),
         "text": windows.source,
         "windows": sum(len(b) for b in ids),
-        "protocol": protocol(tokenizer, seq_len),
+        "protocol": protocol(tokenizer, windows.seq_len),
+        "notes": [note] if note and tokenizer is not None else [],
         "activations": None if activations is None else str(skeletons[1].checkpoint.activations),
     }

@@ -21,7 +21,7 @@ import torch
 from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
 from arrondi.errors import OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
-from arrondi.evaluate.text import Windows
+from arrondi.evaluate.data import Windows
 from arrondi.model import Chain, HiddenStore, Skeleton, bfloat16_pays
 from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
 from arrondi.pipeline.plan import Plan, PlannedTensor, check, make_plan
@@ -53,6 +53,7 @@ def quantize_model(
     keep_misfits: bool = False,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    planned: Callable[[dict[str, Any]], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a model directory into another.
@@ -66,6 +67,7 @@ def quantize_model(
         keep_misfits: keep weights whose shape does not fit instead of refusing.
         shard_bytes: files are split when they would exceed this.
         overwrite: a finished output may be replaced.
+        planned: called once with the plan (`Plan.to_dict`), before anything is written.
         progress: called as the run goes on.
 
     Returns:
@@ -86,6 +88,8 @@ def quantize_model(
     skeleton = Skeleton(checkpoint)
     plan = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
     check(plan)
+    if planned is not None:
+        planned(plan.to_dict())
     texts = read_texts(skeleton, text, recipe)
     key = run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
     if finished_key(out) == key and not overwrite:
