@@ -97,7 +97,7 @@ def scheme_names(texts: Sequence[str]) -> list[str]:
     ['W4A16', 'NF4', 'w=int8,a=int8', 'W8A8', 'w=int4', 'w=int3,a=int8']
     """
     found: list[str] = []
-    for text in (part for text in texts for part in text.split(";")):
+    for text in ";".join(texts).split(";"):
         keys: set[str] = set()  # of the scheme that is being put together
         for part in filter(None, (part.strip() for part in text.split(","))):
             key, equals, _ = part.partition("=")

@@ -243,5 +243,3 @@ def _exp(x: float) -> float:
 
 def _exp_interval(interval: Interval, less: float = 0.0) -> Interval:
     return _exp(interval[0]) - less, _exp(interval[1]) - less
-
-

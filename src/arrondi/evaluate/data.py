@@ -98,9 +98,7 @@ def check_windows(windows: Windows, model: Any) -> None:
         )
 
 
-def _of_text(
-    documents: Sequence[str], tokenizer: Any, seq_len: int, purpose: str, source: str, digest: str
-) -> Windows:
+def _of_text(documents: Sequence[str], tokenizer: Any, seq_len: int, purpose: str, source: str, digest: str) -> Windows:
     if tokenizer is None:
         raise DataError(f"{source}: text as {purpose}, and no tokenizer to read it. Give token ids, or a tokenizer.")
     ids = encode(documents, tokenizer)

@@ -142,5 +142,3 @@ def _interval(found: Floats, confidence: float) -> Interval:
     # Between two numbers of which one is infinite there is nothing to interpolate: take one of those found.
     low, high = np.quantile(found, shares, method="linear" if np.isfinite(found).all() else "inverted_cdf")
     return float(low), float(high)
-
-

@@ -72,9 +72,11 @@ def top1_agreement(reference_logits: torch.Tensor, logits: torch.Tensor) -> torc
         ShapeError: the shapes differ.
     """
     same_shape(reference_logits, logits)
-    a, b = reference_logits.argmax(dim=-1), logits.argmax(dim=-1).to(reference_logits.device)
-    best = reference_logits.gather(-1, a.unsqueeze(-1)).squeeze(-1)  # a NaN where there is one: argmax prefers it
-    return (a == b) & ~best.isnan()
+    best = [t.argmax(dim=-1, keepdim=True) for t in (reference_logits, logits)]
+    # argmax prefers a NaN, so the best logits are numbers where all are.
+    known = [~t.gather(-1, b).isnan() for t, b in zip((reference_logits, logits), best, strict=True)]
+    agree = (best[0] == best[1].to(best[0].device)) & known[0] & known[1].to(best[0].device)
+    return agree.squeeze(-1)
 
 
 def _position_chunks(logits: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

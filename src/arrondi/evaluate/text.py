@@ -71,9 +71,9 @@ def positions_of(model: Any) -> int | None:
         return None
     words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding) and module is not words:
-            if module.num_embeddings == limit and module.padding_idx is not None:
-                return limit - module.padding_idx - 1
+        places = isinstance(module, torch.nn.Embedding) and module is not words and module.num_embeddings == limit
+        if places and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
     return limit
 
 

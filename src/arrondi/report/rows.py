@@ -32,7 +32,14 @@ _ALIKE: Final = 2
 def console() -> Console:
     """As wide as the terminal, or as COLUMNS says."""
     known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Console(width=None if known else _FILE_WIDTH, highlight=False)
+    return _Console(width=None if known else _FILE_WIDTH, highlight=False)
+
+
+class _Console(Console):
+    """Rich would end the program with status 1 when the reader of its output has gone; `arrondi.cli.main` decides that."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 @dataclass
