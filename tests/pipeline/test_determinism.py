@@ -14,7 +14,7 @@ import torch
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.text import Windows
+from arrondi.evaluate.data import Windows
 from arrondi.model import Skeleton
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 from tests.pipeline.killer import digest

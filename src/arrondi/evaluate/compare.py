@@ -1,6 +1,6 @@
 """Two models on the same text, followed unit by unit.
 
-Owns: `evaluate` and `comparison_for`, which picks what can be measured on a kind of model. Only one unit of each model is in
+Owns: `compare_models` and `comparison_for`, which picks what can be measured on a kind of model. Only one unit of each model is in
 memory; outputs live for one batch.
 """
 
@@ -15,9 +15,11 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
-from arrondi.evaluate.metrics import Comparison, EncoderComparison
-from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
-from arrondi.formats import Scheme
+from arrondi.evaluate.comparison import Comparison, EncoderComparison
+from arrondi.evaluate.data import Data, check_windows, read_windows, reads_text
+from arrondi.evaluate.limits import Limits, check_limits
+from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol
+from arrondi.formats import ActivationScheme
 from arrondi.model import Budget, OnDisk, Stream, settle, walk
 
 BATCH_TOKENS = 2048
@@ -47,14 +49,16 @@ def batch_size(model: Any, seq_len: int) -> int:
     return max(min(BATCH_TOKENS // seq_len, by_output), 1)
 
 
-def evaluate(
+def compare_models(
     quantized: str | Path,
     reference: str | Path,
-    text: Any,
+    text: Data,
     *,
     seq_len: int = 256,
     samples: int | None = None,
-    activations: str | Scheme | None = None,
+    activations: str | ActivationScheme | None = None,
+    limits: Limits | None = None,
+    device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model against its original.
@@ -62,10 +66,12 @@ def evaluate(
     Args:
         quantized: directory of the model in question, quantized or plain.
         reference: directory of the original; its tokenizer is used.
-        text: a UTF-8 file that calibration has not seen, strings, or token ids.
+        text: data that calibration has not seen: a path, texts, token ids, or batches of them.
         seq_len: tokens of a window, special tokens included.
         samples: windows at most; None takes all.
         activations: how inputs of weight-only linears of `quantized` are rounded, as `load` does; None: they stay.
+        limits: what the result will be held to; refused before the work where the model has no such measure.
+        device: where units are run, as torch names devices.
         progress: called with (blocks done, blocks, what).
 
     Returns:
@@ -73,7 +79,7 @@ def evaluate(
         encoders cosine similarities and relative error; the protocol; and the activations.
 
     Raises:
-        FileFormatError: a directory is no model, or the two are not of one shape.
+        FileFormatError: a directory is no model, tensors are missing, or the two are not of one shape.
         DataError: the text is shorter than one window.
         SchemeError: there are no activations that can be rounded so, or the model does not run on text.
     """
@@ -83,38 +89,51 @@ def evaluate(
         raise FileFormatError(
             f"{quantized} is another model than {reference}: class or shapes differ. Compare a model with its own original."
         )
-    limit = getattr(sources[0].model.config.get_text_config(), "max_position_embeddings", None)
-    seq_len = min(seq_len, limit or seq_len)
-    tokenizer = load_tokenizer(sources[0].where)
+    model = sources[0].model
+    if limits:
+        check_limits(comparison_for(model).kind, limits.kl, limits.ppl_increase)
+    seq_len, note = fit_length(seq_len, positions_of(model))
+    tokenizer = load_tokenizer(sources[0].where) if reads_text(text) else None
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
-    ids = list(windows.ids[:samples].split(batch_size(sources[0].model, windows.ids.shape[1])))
-    notes = settle(sources[0], ids[-1][-1:])
+    check_windows(windows, model)
+    ids = list(windows.ids[:samples].split(batch_size(model, windows.seq_len)))
+    notes = [note] if note and tokenizer is not None else []
+    notes += settle(sources[0], ids[-1][-1:])
     if sources[0].whole:
         sources[1].run_as_whole()
-    instances = [s.instance() for s in sources]
-    instances[1].round_inputs(sources[1].rounded_inputs)
-    units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
     report = progress or (lambda done, total, what: None)
-    budget, folder = Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
-    comparison = comparison_for(sources[0].model)
-    with torch.no_grad(), Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:
-        first.begin()
-        second.begin()
-        for i in walk([[first], [second]]):
-            report(i, len(units[0]) + 1, f"block {i + 1} of {len(units[0])}")
-        report(len(units[0]), len(units[0]) + 1, "comparing outputs")
-        with units[0].outer_loaded(), units[1].outer_loaded():
-            for j, batch in enumerate(ids):
-                comparison.add(first.output(j), second.output(j), batch)
+    comparison = comparison_for(model)
+    _follow(sources, ids, comparison, torch.device(device), report)
     return {
         **comparison.summary().to_dict(),
         "text": windows.source,
         "windows": sum(len(b) for b in ids),
-        "protocol": protocol(tokenizer, seq_len),
-        "activations": None if activations is None else str(sources[1].checkpoint.activations),
+        "protocol": protocol(tokenizer, windows.seq_len),
         "notes": notes,
+        "activations": None if activations is None else str(sources[1].checkpoint.activations),
     }
 
 
-def check_measurable(model: Any) -> None:
-    """What can be measured is known before the work: see `comparison_for`."""
+@torch.no_grad()
+def _follow(
+    sources: list[OnDisk],
+    ids: list[torch.Tensor],
+    comparison: Comparison | EncoderComparison,
+    device: torch.device,
+    report: Callable[[int, int, str], None],
+) -> None:
+    """Send both models through all batches and collect what they compute."""
+    instances = [s.instance(device=device) for s in sources]
+    for source, instance in zip(sources, instances, strict=True):
+        instance.round_inputs(source.rounded_inputs)
+    units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
+    total, budget, folder = len(units[0]) + 1, Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
+    with Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:
+        first.begin()
+        second.begin()
+        for i in walk([[first], [second]]):
+            report(i, total, f"block {i + 1} of {len(units[0])}")
+        report(total - 1, total, "comparing outputs")
+        with units[0].outer_loaded(), units[1].outer_loaded():
+            for j, batch in enumerate(ids):
+                comparison.add(first.output(j), second.output(j), batch)

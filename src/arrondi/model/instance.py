@@ -34,9 +34,13 @@ class Instance:
         source: where weights come from.
         model: the transformers model; what is not filled lies on the meta device.
         overlay: what differs from the source.
+        device: where parameters are filled.
     """
 
-    def __init__(self, source: OnDisk, overlay: Overlay | None = None) -> None:
+    def __init__(
+        self, source: OnDisk, overlay: Overlay | None = None, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.device = device
         self.source, self.names, self.overlay = source, source.names, overlay or Overlay()
         self.model: Any = copy.deepcopy(source.model)
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
@@ -108,13 +112,17 @@ class Instance:
             self._inputs[name] = how
 
     def _load_buffers(self) -> None:
-        """Stored buffers (running statistics, router biases, hash tables) hold what the checkpoint says."""
+        """Buffers lie where the model runs. Stored buffers (running statistics, router biases, hash tables) hold what the checkpoint says."""
         for group in self.names.groups:
             for target in group.targets:
                 if target in self.names.buffers:
                     module, leaf = self._owner(target)
                     old = module._buffers[leaf]
                     module._buffers[leaf] = self.source.checkpoint.dense(group.sources[0]).to(old.dtype)
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != self.device and buffer.device.type != "meta":
+                    module._buffers[leaf] = buffer.to(self.device)
 
     def _owner(self, name: str) -> tuple[Any, str]:
         path, _, leaf = name.rpartition(".")
@@ -128,7 +136,7 @@ class Instance:
             )
         if value.dtype.is_floating_point:
             value = value.to(dtype)
-        filled = torch.nn.Parameter(value.contiguous(), requires_grad=False)
+        filled = torch.nn.Parameter(value.to(self.device).contiguous(), requires_grad=False)
         for name in self.names.names_of(param):
             module, leaf = self._owner(name)
             module._parameters[leaf] = filled

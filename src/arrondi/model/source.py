@@ -25,6 +25,7 @@ from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.units import find_lists
 from arrondi.model.whole import Whole
 
+_CPU = torch.device("cpu")
 _NAMED = 3
 """Missing tensors that a message names."""
 
@@ -60,9 +61,9 @@ class OnDisk:
         """config.json."""
         return self.checkpoint.folder.config
 
-    def instance(self, overlay: Overlay | None = None) -> Instance:
-        """The model, changed as the overlay says."""
-        return Instance(self, overlay)
+    def instance(self, overlay: Overlay | None = None, device: torch.device = _CPU) -> Instance:
+        """The model, changed as the overlay says, filled on a device."""
+        return Instance(self, overlay, device)
 
     @property
     def units(self) -> str:

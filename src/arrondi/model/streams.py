@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,8 +58,8 @@ class Stream:
         self._kept = []
         with self.units.outer_loaded():
             for batch in self.batches:
-                hidden, calls = self.units.begin(batch)
-                self._hidden.append(hidden)
+                hidden, calls = self.units.begin(_moved(batch, self.units.instance.device))
+                self._hidden.append(hidden.cpu())
                 shared = _shared(calls)
                 for call in calls:
                     self._calls.append(self._hide(call, shared))
@@ -68,8 +69,9 @@ class Stream:
 
     def run(self, i: int, j: int) -> torch.Tensor:
         """Unit i, which is filled, on batch j."""
-        call = self._show(self._calls[j * len(self.units) + i])
-        return self.units.run(i, self._hidden[j], call, bfloat16=self.bfloat16)
+        device = self.units.instance.device
+        call = _moved(self._show(self._calls[j * len(self.units) + i]), device)
+        return self.units.run(i, self._hidden[j].to(device), call, bfloat16=self.bfloat16)
 
     def forwards(self, i: int) -> list[Callable[[], object]]:
         """Unit i on every batch, to be run as often as needed; nothing moves on."""
@@ -78,11 +80,12 @@ class Stream:
     def advance(self, i: int) -> None:
         """Take every batch through unit i."""
         for j in range(len(self)):
-            self._hidden[j] = self.run(i, j)
+            self._hidden[j] = self.run(i, j).cpu()
 
     def output(self, j: int) -> torch.Tensor:
         """What the model computes for batch j, after its last unit. Call it inside `units.outer_loaded()`."""
-        return self.units.finish(self.batches[j], self._hidden[j])
+        device = self.units.instance.device
+        return self.units.finish(_moved(self.batches[j], device), self._hidden[j].to(device))
 
     def _hide(self, call: Call, shared: set[int]) -> tuple[Any, ...]:
         """A call as a tree; containers that units share, and objects of the model's own, are kept beside it."""
@@ -165,3 +168,16 @@ def _is_tree(value: Any) -> bool:
     if type(value) is dict:
         return all(map(_is_tree, value.values()))
     return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    """Arguments on the device where a unit runs."""
+    if device.type == "cpu":
+        return tree
+    if isinstance(tree, (Call, Inputs)):
+        return replace(tree, args=_moved(tree.args, device), kwargs=_moved(tree.kwargs, device))
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if type(tree) is dict:
+        return {k: _moved(v, device) for k, v in tree.items()}
+    return type(tree)(_moved(v, device) for v in tree) if type(tree) in (tuple, list) else tree

@@ -1,9 +1,10 @@
-"""Model in, quantized model out: `quantize`, `quantize_directory`, `quantize_module`."""
+"""Model in, quantized model out: `quantize_model`."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 
 from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
 from arrondi.errors import OutputError, SchemeError
-from arrondi.evaluate.compare import check_measurable
 from arrondi.model import OnDisk, settle
 from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
 from arrondi.pipeline.plan import Plan, check, make_plan
@@ -21,7 +21,7 @@ from arrondi.pipeline.run import Progress, Run
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
 
-def quantize_directory(
+def quantize_model(
     model: str | Path,
     out: str | Path,
     recipe: Recipe,
@@ -31,6 +31,8 @@ def quantize_directory(
     keep_misfits: bool = False,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    device: str = "cpu",
+    planned: Callable[[dict[str, Any]], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a model directory into another.
@@ -44,6 +46,8 @@ def quantize_directory(
         keep_misfits: keep weights whose shape does not fit instead of taking other groups.
         shard_bytes: files are split when they would exceed this.
         overwrite: a finished output may be replaced.
+        device: where units are run, as torch names devices.
+        planned: called once with the plan (`Plan.to_dict`), before anything is written.
         progress: called as the run goes on.
 
     Returns:
@@ -65,6 +69,8 @@ def quantize_directory(
     texts.notes += _settled(source, texts)
     plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
     check(plan)
+    if planned is not None:
+        planned(plan.to_dict())
     if plan.calibrated and texts.calibration is None:
         raise SchemeError("Static scales of inputs need calibration text. Add --calibration FILE, or drop 'static'.")
     key = run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
@@ -73,15 +79,13 @@ def quantize_directory(
         return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
     with Journal(out, key, overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
-        run = Run(plan, texts, journal, shard_bytes, progress or (lambda done, total, what: None))
+        run = Run(plan, texts, journal, shard_bytes, progress or (lambda done, total, what: None), torch.device(device))
         run.execute()
         return _publish(run, facts_of(checkpoint, plan, recipe, text, texts), key)
 
 
 def _settled(source: OnDisk, texts: Texts) -> list[str]:
     """Make sure that the model is run as it runs itself, on the last window of what it will see."""
-    if texts.evaluation is not None:
-        check_measurable(source.model)
     windows = texts.evaluation or texts.calibration
     return [] if windows is None else settle(source, windows.ids[-1:])
 

@@ -51,6 +51,7 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
         "fingerprint": checkpoint.folder.fingerprint(),
         "recipe": recipe.to_dict(),
         "layout": plan.layout.name,
+        "readers": summary["readers"],
         "bits_per_weight": summary["bits_per_weight"],
         "model_bits_per_weight": summary["model_bits_per_weight"],
         "output_bytes": plan.output_bytes,

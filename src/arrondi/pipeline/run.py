@@ -39,7 +39,10 @@ Progress = Callable[[int, int, str], None]
 class Run:
     """One execution of a plan: the state that its parts share."""
 
-    def __init__(self, plan: Plan, texts: Texts, journal: Journal, shard_bytes: int, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, texts: Texts, journal: Journal, shard_bytes: int, progress: Progress, device: torch.device
+    ) -> None:
+        self.device = device
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
@@ -96,7 +99,7 @@ class Run:
 
     def _with_data(self) -> dict[str, Any] | None:
         budget, folder = Budget(_HIDDEN_LIMIT), self.journal.work
-        self.instance = self.source.instance(self.overlay)
+        self.instance = self.source.instance(self.overlay, self.device)
         self.units = self.source.units_of(self.instance)
         self.instance.round_inputs(
             {
@@ -109,7 +112,7 @@ class Run:
         )
         for done in self.journal.steps.values():
             self._adopt([t for t in self.plan.tensors if t.name in set(done["tensors"])])
-        original = self.source.units_of(self.source.instance())
+        original = self.source.units_of(self.source.instance(device=self.device))
         calibration, evaluation = self.texts.calibration_batches, self.texts.evaluation_batches
         total = len(self.units) + 2
         self.progress(0, total, "reading data")

@@ -165,7 +165,9 @@ def _check_tensor(x: object, name: str) -> None:
         )
         raise DataError(f"{name}: quantize_tensor takes a torch.Tensor, got {kind.__module__}.{kind.__name__}. {hint}.")
     if not x.dtype.is_floating_point:
-        raise DataError(f"{name}: quantize_tensor takes floating-point numbers, got {x.dtype}. Use .float() first.")
+        raise DataError(
+            f"{name}: quantize_tensor takes floating-point numbers, got {x.dtype}. Convert them to float32 first."
+        )
 
 
 def quantize_tensor(
