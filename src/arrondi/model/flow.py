@@ -112,7 +112,7 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
         if (use.rows is not None or use.columns is not None) and use.kind != "convolution":
             whole.setdefault(use.param, f"a part of it ({use.kind})")
     numbers = {param: tuple(dict.fromkeys(reads)) for param, reads in readers.items()}
-    return Flow(tuple(uses), _stages(uses), numbers, routers.found(), whole, watcher.stopped)
+    return Flow(tuple(uses), _stages(uses), numbers, routers.found(not watcher.stopped), whole, watcher.stopped)
 
 
 def find_stages(params: Mapping[str, torch.Tensor], run: Callable[[], object]) -> list[Stage]:

@@ -48,7 +48,9 @@ class Region:
     def part(self, axis: int) -> slice | None:
         """The indices on one axis, None for all of them."""
         start, count, step = self.starts[axis], self.counts[axis], self.steps[axis]
-        return None if count == self.shape[axis] else slice(start, start + (count - 1) * step + 1, step)
+        if count == self.shape[axis]:
+            return None
+        return slice(start, start + count) if step == 1 else slice(start, start + (count - 1) * step + 1, step)
 
 
 @dataclass(frozen=True)

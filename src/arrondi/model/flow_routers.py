@@ -28,6 +28,7 @@ _NEEDS_DIM = {torch.argmax, _T.argmax, torch.max, _T.max}
 _DRAW = {torch.multinomial, _T.multinomial}
 _TOPK = {torch.topk, _T.topk}
 _SELECT = _NEEDS_DIM | _DRAW | _TOPK | {torch.sort, _T.sort, torch.argsort, _T.argsort}
+_TO_PYTHON = {_T.item, _T.tolist, _T.numpy, _T.__int__, _T.__index__, _T.__array__}
 _STOP = {functional.scaled_dot_product_attention, torch.cdist}
 
 
@@ -44,7 +45,7 @@ class Experts:
         for name, param in params.items():
             for path, number in _numbered(name):
                 numbered[path].add(number)
-            if param.ndim == 3:
+            if param.ndim == 3 and param.shape[1] > 1:  # not the filters of a depthwise convolution
                 self.counts[_parent(name)] = param.shape[0]
         self._lists = {path: len(numbers) for path, numbers in numbered.items() if len(numbers) > 1}
         self.counts.update(self._lists)
@@ -108,17 +109,27 @@ class Routers:
     _widths: dict[str, int] = field(default_factory=dict)
     _met: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     _ranked: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    _few: set[str] = field(default_factory=set)
+    _escaped: set[str] = field(default_factory=set)
+    _filters: set[str] = field(default_factory=set)  # stacks that turned out to be filters of convolutions
 
-    def found(self) -> frozenset[str]:
-        """The routers: those whose choice met experts, and those that rank experts which no other router was seen to choose."""
-        served = {home for homes in self._met.values() for home in homes}
-        return frozenset(self._met) | {p for p, homes in self._ranked.items() if homes - served}
+    def found(self, complete: bool) -> frozenset[str]:
+        """The routers: those whose choice met experts, and those that rank as many outputs as there are experts beside them.
+
+        The second are asked only of experts that no other router was seen to choose, and, if the run was complete, only
+        where the best few are taken or the choice went on as numbers of Python.
+        """
+        apart = self._filters.union(*self._met.values())
+        ranked = self._ranked if not complete else self._ranked.keys() & (self._few | self._escaped)
+        return frozenset(self._met) | {router for router in ranked if self._ranked[router] - apart}
 
     def used(self, use: Use, param: torch.Tensor) -> None:
         """A product is about to be computed: does it multiply rows that were chosen?"""
         if use.source is None:
             return
         marks = self._of(use.source)
+        if use.kind == "convolution":
+            self._filters.add(_parent(use.param))
         if use.kind == "embedding":  # experts may be rows of an embedding beside their router
             home = _parent(_parent(use.param))
             for router in marks.many:
@@ -144,6 +155,8 @@ class Routers:
                 marks |= self._of(tensor)
             if func in _SELECT and marks.outputs:
                 marks |= self._selected(func, args, kwargs, marks.outputs)
+            if func in _TO_PYTHON:
+                self._escaped |= marks.chosen
         if marks == _Marks():
             return
         for tensor in results:
@@ -168,6 +181,8 @@ class Routers:
         for router in outputs:
             if self._widths[router] == size and (homes := self.experts.beside(router, size)):
                 self._ranked[router].update(homes)
+                if several:
+                    self._few.add(router)
         # A top-k over a part of the outputs (groups, two halves) chooses too.
         chosen = frozenset(p for p in outputs if size > 1 and self._widths[p] % size == 0)
         return _Marks(chosen=chosen, many=chosen if several else frozenset())

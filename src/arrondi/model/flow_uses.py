@@ -92,11 +92,7 @@ def _uses(
     summed = [a for a in weight_axes if a in x_axes and a not in call.result]
     if not summed or any(a not in call.result and a not in x_axes for a in weight_axes):
         return
-    batch = [
-        a
-        for a, size, stride in zip(weight_axes, weight.shape, weight.stride(), strict=True)
-        if a in x_axes and a in call.result and size > 1 and stride != 0
-    ]
+    batch = _apart(weight, weight_axes, x_axes, call.result, regions)
     sizes = [weight.shape[weight_axes.index(a)] for a in batch]
     for index in itertools.product(*map(range, sizes)):
         chosen = dict(zip(batch, index, strict=True))
@@ -111,7 +107,7 @@ def _uses(
         if inner is None:
             continue
         rest, at = x_axes, x
-        for a in sorted(chosen, key=x_axes.index, reverse=True):
+        for a in sorted((a for a in chosen if a in x_axes), key=x_axes.index, reverse=True):
             place = rest.index(a)
             at = at.select(place, chosen[a] if at.shape[place] > 1 else 0)
             rest = rest[:place] + rest[place + 1 :]
@@ -135,6 +131,21 @@ def _uses(
             at,
             _rows(places, before),
         )
+
+
+def _apart(
+    weight: torch.Tensor, weight_axes: Axes, x_axes: Axes, result: frozenset[Hashable], regions: Regions
+) -> list[Hashable]:
+    """Letters along which the weight is several matrices: those of the batch, and the first axis of a stack."""
+    region = regions.find(weight)
+    stacked = region is not None and len(region.shape) == 3
+    apart = []
+    for i, letter in enumerate(weight_axes):
+        several = weight.shape[i] > 1 and weight.stride(i) != 0
+        first = stacked and region is not None and region.axes[i] == 0
+        if letter in result and several and (letter in x_axes or first):
+            apart.append(letter)
+    return apart
 
 
 def _inner_axes(region: Region, axes: Axes, matrix: torch.Tensor, summed: list[Hashable]) -> list[Hashable] | None:
