@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from arrondi.checkpoint import LAYOUTS, Layout, ShardPlan, TensorSpec, Verdict, readers_of
+from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
 from arrondi.model import OnDisk, Site, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
@@ -36,7 +36,7 @@ class Plan:
         problems: sentences that say what cannot work and what to do; empty when the plan can run.
         notes: things to know that stop nothing.
         readers: who reads the result, and who does not or computes something else.
-        whole: transformers can build the model's class only around whole weights, not around packed ones.
+        facts: what layouts and readers must know of the model.
     """
 
     source: OnDisk
@@ -46,7 +46,7 @@ class Plan:
     problems: list[str]
     notes: list[str] = field(default_factory=list)
     readers: list[Verdict] = field(default_factory=list)
-    whole: bool = False
+    facts: ModelFacts = ModelFacts()
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -61,7 +61,7 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The `quantization_config` of the output."""
-        return self.layout.config([t.placed for t in self.quantized], self.kept_modules)
+        return self.layout.config([t.placed for t in self.quantized], self.kept_modules, self.facts)
 
     def specs(self, tensor: PlannedTensor) -> list[TensorSpec]:
         """The tensors that are written for one tensor."""
@@ -98,7 +98,7 @@ class Plan:
         bits = 8 * sum(self.nbytes(t) for t in self.quantized)
         return {
             "layout": self.layout.name,
-            "readers": [v.to_dict() for v in self.readers],
+            "readers": [asdict(v) for v in self.readers],
             "parameters": total,
             "output_bytes": self.output_bytes,
             "bits_per_weight": round(bits / quantized, 4) if quantized else None,
@@ -152,12 +152,16 @@ def make_plan(source: OnDisk, recipe: Recipe, *, layout: str | None = None, keep
         problems.append(f"Nothing would be quantized.{why}")
     declared = _declared(source, tensors, recipe)
     modules = [m for t in tensors if t.status == "quantized" for s in t.sites for m in s.modules]
-    whole = not source.starts_without(modules)
+    facts = ModelFacts(
+        dtype=_dtype(source.config),
+        fused_experts=any(s.param_index is not None for s in source.sites),
+        whole=not source.starts_without(modules),
+    )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
     placed = [t.placed for t in tensors if t.status == "quantized"]
-    readers = readers_of(placed, resolver.layout.name, whole=whole)
-    return Plan(source, tensors, resolver.layout, declared, problems, notes, readers, whole)
+    readers = readers_of(placed, resolver.layout, facts)
+    return Plan(source, tensors, resolver.layout, declared, problems, notes, readers, facts)
 
 
 def check(plan: Plan) -> None:
@@ -230,3 +234,9 @@ def _paths(tensor: PlannedTensor) -> list[str]:
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    """The element type that config.json names."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if isinstance(named, str) else "float32"

@@ -16,7 +16,7 @@ from typing import Any
 
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import LayerScheme, Scheme, parse_scheme
-from arrondi.rounding import check_options, get_method
+from arrondi.pipeline.step import check_step
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,12 @@ class Rule:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        get_method(self.method)
-        check_options(self.method, self.options)
+        check_step(self.method, self.options)
         if self.scheme is None:
             return
         if self.scheme.outputs is not None or self.scheme.kv is not None:
             raise SchemeError(
                 f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
-            )
-        if self.scheme.inputs is not None and self.scheme.inputs.dynamic is not True:
-            raise SchemeError(
-                f"Scheme {self.scheme} asks for static scales of activations, which are not computed yet. Drop 'static': the scales then follow each input."
             )
 
 

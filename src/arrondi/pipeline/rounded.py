@@ -87,7 +87,7 @@ def round_together(
             )
     joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     facts: dict[str, Any] = {}
-    q = get_method(method).run(joined, scheme, seen.moment, name=sites[0].name, facts=facts, **options)
+    q = get_method(method).run(joined, scheme, seen.moment, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):
