@@ -34,7 +34,7 @@ class Site:
         file_flipped: the file's tensor holds (in, out).
         piece: the rectangle of the stored tensor that it comes from; None where the stored tensors are not merely moved.
         modules: every path by which the model calls it; the first is the one that configs name.
-        classes: names of the module's class and its bases.
+        classes: names of the module's class and its bases; "Linear" is among them for whatever is a linear layer.
         block: the unit that uses it, None outside of all units.
         unfit: why it cannot be held in few bits, None if it can.
     """
@@ -227,7 +227,7 @@ class _Maker:
         paths = tuple(self._path(tensor, o) for o in owners) if fused and index is None else tuple(owners)
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
-            paths, (*classes, "Linear") if fused and kind == "linear" else classes, self._block(aliases),
+            paths, tuple(dict.fromkeys((*classes, "Linear"))) if kind == "linear" else classes, self._block(aliases),
             self._unfit(aliases, kind, classes),
         )  # fmt: skip
 
