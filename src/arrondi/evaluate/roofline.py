@@ -27,7 +27,7 @@ import torch
 from arrondi.errors import SchemeError
 from arrondi.formats import FORMATS, LayerScheme, PerToken, Scheme, parse_scheme
 from arrondi.kernels import KERNELS, Meta, binary_linear, choose, hadamard, pack_signs, sign_tiles
-from arrondi.native import address, native, threads
+from arrondi.native import native, operand, threads
 from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
 
 SCHEMES: Final = (
@@ -167,7 +167,8 @@ def _bandwidth(arena: torch.Tensor, seconds: float) -> float:
         numbers = arena.view(torch.float32)
         taken = _times(lambda i: numbers.sum(), 4 * seconds)
     else:
-        taken = _times(lambda i: native.read_memory(address(arena), arena.numel(), threads()), 4 * seconds)
+        place = operand("arena", arena, (arena.numel(),), torch.uint8)
+        taken = _times(lambda i: native.read_memory(place, arena.numel(), threads()), 4 * seconds)
     return arena.numel() / min(taken) / 1e9
 
 

@@ -73,6 +73,23 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class ActivationScheme:
+    """What the inputs or outputs of a layer, or its key/value cache, become.
+
+    Attributes:
+        scheme: what each tensor becomes.
+        dynamic: True: the scales follow each tensor. False: they are stored (static) and serve every tensor. "local": the
+            outer scale of quantized scales is stored, the inner scales follow each tensor (NVFP4).
+    """
+
+    scheme: Scheme
+    dynamic: bool | Literal["local"] = True
+
+    def __str__(self) -> str:
+        return str(self.scheme) + {True: "", False: "/static", "local": "/local"}[self.dynamic]
+
+
+@dataclass(frozen=True)
 class LayerScheme:
     """What one layer becomes: its weights and, unless None, the activations that enter it."""
 
