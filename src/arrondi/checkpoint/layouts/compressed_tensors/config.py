@@ -13,7 +13,7 @@ from typing import Any, Final
 from arrondi.checkpoint.layouts.compressed_tensors.args import NESTED, args_of, read_args
 from arrondi.checkpoint.layouts.compressed_tensors.layer import storage_name
 from arrondi.checkpoint.layouts.compressed_tensors.storage import format_of
-from arrondi.checkpoint.layouts.compressed_tensors.transposed import stored_form
+from arrondi.checkpoint.layouts.compressed_tensors.transposed import stored_form, stored_forms
 from arrondi.checkpoint.layouts.layout import ModelFacts, Placed
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, PerGroup, PerTensor, PerToken, Scheme
@@ -62,7 +62,7 @@ def config(placed: list[Placed], kept: list[str], facts: ModelFacts = ModelFacts
         facts: what decides how transformers has to load the model.
     """
     families: dict[tuple[str, LayerScheme], list[Placed]] = {}
-    for p in map(stored_form, placed):
+    for p in stored_forms(placed):
         families.setdefault((storage_name(p), p.scheme), []).append(p)
     groups = {}
     for i, ((format, scheme), members) in enumerate(families.items()):
@@ -124,7 +124,7 @@ def must_dequantize(placed: Placed) -> bool:
 
 def one_scheme_each(placed: list[Placed]) -> bool:
     """Whether the experts have one scheme and all else has one: with `dequantize`, transformers reads no others."""
-    kinds = {(is_expert(p.path), p.scheme, p.storage) for p in map(stored_form, placed)}
+    kinds = {(is_expert(p.path), p.scheme, p.storage) for p in stored_forms(placed)}
     return len({expert for expert, _, _ in kinds}) == len(kinds)
 
 
