@@ -66,12 +66,13 @@ class Names:
         group_of: parameter or buffer → its group.
     """
 
-    def __init__(self, model: Any, shapes: Shapes, where: object) -> None:
+    def __init__(self, model: Any, shapes: Shapes, where: object, *, converted: bool = True) -> None:
         """
         Args:
-            model: a transformers model; only names and shapes are looked at.
+            model: only names and shapes are looked at.
             shapes: of every stored tensor, by name.
             where: the checkpoint, for messages.
+            converted: the model is transformers', whose rules say where a tensor belongs; False: names are the parameters' own.
 
         Raises:
             FileFormatError: a stored tensor has another shape than the model's config says.
@@ -82,7 +83,10 @@ class Names:
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.params.items():
             self.aliases.setdefault(id(parameter), []).append(name)
-        self.groups, self.unused = self._grouped()
+        if converted:
+            self.groups, self.unused = self._grouped()
+        else:
+            self.groups, self.unused = [Group([n], [n]) for n in shapes], []
         self.group_of = {t: g for g in self.groups for t in g.targets}
         self.targets_of = {s: g.targets for g in self.groups for s in g.sources}
         self._known: dict[tuple[Any, ...], tuple[Group, list[Piece]]] = {}
