@@ -15,9 +15,18 @@ from typing import Final
 
 import torch
 
+from arrondi.checkpoint.containers.disk import (
+    digest_of,
+    digest_pieces,
+    file_sha256,
+    guard_disk,
+    side_by_side,
+    sync_folder,
+)
+from arrondi.checkpoint.containers.json_file import plain_json, read_report, write_config, write_json
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
-from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec, guard_disk, write_json
+from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec
 from arrondi.checkpoint.layouts import compressed_tensors, packed
 from arrondi.checkpoint.layouts.layout import Layout, Placed
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError, unknown
@@ -137,8 +146,16 @@ __all__ = [
     "ShardPlan",
     "ShardWriter",
     "TensorSpec",
+    "digest_of",
+    "digest_pieces",
+    "file_sha256",
     "guard_disk",
+    "plain_json",
     "read_header",
+    "read_report",
     "read_tensor",
+    "side_by_side",
+    "sync_folder",
+    "write_config",
     "write_json",
 ]

@@ -6,6 +6,7 @@ memory; logits live for one window.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from arrondi.errors import FileFormatError
 from arrondi.evaluate.metrics import Comparison, EncoderComparison
 from arrondi.evaluate.text import load_tokenizer, protocol, read_windows
 from arrondi.formats import Scheme
-from arrondi.model import Chain, HiddenStore, Skeleton
+from arrondi.model import Budget, Chain, Skeleton, TreeStore
 
 _BATCH_TOKENS = 2048
 _HIDDEN_LIMIT = 512 << 20
@@ -92,23 +93,25 @@ def compare_models(
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
     ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // seq_len, 1)))
     chains = [Chain(s, activation_schemes(s)) for s in skeletons]
-    stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT, Path(tempfile.gettempdir())) for c in chains]
     report = progress or (lambda done, total, what: None)
-    for i in range(len(chains[0])):
-        report(i, len(chains[0]) + 1, f"block {i + 1} of {len(chains[0])}")
-        for chain, store in zip(chains, stores, strict=True):
-            chain.fill(i)
-            for j in range(len(store)):
-                store[j] = chain.run(i, store[j])
-            chain.drop(i)
-    report(len(chains[0]), len(chains[0]) + 1, "comparing outputs")
-    comparison = comparison_for(chains[0].model)
-    with torch.no_grad(), chains[0].outer_loaded(), chains[1].outer_loaded():
-        for j, batch in enumerate(ids):
-            for k in range(len(batch)):
-                one = batch[k : k + 1]
-                outputs = [c.finish(one, s[j][k : k + 1]) for c, s in zip(chains, stores, strict=True)]
-                comparison.add(outputs[0], outputs[1], one)
+    with contextlib.ExitStack() as stack:
+        spilled = Path(tempfile.gettempdir())
+        stores = [stack.enter_context(TreeStore(Budget(_HIDDEN_LIMIT), spilled, c.begin(ids))) for c in chains]
+        for i in range(len(chains[0])):
+            report(i, len(chains[0]) + 1, f"block {i + 1} of {len(chains[0])}")
+            for chain, store in zip(chains, stores, strict=True):
+                chain.fill(i)
+                for j in range(len(store)):
+                    store[j] = chain.run(i, store[j])
+                chain.drop(i)
+        report(len(chains[0]), len(chains[0]) + 1, "comparing outputs")
+        comparison = comparison_for(chains[0].model)
+        with torch.no_grad(), chains[0].outer_loaded(), chains[1].outer_loaded():
+            for j, batch in enumerate(ids):
+                for k in range(len(batch)):
+                    one = batch[k : k + 1]
+                    outputs = [c.finish(one, s[j][k : k + 1]) for c, s in zip(chains, stores, strict=True)]
+                    comparison.add(outputs[0], outputs[1], one)
     return {
         **comparison.summary().to_dict(),
         "text": windows.source,

@@ -9,29 +9,30 @@ A run that was killed is continued by the same call: finished blocks are read ba
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
+from arrondi.checkpoint import Checkpoint, ShardWriter, read_report
 from arrondi.errors import OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
 from arrondi.evaluate.text import Windows
-from arrondi.model import Chain, HiddenStore, Skeleton, bfloat16_pays
-from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
+from arrondi.model import Budget, Chain, Skeleton, TreeStore, bfloat16_pays
+from arrondi.pipeline.journal import Journal
+from arrondi.pipeline.ledger import Ledger
+from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.plan import Plan, PlannedTensor, check, make_plan
+from arrondi.pipeline.publish import planned_files, publish
 from arrondi.pipeline.recipe import Recipe
-from arrondi.pipeline.record import FileHasher, facts_of, kept_of, manifest_of, run_key
+from arrondi.pipeline.record import facts_of, kept_of, machine, manifest_of, quantize_key
 from arrondi.pipeline.rounding_step import BlockRounder, Rounded, round_tensor
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
-_COPY_CHUNK = 32 << 20
-"""Bytes of a kept tensor that are copied at a time."""
 _BATCH_TOKENS = 2048
 """Tokens sent through a block at once."""
 _HIDDEN_LIMIT = 256 << 20
@@ -81,19 +82,20 @@ def quantize_model(
         raise SchemeError(
             f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
         )
-    if out.resolve() == checkpoint.folder.path.resolve():
-        raise OutputError(f"{out}: output and model are the same directory. Choose another output.")
+    check_apart(checkpoint.folder.path, out)
+    ledger = Ledger(checkpoint.folder)
+    checkpoint = ledger.recorded(checkpoint)
     skeleton = Skeleton(checkpoint)
     plan = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
     check(plan)
     texts = read_texts(skeleton, text, recipe)
-    key = run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
-    if finished_key(out) == key and not overwrite:
-        shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come when only this was left to do
-        return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
-    with Journal(out, key, overwrite=overwrite) as journal:
+    key = quantize_key(checkpoint, plan, recipe, text, texts, shard_bytes)
+    if not overwrite and finished(out, key, ledger):
+        return dict(read_report(out / "report.json"))
+    files = planned_files(plan.shards(shard_bytes), checkpoint.folder, ["report.json"])
+    with Journal(out, key, files, machine(), overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
-        run = _Run(skeleton, plan, texts, journal, shard_bytes, progress or (lambda done, total, what: None))
+        run = _Run(skeleton, plan, texts, journal, ledger, shard_bytes, progress or (lambda done, total, what: None))
         return run.execute(facts_of(checkpoint, plan, recipe, text, texts), key)
 
 
@@ -101,13 +103,20 @@ class _Run:
     """One execution: the state that the steps share."""
 
     def __init__(
-        self, skeleton: Skeleton, plan: Plan, texts: Texts, journal: Journal, shard_bytes: int, progress: Progress
+        self,
+        skeleton: Skeleton,
+        plan: Plan,
+        texts: Texts,
+        journal: Journal,
+        ledger: Ledger,
+        shard_bytes: int,
+        progress: Progress,
     ) -> None:
+        self.ledger = ledger
         self.skeleton, self.plan, self.texts, self.journal, self.progress = skeleton, plan, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
-        self.hasher = FileHasher(skeleton.checkpoint.folder)
         self.bfloat16 = bfloat16_pays(skeleton.checkpoint)
         self.chain: Chain | None = None
         if texts.calibration is not None or texts.evaluation is not None:
@@ -115,18 +124,17 @@ class _Run:
 
     def execute(self, facts: dict[str, Any], key: str) -> dict[str, Any]:
         """All steps, then the files get their names; config.json comes last."""
+        self.writer = ShardWriter(self.journal.work, self.shards, self.journal.out)
+        self.journal.verify(self.writer.digest, self.ledger.check)
+        if self.journal.note:
+            self.progress(0, 1, self.journal.note)
         if "measured" not in self.journal.steps:
-            self.writer = ShardWriter(self.journal.work, self.shards)
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.ExitStack() as stores:
                 if self.chain is None:
                     self._without_chain()
-                measured = None if self.chain is None else self._with_chain(self.chain)
-            self.writer.sync()
-            self.writer.close()
-            self.journal.record(
-                "measured",
-                {"measured": measured, "rows": self.rows, "seconds": round(time.monotonic() - self.started, 2)},
-            )
+                measured = None if self.chain is None else self._with_chain(self.chain, stores)
+            seconds = round(time.monotonic() - self.started, 2)
+            self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
         done = self.journal.steps["measured"]
         return self._publish(facts, key, done)
 
@@ -147,25 +155,28 @@ class _Run:
 
     # ── with text: block by block ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _with_chain(self, chain: Chain) -> dict[str, Any] | None:
-        folder = self.journal.work
+    def _with_chain(self, chain: Chain, stores: contextlib.ExitStack) -> dict[str, Any] | None:
+        def store(trees: Iterable[torch.Tensor], limit: int) -> TreeStore:
+            return stores.enter_context(TreeStore(Budget(limit), self.journal.work, trees))
+
         calibration, evaluation = self.texts.calibration, self.texts.evaluation
         ids = [] if calibration is None else calibration.batches(_batch_size(calibration))
         eval_ids = [] if evaluation is None else evaluation.batches(_batch_size(evaluation))
         total = len(chain) + 2
         self.progress(0, total, "reading text")
-        hidden = HiddenStore(chain.begin(ids), _HIDDEN_LIMIT, folder)
+        hidden = store(chain.begin(ids), _HIDDEN_LIMIT)
         with chain.unrounded():
-            reference = HiddenStore(chain.begin(eval_ids), _HIDDEN_LIMIT // 2, folder)
+            reference = store(chain.begin(eval_ids), _HIDDEN_LIMIT // 2)
         front = self._front(chain)
         if front:
             self._step("front", lambda: self._outer(front, chain, [lambda b=b: chain.enter(b) for b in ids]))  # type: ignore[misc]
             self._restore(front)
-            hidden = HiddenStore(chain.begin(ids), _HIDDEN_LIMIT, folder)
-            rounded = HiddenStore(chain.begin(eval_ids), _HIDDEN_LIMIT // 2, folder)
+            hidden.close()
+            hidden = store(chain.begin(ids), _HIDDEN_LIMIT)
+            rounded = store(chain.begin(eval_ids), _HIDDEN_LIMIT // 2)
             self.skeleton.overrides.clear()
         else:
-            rounded = HiddenStore((h.clone() for h in reference), _HIDDEN_LIMIT // 2, folder)
+            rounded = store(reference, _HIDDEN_LIMIT // 2)
         for i in range(len(chain)):
             self.progress(i, total, f"block {i + 1} of {len(chain)}")
             last = i + 1 == len(chain)
@@ -200,7 +211,7 @@ class _Run:
         return self._measure(chain, evaluation, eval_ids, reference, rounded)
 
     def _block(
-        self, tensors: list[PlannedTensor], chain: Chain, i: int, hidden: HiddenStore
+        self, tensors: list[PlannedTensor], chain: Chain, i: int, hidden: TreeStore
     ) -> list[dict[str, Any] | None]:
         """Round the weights of a filled block and write everything in it."""
         forwards = [lambda j=j: chain.run(i, hidden[j], bfloat16=self.bfloat16) for j in range(len(hidden))]
@@ -263,13 +274,13 @@ class _Run:
         return rows
 
     def _measure(
-        self, chain: Chain, windows: Windows, ids: list[torch.Tensor], reference: HiddenStore, rounded: HiddenStore
+        self, chain: Chain, windows: Windows, ids: list[torch.Tensor], reference: TreeStore, rounded: TreeStore
     ) -> dict[str, Any]:
         """Original against rounded, window by window."""
         comparison = comparison_for(chain.model)
         outer = [t for t in self.plan.quantized if t.block is None]
 
-        def finish(store: HiddenStore, j: int, k: int) -> torch.Tensor:
+        def finish(store: TreeStore, j: int, k: int) -> torch.Tensor:
             return chain.finish(ids[j][k : k + 1], store[j][k : k + 1])
 
         outputs: dict[tuple[int, int], torch.Tensor] = {}
@@ -298,10 +309,11 @@ class _Run:
     def _step(self, name: str, work: Callable[[], list[dict[str, Any] | None]]) -> None:
         """Do a step once: its bytes are on the disk before the journal says so."""
         if name not in self.journal.steps:
-            rows = [r for r in work() if r is not None]
-            self.writer.sync()
-            self.journal.record(name, rows)
+            self._record(name, [r for r in work() if r is not None])
         self.rows += self.journal.steps[name]
+
+    def _record(self, name: str, data: object) -> None:
+        self.journal.record(name, data, wrote=self.writer.sync(), read=self.ledger.taken())
 
     def _put(self, rounded: Rounded) -> dict[str, Any]:
         for name, value in self.plan.layout.write(rounded.tensor.placed, rounded.q).items():
@@ -310,14 +322,10 @@ class _Run:
 
     def _copy(self, tensor: PlannedTensor) -> None:
         entry = self.skeleton.checkpoint.folder.entries[tensor.name]
-        self.writer.copy(entry, _COPY_CHUNK)
+        self.ledger.note(tensor.name, self.writer.copy(entry))
 
     def _publish(self, facts: dict[str, Any], key: str, done: dict[str, Any]) -> dict[str, Any]:
-        out, source = self.journal.out, self.skeleton.checkpoint.folder
-        ShardWriter.publish(self.journal.work, self.shards, out)
-        with guard_disk(out):
-            for path in source.other_files():
-                shutil.copyfile(path, out / path.name)
+        source = self.skeleton.checkpoint.folder
         report = {
             **facts,
             "seconds": done["seconds"],
@@ -325,14 +333,13 @@ class _Run:
             "layers": done["rows"],
             "kept": kept_of(self.plan),
         }
-        write_json(out / "report.json", report)
-        write_json(out / MANIFEST, manifest_of(facts, key, self.hasher.result()))
-        write_json(out / "config.json", {**source.config, "quantization_config": self.plan.config()})
-        self.journal.remove()
+        config = {**source.config, "quantization_config": self.plan.config()}
+        manifest = manifest_of(key, self.ledger, facts)
+        publish(self.journal, self.writer, source, config, manifest, {"report.json": report})
         return report
 
 
-def _advance(chain: Chain, i: int, store: HiddenStore, *, bfloat16: bool = False) -> None:
+def _advance(chain: Chain, i: int, store: TreeStore, *, bfloat16: bool = False) -> None:
     for j in range(len(store)):
         store[j] = chain.run(i, store[j], bfloat16=bfloat16)
 
