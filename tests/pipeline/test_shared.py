@@ -112,8 +112,8 @@ def test_a_run_that_was_stopped_between_the_blocks_ends_with_the_same_bytes(
 
     record = Journal.record
 
-    def once(self: Journal, step: str, data: Any) -> None:
-        record(self, step, data)
+    def once(self: Journal, step: str, data: Any, **claims: Any) -> None:
+        record(self, step, data, **claims)
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,16 @@ from typing import Any
 
 import torch
 
-from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
+from arrondi.checkpoint import Checkpoint, read_report
 from arrondi.errors import OutputError, SchemeError
 from arrondi.model import OnDisk, settle
-from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
+from arrondi.pipeline.journal import Journal
+from arrondi.pipeline.ledger import Ledger
+from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
-from arrondi.pipeline.record import facts_of, kept_of, manifest_of, run_key
+from arrondi.pipeline.publish import planned_files, publish
+from arrondi.pipeline.record import facts_of, kept_of, machine, manifest_of, quantize_key
 from arrondi.pipeline.run import Progress, Run
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
@@ -62,8 +64,9 @@ def quantize_model(
         raise SchemeError(
             f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
         )
-    if out.resolve() == checkpoint.folder.path.resolve():
-        raise OutputError(f"{out}: output and model are the same directory. Choose another output.")
+    check_apart(checkpoint.folder.path, out)
+    ledger = Ledger(checkpoint.folder)
+    checkpoint = ledger.recorded(checkpoint)
     source = OnDisk(checkpoint)
     texts = read_texts(source, text, recipe)
     texts.notes += _settled(source, texts)
@@ -73,13 +76,14 @@ def quantize_model(
         planned(plan.to_dict())
     if plan.calibrated and texts.calibration is None:
         raise SchemeError("Static scales of inputs need calibration text. Add --calibration FILE, or drop 'static'.")
-    key = run_key(checkpoint, plan, recipe, text, texts, shard_bytes)
-    if finished_key(out) == key and not overwrite:
-        shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come when only this was left to do
-        return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
-    with Journal(out, key, overwrite=overwrite) as journal:
+    key = quantize_key(checkpoint, plan, recipe, text, texts, shard_bytes)
+    if not overwrite and finished(out, key, ledger):
+        return dict(read_report(out / "report.json"))
+    files = planned_files(plan.shards(shard_bytes), checkpoint.folder, ["report.json"])
+    with Journal(out, key, files, machine(), overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
-        run = Run(plan, texts, journal, shard_bytes, progress or (lambda done, total, what: None), torch.device(device))
+        say = progress or (lambda done, total, what: None)
+        run = Run(plan, texts, journal, ledger, shard_bytes, say, torch.device(device))
         run.execute()
         return _publish(run, facts_of(checkpoint, plan, recipe, text, texts), key)
 
@@ -92,12 +96,7 @@ def _settled(source: OnDisk, texts: Texts) -> list[str]:
 
 def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:
     """The files get their names; config.json comes last."""
-    out, source, done = run.journal.out, run.source.checkpoint.folder, run.journal.steps["measured"]
-    ShardWriter.publish(run.journal.work, run.shards, out)
-    with guard_disk(out):
-        for path in source.other_files():
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path / path, out / path)
+    source, done = run.source.checkpoint.folder, run.journal.steps["measured"]
     report = {
         **facts,
         "seconds": done["seconds"],
@@ -105,11 +104,8 @@ def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:
         "layers": done["rows"],
         "kept": kept_of(run.plan),
     }
-    write_json(out / "report.json", report)
-    write_json(out / MANIFEST, manifest_of(facts, key, {}))
     config = {**source.config, **run.overlay.config, "quantization_config": run.plan.config()}
-    write_json(out / "config.json", config)
-    run.journal.remove()
+    publish(run.journal, run.writer, source, config, manifest_of(key, run.ledger, facts), {"report.json": report})
     return report
 
 

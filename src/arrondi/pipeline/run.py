@@ -17,6 +17,7 @@ from arrondi.checkpoint import LayerValues, ShardWriter
 from arrondi.evaluate.compare import comparison_for
 from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
 from arrondi.pipeline.journal import Journal
+from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of, stack_rows
@@ -25,8 +26,6 @@ from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.work import Work, stackable
 from arrondi.tensor.ranges import Grid
 
-_COPY_CHUNK = 32 << 20
-"""Bytes of a kept tensor that are copied at a time."""
 _HIDDEN_LIMIT = 512 << 20
 """Bytes of hidden states and arguments kept in memory; more goes to a file in the output directory."""
 _GROUP_BYTES = 256 << 20
@@ -40,9 +39,16 @@ class Run:
     """One execution of a plan: the state that its parts share."""
 
     def __init__(
-        self, plan: Plan, texts: Texts, journal: Journal, shard_bytes: int, progress: Progress, device: torch.device
+        self,
+        plan: Plan,
+        texts: Texts,
+        journal: Journal,
+        ledger: Ledger,
+        shard_bytes: int,
+        progress: Progress,
+        device: torch.device,
     ) -> None:
-        self.device = device
+        self.ledger, self.device = ledger, device
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
@@ -51,18 +57,17 @@ class Run:
 
     def execute(self) -> None:
         """Everything up to complete files without their final names."""
+        started = time.monotonic()
+        self.writer = ShardWriter(self.journal.work, self.shards, self.journal.out)
+        self.journal.verify(self.writer.digest, self.ledger.check)
+        if self.journal.note:
+            self.progress(0, 1, self.journal.note)
         if "measured" in self.journal.steps:
             return
-        started = time.monotonic()
-        self.writer = ShardWriter(self.journal.work, self.shards)
-        try:
-            with torch.no_grad():
-                measured = self._with_data() if self.texts.calibration or self.texts.evaluation else self._without_data()
-            self.writer.sync()
-        finally:
-            self.writer.close()
+        with torch.no_grad():
+            measured = self._with_data() if self.texts.calibration or self.texts.evaluation else self._without_data()
         seconds = round(time.monotonic() - started, 2)
-        self.journal.record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
+        self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
 
     # ── without data: tensors go from file to file ────────────────────────────────────────────────────────────────────
 
@@ -203,11 +208,12 @@ class Run:
     def _step(self, name: str, members: list[PlannedTensor], work: Callable[[], list[dict[str, Any]]]) -> None:
         """Do a step once: its bytes are on the disk before the journal says so."""
         if name not in self.journal.steps:
-            rows = work()
-            self.writer.sync()
-            self.journal.record(name, {"rows": rows, "tensors": [t.name for t in members]})
+            self._record(name, {"rows": work(), "tensors": [t.name for t in members]})
         self.rows += self.journal.steps[name]["rows"]
         self._adopt(members)
+
+    def _record(self, name: str, data: dict[str, Any]) -> None:
+        self.journal.record(name, data, wrote=self.writer.sync(), read=self.ledger.taken())
 
     def _adopt(self, members: Sequence[PlannedTensor]) -> None:
         """From now on the quantized model has the values that the file holds."""
@@ -244,7 +250,7 @@ class Run:
             instance.fill(planned.tensor.params)
             self.writer.put(planned.name, instance.parameter(planned.tensor.params[0]).to(planned.dtype))
         else:
-            self.writer.copy(self.source.checkpoint.folder.entries[planned.name], _COPY_CHUNK)
+            self.ledger.note(planned.name, self.writer.copy(self.source.checkpoint.folder.entries[planned.name]))
 
 
 def ids_of(batch: Inputs) -> torch.Tensor:
