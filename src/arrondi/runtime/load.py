@@ -16,7 +16,7 @@ from arrondi.errors import FileFormatError, unknown
 from arrondi.formats import Scheme, tile_shape
 from arrondi.model import DTYPES, Skeleton, Slot
 from arrondi.nn import DenseLinear, QLinear, QStack
-from arrondi.runtime.fused import fuse
+from arrondi.runtime.fuse import fuse
 from arrondi.tensor.qtensor import QTensor
 
 
