@@ -14,7 +14,7 @@ from arrondi.evaluate.text import load_tokenizer, special_tokens
 from arrondi.model import stored_in_16_bits
 from arrondi.native import multiplies_bfloat16
 from arrondi.runtime.decoding import tokens
-from arrondi.runtime.fused import is_fused
+from arrondi.runtime.fuse import is_fused
 from arrondi.runtime.load import load_model
 
 

@@ -17,7 +17,7 @@ from arrondi.errors import unknown
 from arrondi.formats import ActivationScheme, tile_shape
 from arrondi.model import DTYPES, Instance, OnDisk, Site
 from arrondi.nn import DenseLinear, QLinear, QStack
-from arrondi.runtime.fused import fuse as fuse_blocks
+from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.tensor.qtensor import Grid, QTensor
 
 
