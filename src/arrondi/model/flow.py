@@ -173,10 +173,11 @@ class _Watcher(TorchFunctionMode):
             self._bare.after(func, args, kwargs, result, seen)
             product = parse is not None or func in INSIDE
             self._routers.called(func, args, kwargs, list(tensors_of([result])), seen, product)
-        name = getattr(func, "__name__", "")
-        if changes_in_place(name) or kwargs.get("out") is not None or kwargs.get("inplace"):
-            for tensor in tensors_of((args[:1], kwargs.get("out"))):
-                self._reads.changed(tensor)
+        written = [kwargs.get("out")]
+        if changes_in_place(getattr(func, "__name__", "")) or kwargs.get("inplace"):
+            written += args[:1]
+        for tensor in tensors_of(written):
+            self._reads.changed(tensor)
         return result
 
     def see(self, call: Call, kind: str | None = None) -> set[str]:
