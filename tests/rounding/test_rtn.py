@@ -25,7 +25,7 @@ from arrondi.rounding import rtn, search_grid
 from arrondi.rounding.grid_search import on_grid
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.fitting import Grid
-from arrondi.tensor.qtensor import quantize, quantize_with
+from arrondi.tensor.qtensor import quantize_tensor, quantize_with
 from arrondi.tensor.tiling import to_tiles
 
 INT4 = FORMATS["int4"]
@@ -70,7 +70,7 @@ def tile_errors(
 @pytest.mark.parametrize("name", SCHEMES)
 def test_absmax_is_quantize(name: str) -> None:
     weight = heavy()
-    q, wanted = rtn(weight, SCHEMES[name]), quantize(weight, SCHEMES[name])
+    q, wanted = rtn(weight, SCHEMES[name]), quantize_tensor(weight, SCHEMES[name])
     assert torch.equal(q.codes, wanted.codes)
     assert torch.equal(q.real_scale, wanted.real_scale)
 
@@ -82,7 +82,7 @@ def by_hand(
     mirrored = scheme.symmetric and scheme.format.kind == "integer" and scheme.format.qmin < -1
     best = torch.tensor(torch.inf, dtype=torch.float64)
     for factor in factors.tolist():
-        q = quantize(weight, scheme, shrink=factor)
+        q = quantize_tensor(weight, scheme, shrink=factor)
         tried = [q]
         if mirrored:
             tried.append(quantize_with(weight, scheme, Grid(-q.real_scale)))
@@ -156,7 +156,7 @@ def test_power_of_two_scales_try_their_two_neighbours() -> None:
     q = rtn(weight, scheme, range="search")
     codes = encode(q.real_scale, FORMATS["e8m0"])
     assert torch.equal(decode(codes, FORMATS["e8m0"]), q.real_scale), "still powers of two"
-    best = quantize(weight, scheme, rule="best")
+    best = quantize_tensor(weight, scheme, rule="best")
     grid = search_grid(weight, scheme, power=2.0)
     ours = quantize_with(weight, scheme, Grid(grid.scale)).dequantize()
     assert torch.equal(
@@ -214,7 +214,7 @@ def test_large_weights_are_searched_in_chunks_that_cannot_be_seen(name: str) -> 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_trial_values_are_those_that_will_be_read_back(name: str) -> None:
     scheme, weight = SCHEMES[name], heavy()
-    q = quantize(weight, scheme)
+    q = quantize_tensor(weight, scheme)
     tile = tile_shape(scheme.granularity, q.shape)
     parts = [None if p is None else p.reshape(-1, 1) for p in (q.real_scale, q.zero_point, q.offset)]
     tried = on_grid(to_tiles(weight, tile), scheme, Grid(*parts))  # type: ignore[arg-type]

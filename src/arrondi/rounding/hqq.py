@@ -18,7 +18,7 @@ from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.fitting import Grid, fit, round_scale
-from arrondi.tensor.qtensor import QTensor, named, quantize, quantize_with
+from arrondi.tensor.qtensor import QTensor, named, quantize_tensor, quantize_with
 from arrondi.tensor.quantizers import split as split_compiled
 from arrondi.tensor.tiling import to_tiles
 
@@ -58,7 +58,7 @@ def hqq(
             f"{name}: hqq optimises integer grids with plain scales, got {scheme}. Use rtn or gptq for this scheme."
         )
     if weight.numel() == 0:
-        return quantize(weight, scheme, name=name)
+        return quantize_tensor(weight, scheme, name=name)
     weight = weight.detach()
     grid = split_compiled(weight, scheme, p=p, beta=beta, kappa=kappa, iterations=iterations, normalize=normalize)
     if grid is None:

@@ -14,7 +14,7 @@ from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, scale_shape
 from arrondi.rounding.grid_search import search_grid
 from arrondi.tensor.fitting import Grid
-from arrondi.tensor.qtensor import QTensor, named, quantize, quantize_scales, quantize_with
+from arrondi.tensor.qtensor import QTensor, named, quantize_scales, quantize_tensor, quantize_with
 
 
 def rtn(
@@ -43,7 +43,7 @@ def rtn(
     if range not in ("absmax", "search"):
         raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, search.")
     if range == "absmax" or weight.numel() == 0:
-        return quantize(weight, scheme, name=name)
+        return quantize_tensor(weight, scheme, name=name)
     with named(name):
         importance = None if moment is None else moment.diagonal().to(weight.device)
         grid = searched(weight.detach(), scheme, importance, power, name)

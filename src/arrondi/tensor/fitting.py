@@ -96,7 +96,7 @@ def _default_rule(scheme: Scheme) -> str:
 def round_scale(scale: torch.Tensor, storage: str | Scheme) -> torch.Tensor:
     """Scales as they will read back from storage; zero becomes one, underflow the smallest normal number.
 
-    Scales that are quantized in turn (`storage` is a scheme) are left in float32: `quantize` rounds them with their peers.
+    Scales that are quantized in turn (`storage` is a scheme) are left in float32: `quantize_tensor` rounds them with their peers.
     There zero becomes the smallest normal number, which cannot widen the range that the peers share.
     """
     if isinstance(storage, Scheme):

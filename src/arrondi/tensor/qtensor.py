@@ -1,6 +1,6 @@
 """The quantized tensor: the one value that crosses every wall.
 
-Owns: `QTensor`, `quantize`, `quantize_with` (codes for a given grid), `dequantize`, `fake_quantize`. Uses `fitting` for the
+Owns: `QTensor`, `quantize_tensor`, `quantize_with` (codes for a given grid), `dequantize`, `fake_quantize`. Uses `fitting` for the
 scales, `encoding` for the codes and `tiling` for the granularity.
 
 The rule is `x ≈ scale · (value(code) - zero_point)`, or `scale · code + offset` with a float zero point; each scale covers
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from arrondi.errors import ArrondiError, DataError, ShapeError
-from arrondi.formats import Scheme, scale_shape, tile_shape
+from arrondi.errors import ArrondiError, DataError, SchemeError, ShapeError
+from arrondi.formats import LayerScheme, Scheme, parse_scheme, scale_shape, tile_shape
 from arrondi.tensor.encoding import code_dtype, decode, encode
 from arrondi.tensor.fitting import Grid, fit, round_scale
 from arrondi.tensor.packing import packed_width
@@ -134,27 +134,67 @@ class QTensor:
         return values.to(dtype)
 
 
-def quantize(
-    x: torch.Tensor, scheme: Scheme, *, rule: str = "auto", name: str = "tensor", shrink: torch.Tensor | float = 1.0
+def weight_scheme(scheme: Scheme | LayerScheme | str) -> Scheme:
+    """What a weight becomes by this scheme, layer's scheme (its weights) or word ("W4A16", the grammar).
+
+    Raises:
+        SchemeError: something else, or a word that is no scheme.
+    """
+    if isinstance(scheme, str):
+        scheme = parse_scheme(scheme)
+    if isinstance(scheme, LayerScheme):
+        return scheme.weights
+    if not isinstance(scheme, Scheme):
+        raise SchemeError(
+            f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {type(scheme).__name__} {scheme!r}."
+        )
+    return scheme
+
+
+def _check_tensor(x: object, name: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        kind = type(x)
+        hint = {
+            "ndarray": "Use torch.from_numpy(…) first",
+            "QTensor": "It is quantized already; use .dequantize() first",
+        }.get(
+            kind.__name__,
+            "Quantize a model with arrondi.quantize, or pass the weight of one layer"
+            if isinstance(x, torch.nn.Module)
+            else "Use torch.tensor(…) first",
+        )
+        raise DataError(f"{name}: quantize_tensor takes a torch.Tensor, got {kind.__module__}.{kind.__name__}. {hint}.")
+    if not x.dtype.is_floating_point:
+        raise DataError(f"{name}: quantize_tensor takes floating-point numbers, got {x.dtype}. Use .float() first.")
+
+
+def quantize_tensor(
+    x: torch.Tensor,
+    scheme: Scheme | LayerScheme | str,
+    *,
+    rule: str = "auto",
+    name: str = "tensor",
+    shrink: torch.Tensor | float = 1.0,
 ) -> QTensor:
     """Round to nearest on the grid that the data's own range gives.
 
     Args:
         x: any shape, any float dtype, finite; computed in float32.
-        scheme: what the tensor becomes.
+        scheme: what the tensor becomes: a Scheme, a LayerScheme (its weights are used) or a word ("W4A16", the grammar).
         rule: how the scales are fitted, a name of `arrondi.tensor.fitting.FITS`.
         name: the tensor's name, for messages.
         shrink: factor on the range of each tile: a number, or a tensor of the scale's shape.
 
     Raises:
-        DataError: NaN or infinity in `x`; the message has `name`.
+        DataError: `x` is no floating-point tensor, or holds NaN or infinity; the message has `name`.
+        SchemeError: `scheme` is none.
         ShapeError: the granularity does not fit the shape.
 
     Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2; after the scale is rounded to its storage type, codes are
     chosen with the stored value.
     """
-    if not x.dtype.is_floating_point:
-        raise DataError(f"{name}: quantize takes floating-point numbers, got {x.dtype}. Use .float() first.")
+    scheme = weight_scheme(scheme)
+    _check_tensor(x, name)
     x = x.detach()
     shape = tuple(x.shape)
     with named(name):
@@ -207,14 +247,28 @@ def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid, *, name: str = "t
     return _assemble(codes, flat, scheme, shape, nested)
 
 
-def fake_quantize(x: torch.Tensor, scheme: Scheme, *, rule: str = "auto", name: str = "tensor") -> torch.Tensor:
-    """`x` as it reads back after quantization, in its own dtype; no codes are kept."""
-    return quantize(x, scheme, rule=rule, name=name).dequantize(x.dtype)
+def fake_quantize(
+    x: torch.Tensor,
+    scheme: Scheme | LayerScheme | str,
+    grid: Grid | None = None,
+    *,
+    rule: str = "auto",
+    name: str = "tensor",
+) -> torch.Tensor:
+    """`x` as it reads back after quantization, in its own dtype; no codes are kept.
+
+    With a `grid` (static scales) that grid is used, else the one that the data's own range gives.
+    """
+    scheme = weight_scheme(scheme)
+    if grid is None:
+        return quantize_tensor(x, scheme, rule=rule, name=name).dequantize(x.dtype)
+    _check_tensor(x, name)
+    return quantize_with(x, scheme, grid, name=name).dequantize(x.dtype)
 
 
 def _empty(x: torch.Tensor, scheme: Scheme) -> QTensor:
     ones = torch.ones(scale_shape(scheme.granularity, tuple(x.shape)), dtype=torch.float32, device=x.device)
-    scale = quantize(ones, scheme.scale) if isinstance(scheme.scale, Scheme) else ones
+    scale = quantize_tensor(ones, scheme.scale) if isinstance(scheme.scale, Scheme) else ones
     zero = ones.int() if scheme.zero_point == "integer" else None
     return QTensor(x.to(code_dtype(scheme.format)), scale, zero, ones if scheme.zero_point == "float" else None, scheme)
 
@@ -288,8 +342,8 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fit",
-    "quantize",
     "quantize_scales",
+    "quantize_tensor",
     "quantize_with",
     "round_scale",
 ]

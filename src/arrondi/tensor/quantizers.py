@@ -44,7 +44,7 @@ class _Rows(NamedTuple):
 
 
 def round_groups(x: torch.Tensor, scheme: Scheme, rule: str = "auto") -> tuple[torch.Tensor, Grid] | None:
-    """Fit and round to nearest: codes like `x`, the grid as (tiles, 1). The twin is `arrondi.tensor.qtensor.quantize`."""
+    """Fit and round to nearest: codes like `x`, the grid as (tiles, 1). The twin is `arrondi.tensor.qtensor.quantize_tensor`."""
     fit = _fit(scheme, rule)
     rows = _rows(x, scheme)
     if fit is None or rows is None:
