@@ -5,7 +5,8 @@ tells what its parameters are used for; and `Stage`, parameters that can be roun
 
 Calls of torch are watched, not modules: linears, GPT-2's Conv1D, stacks of experts and products written out are one thing
 here. Only functions that hide their products (attention and recurrent layers of torch) are looked into, below Python;
-recurrent layers run without their fused kernels meanwhile, so that the inputs of every step are seen.
+recurrent layers run without their fused kernels meanwhile, so that the inputs of every step are seen. Scripted and compiled
+functions (`torch.jit.script`, `torch.compile`) are not looked into.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
     Args:
         model: whose modules are asked who owns a weight; None if that does not matter for `bare`.
         params: parameters by name. On the meta device the run ends where it needs values.
-        run: takes the model through one or several batches.
+        run: takes the model through one or several batches. Matrices that no batch reaches (experts) are in no stage, and
+            what a model does at its first run alone is only seen if this is its first.
     """
     uses: list[Use] = []
     regions = Regions(params)
