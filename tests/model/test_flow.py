@@ -105,7 +105,7 @@ WHOLE_STACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "weight first": lambda x: (STACK.mT @ x.mT).mT,
     "einsum": lambda x: torch.einsum("etn,eno->eto", x, STACK),
     "einsum in another order": lambda x: torch.einsum("eno,tne->teo", STACK, x.permute(1, 2, 0)).transpose(0, 1),
-    "sorted rows": lambda x: torch.stack([*torch.ops.aten.bmm(x, STACK)]),
+    "operator": lambda x: torch.ops.aten.bmm(x, STACK),
 }
 
 
@@ -223,10 +223,12 @@ def test_views_of_one_input_are_one_input_and_parts_of_it_are_not() -> None:
         functional.linear(X[1], k)
         functional.linear(X[0].T[:, :1].expand(8, 8), k)
         functional.linear(X.clone(), k)
+        functional.linear(torch.mul(X, 2, out=torch.empty_like(X)), k)
+        functional.linear(X, k)
 
     numbers = [use.reads for use, _ in seen(run, {"w": W, "k": k})]
     assert numbers[0] == numbers[1] == numbers[2] and numbers[3] == numbers[4]
-    assert len(set(numbers)) == 5
+    assert numbers[-1] == numbers[0] and len(set(numbers)) == 6
 
 
 def test_a_weight_that_is_used_twice_is_reported_twice() -> None:

@@ -70,6 +70,8 @@ SWITCH |= {
     "num_sparse_decoder_layers": 1,
     "pad_token_id": 0,
 }
+LONGCAT = {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 2, "moe_topk": 2}
+LONGCAT |= {"num_key_value_heads": 4, "head_dim": 8}
 RWKV = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 7, "context_length": 64, "intermediate_size": 48}
 
 
@@ -134,6 +136,14 @@ ROUTERS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "switch_transformers": (
         SWITCH,
         {"encoder.block.1.layer.1.mlp.router.classifier", "decoder.block.1.layer.2.mlp.router.classifier"},
+    ),
+    "inkling_text": (  # two of its outputs belong to shared experts, which are not ranked
+        SMALL | HEADS | SIX | {"n_shared_experts": 2, "topk": 2},
+        {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"},
+    ),
+    "longcat_flash": (  # two of its outputs are experts that do nothing
+        {k: v for k, v in SMALL.items() if k != "num_key_value_heads"} | SIX | LATENT | LONGCAT,
+        {"model.layers.0.mlp.router.classifier"},
     ),
     "llama": (SMALL, set()),
     "deepseek_v32": (
@@ -206,6 +216,20 @@ def sorted_rows(m: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([e(rows) for e, rows in zip(m.experts, x[order].split(counts), strict=True)]) * scores[:, :1]
 
 
+def rows_for_every_expert(m: Any, x: torch.Tensor) -> torch.Tensor:
+    weights, rows = m.gate(x).softmax(-1).topk(2, dim=0)  # every expert takes its two best rows
+    y = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        y.index_add_(0, rows[:, e], expert(x[rows[:, e]]) * weights[:, e, None])
+    return y
+
+
+def from_a_table(m: Any, x: torch.Tensor) -> torch.Tensor:
+    index = torch.tensor([[0, 3], [1, 2], [2, 0], [3, 1]])
+    weights = m.gate(x).sigmoid().gather(1, index)
+    return torch.stack([m.experts[int(index[i, 0])](row) * weights[i, 0] for i, row in enumerate(x)])
+
+
 def best_word(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.layers[1](m.embed(m.head(m.layers[0](x)).argmax(-1)))
 
@@ -235,6 +259,11 @@ MISLEADING: dict[str, tuple[nn.Module, set[str]]] = {
         {"block.gate.weight"},
     ),
     "sorted rows": (Plain(sorted_rows, gate=nn.Linear(8, 4), experts=linears(4)), {"block.gate.weight"}),
+    "rows for every expert": (
+        Plain(rows_for_every_expert, gate=nn.Linear(8, 4), experts=linears(4)),
+        {"block.gate.weight"},
+    ),
+    "from a table": (Plain(from_a_table, gate=nn.Linear(8, 4), experts=linears(4)), {"block.gate.weight"}),
     "best word": (Plain(best_word, head=nn.Linear(8, 2), embed=nn.Embedding(2, 8), layers=linears(2)), set()),
     "indexer of attention": (
         Plain(

@@ -5,7 +5,8 @@ tells what its parameters are used for; and `Stage`, parameters that can be roun
 
 Calls of torch are watched, not modules: linears, GPT-2's Conv1D, stacks of experts and products written out are one thing
 here. Only functions that hide their products (attention and recurrent layers of torch) are looked into, below Python;
-recurrent layers run without their fused kernels meanwhile, so that the inputs of every step are seen.
+recurrent layers run without their fused kernels meanwhile, so that the inputs of every step are seen. Scripted and compiled
+functions (`torch.jit.script`, `torch.compile`) are not looked into.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
     Args:
         model: whose modules are asked who owns a weight; None if that does not matter for `bare`.
         params: parameters by name. On the meta device the run ends where it needs values.
-        run: takes the model through one or several batches.
+        run: takes the model through one or several batches. Matrices that no batch reaches (experts) are in no stage, and
+            what a model does at its first run alone is only seen if this is its first.
     """
     uses: list[Use] = []
     regions = Regions(params)
@@ -173,10 +175,11 @@ class _Watcher(TorchFunctionMode):
             self._bare.after(func, args, kwargs, result, seen)
             product = parse is not None or func in INSIDE
             self._routers.called(func, args, kwargs, list(tensors_of([result])), seen, product)
-        name = getattr(func, "__name__", "")
-        if changes_in_place(name) or kwargs.get("out") is not None or kwargs.get("inplace"):
-            for tensor in tensors_of((args[:1], kwargs.get("out"))):
-                self._reads.changed(tensor)
+        written = [kwargs.get("out")]
+        if changes_in_place(getattr(func, "__name__", "")) or kwargs.get("inplace"):
+            written += args[:1]
+        for tensor in tensors_of(written):
+            self._reads.changed(tensor)
         return result
 
     def see(self, call: Call, kind: str | None = None) -> set[str]:

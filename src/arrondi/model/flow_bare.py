@@ -96,7 +96,7 @@ class Bare:
         touched = [t for t in tensors_of((args, kwargs)) if t in self._regions]
         if not touched or (getter and not isinstance(result, torch.Tensor)):
             return
-        name = f".{func.__self__.__name__}" if getter else name
+        name = f".{func.__self__.__name__}" if name in ("__get__", "__set__") else name
         results = list(tensors_of([result]))
         keys = {storage_key(t) for t in touched}
         view = func is _T.__iter__ or (bool(results) and all(storage_key(t) in keys for t in results) and func != _DATA)

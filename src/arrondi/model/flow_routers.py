@@ -27,7 +27,9 @@ _T = torch.Tensor
 _NEEDS_DIM = {torch.argmax, _T.argmax, torch.max, _T.max}
 _DRAW = {torch.multinomial, _T.multinomial}
 _TOPK = {torch.topk, _T.topk}
-_SELECT = _NEEDS_DIM | _DRAW | _TOPK | {torch.sort, _T.sort, torch.argsort, _T.argsort}
+_NUMBER = re.compile(r"(.*_)?\d+")
+_GATHER = {torch.gather, _T.gather}
+_SELECT = _NEEDS_DIM | _DRAW | _TOPK | _GATHER | {torch.sort, _T.sort, torch.argsort, _T.argsort}
 _TO_PYTHON = {_T.item, _T.tolist, _T.numpy, _T.__int__, _T.__index__, _T.__array__}
 _STOP = {functional.scaled_dot_product_attention, torch.cdist}
 
@@ -57,18 +59,26 @@ class Experts:
         return [path for path, _ in _numbered(use.param) if path in self._lists]
 
     def serve(self, home: str, router: str, outputs: int) -> bool:
-        """Whether a linear with so many outputs can choose among the experts at `home` (a list beside it, not around it)."""
+        """Whether a linear with so many outputs can choose among the experts at `home`.
+
+        It may have more outputs than there are matrices (experts that do nothing), and is no part of another layer.
+        """
+        ours, theirs = router.split("."), home.split(".")
+        n = _common(ours, theirs)
+        if n < min(len(ours), len(theirs)) and _NUMBER.fullmatch(ours[n]) and _NUMBER.fullmatch(theirs[n]):
+            return False
         if home in self._lists:
             around = home == "" or router.startswith(home + ".")
             return not around and self.counts[home] == outputs
         return self.counts[home] <= outputs
 
     def beside(self, router: str, outputs: int) -> set[str]:
-        """The nearest places with as many experts as the router has outputs."""
+        """The nearest places with as many experts as the router has outputs; in its own module, also with fewer."""
         near: dict[str, int] = {}
         for home, count in self.counts.items():
-            if count == outputs and self.serve(home, router, outputs):
-                near[home] = _common(home, router)
+            within = _parent(home) != "" and router.startswith(_parent(home) + ".")
+            if (count == outputs or within) and self.serve(home, router, outputs):
+                near[home] = _common(home.split("."), router.split("."))
         return {home for home, n in near.items() if n == max(near.values())}
 
 
@@ -76,16 +86,15 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _numbered(name: str) -> Iterable[tuple[str, str]]:
+def _numbered(name: str) -> list[tuple[str, str]]:
     """("mlp.experts", "3") for "mlp.experts.3.up.weight": the modules on the way whose names end in a number."""
     parts = name.split(".")
-    return [(".".join(parts[:i]), part) for i, part in enumerate(parts[:-1]) if re.fullmatch(r"(.*_)?\d+", part)]
+    return [(".".join(parts[:i]), part) for i, part in enumerate(parts[:-1]) if _NUMBER.fullmatch(part)]
 
 
-def _common(a: str, b: str) -> int:
+def _common(a: list[str], b: list[str]) -> int:
     """Number of leading path parts that are equal."""
-    pairs = list(zip(a.split("."), b.split("."), strict=False))
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Routers:
         """The routers: those whose choice met experts, and those that rank as many outputs as there are experts beside them.
 
         The second are asked only of experts that no other router was seen to choose, and, if the run was complete, only
-        where the best few are taken or the choice went on as numbers of Python.
+        where the best few are taken (or those that a table names) or the choice went on as numbers of Python.
         """
         apart = self._filters.union(*self._met.values())
         ranked = self._ranked if not complete else self._ranked.keys() & (self._few | self._escaped)
@@ -172,8 +181,8 @@ class Routers:
         return self._marks[key][1]
 
     def _selected(self, func: Any, args: Any, kwargs: Any, outputs: frozenset[str]) -> _Marks:
-        several = func in _TOPK
-        scores, *rest = pick(args, kwargs, ("input", "self"), *(("k", "dim") if several else (("dim", "axis"),)))
+        several = func in _TOPK or func in _GATHER
+        scores, *rest = pick(args, kwargs, ("input", "self"), *(("k", "dim") if func in _TOPK else (("dim", "axis"),)))
         dim = rest[-1]
         if func in _NEEDS_DIM and (dim is None or isinstance(dim, torch.Tensor)):
             return _Marks()  # of the whole tensor, or the larger of two
@@ -183,8 +192,8 @@ class Routers:
                 self._ranked[router].update(homes)
                 if several:
                     self._few.add(router)
-        # A top-k over a part of the outputs (groups, two halves) chooses too.
-        chosen = frozenset(p for p in outputs if size > 1 and self._widths[p] % size == 0)
+        # Some of the outputs may be ranked (groups, halves, without the shared experts), or the rows for every output.
+        chosen = frozenset(p for p in outputs if 1 < size <= self._widths[p] or self._widths[p] in scores.shape)
         return _Marks(chosen=chosen, many=chosen if several else frozenset())
 
 
