@@ -5,11 +5,13 @@ where the scheme asks for them, `N.zero_point` (uint8, code - qmin), `N.offset` 
 are quantized in turn are `N.scale.codes`, `N.scale.scale` and so on. Static scales of inputs and outputs are `N.input_scale`,
 `N.input_zero_point`, `N.output_scale`, `N.output_zero_point`. Weights are always stored as the matrix (out, in); a stack (E, a, b) is
 the matrix (E·a, b). The `quantization_config` lists every tensor with the shape of its plain form and its scheme in the compact
-grammar, and says where it is stored transposed, under another module path, or of another kind than Linear.
+grammar, and says where it is stored transposed, under another module path, or of another kind than Linear; a digest guards it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -25,7 +27,9 @@ from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import Grid, QTensor
 from arrondi.tensor.storage import load_scale, store_scale
 
-_KEYS: Final = frozenset({"quant_method", "version", "ignore", "tensors"})
+_KEYS: Final = frozenset({"quant_method", "version", "ignore", "tensors", "digest"})
+_LONGEST: Final = 1000
+"""Characters of a scheme; every real one has fewer."""
 _FACTS: Final[Mapping[str, type]] = {
     "shape": list, "scheme": str, "module": str, "kind": str, "transposed": bool, "indexed": bool,
 }  # fmt: skip
@@ -152,12 +156,23 @@ def _read(placed: Placed, read: Reader) -> LayerValues:
 
 
 def _config(placed: list[Placed], kept: list[str], facts: ModelFacts = ModelFacts()) -> dict[str, Any]:
+    tensors = {p.name: _facts(p) for p in placed}
     return {
         "quant_method": "arrondi",
         "version": 1,
         "ignore": list(dict.fromkeys(kept)),
-        "tensors": {p.name: _facts(p) for p in placed},
+        "tensors": tensors,
+        "digest": digest(tensors),
     }
+
+
+def digest(tensors: Mapping[str, Any]) -> str:
+    """A hash of what the config says of the tensors.
+
+    Many schemes fit the same bytes (int4 and uint4, NF4 and FP4), so a changed word would be read in silence as other numbers.
+    """
+    text = json.dumps(tensors, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _facts(p: Placed) -> dict[str, Any]:
@@ -186,6 +201,8 @@ def _find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]
         raise FileFormatError("ignore should be a list of words.")
     placed = [_place(name, facts) for name, facts in tensors.items()]
     _check_neighbours(placed, names)
+    if config.get("digest") != digest(tensors):
+        raise FileFormatError("digest does not belong to tensors: the config was changed, or is of an unfinished release.")
     return placed
 
 
@@ -212,6 +229,8 @@ def _place(name: str, facts: object) -> Placed:
             raise FileFormatError(f"{name} has {key}: {value!r}, which is not known here.")
     if not {"shape", "scheme"} <= facts.keys():
         raise FileFormatError(f"{name} lacks its shape or its scheme.")
+    if len(facts["scheme"]) > _LONGEST:
+        raise FileFormatError(f"{name} has a scheme of {len(facts['scheme'])} characters.")
     shape = facts["shape"]
     if len(shape) < 2 or not all(type(n) is int and 0 < n < 2**40 for n in shape):
         raise FileFormatError(f"{name} has the shape {shape!r}, which is no shape of a weight.")

@@ -179,7 +179,7 @@ def _check_words(args: Mapping[str, Any], where: str) -> None:
     """Keys that say how the numbers were found, or repeat what the files say: they may only be what they can be."""
     for key in ("scale_dtype", "zp_dtype"):
         value = args.get(key)
-        if value is not None and value not in _TYPES:
+        if value is not None and (not isinstance(value, str) or value not in _TYPES):
             raise _wrong(f"{where}.{key}", value, "a type such as 'torch.uint8'")
     if args.get("scale_dtype") not in (None, *_FLOAT_TYPES, "torch.uint8", "torch.float8_e4m3fn"):
         raise _wrong(f"{where}.scale_dtype", args["scale_dtype"], "a type of scales")

@@ -61,22 +61,22 @@ def config(placed: list[Placed], kept: list[str], facts: ModelFacts = ModelFacts
         kept: paths of all modules with a matrix that is stored as it is.
         facts: what decides how transformers has to load the model.
     """
-    families: dict[tuple[str, LayerScheme], list[Placed]] = {}
+    families: dict[tuple[str, LayerScheme, bool], list[Placed]] = {}
     for p in stored_forms(placed):
-        families.setdefault((storage_name(p), p.scheme), []).append(p)
+        families.setdefault((storage_name(p), p.scheme, p.indexed), []).append(p)
     groups = {}
-    for i, ((format, scheme), members) in enumerate(families.items()):
+    for i, ((format, scheme, indexed), members) in enumerate(families.items()):
         groups[f"group_{i}"] = {
             # Fused experts are linears in a checkpoint though not in the model, hence the class name when all is uniform.
             "targets": sorted({"Linear", *(p.kind for p in members)})
             if len(families) == 1
             else sorted(map(_target, members)),
-            "weights": args_of(scheme.weights, False),
+            "weights": args_of(scheme.weights, False, indexed),
             "input_activations": _side(scheme.inputs),
             "output_activations": _side(scheme.outputs),
             "format": format,
         }
-    formats = sorted({format for format, _ in families})
+    formats = sorted({format for format, _, _ in families})
     document: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",

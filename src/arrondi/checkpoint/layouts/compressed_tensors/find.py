@@ -157,11 +157,13 @@ def _check_neighbours(placed: list[Placed], names: Names) -> None:
     """Refuse a tensor beside a quantized weight that nothing consumes, and a bias of another length."""
     layers = {p.name.removesuffix(".weight"): p for p in placed}
     consumed = {name for p in placed for name, _, _ in specs(p)}
-    for name, (_, shape) in names.items():
+    for name, (dtype, shape) in names.items():
         prefix, _, leaf = name.rpartition(".")
         layer = layers.get(prefix)
         if leaf in _CACHE:
             raise FileFormatError(f"{name} is the scale of a rounded key/value cache, which is not read here.")
+        if layer is None and (dtype == "I8" or dtype.startswith("F8_")):
+            raise FileFormatError(f"{name} is stored as {dtype} without a scale. Is a tensor missing, or misnamed?")
         if layer is None or name in consumed:
             continue
         if leaf == "bias" and shape != (layer.matrix_shape[0],):

@@ -122,7 +122,8 @@ def _read_group(group: object, where: str, top_format: object) -> dict[str, Grou
 def _format(own: object, top: object, where: str) -> str | None:
     """The group's own format, else the file's, None if neither names one."""
     for value, place in ((own, f"{where}.format"), (top, "format")):
-        if value is not None and value not in STORAGE and not (value == _MIXED and place == "format"):
+        mixed = value == _MIXED and place == "format"
+        if value is not None and not mixed and (not isinstance(value, str) or value not in STORAGE):
             raise FileFormatError(f"{place} {value!r} is not read here. Known: {', '.join(STORAGE)}.")
     if own is not None and top not in (None, _MIXED, own):
         raise FileFormatError(f"{where}.format {own!r} contradicts the file's format {top!r}.")
