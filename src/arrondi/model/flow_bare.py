@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ _COPIES = {
     _T.type_as,
 }
 _COPIES |= {torch.clone}
-_DATA = _T.data.__get__  # type: ignore[attr-defined]
+_DATA = attrgetter("data.__get__")(_T)
 
 
 class Bare:
