@@ -16,7 +16,8 @@ from arrondi.errors import DataError, SchemeError
 from arrondi.evaluate.compare import compare_models
 from arrondi.evaluate.data import Data
 from arrondi.evaluate.limits import Limits
-from arrondi.formats import ActivationScheme, LayerScheme, Scheme
+from arrondi.formats import LayerScheme, Scheme
+from arrondi.model import OnDisk
 from arrondi.pipeline import TextOptions, dequantize_model, inspect_model, make_plan, quantize_model
 from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.plan import Plan
@@ -93,3 +94,35 @@ def quantize(
         model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,
     )  # fmt: skip
+
+
+def plan(
+    model: str | Path,
+    scheme: AnyScheme | None = None,
+    *,
+    method: str = "rtn",
+    recipe: Recipe | None = None,
+    group_size: int | None = None,
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    layout: str | None = None,
+    keep_misfits: bool = False,
+) -> Plan:
+    """What `quantize` would do with a model directory, before anything is computed; `to_dict()` for plain data.
+
+    Takes the arguments of `quantize`.
+    """
+    if recipe is not None and scheme is not None:
+        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
+    rules = recipe or Recipe.simple(
+        scheme or "W4A16", method, group_size=group_size, targets=targets, ignore=ignore, options=options
+    )
+    return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
+
+
+evaluate = compare_models
+dequantize = dequantize_model
+inspect = inspect_model
+
+__all__ = ["dequantize", "evaluate", "inspect", "load", "plan", "quantize"]

@@ -2,8 +2,10 @@
 
 from arrondi.model.build import build_model
 from arrondi.model.chain import Chain, Inputs
+from arrondi.model.in_memory import InMemory
 from arrondi.model.instance import Instance, Rounding
 from arrondi.model.memory import release
+from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.model.precision import DTYPES, bfloat16_pays, stored_in_16_bits
 from arrondi.model.settle import settle
@@ -18,8 +20,10 @@ __all__ = [
     "Budget",
     "Chain",
     "Facts",
+    "InMemory",
     "Inputs",
     "Instance",
+    "Names",
     "OnDisk",
     "Overlay",
     "Rounding",

@@ -47,6 +47,11 @@ class InMemory:
         config = getattr(self.model, "config", None)
         return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
 
+    @property
+    def to_load(self) -> int:
+        """Bytes that are still to be loaded: none."""
+        return 0
+
     def instance(self, overlay: Overlay | None = None, device: torch.device | None = None) -> Held:
         """The module itself."""
         return Held(self)

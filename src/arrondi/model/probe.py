@@ -52,7 +52,8 @@ def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
         lists: names of the lists that may be the units, the likeliest first.
 
     Returns:
-        the name of the list, the likeliest where none runs on token ids alone; routers, weights that are read otherwise than in
+        the name of the list, the likeliest where none runs on token ids alone, "" where the model changes weights as it runs;
+        routers, weights that are read otherwise than in
         products, and the orientation of stacks, as far as anything could be run.
     """
     state = torch.random.get_rng_state()
@@ -60,7 +61,8 @@ def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
     try:
         for name in lists:
             with contextlib.suppress(ArrondiError, *_REFUSALS):  # other inputs are wanted, or blocks are not run
-                return name, _observe(Chain(_MadeUp(source), name))
+                facts = _observe(Chain(_MadeUp(source), name))
+                return ("" if any(_in_place(how) for how in facts.bare.values()) else name), facts
     finally:
         torch.random.set_rng_state(state)
     return (lists[0] if lists else ""), Facts()
@@ -77,8 +79,13 @@ def _observe(chain: Chain) -> Facts:
     with contextlib.ExitStack() as undo, torch.no_grad():
         for handle in handles:
             undo.callback(handle)
+        entered: list[Any] = []
+        everything = {n: chain.instance.parameter(n) for n in chain.instance.empty}
         with chain.outer_loaded():
-            hidden, calls = chain.begin(Inputs.of(ids))
+            before = trace(model, everything, lambda: entered.append(chain.begin(Inputs.of(ids))))
+        hidden, calls = entered[0]
+        # What the model does to the weights of blocks before these run; all else is seen in the blocks.
+        bare |= {n: how for n, how in before.bare.items() if n.startswith(f"{chain.prefix}.") and _in_place(how)}
         seen: set[Any] = set()
         for i, block in enumerate(chain.blocks):
             structure = (type(block), tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
@@ -95,6 +102,11 @@ def _observe(chain: Chain) -> Facts:
             bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
             flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
     return Facts(frozenset(routers), bare, frozenset(flipped))
+
+
+def _in_place(how: str) -> bool:
+    """Whether a weight is changed by the operation that was seen."""
+    return how.partition(" ")[0].endswith("_")
 
 
 def _others(chain: Chain, i: int, structure: Any) -> list[str]:

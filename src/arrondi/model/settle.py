@@ -14,6 +14,7 @@ import torch
 
 from arrondi.errors import SchemeError
 from arrondi.model.chain import Chain, Inputs, _hidden_of
+from arrondi.model.in_memory import InMemory
 from arrondi.model.source import OnDisk
 from arrondi.model.whole import Whole
 
@@ -21,7 +22,7 @@ _TOLERANCE = 1e-4
 """Of the largest number: float32 sums in the same order differ by less."""
 
 
-def settle(source: OnDisk, batch: Any) -> list[str]:
+def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
     """Decide how a source is run: unit by unit, or as a whole; `source.units` says it afterwards.
 
     Args:
@@ -40,7 +41,7 @@ def settle(source: OnDisk, batch: Any) -> list[str]:
         return []
     except SchemeError as reason:
         why = str(reason)
-    need = 4 * sum(p.numel() for p in {id(p): p for p in source.model.parameters()}.values())
+    need = source.to_load
     if need > _memory() // 4:
         raise SchemeError(
             f"{why} Run as a whole it would need twice {need / 1e9:.1f} GB of memory. Use --method rtn or hqq with neither --calibration nor --eval-text."

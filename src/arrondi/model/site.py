@@ -254,6 +254,8 @@ class _Maker:
         if kind == "embedding":
             others = f", tied to {aliases[1]}" if len(aliases) > 1 else ""
             return f"an embedding is looked up, not multiplied{others}"
+        if kind == "convolution" and any("Transpose" in c for c in classes):
+            return "a transposed convolution"
         if kind == "other":
             return f"not a matrix product ({'/'.join(classes)})"
         return None

@@ -61,6 +61,11 @@ class OnDisk:
         """config.json."""
         return self.checkpoint.folder.config
 
+    @property
+    def to_load(self) -> int:
+        """Bytes that all weights take in float32."""
+        return 4 * sum(p.numel() for p in self.model.parameters())
+
     def instance(self, overlay: Overlay | None = None, device: torch.device = _CPU) -> Instance:
         """The model, changed as the overlay says, filled on a device."""
         return Instance(self, overlay, device)

@@ -20,6 +20,7 @@ from arrondi.rounding import get_method
 from arrondi.rounding.error import ErrorSums, output_sums, weight_sums
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import knows
+from arrondi.tensor.rows import split_rows, stack_rows
 
 _CHUNK = 1 << 19
 """Elements of a weight that are rounded at a time when rows do not depend on each other."""
@@ -119,32 +120,3 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded]) -> dict[str
         **({"why": "; ".join(whys)} if whys else {}),
         **facts,
     }
-
-
-def stack_rows(parts: Sequence[QTensor]) -> QTensor:
-    """QTensors of matrices below each other as one; every scale belongs to rows of one part."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    scale: torch.Tensor | QTensor
-    if isinstance(first.scale, QTensor):
-        scale = stack_rows([p.scale for p in parts])  # type: ignore[misc]
-    else:
-        scale = torch.cat([p.real_scale for p in parts])
-    zero = None if first.zero_point is None else torch.cat([p.zero_point for p in parts])  # type: ignore[misc]
-    offset = None if first.offset is None else torch.cat([p.offset for p in parts])  # type: ignore[misc]
-    return QTensor(torch.cat([p.codes for p in parts]), scale, zero, offset, first.scheme, first.group_index)
-
-
-def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
-    """The inverse of `stack_rows`, for schemes whose rows are rounded one by one."""
-    if len(sizes) == 1:
-        return [q]
-
-    def cut(part: torch.Tensor | QTensor | None) -> list[Any]:
-        if part is None:
-            return [None] * len(sizes)
-        return split_rows(part, sizes) if isinstance(part, QTensor) else list(part.split(sizes))
-
-    parts = zip(q.codes.split(sizes), cut(q.scale), cut(q.zero_point), cut(q.offset), strict=True)
-    return [QTensor(c, s, z, o, q.scheme, q.group_index) for c, s, z, o in parts]

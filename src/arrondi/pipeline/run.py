@@ -20,11 +20,12 @@ from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.rounded import Rounded, round_alone, row_of, stack_rows
+from arrondi.pipeline.rounded import Rounded, round_alone, row_of
 from arrondi.pipeline.step import get_step
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.work import Work, stackable
 from arrondi.tensor.ranges import Grid
+from arrondi.tensor.rows import stack_rows
 
 _HIDDEN_LIMIT = 512 << 20
 """Bytes of hidden states and arguments kept in memory; more goes to a file in the output directory."""
