@@ -85,6 +85,8 @@ def quantize_model(
         )
     if out.resolve() == checkpoint.folder.path.resolve():
         raise OutputError(f"{out}: output and model are the same directory. Choose another output.")
+    if checkpoint.folder.path.resolve() in out.resolve().parents:
+        raise OutputError(f"{out}: lies inside the model's directory. Choose an output outside of it.")
     skeleton = Skeleton(checkpoint)
     plan = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
     check(plan)

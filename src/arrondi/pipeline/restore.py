@@ -42,6 +42,8 @@ def dequantize_model(
     checkpoint, out, kind = Checkpoint.open(model), Path(out), DTYPES[dtype]
     if not checkpoint.quantized:
         raise SchemeError(f"{checkpoint.folder.path} is not quantized: its config.json has no quantization_config.")
+    if checkpoint.folder.path.resolve() in out.resolve().parents:
+        raise OutputError(f"{out}: lies inside the model's directory. Choose an output outside of it.")
     if out.exists() and (not out.is_dir() or any(not p.name.endswith(".partial") for p in out.iterdir())):
         raise OutputError(f"{out}: already holds something. Nothing was touched: choose a new directory.")
     stored = {n: e.torch_dtype for n, e in checkpoint.folder.entries.items()}
