@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint, ShardWriter, guard_disk, write_json
+from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
 from arrondi.evaluate.data import Windows
@@ -324,13 +325,15 @@ class _Run:
         with guard_disk(out):
             for path in source.other_files():
                 shutil.copyfile(path, out / path.name)
-        report = {
-            **facts,
-            "seconds": done["seconds"],
-            "evaluation": done["measured"],
-            "layers": done["rows"],
-            "kept": kept_of(self.plan),
-        }
+        report: dict[str, Any] = finite(
+            {
+                **facts,
+                "seconds": done["seconds"],
+                "evaluation": done["measured"],
+                "layers": done["rows"],
+                "kept": kept_of(self.plan),
+            }
+        )
         write_json(out / "report.json", report)
         write_json(out / MANIFEST, manifest_of(facts, key, self.hasher.result()))
         write_json(out / "config.json", {**source.config, "quantization_config": self.plan.config()})
