@@ -18,6 +18,10 @@ from arrondi.errors import ArrondiError, SchemeError
 from arrondi.model.instance import Instance
 
 
+REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
+"""What models raise that want other inputs."""
+
+
 class _Stop(Exception):
     """Raised inside a forward pass when all that was wanted has been seen."""
 
@@ -123,12 +127,8 @@ class Chain:
                 self._forward_pass(inputs, calls.clear)
         except ArrondiError:
             raise
-        except OSError:
-            raise
-        except Exception as error:  # whatever a model says that wants other inputs
-            raise SchemeError(
-                f"The model does not run on this data ({type(error).__name__}: {_first_line(error)})."
-            ) from error
+        except REFUSALS as error:
+            raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
         finally:
             self._past_blocks = self._entering = False
         if len(calls) < len(self.blocks):
@@ -146,7 +146,7 @@ class Chain:
     def run(self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False) -> torch.Tensor:
         """Hidden states after block i, whose weights must be filled; float32, with bfloat16 products if asked."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=bfloat16):
-            return _hidden_of(self.call(i, hidden.clone(), call), hidden).float()
+            return hidden_of(self.call(i, hidden.clone(), call), hidden).float()
 
     def call(self, i: int, hidden: torch.Tensor, call: Call) -> Any:
         """Block i as the model calls it."""
@@ -262,7 +262,12 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, torch.T
     raise SchemeError("The model's blocks do not take hidden states as their first argument.")
 
 
-def _hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
+def hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
+    """The hidden states in what a block returned.
+
+    Raises:
+        SchemeError: they have another shape than those that entered it.
+    """
     found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
     if found.shape != like.shape:
         raise SchemeError(
@@ -273,7 +278,7 @@ def _hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
 
 def _wrapper(output: Any, hidden: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """Put other hidden states into the same structure that a block returned."""
-    _hidden_of(output, hidden)
+    hidden_of(output, hidden)
     if isinstance(output, torch.Tensor):
         return lambda h: h
     rest = tuple(output[1:])
@@ -291,5 +296,6 @@ def _copied(tree: Any) -> Any:
     return tree
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def said(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arrondi.errors import ArrondiError
-from arrondi.model.chain import Chain, Inputs
+from arrondi.model.chain import REFUSALS, Chain, Inputs
 from arrondi.model.flow import trace
 from arrondi.model.instance import Instance
 from arrondi.model.site import Facts, is_stack
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _TOKENS = 8
 _REPEATED = 1 << 16
 """Random numbers of which weights are made."""
-_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
-"""What models raise that want other inputs."""
 
 
 class _MadeUp(Instance):
@@ -60,7 +58,7 @@ def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
     torch.manual_seed(0)
     try:
         for name in lists:
-            with contextlib.suppress(ArrondiError, *_REFUSALS):  # other inputs are wanted, or blocks are not run
+            with contextlib.suppress(ArrondiError, *REFUSALS):  # other inputs are wanted, or blocks are not run
                 facts = _observe(Chain(_MadeUp(source), name))
                 return ("" if any(_in_place(how) for how in facts.bare.values()) else name), facts
     finally:

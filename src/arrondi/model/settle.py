@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from arrondi.errors import SchemeError
-from arrondi.model.chain import Chain, Inputs, _hidden_of
+from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, said
 from arrondi.model.in_memory import InMemory
 from arrondi.model.source import OnDisk
 from arrondi.model.whole import Whole
@@ -74,15 +74,18 @@ def _compare(chain: Chain, inputs: Inputs) -> None:
     def see(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs["hidden_states"]
         try:
-            ours = _hidden_of(chain.call(i, hidden.clone(), calls[i]), hidden)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise SchemeError(f"{chain.prefix}.{i} needs what earlier blocks leave behind ({error}).") from error
-        theirs = _hidden_of(output, hidden)
+            ours = hidden_of(chain.call(i, hidden.clone(), calls[i]), hidden)
+        except REFUSALS as error:
+            raise SchemeError(f"{chain.prefix}.{i} needs what earlier blocks leave behind ({said(error)}).") from error
+        theirs = hidden_of(output, hidden)
         if not _close(ours, theirs):
             raise SchemeError(f"{chain.prefix}.{i} computes something else when it is run by itself.")
         final[:] = [theirs]
 
-    expected = chain.whole(inputs, see)
+    try:
+        expected = chain.whole(inputs, see)
+    except REFUSALS as error:
+        raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
     with chain.outer_loaded():
         if not final or not _close(chain.finish(inputs, final[0]), expected):
             raise SchemeError(f"What follows {chain.prefix} computes something else when it is run by itself.")

@@ -46,7 +46,7 @@ class OnDisk:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.where: Path = checkpoint.folder.path
-        self.model = build_model(checkpoint.folder.config, self.where)
+        self.model = build_model(checkpoint.folder.model_config, self.where)
         self.names = Names(self.model, checkpoint.names, self.where)
         self._refuse_missing()
         self.whole = False

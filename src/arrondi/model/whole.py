@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from arrondi.errors import SchemeError
-from arrondi.model.chain import Call, Inputs, result_of
+from arrondi.model.chain import REFUSALS, Call, Inputs, result_of, said
 from arrondi.model.instance import Instance
 
 
@@ -58,9 +58,8 @@ class Whole:
         try:
             with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
                 return result_of(self.model(*call.args, **call.kwargs)).float()
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-            line = str(error).strip().partition("\n")[0]
-            raise SchemeError(f"The model does not run on this data ({type(error).__name__}: {line}).") from error
+        except REFUSALS as error:
+            raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
 
     def finish(self, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         """What it computed."""
