@@ -52,7 +52,6 @@ def dequantize_model(
     checkpoint, out = Checkpoint.open(model), Path(out)
     if not checkpoint.quantized:
         raise SchemeError(f"{checkpoint.folder.path} is not quantized: its config.json has no quantization_config.")
-<<<<<<< HEAD
     check_apart(checkpoint.folder.path, out)
     ledger = Ledger(checkpoint.folder)
     checkpoint = ledger.recorded(checkpoint)
@@ -60,42 +59,6 @@ def dequantize_model(
     plan = ShardPlan.split(specs, shard_bytes)
     key = run_key("dequantize", checkpoint, dtype, shard_bytes)
     result = {
-=======
-    if checkpoint.folder.path.resolve() in out.resolve().parents:
-        raise OutputError(f"{out}: lies inside the model's directory. Choose an output outside of it.")
-    if out.exists() and (not out.is_dir() or any(not p.name.endswith(".partial") for p in out.iterdir())):
-        raise OutputError(f"{out}: already holds something. Nothing was touched: choose a new directory.")
-    stored = {n: e.torch_dtype for n, e in checkpoint.folder.entries.items()}
-    types = {
-        n: kind if stored.get(n, kind).is_floating_point or n in checkpoint.placed else stored[n]
-        for n in checkpoint.names
-    }
-    plan = ShardPlan.split([(n, types[n], shape) for n, shape in checkpoint.names.items()], shard_bytes)
-    with guard_disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(out, plan)
-    for i, name in enumerate(checkpoint.names):
-        if progress:
-            progress(i, len(checkpoint.names), name)
-        value = checkpoint.read(name)
-        plain = (
-            value.dequantize(kind).reshape(checkpoint.names[name])
-            if isinstance(value, QTensor)
-            else value.to(types[name])
-        )
-        writer.put(name, plain)
-    writer.sync()
-    writer.close()
-    ShardWriter.publish(out, plan, out)
-    for path in checkpoint.folder.other_files():
-        with guard_disk(out):
-            shutil.copyfile(path, out / path.name)
-    config = {k: v for k, v in checkpoint.folder.config.items() if k != "quantization_config"}
-    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-        config[key] = dtype
-    write_json(out / "config.json", config)
-    return {
->>>>>>> cli
         "restored": len(checkpoint.placed),
         "copied": len(checkpoint.names) - len(checkpoint.placed),
         "bytes": plan.nbytes,
