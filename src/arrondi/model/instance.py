@@ -16,8 +16,7 @@ from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
 from arrondi.model.memory import release
 from arrondi.model.overlay import Overlay
-from arrondi.tensor.qtensor import fake_quantize
-from arrondi.tensor.qtensor import Grid
+from arrondi.tensor.qtensor import Grid, fake_quantize
 
 if TYPE_CHECKING:
     from arrondi.model.source import OnDisk

@@ -15,7 +15,7 @@ import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
 from arrondi.evaluate.compare import comparison_for
-from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
+from arrondi.model import Budget, Inputs, Overlay, Stream, bfloat16_pays, walk
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -225,7 +225,7 @@ class Run:
                 if inputs is not None and inputs.dynamic is not True:
                     grid = self.plan.layout.read(planned.placed, self.writer.get).inputs
                     modules = [m for s in planned.sites for m in s.rounds_inputs]
-                    self.instance.round_inputs({m: (inputs, grid) for m in modules})
+                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, grid)))
             elif planned.name in self.plan.declared.changed:
                 self.overlay.changed[planned.name] = lambda n=planned.name: self.writer.get(n).float()  # type: ignore[misc]
         for name, _, _ in self.plan.declared.added:

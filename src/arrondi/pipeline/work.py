@@ -7,8 +7,8 @@ belong to. Weights that read the same input form a stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ class Work:
             assert inputs is not None
             low, high = (found.low, found.high) if found is not None else (0.0, 0.0)
             self.grids[site.tensor] = static_grid(low, high, inputs)
-            self.instance.round_inputs({m: (inputs, self.grids[site.tensor]) for m in site.rounds_inputs})
+            self.instance.round_inputs(dict.fromkeys(site.rounds_inputs, (inputs, self.grids[site.tensor])))
 
     def _together(self, sites: Sequence[Site], stage: _Stage) -> list[list[Site]]:
         """Sites with the same input, rule and scheme, where rows are rounded by themselves."""
