@@ -1,5 +1,6 @@
 """What a model is: sites, sources, and the walk over its units."""
 
+from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
 from arrondi.model.build import build_model
 from arrondi.model.chain import Chain, Inputs
 from arrondi.model.in_memory import InMemory
@@ -20,6 +21,7 @@ __all__ = [
     "Budget",
     "Chain",
     "Facts",
+    "Gradients",
     "InMemory",
     "Inputs",
     "Instance",
@@ -35,8 +37,11 @@ __all__ = [
     "bfloat16_pays",
     "build_model",
     "find_tensors",
+    "kl_loss",
+    "next_token_loss",
     "release",
     "settle",
     "stored_in_16_bits",
     "walk",
+    "walk_back",
 ]
