@@ -15,6 +15,9 @@ from arrondi.model.store import Budget, TreeStore
 from arrondi.model.streams import Stream, walk
 from arrondi.model.whole import Whole
 
+Source = OnDisk | InMemory
+"""Where a model comes from."""
+
 __all__ = [
     "DTYPES",
     "Budget",
@@ -29,6 +32,7 @@ __all__ = [
     "Rounding",
     "Site",
     "StoredTensor",
+    "Source",
     "Stream",
     "TreeStore",
     "Whole",

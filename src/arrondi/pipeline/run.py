@@ -50,6 +50,7 @@ class Run:
         device: torch.device,
     ) -> None:
         self.ledger, self.device = ledger, device
+        assert isinstance(plan.source, OnDisk)
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
@@ -66,7 +67,11 @@ class Run:
         if "measured" in self.journal.steps:
             return
         with torch.no_grad():
-            measured = self._with_data() if self.texts.calibration or self.texts.evaluation else self._without_data()
+            measured = None
+            if self.texts.calibration or self.texts.evaluation:
+                measured = self._with_data()
+            else:
+                self._without_data()
         seconds = round(time.monotonic() - started, 2)
         self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
 

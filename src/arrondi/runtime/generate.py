@@ -15,7 +15,7 @@ from arrondi.model import stored_in_16_bits
 from arrondi.native import multiplies_bfloat16
 from arrondi.runtime.decoding import tokens
 from arrondi.runtime.fuse import is_fused
-from arrondi.runtime.load import load_model
+from arrondi.runtime.load import load
 
 
 def generate(
@@ -38,7 +38,7 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are sampled from the tempered distribution with `seed`.
         dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
             compute all of its products in it, else float32.
-        activations: see `load_model`.
+        activations: see `load`.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -46,7 +46,7 @@ def generate(
         new token, decode_ms_per_token of those after it.
 
     Raises:
-        SchemeError: the model does not generate text, or `load_model` refuses dtype or activations.
+        SchemeError: the model does not generate text, or `load` refuses dtype or activations.
         DataError: the prompt leaves no room in the model's context.
     """
     checkpoint = Checkpoint.open(path)
@@ -54,7 +54,7 @@ def generate(
     model = (
         _load_fast(checkpoint, activations)
         if dtype == "auto"
-        else load_model(path, dtype=dtype, activations=activations)
+        else load(path, dtype=dtype, activations=activations)
     )
     if not model.can_generate():
         raise SchemeError(f"{path}: a {type(model).__name__} does not generate text. Use a causal language model.")
@@ -97,10 +97,10 @@ def _load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
     """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
     path = checkpoint.folder.path
     if stored_in_16_bits(checkpoint):
-        model = load_model(path, dtype="bfloat16", activations=activations)
+        model = load(path, dtype="bfloat16", activations=activations)
         if multiplies_bfloat16() or is_fused(model):
             return model
-    return load_model(path, dtype="float32", activations=activations)
+    return load(path, dtype="float32", activations=activations)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
