@@ -15,7 +15,7 @@ import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
 from arrondi.evaluate.compare import comparison_for
-from arrondi.model import Budget, Inputs, Overlay, Stream, bfloat16_pays, walk
+from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -24,7 +24,7 @@ from arrondi.pipeline.rounded import Rounded, round_alone, row_of
 from arrondi.pipeline.step import get_step
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.work import Work, stackable
-from arrondi.tensor.ranges import Grid
+from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
 
 _HIDDEN_LIMIT = 512 << 20
