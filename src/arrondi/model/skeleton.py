@@ -139,14 +139,14 @@ class Skeleton:
 
     Attributes:
         model: the transformers model; parameters that are not filled are on the meta device.
-        checkpoint: where weights come from.
+        checkpoint: where weights come from. Computed buffers have the type `dtype`, as in transformers.
         unused: stored tensors that are no parameter of this model.
         missing: parameters that the checkpoint does not have (filled with zeros).
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         self.checkpoint = checkpoint
-        self.model = build_model(checkpoint.folder.config, checkpoint.folder.path)
+        self.model = build_model(checkpoint.folder.config, checkpoint.folder.path, dtype)
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.empty.items():
@@ -245,7 +245,9 @@ class Skeleton:
             for target in group.targets:
                 if target in self.buffers:
                     module, leaf = self._owner(target)
-                    module._buffers[leaf] = self.checkpoint.dense(group.sources[0])
+                    exact = any(name in target for name in self.model._keep_in_fp32_modules_strict or ())
+                    kind = torch.float32 if exact else module._buffers[leaf].dtype
+                    module._buffers[leaf] = self.checkpoint.dense(group.sources[0]).to(kind)
 
     def parameter(self, param: str) -> torch.Tensor:
         """The parameter as it is now."""

@@ -17,6 +17,7 @@ from arrondi.formats import Scheme, tile_shape
 from arrondi.model import DTYPES, Skeleton, Slot
 from arrondi.nn import DenseLinear, QLinear, QStack
 from arrondi.runtime.fuse import fuse
+from arrondi.runtime.generation_config import read_generation_config
 from arrondi.tensor.qtensor import QTensor
 
 
@@ -42,7 +43,7 @@ def load_model(
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     checkpoint = Checkpoint.open(path).rounding(activations)
-    skeleton = Skeleton(checkpoint)
+    skeleton = Skeleton(checkpoint, kind)
     model = skeleton.model
     packed = _packed_slots(skeleton)
     for param, found in packed.items():
@@ -67,12 +68,8 @@ def load_model(
     fuse(model)
     if model.can_generate():
         model.config.use_cache = True
+        model.generation_config = read_generation_config(checkpoint.folder.path) or model.generation_config
     model.config.dtype = kind
-    generation = checkpoint.folder.path / "generation_config.json"
-    if generation.exists() and model.can_generate():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder.path)
     return model
 
 
