@@ -1,6 +1,6 @@
 """What a model is: sites, sources, and the walk over its units."""
 
-from arrondi.model.build import build_model
+from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs
 from arrondi.model.in_memory import InMemory
 from arrondi.model.instance import Instance, Rounding
@@ -38,6 +38,7 @@ __all__ = [
     "Whole",
     "bfloat16_pays",
     "build_model",
+    "configs_in",
     "find_tensors",
     "release",
     "settle",
