@@ -170,7 +170,10 @@ def test_module_paths_and_kinds_are_read_back(layout: str) -> None:
     written = {n: t for p in (first, second) for n, t in LAYOUTS[layout].write(p, rounded(p)).items()}
     assert find(LAYOUTS[layout], config, written) == [first, second]
     if layout == "compressed-tensors":
-        assert [g["targets"] for g in config["config_groups"].values()] == [["model.layers.0.fc"], ["model.layers.1.fc"]]
+        assert [g["targets"] for g in config["config_groups"].values()] == [
+            ["model.layers.0.fc"],
+            ["model.layers.1.fc"],
+        ]
 
 
 TRANSPOSED = {
@@ -187,7 +190,9 @@ def test_a_transposed_weight_is_rounded_as_any_other(layout: str, scheme: str) -
     values = rounded(p)
     assert values.weight.shape == (384, 256)
     written = LAYOUTS[layout].write(p, values)
-    assert {n: (t.dtype, tuple(t.shape)) for n, t in written.items()} == {n: (d, s) for n, d, s in LAYOUTS[layout].specs(p)}
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in written.items()} == {
+        n: (d, s) for n, d, s in LAYOUTS[layout].specs(p)
+    }
     (found,) = find(LAYOUTS[layout], json.loads(json.dumps(LAYOUTS[layout].config([p], []))), written)
     assert found == p
     back = LAYOUTS[layout].read(found, written.__getitem__)

@@ -79,7 +79,9 @@ def test_the_package_decompresses_to_our_numbers(name: str, stored: str) -> None
     assert found.dtype == STORED[expected]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "w=int3/g32/asym", "w=int8/channel", "w=int4/channel/asym", "w=fp8/g64", "w=int8/tensor"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A16", "w=int3/g32/asym", "w=int8/channel", "w=int4/channel/asym", "w=fp8/g64", "w=int8/tensor"]
+)
 def test_the_package_restores_transposed_weights_in_the_orientation_of_the_file(scheme: str) -> None:
     placed, values = layer(scheme, kind="Conv1D", transposed=True)
     known = packages_scheme(LAYOUT.config([placed], []))
@@ -97,7 +99,9 @@ def test_the_package_writes_the_names_and_types_that_we_write(name: str) -> None
     back = compressor(known).decompress(ours, known)
     again = compressor(known).compress({n: t for n, t in back.items() if n != "weight_shape"}, known)
     assert {n: (t.dtype, t.shape) for n, t in again.items()} == {n: (t.dtype, t.shape) for n, t in ours.items()}
-    assert torch.equal(compressor(known).decompress(again, known)["weight"], back["weight"])  # zeros may have lost a sign
+    assert torch.equal(
+        compressor(known).decompress(again, known)["weight"], back["weight"]
+    )  # zeros may have lost a sign
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -267,7 +271,11 @@ TARGETS = [
 
 def test_the_group_of_a_module_is_the_packages_choice() -> None:
     rng = random.Random(0)
-    modules = [torch.nn.Linear(1, 1), torch.nn.Embedding(1, 1), torch.nn.modules.linear.NonDynamicallyQuantizableLinear(1, 1)]
+    modules = [
+        torch.nn.Linear(1, 1),
+        torch.nn.Embedding(1, 1),
+        torch.nn.modules.linear.NonDynamicallyQuantizableLinear(1, 1),
+    ]
     chosen = set()
     for _ in range(3000):
         groups = {target: i for i in range(rng.randint(1, 4)) for target in rng.sample(TARGETS, rng.randint(1, 3))}
@@ -285,7 +293,9 @@ def test_the_group_of_a_module_is_the_packages_choice() -> None:
 @pytest.mark.parametrize("schemes", [["W4A16"], ["W4A16", "W8A8"]], ids=["one", "two"])
 def test_a_module_is_matched_exactly_if_its_weight_is_packed(schemes: list[str]) -> None:
     """Under the package's own matcher: quantized, kept, stored but not built, an expert, an embedding."""
-    names = [f"model.layers.{i}.mlp.{p}" for i, p in itertools.product(range(3), ("up", "experts.0.w1", "experts.11.w2"))]
+    names = [
+        f"model.layers.{i}.mlp.{p}" for i, p in itertools.product(range(3), ("up", "experts.0.w1", "experts.11.w2"))
+    ]
     placed = [
         Placed(f"{n}.weight", (128, 128), parse_scheme(schemes[i % len(schemes)])) for i, n in enumerate(names[:6])
     ]

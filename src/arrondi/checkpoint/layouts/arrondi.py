@@ -202,7 +202,9 @@ def _find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]
     placed = [_place(name, facts) for name, facts in tensors.items()]
     _check_neighbours(placed, names)
     if config.get("digest") != digest(tensors):
-        raise FileFormatError("digest does not belong to tensors: the config was changed, or is of an unfinished release.")
+        raise FileFormatError(
+            "digest does not belong to tensors: the config was changed, or is of an unfinished release."
+        )
     return placed
 
 
