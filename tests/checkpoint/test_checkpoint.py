@@ -285,7 +285,7 @@ def test_groups_of_several_classes_go_by_the_class_of_the_module(quantized: dict
     assert found.placed == Checkpoint.open(quantized[CT]).placed
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
-    with pytest.raises(FileFormatError, match="class of .* is not known"):
+    with pytest.raises(FileFormatError, match=r"class of .* is not known"):
         Checkpoint.open(tmp_path / "copy")
 
 

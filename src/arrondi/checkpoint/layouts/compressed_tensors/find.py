@@ -139,7 +139,7 @@ def _classes(config: Mapping[str, Any], known: Config, paths: Mapping[str, str],
     loose = [p for p in paths.values() if not any(names_match(p, t) for t in known.groups)]
     words = [t for t in known.groups if t.isidentifier() and t not in paths.values() and f"{t}.weight" not in names]
     if "Linear" in words and len({known.groups[t] for t in words}) == 1:
-        return dict.fromkeys(loose, ["Linear"])
+        return {path: ["Linear"] for path in loose}
     if not words:
         return {}
     found = module_classes(config) if loose else {}
