@@ -86,7 +86,7 @@ def changed(value: Any, rng: random.Random) -> Any:
         return typo(value, rng)
     if isinstance(value, list) and value:
         return rng.choice(
-            [value[1:], value + value[:1], value[::-1], value + [any_value(rng)], [changed(v, rng) for v in value]]
+            [value[1:], value + value[:1], value[::-1], [*value, any_value(rng)], [changed(v, rng) for v in value]]
         )
     return any_value(rng)
 

@@ -1,7 +1,7 @@
 """What a model is: sites, sources, and the walk over its units."""
 
 from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
-from arrondi.model.build import build_model
+from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs
 from arrondi.model.in_memory import InMemory
 from arrondi.model.instance import Instance, Rounding
@@ -15,6 +15,9 @@ from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
 from arrondi.model.streams import Stream, walk
 from arrondi.model.whole import Whole
+
+Source = OnDisk | InMemory
+"""Where a model comes from."""
 
 __all__ = [
     "DTYPES",
@@ -31,11 +34,13 @@ __all__ = [
     "Rounding",
     "Site",
     "StoredTensor",
+    "Source",
     "Stream",
     "TreeStore",
     "Whole",
     "bfloat16_pays",
     "build_model",
+    "configs_in",
     "find_tensors",
     "kl_loss",
     "next_token_loss",

@@ -15,7 +15,7 @@ import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
 from arrondi.evaluate.compare import comparison_for
-from arrondi.model import Budget, Inputs, Overlay, Stream, bfloat16_pays, walk
+from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -24,7 +24,7 @@ from arrondi.pipeline.rounded import Rounded, round_alone, row_of
 from arrondi.pipeline.step import get_step
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.work import Work, stackable
-from arrondi.tensor.ranges import Grid
+from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
 
 _HIDDEN_LIMIT = 512 << 20
@@ -50,6 +50,7 @@ class Run:
         device: torch.device,
     ) -> None:
         self.ledger, self.device = ledger, device
+        assert isinstance(plan.source, OnDisk)
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
@@ -66,7 +67,11 @@ class Run:
         if "measured" in self.journal.steps:
             return
         with torch.no_grad():
-            measured = self._with_data() if self.texts.calibration or self.texts.evaluation else self._without_data()
+            measured = None
+            if self.texts.calibration or self.texts.evaluation:
+                measured = self._with_data()
+            else:
+                self._without_data()
         seconds = round(time.monotonic() - started, 2)
         self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
 
