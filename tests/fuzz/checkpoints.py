@@ -61,8 +61,16 @@ class Base:
 def base(reader: str, scheme: str) -> Base:
     """The unmutated checkpoint of a reader and a scheme."""
     generator = torch.Generator().manual_seed(1)
-    tensors = {"model.norm.weight": torch.randn(64, generator=generator), "model.layers.0.a.bias": torch.randn(32, generator=generator)}
-    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64}
+    tensors = {
+        "model.norm.weight": torch.randn(64, generator=generator),
+        "model.layers.0.a.bias": torch.randn(32, generator=generator),
+    }
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+    }
     made = []
     for i, (name, shape) in enumerate(SHAPES.items()):
         weight = torch.randn(shape, generator=generator)
@@ -171,7 +179,9 @@ def package_numbers(config: dict[str, Any], file: bytes, checkpoint: Checkpoint)
         format = scheme.format or infer_module_format(torch.nn.Linear, scheme)
         if known.format not in (getattr(format, "value", format), "mixed-precision") and scheme.format is None:
             format = known.format
-        found[name] = BaseCompressor.get_value_from_registry(getattr(format, "value", format)).decompress(state, scheme)["weight"]
+        found[name] = BaseCompressor.get_value_from_registry(getattr(format, "value", format)).decompress(
+            state, scheme
+        )["weight"]
     return found
 
 
@@ -243,7 +253,9 @@ def main() -> int:
     result = run(options.reader or list(READERS), options.seed, options.mutants, options.seconds)
     for failure in result.failures[:20]:
         print(failure, file=sys.stderr)
-    print(f"{result.mutants} mutants ({', '.join(f'{n} {r}' for r, n in result.read.items())}), {len(result.failures)} failures, seed {options.seed}")
+    print(
+        f"{result.mutants} mutants ({', '.join(f'{n} {r}' for r, n in result.read.items())}), {len(result.failures)} failures, seed {options.seed}"
+    )
     return 1 if result.failures else 0
 
 

@@ -24,7 +24,23 @@ KEYS = [
     "shape", "scheme", "kind", "indexed", "module", "global_compression_ratio", "moe_sparsity_config", "unknown",
 ]  # fmt: skip
 NUMBERS = [0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 63, 64, 128, 32.5, 2**31, 2**62, 2**80, -(2**63), 1e308, 1e-5]
-DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U32", "X9"]
+DTYPES = [
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "U32",
+    "X9",
+]
 
 
 def any_value(rng: random.Random) -> Any:
@@ -34,7 +50,9 @@ def any_value(rng: random.Random) -> Any:
         return rng.choice(WORDS)
     if kind < 5:
         return rng.choice(NUMBERS)
-    return rng.choice([None, True, False, [], {}, [rng.choice(WORDS)], [rng.choice(NUMBERS)], {rng.choice(KEYS): rng.choice(WORDS)}])
+    return rng.choice(
+        [None, True, False, [], {}, [rng.choice(WORDS)], [rng.choice(NUMBERS)], {rng.choice(KEYS): rng.choice(WORDS)}]
+    )
 
 
 def typo(text: str, rng: random.Random) -> str:
@@ -61,11 +79,15 @@ def changed(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool):
         return rng.choice([not value, str(value), int(value), None])
     if isinstance(value, int):
-        return rng.choice([value + 1, value - 1, -value, value * 2, value // 2, value + 0.5, float(value), str(value), [value]])
+        return rng.choice(
+            [value + 1, value - 1, -value, value * 2, value // 2, value + 0.5, float(value), str(value), [value]]
+        )
     if isinstance(value, str):
         return typo(value, rng)
     if isinstance(value, list) and value:
-        return rng.choice([value[1:], value + value[:1], value[::-1], value + [any_value(rng)], [changed(v, rng) for v in value]])
+        return rng.choice(
+            [value[1:], value + value[:1], value[::-1], [*value, any_value(rng)], [changed(v, rng) for v in value]]
+        )
     return any_value(rng)
 
 
@@ -139,7 +161,9 @@ def mutate_header(file: bytes, rng: random.Random) -> bytes:
         _reinterpret(table[name], rng)
     else:
         stop = max(table[n]["data_offsets"][1] for n in names)
-        extra = rng.choice(["weight_g_idx", "input_scale", "weight_zero_point", "scale", "codes", "input_global_scale", "k_scale"])
+        extra = rng.choice(
+            ["weight_g_idx", "input_scale", "weight_zero_point", "scale", "codes", "input_global_scale", "k_scale"]
+        )
         table[f"{name.rpartition('.')[0]}.{extra}"] = {"dtype": "U8", "shape": [4], "data_offsets": [stop, stop + 4]}
         data += bytes(4)
     text = json.dumps(table).encode()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arrondi.model.skeleton as skeleton_module
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import arrondi
-import arrondi.model.skeleton as skeleton_module
 from arrondi.checkpoint import Checkpoint
 from arrondi.model import Skeleton
 from arrondi.nn import QLinear

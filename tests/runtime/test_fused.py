@@ -24,7 +24,7 @@ from arrondi.formats import parse_scheme
 from arrondi.kernels import FORCE
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.runtime.fuse import fuse, is_fused, unfuse
+from arrondi.runtime.fuse import fuse, is_fused
 from arrondi.tensor.qtensor import quantize
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")

@@ -312,21 +312,21 @@ def _show_plan(
 ) -> None:
     from arrondi.checkpoint import Checkpoint
     from arrondi.evaluate.text import fit_length, positions_of
-    from arrondi.model import Skeleton
+    from arrondi.model import OnDisk
     from arrondi.pipeline import make_plan
+    from arrondi.pipeline.estimate import estimate
     from arrondi.report import print_plan
-    from arrondi.rounding import get_method
 
     checkpoint = Checkpoint.open(model)
     if checkpoint.quantized:
         raise SchemeError(f"{model} is already quantized. Plan for the original model.")
-    skeleton = Skeleton(checkpoint)
-    resolved = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
-    calibrated = any(get_method(r.method).needs_moment for r in recipe.rules)
-    seq_len, note = fit_length(seq_len, positions_of(skeleton.model))
-    memory, seconds = resolved.estimate(samples * seq_len if calibrated else 0, 32 * seq_len if calibrated else 0)
-    document = {"model": model, **resolved.to_dict(), "peak_memory_bytes": memory, "seconds": round(seconds, 1)}
-    if note and calibrated:
+    source = OnDisk(checkpoint)
+    resolved = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
+    seq_len, note = fit_length(seq_len, positions_of(source.model))
+    windows = (samples, 32) if resolved.calibrated else (0, 0)
+    cost = estimate(resolved, *(n * seq_len for n in windows))
+    document = {"model": model, **resolved.to_dict(), "peak_memory_bytes": cost.bytes, "seconds": round(cost.seconds, 1)}
+    if note and resolved.calibrated:
         document["notes"] = [*document["notes"], note]
     _answer(document, as_json, print_plan)
 

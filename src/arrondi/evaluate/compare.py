@@ -38,7 +38,10 @@ def is_causal(model: Any) -> bool:
     """Whether the model predicts the next token: its class is one of a language model over a vocabulary."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    kinds = [table.get(type(model.config), None) for table in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)]
+    kinds = [
+        table.get(type(model.config), None)
+        for table in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    ]
     return any(type(model) is k or (isinstance(k, tuple) and type(model) in k) for k in kinds)
 
 

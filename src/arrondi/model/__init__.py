@@ -1,6 +1,6 @@
 """What a model is: sites, sources, and the walk over its units."""
 
-from arrondi.model.build import build_model
+from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs
 from arrondi.model.in_memory import InMemory
 from arrondi.model.instance import Instance, Rounding
@@ -14,6 +14,9 @@ from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
 from arrondi.model.streams import Stream, walk
 from arrondi.model.whole import Whole
+
+Source = OnDisk | InMemory
+"""Where a model comes from."""
 
 __all__ = [
     "DTYPES",
@@ -29,11 +32,13 @@ __all__ = [
     "Rounding",
     "Site",
     "StoredTensor",
+    "Source",
     "Stream",
     "TreeStore",
     "Whole",
     "bfloat16_pays",
     "build_model",
+    "configs_in",
     "find_tensors",
     "release",
     "settle",

@@ -17,7 +17,6 @@ import torch
 from arrondi.errors import ArrondiError, SchemeError
 from arrondi.model.instance import Instance
 
-
 REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 """What models raise that want other inputs."""
 
@@ -169,9 +168,7 @@ class Chain:
             return result_of(self._forward_pass(inputs))
 
     @torch.no_grad()
-    def whole(
-        self, inputs: Inputs, see: Callable[[int, tuple[Any, ...], dict[str, Any], Any], None]
-    ) -> torch.Tensor:
+    def whole(self, inputs: Inputs, see: Callable[[int, tuple[Any, ...], dict[str, Any], Any], None]) -> torch.Tensor:
         """The model's own forward pass, each block filled only while it runs.
 
         Args:

@@ -75,7 +75,9 @@ class _Held:
         if rest < 0 or view.dtype != self.dtype:
             return None
         starts, counts, steps = list(self.fixed), [1] * len(self.shape), [1] * len(self.shape)
-        order = sorted((s for s in zip(self.strides, self.axes, self.sizes, strict=True) if s[2] > 1 and s[0]), reverse=True)
+        order = sorted(
+            (s for s in zip(self.strides, self.axes, self.sizes, strict=True) if s[2] > 1 and s[0]), reverse=True
+        )
         for stride, axis, _ in order:
             starts[axis], rest = divmod(rest, stride)
         if rest:

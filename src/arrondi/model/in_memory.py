@@ -44,7 +44,7 @@ class InMemory:
     @property
     def config(self) -> dict[str, Any]:
         """The config of a transformers model, as a dictionary; empty for others."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
 
     @property

@@ -16,8 +16,7 @@ from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
 from arrondi.model.memory import release
 from arrondi.model.overlay import Overlay
-from arrondi.tensor.qtensor import fake_quantize
-from arrondi.tensor.qtensor import Grid
+from arrondi.tensor.qtensor import Grid, fake_quantize
 
 if TYPE_CHECKING:
     from arrondi.model.source import OnDisk
@@ -117,8 +116,9 @@ class Instance:
             for target in group.targets:
                 if target in self.names.buffers:
                     module, leaf = self._owner(target)
-                    old = module._buffers[leaf]
-                    module._buffers[leaf] = self.source.checkpoint.dense(group.sources[0]).to(old.dtype)
+                    exact = any(n in target for n in self.model._keep_in_fp32_modules_strict or ())
+                    kind = torch.float32 if exact else module._buffers[leaf].dtype
+                    module._buffers[leaf] = self.source.checkpoint.dense(group.sources[0]).to(kind)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device and buffer.device.type != "meta":

@@ -106,8 +106,7 @@ class Names:
         return [
             names[0]
             for names in self.aliases.values()
-            if not any(n in self.group_of for n in names)
-            and not any(re.search(p, n) for p in patterns for n in names)
+            if not any(n in self.group_of for n in names) and not any(re.search(p, n) for p in patterns for n in names)
         ]
 
     def pieces(self, group: Group) -> list[Piece]:

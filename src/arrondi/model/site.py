@@ -203,7 +203,9 @@ class _Maker:
         sites = []
         for e in count:
             own = [p for p in pieces if p.param == param and p.index == e]
-            whole = Piece(param, e, slice(0, shape[-2]), slice(0, shape[-1]), param, e, slice(0, shape[-2]), slice(0, shape[-1]))
+            whole = Piece(
+                param, e, slice(0, shape[-2]), slice(0, shape[-1]), param, e, slice(0, shape[-2]), slice(0, shape[-1])
+            )
             sites.append(self._site(param, e, own[0] if len(own) == 1 else None, whole))
         return StoredTensor(param, shape, tuple(group.sources), tuple(sites), (param,))
 

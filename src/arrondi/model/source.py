@@ -43,10 +43,14 @@ class OnDisk:
         FileFormatError: not a model that transformers knows, or tensors of it are missing.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        """
+        Args:
+            dtype: of computed buffers, as in transformers.
+        """
         self.checkpoint = checkpoint
         self.where: Path = checkpoint.folder.path
-        self.model = build_model(checkpoint.folder.model_config, self.where)
+        self.model = build_model(checkpoint.folder.model_config, self.where, dtype)
         self.names = Names(self.model, checkpoint.names, self.where)
         self._refuse_missing()
         self.whole = False

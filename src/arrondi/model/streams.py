@@ -38,12 +38,12 @@ class Stream:
     """
 
     def __init__(
-        self, units: Units, batches: Sequence[Any], budget: Budget, folder: Path, *, bfloat16: bool = False
+        self, units: Units, batches: Sequence[Any], budget: Budget, folder: Path | None, *, bfloat16: bool = False
     ) -> None:
         """
         Args:
             budget: bytes of hidden states and arguments that may stay in memory, shared with other streams.
-            folder: where the rest is kept.
+            folder: where the rest is kept; None: everything stays in memory.
         """
         self.units, self.bfloat16 = units, bfloat16
         self.batches = [Inputs.of(b) for b in batches]

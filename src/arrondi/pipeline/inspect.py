@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from arrondi.checkpoint import Checkpoint, Entry
+from arrondi.checkpoint import Checkpoint, Entry, readers_of
 
 
 def inspect_model(path: str | Path) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
         "container": "safetensors",
         "layout": checkpoint.layout.name if checkpoint.layout else None,
-        "readers": checkpoint.layout.readers if checkpoint.layout else "whatever reads safetensors",
+        "readers": _readers(checkpoint),
         "parameters": weights,
         "quantized_parameters": packed_weights,
         "bytes": total,
@@ -41,6 +42,13 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         "model_bits_per_weight": round(8 * total / max(weights, 1), 4),
         "tensors": tensors,
     }
+
+
+def _readers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Who reads the quantized layers, as far as the files tell."""
+    if checkpoint.layout is None:
+        return [{"reader": "whatever reads safetensors", "ok": True, "sentence": ""}]
+    return [asdict(v) for v in readers_of(list(checkpoint.placed.values()), checkpoint.layout)]
 
 
 def _stored_parts(checkpoint: Checkpoint) -> dict[str, list[Entry]]:

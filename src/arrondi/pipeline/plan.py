@@ -15,7 +15,7 @@ from typing import Any
 
 from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
-from arrondi.model import OnDisk, Site, StoredTensor
+from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import PlannedTensor, Resolver
 from arrondi.pipeline.step import Declared, Step, get_step
@@ -39,7 +39,7 @@ class Plan:
         facts: what layouts and readers must know of the model.
     """
 
-    source: OnDisk
+    source: Source
     tensors: list[PlannedTensor]
     layout: Layout
     declared: Declared
@@ -125,7 +125,7 @@ class Plan:
         }
 
 
-def make_plan(source: OnDisk, recipe: Recipe, *, layout: str | None = None, keep_misfits: bool = False) -> Plan:
+def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep_misfits: bool = False) -> Plan:
     """Resolve a recipe on a model.
 
     Args:
@@ -136,7 +136,7 @@ def make_plan(source: OnDisk, recipe: Recipe, *, layout: str | None = None, keep
     """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
-    tried = []
+    tried: list[tuple[int, int, Resolver, list[PlannedTensor], list[PlannedTensor]]] = []
     for name in [layout] if layout else LAYOUTS:
         resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits)
         tensors = [resolver.resolve(t) for t in source.tensors]
@@ -175,7 +175,7 @@ def check(plan: Plan) -> None:
         raise SchemeError(plan.problems[0] + more)
 
 
-def unmatched(source: OnDisk, recipe: Recipe, used: set[str]) -> list[str]:
+def unmatched(source: Source, recipe: Recipe, used: set[str]) -> list[str]:
     """A sentence for every selector of the user that picked nothing."""
     asked = [("--targets", s) for r in recipe.rules for s in r.targets if s != "Linear"]
     asked += [("--ignore", s) for s in recipe.ignore or ()]
@@ -192,7 +192,7 @@ def unmatched(source: OnDisk, recipe: Recipe, used: set[str]) -> list[str]:
     return sentences
 
 
-def _as_stored(source: OnDisk, tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+def _as_stored(source: Source, tensors: list[PlannedTensor]) -> list[PlannedTensor]:
     """Parts of a stored tensor of which nothing is quantized are that tensor again."""
     split = {t.tensor.sources for t in tensors if t.tensor.converted and t.status == "quantized"}
     found: dict[str, PlannedTensor] = {}
@@ -201,12 +201,12 @@ def _as_stored(source: OnDisk, tensors: list[PlannedTensor]) -> list[PlannedTens
             found[t.name] = t
             continue
         for name in t.tensor.sources:
-            whole = StoredTensor(name, tuple(source.checkpoint.names[name]), (name,), (), t.tensor.params)
+            whole = StoredTensor(name, tuple(source.names.shapes[name]), (name,), (), t.tensor.params)
             found.setdefault(name, PlannedTensor(whole, source.dtype_of(whole), t.status, t.reason))
     return list(found.values())
 
 
-def _declared(source: OnDisk, tensors: Iterable[PlannedTensor], recipe: Recipe) -> Declared:
+def _declared(source: Source, tensors: Iterable[PlannedTensor], recipe: Recipe) -> Declared:
     """What all rewrites and repairs change and add."""
     sites: dict[int, tuple[Step, dict[str, Any], list[Site]]] = {}
     for t in tensors:

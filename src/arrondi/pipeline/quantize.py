@@ -16,8 +16,8 @@ from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.plan import Plan, check, make_plan
-from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.publish import planned_files, publish
+from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.record import facts_of, kept_of, machine, manifest_of, quantize_key
 from arrondi.pipeline.run import Progress, Run
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts

@@ -15,7 +15,7 @@ import torch
 
 from arrondi.checkpoint import Layout, Placed
 from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, Scheme
-from arrondi.model import OnDisk, Site, StoredTensor
+from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.step import Step, get_step
 
@@ -94,7 +94,7 @@ class Resolver:
         ignore: selectors of what is left alone.
     """
 
-    def __init__(self, source: OnDisk, recipe: Recipe, layout: Layout, keep_misfits: bool) -> None:
+    def __init__(self, source: Source, recipe: Recipe, layout: Layout, keep_misfits: bool) -> None:
         self.source, self.recipe, self.layout, self.keep_misfits = source, recipe, layout, keep_misfits
         self.used: set[str] = set()
         self.notes: dict[str, list[str]] = {}

@@ -24,7 +24,7 @@ from arrondi.pipeline.rounded import Rounded, round_alone, row_of
 from arrondi.pipeline.step import get_step
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.work import Work, stackable
-from arrondi.tensor.ranges import Grid
+from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
 
 _HIDDEN_LIMIT = 512 << 20
@@ -50,6 +50,7 @@ class Run:
         device: torch.device,
     ) -> None:
         self.ledger, self.device = ledger, device
+        assert isinstance(plan.source, OnDisk)
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
@@ -66,7 +67,11 @@ class Run:
         if "measured" in self.journal.steps:
             return
         with torch.no_grad():
-            measured = self._with_data() if self.texts.calibration or self.texts.evaluation else self._without_data()
+            measured = None
+            if self.texts.calibration or self.texts.evaluation:
+                measured = self._with_data()
+            else:
+                self._without_data()
         seconds = round(time.monotonic() - started, 2)
         self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
 
@@ -225,7 +230,7 @@ class Run:
                 if inputs is not None and inputs.dynamic is not True:
                     grid = self.plan.layout.read(planned.placed, self.writer.get).inputs
                     modules = [m for s in planned.sites for m in s.rounds_inputs]
-                    self.instance.round_inputs({m: (inputs, grid) for m in modules})
+                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, grid)))
             elif planned.name in self.plan.declared.changed:
                 self.overlay.changed[planned.name] = lambda n=planned.name: self.writer.get(n).float()  # type: ignore[misc]
         for name, _, _ in self.plan.declared.added:

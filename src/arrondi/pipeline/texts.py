@@ -61,7 +61,11 @@ class Texts:
     @property
     def calibration_batches(self) -> list[torch.Tensor]:
         """Windows that are sent through the model together."""
-        return [] if self.calibration is None else self.calibration.batches(max(BATCH_TOKENS // self.calibration.seq_len, 1))
+        return (
+            []
+            if self.calibration is None
+            else self.calibration.batches(max(BATCH_TOKENS // self.calibration.seq_len, 1))
+        )
 
     @property
     def evaluation_batches(self) -> list[torch.Tensor]:

@@ -7,8 +7,8 @@ belong to. Weights that read the same input form a stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, round_together, rowwise
 from arrondi.pipeline.statistics import Forward, Key, Seen, collect
 from arrondi.pipeline.step import Need, Step, get_step
-from arrondi.tensor.ranges import Grid, static_grid
+from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.ranges.observed import static_grid
 
 
 @dataclass
@@ -144,9 +145,9 @@ class Work:
         for site in static:
             found, inputs = self._seen_by(site, stage, seen), self._scheme(site).inputs
             assert inputs is not None
-            low, high = (found.low, found.high) if found is not None else (0.0, 0.0)
-            self.grids[site.tensor] = static_grid(low, high, inputs)
-            self.instance.round_inputs({m: (inputs, self.grids[site.tensor]) for m in site.rounds_inputs})
+            ends = (found.low, found.high) if found is not None else (0.0, 0.0)
+            self.grids[site.tensor] = static_grid(*(torch.tensor([[end]]) for end in ends), inputs)
+            self.instance.round_inputs(dict.fromkeys(site.rounds_inputs, (inputs, self.grids[site.tensor])))
 
     def _together(self, sites: Sequence[Site], stage: _Stage) -> list[list[Site]]:
         """Sites with the same input, rule and scheme, where rows are rounded by themselves."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from arrondi.calibration import SecondMoment
-from arrondi.tensor.qtensor import Grid, QTensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import lost
 
 _ROWS = 1024
@@ -41,7 +41,7 @@ class ErrorSums:
 
 def weight_sums(weight: torch.Tensor, q: QTensor) -> ErrorSums:
     """Σ (w - ŵ)² and Σ w² of a rounded weight."""
-    found = lost(weight, q.codes, q.scheme, Grid(q.real_scale, q.zero_point, q.offset))
+    found = lost(weight, q.codes, q.scheme, q.grid)
     if found is not None:
         return ErrorSums(*found)
     weight = weight.float()

@@ -45,12 +45,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def own_attention(model: Any) -> Iterator[None]:
-    """Models that use `sdpa` use `attention` inside."""
-    if model.config._attn_implementation != "sdpa":
+    """A language model, or the language part of a model, that uses `sdpa` uses `attention` inside."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa":
         yield
         return
-    model.config._attn_implementation = NAME
+    config._attn_implementation = NAME
     try:
         yield
     finally:
-        model.config._attn_implementation = "sdpa"
+        config._attn_implementation = "sdpa"

@@ -45,7 +45,12 @@ def install(model: Any, names: Names, sites: Sequence[Site], layers: Layers, dty
 
 
 def _modules(
-    model: Any, names: Sequence[str], weight: QTensor, values: LayerValues, inputs: ActivationScheme | None, dtype: torch.dtype
+    model: Any,
+    names: Sequence[str],
+    weight: QTensor,
+    values: LayerValues,
+    inputs: ActivationScheme | None,
+    dtype: torch.dtype,
 ) -> set[str]:
     """One packed module for all places that share the parameter."""
     made: dict[nn.Module, nn.Module] = {}

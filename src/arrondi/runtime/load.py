@@ -14,9 +14,10 @@ import torch
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import unknown
 from arrondi.formats import ActivationScheme
-from arrondi.model import DTYPES, OnDisk, Site
+from arrondi.model import DTYPES, OnDisk, Site, configs_in
 from arrondi.nn import DenseLinear
 from arrondi.runtime.fuse import fuse as fuse_blocks
+from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
 
 
@@ -46,7 +47,7 @@ def load(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    source = OnDisk(Checkpoint.open(path).rounding(activations))
+    source = OnDisk(Checkpoint.open(path).rounding(activations), kind)
     instance = source.instance()
     model = instance.model
     gone: set[str] = set()
@@ -61,12 +62,9 @@ def load(
     if fuse:
         fuse_blocks(model)
     if hasattr(model, "can_generate") and model.can_generate():
-        model.config.use_cache = True
-        generation = source.where / "generation_config.json"
-        if generation.exists():
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(source.where)
+        for part in configs_in(model.config):
+            part.use_cache = True
+        model.generation_config = read_generation_config(source.where) or model.generation_config
     model.config.dtype = kind
     return model
 

@@ -92,7 +92,11 @@ def match(result: Node, updates: list[Node], calls: list[Node]) -> tuple[Pattern
     path, query, key, value, options, passed = attention.args
     layer = None
     if updates:
-        if len(updates) > 1 or (key.name, value.name) != ("cached keys", "cached values") or {key.args[0], value.args[0]} != {updates[0]}:
+        if (
+            len(updates) > 1
+            or (key.name, value.name) != ("cached keys", "cached values")
+            or {key.args[0], value.args[0]} != {updates[0]}
+        ):
             raise Differs("Keys and values go through the cache in another way than once, before attention.")
         key, value, layer = updates[0].args
     (q, q_norm, q_shape), (k, k_norm, k_shape) = _heads(_rotated(query)), _heads(_rotated(key))
@@ -199,7 +203,12 @@ def _eps(node: Any, x: Node) -> float | None:
     if not _named("add")(node):
         return None
     for mean, eps in (node.args, node.args[::-1]):
-        if isinstance(eps, float) and _named("mean")(mean) and _named("square")(mean.args[0]) and mean.args[0].args[0] is x:
+        if (
+            isinstance(eps, float)
+            and _named("mean")(mean)
+            and _named("square")(mean.args[0])
+            and mean.args[0].args[0] is x
+        ):
             return eps
     return None
 
@@ -211,14 +220,21 @@ def _rotated(node: Node) -> Node:
             found = _straight(straight), _turned(turned)
             if found[0] is not None and found[0] is found[1]:
                 return found[0]
-    raise Differs(f"A query or key is {_what(node)}, not a projection with rotary positions in halves and nothing else.")
+    raise Differs(
+        f"A query or key is {_what(node)}, not a projection with rotary positions in halves and nothing else."
+    )
 
 
 def _times(node: Any, positions: str) -> Node | None:
     """The other factor of a product with the cosines or sines, one for all heads."""
     if _named("mul")(node):
         for one, two in (node.args, node.args[::-1]):
-            if _named("unsqueeze")(two) and two.args[0].name == positions and two.args[1] == 1 and isinstance(one, Node):
+            if (
+                _named("unsqueeze")(two)
+                and two.args[0].name == positions
+                and two.args[1] == 1
+                and isinstance(one, Node)
+            ):
                 return one
     return None
 

@@ -52,7 +52,6 @@ class Length:
         return self.name
 
 
-
 class Opaque:
     """An argument that a forward may hand on and nothing else."""
 
@@ -178,7 +177,7 @@ def _broadcast(a: Shape, b: Shape) -> Shape:
         one, two = longer[-i], shorter[-i]
         if _same(one, two):
             shape[-i] = two if isinstance(one, Length) and one.or_one else one
-        elif isinstance(one, Length) and one.fits or isinstance(one, int) and one == 1:
+        elif (isinstance(one, Length) and one.fits) or (isinstance(one, int) and one == 1):
             shape[-i] = two
         elif isinstance(two, Length) and two.fits:
             shape[-i] = one
@@ -280,7 +279,11 @@ def _view(x: Symbol, *sizes: Any) -> Symbol:
     if any(isinstance(d, Length) for d in (*left, *right)):
         raise Met(f"a view of {list(x.shape)} as {list(sizes)}")
     rest, open_ = divmod(_product(left), max(_product(right), 1))
-    if open_ or (len(right) and not _product(right)) or (rest != 1 and -1 not in [s for s in asked if isinstance(s, int)]):
+    if (
+        open_
+        or (len(right) and not _product(right))
+        or (rest != 1 and -1 not in [s for s in asked if isinstance(s, int)])
+    ):
         raise Met(f"a view of {list(x.shape)} as {list(sizes)}")
     shape: Shape = tuple(rest if isinstance(s, int) and s == -1 else s for s in asked)
     if len(shape) == len(x.shape) and all(_same(a, b) for a, b in zip(shape, x.shape, strict=True)):
@@ -336,7 +339,12 @@ def _getitem(x: Symbol, key: Any) -> Symbol:
         size = x.shape[axis]
         if k.start in (None, 0) and k.stop in _END and k.step in (None, 1):
             continue
-        if isinstance(size, Length) or k.step not in (None, 1) or isinstance(k.start, Length) or isinstance(k.stop, Length):
+        if (
+            isinstance(size, Length)
+            or k.step not in (None, 1)
+            or isinstance(k.start, Length)
+            or isinstance(k.stop, Length)
+        ):
             raise Met("a part of the tokens or of the sequences")
         x = _slice(x, axis, *k.indices(size)[:2])
     return x
@@ -411,7 +419,6 @@ OPERATORS: Final[dict[str, Callable[..., Any]]] = {
     "__rtruediv__": lambda two, one: _div(one, two), "__neg__": lambda x: _unary("neg", x), "__getitem__": _getitem,
 }  # fmt: skip
 """What may be done with symbols, by the names under which torch has it."""
-
 
 
 _SPECIAL: Final = (

@@ -14,29 +14,30 @@ from arrondi.tensor.qtensor import QTensor
 def rows_of(q: QTensor, start: int, count: int) -> QTensor:
     """Some rows of a matrix, cut where a tile ends; a scale for all rows goes with every part."""
     height = tile_shape(q.scheme.granularity, q.shape)[0]
-    first, last = (0, None) if height == q.shape[0] else (start // height, -(-(start + count) // height))
-    zero, offset = (None if p is None else p[first:last] for p in (q.zero_point, q.offset))
-    if isinstance(q.scale, QTensor):
-        rows = q.scale.shape[0] if last is None else last - first
-        scale: torch.Tensor | QTensor = rows_of(q.scale, first, rows)
-    else:
-        scale = q.scale[first:last]
-    return QTensor(q.codes[start : start + count], scale, zero, offset, q.scheme, q.group_index)
+    whole = height == q.shape[0]
+    first, last = (0, 1) if whole else (start // height, -(-(start + count) // height))
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, QTensor):
+            return part if whole else rows_of(part, first, last - first)
+        return part if part is None or whole else part[first:last]
+
+    codes = q.codes[start : start + count]
+    return QTensor(codes, cut(q.scale), cut(q.zero_point), cut(q.offset), q.scheme, q.group_index)
 
 
 def stack_rows(parts: Sequence[QTensor]) -> QTensor:
     """Matrices below each other as one; every scale belongs to rows of one part."""
     if len(parts) == 1:
         return parts[0]
-    first = parts[0]
-    scale: torch.Tensor | QTensor
-    if isinstance(first.scale, QTensor):
-        scale = stack_rows([p.scale for p in parts if isinstance(p.scale, QTensor)])
-    else:
-        scale = torch.cat([p.real_scale for p in parts])
-    zero = None if first.zero_point is None else torch.cat([p.zero_point for p in parts if p.zero_point is not None])
-    offset = None if first.offset is None else torch.cat([p.offset for p in parts if p.offset is not None])
-    return QTensor(torch.cat([p.codes for p in parts]), scale, zero, offset, first.scheme, first.group_index)
+
+    def joined(some: list[Any]) -> Any:
+        if isinstance(some[0], QTensor):
+            return stack_rows(some)
+        return None if some[0] is None else torch.cat(some)
+
+    scale, zero, offset = (joined(list(p)) for p in zip(*((q.scale, q.zero_point, q.offset) for q in parts), strict=True))
+    return QTensor(torch.cat([p.codes for p in parts]), scale, zero, offset, parts[0].scheme, parts[0].group_index)
 
 
 def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:

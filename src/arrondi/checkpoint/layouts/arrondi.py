@@ -22,9 +22,9 @@ from arrondi.checkpoint.layouts.checks import check_padding, checked, checked_gr
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Names, Placed, Reader
 from arrondi.errors import ArrondiError, FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme, scale_shape
-from arrondi.tensor.fitting import STORED
 from arrondi.tensor.packing import pack, packed_width, unpack
-from arrondi.tensor.qtensor import Grid, QTensor
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.storage import load_scale, store_scale
 
 _KEYS: Final = frozenset({"quant_method", "version", "ignore", "tensors", "digest"})
@@ -202,7 +202,9 @@ def _find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]
     placed = [_place(name, facts) for name, facts in tensors.items()]
     _check_neighbours(placed, names)
     if config.get("digest") != digest(tensors):
-        raise FileFormatError("digest does not belong to tensors: the config was changed, or is of an unfinished release.")
+        raise FileFormatError(
+            "digest does not belong to tensors: the config was changed, or is of an unfinished release."
+        )
     return placed
 
 

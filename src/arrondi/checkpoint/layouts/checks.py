@@ -13,7 +13,8 @@ import torch
 
 from arrondi.errors import FileFormatError
 from arrondi.formats import Format
-from arrondi.tensor.qtensor import Grid, QTensor
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
 
 
 def checked(name: str, q: QTensor) -> QTensor:
@@ -46,8 +47,7 @@ def checked_grid(name: str, grid: Grid, format: Format) -> Grid:
     Raises:
         FileFormatError: it is not.
     """
-    scale = grid.scale.real_scale if isinstance(grid.scale, QTensor) else grid.scale
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if not bool((torch.isfinite(grid.scale) & (grid.scale > 0)).all()):
         raise FileFormatError(f"{name}: a static scale is not a positive number. The file is damaged.")
     zero = grid.zero_point
     if zero is not None and bool(((zero < format.qmin) | (zero > format.qmax)).any()):

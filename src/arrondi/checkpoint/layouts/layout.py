@@ -15,7 +15,8 @@ import torch
 
 from arrondi.checkpoint.containers.writer import TensorSpec
 from arrondi.formats import LayerScheme
-from arrondi.tensor.qtensor import Grid, QTensor
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
 
 Names = Mapping[str, tuple[str, tuple[int, ...]]]
 """Stored tensors: name → element type as safetensors calls it, and shape."""

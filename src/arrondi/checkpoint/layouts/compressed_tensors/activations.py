@@ -11,8 +11,7 @@ import torch
 from arrondi.checkpoint.layouts.checks import checked_grid
 from arrondi.checkpoint.layouts.layout import LayerValues, Placed, Reader
 from arrondi.formats import ActivationScheme
-from arrondi.tensor.fitting import STORED
-from arrondi.tensor.qtensor import Grid
+from arrondi.tensor.ranges.grid import STORED, Grid
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

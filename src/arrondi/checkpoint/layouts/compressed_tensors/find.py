@@ -50,7 +50,7 @@ def find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]:
     unused = sorted({*known.modules, *known.transposed} - set(prefixes))
     if unused:
         raise FileFormatError(f"{unused[0]!r} should be stored quantized, and is not.")
-    classes = _classes(config, known, paths)
+    classes = _classes(config, known, paths, names)
     placed = []
     for prefix, path in paths.items():
         group = match(path, classes.get(path, ()), known.groups)
@@ -131,17 +131,22 @@ def _packed_shape(prefix: str, names: Names, read: Reader) -> tuple[int, ...]:
     return shape
 
 
-def _classes(config: Mapping[str, Any], known: Config, paths: Mapping[str, str]) -> Mapping[str, list[str]]:
-    """Class names of the modules that no name picks; transformers is asked only if groups of several classes differ."""
+def _classes(config: Mapping[str, Any], known: Config, paths: Mapping[str, str], names: Names) -> dict[str, list[str]]:
+    """Class names of the modules that no name picks.
+
+    Quantized weights are those of linear layers where all classes have one group; else transformers is asked.
+    """
     loose = [p for p in paths.values() if not any(names_match(p, t) for t in known.groups)]
-    words = [t for t in known.groups if not t.startswith("re:") and t not in paths.values()]
-    if len({known.groups[t] for t in words}) <= 1:
-        return {p: [*words, "Linear"] for p in loose}
-    found = module_classes(config)
+    words = [t for t in known.groups if t.isidentifier() and t not in paths.values() and f"{t}.weight" not in names]
+    if "Linear" in words and len({known.groups[t] for t in words}) == 1:
+        return {path: ["Linear"] for path in loose}
+    if not words:
+        return {}
+    found = module_classes(config) if loose else {}
     missing = [p for p in loose if p not in found]
     if missing:
         raise FileFormatError(
-            f"groups for several classes ({', '.join(sorted(words))}) differ, and the class of {missing[0]!r} is not known."
+            f"groups go by class ({', '.join(sorted(words))}), and the class of {missing[0]!r} is not known."
         )
     return found
 

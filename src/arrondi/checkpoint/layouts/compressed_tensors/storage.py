@@ -32,9 +32,9 @@ from arrondi.checkpoint.layouts.layout import Placed
 from arrondi.errors import FileFormatError
 from arrondi.formats import FORMATS, LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme, scale_shape
 from arrondi.tensor.encoding import code_dtype
-from arrondi.tensor.fitting import STORED
 from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import STORED
 from arrondi.tensor.storage import load_scale, store_scale
 
 _F8: Final = torch.float8_e4m3fn
