@@ -152,7 +152,7 @@ def _place(tensor: torch.Tensor) -> int:
 def _fits(tensor: torch.Tensor, layout: _Layout) -> bool:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return False
-    return layout == "last" or tensor.dim() == 2 and (tensor.shape[0] < 2 or tensor.stride(0) >= tensor.shape[1])
+    return layout == "last" or (tensor.dim() == 2 and (tensor.shape[0] < 2 or tensor.stride(0) >= tensor.shape[1]))
 
 
 _HOW: Final[dict[_Layout, str]] = {
@@ -170,5 +170,7 @@ def _wrong(name: str, tensor: object, shape: tuple[int, ...], dtypes: Dtypes, la
     kind = f"{type(tensor).__name__} " if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else ""
     strides = f", strides {tuple(tensor.stride())}" if tensor.layout is torch.strided else f", layout {tensor.layout}"
     view = ", a negated view" if tensor.layout is torch.strided and tensor.is_neg() else ""
-    found = f"{kind}{tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}{strides}{view} on {tensor.device}"
+    found = (
+        f"{kind}{tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}{strides}{view} on {tensor.device}"
+    )
     return f"{wanted}, got {found}. Cast, move or copy it first (.to(), .contiguous())."

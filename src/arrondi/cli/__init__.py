@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import sys
 
+from arrondi.waiting import wait_passively
+
 
 def main() -> None:
     """Run the command line; every error that a user can set right becomes one sentence on stderr."""
+    wait_passively()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -21,7 +21,7 @@ import torch
 
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
-from arrondi.kernels.act_order import contiguous_groups
+from arrondi.kernels.act_order import contiguous_groups, scattered_groups
 from arrondi.kernels.binary import binary_linear, pack_signs, sign_tiles
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
@@ -118,6 +118,7 @@ __all__ = [
     "integer_linear",
     "pack_signs",
     "pack_weight",
+    "scattered_groups",
     "sign_tiles",
     "unpack_weight",
 ]

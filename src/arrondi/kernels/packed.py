@@ -47,7 +47,7 @@ def pack_grid(q: QTensor) -> Tensors:
     if q.zero_point is not None:
         packed["zero_point"] = _narrow(q.zero_point)
     if q.offset is not None:
-        packed |= pack_part("offset", q.offset, offset_storage(q.scheme))
+        packed |= pack_part("offset", q.offset, q.scheme.offset)
     if q.group_index is not None:
         packed["group_index"] = q.group_index.to(torch.int32)
     return packed
@@ -68,7 +68,7 @@ def on_grid(codes: torch.Tensor, tensors: Tensors, scheme: Scheme) -> QTensor:
     wanted = scale_shape(scheme.granularity, tuple(codes.shape))
     scale = unpack_part("scale", tensors, scheme.scale, wanted)
     zero = tensors["zero_point"].int() if scheme.zero_point == "integer" else None
-    offset = unpack_part("offset", tensors, offset_storage(scheme), wanted) if scheme.zero_point == "float" else None
+    offset = unpack_part("offset", tensors, scheme.offset, wanted) if scheme.zero_point == "float" else None
     return QTensor(codes, scale, zero, offset, scheme, tensors.get("group_index"))
 
 
@@ -85,9 +85,7 @@ def pack_part(name: str, part: torch.Tensor | QTensor, storage: str | Scheme) ->
     return {name: stored if torch.equal(load_scale(stored), part) else part}
 
 
-def unpack_part(
-    name: str, tensors: Tensors, storage: str | Scheme, shape: tuple[int, ...]
-) -> torch.Tensor | QTensor:
+def unpack_part(name: str, tensors: Tensors, storage: str | Scheme, shape: tuple[int, ...]) -> torch.Tensor | QTensor:
     """The inverse of `pack_part`; float32 where it is not quantized."""
     if isinstance(storage, Scheme) and name not in tensors:
         inner = {key.removeprefix(f"{name}_"): part for key, part in tensors.items() if key.startswith(f"{name}_")}
@@ -114,9 +112,9 @@ def decoded_rows(
     scale = _real(unpack_part("scale", tensors, scheme.scale, wanted))
     offset = None
     if scheme.zero_point == "float":
-        offset = _real(unpack_part("offset", tensors, offset_storage(scheme), wanted))
+        offset = _real(unpack_part("offset", tensors, scheme.offset, wanted))
     zero, index = tensors.get("zero_point"), tensors.get("group_index")
-    plain = replace(scheme, scale="float32")
+    plain = replace(scheme, scale="float32", offset="float32", signed=None)
     shared = max(tile_shape(scheme.granularity, shape)[0], 1)
     step = max(chunk // max(columns, 1), 1)
     if 1 < shared < rows:
@@ -144,11 +142,6 @@ def _packed_codes(q: QTensor) -> torch.Tensor:
     """Some rows at a time: packing needs up to eight bytes for each code."""
     format, rows = q.scheme.format, max(WIDE_CHUNK // max(q.shape[1], 1), 1)
     return torch.cat([pack(unsigned(part, format), format.bits) for part in q.codes.split(rows)])
-
-
-def offset_storage(scheme: Scheme) -> str | Scheme:
-    """How the offsets of a scheme are stored."""
-    return "float32"
 
 
 def _real(part: torch.Tensor | QTensor) -> torch.Tensor:

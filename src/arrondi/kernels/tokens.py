@@ -65,11 +65,12 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     rows = x.reshape(-1, k).float().contiguous()
     real = None if bias is None else bias.float().contiguous()
     y = torch.empty((rows.shape[0], n), dtype=torch.float32, device="cpu")
-    x_at, weight_at = operand("x", rows, (len(rows), k), torch.float32), operand("weight", weight, (n, k), _FLOATS, "last")
-    bias_at, y_at = operand("bias", real, (n,), torch.float32), operand("y", y, (len(rows), n), torch.float32)
-    _module().dense(
-        len(rows), n, k, x_at, weight_at, TYPES[weight.dtype], weight.stride(0), bias_at, y_at, threads()
+    x_at, weight_at = (
+        operand("x", rows, (len(rows), k), torch.float32),
+        operand("weight", weight, (n, k), _FLOATS, "last"),
     )
+    bias_at, y_at = operand("bias", real, (n,), torch.float32), operand("y", y, (len(rows), n), torch.float32)
+    _module().dense(len(rows), n, k, x_at, weight_at, TYPES[weight.dtype], weight.stride(0), bias_at, y_at, threads())
     return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
@@ -166,13 +167,30 @@ def rotate(
     dtype = x.dtype
     x_at = operand("x", x, (rows, columns), _ATTENDED, "rows")
     cos_at, sin_at = operand("cos", cos, (rows, width), dtype), operand("sin", sin, (rows, width), dtype)
-    norm_at, key_norm_at = operand("norm", norm, (width,), torch.float32), operand("key_norm", key_norm, (width,), torch.float32)
+    norm_at, key_norm_at = (
+        operand("norm", norm, (width,), torch.float32),
+        operand("key_norm", key_norm, (width,), torch.float32),
+    )
     _module().rotate(
-        rows, heads, key_heads, width, x_at, x.stride(0), cos_at, sin_at, TYPES[dtype], norm_at, key_norm_at, eps, threads()
+        rows,
+        heads,
+        key_heads,
+        width,
+        x_at,
+        x.stride(0),
+        cos_at,
+        sin_at,
+        TYPES[dtype],
+        norm_at,
+        key_norm_at,
+        eps,
+        threads(),
     )
 
 
 def _module() -> Any:
     if native is None:
-        raise SchemeError("The compiled kernels are not there: install a C++ compiler, then arrondi anew, or use PyTorch's own operators.")
+        raise SchemeError(
+            "The compiled kernels are not there: install a C++ compiler, then arrondi anew, or use PyTorch's own operators."
+        )
     return native

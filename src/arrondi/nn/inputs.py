@@ -30,13 +30,17 @@ def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | N
         DataError: it has more than one scale, or one that is no positive number.
     """
     for name in _NAMES:
-        module.register_buffer(name, None, persistent=False)
+        setattr(module, name, None)
     if inputs is None or inputs.dynamic is True:
         if grid is not None:
-            raise SchemeError(f"A stored grid of inputs is for static or local scales, got inputs={inputs}. Drop the grid.")
+            raise SchemeError(
+                f"A stored grid of inputs is for static or local scales, got inputs={inputs}. Drop the grid."
+            )
         return
     if grid is None:
-        raise SchemeError(f"Inputs by {inputs} need a stored scale, and there is none. Pass input_grid, or use dynamic scales.")
+        raise SchemeError(
+            f"Inputs by {inputs} need a stored scale, and there is none. Pass input_grid, or use dynamic scales."
+        )
     outer = _outer(inputs)
     parts = (grid.scale, grid.zero_point, grid.offset)
     wanted = (True, outer.zero_point == "integer", outer.zero_point == "float")
@@ -48,8 +52,11 @@ def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | N
         if part is None:
             continue
         if part.numel() != 1 or not bool(torch.isfinite(part).all()):
-            raise DataError(f"{name} must be one finite number, got {part.flatten()[:4].tolist()} in shape {tuple(part.shape)}.")
-        setattr(module, name, part.detach().to(dtype).reshape(1).clone())
+            raise DataError(
+                f"{name} must be one finite number, got {part.flatten()[:4].tolist()} in shape {tuple(part.shape)}."
+            )
+        delattr(module, name)
+        module.register_buffer(name, part.detach().to(dtype).reshape(1).clone(), persistent=False)
     if not bool(grid.scale > 0):
         raise DataError(f"input_scale must be positive, got {float(grid.scale)}. Calibrate the layer again.")
     zero = grid.zero_point
@@ -67,7 +74,7 @@ def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -
     """
     if inputs.dynamic is True:
         return fake_quantize(x, inputs.scheme, name="inputs")
-    stored = Grid(module.input_scale, module.input_zero_point, module.input_offset)
+    stored = Grid(module.get_buffer("input_scale"), *(module._buffers.get(name) for name in _NAMES[1:]))
     if inputs.dynamic is False:
         return fake_quantize(x, inputs.scheme, stored, name="inputs")
     return _round_locally(x, inputs.scheme, stored)
@@ -91,7 +98,9 @@ def _outer(inputs: ActivationScheme) -> Scheme:
     if inputs.dynamic is False:
         return inputs.scheme
     if not isinstance(inputs.scheme.scale, Scheme):
-        raise SchemeError(f"Local scales are quantized by a stored outer scale, got {inputs.scheme}. Use dynamic scales.")
+        raise SchemeError(
+            f"Local scales are quantized by a stored outer scale, got {inputs.scheme}. Use dynamic scales."
+        )
     return inputs.scheme.scale
 
 

@@ -220,7 +220,7 @@ class _Parts:
         self.merge = _product([out])
         self.widen = _product(gated, between, _gate(mlp.act_fn))
         self.narrow = _product([down])
-        self.exact = all(linear.activations is None for linear in (*mixing, out, *gated, down))
+        self.exact = all(linear.inputs is None for linear in (*mixing, out, *gated, down))
         self.extra = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
         norms = [norm for norm in (before, between, *self.head_norms) if norm is not None]
         self.live = [norm.weight for norm in norms]

@@ -13,7 +13,7 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, unknown
-from arrondi.formats import Scheme, tile_shape
+from arrondi.formats import ActivationScheme, Scheme, tile_shape
 from arrondi.model import DTYPES, Skeleton, Slot
 from arrondi.nn import DenseLinear, QLinear, QStack
 from arrondi.runtime.fused import fuse
@@ -100,9 +100,8 @@ def _linear(
     return QLinear(
         tensors[source],
         bias,
-        activations=skeleton.checkpoint.activations_of(source),
+        inputs=None if (inputs := skeleton.checkpoint.activations_of(source)) is None else ActivationScheme(inputs),
         dtype=kind,
-        transposed=type(module).__name__ == "Conv1D",
     )
 
 

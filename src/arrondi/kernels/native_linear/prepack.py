@@ -16,7 +16,7 @@ from arrondi.errors import ShapeError
 from arrondi.formats import Scheme, tile_shape
 from arrondi.kernels.kernel import Meta, Tensors
 from arrondi.kernels.native_linear.coding import BLOCK, KIND, TABLES, as_floats, packing_of
-from arrondi.kernels.packed import offset_storage, on_grid, pack_part, unpack_part
+from arrondi.kernels.packed import on_grid, pack_part, unpack_part
 from arrondi.native import TYPES, native, operand, threads
 from arrondi.tensor.encoding import code_dtype
 from arrondi.tensor.fitting import STORED, Grid
@@ -166,7 +166,7 @@ def unpack(tensors: Tensors, meta: Meta) -> QTensor:
     if scheme.zero_point == "integer" and zero_point is None:
         zero_point = _per_tile(tensors["zero"], meta).int() + scheme.format.qmin
     if scheme.zero_point == "float":
-        offset = _stored("offset", kept, offset_storage(scheme), _per_tile(tensors["offset"], meta))
+        offset = _stored("offset", kept, scheme.offset, _per_tile(tensors["offset"], meta))
     return QTensor(signed(codes, scheme.format), scale, zero_point, offset, scheme)
 
 
