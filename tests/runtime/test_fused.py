@@ -87,8 +87,13 @@ def built(class_name: str, scheme: str = "w=int4/g32", dtype: torch.dtype = torc
 
 def packed(layer: nn.Linear, scheme: str, dtype: torch.dtype) -> QLinear:
     asked = parse_scheme(scheme)
+<<<<<<< HEAD
     weight = quantize(layer.weight.detach().float(), asked.weights)
     return QLinear(weight, layer.bias, activations=asked.activations, dtype=dtype)
+=======
+    weight = quantize_tensor(layer.weight.detach().float(), asked.weights)
+    return QLinear(weight, layer.bias, inputs=asked.inputs, dtype=dtype)
+>>>>>>> refs/heads/kernels
 
 
 def fused(name: str, **changes: Any) -> Any:

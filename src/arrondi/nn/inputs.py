@@ -31,7 +31,7 @@ def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | N
         DataError: it has more than one scale, or one that is no positive number.
     """
     for name in _NAMES:
-        module.register_buffer(name, None, persistent=False)
+        setattr(module, name, None)
     if inputs is None or inputs.dynamic is True:
         if grid is not None:
             raise SchemeError(
@@ -56,7 +56,8 @@ def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | N
             raise DataError(
                 f"{name} must be one finite number, got {part.flatten()[:4].tolist()} in shape {tuple(part.shape)}."
             )
-        setattr(module, name, part.detach().to(dtype).reshape(1).clone())
+        delattr(module, name)
+        module.register_buffer(name, part.detach().to(dtype).reshape(1).clone(), persistent=False)
     if not bool(grid.scale > 0):
         raise DataError(f"input_scale must be positive, got {float(grid.scale)}. Calibrate the layer again.")
     zero = grid.zero_point
@@ -74,7 +75,7 @@ def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -
     """
     if inputs.dynamic is True:
         return fake_quantize(x, inputs.scheme, name="inputs")
-    stored = Grid(module.get_buffer("input_scale"), *(module._buffers[name] for name in _NAMES[1:]))
+    stored = Grid(module.get_buffer("input_scale"), *(module._buffers.get(name) for name in _NAMES[1:]))
     if inputs.dynamic is False:
         return fake_quantize(x, inputs.scheme, stored, name="inputs")
     return _round_locally(x, inputs.scheme, stored)
