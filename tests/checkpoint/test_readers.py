@@ -87,7 +87,9 @@ def test_experts_are_read_or_it_is_said(scheme: str, models: Callable[..., Path]
     except RuntimeError:
         error, said = float("inf"), verdict(quantized_copy(source, tmp_path / "again", linears(parse_scheme(scheme))))
     assert said.ok == (bound is not None)
-    assert error <= bound if bound is not None else error > 0.1, "if transformers has learnt it, the table is out of date"
+    assert error <= bound if bound is not None else error > 0.1, (
+        "if transformers has learnt it, the table is out of date"
+    )
     assert ("fused experts in 16 bits" in said.sentence) == (bound == ONCE_MORE)
 
 
