@@ -23,10 +23,10 @@ from arrondi.checkpoint.containers.disk import (
     side_by_side,
     sync_folder,
 )
-from arrondi.checkpoint.containers.json_file import plain_json, read_report, write_config, write_json
+from arrondi.checkpoint.containers.json_file import read_report, write_config, write_json
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
-from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec
+from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec, shard_digest
 from arrondi.checkpoint.layouts import compressed_tensors, packed
 from arrondi.checkpoint.layouts.layout import Layout, Placed
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError, unknown
@@ -150,10 +150,10 @@ __all__ = [
     "digest_pieces",
     "file_sha256",
     "guard_disk",
-    "plain_json",
     "read_header",
     "read_report",
     "read_tensor",
+    "shard_digest",
     "side_by_side",
     "sync_folder",
     "write_config",

@@ -201,6 +201,9 @@ def dequantize(
     model: Model,
     output: Out,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -209,7 +212,7 @@ def dequantize(
     from arrondi.report import print_facts, progress_bar
 
     with progress_bar("dequantizing", quiet) as progress:
-        result = dequantize_model(model, output, dtype, progress=progress)
+        result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
     _answer(result, json_, print_facts)
 
 

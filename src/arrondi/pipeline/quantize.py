@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint, ShardWriter, read_report
+from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
 from arrondi.evaluate.compare import comparison_for
 from arrondi.evaluate.text import Windows
 from arrondi.model import Budget, Chain, Skeleton, TreeStore, bfloat16_pays
 from arrondi.pipeline.journal import Journal
-from arrondi.pipeline.ledger import Ledger
+from arrondi.pipeline.ledger import Ledger, recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.plan import Plan, PlannedTensor, check, make_plan
 from arrondi.pipeline.publish import planned_files, publish
@@ -83,16 +84,15 @@ def quantize_model(
             f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
         )
     check_apart(checkpoint.folder.path, out)
-    ledger = Ledger(checkpoint.folder)
-    checkpoint = ledger.recorded(checkpoint)
+    checkpoint, ledger = recorded(checkpoint)
     skeleton = Skeleton(checkpoint)
     plan = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
     check(plan)
     texts = read_texts(skeleton, text, recipe)
-    key = quantize_key(checkpoint, plan, recipe, text, texts, shard_bytes)
+    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes)
     if not overwrite and finished(out, key, ledger):
-        return dict(read_report(out / "report.json"))
-    files = planned_files(plan.shards(shard_bytes), checkpoint.folder, ["report.json"])
+        return read_report(out / "report.json")
+    files = planned_files(plan.shards(shard_bytes), travelling(checkpoint.folder), ["report.json"])
     with Journal(out, key, files, machine(), overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
         run = _Run(skeleton, plan, texts, journal, ledger, shard_bytes, progress or (lambda done, total, what: None))
@@ -326,16 +326,18 @@ class _Run:
 
     def _publish(self, facts: dict[str, Any], key: str, done: dict[str, Any]) -> dict[str, Any]:
         source = self.skeleton.checkpoint.folder
-        report = {
-            **facts,
-            "seconds": done["seconds"],
-            "evaluation": done["measured"],
-            "layers": done["rows"],
-            "kept": kept_of(self.plan),
-        }
+        report: dict[str, Any] = finite(
+            {
+                **facts,
+                "seconds": done["seconds"],
+                "evaluation": done["measured"],
+                "layers": done["rows"],
+                "kept": kept_of(self.plan),
+            }
+        )
         config = {**source.config, "quantization_config": self.plan.config()}
         manifest = manifest_of(key, self.ledger, facts)
-        publish(self.journal, self.writer, source, config, manifest, {"report.json": report})
+        publish(self.journal, self.writer, travelling(source), config, manifest, {"report.json": report})
         return report
 
 
