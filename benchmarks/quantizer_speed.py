@@ -23,7 +23,7 @@ import torch
 from arrondi.formats import parse_scheme
 from arrondi.rounding import hqq
 from arrondi.tensor.packing import pack
-from arrondi.tensor.qtensor import quantize
+from arrondi.tensor.qtensor import quantize_tensor
 from arrondi.tensor.quantizers import round_packed
 
 
@@ -47,7 +47,7 @@ def measure(repeat: int) -> dict[str, float]:
 
     def packed() -> object:
         made = round_packed(small, four)
-        return pack(quantize(small, four).codes, 4, lowest=four.format.qmin) if made is None else made
+        return pack(quantize_tensor(small, four).codes, 4, lowest=four.format.qmin) if made is None else made
 
     rounding = 2 * small.numel() / median_seconds(packed, 40 * repeat) / 1e9
     return {"round and pack, GB/s": rounding, "hqq, s": median_seconds(lambda: hqq(large, offset), repeat)}

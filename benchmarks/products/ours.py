@@ -13,7 +13,7 @@ from common import Bind, Case, main
 from arrondi.formats import parse_scheme
 from arrondi.kernels import choose
 from arrondi.nn import QLinear
-from arrondi.tensor.qtensor import quantize
+from arrondi.tensor.qtensor import quantize_tensor
 
 SCHEMES = {
     "w8": "W8A16", "w6": "W6A16", "w5": "W5A16", "w4": "W4A16", "w3": "W3A16", "w2": "W2A16", "ternary": "TERNARY",
@@ -36,8 +36,10 @@ def _cases() -> Iterator[Case]:
 
             def build(n: int, k: int, copies: int, scheme=scheme, dtype=dtype) -> Bind:
                 weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
-                q = quantize(weight, scheme.weights)
-                layers = [QLinear(q, activations=scheme.activations, dtype=dtype) for _ in range(copies)]
+                q = quantize_tensor(weight, scheme.weights)
+                layers = [
+                    QLinear(q, activations=scheme.inputs and scheme.inputs.scheme, dtype=dtype) for _ in range(copies)
+                ]
 
                 def bind(m: int):
                     x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -47,7 +49,7 @@ def _cases() -> Iterator[Case]:
 
             weights = scheme.weights
             shape = (1024, 4096)
-            bits = quantize(torch.ones(shape), weights).bits_per_weight
+            bits = quantize_tensor(torch.ones(shape), weights).bits_per_weight
             kernel = choose(weights, shape, dtype).name
             yield Case(f"{name} {dtype_name}" + ("" if kernel == "native" else f" ({kernel})"), bits, build)
 

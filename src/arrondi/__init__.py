@@ -18,10 +18,10 @@ if "torch" not in sys.modules:
 __version__ = "0.1.0"
 
 _HOME: Final = {
-    "FORMATS": "formats", "PRESETS": "formats", "Format": "formats", "LayerScheme": "formats", "PerBlock": "formats",
+    "ActivationScheme": "formats", "FORMATS": "formats", "PRESETS": "formats", "Format": "formats", "LayerScheme": "formats", "PerBlock": "formats",
     "PerChannel": "formats", "PerGroup": "formats", "PerTensor": "formats", "PerToken": "formats", "Scheme": "formats",
     "codebook": "formats", "get_format": "formats", "parse_scheme": "formats",
-    "QTensor": "tensor.qtensor", "dequantize": "tensor.qtensor", "fake_quantize": "tensor.qtensor", "quantize": "tensor.qtensor",
+    "QTensor": "tensor.qtensor", "dequantize": "tensor.qtensor", "fake_quantize": "tensor.qtensor", "quantize_tensor": "tensor.qtensor",
     "pack": "tensor.packing", "unpack": "tensor.packing",
     "METHODS": "rounding", "gptq": "rounding", "hqq": "rounding", "rtn": "rounding",
     "SecondMoment": "calibration",
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from arrondi.evaluate.compare import compare_models as compare_models
     from arrondi.formats import FORMATS as FORMATS
     from arrondi.formats import PRESETS as PRESETS
+    from arrondi.formats import ActivationScheme as ActivationScheme
     from arrondi.formats import Format as Format
     from arrondi.formats import LayerScheme as LayerScheme
     from arrondi.formats import PerBlock as PerBlock
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
     from arrondi.tensor.qtensor import QTensor as QTensor
     from arrondi.tensor.qtensor import dequantize as dequantize
     from arrondi.tensor.qtensor import fake_quantize as fake_quantize
-    from arrondi.tensor.qtensor import quantize as quantize
+    from arrondi.tensor.qtensor import quantize_tensor as quantize_tensor
 
 __all__ = ["__version__", *sorted(_HOME)]
 

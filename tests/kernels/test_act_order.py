@@ -9,11 +9,11 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.kernels import contiguous_groups, decoded, pack_weight
-from arrondi.tensor.qtensor import QTensor, quantize
+from arrondi.tensor.qtensor import QTensor, quantize_tensor
 
 
 def scattered(shape: tuple[int, int], scheme: str = "w=int4/g32/asym") -> QTensor:
-    q = quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse_scheme(scheme).weights)
+    q = quantize_tensor(torch.randn(shape, generator=torch.Generator().manual_seed(0)), parse_scheme(scheme).weights)
     shuffle = torch.randperm(shape[1], generator=torch.Generator().manual_seed(1))
     return replace(q, codes=q.codes[:, shuffle], group_index=(shuffle // 32).int())
 

@@ -10,7 +10,7 @@ import torch
 from arrondi.formats import FORMATS, PerChannel, PerGroup, PerTensor, Scheme, codebook, parse_scheme, tile_shape
 from arrondi.kernels import KERNELS, Meta, decoded, decoded_rows, pack_weight
 from arrondi.native import native
-from arrondi.tensor.qtensor import QTensor, quantize
+from arrondi.tensor.qtensor import QTensor, quantize_tensor
 from arrondi.tensor.tiling import from_tiles
 
 SCHEMES = {
@@ -43,7 +43,7 @@ CASES = [
 
 def weight(shape: tuple[int, int], scheme: Scheme, seed: int = 0) -> QTensor:
     generator = torch.Generator().manual_seed(seed)
-    return quantize(torch.randn(shape, generator=generator) * 0.1 + 0.03, scheme)
+    return quantize_tensor(torch.randn(shape, generator=generator) * 0.1 + 0.03, scheme)
 
 
 def step_of(q: QTensor) -> torch.Tensor:

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from arrondi.errors import ArrondiError, SchemeError, ShapeError
-from arrondi.formats import FORMATS, PerChannel, PerToken, Scheme, parse_scheme
+from arrondi.formats import FORMATS, PerChannel, PerToken, Scheme, parse_activations, parse_scheme
 from arrondi.kernels import KERNELS, Meta, integer_linear
 from arrondi.kernels import native_linear as module
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
@@ -35,7 +35,7 @@ SHAPES = ((1, 1), (16, 32), (17, 33), (130, 300), (5, 1030))
 
 def random_weight(text: str, shape: tuple[int, int], seed: int = 0) -> QTensor:
     generator = torch.Generator().manual_seed(seed)
-    return quantize(torch.randn(shape, generator=generator) * 0.05 + 0.01, parse_scheme(text).weights)
+    return quantize_tensor(torch.randn(shape, generator=generator) * 0.05 + 0.01, parse_scheme(text).weights)
 
 
 def packed(q: QTensor, dtype: torch.dtype = torch.float32, activations: Scheme | None = None):
@@ -57,15 +57,15 @@ def test_integer_sums_are_exact(path: str, text: str):
 
 def exact_sums(x: torch.Tensor, activations: Scheme, q: QTensor) -> torch.Tensor:
     """Σ (code(x) - zero point) · (code(w) - zero point) in int64."""
-    rounded = quantize(x, activations)
+    rounded = quantize_tensor(x, activations)
     of_x, of_w = (0 if t.zero_point is None else t.zero_point.long() for t in (rounded, q))
     return (rounded.codes.long() - of_x) @ (q.codes.long() - of_w).T
 
 
 def test_sums_with_two_zero_points_are_exact_at_their_longest(path: str):
     """All of them 255 · 255 · 32768: just below 2³¹."""
-    q = quantize(torch.full((17, 32768), 3.0), parse_scheme("w=uint8/channel/asym").weights)
-    activations = parse_scheme("w=int8/channel,a=uint8/token/asym").activations
+    q = quantize_tensor(torch.full((17, 32768), 3.0), parse_scheme("w=uint8/channel/asym").weights)
+    activations = parse_activations("uint8/token/asym").scheme
     assert activations is not None
     for x in (torch.full((2, 32768), 0.5), torch.full((5, 32768), -0.5)):
         tensors, meta = packed(q, activations=activations)
@@ -82,14 +82,14 @@ def test_sums_with_two_zero_points_are_exact_at_their_longest(path: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounded_activations_are_those_of_the_twin(path: str, text: str, dtype: torch.dtype):
     scheme = parse_scheme(text)
-    assert scheme.activations is not None
+    assert scheme.inputs is not None
     for (rows, columns), tokens in itertools.product(SHAPES, TOKENS[:-1]):
-        q = quantize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)), scheme.weights)
-        assert module.rounds(q.scheme, scheme.activations)
+        q = quantize_tensor(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)), scheme.weights)
+        assert module.rounds(q.scheme, scheme.inputs.scheme)
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-        tensors, meta = packed(q, dtype, scheme.activations)
+        tensors, meta = packed(q, dtype, scheme.inputs.scheme)
         y = module.linear(x, tensors, meta, None)
-        values = fake_quantize(x.float(), scheme.activations).double()
+        values = fake_quantize(x.float(), scheme.inputs.scheme).double()
         wanted = values @ q.dequantize(torch.float64).T
         bound = values.abs() @ q.dequantize(torch.float64).abs().T
         roundoff = 2.0**-21 if dtype == torch.float32 else 2.0**-8
@@ -274,8 +274,7 @@ def test_bad_codes_of_activations_are_exceptions(rounding: list[int]):
 def test_what_the_kernel_does_not_round(text: str):
     """And the layer rounds instead."""
     weights, _, activations = text.partition(",")
-    scheme = parse_scheme(f"w=int4,{activations}").activations
-    assert scheme is not None
+    scheme = parse_activations(activations.removeprefix("a=")).scheme
     q = random_weight(weights, (17, 192))
     assert not module.rounds(q.scheme, scheme)
     x = torch.randn(3, 192, generator=torch.Generator().manual_seed(0))
@@ -393,10 +392,10 @@ def test_without_the_extension_everything_goes_to_pytorch():
         "from arrondi.formats import parse_scheme\n"
         "from arrondi.kernels import choose\n"
         "from arrondi.nn import QLinear\n"
-        "from arrondi.tensor.qtensor import quantize\n"
+        "from arrondi.tensor.qtensor import quantize_tensor\n"
         "scheme = parse_scheme('W4A16').weights\n"
         "print(choose(scheme, (16, 128), torch.float32).name)\n"
-        "print(QLinear(quantize(torch.randn(16, 128), scheme))(torch.ones(1, 128)).shape)\n"
+        "print(QLinear(quantize_tensor(torch.randn(16, 128), scheme))(torch.ones(1, 128)).shape)\n"
     )
     answer = run_python(code, ARRONDI_CPU="none")
     assert answer.stdout.split("\n")[0] == "reference", answer.stderr

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from arrondi.errors import ShapeError
-from arrondi.formats import LayerScheme, Scheme, parse_scheme
+from arrondi.formats import LayerScheme, Scheme, parse_activations, parse_scheme
 from arrondi.kernels import Meta
 from arrondi.kernels import native_linear as module
 from arrondi.kernels.product import GATES, Product
 from arrondi.native import native
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
@@ -47,7 +47,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def weight_of(scheme: Scheme, rows: int, columns: int, seed: int = 0) -> QTensor:
-    return quantize(random(rows, columns, seed=seed) * 0.05 + 0.01, scheme)
+    return quantize_tensor(random(rows, columns, seed=seed) * 0.05 + 0.01, scheme)
 
 
 @functools.cache
@@ -92,8 +92,8 @@ def product_twin(x: Near, scheme: LayerScheme, w: torch.Tensor, bias: torch.Tens
     """x Wᵀ + bias of values that are off by up to x.bound. Where int8 is asked for and x lies that close to the edge
     between two codes, either may be chosen."""
     values, doubt = x.value, x.bound
-    if scheme.activations is not None:
-        values = fake_quantize(x.value.float(), scheme.activations).double()
+    if scheme.inputs is not None:
+        values = fake_quantize(x.value.float(), scheme.inputs.scheme).double()
         step = x.value.abs().amax(dim=-1, keepdim=True) / 127.5
         off_edge = (x.value / step - (x.value / step).floor() - 0.5).abs()
         doubt = torch.where(off_edge * step <= 2 * doubt + 2.0**-22 * x.value.abs(), step, 2.0**-18 * values.abs())
@@ -134,7 +134,7 @@ def test_it_is_the_product_of_pytorch(path: str, text: str, before: str, after: 
         bias, x = random(out, seed=2) * 0.3, (random(rows, columns, seed=rows) * 0.1).to(dtype)
         if norm is None:
             x = x * 8
-        tensors, meta = packed(q, dtype, scheme.activations)
+        tensors, meta = packed(q, dtype, scheme.inputs and scheme.inputs.scheme)
         product = module.product_of(tensors, meta, bias, norm=norm, eps=EPS, gate=gate)
         residual = None if gate else (random(rows, out + 3, seed=4) * 2).to(dtype)[:, :out]
         y = product(x, residual)
@@ -295,7 +295,9 @@ def test_what_a_gate_does_not_go_with():
 def test_joined_weights_are_read_as_before(path: str, text: str, dtype: torch.dtype):
     scheme = parse_scheme(text)
     sizes = (48, 16, 32)
-    apart = [packed(weight_of(scheme.weights, n, 320, seed=n), dtype, scheme.activations) for n in sizes]
+    apart = [
+        packed(weight_of(scheme.weights, n, 320, seed=n), dtype, scheme.inputs and scheme.inputs.scheme) for n in sizes
+    ]
     joined = module.join(apart)
     assert not isinstance(joined, str)
     tensors, meta = joined
@@ -335,7 +337,7 @@ def test_weights_that_differ_are_not_joined_and_say_why():
         (packed(weight_of(four.weights, 32, 128)), "have different numbers of columns."),
         (packed(weight_of(four.weights, 24, 64)), "are joined in tiles of 16 rows, and one has 24 rows."),
         (packed(weight_of(four.weights, 32, 64), torch.bfloat16), "have different types."),
-        (packed(weight_of(four.weights, 32, 64), activations=parse_scheme("W8A8").activations), "have different ways to round them."),
+        (packed(weight_of(four.weights, 32, 64), activations=parse_activations("int8/token").scheme), "have different ways to round them."),
         ((by_hand, one[1]), "have different ways to keep zero points."),
     ):  # fmt: skip
         for pair in ([one, other], [other, one]):

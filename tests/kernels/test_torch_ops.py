@@ -7,7 +7,7 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.kernels import KERNELS, Meta, torch_ops
-from arrondi.tensor.qtensor import quantize
+from arrondi.tensor.qtensor import quantize_tensor
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_refuses_other_devices_and_machines(kernel: str, scheme: str, monkeypatc
 @pytest.mark.parametrize(("kernel", "scheme"), [("torch-int4", "W4A16_ASYM"), ("torch-int8", "w=int8/channel")])
 def test_activations_anywhere_in_memory(kernel: str, scheme: str):
     """The 8-bit operator loads 32 aligned bytes at a time: an odd address used to end the process."""
-    q = quantize(torch.randn(24, 128), parse_scheme(scheme).weights)
+    q = quantize_tensor(torch.randn(24, 128), parse_scheme(scheme).weights)
     packed, meta = KERNELS[kernel].prepack(q, torch.bfloat16), Meta(q.scheme, (24, 128), torch.bfloat16)
     x = torch.randn(3, 128).bfloat16()
     odd = torch.zeros(3 * 128 + 1, dtype=torch.bfloat16)[1:].view(3, 128)
@@ -69,7 +69,7 @@ def test_activations_anywhere_in_memory(kernel: str, scheme: str):
 
 @pytest.mark.parametrize(("kernel", "scheme"), [("torch-int4", "W4A16_ASYM"), ("torch-int8", "w=int8/channel")])
 def test_many_tokens_are_split_below_the_offset_limit(kernel: str, scheme: str, monkeypatch: pytest.MonkeyPatch):
-    q = quantize(torch.randn(24, 128), parse_scheme(scheme).weights)
+    q = quantize_tensor(torch.randn(24, 128), parse_scheme(scheme).weights)
     packed, meta = KERNELS[kernel].prepack(q, torch.bfloat16), Meta(q.scheme, (24, 128), torch.bfloat16)
     x, bias = torch.randn(11, 128).bfloat16(), torch.randn(24).bfloat16()
     whole = KERNELS[kernel].linear(x, packed, meta, bias)
@@ -79,7 +79,7 @@ def test_many_tokens_are_split_below_the_offset_limit(kernel: str, scheme: str, 
 
 
 def test_packing_some_rows_at_a_time_does_not_show(monkeypatch: pytest.MonkeyPatch):
-    q = quantize(torch.randn(150, 256), parse_scheme("W4A16_ASYM").weights)
+    q = quantize_tensor(torch.randn(150, 256), parse_scheme("W4A16_ASYM").weights)
     whole = KERNELS["torch-int4"].prepack(q, torch.bfloat16)
     monkeypatch.setattr(torch_ops, "_PACKED_ROWS", 64)
     parts = KERNELS["torch-int4"].prepack(q, torch.bfloat16)
@@ -95,7 +95,7 @@ def test_what_the_rounding_of_a_grid_loses_is_given_back(scheme: str):
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.empty(64, 1024).exponential_(generator=generator) - 1
-    q = quantize(weight, parse_scheme(scheme).weights)
+    q = quantize_tensor(weight, parse_scheme(scheme).weights)
     x = (torch.randn(8, 1024, generator=generator) + 3).bfloat16()
     exact = x.double() @ q.dequantize(torch.float64).T
     meta = Meta(q.scheme, (64, 1024), torch.bfloat16)
@@ -110,5 +110,5 @@ def test_what_the_rounding_of_a_grid_loses_is_given_back(scheme: str):
 
 
 def test_a_symmetric_grid_needs_nothing_given_back():
-    q = quantize(torch.randn(64, 256), parse_scheme("W4A16").weights)
+    q = quantize_tensor(torch.randn(64, 256), parse_scheme("W4A16").weights)
     assert set(KERNELS["torch-int4"].prepack(q, torch.bfloat16)) == {"codes", "grid"}

@@ -14,7 +14,7 @@ from arrondi.formats import FORMATS, PerGroup, PerToken, Scheme, parse_activatio
 from arrondi.kernels import FORCE, KERNELS, Kernel
 from arrondi.nn import QLinear
 from arrondi.nn import linear as linear_module
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,9 @@ def same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weight(shape: tuple[int, int] = (48, 256), scheme: str = "W4A16") -> QTensor:
-    return quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1, parse_scheme(scheme).weights)
+    return quantize_tensor(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1, parse_scheme(scheme).weights
+    )
 
 
 def twin(q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
@@ -187,7 +189,7 @@ def test_moving_where_the_kernel_cannot_run_is_an_error(monkeypatch: pytest.Monk
 
 def test_mistakes_are_named():
     with pytest.raises(ShapeError, match="QStack"):
-        QLinear(quantize(torch.randn(2, 4, 32), parse_scheme("W4A16").weights))
+        QLinear(quantize_tensor(torch.randn(2, 4, 32), parse_scheme("W4A16").weights))
     with pytest.raises(ShapeError, match="each of 48 outputs"):
         QLinear(weight(), torch.zeros(256))
 
@@ -225,7 +227,7 @@ def test_activations_are_grouped_in_the_order_in_which_they_come(text: str):
     q = weight(scheme="w=int4/g32/asym")
     shuffle = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(0))
     q = replace(q, codes=q.codes[:, shuffle], group_index=(shuffle // 32).int())
-    scheme = parse_activations(text)
+    scheme = parse_activations(text).scheme
     x = torch.randn(3, q.shape[1], generator=torch.Generator().manual_seed(0))
     wanted = fake_quantize(x, scheme) @ q.dequantize().T
     assert torch.allclose(QLinear(q, activations=scheme)(x), wanted, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import nn
 from arrondi.errors import ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.nn import QStack, replace_parameter
-from arrondi.tensor.qtensor import QTensor, quantize
+from arrondi.tensor.qtensor import QTensor, quantize_tensor
 
 EXPERTS, HIDDEN, INNER = 4, 64, 96
 
@@ -21,7 +21,7 @@ def experts(rows: int, columns: int, pieces: int, schemes: list[str]) -> list[li
     generator = torch.Generator().manual_seed(rows + columns)
     return [
         [
-            quantize(
+            quantize_tensor(
                 torch.randn(rows, columns, generator=generator) * 0.1,
                 parse_scheme(schemes[(e + p) % len(schemes)]).weights,
             )

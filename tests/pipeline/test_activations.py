@@ -37,7 +37,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("text", ["int8/g32", "int8/token", "int8/token/asym", "uint4/g64/asym", "fp8_e4m3/token"])
 def test_every_layer_rounds_its_input(text: str, four: Path) -> None:
-    scheme = parse_activations(text)
+    scheme = parse_activations(text).scheme
     checkpoint = Checkpoint.open(four)
     layers = {n: m for n, m in arrondi.load(four, activations=text).named_modules() if isinstance(m, QLinear)}
     assert {f"{name}.weight" for name in layers} == set(checkpoint.placed)
@@ -54,7 +54,7 @@ def test_the_model_is_the_one_with_rounded_inputs(text: str, four: Path) -> None
     mine = arrondi.load(four, activations=text)
     plain = AutoModelForCausalLM.from_pretrained(four)
     untouched = logits(plain)
-    scheme = parse_activations(text)
+    scheme = parse_activations(text).scheme
     for name in Checkpoint.open(four).placed:
         plain.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
             lambda module, x: (fake_quantize(x[0], scheme), *x[1:])

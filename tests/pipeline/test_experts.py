@@ -139,7 +139,7 @@ def test_experts_of_one_shape_in_both_directions_are_not_confused(
 
 def test_a_stack_answers_products_with_all_experts_at_once() -> None:
     weights = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))
-    stack = QStack([[arrondi.quantize(w, arrondi.parse_scheme("w=int8/channel").weights)] for w in weights])
+    stack = QStack([[arrondi.quantize_tensor(w, arrondi.parse_scheme("w=int8/channel").weights)] for w in weights])
     dense = torch.stack([stack[e] for e in range(3)])
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
     for found in (torch.bmm(x, stack), torch.matmul(x, stack), x @ stack, x.bmm(stack)):  # type: ignore[call-overload, operator, arg-type]

@@ -25,7 +25,7 @@ from arrondi.kernels import FORCE
 from arrondi.native import native
 from arrondi.nn import QLinear
 from arrondi.runtime.fused import fuse, is_fused
-from arrondi.tensor.qtensor import quantize
+from arrondi.tensor.qtensor import quantize_tensor
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
@@ -87,8 +87,8 @@ def built(class_name: str, scheme: str = "w=int4/g32", dtype: torch.dtype = torc
 
 def packed(layer: nn.Linear, scheme: str, dtype: torch.dtype) -> QLinear:
     asked = parse_scheme(scheme)
-    weight = quantize(layer.weight.detach().float(), asked.weights)
-    return QLinear(weight, layer.bias, activations=asked.activations, dtype=dtype)
+    weight = quantize_tensor(layer.weight.detach().float(), asked.weights)
+    return QLinear(weight, layer.bias, activations=asked.inputs and asked.inputs.scheme, dtype=dtype)
 
 
 def fused(name: str, **changes: Any) -> Any:

@@ -31,8 +31,15 @@ from arrondi.formats import (
     tile_shape,
 )
 from arrondi.tensor.encoding import decode
-from arrondi.tensor.fitting import Grid
-from arrondi.tensor.qtensor import QTensor, dequantize, fake_quantize, quantize, quantize_scales, quantize_with
+from arrondi.tensor.qtensor import (
+    Parts,
+    QTensor,
+    dequantize,
+    fake_quantize,
+    quantize_scales,
+    quantize_tensor,
+    quantize_with,
+)
 from arrondi.tensor.tiling import to_tiles
 
 EPS = 2.0**-23
@@ -63,7 +70,7 @@ def samples(source: str) -> torch.Tensor:
 
 
 def nmse(x: torch.Tensor, scheme: Scheme, rule: str = "auto") -> float:
-    error = quantize(x, scheme, rule=rule).dequantize().double() - x.double()
+    error = quantize_tensor(x, scheme, rule=rule).dequantize().double() - x.double()
     return float(error.square().sum() / x.double().square().sum())
 
 
@@ -96,7 +103,7 @@ def test_the_error_of_a_block_format(
     format: Format, zero: str, rule: str, source: str, block: int, wanted: float
 ) -> None:
     # Origin: an independent float64 NumPy implementation on 2^20 other samples; 3 % covers the tails.
-    scheme = Scheme(format, PerGroup(block), zero)  # type: ignore[arg-type]
+    scheme = Scheme(format, PerGroup(block), zero)
     assert nmse(samples(source), scheme, rule) == pytest.approx(wanted, rel=0.03)
 
 
@@ -145,7 +152,7 @@ def test_signal_to_noise_in_decibels(source: str, block: int) -> None:
     # Origin: 2^22 samples. 3 % of the error are 0.13 dB.
     for format, wanted in zip(SQNR_FORMATS, SQNR[source, block], strict=True):
         zero, rule = ("float", "auto") if format is UINT4 else ("none", "narrow")
-        scheme = Scheme(format, PerGroup(block), zero)  # type: ignore[arg-type]
+        scheme = Scheme(format, PerGroup(block), zero)
         assert -10 * math.log10(nmse(samples(source), scheme, rule)) == pytest.approx(wanted, abs=0.13), format.name
 
 
@@ -165,12 +172,12 @@ def test_the_error_of_ternary_weights(source: str, heuristic: float, optimal: fl
 def test_the_error_of_bitnet_weights() -> None:
     # Ma et al. 2024: scale mean|x|, hence a threshold of half of it: 31 % zeros on a Gaussian.
     x = samples(GAUSS)
-    q = quantize(x, PRESETS["T158"].weights, rule="absmean")
+    q = quantize_tensor(x, PRESETS["T158"].weights, rule="absmean")
     assert nmse(x, PRESETS["T158"].weights, "absmean") == pytest.approx(0.264, rel=0.01)
     assert float((q.codes == 0).float().mean()) == pytest.approx(0.31, abs=0.005)
     refit = float((x * q.codes).sum() / q.codes.float().square().sum())
     assert float((x - q.codes * refit).square().mean()) == pytest.approx(0.214, rel=0.01)
-    doubled = quantize(2 * x, PRESETS["T158"].weights, rule="absmean")
+    doubled = quantize_tensor(2 * x, PRESETS["T158"].weights, rule="absmean")
     assert torch.equal(doubled.codes, q.codes)
     torch.testing.assert_close(doubled.real_scale, 2 * q.real_scale)
 
@@ -180,9 +187,9 @@ def test_double_quantization_costs_almost_nothing() -> None:
     x = samples(GAUSS).reshape(64, 256 * 64)
     plain = Scheme(NF4, PerGroup(64))
     double = Scheme(NF4, PerGroup(64), scale=Scheme(FORMATS["dynamic8"], PerGroup(256)))
-    q = quantize(x, double)
+    q = quantize_tensor(x, double)
     assert q.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256)
-    assert quantize(x, plain).bits_per_weight == 4.5
+    assert quantize_tensor(x, plain).bits_per_weight == 4.5
     assert nmse(x, double) == pytest.approx(nmse(x, plain), rel=0.01)
 
 
@@ -303,7 +310,7 @@ def test_every_element_becomes_the_nearest_level_of_its_tile(name: str) -> None:
     scheme = PLAIN[name]
 
     def check(x: torch.Tensor) -> None:
-        q = quantize(x, scheme)
+        q = quantize_tensor(x, scheme)
         got, grid = levels(q)
         x64 = to_tiles(x, tile_shape(scheme.granularity, q.shape)).double()
         nearest = (x64[..., None] - grid[:, None, :]).abs().amin(dim=-1)
@@ -319,7 +326,7 @@ def test_the_error_is_at_most_half_a_step_inside_the_range(name: str) -> None:
     scheme = PLAIN[name]
 
     def check(x: torch.Tensor) -> None:
-        got, grid = levels(quantize(x, scheme))
+        got, grid = levels(quantize_tensor(x, scheme))
         x64 = to_tiles(x, tile_shape(scheme.granularity, tuple(x.shape))).double()
         inside = (x64 >= grid[:, :1]) & (x64 <= grid[:, -1:])
         above = torch.searchsorted(grid.contiguous(), x64.contiguous()).clamp(1, grid.shape[1] - 1)
@@ -343,7 +350,7 @@ def test_nothing_is_clipped_by_more_than_half_a_step(name: str) -> None:
     scheme = PLAIN[name]
 
     def check(x: torch.Tensor) -> None:
-        got, grid = levels(quantize(x, scheme))
+        got, grid = levels(quantize_tensor(x, scheme))
         x64 = to_tiles(x, tile_shape(scheme.granularity, tuple(x.shape))).double()
         step = (grid[:, 1:] - grid[:, :-1]).amax(dim=1, keepdim=True)
         assert bool(((got - x64).abs() <= step * 0.5001 + 4 * EPS * x64.abs().amax(dim=1, keepdim=True)).all())
@@ -356,8 +363,8 @@ def test_quantizing_what_was_read_back_on_the_same_grid_changes_nothing(name: st
     scheme = PLAIN[name]
 
     def check(x: torch.Tensor) -> None:
-        q = quantize(x, scheme)
-        again = quantize_with(q.dequantize(), scheme, Grid(q.scale, q.zero_point, q.offset))  # type: ignore[arg-type]
+        q = quantize_tensor(x, scheme)
+        again = quantize_with(q.dequantize(), scheme, Parts(q.scale, q.zero_point, q.offset))
         assert torch.equal(again.dequantize(), q.dequantize())
 
     run_on(check)
@@ -400,7 +407,7 @@ def test_order_is_kept_within_a_tile(name: str) -> None:
         tile = tile_shape(scheme.granularity, tuple(x.shape))
         real = to_tiles(x, tile)
         order = real.argsort(dim=1, stable=True)
-        back = to_tiles(quantize(x, scheme).dequantize(), tile).gather(1, order)
+        back = to_tiles(quantize_tensor(x, scheme).dequantize(), tile).gather(1, order)
         assert bool((back.diff(dim=1) >= 0).all())
 
     run_on(check)
@@ -411,9 +418,9 @@ def test_scaling_by_a_power_of_two_scales_the_scales_only(name: str) -> None:
     scheme = PLAIN[name]
 
     def check(x: torch.Tensor) -> None:
-        q = quantize(x, scheme)
+        q = quantize_tensor(x, scheme)
         for factor in (0.5, 8.0):
-            scaled = quantize(x * factor, scheme)
+            scaled = quantize_tensor(x * factor, scheme)
             assert torch.equal(scaled.codes, q.codes)
             # Where all is zero, a format without a zero has the smallest scale there is, which does not scale.
             torch.testing.assert_close(scaled.dequantize(), q.dequantize() * factor, rtol=0, atol=1e-36)
@@ -430,7 +437,9 @@ def test_a_factor_on_one_row_touches_no_other(name: str) -> None:
 
     def check(x: torch.Tensor) -> None:
         gains = torch.exp2(torch.arange(x.shape[0]) % 3)[:, None]
-        assert torch.equal(quantize(x * gains, scheme).dequantize(), quantize(x, scheme).dequantize() * gains)
+        assert torch.equal(
+            quantize_tensor(x * gains, scheme).dequantize(), quantize_tensor(x, scheme).dequantize() * gains
+        )
 
     ordinary = st.floats(-1e4, 1e4, width=32).map(lambda v: v if abs(v) > 1e-3 else 0.0)
     run_on(check, ordinary, [torch.linspace(-1, 1, 38).reshape(2, 19)])
@@ -455,7 +464,9 @@ def test_a_factor_on_one_row_touches_no_other(name: str) -> None:
 def test_permuting_rows_permutes_the_result(name: str) -> None:
     def check(x: torch.Tensor) -> None:
         order = torch.arange(x.shape[0]).flip(0)
-        assert torch.equal(quantize(x[order], PLAIN[name]).dequantize(), quantize(x, PLAIN[name]).dequantize()[order])
+        assert torch.equal(
+            quantize_tensor(x[order], PLAIN[name]).dequantize(), quantize_tensor(x, PLAIN[name]).dequantize()[order]
+        )
 
     run_on(check)
 
@@ -467,7 +478,7 @@ def test_the_narrow_grid_treats_both_signs_alike(format: Format) -> None:
     scheme = Scheme(format, PerGroup(8))
 
     def check(x: torch.Tensor) -> None:
-        q, mirrored = quantize(x, scheme, rule="narrow"), quantize(-x, scheme, rule="narrow")
+        q, mirrored = quantize_tensor(x, scheme, rule="narrow"), quantize_tensor(-x, scheme, rule="narrow")
         assert torch.equal(mirrored.dequantize(), -q.dequantize())
         if format.kind == "integer":
             assert torch.equal(mirrored.codes, -q.codes)
@@ -480,7 +491,7 @@ def test_the_narrow_grid_treats_both_signs_alike(format: Format) -> None:
 )
 def test_zero_stays_zero(name: str) -> None:
     def check(x: torch.Tensor) -> None:
-        assert bool((quantize(x, PLAIN[name]).dequantize()[x == 0] == 0).all())
+        assert bool((quantize_tensor(x, PLAIN[name]).dequantize()[x == 0] == 0).all())
 
     sparse = st.floats(-1e4, 1e4, width=32).map(lambda v: v if abs(v) > 1 else 0.0)
     run_on(check, sparse)
@@ -492,10 +503,10 @@ def test_rows_of_zeros_read_back_as_zero_or_the_nearest_there_is(name: str) -> N
     x[1] = 0.0
     granularity = PLAIN[name].granularity
     shared = isinstance(granularity, (PerTensor, PerBlock)) or granularity == PerChannel(1)
-    back = quantize(x, PLAIN[name]).dequantize()
+    back = quantize_tensor(x, PLAIN[name]).dequantize()
     if not shared:
         assert float(back[1].abs().max()) < 1e-37
-    assert float(quantize(torch.zeros(2, 19), PLAIN[name]).dequantize().abs().max()) < 1e-37
+    assert float(quantize_tensor(torch.zeros(2, 19), PLAIN[name]).dequantize().abs().max()) < 1e-37
 
 
 @pytest.mark.parametrize("value", [0.1, -7.0, 1e-20, 3e20])
@@ -515,7 +526,7 @@ def test_rows_of_zeros_read_back_as_zero_or_the_nearest_there_is(name: str) -> N
 )
 def test_rows_of_one_number_are_exact(scheme: Scheme, rule: str, value: float) -> None:
     x = torch.full((2, 11), value)
-    torch.testing.assert_close(quantize(x, scheme, rule=rule).dequantize(), x, rtol=2 * EPS, atol=0)
+    torch.testing.assert_close(quantize_tensor(x, scheme, rule=rule).dequantize(), x, rtol=2 * EPS, atol=0)
 
 
 # Granularity, ragged tails, shapes.
@@ -543,16 +554,16 @@ GRANULARITIES: list[Granularity] = [
 def test_each_tile_is_quantized_as_if_it_were_alone(
     granularity: Granularity, shape: tuple[int, ...], zero: str
 ) -> None:
-    scheme = Scheme(INT4, granularity, zero)  # type: ignore[arg-type]
-    alone = Scheme(INT4, PerTensor(), zero)  # type: ignore[arg-type]
+    scheme = Scheme(INT4, granularity, zero)
+    alone = Scheme(INT4, PerTensor(), zero)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 1
-    q = quantize(x, scheme)
+    q = quantize_tensor(x, scheme)
     tile, counts = tile_shape(granularity, shape), scale_shape(granularity, shape)
     assert q.shape == shape
     assert tuple(q.real_scale.shape) == counts
     for index in itertools.product(*(range(n) for n in counts)):
         where = tuple(slice(i * t, (i + 1) * t) for i, t in zip(index, tile, strict=True))
-        single = quantize(x[where], alone)
+        single = quantize_tensor(x[where], alone)
         assert torch.equal(q.codes[where], single.codes)
         assert float(q.real_scale[index]) == float(single.real_scale)
         assert torch.equal(q.dequantize()[where], single.dequantize())
@@ -563,7 +574,7 @@ def test_each_tile_is_quantized_as_if_it_were_alone(
 def test_empty_tensors(name: str, shape: tuple[int, ...]) -> None:
     if len(shape) == 1 and isinstance(PLAIN[name].granularity, (PerBlock, PerChannel)):
         shape = (0, 2)  # these need a second axis
-    q = quantize(torch.empty(shape), PLAIN[name])
+    q = quantize_tensor(torch.empty(shape), PLAIN[name])
     assert q.shape == shape
     assert q.dequantize().shape == shape
     assert q.dequantize(torch.bfloat16).dtype == torch.bfloat16
@@ -573,7 +584,7 @@ def test_empty_tensors(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("zero", ["none", "integer", "float"])
 def test_a_scalar(zero: str) -> None:
     x = torch.tensor(-2.5)
-    q = quantize(x, Scheme(INT8, PerTensor(), zero))  # type: ignore[arg-type]
+    q = quantize_tensor(x, Scheme(INT8, PerTensor(), zero))
     assert q.shape == ()
     assert float(q.dequantize()) == pytest.approx(-2.5, abs=2.5 / 254)
     assert q.bits_per_weight == {"none": 8 + 32, "integer": 8 + 32 + 8, "float": 8 + 32 + 32}[zero]
@@ -587,11 +598,11 @@ def test_large_tensors_are_done_in_chunks_that_cannot_be_seen() -> None:
         Scheme(INT8),
         Scheme(E2M1, PerGroup(32), scale="e8m0"),
     ):
-        whole = quantize(x, scheme)
-        halves = quantize(x[:, :1024], scheme), quantize(x[:, 1024:], scheme)
+        whole = quantize_tensor(x, scheme)
+        halves = quantize_tensor(x[:, :1024], scheme), quantize_tensor(x[:, 1024:], scheme)
         if scheme.granularity != PerChannel():
             assert torch.equal(whole.codes, torch.cat([h.codes for h in halves], dim=1))
-        rows = [quantize(x[i : i + 1], scheme) for i in (0, 150, 299)]
+        rows = [quantize_tensor(x[i : i + 1], scheme) for i in (0, 150, 299)]
         if scheme.granularity != PerChannel(1):
             assert torch.equal(whole.codes[[0, 150, 299]], torch.cat([r.codes for r in rows]))
 
@@ -604,7 +615,7 @@ def test_half_precision_input_equals_its_float32_copy(name: str) -> None:
     x = torch.randn(4, 19, generator=torch.Generator().manual_seed(2))
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         low = x.to(dtype)
-        q, wanted = quantize(low, PLAIN[name]), quantize(low.float(), PLAIN[name])
+        q, wanted = quantize_tensor(low, PLAIN[name]), quantize_tensor(low.float(), PLAIN[name])
         assert torch.equal(q.codes, wanted.codes)
         assert torch.equal(q.real_scale, wanted.real_scale)
         assert fake_quantize(low, PLAIN[name]).dtype == dtype
@@ -618,8 +629,8 @@ def test_strides_and_ownership_of_the_input_do_not_matter(name: str) -> None:
     for view in (base.T, base[:, ::2], base[1:5, 3:22], base[:4, :1].expand(4, 19), base.flip(0)[::3]):
         before = base.clone()
         q, wanted = (
-            quantize(view, PLAIN[name]),
-            quantize(view.clone(memory_format=torch.contiguous_format), PLAIN[name]),
+            quantize_tensor(view, PLAIN[name]),
+            quantize_tensor(view.clone(memory_format=torch.contiguous_format), PLAIN[name]),
         )
         assert torch.equal(base, before), "the input was modified"
         assert torch.equal(q.codes, wanted.codes)
@@ -629,14 +640,14 @@ def test_strides_and_ownership_of_the_input_do_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_parameter_leaves_no_graph_behind(name: str) -> None:
-    q = quantize(torch.nn.Parameter(torch.randn(4, 19)), PLAIN[name])
+    q = quantize_tensor(torch.nn.Parameter(torch.randn(4, 19)), PLAIN[name])
     assert not q.dequantize().requires_grad
     assert not q.real_scale.requires_grad
 
 
 def test_dequantize_does_not_change_the_tensor() -> None:
     for name, scheme in PLAIN.items():
-        q = quantize(torch.randn(4, 19, generator=torch.Generator().manual_seed(2)), scheme)
+        q = quantize_tensor(torch.randn(4, 19, generator=torch.Generator().manual_seed(2)), scheme)
         first = q.dequantize()
         first_copy = first.clone()
         first.zero_()
@@ -648,27 +659,27 @@ def test_dequantize_does_not_change_the_tensor() -> None:
 def test_nan_and_infinity_are_refused_by_name(name: str, bad: float) -> None:
     x = torch.ones(4, 19)
     x[2, 18] = bad
-    for use in (quantize, fake_quantize):
+    for use in (quantize_tensor, fake_quantize):
         with pytest.raises(DataError, match=r"^model\.layers\.3\.mlp: .*NaN or infinity"):
             use(x, PLAIN[name], name="model.layers.3.mlp")
-    q = quantize(torch.ones(4, 19), PLAIN[name])
+    q = quantize_tensor(torch.ones(4, 19), PLAIN[name])
     with pytest.raises(DataError, match=r"^model\.layers\.3\.mlp: .*NaN or infinity"):
-        quantize_with(x, PLAIN[name], Grid(q.scale, q.zero_point, q.offset), name="model.layers.3.mlp")  # type: ignore[arg-type]
+        quantize_with(x, PLAIN[name], Parts(q.scale, q.zero_point, q.offset), name="model.layers.3.mlp")
 
 
 def test_other_refusals_carry_the_name_once() -> None:
-    with pytest.raises(DataError, match=r"^w: quantize takes floating-point numbers, got torch.int32"):
-        quantize(torch.ones(4, dtype=torch.int32), Scheme(INT4), name="w")
+    with pytest.raises(DataError, match=r"^w: only floating-point numbers can be quantized, got torch.int32"):
+        quantize_tensor(torch.ones(4, dtype=torch.int32), Scheme(INT4), name="w")
     with pytest.raises(ShapeError, match=r"^w: PerBlock needs two axes"):
-        quantize(torch.ones(4), Scheme(INT4, PerBlock(2, 2)), name="w")
+        quantize_tensor(torch.ones(4), Scheme(INT4, PerBlock(2, 2)), name="w")
     with pytest.raises(ShapeError, match=r"^w: PerChannel\(axis=3\) does not exist"):
-        quantize(torch.ones(4, 4), Scheme(INT4, PerChannel(3)), name="w")
+        quantize_tensor(torch.ones(4, 4), Scheme(INT4, PerChannel(3)), name="w")
     with pytest.raises(DataError, match=r"^w: A scale of .* overflows float16"):
-        quantize(torch.full((4,), 1e9), Scheme(INT4, scale="float16"), name="w")
+        quantize_tensor(torch.full((4,), 1e9), Scheme(INT4, scale="float16"), name="w")
     with pytest.raises(SchemeError, match=r"^w: Unknown fit 'wide'"):
-        quantize(torch.ones(4), Scheme(INT4), rule="wide", name="w")
+        quantize_tensor(torch.ones(4), Scheme(INT4), rule="wide", name="w")
     with pytest.raises(DataError) as caught:
-        quantize(torch.full((4, 4), math.nan), NVFP4, name="w")
+        quantize_tensor(torch.full((4, 4), math.nan), NVFP4, name="w")
     assert str(caught.value).count("w: ") == 1
 
 
@@ -710,8 +721,8 @@ def test_a_qtensor_checks_its_parts(parts: tuple, words: str) -> None:
 @pytest.mark.parametrize("zero", ["none", "integer"])
 def test_codes_belong_to_the_stored_scale(storage: str, zero: str) -> None:
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(5)) * 0.3
-    scheme = Scheme(INT8, PerGroup(32), zero, storage)  # type: ignore[arg-type]
-    q = quantize(x, scheme)
+    scheme = Scheme(INT8, PerGroup(32), zero, storage)
+    q = quantize_tensor(x, scheme)
     dtype = torch.bfloat16 if storage == "bfloat16" else torch.float16
     assert torch.equal(q.real_scale, q.real_scale.to(dtype).float()), "the scale is a number of that type"
 
@@ -721,14 +732,14 @@ def test_codes_belong_to_the_stored_scale(storage: str, zero: str) -> None:
         return (groups.round() + shift).clamp(-128, 127).reshape(64, 128).numpy()
 
     np.testing.assert_array_equal(q.codes.numpy(), codes_with(q.real_scale))
-    unrounded = quantize(x, Scheme(INT8, PerGroup(32), zero)).real_scale  # type: ignore[arg-type]
+    unrounded = quantize_tensor(x, Scheme(INT8, PerGroup(32), zero)).real_scale
     assert (codes_with(unrounded) != q.codes.numpy()).any(), "with these data the rounding of the scale matters"
 
 
 def test_nvfp4_is_the_published_two_level_scale() -> None:
     # amax/(6·448) for the tensor, amax/6 of each block as fp8 in units of it, codes by the product that is stored.
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(6)) * 0.02
-    q = quantize(x, NVFP4)
+    q = quantize_tensor(x, NVFP4)
     assert isinstance(q.scale, QTensor)
     outer = x.abs().max().double() / (6 * 448)
     assert float(q.scale.real_scale) == pytest.approx(float(outer), rel=4 * EPS)
@@ -741,7 +752,7 @@ def test_nvfp4_is_the_published_two_level_scale() -> None:
 def test_the_tensor_scale_of_nvfp4_survives_being_stored_as_its_reciprocal() -> None:
     for seed in range(200):
         x = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 20 - 10)
-        q = quantize(x, NVFP4)
+        q = quantize_tensor(x, NVFP4)
         assert isinstance(q.scale, QTensor)
         assert torch.equal(1 / (1 / q.scale.real_scale), q.scale.real_scale)
 
@@ -752,7 +763,7 @@ def test_the_tensor_scale_of_nvfp4_survives_being_stored_as_its_reciprocal() -> 
 def test_quantized_scales_are_positive(inner: str, zero: str, storage: str) -> None:
     if zero != "none" and FORMATS[inner].kind != "integer":
         zero = "none"
-    scheme = Scheme(FORMATS[inner], PerGroup(8), zero, storage)  # type: ignore[arg-type]
+    scheme = Scheme(FORMATS[inner], PerGroup(8), zero, storage)
     scale = torch.exp(torch.randn(40, 20, generator=torch.Generator().manual_seed(7)) * 4)
     scale[3] = 1e-30
     scale[5, :4] = 0.0
@@ -760,7 +771,7 @@ def test_quantized_scales_are_positive(inner: str, zero: str, storage: str) -> N
     q = quantize_scales(scale, scheme)
     assert torch.equal(scale, before)
     assert bool((q.dequantize() > 0).all())
-    plain = quantize(scale, scheme).dequantize()
+    plain = quantize_tensor(scale, scheme).dequantize()
     kept = plain > 0
     torch.testing.assert_close(q.dequantize()[kept], plain[kept], rtol=1e-6, atol=0)
     # Where a zero was lifted, it is by one step: nothing is larger than the least positive value of its tile.
@@ -774,7 +785,7 @@ def test_scales_can_be_quantized_twice_over() -> None:
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(8))
     innermost = Scheme(FP8, PerTensor())
     scheme = Scheme(INT4, PerGroup(16), scale=Scheme(INT8, PerGroup(4), scale=innermost))
-    q = quantize(x, scheme)
+    q = quantize_tensor(x, scheme)
     assert isinstance(q.scale, QTensor)
     assert isinstance(q.scale.scale, QTensor)
     assert nmse(x, scheme) == pytest.approx(nmse(x, Scheme(INT4, PerGroup(16))), rel=0.1)
@@ -812,7 +823,7 @@ BITS = {
 @pytest.mark.parametrize("name", BITS)
 def test_bits_per_weight_by_hand(name: str) -> None:
     scheme, shape, wanted = BITS[name]
-    q = quantize(torch.ones(shape), scheme)
+    q = quantize_tensor(torch.ones(shape), scheme)
     assert q.bits_per_weight == pytest.approx(wanted, rel=1e-12)
     assert q.stored_bits == pytest.approx(wanted * math.prod(shape), rel=1e-12)
 
@@ -826,7 +837,7 @@ def test_a_group_index_is_counted_and_used() -> None:
         Scheme(UINT4, PerGroup(4), "float"),
         Scheme(NF4, PerGroup(4)),
     ):
-        q = quantize(x[:, order], scheme)
+        q = quantize_tensor(x[:, order], scheme)
         codes = torch.empty_like(q.codes)
         codes[:, order] = q.codes
         index = torch.empty(8, dtype=torch.int32)
@@ -838,7 +849,7 @@ def test_a_group_index_is_counted_and_used() -> None:
 
 
 def test_a_qtensor_can_be_pickled() -> None:
-    q = quantize(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), NVFP4)
+    q = quantize_tensor(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), NVFP4)
     other = pickle.loads(pickle.dumps(q))
     assert other.scheme == q.scheme
     assert torch.equal(other.dequantize(), q.dequantize())

@@ -29,11 +29,11 @@ from arrondi.formats import (
 )
 from arrondi.native import native
 from arrondi.rounding import gptq, hqq, rtn
-from arrondi.rounding.grid_search import on_grid, search_grid, search_grid_reference
 from arrondi.tensor import quantizers
-from arrondi.tensor.fitting import STORED, Grid
 from arrondi.tensor.packing import pack, pack_reference, unpack
-from arrondi.tensor.qtensor import QTensor, quantize, quantize_with
+from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
+from arrondi.tensor.ranges.grid import STORED, Grid
+from arrondi.tensor.ranges.search import on_grid, search_grid, search_grid_reference
 from arrondi.tensor.tiling import to_tiles
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
@@ -84,10 +84,10 @@ def test_quantize_equals_its_twin(path: str, text: str) -> None:
         for shape in ((5, 256), (3, 117), (2, 3, 70), (40,), (4, 1)):
             x = weight(*shape, dtype=dtype)
             assert quantizers.knows(x, scheme(text))
-            fast = quantize(x, scheme(text))
+            fast = quantize_tensor(x, scheme(text))
             restored = fast.dequantize(), fast.dequantize(torch.bfloat16)
             with twin():
-                slow = quantize(x, scheme(text))
+                slow = quantize_tensor(x, scheme(text))
                 assert all(torch.equal(r, slow.dequantize(r.dtype)) for r in restored)
             same(fast, slow)
 
@@ -97,9 +97,9 @@ def test_quantize_equals_its_twin(path: str, text: str) -> None:
 def test_every_rule_equals_its_twin(path: str, rule: str, scale: Any) -> None:
     for name in ("int2", "int4", "int8"):
         plan = Scheme(FORMATS[name], PerGroup(32), scale=scale)
-        fast = quantize(weight(6, 200), plan, rule=rule)
+        fast = quantize_tensor(weight(6, 200), plan, rule=rule)
         with twin():
-            same(fast, quantize(weight(6, 200), plan, rule=rule))
+            same(fast, quantize_tensor(weight(6, 200), plan, rule=rule))
 
 
 GRANULARITIES: list[Granularity] = [PerGroup(3), PerGroup(16), PerGroup(40), PerChannel(), PerToken(), PerTensor()]
@@ -128,7 +128,7 @@ def test_any_numbers_give_the_twins_codes_or_its_error(
 
     def run() -> QTensor | str:
         try:
-            return quantize(x, plan)
+            return quantize_tensor(x, plan)
         except DataError as error:
             return str(error)
 
@@ -147,17 +147,17 @@ def test_nan_and_infinity_give_the_twins_error(path: str, text: str, bad: float)
     for column in (0, 5, 37, 69):
         x = weight(4, 70)
         x[3, column] = bad
-        for run in (quantize, partial(rtn, range="search")):
+        for run in (quantize_tensor, partial(rtn, range="search")):
             with pytest.raises(DataError, match=r"^w: The values hold NaN or infinity"):
                 run(x, scheme(text), name="w")
-        good = quantize(weight(4, 70), scheme(text))
+        good = quantize_tensor(weight(4, 70), scheme(text))
         with pytest.raises(DataError, match="NaN or infinity"):
             quantize_with(x, scheme(text), Grid(good.real_scale, good.zero_point, good.offset))
 
 
 def test_a_scale_that_overflows_gives_the_twins_error() -> None:
     with pytest.raises(DataError, match=r"^w: A scale of .* overflows float16"):
-        quantize(torch.full((2, 32), 1e30), scheme("int4/g32/float16"), name="w")
+        quantize_tensor(torch.full((2, 32), 1e30), scheme("int4/g32/float16"), name="w")
 
 
 def test_layouts_of_the_input_change_nothing() -> None:
@@ -165,11 +165,11 @@ def test_layouts_of_the_input_change_nothing() -> None:
     views = [base.T, base[::2], base[:, 3:50], base[:, ::3], base.reshape(2, 48, 64).transpose(0, 1), base[5]]
     for view in views:
         for part in (view, view.contiguous().requires_grad_()):
-            same(quantize(part, scheme("int4/g16")), quantize(view.contiguous(), scheme("int4/g16")))
+            same(quantize_tensor(part, scheme("int4/g16")), quantize_tensor(view.contiguous(), scheme("int4/g16")))
     before = base.clone()
-    quantize(base, scheme("int3/g16/asym"))
+    quantize_tensor(base, scheme("int3/g16/asym"))
     assert torch.equal(base, before)
-    same(quantize(base.double(), scheme("int4/g16")), quantize(base, scheme("int4/g16")))
+    same(quantize_tensor(base.double(), scheme("int4/g16")), quantize_tensor(base, scheme("int4/g16")))
 
 
 def test_what_the_kernels_leave_to_the_twin() -> None:
@@ -187,7 +187,7 @@ def test_what_the_kernels_leave_to_the_twin() -> None:
 @pytest.mark.parametrize("text", ["int4/g32", "uint3/g20/asym", "int6/channel/offset", "int8/tensor"])
 def test_rounding_on_a_given_grid_and_the_way_back(path: str, text: str) -> None:
     x = weight(7, 90)
-    q = quantize(x * 0.7, scheme(text))
+    q = quantize_tensor(x * 0.7, scheme(text))
     grid = Grid(q.real_scale, q.zero_point, q.offset)
     fast = quantize_with(x, scheme(text), grid)
     with twin():
@@ -202,7 +202,7 @@ def test_parts_of_a_grid_may_have_any_layout() -> None:
     # The kernels get copies, which must outlive the call: memory that is freed too early is soon something else's.
     x = weight(512, 256)
     plan = scheme("int4/g16/asym")
-    q = quantize(x, plan)
+    q = quantize_tensor(x, plan)
     assert q.zero_point is not None
     scattered = Grid(q.real_scale.T.contiguous().T, q.zero_point.T.contiguous().T)
     loose = QTensor(q.codes.T.contiguous().T, scattered.scale, scattered.zero_point, None, plan)
@@ -236,7 +236,7 @@ def test_rounding_straight_to_packed_bits(path: str, text: str) -> None:
         x = weight(*shape, dtype=torch.bfloat16)
         found = quantizers.round_packed(x, scheme(text), word_bytes=4)
         assert found is not None
-        q = quantize(x, scheme(text))
+        q = quantize_tensor(x, scheme(text))
         format = scheme(text).format
         assert torch.equal(found[0], pack(q.codes, format.bits, word_bytes=4, lowest=format.qmin))
         assert torch.equal(found[1].scale.reshape(-1), q.real_scale.reshape(-1))
@@ -346,7 +346,7 @@ def test_threads_change_nothing() -> None:
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        q = quantize(x, scheme("int4/g128"))
+        q = quantize_tensor(x, scheme("int4/g128"))
         searched = rtn(x, scheme("int4/g128"), range="search")
         split = hqq(x, scheme("int4/g128/offset"), normalize=True)
         found.append(

@@ -94,15 +94,16 @@ class Checkpoint:
         """
         if activations is None:
             return self
-        scheme = parse_activations(activations) if isinstance(activations, str) else activations
-        if all(p.scheme.activations for p in self.placed.values()):
+        scheme = parse_activations(activations).scheme if isinstance(activations, str) else activations
+        if all(p.scheme.inputs for p in self.placed.values()):
             why = "its own schemes round them" if self.placed else "it is not quantized"
             raise SchemeError(f"{self.folder.path}: no activations can be rounded to {scheme}: {why}. Leave them out.")
         return replace(self, activations=scheme)
 
     def activations_of(self, name: str) -> Scheme | None:
         """How the input of a quantized tensor is rounded when they are multiplied."""
-        return self.placed[name].scheme.activations or self.activations
+        inputs = self.placed[name].scheme.inputs
+        return self.activations if inputs is None else inputs.scheme
 
     @property
     def quantized(self) -> bool:

@@ -25,10 +25,10 @@ from typing import Any, Final
 import torch
 
 from arrondi.errors import SchemeError
-from arrondi.formats import FORMATS, LayerScheme, PerToken, Scheme, parse_scheme
+from arrondi.formats import FORMATS, ActivationScheme, LayerScheme, PerToken, Scheme, parse_scheme
 from arrondi.kernels import KERNELS, Meta, binary_linear, choose, hadamard, pack_signs, sign_tiles
 from arrondi.native import address, native, threads
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize
+from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
 
 SCHEMES: Final = (
     "W8A16", "W6A16", "W5A16", "W4A16", "W3A16", "W2A16", "NF4", "FP4", "MXFP4A16", "NVFP4A16", "FP8A16", "TERNARY",
@@ -201,7 +201,7 @@ def _peaks() -> dict[str, dict[str, _Source]]:
     }
     for kind, name, x in (("float32", "NF4", real), ("bfloat16", "FP8A16", short), ("int8", "W8A8", real)):
         scheme = parse_scheme(name)
-        kernel, product, _ = _bound(quantize(real, scheme.weights), scheme.activations, x.dtype)
+        kernel, product, _ = _bound(quantize_tensor(real, scheme), scheme.inputs, x.dtype)
         peaks[kind][f"{kernel} {name}"] = (size, size, size, functools.partial(lambda f, x, i: f(x), product, x))
     return peaks
 
@@ -227,12 +227,13 @@ def _copies(tensors: Sequence[torch.Tensor], arena: torch.Tensor) -> list[list[t
 
 
 def _bound(
-    q: QTensor, activations: Scheme | None, dtype: torch.dtype, copy: dict[str, torch.Tensor] | None = None
+    q: QTensor, inputs: ActivationScheme | None, dtype: torch.dtype, copy: dict[str, torch.Tensor] | None = None
 ) -> tuple[str, Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
     """(kernel, product, its tensors) as a layer would choose and run it; `copy` takes the place of packing anew."""
     name = choose(q.scheme, q.shape, dtype).name
     kernel = KERNELS[name]
     tensors = kernel.prepack(q, dtype) if copy is None else copy
+    activations = None if inputs is None else inputs.scheme
     inside = activations is not None and kernel.rounds(q.scheme, activations)
     meta = Meta(q.scheme, (q.shape[0], q.shape[1]), dtype, activations if inside else None)
     if kernel.bind is not None:
@@ -248,13 +249,13 @@ _Cases = Iterator[tuple[torch.dtype, int, _Case]]
 
 
 def _products(scheme: LayerScheme, n: int, k: int, tokens: Sequence[int], arena: torch.Tensor) -> _Cases:
-    q = quantize(_weight(n, k), scheme.weights)
+    q = quantize_tensor(_weight(n, k), scheme)
     for dtype in DTYPES:
-        name, _, tensors = _bound(q, scheme.activations, dtype)
+        name, _, tensors = _bound(q, scheme.inputs, dtype)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         copies = [dict(zip(tensors, copy, strict=True)) for copy in _copies(list(tensors.values()), arena)]
-        products = [_bound(q, scheme.activations, dtype, copy)[1] for copy in copies]
-        peak = "int8" if scheme.activations is not None else str(dtype).removeprefix("torch.")
+        products = [_bound(q, scheme.inputs, dtype, copy)[1] for copy in copies]
+        peak = "int8" if scheme.inputs is not None else str(dtype).removeprefix("torch.")
         for m in tokens:
             x = torch.randn(m, k).to(dtype)
             moved = size + m * (n + k) * x.element_size()
@@ -290,7 +291,7 @@ def _hadamard(n: int, k: int, tokens: Sequence[int], arena: torch.Tensor) -> _Ca
 
 def _rounding(n: int, k: int, tokens: Sequence[int], arena: torch.Tensor) -> _Cases:
     scheme = Scheme(FORMATS["int8"], PerToken())
-    return _over_inputs(k, tokens, arena, lambda x: quantize(x, scheme), 1, 0)
+    return _over_inputs(k, tokens, arena, lambda x: quantize_tensor(x, scheme), 1, 0)
 
 
 def _signs(n: int, k: int, tokens: Sequence[int], arena: torch.Tensor) -> _Cases:

@@ -1,6 +1,7 @@
 """Number formats, granularities and schemes: floor 0, plain data that imports neither torch nor NumPy."""
 
 from arrondi.formats.format import FORMATS, Format, codebook, get_format, integer
+from arrondi.formats.grammar import parse_activations, parse_scheme
 from arrondi.formats.granularity import (
     Granularity,
     PerBlock,
@@ -11,11 +12,14 @@ from arrondi.formats.granularity import (
     scale_shape,
     tile_shape,
 )
-from arrondi.formats.scheme import PRESETS, LayerScheme, Scheme, parse_activations, parse_scheme
+from arrondi.formats.presets import PRESETS
+from arrondi.formats.scheme import ActivationScheme, Dynamic, LayerScheme, Scheme
 
 __all__ = [
     "FORMATS",
     "PRESETS",
+    "ActivationScheme",
+    "Dynamic",
     "Format",
     "Granularity",
     "LayerScheme",

@@ -353,9 +353,9 @@ def _batch_size(windows: Windows) -> int:
 def _activations(plan: Plan) -> dict[str, Any]:
     """Module → scheme of its input, where activations are quantized at run time."""
     return {
-        t.module: t.scheme.activations
+        t.module: t.scheme.inputs.scheme
         for t in plan.quantized
-        if t.scheme and t.scheme.activations and t.module in plan.classes
+        if t.scheme and t.scheme.inputs and t.module in plan.classes
     }
 
 

@@ -31,7 +31,13 @@ class Rule:
     def __post_init__(self) -> None:
         get_method(self.method)
         check_options(self.method, self.options)
-        if self.scheme is not None and not self.scheme.dynamic:
+        if self.scheme is None:
+            return
+        if self.scheme.outputs is not None or self.scheme.kv is not None:
+            raise SchemeError(
+                f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
+            )
+        if self.scheme.inputs is not None and self.scheme.inputs.dynamic is not True:
             raise SchemeError(
                 f"Scheme {self.scheme} asks for static scales of activations, which are not computed yet. Drop 'static': the scales then follow each input."
             )

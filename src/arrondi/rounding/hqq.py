@@ -16,10 +16,12 @@ import torch
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
+from arrondi.tensor.checks import named
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import Grid, fit, round_scale
-from arrondi.tensor.qtensor import QTensor, named, quantize, quantize_with
+from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.quantizers import split as split_compiled
+from arrondi.tensor.ranges.fits import fit
+from arrondi.tensor.ranges.grid import Grid, round_scale
 from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 18
@@ -58,7 +60,7 @@ def hqq(
             f"{name}: hqq optimises integer grids with plain scales, got {scheme}. Use rtn or gptq for this scheme."
         )
     if weight.numel() == 0:
-        return quantize(weight, scheme, name=name)
+        return quantize_tensor(weight, scheme, name=name)
     weight = weight.detach()
     grid = split_compiled(weight, scheme, p=p, beta=beta, kappa=kappa, iterations=iterations, normalize=normalize)
     if grid is None:

@@ -20,7 +20,7 @@ import arrondi
 from arrondi.checkpoint import LAYOUTS, Placed
 from arrondi.formats import parse_scheme
 from arrondi.pipeline import Recipe, Rule
-from arrondi.tensor.qtensor import fake_quantize, quantize
+from arrondi.tensor.qtensor import fake_quantize, quantize_tensor
 
 LAYOUT = LAYOUTS["compressed-tensors"]
 
@@ -78,7 +78,7 @@ def test_the_package_decompresses_to_our_numbers(name: str, stored: str) -> None
     scheme = parse_scheme(name).with_scale(stored)  # type: ignore[arg-type]
     placed = Placed("layer.weight", (128, 256), scheme)
     weight = torch.randn(placed.matrix_shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    q = quantize(weight, scheme.weights)
+    q = quantize_tensor(weight, scheme.weights)
     config = LAYOUT.config([placed], [], {"layer": "Linear"})
     known = packages_scheme(config)
     compressor = BaseCompressor.get_value_from_registry(known.format)
@@ -99,7 +99,7 @@ def test_the_package_writes_the_names_and_types_that_we_write(name: str) -> None
     """What its own code compresses has our names, types and shapes, and means our numbers: our grid is its grid."""
     scheme = parse_scheme(name)
     placed = Placed("layer.weight", (128, 256), scheme)
-    q = quantize(torch.randn(placed.matrix_shape, generator=torch.Generator().manual_seed(0)), scheme.weights)
+    q = quantize_tensor(torch.randn(placed.matrix_shape, generator=torch.Generator().manual_seed(0)), scheme.weights)
     ours = {n.removeprefix("layer."): t for n, t in LAYOUT.write(placed, q).items()}
     known = packages_scheme(LAYOUT.config([placed], [], {"layer": "Linear"}))
     compressor = BaseCompressor.get_value_from_registry(known.format)
@@ -118,7 +118,7 @@ def test_the_config_is_accepted_by_the_package_and_by_transformers(name: str) ->
     assert known.weights is not None
     assert known.weights.num_bits == scheme.weights.format.bits
     assert known.weights.symmetric == scheme.weights.symmetric
-    assert (known.input_activations is None) == (scheme.activations is None)
+    assert (known.input_activations is None) == (scheme.inputs is None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert CompressedTensorsConfig(**config).quantization_config.ignore == ["lm_head"]
@@ -132,7 +132,7 @@ def test_activations_are_rounded_as_the_package_rounds_them(text: str) -> None:
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
     scheme = parse_scheme(f"w=int8/channel,a={text}")
-    assert scheme.activations is not None
+    assert scheme.inputs is not None
     known = packages_scheme(LAYOUT.config([Placed("layer.weight", (8, 8), scheme)], [], {})).input_activations
     assert known is not None
     x = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(1))
@@ -141,7 +141,7 @@ def test_activations_are_rounded_as_the_package_rounds_them(text: str) -> None:
     scale, zero = compute_dynamic_scales_and_zp(x, known, module=None)  # type: ignore[arg-type]
     found = packages_fake_quantize(x, scale, zero, known)
     # The package adds the zero point before it rounds, so a tie may fall to the other side: one code, seldom.
-    apart = (fake_quantize(x, scheme.activations) - found).abs() > 1e-5 * found.abs()
+    apart = (fake_quantize(x, scheme.inputs.scheme) - found).abs() > 1e-5 * found.abs()
     assert float(apart.float().mean()) <= (0.005 if "asym" in text else 0)
 
 

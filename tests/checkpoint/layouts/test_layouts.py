@@ -11,8 +11,18 @@ import torch
 
 from arrondi.checkpoint import LAYOUTS, Layout, Placed
 from arrondi.errors import FileFormatError
-from arrondi.formats import FORMATS, PRESETS, LayerScheme, PerGroup, PerTensor, Scheme, codebook, parse_scheme
-from arrondi.tensor.qtensor import QTensor, quantize
+from arrondi.formats import (
+    FORMATS,
+    PRESETS,
+    ActivationScheme,
+    LayerScheme,
+    PerGroup,
+    PerTensor,
+    Scheme,
+    codebook,
+    parse_scheme,
+)
+from arrondi.tensor.qtensor import QTensor, quantize_tensor
 
 GRAMMAR = [
     "w=int4/channel", "w=int4/tensor", "w=int4/channel/asym", "w=int8/channel/asym", "w=int3/g32/asym", "w=int5/g16/bfloat16", "w=int8/g64/float16", "w=int4/b16x32",
@@ -35,7 +45,7 @@ STORED_BY = {
         "w=int5/g16/bfloat16", "w=int8/g64/float16", "w=int4/b16x32", "w=int8/g32/asym,a=int8/tensor", "w=int8/channel,a=int8/g32",
         "w=int8/channel,a=int8/token/asym", "w=fp8/tensor,a=fp8/tensor", "w=fp8/g64",
     },
-    "arrondi": set(SCHEMES) - {"double-quantized", "learned codebook"},
+    "arrondi": set(SCHEMES) - {"learned codebook"},
 }  # fmt: skip
 """What each layout can hold, written down by hand: an honest `refuse` says yes to these and no to all else."""
 
@@ -53,7 +63,7 @@ def rounded(p: Placed) -> QTensor:
     weight = torch.randn(p.matrix_shape, generator=torch.Generator().manual_seed(0))
     weight[0] *= 100  # scales of many sizes
     weight[1] = 0
-    return quantize(weight, p.scheme.weights)
+    return quantize_tensor(weight, p.scheme.weights)
 
 
 def same(a: QTensor, b: QTensor) -> None:
@@ -177,11 +187,13 @@ def test_a_later_version_of_our_layout_is_refused() -> None:
 
 def test_activations_that_the_config_cannot_say_are_refused_not_changed() -> None:
     base = SCHEMES["W8A8"]
-    assert base.activations is not None
-    for activations in (
-        replace(base.activations, format=FORMATS["nf4"], granularity=PerGroup(32)),
-        replace(base.activations, zero_point="float"),
-        replace(base.activations, scale="bfloat16"),
+    assert base.inputs is not None
+    inputs = base.inputs.scheme
+    for changed in (
+        replace(inputs, format=FORMATS["nf4"], granularity=PerGroup(32)),
+        replace(inputs, zero_point="float"),
+        replace(inputs, scale="bfloat16"),
     ):
-        reason = LAYOUTS["compressed-tensors"].refuse(replace(base, activations=activations), "a.weight", (64, 64))
+        layer = replace(base, inputs=ActivationScheme(changed))
+        reason = LAYOUTS["compressed-tensors"].refuse(layer, "a.weight", (64, 64))
         assert reason and "activations" in reason

@@ -27,6 +27,7 @@ from arrondi.checkpoint.layouts.compressed_tensors_config import args_of, config
 from arrondi.checkpoint.layouts.layout import Layout, Placed
 from arrondi.errors import FileFormatError
 from arrondi.formats import (
+    ActivationScheme,
     LayerScheme,
     PerBlock,
     PerChannel,
@@ -37,9 +38,9 @@ from arrondi.formats import (
     scale_shape,
 )
 from arrondi.tensor.encoding import code_dtype
-from arrondi.tensor.fitting import STORED
 from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import STORED
 from arrondi.tensor.storage import load_scale, store_scale
 
 _F8 = torch.float8_e4m3fn
@@ -215,18 +216,22 @@ def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | Non
         return f"compressed-tensors has no granularity {weights.granularity}"
     if not weights.symmetric and not isinstance(weights.granularity, PerGroup | PerChannel):
         return "compressed-tensors stores zero points of groups and channels only"
-    activations = scheme.activations
-    if activations is not None:
-        known = isinstance(activations.granularity, PerTensor | PerToken | PerGroup)
-        if not known or _back(activations, scheme.dynamic) != activations:
-            return f"compressed-tensors cannot say that activations become {activations}"
+    if scheme.outputs is not None or scheme.kv is not None:
+        return f"compressed-tensors stores no outputs or key/value cache here, got {scheme}"
+    inputs = scheme.inputs
+    if inputs is not None:
+        if inputs.dynamic is not True:
+            return f"compressed-tensors stores no static scales of inputs here, got {scheme}"
+        known = isinstance(inputs.scheme.granularity, PerTensor | PerToken | PerGroup)
+        if not known or _back(inputs) != inputs.scheme:
+            return f"compressed-tensors cannot say that activations become {inputs.scheme}"
     return None
 
 
-def _back(scheme: Scheme, dynamic: bool) -> Scheme | None:
+def _back(inputs: ActivationScheme) -> Scheme | None:
     """A scheme as it is read again from the config, None if it is not."""
     try:
-        return parse_args(args_of(scheme, dynamic))
+        return parse_args(args_of(inputs.scheme, inputs.dynamic))
     except FileFormatError:
         return None
 

@@ -16,6 +16,8 @@ from arrondi.checkpoint.layouts.layout import Placed
 from arrondi.errors import FileFormatError
 from arrondi.formats import (
     FORMATS,
+    ActivationScheme,
+    Dynamic,
     Granularity,
     LayerScheme,
     PerBlock,
@@ -34,7 +36,7 @@ def format_of(scheme: LayerScheme) -> str | None:
     if isinstance(weights.scale, Scheme):
         nested = weights.format == FORMATS["fp4_e2m1"] and weights.granularity == PerGroup(16)
         inner = Scheme(FORMATS["fp8_e4m3"], PerTensor())
-        return "nvfp4-pack-quantized" if nested and weights.scale == inner and scheme.activations is None else None
+        return "nvfp4-pack-quantized" if nested and weights.scale == inner and scheme.inputs is None else None
     if weights.scale == "e8m0":
         if weights.granularity != PerGroup(32):
             return None
@@ -42,11 +44,11 @@ def format_of(scheme: LayerScheme) -> str | None:
     if weights.format.name == "fp8_e4m3":
         return "float-quantized"
     if weights.format in (FORMATS[f"int{bits}"] for bits in range(2, 9)):
-        return "pack-quantized" if scheme.activations is None else "int-quantized"
+        return "pack-quantized" if scheme.inputs is None else "int-quantized"
     return None
 
 
-def args_of(scheme: Scheme, dynamic: bool) -> dict[str, Any]:
+def args_of(scheme: Scheme, dynamic: Dynamic) -> dict[str, Any]:
     """One side of a config group: the fields of the package's QuantizationArgs."""
     args: dict[str, Any] = {
         "num_bits": scheme.format.bits,
@@ -85,7 +87,9 @@ def config(placed: list[Placed], kept: list[str], classes: Mapping[str, str], wh
             if len(schemes) == 1
             else [_target(m) for m in modules[scheme]],
             "weights": args_of(scheme.weights, False),
-            "input_activations": None if scheme.activations is None else args_of(scheme.activations, scheme.dynamic),
+            "input_activations": None
+            if scheme.inputs is None
+            else args_of(scheme.inputs.scheme, scheme.inputs.dynamic),
             "output_activations": None,
             "format": format_of(scheme),
         }
@@ -129,7 +133,7 @@ def _must_dequantize(placed: list[Placed], classes: Mapping[str, str]) -> bool:
             return True
         if format == "pack-quantized" and not p.scheme.weights.symmetric:
             return True
-        if format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized") and not p.scheme.activations:
+        if format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized") and not p.scheme.inputs:
             return True
     return False
 
@@ -159,7 +163,7 @@ def notes_of(placed: list[Placed], classes: Mapping[str, str], whole: bool = Fal
         )
     if (whole or _must_dequantize(placed, classes)) and not _one_scheme_each(placed):
         notes.append("transformers 5.23 cannot read this mix of schemes; arrondi can.")
-    activations = [p for p in placed if p.scheme.activations is not None]
+    activations = [p for p in placed if p.scheme.inputs is not None]
     if any(classes.get(p.name.removesuffix(".weight")) == "Conv1D" for p in activations):
         notes.append("transformers leaves the inputs of Conv1D layers unrounded; arrondi rounds them.")
     elif whole and activations:
@@ -177,11 +181,9 @@ def notes_of(placed: list[Placed], classes: Mapping[str, str], whole: bool = Fal
 def _parse_scheme(group: Mapping[str, Any]) -> LayerScheme:
     weights = parse_args(group["weights"])
     activations = group.get("input_activations")
-    return LayerScheme(
-        weights,
-        None if activations is None else parse_args(activations),
-        bool((activations or {}).get("dynamic", True)),
-    )
+    if activations is None:
+        return LayerScheme(weights)
+    return LayerScheme(weights, ActivationScheme(parse_args(activations), activations.get("dynamic", True)))
 
 
 def parse_args(args: Mapping[str, Any]) -> Scheme:

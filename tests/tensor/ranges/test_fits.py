@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from gguf.quants import MXFP4, Q4_0, Q8_0
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import FORMATS, Format, PerGroup, PerTensor, Scheme, codebook, integer
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import FITS, STORED, Grid, fit, round_scale
-from arrondi.tensor.qtensor import quantize, quantize_with
+from arrondi.tensor.qtensor import quantize_tensor, quantize_with
+from arrondi.tensor.ranges.fits import FITS, fit
+from arrondi.tensor.ranges.grid import SMALLEST, STORED, Grid, round_scale
 
 GROUP = PerGroup(32)
 MX_FORMATS = ["fp4_e2m1", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2", "int8", "int4"]
@@ -212,10 +214,22 @@ def test_scales_are_rounded_as_stored(storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", STORED)
-def test_a_stored_scale_is_never_zero_or_subnormal(storage: str) -> None:
-    least = torch.finfo(STORED[storage]).tiny
-    scale = torch.tensor([0.0, 1e-45, -1e-45, least / 2, least, -least])
-    assert round_scale(scale, storage).tolist() == [1.0, least, -least, least, least, -least]
+def test_a_stored_scale_is_never_zero_and_may_be_subnormal(storage: str) -> None:
+    least = SMALLEST[storage]
+    scale = torch.tensor([0.0, 1e-45, -1e-45, 1.4 * least, -3 * least], dtype=torch.float64).float()
+    assert round_scale(scale, storage).tolist() == [1.0, least, -least, least, -3 * least]
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_every_number_near_the_smallest_is_rounded_to_the_nearest_that_there_is(storage: str) -> None:
+    """Against exact arithmetic: subnormal numbers are the multiples of the smallest one."""
+    least, count = SMALLEST[storage], 1200
+    wanted = [max(round(Fraction(k, 7)), 1) * least for k in range(1, count)]
+    values = torch.tensor([k / 7 * least for k in range(1, count)], dtype=torch.float64)
+    assert round_scale(values.float(), storage).tolist() == wanted
+    x = torch.stack((values, -values), dim=1).float() * 127.5  # one group each, of which the scale is the value
+    q = quantize_tensor(x, Scheme(integer(8), PerGroup(2), scale=storage))
+    assert q.real_scale.flatten().tolist() == wanted
 
 
 def test_zero_scales_that_are_quantized_in_turn_do_not_widen_the_range_of_their_peers() -> None:
@@ -224,7 +238,7 @@ def test_zero_scales_that_are_quantized_in_turn_do_not_widen_the_range_of_their_
     x = gaussian(4, 64) * 1e-8
     x[2] = 0.0
     nvfp4 = Scheme(FORMATS["fp4_e2m1"], PerGroup(16), scale=inner)
-    q = quantize(x, nvfp4)
+    q = quantize_tensor(x, nvfp4)
     assert float((q.dequantize() - x).norm() / x.norm()) < 0.12  # 0.095 is NVFP4's on Gaussians
     assert torch.equal(q.dequantize()[2], torch.zeros(64))
 
@@ -313,7 +327,7 @@ def test_shrinking_a_power_of_two_scale_gives_another_power_of_two(rule: str) ->
 def test_mxfp4_blocks_are_those_of_gguf() -> None:
     x = gaussian(500)
     blocks = MXFP4.quantize_blocks(x.numpy())
-    q = quantize(x, mx("fp4_e2m1"), rule="floor")
+    q = quantize_tensor(x, mx("fp4_e2m1"), rule="floor")
     np.testing.assert_array_equal(encode(q.scale, FORMATS["e8m0"]).flatten().numpy(), blocks[:, 0])
     np.testing.assert_array_equal(q.dequantize().numpy(), MXFP4.dequantize_blocks(blocks))
 
@@ -326,7 +340,7 @@ def test_int4_symmetric_is_that_of_compressed_tensors() -> None:
     args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
     groups = x.unflatten(-1, (-1, 32))
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    q = quantize(x, Scheme(integer(4), GROUP))
+    q = quantize_tensor(x, Scheme(integer(4), GROUP))
     assert torch.equal(q.real_scale, scale)
     assert torch.equal(q.codes, their_quantize(x, scale, zero, args, dtype=torch.int8))
 
@@ -338,7 +352,7 @@ def test_asymmetric_integers_are_those_of_compressed_tensors(bits: int) -> None:
     groups = x.unflatten(-1, (-1, 32))
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     scheme = Scheme(integer(bits), GROUP, "integer")
-    q = quantize(x, scheme)
+    q = quantize_tensor(x, scheme)
     assert q.zero_point is not None
     torch.testing.assert_close(q.real_scale, scale, rtol=2**-22, atol=0)
     assert torch.equal(q.zero_point, zero.int())
@@ -351,7 +365,7 @@ def test_float_scales_are_those_of_compressed_tensors(name: str) -> None:
     x = gaussian(64, 128)
     args = QuantizationArgs(num_bits=FORMATS[name].bits, type="float", symmetric=True, strategy="channel")
     scale, zero = calculate_qparams(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), args)
-    q = quantize(x, Scheme(FORMATS[name]))
+    q = quantize_tensor(x, Scheme(FORMATS[name]))
     assert torch.equal(q.real_scale, scale)
     theirs = their_quantize(x, scale, zero, args).float()
     assert torch.equal(decode(q.codes, FORMATS[name]), theirs)
@@ -360,7 +374,7 @@ def test_float_scales_are_those_of_compressed_tensors(name: str) -> None:
 def test_the_signed_extreme_rule_is_q4_0_of_gguf() -> None:
     x = gaussian(500)
     blocks = Q4_0.quantize_blocks(x.numpy())
-    q = quantize(x, Scheme(integer(4), GROUP), rule="extreme")
+    q = quantize_tensor(x, Scheme(integer(4), GROUP), rule="extreme")
     codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(int) - 8
     # gguf multiplies by 1/d and rounds halves up; Gaussian numbers hit no tie.
     np.testing.assert_array_equal(q.codes.numpy(), codes)
@@ -370,7 +384,7 @@ def test_the_signed_extreme_rule_is_q4_0_of_gguf() -> None:
 def test_the_narrow_rule_is_q8_0_of_gguf() -> None:
     x = gaussian(500)
     blocks = Q8_0.quantize_blocks(x.numpy())
-    q = quantize(x, Scheme(integer(8), GROUP), rule="narrow")
+    q = quantize_tensor(x, Scheme(integer(8), GROUP), rule="narrow")
     np.testing.assert_array_equal(q.codes.numpy(), blocks[:, 2:].view(np.int8))
     np.testing.assert_array_equal(q.real_scale.half().numpy().view(np.uint8), blocks[:, :2])
 
@@ -406,8 +420,8 @@ def test_every_rule_refuses_nan_and_infinity(rule: str, bad: float) -> None:
         (mx("fp4_e2m1"), "narrow", "does not go with e8m0 scales"),
         (Scheme(integer(4), zero_point="integer"), "narrow", "is for symmetric schemes"),
         (Scheme(integer(4), zero_point="float"), "best", "is for symmetric schemes"),
-        (Scheme(FORMATS["nf4"]), "extreme", "needs a signed integer format"),
-        (Scheme(FORMATS["uint4"]), "extreme", "needs a signed integer format"),
+        (Scheme(FORMATS["nf4"]), "extreme", "needs an integer format"),
+        (Scheme(integer(4), signed=False), "extreme", "gives negative scales"),
         (Scheme(integer(4), scale=Scheme(FORMATS["fp8_e4m3"])), "extreme", "gives negative scales"),
         (Scheme(integer(4)), "least-squares", "is for ternary and binary"),
     ],

@@ -1,0 +1,131 @@
+"""The text form of schemes: a preset's name, or `w=int4/g128/asym,a=int8/token`.
+
+Owns: `parse_scheme` and `parse_activations`. The inverse is `str` of a scheme.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from arrondi.errors import SchemeError, unknown
+from arrondi.formats.format import get_format
+from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from arrondi.formats.presets import ALIASES, PRESETS
+from arrondi.formats.scheme import ActivationScheme, Dynamic, LayerScheme, Scheme
+
+_EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
+_SIZES = re.compile(r"g(\d+)|b(\d+)x(\d+)|channel(\d+)")
+_STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
+_WORDS: dict[str, dict[str, Any]] = {
+    "channel": {"granularity": PerChannel()}, "tensor": {"granularity": PerTensor()}, "token": {"granularity": PerToken()},
+    "sym": {"zero_point": "none"}, "asym": {"zero_point": "integer"}, "offset": {"zero_point": "float"},
+    "float32": {"scale": "float32"}, "bfloat16": {"scale": "bfloat16"}, "float16": {"scale": "float16"}, "e8m0": {"scale": "e8m0"},
+    "signed": {"signed": True}, "unsigned": {"signed": False},
+}  # fmt: skip
+_TIMES: dict[str, Dynamic] = {"dynamic": True, "static": False, "local": "local"}
+
+
+def parse_scheme(text: str) -> LayerScheme:
+    """A preset's name, in any case, or the compact grammar.
+
+    The grammar is `w=FORMAT/PART/…` for weights and optionally, after commas, `a=…` for inputs, `o=…` for outputs and
+    `kv=…` for the key/value cache. A part is
+
+        g128, b128x128, channel (channel1: of axis 1), tensor, token     granularity
+        sym, asym, offset                                                zero point
+        float32, bfloat16, float16, e8m0 or s:(SCHEME)                   storage of the scales
+        o:float16 or o:(SCHEME)                                          storage of the offsets
+        signed, unsigned                                                 whether scales may be negative
+        dynamic, static, local                                           of a, o and kv: when the scales are known
+
+    >>> str(parse_scheme("w4a16")), str(parse_scheme("w=int3/g64/asym,a=int8/token/dynamic"))
+    ('w=int4/g128', 'w=int3/g64/asym,a=int8/token')
+
+    Raises:
+        SchemeError: neither a preset nor the grammar; the message names the nearest preset.
+    """
+    name = text.strip().upper().replace("-", "_")
+    name = ALIASES.get(name, name)
+    if name in PRESETS:
+        return PRESETS[name]
+    if "=" not in text:
+        raise unknown("scheme", text, PRESETS)
+    items = [_item(item, text) for item in _split(text, ",")]
+    parts = dict(items)
+    if "w" not in parts or parts.keys() - {"w", "a", "o", "kv"} or len(parts) < len(items):
+        raise SchemeError(f"A scheme has 'w=…' and optionally 'a=…', 'o=…' and 'kv=…', got {text!r}. {_EXAMPLE}")
+    weights, when = _tensor(parts["w"], PerChannel(), text)
+    if when is not True:
+        raise SchemeError(f"Weights have no {parts['w'].rpartition('/')[2]!r} scales, got {text!r}. Say it of 'a'.")
+    inputs, outputs, kv = (
+        ActivationScheme(*_tensor(parts[key], PerToken(), text)) if key in parts else None for key in ("a", "o", "kv")
+    )
+    return LayerScheme(weights, inputs, outputs, kv)
+
+
+def parse_activations(text: str) -> ActivationScheme:
+    """The scheme of inputs alone, without `a=`; the scales follow each input.
+
+    >>> parse_activations("int8/g128").scheme.granularity
+    PerGroup(size=128)
+
+    Raises:
+        SchemeError: not in the grammar of `parse_scheme`, or it asks for static scales.
+    """
+    if not text.strip() or "," in text or "=" in text:
+        raise SchemeError(f"Activations are written as FORMAT/PART/…, got {text!r}. Example: int8/g128.")
+    scheme, dynamic = _tensor(text.strip().lower(), PerToken(), text)
+    if dynamic is not True:
+        raise SchemeError(f"Scales of activations follow each input here, got {text!r}. Drop 'static' or 'local'.")
+    return ActivationScheme(scheme)
+
+
+def _item(item: str, text: str) -> tuple[str, str]:
+    key, _, value = item.strip().partition("=")
+    if not value.strip():
+        raise SchemeError(f"Cannot read {item.strip()!r} in scheme {text!r}. {_EXAMPLE}")
+    return key.strip().lower(), value.strip().lower()
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """The pieces between marks that no parenthesis encloses."""
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == mark and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return pieces
+
+
+def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dynamic]:
+    head, *parts = (part.strip() for part in _split(text, "/"))
+    dynamic: Dynamic = True
+    found: dict[str, Any] = {"format": get_format(head), "granularity": granularity}
+    for part in parts:
+        if match := _SIZES.fullmatch(part):
+            group, rows, columns, axis = match.groups()
+            found["granularity"] = (
+                PerGroup(int(group)) if group else PerBlock(int(rows), int(columns)) if rows else PerChannel(int(axis))
+            )
+        elif match := _STORED.fullmatch(part):
+            key = {"s": "scale", "o": "offset"}[match[1]]
+            found[key] = match[3] or _nested(match[2], whole)
+        elif part in _TIMES:
+            dynamic = _TIMES[part]
+        elif part in _WORDS:
+            found |= _WORDS[part]
+        else:
+            known = [*_WORDS, *_TIMES, "g128", "b128x128", "s:(fp8/tensor)", "o:float16"]
+            raise unknown(f"word in scheme {whole!r}:", part, known)
+    return Scheme(**found), dynamic
+
+
+def _nested(text: str, whole: str) -> Scheme:
+    """The scheme of scales or offsets."""
+    scheme, dynamic = _tensor(text, PerChannel(), whole)
+    if dynamic is not True:
+        raise SchemeError(f"'static' and 'local' are said of activations as a whole, got {whole!r}.")
+    return scheme
