@@ -45,7 +45,9 @@ def test_unit_by_unit_equals_the_whole_model(name: str, models: Models, tmp_path
 def test_two_models_on_two_sets_of_batches_do_not_meet(name: str, models: Models, tmp_path: Path) -> None:
     """The arguments of a block belong to one model: keys and values that blocks share, and inputs that depend on weights."""
     source = OnDisk.open(models(name))
-    changed = {s.tensor: s for s in source.sites if any(w in s.tensor for w in ("k_proj", "v_proj", "per_layer", "embed"))}
+    changed = {
+        s.tensor: s for s in source.sites if any(w in s.tensor for w in ("k_proj", "v_proj", "per_layer", "embed"))
+    }
     overlay = Overlay({n: lambda n=n: 1.5 * source.checkpoint.dense(n) for n in changed})  # type: ignore[misc]
     other = of_transformers(name, models(name))
     with torch.no_grad():
@@ -113,7 +115,9 @@ def test_a_walk_that_breaks_off_drops_its_unit(models: Models, tmp_path: Path) -
 
 
 def test_the_units_are_the_largest_list_of_modules(models: Models) -> None:
-    found = {n: OnDisk.open(models(n)).units for n in ("llama", "gpt2", "opt", "bert", "mixtral", "jamba", "gemma3-vlm")}
+    found = {
+        n: OnDisk.open(models(n)).units for n in ("llama", "gpt2", "opt", "bert", "mixtral", "jamba", "gemma3-vlm")
+    }
     assert found == {
         "llama": "model.layers",
         "gpt2": "transformer.h",

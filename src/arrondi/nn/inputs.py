@@ -14,9 +14,9 @@ from torch import nn
 
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import ActivationScheme, PerTensor, Scheme, scale_shape, tile_shape
+from arrondi.tensor.qtensor import fake_quantize, quantize_with
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import Grid
-from arrondi.tensor.qtensor import fake_quantize, quantize_with
 from arrondi.tensor.tiling import to_tiles
 
 _NAMES: Final = ("input_scale", "input_zero_point", "input_offset")

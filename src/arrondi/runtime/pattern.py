@@ -139,7 +139,9 @@ def _residual(node: Node, which: str) -> tuple[Node, Node]:
         if isinstance(one, Node) and isinstance(two, Node) and one.name == "linear" and two.name != "linear":
             return one, two
     one, two = node.args
-    raise Differs(f"The sum after {which} is of {_what(one)} and {_what(two)}, not of a linear layer's result and what came in.")
+    raise Differs(
+        f"The sum after {which} is of {_what(one)} and {_what(two)}, not of a linear layer's result and what came in."
+    )
 
 
 def _linear_input(node: Node) -> Node:
