@@ -18,7 +18,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from arrondi.runtime.attention import IMPLEMENTATIONS
 from arrondi.runtime.compiled import Compiled
-from arrondi.runtime.pattern import Pattern
+from arrondi.runtime.pattern import Differs, Pattern
 from arrondi.runtime.recognize import ARGUMENTS
 
 try:
