@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from arrondi.model import Budget, Chain, Inputs, OnDisk, Overlay, Stream, settle, walk
+from arrondi.model.unloaded import NotLoaded, Unloaded
 from tests.zoo import ARCHITECTURES, of_transformers, outputs
 
 Models = Callable[..., Path]
-CHAINS = [*ARCHITECTURES, "deberta", "opt-projected", "deepseek-v3", "gemma4", "jamba", "gemma3-vlm", "gte"]
+CHAINS = [*ARCHITECTURES, "deberta", "opt-projected", "deepseek-v3", "gemma4", "jamba", "gemma3-vlm", "gte", "gemma3n", "llama4", "gpt-oss"]
 BATCHES = [torch.randint(3, 2000, size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(2, 23), (1, 23), (3, 17)])]  # fmt: skip
 """Of different tokens, sizes and lengths: what blocks are given belongs to the batch."""
 
@@ -39,6 +40,24 @@ def test_unit_by_unit_equals_the_whole_model(name: str, models: Models, tmp_path
     for found, batch in zip(followed(chain, BATCHES, tmp_path), BATCHES, strict=True):
         close(found, outputs(theirs, batch))
     assert all(p.device.type == "meta" for p in chain.model.parameters()), "and nothing stays in memory"
+
+
+def test_nothing_is_computed_with_weights_that_are_not_loaded() -> None:
+    """PyTorch itself looks up rows by indices on the meta device, and gives what lies in memory."""
+    weight, ids = torch.empty(5, 3, device="meta"), torch.tensor([1, 2])
+    real = torch.randn(5, 3)
+    with Unloaded(torch.device("cpu")):
+        assert weight.device == torch.device("cpu") and weight.shape == (5, 3) and weight.dtype == torch.float32
+        assert torch.equal(torch.nn.functional.embedding(ids.to(weight.device), real), real[1:3])
+        for wrong in (
+            lambda: torch.nn.functional.embedding(ids, weight),
+            lambda: ids.to(weight),
+            lambda: weight.T,
+            lambda: torch.cat([real, weight]),
+            lambda: weight.new_zeros(2),
+        ):
+            with pytest.raises(NotLoaded):
+                wrong()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4"])
