@@ -63,7 +63,8 @@ def round_alone(
     chosen = get_method(method)
     chunked = rowwise(scheme) and not knows(weight, scheme)
     step = max(_CHUNK // weight.shape[1], 1) if chunked else len(weight)
-    parts, error, facts = [], Loss(), {}
+    parts, error = [], Loss()
+    facts: dict[str, Any] = {}
     for start in range(0, len(weight), step):
         part = weight[start : start + step]
         q, said = chosen.round(part.float() if chunked else part, scheme, name=name, **options)
