@@ -13,7 +13,19 @@ from arrondi.model.unloaded import NotLoaded, Unloaded
 from tests.zoo import ARCHITECTURES, of_transformers, outputs
 
 Models = Callable[..., Path]
-CHAINS = [*ARCHITECTURES, "deberta", "opt-projected", "deepseek-v3", "gemma4", "jamba", "gemma3-vlm", "gte", "gemma3n", "llama4", "gpt-oss"]
+CHAINS = [
+    *ARCHITECTURES,
+    "deberta",
+    "opt-projected",
+    "deepseek-v3",
+    "gemma4",
+    "jamba",
+    "gemma3-vlm",
+    "gte",
+    "gemma3n",
+    "llama4",
+    "gpt-oss",
+]
 BATCHES = [torch.randint(3, 2000, size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(2, 23), (1, 23), (3, 17)])]  # fmt: skip
 """Of different tokens, sizes and lengths: what blocks are given belongs to the batch."""
 
@@ -64,7 +76,9 @@ def test_nothing_is_computed_with_weights_that_are_not_loaded() -> None:
 def test_two_models_on_two_sets_of_batches_do_not_meet(name: str, models: Models, tmp_path: Path) -> None:
     """The arguments of a block belong to one model: keys and values that blocks share, and inputs that depend on weights."""
     source = OnDisk.open(models(name))
-    changed = {s.tensor: s for s in source.sites if any(w in s.tensor for w in ("k_proj", "v_proj", "per_layer", "embed"))}
+    changed = {
+        s.tensor: s for s in source.sites if any(w in s.tensor for w in ("k_proj", "v_proj", "per_layer", "embed"))
+    }
     overlay = Overlay({n: lambda n=n: 1.5 * source.checkpoint.dense(n) for n in changed})  # type: ignore[misc]
     other = of_transformers(name, models(name))
     with torch.no_grad():
@@ -132,7 +146,9 @@ def test_a_walk_that_breaks_off_drops_its_unit(models: Models, tmp_path: Path) -
 
 
 def test_the_units_are_the_largest_list_of_modules(models: Models) -> None:
-    found = {n: OnDisk.open(models(n)).units for n in ("llama", "gpt2", "opt", "bert", "mixtral", "jamba", "gemma3-vlm")}
+    found = {
+        n: OnDisk.open(models(n)).units for n in ("llama", "gpt2", "opt", "bert", "mixtral", "jamba", "gemma3-vlm")
+    }
     assert found == {
         "llama": "model.layers",
         "gpt2": "transformer.h",

@@ -67,9 +67,13 @@ STACKS = [(name, width) for name, widths in WIDTHS.items() for width in widths]
 
 
 @pytest.mark.parametrize(("name", "width"), STACKS, ids=[f"{n}-{next(iter(w.values()))}" for n, w in STACKS])
-def test_every_expert_of_a_fused_parameter_is_its_stored_matrix(name: str, width: dict[str, int], models: Models) -> None:
+def test_every_expert_of_a_fused_parameter_is_its_stored_matrix(
+    name: str, width: dict[str, int], models: Models
+) -> None:
     """Square experts included, which look alike when they are transposed; and all sites together are all of the parameter."""
-    folder = models(name, num_hidden_layers=1, **({**width, "layer_types": ["full_attention"]} if name == "gpt-oss" else width))
+    folder = models(
+        name, num_hidden_layers=1, **({**width, "layer_types": ["full_attention"]} if name == "gpt-oss" else width)
+    )
     source, stored = OnDisk.open(folder), load_file(folder / "model.safetensors")
     instance = source.instance()
     covered: dict[str, int] = {}
@@ -92,7 +96,10 @@ def test_an_ordinary_weight_is_one_site(name: str, models: Models) -> None:
     for tensor in source.tensors:
         for site in tensor.sites:
             assert len(tensor.sites) == 1 and site.index is None and site.name == tensor.name
-            assert torch.equal(site.stored(stored[site.tensor]), stored[site.tensor].T if name == "gpt2" and "h." in site.tensor else stored[site.tensor])
+            assert torch.equal(
+                site.stored(stored[site.tensor]),
+                stored[site.tensor].T if name == "gpt2" and "h." in site.tensor else stored[site.tensor],
+            )
             assert site.modules[0] in dict(source.model.named_modules())
 
 
@@ -139,7 +146,9 @@ def site_named(source: OnDisk, word: str) -> Site:
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("llama", "model."), ("gpt2", "transformer.")])
-def test_names_without_the_prefix_of_the_model_are_found(name: str, prefix: str, models: Models, tmp_path: Path) -> None:
+def test_names_without_the_prefix_of_the_model_are_found(
+    name: str, prefix: str, models: Models, tmp_path: Path
+) -> None:
     """A base model's checkpoint loads into the class with a head, as transformers allows."""
 
     def strip(tensors: dict[str, torch.Tensor]) -> None:
@@ -149,7 +158,9 @@ def test_names_without_the_prefix_of_the_model_are_found(name: str, prefix: str,
     usual, bare = OnDisk.open(models(name)), OnDisk.open(altered(models(name), tmp_path / "bare", strip))
     assert bare.names.unused == [] and bare.names.missing() == []
     assert {s.param: s.tensor.removeprefix(prefix) for s in usual.sites} == {s.param: s.tensor for s in bare.sites}
-    assert [s.modules for s in sorted(usual.sites, key=lambda s: s.param)] == [s.modules for s in sorted(bare.sites, key=lambda s: s.param)]
+    assert [s.modules for s in sorted(usual.sites, key=lambda s: s.param)] == [
+        s.modules for s in sorted(bare.sites, key=lambda s: s.param)
+    ]
 
 
 # ── what does not belong together ─────────────────────────────────────────────────────────────────────────────────────
