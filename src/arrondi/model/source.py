@@ -146,8 +146,7 @@ class OnDisk:
             module._parameters.pop("weight", None)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                for module in model.modules():
-                    model._init_weights(module)
+                _initialise(model, model)
         except AttributeError:
             return False
         return True
@@ -159,3 +158,10 @@ class OnDisk:
             raise FileFormatError(
                 f"{self.where}: no stored tensor fills {', '.join(missing[:_NAMED])}{more}. Is a shard missing, or does config.json belong to another model?"
             )
+
+
+def _initialise(module: Any, model: Any) -> None:
+    """What transformers does to the weights that a file lacks: every module is initialised by the innermost model around it."""
+    for child in module.children():
+        _initialise(child, child if hasattr(child, "_init_weights") else model)
+    model._init_weights(module)
