@@ -74,6 +74,7 @@ def _observe(chain: Chain) -> Facts:
     routers: set[str] = set()
     bare: dict[str, str] = {}
     flipped: set[str] = set()
+    leaders: dict[str, str] = {}
     with contextlib.ExitStack() as undo, torch.no_grad():
         for handle in handles:
             undo.callback(handle)
@@ -98,8 +99,9 @@ def _observe(chain: Chain) -> Facts:
             like = _others(chain, i, structure)
             routers |= {p + n.removeprefix(own) for n in flow.routers for p in like}
             bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
+            leaders |= {p + n.removeprefix(own): p + leader.removeprefix(own) for s in flow.stages for n, leader in s.leaders.items() for p in like}  # fmt: skip
             flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
-    return Facts(frozenset(routers), bare, frozenset(flipped))
+    return Facts(frozenset(routers), bare, frozenset(flipped), leaders)
 
 
 def _in_place(how: str) -> bool:

@@ -16,7 +16,7 @@ from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerChannel, PerGroup, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
-from arrondi.rounding import get_method
+from arrondi.pipeline.step import get_step
 from arrondi.rounding.error import ErrorSums, output_sums, weight_sums
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import knows
@@ -60,7 +60,8 @@ def round_alone(
     weight: torch.Tensor, scheme: Scheme, method: str, options: Mapping[str, Any], name: str, why: str = ""
 ) -> Rounded:
     """Round one weight (out, in), any float dtype, without knowing its inputs."""
-    run = get_method(method).run
+    run = get_step(method).round
+    assert run is not None
     chunked = rowwise(scheme) and not knows(weight, scheme)
     step = max(_CHUNK // weight.shape[1], 1) if chunked else len(weight)
     parts, error = [], ErrorSums()
@@ -88,7 +89,9 @@ def round_together(
             )
     joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     facts: dict[str, Any] = {}
-    q = get_method(method).run(joined, scheme, seen.moment, name=sites[0].name, **options)
+    run = get_step(method).round
+    assert run is not None
+    q = run(joined, scheme, seen, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):
