@@ -16,6 +16,7 @@ import torch
 
 from arrondi.errors import ArrondiError, SchemeError
 from arrondi.model.instance import Instance
+from arrondi.model.unloaded import NotLoaded, Unloaded
 
 REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 """What models raise that want other inputs."""
@@ -189,16 +190,22 @@ class Chain:
             return result_of(self._forward_pass(inputs))
 
     def _forward_pass(self, inputs: Inputs, before_again: Callable[[], None] = lambda: None) -> Any:
-        """The model on a batch. One that reaches into the weights of modules that it does not call gets all at once."""
+        """The model on a batch. One that reaches into the weights of modules that it does not call gets all at once.
+
+        Raises:
+            SchemeError: it reaches into the weights of blocks.
+        """
         try:
-            return self.model(*inputs.args, **inputs.kwargs)
-        except (RuntimeError, NotImplementedError) as error:
-            if self._at_once or "meta" not in str(error):
-                raise
-        self._at_once = True
-        self.instance.fill(self._outer)
-        before_again()
-        return self.model(*inputs.args, **inputs.kwargs)
+            with Unloaded(self.instance.device):
+                if not self._at_once:
+                    with contextlib.suppress(NotLoaded):
+                        return self.model(*inputs.args, **inputs.kwargs)
+                    self._at_once = True
+                    self.instance.fill(self._outer)
+                    before_again()
+                return self.model(*inputs.args, **inputs.kwargs)
+        except NotLoaded as error:
+            raise SchemeError(f"The model computes with weights of {self.prefix}.* outside of them ({error}).") from error
 
     @contextlib.contextmanager
     def _replaced(self, factory: Callable[[int], Callable[..., Any]]) -> Iterator[None]:

@@ -75,7 +75,7 @@ class Instance:
         return changed() if changed is not None else self.source.checkpoint.dense(name, dtype)
 
     def is_empty(self, param: str) -> bool:
-        return self.parameter(param).device.type == "meta"
+        return self.parameter(param).is_meta
 
     def drop(self, params: Iterable[str]) -> None:
         """Give the memory of these parameters back."""
@@ -130,7 +130,7 @@ class Instance:
                     module._buffers[leaf] = self.source.checkpoint.dense(group.sources[0]).to(kind)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
-                if buffer is not None and buffer.device != self.device and buffer.device.type != "meta":
+                if buffer is not None and buffer.device != self.device and not buffer.is_meta:
                     module._buffers[leaf] = buffer.to(self.device)
 
     def _owner(self, name: str) -> tuple[Any, str]:

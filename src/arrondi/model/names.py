@@ -101,11 +101,16 @@ class Names:
         return next((self.group_of[n] for n in self.names_of(param) if n in self.group_of), None)
 
     def missing(self) -> list[str]:
-        """One name of every parameter that no stored tensor fills, though transformers expects one."""
+        """One name of every parameter and stored buffer that no tensor fills, though transformers expects one.
+
+        Buffers of whole numbers (counters, positions) have the values that the model starts with.
+        """
         patterns = list(getattr(self.model, "_keys_to_ignore_on_load_missing", None) or [])
+        state = self.model.state_dict(keep_vars=True)  # without buffers that are computed
+        buffers = [[n] for n in self.buffers if n in state and state[n].is_floating_point()]
         return [
             names[0]
-            for names in self.aliases.values()
+            for names in (*self.aliases.values(), *sorted(buffers))
             if not any(n in self.group_of for n in names) and not any(re.search(p, n) for p in patterns for n in names)
         ]
 

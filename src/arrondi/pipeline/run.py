@@ -155,10 +155,7 @@ class Run:
             for stream in (reference, floats, learning, measured):
                 stream.begin()
             if front := self._front():
-                begun = [
-                    [lambda b=b, s=s: s.units.begin(b) for b in s.batches]
-                    for s in (learning, floats)
-                ]
+                begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
                 self._outside("front", front, *begun)
                 learning.begin()
                 measured.begin()

@@ -19,8 +19,7 @@ from arrondi.checkpoint import TensorSpec
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, Source
-from arrondi.rounding import METHODS, Method, check_options
-from arrondi.tensor.qtensor import QTensor
+from arrondi.rounding import METHODS, Method, Rounding, check_options
 
 if TYPE_CHECKING:
     from arrondi.pipeline.statistics import Seen
@@ -94,8 +93,8 @@ def _nothing(source: Source, sites: Sequence[Site], **options: Any) -> Declared:
     return Declared()
 
 
-Round = Callable[..., QTensor]
-"""(weight (out, in), scheme, what was seen of its inputs or None, name=…, **options) → codes."""
+Round = Callable[..., Rounding]
+"""(weight (out, in), scheme, what was seen of its inputs or None, name=…, **options) → codes and facts."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ class Step:
 
 
 def _round_step(name: str, method: Method) -> Step:
-    def run(weight: torch.Tensor, scheme: Scheme, seen: Seen | None, *, name: str, **options: Any) -> QTensor:
-        return method.run(weight, scheme, seen.moment if seen else None, name=name, **options)
+    def run(weight: torch.Tensor, scheme: Scheme, seen: Seen | None, *, name: str, **options: Any) -> Rounding:
+        return method.round(weight, scheme, seen.moment if seen else None, name=name, **options)
 
     needs: frozenset[Need] = frozenset({"moment"}) if method.needs_moment else frozenset()
     fallback = "rtn" if method.needs_moment else ""

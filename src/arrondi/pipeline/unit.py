@@ -117,7 +117,7 @@ def _fix_ranges(work: Work, sites: Sequence[Site], stage: Stage) -> None:
         found, inputs = seen.get(site.name), work.scheme(site).inputs
         assert inputs is not None
         low, high = (found.low, found.high) if found is not None else (0.0, 0.0)
-        work.grids[site.tensor] = static_grid(low, high, inputs)
+        work.grids[site.tensor] = static_grid(torch.tensor([[low]]), torch.tensor([[high]]), inputs)
         work.instance.round_inputs(dict.fromkeys(site.rounds_inputs, (inputs, work.grids[site.tensor])))
 
 
