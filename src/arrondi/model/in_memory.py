@@ -102,7 +102,8 @@ class InMemory:
         """
         flow = trace(self.model, self.names.params, run)
         flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
-        self.facts = Facts(flow.routers, flow.bare, frozenset(flipped))
+        leaders = {n: leader for stage in flow.stages for n, leader in stage.leaders.items()}
+        self.facts = Facts(flow.routers, flow.bare, frozenset(flipped), leaders)
         self.__dict__.pop("tensors", None)
 
 
