@@ -78,7 +78,7 @@ def ours(model: Any, count: int) -> list[int]:
 def test_the_likeliest_tokens_are_those_of_transformers(name: str):
     model = made(name)
     wanted = generated(model, 24)
-    assert len(set(wanted)) > 3  # a text of one token would be right by chance
+    assert len(set(wanted)) > 1  # a text of one token would be right by chance
     assert ours(model, 24) == wanted
     assert ours(model, 24) == wanted  # nothing is left of the text before
     assert generated(model, 24) == wanted
@@ -99,7 +99,9 @@ def test_bfloat16(name: str):
     model = made(name, torch.bfloat16)
     found = ours(model, 12)
     with torch.no_grad():
-        logits = model(torch.tensor([[*PROMPT.tolist(), *found]]), use_cache=False).logits[0, len(PROMPT) - 1 : -1].float()
+        logits = (
+            model(torch.tensor([[*PROMPT.tolist(), *found]]), use_cache=False).logits[0, len(PROMPT) - 1 : -1].float()
+        )
     chosen = logits.gather(1, torch.tensor(found)[:, None])[:, 0]
     assert bool((logits.amax(1) - chosen <= 2.0**-5 * logits.abs().amax(1)).all())
 

@@ -69,7 +69,9 @@ def test_blocks_of_the_usual_shape_are_fused(name: str):
 class ScaledByPosition(LlamaAttention):
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         far = (kwargs["position_ids"] > 10**6).to(hidden_states.dtype).unsqueeze(-1)
-        return super().forward(hidden_states * (1 - far), position_embeddings, attention_mask, past_key_values, **kwargs)
+        return super().forward(
+            hidden_states * (1 - far), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
 
 
 class Clipped(LlamaMLP):
@@ -96,7 +98,9 @@ class LongText(LlamaDecoderLayer):
 class LongCache(LlamaDecoderLayer):
     def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
         known = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return super().forward(hidden_states, *args, past_key_values=past_key_values, **kwargs) * (2 if known > 99 else 1)
+        return super().forward(hidden_states, *args, past_key_values=past_key_values, **kwargs) * (
+            2 if known > 99 else 1
+        )
 
 
 class KindOfCache(LlamaDecoderLayer):
@@ -334,7 +338,10 @@ def used_twice(block: Any) -> None:
 
 PARTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a part less": (without("mlp.act_fn"), "Its forward, called as that of a usual block, raises AttributeError."),
-    "no scaling": (without("self_attn.scaling"), "Its forward, called as that of a usual block, raises AttributeError."),
+    "no scaling": (
+        without("self_attn.scaling"),
+        "Its forward, called as that of a usual block, raises AttributeError.",
+    ),
     "two types": (layer_in_bfloat16, "Its linear layers compute in different types."),
     "mixed": (eight_bits, "Layers that read the same activations have different schemes."),
     "not quantized": (not_quantized, "Its forward meets a linear layer that is not quantized, mlp.down_proj."),

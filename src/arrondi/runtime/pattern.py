@@ -92,7 +92,11 @@ def match(result: Node, updates: list[Node], calls: list[Node]) -> tuple[Pattern
     path, query, key, value, options, passed = attention.args
     layer = None
     if updates:
-        if len(updates) > 1 or (key.name, value.name) != ("cached keys", "cached values") or {key.args[0], value.args[0]} != {updates[0]}:
+        if (
+            len(updates) > 1
+            or (key.name, value.name) != ("cached keys", "cached values")
+            or {key.args[0], value.args[0]} != {updates[0]}
+        ):
             raise Differs("Keys and values go through the cache in another way than once, before attention.")
         key, value, layer = updates[0].args
     (q, q_norm, q_shape), (k, k_norm, k_shape) = _heads(_rotated(query)), _heads(_rotated(key))
@@ -135,11 +139,13 @@ def _residual(node: Node, which: str) -> tuple[Node, Node]:
         if isinstance(one, Node) and isinstance(two, Node) and one.name == "linear" and two.name != "linear":
             return one, two
     one, two = node.args
-    raise Differs(f"The sum after {which} is of {_what(one)} and {_what(two)}, not of a linear layer's result and what came in.")
+    raise Differs(
+        f"The sum after {which} is of {_what(one)} and {_what(two)}, not of a linear layer's result and what came in."
+    )
 
 
 def _linear_input(node: Node) -> Node:
-    return node.args[1]  # type: ignore[no-any-return]
+    return node.args[1]
 
 
 def _factors(node: Any) -> list[Any]:
@@ -200,7 +206,12 @@ def _eps(node: Any, x: Node) -> float | None:
     if not _named("add")(node):
         return None
     for mean, eps in (node.args, node.args[::-1]):
-        if isinstance(eps, float) and _named("mean")(mean) and _named("square")(mean.args[0]) and mean.args[0].args[0] is x:
+        if (
+            isinstance(eps, float)
+            and _named("mean")(mean)
+            and _named("square")(mean.args[0])
+            and mean.args[0].args[0] is x
+        ):
             return eps
     return None
 
@@ -212,14 +223,21 @@ def _rotated(node: Node) -> Node:
             found = _straight(straight), _turned(turned)
             if found[0] is not None and found[0] is found[1]:
                 return found[0]
-    raise Differs(f"A query or key is {_what(node)}, not a projection with rotary positions in halves and nothing else.")
+    raise Differs(
+        f"A query or key is {_what(node)}, not a projection with rotary positions in halves and nothing else."
+    )
 
 
 def _times(node: Any, positions: str) -> Node | None:
     """The other factor of a product with the cosines or sines, one for all heads."""
     if _named("mul")(node):
         for one, two in (node.args, node.args[::-1]):
-            if _named("unsqueeze")(two) and two.args[0].name == positions and two.args[1] == 1 and isinstance(one, Node):
+            if (
+                _named("unsqueeze")(two)
+                and two.args[0].name == positions
+                and two.args[1] == 1
+                and isinstance(one, Node)
+            ):
                 return one
     return None
 
@@ -239,7 +257,7 @@ def _turned(node: Any) -> Node | None:
     (x, axis, start, stop), (y, other, low, high) = minus.args[0].args, first.args
     if x is not y or axis != 3 or other != 3 or low != 0 or start != high or stop != 2 * high:
         return None
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def _heads(node: Node) -> tuple[Node, Norm | None, tuple[int, int]]:
