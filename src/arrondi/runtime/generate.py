@@ -16,7 +16,7 @@ from arrondi.native import multiplies_bfloat16
 from arrondi.runtime.decoding import refuse_decoding, tokens
 from arrondi.runtime.fuse import is_fused
 from arrondi.runtime.generation_config import end_tokens
-from arrondi.runtime.load import load_model
+from arrondi.runtime.load import load
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are sampled from the tempered distribution with `seed`.
         dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
             compute all of its products in it, else float32.
-        activations: see `load_model`.
+        activations: see `load`.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -47,17 +47,13 @@ def generate(
         new token, decode_ms_per_token of those after it.
 
     Raises:
-        SchemeError: the model does not generate text, or `load_model` refuses dtype or activations.
+        SchemeError: the model does not generate text, or `load` refuses dtype or activations.
         FileFormatError: not a model directory, or its generation_config.json is none.
         DataError: the prompt leaves no room in the model's context.
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    model = (
-        _load_fast(checkpoint, activations)
-        if dtype == "auto"
-        else load_model(path, dtype=dtype, activations=activations)
-    )
+    model = _load_fast(checkpoint, activations) if dtype == "auto" else load(path, dtype=dtype, activations=activations)
     reason = refuse_decoding(model)
     if reason:
         raise SchemeError(f"{path}: {reason}")
@@ -100,10 +96,10 @@ def _load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
     """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
     path = checkpoint.folder.path
     if stored_in_16_bits(checkpoint):
-        model = load_model(path, dtype="bfloat16", activations=activations)
+        model = load(path, dtype="bfloat16", activations=activations)
         if multiplies_bfloat16() or is_fused(model):
             return model
-    return load_model(path, dtype="float32", activations=activations)
+    return load(path, dtype="float32", activations=activations)
 
 
 class _Streamer:
