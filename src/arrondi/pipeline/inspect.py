@@ -1,4 +1,4 @@
-"""What is in a checkpoint, without reading its weights: `inspect_model`."""
+"""What is in a checkpoint: `inspect_model`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         FileFormatError: not a model directory, or a layout that is not known.
     """
     checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
     entries = checkpoint.folder.entries
     tensors: list[dict[str, Any]] = []
     for name, shape in checkpoint.names.items():

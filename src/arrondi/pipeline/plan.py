@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, Placed, ShardPlan, TensorSpec, readers_of
+from arrondi.checkpoint.readers import TRANSFORMERS
 from arrondi.errors import ArrondiError, SchemeError, unknown
 from arrondi.formats import LayerScheme, PerBlock, PerGroup, Scheme
 from arrondi.model import Skeleton, find_blocks
@@ -192,7 +193,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, *, layout: str | None = None, 
     notes = [f"{n} is missing in the checkpoint and is taken as zero." for n in skeleton.missing]
     whole = not skeleton.starts_without(resolver.classes)
     placed = [t.placed for t in tensors if t.status == "quantized"]
-    notes += [v.sentence for v in readers_of(placed, chosen, ModelFacts(whole=whole)) if not v.ok]
+    notes += [
+        v.sentence for v in readers_of(placed, chosen, ModelFacts(whole=whole)) if not v.ok and v.reader == TRANSFORMERS
+    ]
     return Plan(tensors, chosen, problems, resolver.classes, resolver.kept_modules(tensors), notes, whole)
 
 
