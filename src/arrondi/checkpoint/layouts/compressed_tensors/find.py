@@ -171,9 +171,7 @@ def _check_neighbours(placed: list[Placed], names: Names) -> None:
             raise FileFormatError(f"{name} is stored as {dtype} without a scale. Is a tensor missing, or misnamed?")
         if layer is None or name in consumed:
             continue
-        if leaf == "bias" and shape not in [
-            (n,) for n in layer.matrix_shape
-        ]:  # the inputs of one that is stored turned
+        if leaf == "bias" and shape != (layer.matrix_shape[0],):
             raise FileFormatError(f"{name} has shape {shape}, but the weight has {layer.matrix_shape[0]} outputs.")
         if _SUSPICIOUS.fullmatch(leaf):
             raise FileFormatError(
