@@ -26,7 +26,6 @@ from arrondi.formats import (
 from arrondi.rounding import gptq, rtn
 from arrondi.rounding.gptq import _Grids, _reverse, _root, _root_reference, _sweep, root_factor
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import QTensor, quantize_with
 
 INT4 = FORMATS["int4"]
@@ -500,7 +499,7 @@ def test_codes_are_those_of_the_grid_that_is_returned() -> None:
         if order == "dynamic":
             continue
         q = gptq(layer.weight, SCHEMES[name], layer.moment, order=order)  # type: ignore[arg-type]
-        again = quantize_with(q.dequantize(), q.scheme, Grid(q.scale, q.zero_point, q.offset))  # type: ignore[arg-type]
+        again = quantize_with(q.dequantize(), q.scheme, q.grid)
         assert torch.equal(again.dequantize(), q.dequantize()), name
 
 

@@ -21,8 +21,8 @@ from arrondi.formats import Format, Granularity, PerBlock, PerGroup, PerToken, S
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
 from arrondi.kernels.product import Product
 from arrondi.native import TYPES, address, available, native, threads
-from arrondi.tensor.fitting import STORED
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import STORED
 
 BLOCK: Final = 16
 """Rows of the weight in one tile."""
@@ -143,7 +143,7 @@ def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
     if coding.unit != 1.0:
         scale = scale * coding.unit
     tensors = {"codes": packed, "scale": _blocks(_narrowest(scale, q.scheme.scale), 1.0)}
-    offset = q.offset
+    offset = q.real_offset
     if q.zero_point is not None:
         zero = q.zero_point - q.scheme.format.qmin
         if bool(((zero >= 0) & (zero <= 255)).all()):

@@ -43,8 +43,8 @@ def pack_weight(q: QTensor) -> Tensors:
         packed["scale"] = _stored_scale(q.scale, q.scheme.scale)
     if q.zero_point is not None:
         packed["zero_point"] = _narrow(q.zero_point)
-    if q.offset is not None:
-        packed["offset"] = q.offset
+    if (offset := q.real_offset) is not None:
+        packed["offset"] = offset
     if q.group_index is not None:
         packed["group_index"] = q.group_index.to(torch.int32)
     # A clone, since a view would keep the whole of a larger tensor or file mapping alive.

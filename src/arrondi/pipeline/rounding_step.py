@@ -20,7 +20,6 @@ from arrondi.formats import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.model import Product, Skeleton, Slot, find_stages, release, watch_products
 from arrondi.pipeline.plan import PlannedTensor
 from arrondi.rounding import Method, get_method
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import knows, lost
 
@@ -80,7 +79,7 @@ def decibels(noise: float, signal: float) -> float:
 
 def losses(weight: torch.Tensor, q: QTensor) -> tuple[float, float]:
     """Σ (w - ŵ)² and Σ w² of a rounded tensor."""
-    found = lost(weight, q.codes, q.scheme, Grid(q.real_scale, q.zero_point, q.offset))
+    found = lost(weight, q.codes, q.scheme, q.grid)
     if found is not None:
         return found
     weight = weight.float()
@@ -135,7 +134,7 @@ def stack_rows(parts: list[QTensor]) -> QTensor:
 
     codes, scale = cat(lambda q: q.codes), cat(lambda q: q.real_scale)
     assert codes is not None and scale is not None
-    return QTensor(codes, scale, cat(lambda q: q.zero_point), cat(lambda q: q.offset), parts[0].scheme)
+    return QTensor(codes, scale, cat(lambda q: q.zero_point), cat(lambda q: q.real_offset), parts[0].scheme)
 
 
 def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
@@ -146,7 +145,7 @@ def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
     def split(part: torch.Tensor | None) -> list[torch.Tensor | None]:
         return [None] * len(sizes) if part is None else list(part.split(sizes))
 
-    parts = zip(split(q.codes), split(q.real_scale), split(q.zero_point), split(q.offset), strict=True)
+    parts = zip(split(q.codes), split(q.real_scale), split(q.zero_point), split(q.real_offset), strict=True)
     return [QTensor(c, s, z, o, q.scheme, q.group_index) for c, s, z, o in parts]  # type: ignore[arg-type]
 
 
@@ -154,7 +153,7 @@ def transposed(q: QTensor, scheme: Scheme) -> QTensor:
     """The transpose of a matrix QTensor, described by `scheme`, which must mean the same tiles seen from the side."""
     scale = transposed(q.scale, q.scale.scheme) if isinstance(q.scale, QTensor) else q.scale.T.contiguous()
     zero = None if q.zero_point is None else q.zero_point.T.contiguous()
-    offset = None if q.offset is None else q.offset.T.contiguous()
+    offset = None if (real := q.real_offset) is None else real.T.contiguous()
     return QTensor(q.codes.T.contiguous(), scale, zero, offset, scheme)
 
 

@@ -14,7 +14,6 @@ from typing import Any, Final, get_args, get_type_hints
 
 from arrondi.errors import SchemeError, unknown
 from arrondi.rounding.gptq import gptq
-from arrondi.rounding.grid_search import search_grid
 from arrondi.rounding.hqq import hqq
 from arrondi.rounding.rtn import rtn
 from arrondi.tensor.qtensor import QTensor
@@ -85,4 +84,4 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
 _KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-__all__ = ["METHODS", "Method", "check_options", "get_method", "gptq", "hqq", "rtn", "search_grid"]
+__all__ = ["METHODS", "Method", "check_options", "get_method", "gptq", "hqq", "rtn"]

@@ -22,12 +22,13 @@ import torch
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import Format, PerGroup, Scheme, scale_shape, tile_shape
-from arrondi.rounding.grid_search import search_grid
 from arrondi.tensor.encoding import code_dtype, decode, encode
-from arrondi.tensor.fitting import Grid, fit
-from arrondi.tensor.qtensor import QTensor, quantize_scales
+from arrondi.tensor.qtensor import Parts, QTensor, store_grid
 from arrondi.tensor.quantizers import sweep as sweep_compiled
 from arrondi.tensor.quantizers import sweeps as can_sweep
+from arrondi.tensor.ranges.fits import fit
+from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.ranges.search import search_grid
 from arrondi.tensor.tiling import to_tiles
 
 _PANEL = 256
@@ -190,18 +191,19 @@ class _Grids:
         self.permutation = permutation if order == "dynamic" else None
         # Scales that are quantized together (per tensor) must be known together; one group a row is all there at the start.
         whole = self.tile[1] == self.shape[1]
-        self.fitted_first = order == "static" or isinstance(scheme.scale, Scheme) or whole
+        nested = isinstance(scheme.scale, Scheme) or isinstance(scheme.offset, Scheme)
+        self.fitted_first = order == "static" or nested or whole
         shape = scale_shape(scheme.granularity, self.shape)
         self.scale = work.new_ones(shape, dtype=torch.float32)
         self.zero_point = work.new_zeros(shape, dtype=torch.int32) if scheme.zero_point == "integer" else None
         self.offset = work.new_zeros(shape, dtype=torch.float32) if scheme.zero_point == "float" else None
-        self.nested: QTensor | None = None
+        self.kept: Parts | None = None
         if self.fitted_first:
             columns = slice(None) if self.permutation is None else self.permutation
             self._store(slice(None), work[:, columns].float())
-        if isinstance(scheme.scale, Scheme):
-            self.nested = quantize_scales(self.scale, scheme.scale, name)
-            self.scale = self.nested.dequantize()
+        if nested:
+            self.kept = store_grid(self.grid, scheme, self.shape, name=name)
+            self.scale, self.zero_point, self.offset = self.kept.grid
 
     def _store(self, groups: slice, columns: torch.Tensor) -> None:
         if self.range == "search":
@@ -223,12 +225,12 @@ class _Grids:
         if not self.fitted_first and index % self.tile[1] == 0:
             width = min(self.tile[1], self.shape[1] - index)
             self._store(slice(group, group + 1), current(width).T.float())
-        return Grid(*(None if p is None else self.tall(p[:, group]) for p in self.parts))  # type: ignore[arg-type]
+        return self.grid.map(lambda part: self.tall(part[:, group]))
 
     @property
-    def parts(self) -> tuple[torch.Tensor | None, ...]:
-        """Scale, zero point and offset, (tiles of rows, groups)."""
-        return self.scale, self.zero_point, self.offset
+    def grid(self) -> Grid:
+        """Parts as (tiles of rows, groups)."""
+        return Grid(self.scale, self.zero_point, self.offset)
 
     def tall(self, entries: torch.Tensor) -> torch.Tensor:
         """One entry for every tile of rows → one for every row."""
@@ -242,14 +244,8 @@ class _Grids:
             position = torch.arange(self.shape[1], dtype=torch.int32, device=codes.device)
             index = torch.empty_like(position)
             index[self.permutation] = position // self.tile[1]
-        return QTensor(
-            codes,
-            self.nested if self.nested is not None else self.scale,
-            self.zero_point,
-            self.offset,
-            self.scheme,
-            index,
-        )
+        kept = Parts(self.scale, self.zero_point, self.offset) if self.kept is None else self.kept
+        return QTensor(codes, kept.scale, kept.zero_point, kept.offset, self.scheme, index)
 
 
 def _sweep(
@@ -355,8 +351,7 @@ class _Compiled:
         n = len(state.rows)
         index = state.originals if grids.permutation is None else torch.arange(n, device=state.rows.device)
         self.groups = index // grids.tile[1]
-        parts = (None if p is None else grids.tall(p).T.float().contiguous() for p in grids.parts)
-        self.tables = Grid(*parts)  # type: ignore[arg-type]
+        self.tables = grids.grid.map(lambda part: grids.tall(part).T.float().contiguous())
 
     def visit(self, start: int, stop: int) -> None:
         """All columns of a block; where groups are fitted on the way, one group after another."""

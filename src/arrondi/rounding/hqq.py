@@ -16,10 +16,12 @@ import torch
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
+from arrondi.tensor.checks import named
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import Grid, fit, round_scale
-from arrondi.tensor.qtensor import QTensor, named, quantize_tensor, quantize_with
+from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.quantizers import split as split_compiled
+from arrondi.tensor.ranges.fits import fit
+from arrondi.tensor.ranges.grid import Grid, round_scale
 from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 18

@@ -11,10 +11,10 @@ import torch
 
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
-from arrondi.formats import Scheme, scale_shape
-from arrondi.rounding.grid_search import search_grid
-from arrondi.tensor.fitting import Grid
-from arrondi.tensor.qtensor import QTensor, named, quantize_scales, quantize_tensor, quantize_with
+from arrondi.formats import Scheme
+from arrondi.tensor.checks import named
+from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.ranges.search import search_grid
 
 
 def rtn(
@@ -50,12 +50,6 @@ def rtn(
     return quantize_with(weight, scheme, grid, name=name)
 
 
-def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Grid:
-    """The searched grid in the scale's own shape, quantized scales included."""
-    grid = search_grid(weight, scheme, importance, power=power)
-    shape = scale_shape(scheme.granularity, tuple(weight.shape))
-    scale = grid.scale.reshape(shape)
-    return Grid(
-        quantize_scales(scale, scheme.scale, name) if isinstance(scheme.scale, Scheme) else scale,  # type: ignore[arg-type]
-        *(None if p is None else p.reshape(shape) for p in grid[1:]),
-    )
+def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Parts:
+    """The searched grid as it is kept."""
+    return store_grid(search_grid(weight, scheme, importance, power=power), scheme, tuple(weight.shape), name=name)

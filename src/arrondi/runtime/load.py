@@ -126,7 +126,7 @@ def _rows(q: QTensor, start: int, count: int) -> QTensor:
     """Some rows of a matrix, cut where a tile ends; a scale for all rows goes with every part."""
     height = tile_shape(q.scheme.granularity, q.shape)[0]
     first, last = (0, None) if height == q.shape[0] else (start // height, -(-(start + count) // height))
-    zero, offset = (None if p is None else p[first:last] for p in (q.zero_point, q.offset))
+    zero, offset = (None if p is None else p[first:last] for p in (q.zero_point, q.real_offset))
     if isinstance(q.scale, QTensor):
         rows = q.scale.shape[0] if last is None else last - first
         scale: torch.Tensor | QTensor = _rows(q.scale, first, rows)

@@ -10,7 +10,7 @@ import torch
 
 from arrondi.formats import FORMATS, Format
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import STORED
+from arrondi.tensor.ranges.grid import STORED
 
 
 def unsigned(codes: torch.Tensor, format: Format) -> torch.Tensor:

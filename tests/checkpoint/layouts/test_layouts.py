@@ -45,7 +45,7 @@ STORED_BY = {
         "w=int5/g16/bfloat16", "w=int8/g64/float16", "w=int4/b16x32", "w=int8/g32/asym,a=int8/tensor", "w=int8/channel,a=int8/g32",
         "w=int8/channel,a=int8/token/asym", "w=fp8/tensor,a=fp8/tensor", "w=fp8/g64",
     },
-    "arrondi": set(SCHEMES) - {"double-quantized", "learned codebook"},
+    "arrondi": set(SCHEMES) - {"learned codebook"},
 }  # fmt: skip
 """What each layout can hold, written down by hand: an honest `refuse` says yes to these and no to all else."""
 

@@ -38,9 +38,9 @@ from arrondi.formats import (
     scale_shape,
 )
 from arrondi.tensor.encoding import code_dtype
-from arrondi.tensor.fitting import STORED
 from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import STORED
 from arrondi.tensor.storage import load_scale, store_scale
 
 _F8 = torch.float8_e4m3fn
@@ -220,6 +220,8 @@ def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | Non
         return f"compressed-tensors stores no outputs or key/value cache here, got {scheme}"
     inputs = scheme.inputs
     if inputs is not None:
+        if inputs.dynamic is not True:
+            return f"compressed-tensors stores no static scales of inputs here, got {scheme}"
         known = isinstance(inputs.scheme.granularity, PerTensor | PerToken | PerGroup)
         if not known or _back(inputs) != inputs.scheme:
             return f"compressed-tensors cannot say that activations become {inputs.scheme}"

@@ -16,10 +16,10 @@ import torch
 from arrondi.checkpoint.containers.writer import TensorSpec
 from arrondi.checkpoint.layouts.layout import Layout, Placed
 from arrondi.errors import ArrondiError, FileFormatError
-from arrondi.formats import PRESETS, LayerScheme, Scheme, parse_scheme, scale_shape
-from arrondi.tensor.fitting import STORED
+from arrondi.formats import LayerScheme, Scheme, parse_scheme, scale_shape
 from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import STORED
 from arrondi.tensor.storage import load_scale, store_scale
 
 
@@ -32,15 +32,12 @@ def _refuse(scheme: LayerScheme, name: str, shape: tuple[int, ...]) -> str | Non
 
 
 def _text(scheme: LayerScheme) -> str:
-    """The scheme as the config spells it: the grammar, or a preset's name where the grammar cannot say it."""
-    if not isinstance(scheme.weights.scale, Scheme):
-        return str(scheme)
-    named = [name for name, preset in PRESETS.items() if preset == scheme]
-    return f"{named[0]} ({scheme})" if named else str(scheme)
+    """The scheme as the config spells it."""
+    return str(scheme)
 
 
 def _parse(text: str) -> LayerScheme:
-    return parse_scheme(text.partition(" ")[0])
+    return parse_scheme(text)
 
 
 def _part_specs(name: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
@@ -67,8 +64,8 @@ def _part_write(name: str, q: QTensor) -> dict[str, torch.Tensor]:
         tensors[f"{name}.scale"] = store_scale(q.scale, str(q.scheme.scale))
     if q.zero_point is not None:
         tensors[f"{name}.zero_point"] = (q.zero_point - low).to(torch.uint8)
-    if q.offset is not None:
-        tensors[f"{name}.offset"] = q.offset
+    if (offset := q.real_offset) is not None:
+        tensors[f"{name}.offset"] = offset
     return tensors
 
 

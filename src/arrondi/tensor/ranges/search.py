@@ -1,7 +1,8 @@
 """Ranges that clip on purpose: the grid of each tile with the least error instead of the widest one.
 
-Owns: `search_grid` and its slow twin `search_grid_reference`. Uses `fitting` for the widest grid and tries smaller ones; for symmetric integers also their mirror
-images, since the codes -2^(b-1) … 2^(b-1)-1 reach one step further on one side (the scale is then negative).
+Owns: `search_grid`, its slow reference `search_grid_reference`, and `on_grid`. Uses `fits` for the widest grid and tries
+smaller ones. Where a scale may be negative and the format is not the same seen from the other side (the codes of int4 are
+-8 … 7), it also tries their mirror images.
 
 Sources: the clipping search that the GPTQ family of tools shares (factors 1, 0.99, …, exponent 2.4); negative scales as in
 AutoRound and in GGUF's Q4_0; weighting a column's error by the second moment of its input is the diagonal of GPTQ's own
@@ -14,8 +15,10 @@ import torch
 
 from arrondi.formats import Scheme, tile_shape
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import STORED, Grid, fit
 from arrondi.tensor.quantizers import search as search_compiled
+from arrondi.tensor.ranges.extremes import ends
+from arrondi.tensor.ranges.fits import fit
+from arrondi.tensor.ranges.grid import Grid, cat_grids
 from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 17
@@ -50,7 +53,7 @@ def search_grid(
 def search_grid_reference(
     weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, *, power: float = 2.5
 ) -> Grid:
-    """The slow twin of the compiled search, for every format and power."""
+    """The slow reference of the compiled search, for every format and power."""
     tile = tile_shape(scheme.granularity, tuple(weight.shape))
     tiles = to_tiles(weight, tile)
     weights = None if importance is None else to_tiles(importance.float().expand_as(weight), tile)
@@ -59,9 +62,7 @@ def search_grid_reference(
     for start in range(0, tiles.shape[0], step):
         some = None if weights is None else weights[start : start + step]
         found.append(_Search(tiles[start : start + step].float(), scheme, some, power).best())
-    scale, *rest = (torch.cat(parts) for parts in zip(*found, strict=True))
-    zero = rest[0] if scheme.zero_point == "integer" else None
-    return Grid(scale, zero, rest[0] if scheme.zero_point == "float" else None)
+    return cat_grids(found)
 
 
 class _Search:
@@ -69,40 +70,37 @@ class _Search:
 
     def __init__(self, tiles: torch.Tensor, scheme: Scheme, weights: torch.Tensor | None, power: float) -> None:
         self.tiles, self.scheme, self.weights, self.power = tiles, scheme, weights, power
-        integer = scheme.format.kind == "integer" and scheme.format.levels > 3
         # A range is known by its ends; only the rules for ternary and binary look at every element.
-        self.ends = (
-            torch.stack((tiles.amin(dim=-1), tiles.amax(dim=-1)), dim=-1)
-            if integer or scheme.format.levels > 3
-            else tiles
-        )
-        # Scales that are quantized in turn, and powers of two, have no sign.
-        self.mirrored = integer and scheme.symmetric and scheme.format.qmin < 0 and scheme.scale in STORED
+        self.ends = torch.cat(ends(tiles), dim=-1) if scheme.format.levels > 3 else tiles
+        self.mirrored = mirrors(scheme)
         self.loss = tiles.new_full((len(tiles), 1), torch.inf)
-        self.parts: list[torch.Tensor] = []
+        self.grid: Grid | None = None
         self.factor = tiles.new_ones((len(tiles), 1))
 
-    def best(self) -> list[torch.Tensor]:
+    def best(self) -> Grid:
         powers = self.scheme.scale == "e8m0"
         for factor in _NEIGHBOURS if powers else _COARSE:
             self._try(torch.full_like(self.factor, factor))
         if powers:
-            return self.parts
+            return self._found()
         middle = self.factor.clone()
         for step in _FINE:
             self._try((middle + step).clamp(max=1.0))
-        return self.parts
+        return self._found()
+
+    def _found(self) -> Grid:
+        assert self.grid is not None
+        return self.grid
 
     def _try(self, factor: torch.Tensor) -> None:
         grid = fit(self.ends, self.scheme, shrink=factor)
         for sign in (1, -1) if self.mirrored else (1,):
             tried = Grid(grid.scale * sign, grid.zero_point, grid.offset)
             loss = self._loss(tried)
-            parts = [p for p in tried if p is not None]
             better = loss < self.loss
             self.loss = torch.where(better, loss, self.loss)
             self.factor = torch.where(better, factor, self.factor)
-            self.parts = [torch.where(better, n, o) for n, o in zip(parts, self.parts or parts, strict=True)]
+            self.grid = tried if self.grid is None else _choose(better, tried, self.grid)
 
     def _loss(self, grid: Grid) -> torch.Tensor:
         error = on_grid(self.tiles, self.scheme, grid).sub_(self.tiles).abs_()
@@ -113,6 +111,19 @@ class _Search:
         else:
             error = error.pow_(self.power)
         return (error if self.weights is None else error.mul_(self.weights)).sum(dim=-1, keepdim=True)
+
+
+def mirrors(scheme: Scheme) -> bool:
+    """Whether a negative scale gives a grid that no positive one gives."""
+    return scheme.symmetric and scheme.signed_scales and not scheme.format.balanced
+
+
+def _choose(where: torch.Tensor, new: Grid, old: Grid) -> Grid:
+    def part(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        return None if a is None or b is None else torch.where(where, a, b)
+
+    scale = torch.where(where, new.scale, old.scale)
+    return Grid(scale, part(new.zero_point, old.zero_point), part(new.offset, old.offset))
 
 
 def on_grid(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor:
@@ -131,4 +142,7 @@ def on_grid(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor:
         if grid.zero_point is None:
             return q.clamp_(format.qmin, format.qmax).mul_(grid.scale)
         return q.clamp_(format.qmin - grid.zero_point, format.qmax - grid.zero_point).mul_(grid.scale)
-    return decode(encode((x / grid.scale).float(), format), format) * grid.scale
+    if grid.offset is not None:
+        x = x - grid.offset
+    values = decode(encode((x / grid.scale).float(), format), format) * grid.scale
+    return values if grid.offset is None else values + grid.offset

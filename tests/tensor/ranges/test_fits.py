@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from gguf.quants import MXFP4, Q4_0, Q8_0
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import FORMATS, Format, PerGroup, PerTensor, Scheme, codebook, integer
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import FITS, STORED, Grid, fit, round_scale
 from arrondi.tensor.qtensor import quantize_tensor, quantize_with
+from arrondi.tensor.ranges.fits import FITS, fit
+from arrondi.tensor.ranges.grid import SMALLEST, STORED, Grid, round_scale
 
 GROUP = PerGroup(32)
 MX_FORMATS = ["fp4_e2m1", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2", "int8", "int4"]
@@ -212,10 +214,22 @@ def test_scales_are_rounded_as_stored(storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", STORED)
-def test_a_stored_scale_is_never_zero_or_subnormal(storage: str) -> None:
-    least = torch.finfo(STORED[storage]).tiny
-    scale = torch.tensor([0.0, 1e-45, -1e-45, least / 2, least, -least])
-    assert round_scale(scale, storage).tolist() == [1.0, least, -least, least, least, -least]
+def test_a_stored_scale_is_never_zero_and_may_be_subnormal(storage: str) -> None:
+    least = SMALLEST[storage]
+    scale = torch.tensor([0.0, 1e-45, -1e-45, 1.4 * least, -3 * least], dtype=torch.float64).float()
+    assert round_scale(scale, storage).tolist() == [1.0, least, -least, least, -3 * least]
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_every_number_near_the_smallest_is_rounded_to_the_nearest_that_there_is(storage: str) -> None:
+    """Against exact arithmetic: subnormal numbers are the multiples of the smallest one."""
+    least, count = SMALLEST[storage], 1200
+    wanted = [max(round(Fraction(k, 7)), 1) * least for k in range(1, count)]
+    values = torch.tensor([k / 7 * least for k in range(1, count)], dtype=torch.float64)
+    assert round_scale(values.float(), storage).tolist() == wanted
+    x = torch.stack((values, -values), dim=1).float() * 127.5  # one group each, of which the scale is the value
+    q = quantize_tensor(x, Scheme(integer(8), PerGroup(2), scale=storage))
+    assert q.real_scale.flatten().tolist() == wanted
 
 
 def test_zero_scales_that_are_quantized_in_turn_do_not_widen_the_range_of_their_peers() -> None:
@@ -406,8 +420,8 @@ def test_every_rule_refuses_nan_and_infinity(rule: str, bad: float) -> None:
         (mx("fp4_e2m1"), "narrow", "does not go with e8m0 scales"),
         (Scheme(integer(4), zero_point="integer"), "narrow", "is for symmetric schemes"),
         (Scheme(integer(4), zero_point="float"), "best", "is for symmetric schemes"),
-        (Scheme(FORMATS["nf4"]), "extreme", "needs a signed integer format"),
-        (Scheme(FORMATS["uint4"]), "extreme", "needs a signed integer format"),
+        (Scheme(FORMATS["nf4"]), "extreme", "needs an integer format"),
+        (Scheme(integer(4), signed=False), "extreme", "gives negative scales"),
         (Scheme(integer(4), scale=Scheme(FORMATS["fp8_e4m3"])), "extreme", "gives negative scales"),
         (Scheme(integer(4)), "least-squares", "is for ternary and binary"),
     ],
