@@ -35,7 +35,9 @@ def norm_of(site: Site) -> str:
 
 
 def reads_a_norm(site: Site, scheme: LayerScheme | None) -> str | None:
-    reads = site.tensor.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"))
+    reads = site.tensor.endswith(
+        ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+    )
     return None if reads else "it reads no norm"
 
 

@@ -107,7 +107,7 @@ def compare_models(
     notes = [note] if note and tokenizer is not None else []
     notes += settle(sources[0], ids[-1][-1:])
     if sources[0].whole:
-        sources[1].run_as_whole()
+        sources[1].run_as_whole(sources[0].facts)
     report = progress or (lambda done, total, what: None)
     comparison = comparison_for(model)
     _follow(sources, ids, comparison, torch.device(device), report)

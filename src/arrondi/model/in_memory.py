@@ -100,10 +100,7 @@ class InMemory:
         Args:
             run: sends one batch through the model.
         """
-        flow = trace(self.model, self.names.params, run)
-        flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
-        leaders = {n: leader for stage in flow.stages for n, leader in stage.leaders.items()}
-        self.facts = Facts(flow.routers, flow.bare, frozenset(flipped), leaders)
+        self.facts = Facts.of(trace(self.model, self.names.params, run))
         self.__dict__.pop("tensors", None)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from arrondi.model.flow import Flow
 from arrondi.model.names import Group, Names, Piece
 
 Kind = Literal["linear", "convolution", "embedding", "recurrent", "other"]
@@ -119,6 +120,13 @@ class Facts:
     flipped: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
     leaders: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, flow: Flow) -> Facts:
+        """What a run of the whole model has shown."""
+        flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
+        leaders = {param: leader for stage in flow.stages for param, leader in stage.leaders.items()}
+        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders)
 
 
 @dataclass(frozen=True)

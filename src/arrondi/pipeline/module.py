@@ -116,7 +116,7 @@ def _copy(source: InMemory) -> Chain | Whole:
     """The original, whose weights stay as they are."""
     copied = InMemory(copy.deepcopy(source.model))
     if source.whole:
-        copied.run_as_whole()
+        copied.run_as_whole(source.facts)
     return copied.units_of(copied.instance())
 
 

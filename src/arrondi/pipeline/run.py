@@ -126,7 +126,7 @@ class Run:
     def _unit_by_unit(self) -> None:
         """Without data, where weights cannot be taken one by one."""
         if not self.source.units:
-            self.source.run_as_whole()
+            self.source.run_as_whole(self.source.facts)
         self._open()
         blocks = {t.block for t in self.plan.tensors}
         for i in range(len(self.units)):
