@@ -66,8 +66,9 @@ class InMemory:
         """Everything that multiplies."""
         return [s for t in self.tensors for s in t.sites]
 
-    def run_as_whole(self) -> None:
-        """From now on the model is one unit."""
+    def run_as_whole(self, facts: Facts) -> None:
+        """From now on the model is one unit, of which a run has told this."""
+        self.facts = facts
         self.whole, self.units = True, ""
         self.__dict__.pop("tensors", None)
 
