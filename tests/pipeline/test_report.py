@@ -154,12 +154,14 @@ def test_the_manifest_names_contents(models: Callable[..., Path], text: Path, tm
 def test_a_parameter_that_the_checkpoint_lacks_is_noted(models: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
+    source = tmp_path / "source"
+    source.mkdir()
     for path in models("bert").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
+        (source / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
     del tensors["pooler.dense.bias"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    report = arrondi.quantize_model(tmp_path, tmp_path / "out", W4)
+    save_file(tensors, source / "model.safetensors")
+    report = arrondi.quantize_model(source, tmp_path / "out", W4)
     assert report["notes"] == ["pooler.dense.bias is missing in the checkpoint and is taken as zero."]
 
 
