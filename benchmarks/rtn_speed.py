@@ -21,7 +21,7 @@ import torch
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.model import Skeleton
-from arrondi.pipeline.ledger import Ledger
+from arrondi.pipeline.ledger import recorded
 
 
 def main() -> None:
@@ -52,9 +52,9 @@ def main() -> None:
                 (Path(scratch) / "copy").write_bytes(path.read_bytes())
             copies.append(time.process_time() - started)
             started = time.process_time()
-            checkpoint = Checkpoint.open(model)
+            checkpoint, ledger = recorded(Checkpoint.open(model))
             for name in checkpoint.names:
-                Ledger(checkpoint.folder).check(name)
+                ledger.check(name)
             hashes.append(time.process_time() - started)
         cpu, wall = (statistics.median(r[k] for r in runs) for k in (0, 1))
         copy, hashing = statistics.median(copies), statistics.median(hashes)

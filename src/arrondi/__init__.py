@@ -6,14 +6,7 @@ Names are imported when they are first used, so that `import arrondi` and `arron
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from typing import TYPE_CHECKING, Any, Final
-
-if "torch" not in sys.modules:
-    # OpenMP's threads wait for PyTorch's next operator by spinning, on cores that the kernels or a neighbour need: measured
-    # on two cores with one busy neighbour, a prompt takes eight times as long. OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """JSON documents that every JSON reader takes: no NaN, no Infinity.
 
-Owns: `finite`, which makes plain data of a result, its inverse `as_measured`, and `to_json`. JSON has no word for numbers that are none, and Python's
+Owns: `finite`, which makes plain data of a result, and `to_json`. JSON has no word for numbers that are none, and Python's
 would be refused elsewhere. Such a number becomes null, and the object that holds it says what it was:
 
     {"kl_mean": null, "kl_mean_interval": [0.2, null], "not_finite": {"kl_mean": "infinity", "kl_mean_interval.1": "infinity"}}
@@ -35,22 +35,6 @@ def to_json(document: Any) -> str:
     return json.dumps(finite(document), ensure_ascii=False, allow_nan=False)
 
 
-def as_measured(document: Any) -> Any:
-    """The inverse of `finite`, for documents that were written and read again.
-
-    >>> as_measured(finite({"kl": [float("-inf"), 1.0]}))
-    {'kl': [-inf, 1.0]}
-    """
-    if isinstance(document, list):
-        return [as_measured(item) for item in document]
-    if not isinstance(document, Mapping):
-        return document
-    plain = {key: as_measured(value) for key, value in document.items() if key != NOT_FINITE}
-    for path, word in document.get(NOT_FINITE, {}).items():
-        _put(plain, path.split("."), float(word))
-    return plain
-
-
 def number(document: Mapping[str, Any], key: str) -> float | None:
     """A number of a document that went through `finite`, as it was: `number(d, "kl_mean")`, `number(d, "kl_mean_interval.1")`.
 
@@ -75,11 +59,3 @@ def _value(value: Any, path: str, lost: dict[str, str]) -> Any:
         lost[path] = "nan" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
         return None
     return value
-
-
-def _put(tree: Any, path: list[str], value: float) -> None:
-    key: Any = int(path[0]) if isinstance(tree, list) else path[0]
-    if len(path) == 1:
-        tree[key] = value
-    else:
-        _put(tree[key], path[1:], value)

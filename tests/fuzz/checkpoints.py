@@ -221,6 +221,8 @@ def limited(seconds: int) -> Iterator[None]:
 def run(readers: list[str], seed: int, mutants: int, seconds: float) -> Result:
     """As many mutants as asked for of every reader, or as the time allows."""
     warnings.simplefilter("ignore")
+    import compressed_tensors.compressors  # noqa: F401  (seconds, which are no hang of the first mutant)
+
     result = Result()
     stop = time.monotonic() + seconds
     bases = {(r, s): base(r, s) for r in readers for s in READERS[r]}

@@ -83,13 +83,13 @@ def test_packing_some_rows_at_a_time_does_not_show(monkeypatch: pytest.MonkeyPat
     whole = KERNELS["torch-int4"].prepack(q, torch.bfloat16)
     monkeypatch.setattr(torch_ops, "_PACKED_ROWS", 64)
     parts = KERNELS["torch-int4"].prepack(q, torch.bfloat16)
-    assert whole.keys() == parts.keys() == {"codes", "grid", "rest"}
+    assert whole.keys() == parts.keys() == {"codes", "grid", "rest", "kept_scale", "kept_zero_point"}
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.parametrize("scheme", ["w=uint4/g128/asym/bfloat16", "w=int4/g128/asym", "w=uint4/g32/offset"])
 def test_what_the_rounding_of_a_grid_loses_is_given_back(scheme: str):
-    """Activations with a mean add up an error that a whole group shares; the twin, which rounds each weight, has none.
+    """Activations with a mean add up an error that a whole group shares; the reference, which rounds each weight, has none.
 
     Weights of mean 0 on a skewed grid: the sum over the group cancels in y but not in the error.
     """
@@ -111,4 +111,4 @@ def test_what_the_rounding_of_a_grid_loses_is_given_back(scheme: str):
 
 def test_a_symmetric_grid_needs_nothing_given_back():
     q = quantize_tensor(torch.randn(64, 256), parse_scheme("W4A16").weights)
-    assert set(KERNELS["torch-int4"].prepack(q, torch.bfloat16)) == {"codes", "grid"}
+    assert set(KERNELS["torch-int4"].prepack(q, torch.bfloat16)) == {"codes", "grid", "kept_scale"}

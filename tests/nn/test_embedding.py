@@ -9,6 +9,7 @@ from arrondi.errors import DataError, ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.nn import QEmbedding
 from arrondi.tensor.qtensor import quantize_tensor
+from tests.kernels.common import assert_same
 
 
 @pytest.mark.parametrize("text", ["W4A16", "W3A16_ASYM", "W8A16", "NF4", "T158", "w=uint4/g32/offset", "w=int4/tensor"])
@@ -19,6 +20,7 @@ def test_rows_are_those_of_the_dequantized_table(text: str, dtype: torch.dtype):
     for ids in (torch.tensor(7), torch.tensor([[3, 49], [0, 3]]), torch.zeros(0, dtype=torch.int64), torch.arange(50)):
         assert torch.equal(table(ids), q.dequantize(dtype)[ids])
     assert torch.equal(table.half()(torch.tensor([1])), q.dequantize(dtype)[[1]])
+    assert_same(table.unpack(), q)
 
 
 def test_mistakes_are_named():

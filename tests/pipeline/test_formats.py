@@ -55,7 +55,7 @@ def test_what_is_loaded_computes_with_the_dequantized_weights(
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
     checkpoint = Checkpoint.open(out)
     assert {f"{n}.weight" for n in linears} == set(checkpoint.placed)
-    assert all(m.activations == checkpoint.activations_of(f"{n}.weight") for n, m in linears.items())
+    assert all((m.inputs and m.inputs.scheme) == checkpoint.activations_of(f"{n}.weight") for n, m in linears.items())
     for name in ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.k_proj"):
         q = checkpoint.read(f"{name}.weight")
         assert isinstance(q, QTensor)
@@ -64,8 +64,8 @@ def test_what_is_loaded_computes_with_the_dequantized_weights(
     dequantize_model(out, plain, "float32")
     restored = transformers.LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     for name, linear in linears.items():  # the restored model rounds its activations where ours does
-        if linear.activations is not None:
-            hook = lambda module, args, a=linear.activations: (arrondi.fake_quantize(args[0], a),)  # noqa: E731
+        if linear.inputs is not None:
+            hook = lambda module, args, a=linear.inputs.scheme: (arrondi.fake_quantize(args[0], a),)  # noqa: E731
             restored.get_submodule(name).register_forward_pre_hook(hook)
     expected = logits(restored)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

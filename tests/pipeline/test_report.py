@@ -143,7 +143,8 @@ def test_the_manifest_names_contents(models: Callable[..., Path], text: Path, tm
     source, out = models("llama"), tmp_path / "out"
     report = quantize_model(source, out, GPTQ, options(text))
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["model"]["config.json"] == hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
+    files = {n: hashlib.sha256((source / n).read_bytes()).hexdigest() for n in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")}  # fmt: skip
+    assert manifest["model"]["files"] == files
     # Every tensor is small here, so its digest is the SHA-256 of the SHA-256 of its bytes.
     tensors = {
         n: hashlib.sha256(t.numpy().tobytes()).digest() for n, t in load_file(source / "model.safetensors").items()

@@ -12,7 +12,7 @@ from arrondi.checkpoint.containers.disk import (
 from arrondi.checkpoint.containers.json_file import read_report, write_config, write_json
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
-from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec
+from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec, shard_digest
 from arrondi.checkpoint.layouts import LAYOUTS
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Placed
 from arrondi.checkpoint.readers import Verdict, readers_of
@@ -38,6 +38,7 @@ __all__ = [
     "read_report",
     "read_tensor",
     "readers_of",
+    "shard_digest",
     "side_by_side",
     "sync_folder",
     "write_config",

@@ -196,6 +196,9 @@ def dequantize(
     model: opt.Model,
     output: opt.Out,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
+    ] = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -204,7 +207,7 @@ def dequantize(
     from arrondi.report import print_facts, progress_bar
 
     with progress_bar("dequantizing", quiet) as progress:
-        result = dequantize_model(model, output, dtype, progress=progress)
+        result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
     _answer(result, json_, print_facts)
 
 
@@ -325,7 +328,12 @@ def _show_plan(
     seq_len, note = fit_length(seq_len, positions_of(source.model))
     windows = (samples, 32) if resolved.calibrated else (0, 0)
     cost = estimate(resolved, *(n * seq_len for n in windows))
-    document = {"model": model, **resolved.to_dict(), "peak_memory_bytes": cost.bytes, "seconds": round(cost.seconds, 1)}
+    document = {
+        "model": model,
+        **resolved.to_dict(),
+        "peak_memory_bytes": cost.bytes,
+        "seconds": round(cost.seconds, 1),
+    }
     if note and resolved.calibrated:
         document["notes"] = [*document["notes"], note]
     _answer(document, as_json, print_plan)

@@ -1,5 +1,6 @@
 """What a model is: sites, sources, and the walk over its units."""
 
+from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
 from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs
 from arrondi.model.in_memory import InMemory
@@ -23,6 +24,7 @@ __all__ = [
     "Budget",
     "Chain",
     "Facts",
+    "Gradients",
     "InMemory",
     "Inputs",
     "Instance",
@@ -40,8 +42,11 @@ __all__ = [
     "build_model",
     "configs_in",
     "find_tensors",
+    "kl_loss",
+    "next_token_loss",
     "release",
     "settle",
     "stored_in_16_bits",
     "walk",
+    "walk_back",
 ]

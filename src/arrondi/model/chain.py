@@ -142,7 +142,6 @@ class Chain:
         self._wrap[type(self.blocks[i])] = _wrapper(output, hidden)
         self.drop(i)
 
-    @torch.no_grad()
     def run(self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False) -> torch.Tensor:
         """Hidden states after block i, whose weights must be filled; float32, with bfloat16 products if asked."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=bfloat16):
@@ -154,7 +153,6 @@ class Chain:
             return self._forward[i](*call.args, **{**call.kwargs, call.key: hidden})
         return self._forward[i](hidden, *call.args, **call.kwargs)
 
-    @torch.no_grad()
     def finish(self, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         """What follows the last block: logits, or the last hidden state of an encoder. Call it inside `outer_loaded`."""
 

@@ -148,8 +148,14 @@ def _rounder(inputs: Rounding, name: str) -> Any:
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
         if args:
-            return (fake_quantize(args[0], scheme.scheme, grid=grid, name="activation"), *args[1:]), kwargs
+            return (_rounded(args[0], scheme, grid), *args[1:]), kwargs
         first = next(iter(kwargs))
-        return args, {**kwargs, first: fake_quantize(kwargs[first], scheme.scheme, grid=grid, name="activation")}
+        return args, {**kwargs, first: _rounded(kwargs[first], scheme, grid)}
 
     return hook
+
+
+def _rounded(x: torch.Tensor, scheme: ActivationScheme, grid: Grid | None) -> torch.Tensor:
+    """An input as the packed model sees it; gradients pass as if it were not rounded."""
+    rounded = fake_quantize(x.detach(), scheme.scheme, grid=grid, name="activation")
+    return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded

@@ -22,6 +22,7 @@ _TOLERANCE = 1e-4
 """Of the largest number: float32 sums in the same order differ by less."""
 
 
+@torch.no_grad()
 def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
     """Decide how a source is run: unit by unit, or as a whole; `source.units` says it afterwards.
 

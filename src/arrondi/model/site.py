@@ -37,6 +37,7 @@ class Site:
         classes: names of the module's class and its bases; "Linear" is among them for whatever is a linear layer.
         block: the unit that uses it, None outside of all units.
         unfit: why it cannot be held in few bits, None if it can.
+        reached: token ids reach it; True where nothing is known.
     """
 
     tensor: str
@@ -54,6 +55,7 @@ class Site:
     classes: tuple[str, ...]
     block: int | None
     unfit: str | None = None
+    reached: bool = True
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -99,11 +101,13 @@ class Facts:
         routers: parameters whose product chooses among experts.
         bare: parameters that are read otherwise than in a product → how.
         flipped: stacks that are summed over their middle axis: they hold (in, out).
+        unreached: parameters that the model does not use on token ids.
     """
 
     routers: frozenset[str] = frozenset()
     bare: Mapping[str, str] = field(default_factory=dict)
     flipped: frozenset[str] = frozenset()
+    unreached: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ class _Maker:
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
             paths, tuple(dict.fromkeys((*classes, "Linear"))) if kind == "linear" else classes, self._block(aliases),
-            self._unfit(aliases, kind, classes),
+            self._unfit(aliases, kind, classes), not all(a in self.facts.unreached for a in aliases),
         )  # fmt: skip
 
     def _path(self, tensor: str, owner: str) -> str:

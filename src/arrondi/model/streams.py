@@ -35,26 +35,37 @@ class Stream:
         units: the model's units.
         batches: how the model is called on each batch.
         bfloat16: whether products are computed in bfloat16.
+        keeps_inputs: whether what entered earlier units can still be read.
+        budget, folder: see `__init__`.
     """
 
     def __init__(
-        self, units: Units, batches: Sequence[Any], budget: Budget, folder: Path | None, *, bfloat16: bool = False
+        self,
+        units: Units,
+        batches: Sequence[Any],
+        budget: Budget,
+        folder: Path | None,
+        *,
+        bfloat16: bool = False,
+        keep_inputs: bool = False,
     ) -> None:
         """
         Args:
             budget: bytes of hidden states and arguments that may stay in memory, shared with other streams.
-            folder: where the rest is kept; None: everything stays in memory.
+            folder: where the rest is kept; None keeps everything in memory.
+            keep_inputs: keep what enters every unit, so that the way can be gone back.
         """
-        self.units, self.bfloat16 = units, bfloat16
+        self.units, self.bfloat16, self.keeps_inputs = units, bfloat16, keep_inputs
         self.batches = [Inputs.of(b) for b in batches]
-        self._budget, self._folder = budget, folder
+        self.budget, self.folder = budget, folder
         self._hidden, self._calls = TreeStore(budget, folder), TreeStore(budget, folder)
         self._kept: list[Any] = []
 
+    @torch.no_grad()
     def begin(self) -> None:
         """Run what comes before the first unit, for every batch. No unit may be filled."""
         self.close()
-        self._hidden, self._calls = (TreeStore(self._budget, self._folder) for _ in range(2))
+        self._hidden, self._calls = (TreeStore(self.budget, self.folder) for _ in range(2))
         self._kept = []
         with self.units.outer_loaded():
             for batch in self.batches:
@@ -67,11 +78,28 @@ class Stream:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def shares_state(self) -> bool:
+        """Whether units hand each other more than hidden states, through objects that they change."""
+        return bool(self._kept)
+
+    def hidden(self, i: int, j: int) -> torch.Tensor:
+        """What enters unit i on batch j, on the device where units run; after the last unit, what leaves it.
+
+        That of the unit which is next, unless inputs are kept.
+        """
+        entering: torch.Tensor = self._hidden[self._place(i, j)].to(self.units.instance.device)
+        return entering
+
+    @torch.no_grad()
     def run(self, i: int, j: int) -> torch.Tensor:
         """Unit i, which is filled, on batch j."""
-        device = self.units.instance.device
-        call = _moved(self._show(self._calls[j * len(self.units) + i]), device)
-        return self.units.run(i, self._hidden[j].to(device), call, bfloat16=self.bfloat16)
+        return self.run_on(i, j, self.hidden(i, j))
+
+    def run_on(self, i: int, j: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Unit i, called as on batch j, on other hidden states; gradients are recorded where they are wanted."""
+        call = _moved(self._show(self._calls[j * len(self.units) + i]), self.units.instance.device)
+        return self.units.run(i, hidden, call, bfloat16=self.bfloat16)
 
     def forwards(self, i: int) -> list[Callable[[], object]]:
         """Unit i on every batch, to be run as often as needed; nothing moves on."""
@@ -80,12 +108,23 @@ class Stream:
     def advance(self, i: int) -> None:
         """Take every batch through unit i."""
         for j in range(len(self)):
-            self._hidden[j] = self.run(i, j).cpu()
+            leaving = self.run(i, j).cpu()
+            if self.keeps_inputs:
+                self._hidden.append(leaving)
+            else:
+                self._hidden[j] = leaving
 
+    @torch.no_grad()
     def output(self, j: int) -> torch.Tensor:
         """What the model computes for batch j, after its last unit. Call it inside `units.outer_loaded()`."""
-        device = self.units.instance.device
-        return self.units.finish(_moved(self.batches[j], device), self._hidden[j].to(device))
+        return self.output_on(j, self.hidden(len(self.units), j))
+
+    def output_on(self, j: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What follows the last unit, called as on batch j, on other hidden states; gradients are recorded where they are wanted."""
+        return self.units.finish(_moved(self.batches[j], self.units.instance.device), hidden)
+
+    def _place(self, i: int, j: int) -> int:
+        return i * len(self) + j if self.keeps_inputs else j
 
     def _hide(self, call: Call, shared: set[int]) -> tuple[Any, ...]:
         """A call as a tree; containers that units share, and objects of the model's own, are kept beside it."""

@@ -47,7 +47,6 @@ class Whole:
         """Nothing is run; the inputs are the arguments of the unit."""
         return torch.zeros(0), [Call(inputs.args, inputs.kwargs, None)]
 
-    @torch.no_grad()
     def run(self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False) -> torch.Tensor:
         """What the model computes.
 

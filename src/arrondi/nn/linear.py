@@ -20,8 +20,8 @@ from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
 from arrondi.nn.inputs import keep_grid, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
-from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
 
 
 class QLinear(nn.Module):
@@ -84,7 +84,10 @@ class QLinear(nn.Module):
         self._bound: _Bound | None = None
         for name, tensor in KERNELS[self.kernel].prepack(weight, dtype).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
-        self.register_buffer("order", order, persistent=False)
+        if order is None:
+            self.order = None
+        else:
+            self.register_buffer("order", order, persistent=False)
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         )

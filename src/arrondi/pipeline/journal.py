@@ -186,6 +186,11 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
+    @property
+    def wrote(self) -> dict[str, str]:
+        """The digest of every tensor that the finished steps wrote."""
+        return {name: digest for wrote, _ in self._claims.values() for name, digest in wrote.items()}
+
     def verify(self, written: Callable[[str], str | None], source: Callable[[str], str | None]) -> None:
         """Compare what finished steps claim with what is there, and forget those that do not hold.
 

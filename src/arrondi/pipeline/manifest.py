@@ -1,4 +1,4 @@
-"""`manifest.json`: what a finished run was, and every file that it wrote, with its size and SHA-256.
+"""`manifest.json`: what a finished run was, and every file that it wrote, with its size and digest.
 
 Owns: `Manifest`, and the questions that it answers: whether a directory holds the finished output of a run (`finished`), whether
 its bytes are still those that were written, and which files an `--overwrite` removes.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from arrondi.checkpoint import file_sha256, side_by_side
+from arrondi.checkpoint import file_sha256, shard_digest
 from arrondi.errors import OutputError
 from arrondi.pipeline.ledger import Ledger
 
@@ -22,6 +22,8 @@ WORK: Final = ".arrondi"
 MANIFEST: Final = "manifest.json"
 CONFIG: Final = "config.json"
 """Written last: without it a directory is no model."""
+_FACTS: Final[tuple[set[str], ...]] = (set(), {"bytes", "sha256"}, {"bytes", "digest"})
+"""What may be said of a file."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Manifest:
 
     Attributes:
         run: the key of the run.
-        files: name in the output → `bytes` and `sha256`; without the manifest itself. The report, which says how long the run
-            took, is named without them: the same run gives the same manifest.
+        files: name in the output → `bytes` and, of a file of tensors, `digest` (see `shard_digest`), of another `sha256`. The
+            report, which says how long the run took, is named without them: the same run gives the same manifest.
         tensors: stored tensor of the source → digest of the bytes that were read.
         machine: what the run's bytes depended on besides its inputs.
     """
@@ -50,7 +52,7 @@ class Manifest:
             model, machine = document.get("model", {}), document.get("machine", {})
             tensors = model.get("tensors", {})
             whole = isinstance(run, str) and words(tensors) and words(machine) and isinstance(files, dict)
-            if not whole or not all(inside(n) and f.keys() in ({"bytes", "sha256"}, set()) for n, f in files.items()):
+            if not whole or not all(inside(n) and f.keys() in _FACTS for n, f in files.items()):
                 return None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
@@ -113,16 +115,10 @@ def faults(out: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[
             yield name, f"has {path.stat().st_size} bytes, {wanted['bytes']} were written"
         elif wanted:
             same_size.append(name)
-    for name, found in zip(same_size, side_by_side(lambda n: file_sha256(out / n), same_size), strict=True):
-        if found != files[name]["sha256"]:
+    for name in same_size:
+        found = shard_digest(out / name) if "digest" in files[name] else file_sha256(out / name)
+        if found not in files[name].values():
             yield name, "holds other bytes than were written"
-
-
-def described(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`bytes` and `sha256` of these files of the output."""
-    names = sorted(names)
-    hashes = side_by_side(lambda n: file_sha256(out / n), names)
-    return {n: {"bytes": (out / n).stat().st_size, "sha256": h} for n, h in zip(names, hashes, strict=True)}
 
 
 def check_apart(model: Path, out: Path) -> None:

@@ -1,7 +1,7 @@
 """The end of a run: finished files get their names, in an order in which a kill at any moment leaves no half model.
 
 Owns: `planned_files`, the names of everything that a run will write, and `publish`. Weights come first, then what travels with them,
-then the documents, the manifest with the hash of each of these, and last of all config.json.
+then the documents, the manifest with the digest of each of these, and last of all config.json.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arrondi.checkpoint import ModelDir, ShardPlan, ShardWriter, guard_disk, sync_folder, write_config, write_json
+from arrondi.checkpoint import (
+    ShardPlan,
+    ShardWriter,
+    file_sha256,
+    guard_disk,
+    sync_folder,
+    write_config,
+    write_json,
+)
 from arrondi.pipeline.journal import Journal
-from arrondi.pipeline.manifest import CONFIG, MANIFEST, described
+from arrondi.pipeline.manifest import CONFIG, MANIFEST
 
 
-def planned_files(shards: ShardPlan, source: ModelDir, documents: Iterable[str] = ()) -> list[str]:
+def planned_files(shards: ShardPlan, travelling: Iterable[str] = (), documents: Iterable[str] = ()) -> list[str]:
     """Every file that a run will write into its output, by its name there."""
-    return [*shards.names, *travelling(source), *documents, MANIFEST, CONFIG]
-
-
-def travelling(source: ModelDir) -> dict[str, Path]:
-    """Tokenizer, chat template, licence: name in the output → file of the model."""
-    return {path.as_posix(): source.path / path for path in source.other_files()}
+    return [*shards.names, *travelling, *documents, MANIFEST, CONFIG]
 
 
 def publish(
     journal: Journal,
     writer: ShardWriter,
-    source: ModelDir,
+    travelling: Mapping[str, Path],
     config: Mapping[str, Any],
     manifest: Mapping[str, Any],
     documents: Mapping[str, Any] | None = None,
@@ -38,6 +41,7 @@ def publish(
     """Make the finished run's directory a model, and remove its working folder.
 
     Args:
+        travelling: name in the output → file that is copied there.
         config: config.json of the output.
         manifest: what the manifest says besides `files`.
         documents: name → what is written there as JSON.
@@ -47,22 +51,26 @@ def publish(
     """
     out = journal.out
     writer.publish()
-    names = list(writer.plan.names)
     with guard_disk(out):
-        for name, path in travelling(source).items():
+        for name, path in travelling.items():
             _copy(path, out / name)
-            names.append(name)
     for name, document in (documents or {}).items():
         write_json(out / name, document)
     last = journal.work / CONFIG
     write_config(last, config)
-    files: dict[str, Any] = described(out, names) | described(journal.work, [CONFIG])
+    files: dict[str, Any] = writer.described(journal.wrote)
+    files |= {name: _described(out / name) for name in {*travelling, *writer.plan.names} - files.keys()}
     files |= {name: {} for name in documents or ()}  # they say how long it took
+    files[CONFIG] = _described(last)
     write_json(out / MANIFEST, {**manifest, "files": dict(sorted(files.items()))})
     with guard_disk(out):
         os.replace(last, out / CONFIG)
         sync_folder(out)
     journal.remove()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint, read_report
+from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
 from arrondi.model import OnDisk, settle
 from arrondi.pipeline.journal import Journal
-from arrondi.pipeline.ledger import Ledger
+from arrondi.pipeline.ledger import recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.publish import planned_files, publish
@@ -65,8 +66,7 @@ def quantize_model(
             f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
         )
     check_apart(checkpoint.folder.path, out)
-    ledger = Ledger(checkpoint.folder)
-    checkpoint = ledger.recorded(checkpoint)
+    checkpoint, ledger = recorded(checkpoint)
     source = OnDisk(checkpoint)
     texts = read_texts(source, text, recipe)
     texts.notes += _settled(source, texts)
@@ -76,10 +76,10 @@ def quantize_model(
         planned(plan.to_dict())
     if plan.calibrated and texts.calibration is None:
         raise SchemeError("Static scales of inputs need calibration text. Add --calibration FILE, or drop 'static'.")
-    key = quantize_key(checkpoint, plan, recipe, text, texts, shard_bytes)
+    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes)
     if not overwrite and finished(out, key, ledger):
-        return dict(read_report(out / "report.json"))
-    files = planned_files(plan.shards(shard_bytes), checkpoint.folder, ["report.json"])
+        return read_report(out / "report.json")
+    files = planned_files(plan.shards(shard_bytes), travelling(checkpoint.folder), ["report.json"])
     with Journal(out, key, files, machine(), overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
         say = progress or (lambda done, total, what: None)
@@ -97,15 +97,18 @@ def _settled(source: OnDisk, texts: Texts) -> list[str]:
 def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:
     """The files get their names; config.json comes last."""
     source, done = run.source.checkpoint.folder, run.journal.steps["measured"]
-    report = {
-        **facts,
-        "seconds": done["seconds"],
-        "evaluation": done["measured"],
-        "layers": done["rows"],
-        "kept": kept_of(run.plan),
-    }
+    report: dict[str, Any] = finite(
+        {
+            **facts,
+            "seconds": done["seconds"],
+            "evaluation": done["measured"],
+            "layers": done["rows"],
+            "kept": kept_of(run.plan),
+        }
+    )
     config = {**source.config, **run.overlay.config, "quantization_config": run.plan.config()}
-    publish(run.journal, run.writer, source, config, manifest_of(key, run.ledger, facts), {"report.json": report})
+    manifest = manifest_of(key, run.ledger, facts)
+    publish(run.journal, run.writer, travelling(source), config, manifest, {"report.json": report})
     return report
 
 

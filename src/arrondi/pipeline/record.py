@@ -16,7 +16,6 @@ from arrondi.evaluate.data import Windows
 from arrondi.native import multiplies_bfloat16, native
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
-from arrondi.pipeline.publish import travelling
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.texts import TextOptions, Texts
 
@@ -57,27 +56,34 @@ def _kernels() -> str:
     return file_sha256(Path(native.__file__))[:12]
 
 
-def run_key(kind: str, checkpoint: Checkpoint, *facts: Any) -> str:
+def run_key(kind: str, ledger: Ledger, *facts: Any) -> str:
     """Identifies a run: same key, same bytes.
 
     Args:
         kind: the command.
-        checkpoint: the model; its headers, config and travelling files are part of the key. Its weights are watched by the ledger.
+        ledger: the source. Its files are part of the key; its weights are not, the ledger watches them.
         facts: everything else that the bytes depend on, as values of JSON.
     """
-    files = {name: file_sha256(path) for name, path in travelling(checkpoint.folder).items()}
-    everything = [kind, checkpoint.folder.fingerprint(), files, versions(), machine(), *facts]
+    everything = [kind, ledger.files, versions(), machine(), *facts]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def quantize_key(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: Texts, shard_bytes: int
+    checkpoint: Checkpoint,
+    ledger: Ledger,
+    plan: Plan,
+    recipe: Recipe,
+    text: TextOptions,
+    texts: Texts,
+    shard_bytes: int,
 ) -> str:
     """The key of a run of `quantize_model`."""
+    source = checkpoint.folder.fingerprint()
     tensors = [(t.name, t.status, str(t.scheme)) for t in plan.tensors]
     asked = [text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes]
     windows = [_windows(texts.calibration), _windows(texts.evaluation)]
-    return run_key("quantize", checkpoint, plan.layout.name, plan.config(), recipe.to_dict(), tensors, asked, windows)
+    layout = [plan.layout.name, plan.config()]
+    return run_key("quantize", ledger, source, layout, recipe.to_dict(), tensors, asked, windows)
 
 
 def _windows(windows: Windows | None) -> list[str] | None:
@@ -121,13 +127,12 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
 def manifest_of(key: str, ledger: Ledger, facts: dict[str, Any]) -> dict[str, Any]:
     """What identifies a run for good: contents of model and text, recipe, versions, machine. `publish` adds the files.
 
-    `model` holds the SHA-256 of config.json and the digest of every stored tensor that was read, as `digest_pieces` says.
+    `model` holds the SHA-256 of the model's small files, and the digest of every stored tensor that was read (`digest_pieces`).
     """
     names = ("recipe", "layout", "calibration", "evaluation_text_sha256", "dtype", "versions")
-    config = file_sha256(ledger.folder.path / "config.json")
     return {
         "run": key,
-        "model": {"config.json": config, "tensors": dict(sorted(ledger.digests.items()))},
+        "model": {"files": ledger.files, "tensors": dict(sorted(ledger.digests.items()))},
         **{name: facts[name] for name in names if name in facts},
         "machine": machine(),
     }

@@ -113,7 +113,7 @@ class Resolver:
             return replace(plain, reason="a buffer" if buffer else "one-dimensional (norm or bias)")
         site = tensor.sites[0]
         names = [tensor.name, tensor.name.removesuffix(".weight"), *site.modules, *self._aliases(site)]
-        rule, steps = self._rules(names, site.classes)
+        rule, steps, named = self._rules(names, site.classes)
         ignored = [s for s in self.ignore if matches(s, names, site.classes)]
         self.used |= set(ignored)
         if rule is None:
@@ -124,6 +124,10 @@ class Resolver:
         tied = f", tied to {others[0]}" if len(others) + 1 > 1 and len(self._aliases(site)) > 1 else ""
         if ignored:
             return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}", steps=steps)
+        if not site.reached and not named:
+            return replace(
+                plain, reason="text does not reach it; name it in --targets to quantize it blindly", steps=steps
+            )
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit)
         if site.shape[0] < _SMALL_OUTPUT:
@@ -151,17 +155,17 @@ class Resolver:
                 return replace(plain, status="quantized", reason=reason, scheme=scheme)
         return replace(plain, status="kept because impossible", reason=refusal)
 
-    def _rules(self, names: Sequence[str], classes: Sequence[str]) -> tuple[Rule | None, tuple[Any, ...]]:
-        """The last round rule that picks this, and all rewrites and repairs that do."""
-        found, steps = None, []
+    def _rules(self, names: Sequence[str], classes: Sequence[str]) -> tuple[Rule | None, tuple[Any, ...], bool]:
+        """The last round rule that picks this, all rewrites and repairs that do, and whether the rule names it."""
+        found, steps, named = None, [], False
         for rule in self.recipe.rules:
             hits = [s for s in rule.targets if matches(s, names, classes)]
             self.used |= set(hits)
             if hits and get_step(rule.method).kind == "round":
-                found = rule
+                found, named = rule, any(h != "Linear" for h in hits)
             elif hits:
                 steps.append((get_step(rule.method), dict(rule.options)))
-        return found, tuple(steps)
+        return found, tuple(steps), named
 
     def _aliases(self, site: Site) -> list[str]:
         return self.source.names.names_of(site.param)

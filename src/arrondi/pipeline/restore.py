@@ -12,7 +12,7 @@ from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, TensorSpec
 from arrondi.errors import SchemeError
 from arrondi.model import DTYPES
 from arrondi.pipeline.journal import Journal
-from arrondi.pipeline.ledger import Ledger
+from arrondi.pipeline.ledger import recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.publish import planned_files, publish
 from arrondi.pipeline.record import machine, manifest_of, run_key, versions
@@ -53,11 +53,11 @@ def dequantize_model(
     if not checkpoint.quantized:
         raise SchemeError(f"{checkpoint.folder.path} is not quantized: its config.json has no quantization_config.")
     check_apart(checkpoint.folder.path, out)
-    ledger = Ledger(checkpoint.folder)
-    checkpoint = ledger.recorded(checkpoint)
+    checkpoint, ledger = recorded(checkpoint)
+    side_files = travelling(checkpoint.folder)
     specs = _specs(checkpoint, DTYPES[dtype])
     plan = ShardPlan.split(specs, shard_bytes)
-    key = run_key("dequantize", checkpoint, dtype, shard_bytes)
+    key = run_key("dequantize", ledger, checkpoint.folder.fingerprint(), dtype, shard_bytes)
     result = {
         "restored": len(checkpoint.placed),
         "copied": len(checkpoint.names) - len(checkpoint.placed),
@@ -66,8 +66,7 @@ def dequantize_model(
     }
     if not overwrite and finished(out, key, ledger):
         return result
-    files = planned_files(plan, checkpoint.folder)
-    with Journal(out, key, files, machine(), overwrite=overwrite) as journal:
+    with Journal(out, key, planned_files(plan, side_files), machine(), overwrite=overwrite) as journal:
         writer = ShardWriter(journal.work, plan, out)
         journal.verify(writer.digest, ledger.check)
         done = 0
@@ -83,7 +82,7 @@ def dequantize_model(
         for name in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             config[name] = dtype
         facts = {"dtype": dtype, "versions": versions()}
-        publish(journal, writer, checkpoint.folder, config, manifest_of(key, ledger, facts))
+        publish(journal, writer, side_files, config, manifest_of(key, ledger, facts))
     return result
 
 

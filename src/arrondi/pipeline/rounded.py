@@ -17,7 +17,7 @@ from arrondi.formats import LayerScheme, PerChannel, PerGroup, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
 from arrondi.rounding import get_method
-from arrondi.rounding.error import ErrorSums, output_sums, weight_sums
+from arrondi.rounding.error import Loss, output_loss, weight_loss
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import knows
 from arrondi.tensor.rows import split_rows, stack_rows
@@ -41,8 +41,8 @@ class Rounded:
     """
 
     q: QTensor
-    weight_error: ErrorSums
-    output_error: ErrorSums | None
+    weight_error: Loss
+    output_error: Loss | None
     tokens: int | None
     method: str
     why: str = ""
@@ -60,16 +60,18 @@ def round_alone(
     weight: torch.Tensor, scheme: Scheme, method: str, options: Mapping[str, Any], name: str, why: str = ""
 ) -> Rounded:
     """Round one weight (out, in), any float dtype, without knowing its inputs."""
-    run = get_method(method).run
+    chosen = get_method(method)
     chunked = rowwise(scheme) and not knows(weight, scheme)
     step = max(_CHUNK // weight.shape[1], 1) if chunked else len(weight)
-    parts, error = [], ErrorSums()
+    parts, error = [], Loss()
+    facts: dict[str, Any] = {}
     for start in range(0, len(weight), step):
         part = weight[start : start + step]
-        q = run(part.float() if chunked else part, scheme, None, name=name, **options)
-        error += weight_sums(part, q)
+        q, said = chosen.round(part.float() if chunked else part, scheme, name=name, **options)
+        error += weight_loss(part, q)
+        facts |= said
         parts.append(q)
-    return Rounded(stack_rows(parts), error, None, None, method, why)
+    return Rounded(stack_rows(parts), error, None, None, method, why, facts)
 
 
 def round_together(
@@ -87,23 +89,22 @@ def round_together(
                 f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
             )
     joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-    facts: dict[str, Any] = {}
-    q = get_method(method).run(joined, scheme, seen.moment, name=sites[0].name, **options)
+    q, facts = get_method(method).round(joined, scheme, seen.moment, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):
         restored = part.dequantize()
-        error = output_sums(weight, restored, seen.moment) if seen.moment is not None else None
-        found.append(Rounded(part, weight_sums(weight, part), error, seen.tokens, method, facts=facts))
+        error = output_loss(weight, restored, seen.moment) if seen.moment is not None else None
+        found.append(Rounded(part, weight_loss(weight, part), error, seen.tokens, method, facts=facts))
     release()
     return found
 
 
 def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded]) -> dict[str, Any]:
     """A tensor's line in `report.json`; sums of its sites', never means of ratios."""
-    error = sum((p.weight_error for p in parts), ErrorSums())
+    error = sum((p.weight_error for p in parts), Loss())
     outputs = [p.output_error for p in parts if p.output_error is not None]
-    output = sum(outputs, ErrorSums())
+    output = sum(outputs, Loss())
     tokens = [p.tokens for p in parts if p.tokens is not None]
     weights = sum(p.q.codes.numel() for p in parts)
     ways = sorted({p.method for p in parts})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from arrondi.checkpoint import TensorSpec
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme
-from arrondi.model import OnDisk, Site
+from arrondi.model import Site, Source
 from arrondi.rounding import METHODS, check_options
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Declared:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _nothing(source: OnDisk, sites: Sequence[Site], options: Mapping[str, Any]) -> Declared:
+def _nothing(source: Source, sites: Sequence[Site], options: Mapping[str, Any]) -> Declared:
     return Declared()
 
 
@@ -69,7 +69,7 @@ class Step:
     needs: frozenset[Need] = frozenset()
     refuse: Callable[[Site, LayerScheme | None], str | None] = lambda site, scheme: None
     fallback: str = ""
-    declare: Callable[[OnDisk, Sequence[Site], Mapping[str, Any]], Declared] = _nothing
+    declare: Callable[[Source, Sequence[Site], Mapping[str, Any]], Declared] = _nothing
     cost: float = 0.0
 
     @property
@@ -80,7 +80,7 @@ class Step:
 
 STEPS: Final[Mapping[str, Step]] = MappingProxyType({
     name: Step(
-        name, "round", m.source, needs=frozenset({"moment"} if m.needs_moment else ()),  # type: ignore[arg-type]
+        name, "round", m.source, needs=frozenset({"moment"} if m.needs_moment else ()),
         fallback="rtn" if m.needs_moment else "", cost=m.seconds_per_gigaweight,
     )
     for name, m in METHODS.items()

@@ -145,8 +145,8 @@ class Work:
         for site in static:
             found, inputs = self._seen_by(site, stage, seen), self._scheme(site).inputs
             assert inputs is not None
-            ends = (found.low, found.high) if found is not None else (0.0, 0.0)
-            self.grids[site.tensor] = static_grid(*(torch.tensor([[end]]) for end in ends), inputs)
+            low, high = (found.low, found.high) if found is not None else (0.0, 0.0)
+            self.grids[site.tensor] = static_grid(torch.tensor([[low]]), torch.tensor([[high]]), inputs)
             self.instance.round_inputs(dict.fromkeys(site.rounds_inputs, (inputs, self.grids[site.tensor])))
 
     def _together(self, sites: Sequence[Site], stage: _Stage) -> list[list[Site]]:

@@ -5,7 +5,7 @@ Owns: `rtn`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine qu
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ def rtn(
     range: Literal["absmax", "search"] = "absmax",
     power: float = 2.5,
     name: str = "weight",
+    facts: dict[str, Any] | None = None,
 ) -> QTensor:
     """The nearest code of every weight.
 
@@ -35,6 +36,7 @@ def rtn(
         range: "absmax" spans the whole group; "search" tries narrower ranges and takes the one with the least error.
         power: exponent of the error that the search minimises.
         name: for messages.
+        facts: not used; accepted so that every method is called alike.
 
     Raises:
         SchemeError: another `range`.

@@ -58,7 +58,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         known.append(f"{name}.")
         for number, block in module.named_children():
-            if any(isinstance(m, QLinear) for m in block.modules()):
+            if not isinstance(block, FusedBlock) and any(isinstance(m, QLinear) for m in block.modules()):
                 yield f"{name}.{number}" if name else number, block
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from arrondi.runtime.attention import IMPLEMENTATIONS
 from arrondi.runtime.compiled import Compiled
-from arrondi.runtime.pattern import Pattern
+from arrondi.runtime.pattern import Differs, Pattern
 from arrondi.runtime.recognize import ARGUMENTS
 
 try:
@@ -38,6 +38,7 @@ class FusedBlock(nn.Module):
     layer: int
     names: tuple[str, ...]
     compiled: Compiled | None
+    frozen: bool
 
     @staticmethod
     def of(block: nn.Module, pattern: Pattern, layer: int) -> FusedBlock:
@@ -48,10 +49,18 @@ class FusedBlock(nn.Module):
         """
         fused = _empty(type(block))
         # The original goes into the dictionary itself: as an attribute it would become a part of the module.
-        vars(fused).update(vars(block), original=block, pattern=pattern, layer=layer, compiled=None)
+        vars(fused).update(vars(block), original=block, pattern=pattern, layer=layer, frozen=True)
         fused.names = tuple(inspect.signature(type(block).forward).parameters)[2:]
         fused.compiled = Compiled(fused, pattern, layer)
         return fused
+
+    def _freeze(self) -> None:
+        """Read the numbers anew; None if parts were replaced by others that cannot be called together."""
+        try:
+            self.compiled = Compiled(self, self.pattern, self.layer)
+        except Differs:
+            self.compiled = None
+        self.frozen = True
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original's: hidden states (batch, tokens, width) in and out.
@@ -60,11 +69,12 @@ class FusedBlock(nn.Module):
         arguments, attention weights, hooks inside) take the original's own forward.
         """
         given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
-        if self.compiled is None:
-            self.compiled = Compiled(self, self.pattern, self.layer)
-        if not self._takes(self.compiled, hidden_states, given):
+        if not self.frozen:
+            self._freeze()
+        compiled = self.compiled
+        if compiled is None or not self._takes(compiled, hidden_states, given):
             return super().forward(hidden_states, *args, **kwargs)
-        return self.compiled(hidden_states, given)
+        return compiled(hidden_states, given)
 
     def _takes(self, compiled: Compiled, hidden: torch.Tensor, given: dict[str, Any]) -> bool:
         """Whether this is a call for the compiled products."""
@@ -96,15 +106,15 @@ class FusedBlock(nn.Module):
         )
 
     def _apply(self: _Block, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Block:
-        self.compiled = None
+        self.frozen = False
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.compiled = None
+        self.frozen = False
         super()._load_from_state_dict(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _empty, (type(self.original),), vars(self) | {"compiled": None}
+        return _empty, (type(self.original),), vars(self) | {"compiled": None, "frozen": False}
 
 
 def _empty(original: type[nn.Module]) -> FusedBlock:

@@ -53,11 +53,7 @@ def generate(
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    model = (
-        _load_fast(checkpoint, activations)
-        if dtype == "auto"
-        else load(path, dtype=dtype, activations=activations)
-    )
+    model = _load_fast(checkpoint, activations) if dtype == "auto" else load(path, dtype=dtype, activations=activations)
     reason = refuse_decoding(model)
     if reason:
         raise SchemeError(f"{path}: {reason}")

@@ -76,12 +76,12 @@ def match(result: Node, updates: list[Node], calls: list[Node]) -> tuple[Pattern
     Raises:
         Differs: a step is another one.
     """
-    down, middle = _residual(result, "second")
+    down, middle = _residual(result, "its MLP")
     gate, activation, up, inner = _gated(_linear_input(down))
     between, seen = _norm(inner, "the MLP reads")
     if seen is not middle:
         raise Differs("The norm before its MLP reads something else than what the MLP is added to.")
-    out, entry = _residual(middle, "first")
+    out, entry = _residual(middle, "attention")
     if entry.name != "input":
         raise Differs(f"What attention is added to is {_what(entry)}, not what came in.")
     attention = _linear_input(out)
@@ -134,11 +134,14 @@ def _what(node: Any) -> str:
 def _residual(node: Node, which: str) -> tuple[Node, Node]:
     """The linear layer's result in a sum, and the other part."""
     if node.name != "add":
-        raise Differs(f"Where its {which} sum should be is {_what(node)}.")
+        raise Differs(f"Where the sum after {which} should be is {_what(node)}.")
     for one, two in (node.args, node.args[::-1]):
         if isinstance(one, Node) and isinstance(two, Node) and one.name == "linear" and two.name != "linear":
             return one, two
-    raise Differs(f"Its {which} sum is of {_what(node.args[0])} and {_what(node.args[1])}.")
+    one, two = node.args
+    raise Differs(
+        f"The sum after {which} is of {_what(one)} and {_what(two)}, not of a linear layer's result and what came in."
+    )
 
 
 def _linear_input(node: Node) -> Node:
@@ -165,7 +168,7 @@ def _gated(node: Node) -> tuple[Node, str, Node, Node]:
     active, plain = _only(factors, _named(*ACTIVATIONS)), _only(factors, _named("linear"))
     if len(factors) != 2 or len(active) != 1 or len(plain) != 1:
         raise Differs(
-            f"The last product of its MLP reads {_what(node) if len(factors) != 2 else ' times '.join(map(_what, factors))}, "
+            f"The last layer of its MLP reads {_what(node) if len(factors) != 2 else ' times '.join(map(_what, factors))}, "
             f"not a linear layer times {' or '.join(ACTIVATIONS)} of another."
         )
     (gate,), up = active[0].args, plain[0]

@@ -93,7 +93,7 @@ def _one_config(block: nn.Module) -> Any:
         raise Differs(f"Its parts hold {len(configs)} configs, of which one would name the attention function.")
     (config,) = configs.values()
     if config._attn_implementation not in IMPLEMENTATIONS:
-        raise Differs(f"Its attention is {config._attn_implementation}; known is {' and '.join(IMPLEMENTATIONS)}.")
+        raise Differs(f"Its attention is {config._attn_implementation}; known are {' and '.join(IMPLEMENTATIONS)}.")
     return config
 
 

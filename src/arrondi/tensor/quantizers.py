@@ -174,7 +174,7 @@ def sweep(
     columns: tuple[int, int, int],
     scheme: Scheme,
 ) -> None:
-    """GPTQ's loop over some columns of a block. The twin is `_Columns` in `arrondi.rounding.gptq`.
+    """GPTQ's loop over some columns of a block. The reference is `_Columns` in `arrondi.rounding.gptq_sweep`.
 
     Args:
         rows: (n, m) float32, the weight's columns in the order of the visit; those visited become differences.

@@ -36,7 +36,9 @@ def stack_rows(parts: Sequence[QTensor]) -> QTensor:
             return stack_rows(some)
         return None if some[0] is None else torch.cat(some)
 
-    scale, zero, offset = (joined(list(p)) for p in zip(*((q.scale, q.zero_point, q.offset) for q in parts), strict=True))
+    scale, zero, offset = (
+        joined(list(p)) for p in zip(*((q.scale, q.zero_point, q.offset) for q in parts), strict=True)
+    )
     return QTensor(torch.cat([p.codes for p in parts]), scale, zero, offset, parts[0].scheme, parts[0].group_index)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arrondi.checkpoint import ShardPlan, ShardWriter, TensorSpec, guard_disk, read_header, write_json
+from arrondi.checkpoint import ShardPlan, ShardWriter, TensorSpec, guard_disk, read_header, shard_digest, write_json
 from arrondi.checkpoint.containers import disk
 from arrondi.errors import OutputError
 
@@ -167,6 +167,31 @@ def test_a_digest_tells_of_the_bytes_that_are_there(tmp_path: Path) -> None:
     again = ShardWriter(tmp_path, plan)
     assert {n for n in TENSORS if after[n] != again.digest(n)} == {"d"}
     assert again.digest("none of these") is None
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 24, 10**9])
+def test_the_digest_of_a_file_is_known_without_reading_it(shard_bytes: int, tmp_path: Path) -> None:
+    plan = ShardPlan.split(SPECS, shard_bytes)
+    writer = ShardWriter(tmp_path, plan)
+    digests = {name: writer.put(name, tensor) for name, tensor in TENSORS.items()}
+    writer.publish()
+    found = writer.described(digests)
+    assert found == {
+        f: {"bytes": (tmp_path / f).stat().st_size, "digest": shard_digest(tmp_path / f)} for f in plan.files
+    }
+    with pytest.raises(AssertionError, match="a was never written"):
+        writer.described({name: digest for name, digest in digests.items() if name != "a"})
+
+
+def test_every_bit_of_a_file_counts_in_its_digest(tmp_path: Path) -> None:
+    written(tmp_path, ShardPlan.split(SPECS, 10**9), list("abcd")).publish()
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    seen = {shard_digest(path)}
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        seen.add(shard_digest(path) or str(i))
+    assert len(seen) == len(content) + 1
 
 
 @pytest.mark.parametrize("threads", [1, 3])

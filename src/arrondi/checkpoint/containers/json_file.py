@@ -1,8 +1,8 @@
 """JSON documents beside the weights: read strictly, and written whole or not at all.
 
 Owns: `read_json`, and `parse_json`, which refuses an object that has a key twice (the plain decoder keeps the last in silence);
-`write_json` and its inverse `read_report`; `write_config` for config.json. JSON has no infinity and no NaN, though Python writes
-both: in our documents they are what `arrondi.documents` says, in config.json transformers' `{"__float__": "Infinity"}`.
+`write_json` and `read_report` for our own documents, whose numbers that are none `arrondi.documents` writes; and `write_config` for
+config.json, where they are what transformers makes of them: `{"__float__": "Infinity"}`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.checkpoint.containers.disk import guard_disk, sync_folder
-from arrondi.documents import as_measured, finite
+from arrondi.documents import finite
 from arrondi.errors import FileFormatError, OutputError
-
-_TAGS = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -51,32 +48,36 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     return document
 
 
-def read_report(path: Path) -> Any:
-    """A document that `write_json` wrote, with the numbers that JSON has no word for.
-
-    Raises:
-        OutputError: it is not there, or it is no JSON.
-    """
-    try:
-        return as_measured(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{path}: cannot be read ({error}). Delete {path.parent} and run again.") from error
-
-
 def write_json(path: Path, document: Any) -> None:
     """Write a document so that a reader sees the old file or the new one, never a half, and never NaN or Infinity."""
     _write(path, finite(document))
 
 
 def write_config(path: Path, config: Any) -> None:
-    """The same for config.json, with infinities and NaN as transformers writes them."""
-    _write(path, _floats(config, lambda special: {"__float__": _TAGS[str(float(special))]}))
+    """The same for config.json."""
+    _write(path, _tagged(config))
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A document that `write_json` wrote.
+
+    Raises:
+        OutputError: it is not there, or it is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}). Delete {path.parent} and run again.") from error
+    return found
 
 
 def _write(path: Path, document: Any) -> None:
     temporary = path.with_name(path.name + ".partial")
     with guard_disk(path.parent):
-        with temporary.open("w", encoding="utf-8") as file:
+        # Names of files may hold bytes that are no characters; as escapes they are JSON all the same.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
             file.flush()
@@ -85,16 +86,14 @@ def _write(path: Path, document: Any) -> None:
         sync_folder(path.parent)
 
 
-def _floats(value: Any, special: Callable[[float], Any]) -> Any:
-    """A tree of dicts and lists with every float that is not finite replaced, and words that UTF-8 can hold."""
+def _tagged(value: Any) -> Any:
+    """A config with every number that is none as transformers writes it."""
     if isinstance(value, dict):
-        return {_floats(k, special): _floats(v, special) for k, v in value.items()}
+        return {k: _tagged(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_floats(v, special) for v in value]
+        return [_tagged(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return special(value)
-    if isinstance(value, str):  # names of files may hold bytes that are no characters
-        return value.encode("utf-8", "backslashreplace").decode()
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     return value
 
 

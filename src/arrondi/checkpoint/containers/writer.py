@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from arrondi.checkpoint.containers.disk import digest_pieces, guard_disk, sync_folder
+from arrondi.checkpoint.containers.disk import digest_of, digest_pieces, guard_disk, sync_folder
 from arrondi.checkpoint.containers.json_file import write_json
 from arrondi.checkpoint.containers.tensor_file import (
     DTYPE_NAMES,
@@ -25,9 +26,10 @@ from arrondi.checkpoint.containers.tensor_file import (
     as_memory,
     encode_header,
     read_bytes,
+    read_header,
     read_tensor,
 )
-from arrondi.errors import OutputError
+from arrondi.errors import FileFormatError, OutputError
 
 TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, element type and shape of a tensor to be written."""
@@ -89,6 +91,7 @@ class ShardWriter:
         """
         self.folder, self.plan, self.target = folder, plan, target or folder
         self._place: dict[str, tuple[str, int, int]] = {}
+        self._headers: dict[str, bytes] = {}
         self._specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._fresh: dict[str, str] = {}
         self._dirty: set[str] = set()
@@ -97,6 +100,7 @@ class ShardWriter:
             header, ranges = encode_header(specs)
             self._place |= {name: (file, *span) for name, span in ranges.items()}
             self._specs |= {name: (dtype, shape) for name, dtype, shape in specs}
+            self._headers[file] = header
             self._prepare(file, header, max((stop for _, stop in ranges.values()), default=len(header)))
 
     def _prepare(self, file: str, header: bytes, size: int) -> None:
@@ -173,8 +177,18 @@ class ShardWriter:
         """The digest of what lies in a tensor's place now; None for a name that the plan does not have."""
         if name not in self._place:
             return None
-        entry = self._entry(name)
-        return digest_pieces(entry.nbytes, lambda offset, length: as_memory(read_bytes(entry, offset, length)))
+        return _digest_there(self._entry(name))
+
+    def described(self, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """`bytes` and `digest` of every shard, from the digests of all its tensors: nothing is read again."""
+        found = {}
+        for file, specs in self.plan.files.items():
+            missing = [name for name, _, _ in specs if name not in digests]
+            assert not missing, f"{missing[0]} was never written"
+            size = max((self._place[name][2] for name, _, _ in specs), default=len(self._headers[file]))
+            digest = _shard_digest(self._headers[file], [digests[name] for name, _, _ in specs])
+            found[file] = {"bytes": size, "digest": digest}
+        return found
 
     def _entry(self, name: str) -> Entry:
         file, start, stop = self._place[name]
@@ -197,6 +211,26 @@ class ShardWriter:
         index = self.plan.index()
         if index is not None:
             write_json(self.target / INDEX, index)
+
+
+def shard_digest(path: Path) -> str | None:
+    """The digest of a file of tensors as it lies there, equal to that of `ShardWriter.described`; None if it is none."""
+    try:
+        entries = read_header(path)
+    except FileFormatError:
+        return None
+    with path.open("rb") as file:
+        header = file.read(min((e.start for e in entries.values()), default=path.stat().st_size))
+    return _shard_digest(header, [_digest_there(e) for e in entries.values()])
+
+
+def _shard_digest(header: bytes, tensors: list[str]) -> str:
+    """Of the header and of the digests of the tensors, in the order of their bytes."""
+    return digest_of(header + "".join(tensors).encode())
+
+
+def _digest_there(entry: Entry) -> str:
+    return digest_pieces(entry.nbytes, lambda offset, length: as_memory(read_bytes(entry, offset, length)))
 
 
 def _pwrite(handle: int, data: bytes | memoryview, offset: int) -> None:

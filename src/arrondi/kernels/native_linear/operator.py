@@ -95,6 +95,8 @@ def _linear_fake(
 ) -> torch.Tensor:
     if len(facts) != len(Facts._fields) or x.dim() == 0 or x.shape[-1] != facts[2]:
         raise ShapeError(f"x must be (..., columns of the weight) for the facts {list(facts)}, got {tuple(x.shape)}.")
+    if any(part is not None and part.device != x.device for part in parts):
+        raise ShapeError(f"x and the weight must be on one device, got x on {x.device}.")
     return x.new_empty((*x.shape[:-1], facts[1]))
 
 
