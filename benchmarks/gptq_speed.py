@@ -70,7 +70,10 @@ def main() -> None:
             ]
             subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
         for case in (model, args.data / "books-llama-6m"):
-            compare(case, text, held, args.peer_python, args.repeat, Path(scratch) / case.name)
+            if not case.is_dir():
+                print(f"{case} is not there and is left out")
+                continue
+            compare(case, text, held, args.peer_python, args.repeat, Path(scratch) / f"{case.name}-runs")
 
 
 def compare(model: Path, text: Path, held: Path, peer: Path | None, repeat: int, scratch: Path) -> None:

@@ -1,8 +1,8 @@
-"""The compiled quantizers beside their PyTorch twins, on one thread: rounding and packing, and HQQ.
+"""The compiled quantizers beside their references in PyTorch, on one thread: rounding and packing, and HQQ.
 
-    python benchmarks/quantizer_speed.py [--repeat 5]
+    python benchmarks/quantizer_speed.py [--repeat 5] [--rows 2048]
 
-Owns: those two numbers. The twin runs in a process of its own, with `ARRONDI_CPU=none`.
+Owns: those two numbers. The reference runs in a process of its own, with `ARRONDI_CPU=none`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def median_seconds(run: Callable[[], object], repeat: int) -> float:
     return statistics.median(taken)
 
 
-def measure(repeat: int) -> dict[str, float]:
-    """GB/s of bfloat16 weights that are rounded to W4A16 and packed, 64 × 4096 from cache; seconds of HQQ, 2048 × 4096."""
+def measure(repeat: int, rows: int) -> dict[str, float]:
+    """GB/s of bfloat16 weights that are rounded to W4A16 and packed, 64 × 4096 from cache; seconds of HQQ, rows × 4096."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     small = torch.randn(64, 4096, generator=generator).bfloat16()
-    large = torch.randn(2048, 4096, generator=generator)
+    large = torch.randn(rows, 4096, generator=generator)
     four, offset = parse_scheme("W4A16").weights, parse_scheme("w=int4/g64/offset").weights
 
     def packed() -> object:
@@ -56,17 +56,18 @@ def measure(repeat: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=2048, help="of the weight that HQQ rounds")
     parser.add_argument("--json", action="store_true", help="print only this process's numbers")
     options = parser.parse_args()
-    mine = measure(options.repeat)
+    mine = measure(options.repeat, options.rows)
     if options.json:
         print(json.dumps(mine))
         return
-    command = [sys.executable, __file__, "--json", "--repeat", str(options.repeat)]
+    command = [sys.executable, __file__, "--json", "--repeat", str(options.repeat), "--rows", str(options.rows)]
     environment = os.environ | {"ARRONDI_CPU": "none"}
-    twin = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    reference = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
     for name, value in mine.items():
-        print(f"{name:22s} compiled {value:.3g}   PyTorch twin {twin[name]:.3g}")
+        print(f"{name:22s} compiled {value:.3g}   reference {reference[name]:.3g}")
 
 
 if __name__ == "__main__":

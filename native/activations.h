@@ -92,7 +92,7 @@ struct Grid {
     float step, low, high;
 };
 
-// As it is given, or as arrondi.tensor.fitting finds it: symmetric, or from the smallest to the largest with zero between them.
+// As it is given, or as arrondi.tensor.ranges.fits finds it: symmetric, or from the smallest to the largest with zero between them.
 inline Grid grid_of(const Product& p, const Row& row, int start, int end) {
     const float lowest = static_cast<float>(p.lowest), highest = static_cast<float>(p.highest), levels = highest - lowest;
     const float size = absolute_largest(row, start, end);
@@ -102,7 +102,15 @@ inline Grid grid_of(const Product& p, const Row& row, int start, int end) {
         return {*p.x_scale, lowest - zero, highest - zero};
     }
     const auto stored = [&](float step) {
-        return step == 0.0f ? 1.0f : rounded_to(step < 0x1p-126f ? 0x1p-126f : step, p.step_type);
+        if (step == 0.0f) return 1.0f;
+        if (step >= 0x1p-126f || p.step_type == Type::f32) return rounded_to(step, p.step_type);
+        // The instructions that round to bfloat16 take subnormal numbers for zero.
+        uint32_t bits;
+        __builtin_memcpy(&bits, &step, 4);
+        bits = (bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u;
+        bits = bits != 0 ? bits : 0x10000u;
+        __builtin_memcpy(&step, &bits, 4);
+        return step;
     };
     if (p.digits == 1) return {stored(size / (levels / 2.0f)), lowest, highest};
     Floats least = zero_floats(), most = zero_floats();

@@ -1,6 +1,6 @@
 // Round to nearest, packing and restoring, for one path. Included by path.h after a lanes_*.h.
 //
-// Bit for bit what arrondi.fitting, arrondi.encoding and arrondi.packing compute: float32, divisions with the stored scale,
+// Bit for bit what arrondi.tensor.ranges, .encoding and .packing compute: float32, divisions with the stored scale,
 // no fused operation where the twin has two.
 #pragma once
 
@@ -65,7 +65,7 @@ inline float round_one_even(float f) { return (f + 0x1.8p23f) - 0x1.8p23f; }
 
 // ---- grids -------------------------------------------------------------------------------------------------------
 
-// arrondi.fitting.round_scale: false where the storage overflows.
+// arrondi.tensor.ranges.grid.round_scale: false where the storage overflows.
 inline bool round_scale(float scale, Type type, float& stored) {
     const uint32_t sign = float_to_bits(scale) & 0x80000000u;
     float size = bits_to_float(float_to_bits(scale) & 0x7fffffffu);
@@ -74,11 +74,13 @@ inline bool round_scale(float scale, Type type, float& stored) {
         stored = 1.0f;
         return true;
     }
-    const float least = type == Type::f16 ? 0x1p-14f : 0x1p-126f;
+    const float least = type == Type::f16 ? 0x1p-24f : type == Type::bf16 ? 0x1p-133f : 0x1p-149f;
     if (size < least) size = least;
     uint32_t bits = float_to_bits(size);
-    if (type != Type::f32) {
-        // Normal numbers only, so rounding is cutting bits; what rounds up past the largest was refused.
+    if (type == Type::f16 && size < 0x1p-14f) {
+        bits = float_to_bits(round_one_even(size * 0x1p24f) * 0x1p-24f);
+    } else if (type != Type::f32) {
+        // Rounding is cutting bits (the subnormal numbers of bfloat16 too); what rounds up past the largest was refused.
         const int cut = type == Type::f16 ? 13 : 16;
         if (size > (type == Type::f16 ? 65504.0f : bits_to_float(0x7f7f0000u))) return false;
         bits = (bits + ((1u << (cut - 1)) - 1) + (bits >> cut & 1)) >> cut << cut;

@@ -12,7 +12,7 @@ namespace arrondi {
 
 enum class Type : int;  // of kernels.h
 
-// How the grid of a group follows from its elements; see arrondi.fitting.
+// How the grid of a group follows from its elements; see arrondi.tensor.ranges.fits.
 enum class Fit : int {
     given,      // it does not: the grid is read
     symmetric,  // the largest magnitude over `divisor`

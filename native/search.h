@@ -1,4 +1,4 @@
-// The grid of each group with the least error, for one path; see arrondi.rounding.grid_search, whose tries these are, in its
+// The grid of each group with the least error, for one path; see arrondi.tensor.ranges.search, whose tries these are, in its
 // order. A group and the weights of its columns stay in the core's nearest cache for all of them.
 #pragma once
 

@@ -1,7 +1,12 @@
-"""The benchmark scripts: a checkpoint that loads, a yardstick and a layer loss right where the answer is known."""
+"""The benchmark scripts: each runs and prints its figures; a yardstick and a layer loss are right where the answer is known."""
 
 import json
+import os
+import re
+import runpy
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +15,110 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import arrondi
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import layer_loss
 import make_llama
 import yardstick
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TEXT = arrondi.sample_path() / "heldout.txt"
+FEW = ("--samples", 2, "--length", 16)
+
+SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "gptq_layer.py": (lambda _: ["--size", 256, "--rounds", 1], r"arrondi, search +\d.* loss 0\.\d+"),
+    "gptq_speed.py": (
+        lambda tiny: ["--data", data(tiny), "--model", tiny, "--repeat", 1],
+        r"tiny, W4A16(?s:.*)arrondi +\d.*CPU s(?s:.*)mean relative loss(?s:.*)ours-0 +21 (?s:.*)books-llama-6m is not there",
+    ),
+    "kernels.py": (
+        lambda _: ["--shapes", "64x128", "--m", 1, "--rounds", 1, "--threads", 1, "--seconds", 0.01, "--rotate-mb", 0.1, "--cases", "w4 bf16"],
+        r"64x128 m=1 +4 bits +arrondi +w4 bf16 .*GB/s",
+    ),
+    "layer_loss.py": (lambda tiny: [tiny, quantized(tiny), "--text", TEXT, *FEW], r"mean relative loss(?s:.*)tiny-w4 +21 +0\.\d+"),
+    "make_llama.py": (lambda tiny: [tiny.parent / "another", "--size", "tiny"], r"another: 574,336 parameters"),
+    "quality.py": (
+        lambda tiny: ["--model", tiny, "--split", TEXT, "--samples", 2, "--seq-len", 16, "--windows", 2, "--bits", 4],
+        r"(?s)4  rtn .*4  hqq .*4  gptq .*%",
+    ),
+    "quantizer_speed.py": (lambda _: ["--repeat", 1, "--rows", 64], r"round and pack, GB/s +compiled \d.* reference \d(?s:.*)hqq, s "),
+    "rtn_speed.py": (lambda tiny: ["--model", tiny, "--repeat", 1], r"RTN W4A16, all of it.*GB/s a core(?s:.*)a plain copy"),
+    "tokens.py": (
+        lambda tiny: [quantized(tiny), "--activations", "int8/g128", "--plain", tiny, "--prompt", 8, "--decode", 3, "--rounds", 1],
+        r"arrondi int8/g128 +prompt(?s:.*)transformers .* decode +\d",
+    ),
+    "yardstick.py": (
+        lambda tiny: [tiny, "--calibration", TEXT, "--evaluation", TEXT, "--bits", 3, "--eval-samples", 2, *FEW],
+        r"3  rtn +\d(?s:.*)3  gptq +\d",
+    ),
+}  # fmt: skip
+"""Script → its arguments for a tiny model, and what it prints. Peers are left out: they have environments of their own."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the sample's tokenizer."""
+    folder = tmp_path_factory.mktemp("benchmarks") / "tiny"
+    size = make_llama.SIZES["tiny"]
+    make_llama.write_checkpoint(folder, size, tokenizer=arrondi.sample_path(), shard_bytes=10**9)
+    return folder
+
+
+def quantized(tiny: Path) -> Path:
+    out = tiny.with_name("tiny-w4")
+    if not out.exists():
+        arrondi.quantize_model(tiny, out, arrondi.Recipe.simple("W4A16"))
+    return out
+
+
+def data(tiny: Path) -> Path:
+    """A directory of texts as the benchmarks want it."""
+    folder = tiny.with_name("data")
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    for name in ("wikipedia_calib.txt", "the_time_machine.txt"):
+        (folder / "text" / name).write_bytes(TEXT.read_bytes())
+    return folder
+
+
+def test_every_script_has_a_run() -> None:
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == SMOKE.keys()
+
+
+@pytest.mark.parametrize("script", SMOKE)
+def test_a_script_runs_and_prints_its_figures(
+    script: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments, figures = SMOKE[script]
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments(tiny))])
+    monkeypatch.setitem(os.environ, "PYTHONPATH", str(Path(arrondi.__file__).parents[1]))  # of the processes it starts
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    out = capfd.readouterr().out
+    assert re.search(figures, out), out
+
+
+@pytest.mark.parametrize("script", ["kernels.py", "products/ours.py"])
+def test_cases_that_match_nothing_are_an_error(script: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / script), "--shapes", "64x128", "--cases", "w4 bf61"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(arrondi.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "--cases w4 bf61 matches none of: w8 f32, w8 bf16" in done.stderr
+
+
+PEERS = sorted(str(p.relative_to(BENCHMARKS)) for p in BENCHMARKS.glob("*/*.py") if p.name not in ("common.py", "ours.py"))  # fmt: skip
+
+
+@pytest.mark.parametrize("script", PEERS)
+def test_a_peers_script_is_python_that_does_not_need_arrondi(script: str) -> None:
+    source = (BENCHMARKS / script).read_text(encoding="utf-8")
+    compile(source, script, "exec")
+    assert not re.search(r"^\s*(from|import) arrondi", source, re.MULTILINE)
 
 
 def tiny_llama() -> LlamaForCausalLM:

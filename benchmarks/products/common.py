@@ -86,7 +86,10 @@ def times_ms(run: Run, copies: int, seconds: float) -> tuple[float, float]:
 def main(
     peer: str, prepare: Callable[[int], Sequence[Case]], about: str | None, arguments: list[str] | None = None
 ) -> None:
-    """Read the options, time every case of `prepare(threads)` and write the JSON; a case that fails is left out."""
+    """Read the options, time every case of `prepare(threads)` and write the JSON; a case that fails is left out.
+
+    Ends with status 2 when `--cases` matches nothing, and with 1 when no case could be timed.
+    """
     parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     parser.add_argument("--shapes", type=shapes, default=shapes("4096x4096"), help="NxK,...: outputs x inputs")
     parser.add_argument("--m", type=lambda text: [int(m) for m in text.split(",")], default=[1], help="rows of x: 1,16")
@@ -98,10 +101,12 @@ def main(
     options = parser.parse_args(arguments)
     bind_threads()
     wanted = options.cases.split(",")
+    known = list(prepare(options.threads))
+    chosen = [case for case in known if any(part in case.name for part in wanted)]
+    if not chosen:
+        parser.error(f"--cases {options.cases} matches none of: {', '.join(case.name for case in known)}")
     results: list[dict[str, object]] = []
-    for case in prepare(options.threads):
-        if not any(part in case.name for part in wanted):
-            continue
+    for case in chosen:
         for n, k in options.shapes:
             nbytes = case.nbytes(n, k)
             copies = max(2, ceil(options.rotate_mb * 1e6 / nbytes))
@@ -109,7 +114,7 @@ def main(
                 bind = case.build(n, k, copies)
                 for m in options.m:
                     ms, best = times_ms(bind(m), copies, options.seconds)
-                    times = {"ms": round(ms, 4), "best_ms": round(best, 4), "gbytes": round(nbytes / 1e9, 6)}
+                    times = {"ms": round(ms, 4), "best_ms": round(best, 4), "gbytes": round(nbytes / 1e9, 9)}
                     results.append({"peer": peer, "case": case.name, "n": n, "k": k, "m": m, **times})
                     speed = f"{nbytes / ms / 1e6:7.1f} GB/s  {2 * m * n * k / ms / 1e6:8.1f} GFLOP/s"
                     print(
@@ -119,5 +124,7 @@ def main(
             except Exception as error:  # a peer may refuse a shape: the others are still timed
                 reason = str(error).strip().partition("\n")[0][:200]
                 print(f"{peer} {case.name} {n}x{k}: left out, {type(error).__name__}: {reason}", file=sys.stderr)
+    if not results:
+        parser.exit(1, f"{peer}: no case could be timed\n")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -30,6 +30,21 @@ class Result:
 Cli = Callable[..., Result]
 
 
+def refused(result: Result, *words: str) -> str:
+    """The one sentence of a command that was refused, with these words in it: what is wrong, and what to do."""
+    assert result.code == 2, (result.code, result.err)
+    assert "Traceback" not in result.err + result.out
+    assert result.out == ""
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1, result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert lines[0].startswith("arrondi: ")
+    said = lines[0].removeprefix("arrondi: ")
+    assert ". " in said or ": " in said or " takes " in said, "it says what to do, too"
+    return lines[0]
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     def run(*arguments: object) -> Result:

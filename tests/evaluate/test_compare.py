@@ -12,7 +12,8 @@ import transformers
 import arrondi
 from arrondi.errors import DataError, FileFormatError
 from arrondi.evaluate import Comparison
-from arrondi.evaluate.text import load_tokenizer, read_windows
+from arrondi.evaluate.data import read_windows
+from arrondi.evaluate.text import load_tokenizer
 
 
 def test_the_numbers_are_those_of_transformers(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:

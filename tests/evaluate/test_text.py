@@ -1,8 +1,9 @@
-"""Text to windows: the protocol, and texts that cannot be used."""
+"""Text to windows: the protocol, documents of files, and texts that cannot be used."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import torch
 import transformers
 
 from arrondi.errors import DataError, FileFormatError
-from arrondi.evaluate.text import load_tokenizer, protocol, read_windows, special_tokens
+from arrondi.evaluate import read_windows
+from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol, special_tokens
 from arrondi.sample import sample_path
 
 
 class Letters:
     """A tokenizer by hand: one token for each character."""
 
-    def __init__(self, *, bos: int | None = None, cls: int | None = None, sep: int | None = None) -> None:
-        self.bos_token_id, self.cls_token_id, self.sep_token_id = bos, cls, sep
+    def __init__(
+        self, *, bos: int | None = None, cls: int | None = None, sep: int | None = None, eos: int | None = None
+    ) -> None:
+        self.bos_token_id, self.cls_token_id, self.sep_token_id, self.eos_token_id = bos, cls, sep, eos
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
@@ -68,9 +72,102 @@ def test_the_protocol_is_said_in_one_sentence() -> None:
     assert protocol(Letters(bos=1), 256) == "non-overlapping windows of 255 tokens, BOS before each, every token of a window predicted once"  # fmt: skip
     assert "windows of 126 tokens, CLS and SEP around each" in protocol(Letters(cls=1, sep=2), 128)
     assert "windows of 64 tokens, nothing before each" in protocol(Letters(), 64)
+    assert "windows of 64 tokens as they were given" in protocol(None, 64)
 
 
-@pytest.mark.parametrize("length", [0, 1, 9])
+def letters(windows: Any) -> str:
+    """All windows as one text; token 0 is written |."""
+    return "".join("|" if token == 0 else chr(token) for token in windows.ids.flatten().tolist())
+
+
+FILES = {
+    "a byte-order mark": ("bom.txt", b"\xef\xbb\xbfabcdef", "abcdef"),
+    "JSON lines of texts": ("a.jsonl", b'"abc"\n\n"def"\n', "abc|de"),
+    "JSON lines of objects": ("a.JSONL", b'{"text": "abc", "id": 1}\r\n{"text": "def"}', "abc|de"),
+    "a mark and a line separator": ("b.ndjson", b'\xef\xbb\xbf{"text": "ab\xe2\x80\xa8c"}\n"def"', "ab\u2028c|def"),
+    "a JSON list": ("a.json", b'["abc", {"text": "def"}, "   "]', "abc|de"),
+    "JSON as plain text": ("a.txt", b'{"text": 1}!', '{"text": 1}!'),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_documents_of_files(kind: str, tmp_path: Path) -> None:
+    name, content, expected = FILES[kind]
+    (tmp_path / name).write_bytes(content)
+    windows = read_windows(tmp_path / name, Letters(eos=0), 2)
+    assert letters(windows) == expected[: len(expected) // 2 * 2]
+    assert windows.text_hash == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [({"eos": 0}, "ab|cd|ef"), ({}, "abcdef"), ({"sep": 0}, "ab|cd|ef")], ids=str
+)
+def test_texts_are_joined_by_the_end_token(end: dict[str, int], expected: str) -> None:
+    assert letters(read_windows(["ab", "cd", " \n", "ef"], Letters(**end), 2)) == expected
+
+
+NO_DOCUMENTS = {
+    "an object": (
+        '{"messages": []}',
+        "line 1: an object with the fields 'messages' .* field `text`. Write the conversation",
+    ),
+    "another field": ('"a"\n\n{"body": "x"}', "line 3: an object with the fields 'body'"),
+    "a number": ("3", "line 1: a number is no text"),
+    "half a line": ('"a"\n{"text": "b', "line 2: not JSON"),
+    "plain text": ("Once upon a time.", r"line 1: not JSON .* plain text belongs into a \.txt file"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DOCUMENTS)
+def test_lines_that_are_no_documents_are_named(kind: str, tmp_path: Path) -> None:
+    content, words = NO_DOCUMENTS[kind]
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(FileFormatError, match=words):
+        read_windows(tmp_path / "x.jsonl", Letters(), 1)
+    with pytest.raises(FileFormatError, match=r"x\.json"):
+        (tmp_path / "x.json").write_text(content)
+        read_windows(tmp_path / "x.json", Letters(), 1)
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n ", "\ufeff", "\u200b\u00a0\x00\n" * 50], ids=repr)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_nothing_but_white_space_is_no_text(content: str, name: str, tmp_path: Path) -> None:
+    written = content if name == "a.txt" else f'{json.dumps(content)}\n{{"text": " "}}\n'
+    (tmp_path / name).write_text(written, encoding="utf-8")
+    with pytest.raises(DataError, match="holds no text, only white space"):
+        read_windows(tmp_path / name, Letters(), 2, "calibration text")
+
+
+def test_windows_are_as_long_as_the_model_takes_and_the_cut_is_said() -> None:
+    assert fit_length(512, None) == fit_length(512, 512) == (512, None)
+    length, note = fit_length(512, 128)
+    assert length == 128 and note is not None and "128 tokens, not 512" in note
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (transformers.LlamaConfig(max_position_embeddings=77), 77),
+        (transformers.GPT2Config(n_positions=78), 78),
+        (transformers.RobertaConfig(max_position_embeddings=80, pad_token_id=1, vocab_size=80), 78),
+        (transformers.BloomConfig(), None),
+    ],
+    ids=lambda v: getattr(v, "model_type", str(v)),
+)
+def test_positions_are_those_that_a_model_runs_with(config: Any, expected: int | None) -> None:
+    for name in ("num_hidden_layers", "n_layer"):
+        setattr(config, name, 1)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert positions_of(model) == expected
+    if config.model_type == "roberta":
+        whole = transformers.AutoModel.from_config(config).eval()
+        whole(torch.full((1, expected), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            whole(torch.full((1, expected + 1), 5))
+
+
+@pytest.mark.parametrize("length", [1, 9])
 def test_a_text_shorter_than_one_window_says_how_long_it_is(length: int, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("x" * length)

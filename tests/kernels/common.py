@@ -13,8 +13,8 @@ from arrondi.formats import ActivationScheme, Scheme, parse_scheme
 from arrondi.kernels import Meta
 from arrondi.kernels import native_linear as module
 from arrondi.native import native
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.ranges.grid import Grid
 
 PATHS = [] if native is None else [name for name, missing in native.paths() if missing is None]
 """Paths of the compiled kernels that run here."""

@@ -19,8 +19,8 @@ from arrondi.kernels import native_linear as module
 from arrondi.kernels.native_linear.coding import KIND, packing_of
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor, quantize_with
+from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import PATHS, inputs, normal, packed, weight
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")

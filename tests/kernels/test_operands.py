@@ -25,7 +25,7 @@ from arrondi.kernels.tokens import attend, dense_linear, rotate
 from arrondi.native import native, operand
 from arrondi.tensor import quantizers
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import Grid
+from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.packing import pack, pack_reference, unpack, unpack_reference
 from arrondi.tensor.qtensor import QTensor, quantize_tensor
 from tests.kernels.common import normal, packed, weight

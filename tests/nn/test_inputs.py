@@ -15,8 +15,8 @@ from arrondi.formats import ActivationScheme, parse_scheme
 from arrondi.kernels import KERNELS
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import inputs, normal
 
 NVFP4 = "fp4_e2m1/g16/s:(fp8_e4m3/tensor)"

@@ -18,7 +18,7 @@ from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_activations
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.runtime.fused import is_fused
+from arrondi.runtime.fuse import is_fused
 from arrondi.tensor.qtensor import fake_quantize
 
 

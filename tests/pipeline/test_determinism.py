@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import torch
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.text import Windows
+from arrondi.evaluate.data import Windows
 from arrondi.model import Skeleton
+from arrondi.native import native
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 from tests.pipeline.killer import digest
 
@@ -126,7 +128,7 @@ def test_each_of_these_makes_another_run(models: Callable[..., Path], text: Path
     recipe = arrondi.Recipe.simple("W4A16", "gptq", group_size=32)
     shorter = tmp_path / "shorter.txt"
     shorter.write_text(text.read_text()[:-200])
-    runs = [
+    runs: list[tuple[arrondi.Recipe, TextOptions, dict[str, Any]]] = [
         (recipe, base, {}),
         (recipe, replace(base, seed=1), {}),
         (recipe, replace(base, samples=3), {}),
@@ -139,6 +141,24 @@ def test_each_of_these_makes_another_run(models: Callable[..., Path], text: Path
         (arrondi.Recipe.simple("W4A16", "hqq", group_size=32), base, {}),
     ]
     for i, (changed, options, more) in enumerate(runs):
-        arrondi.quantize_model(source, tmp_path / str(i), changed, options, **more)  # type: ignore[arg-type]
-        keys.append(json.loads((tmp_path / str(i) / "manifest.json").read_text())["run"])
-    assert len(set(keys)) == len(runs)
+        keys.append(key_of(source, tmp_path / str(i), changed, options, **more))
+    threads, path = torch.get_num_threads(), native and native.path()
+    others = [other for other, missing in native.paths() if missing is None and other != path] if native else []
+    try:
+        torch.set_num_threads(threads + 1)
+        keys.append(key_of(source, tmp_path / "threads", recipe, base))
+        torch.set_num_threads(threads)
+        for other in others:
+            native.use_path(other)  # type: ignore[union-attr]
+            keys.append(key_of(source, tmp_path / other, recipe, base))
+    finally:
+        torch.set_num_threads(threads)
+        if native is not None:
+            native.use_path(path)
+    assert len(set(keys)) == len(runs) + 1 + len(others)
+
+
+def key_of(source: Path, out: Path, *what: Any, **more: Any) -> str:
+    """The key of a run."""
+    arrondi.quantize_model(source, out, *what, **more)
+    return str(json.loads((out / "manifest.json").read_text())["run"])

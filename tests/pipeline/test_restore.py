@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,11 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint, ShardWriter
 from arrondi.errors import OutputError, SchemeError
+from arrondi.pipeline import restore
+from arrondi.pipeline.manifest import WORK
 from arrondi.tensor.qtensor import QTensor
 from tests.pipeline.killer import digest
+from tests.pipeline.stopping import DAMAGES, stopped_after
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,27 +84,71 @@ def test_what_cannot_be_restored_is_refused(packed: Path, models: Callable[..., 
     assert not (tmp_path / "plain").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match=r"already holds something\. Nothing was touched"):
+    with pytest.raises(OutputError, match=r"already holds thesis\.txt and maybe more\. Nothing was touched"):
         arrondi.dequantize_model(packed, tmp_path / "mine")
-    with pytest.raises(OutputError, match="already holds something"):
+    with pytest.raises(OutputError, match="same directory"):
         arrondi.dequantize_model(packed, packed)
-    with pytest.raises(OutputError, match="already holds something"):
+    with pytest.raises(OutputError, match="inside the model"):
+        arrondi.dequantize_model(packed, packed / "plain")
+    with pytest.raises(OutputError, match=r"a file\. Give a directory"):
         arrondi.dequantize_model(packed, tmp_path / "mine" / "thesis.txt")
 
 
-def test_a_restoration_that_broke_off_can_be_made_again(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(self: ShardWriter) -> None:
-        raise KeyboardInterrupt
+# ── a restoration that was killed ─────────────────────────────────────────────────────────────────────────────────────
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShardWriter, "sync", stop)
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups of tensors, as a large model has them."""
+    monkeypatch.setattr(restore, "_GROUP_BYTES", 50_000)
+
+
+@pytest.mark.parametrize("damage", [None, "deleted", "one bit"])
+@pytest.mark.parametrize("step", ["tensors 0", "tensors 2"])
+def test_a_restoration_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
+    step: str, damage: str | None, small_steps: None, packed: Path, tmp_path: Path
+) -> None:
+    with stopped_after(step):
         arrondi.dequantize_model(packed, tmp_path / "plain")
-    assert {p.name for p in (tmp_path / "plain").iterdir()} == {"model.safetensors.partial"}
-    arrondi.dequantize_model(packed, tmp_path / "plain")
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {WORK}, "nothing has its final name"
+    if damage:
+        DAMAGES[damage](tmp_path / "plain" / WORK / "model.safetensors.partial")
+    done: list[int] = []
+    arrondi.dequantize_model(packed, tmp_path / "plain", progress=lambda i, total, what: done.append(i))
     arrondi.dequantize_model(packed, tmp_path / "whole")
     assert digest(tmp_path / "plain") == digest(tmp_path / "whole")
+    assert (done[0] == 0) == (damage == "deleted"), "what is whole is not done again"
+
+
+def test_other_types_and_two_at_once_do_not_mix(small_steps: None, packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    with stopped_after("tensors 1"):
+        arrondi.dequantize_model(packed, out, "float32")
+    with (out / WORK / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another run is writing here"):
+            arrondi.dequantize_model(packed, out, "float32")
+    arrondi.dequantize_model(packed, out, "float16")
+    arrondi.dequantize_model(packed, tmp_path / "whole", "float16")
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_a_finished_restoration_is_left_alone_unless_it_is_damaged_or_another(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "plain"
+    first = arrondi.dequantize_model(packed, out)
+    whole = digest(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "put", None)
+        assert arrondi.dequantize_model(packed, out) == first
+    with pytest.raises(OutputError, match=r"finished model of another run.*--overwrite"):
+        arrondi.dequantize_model(packed, out, "float32")
+    DAMAGES["cut"](out / "model.safetensors")
+    with pytest.raises(OutputError, match=r"model\.safetensors: has .* bytes, .* were written"):
+        arrondi.dequantize_model(packed, out)
+    arrondi.dequantize_model(packed, out, overwrite=True)
+    assert digest(out) == whole
 
 
 # ── inspect ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -117,13 +165,27 @@ def test_inspect_counts_every_stored_bit(packed: Path) -> None:
     assert found["bits_per_weight"] == round(8 * own / weights, 4)
     # 4 bits, a bfloat16 scale and a 4-bit zero point for 32 weights, and the shape of each tensor.
     assert found["bits_per_weight"] == pytest.approx(4 + 16 / 32 + 4 / 32 + 128 * len(quantized) / weights, abs=0.01)
-    assert found["layout"] == "compressed-tensors"
+    assert found["container"] == "safetensors" and found["layout"] == "compressed-tensors"
+    assert "transformers" in found["readers"]
+    assert found["file_bytes"] == (packed / "model.safetensors").stat().st_size > found["bytes"]
     assert {t["format"] for t in quantized} == {"w=int4/g32/asym/bfloat16"}
 
 
 def test_inspect_of_a_plain_model(models: Callable[..., Path]) -> None:
     found = arrondi.inspect_model(models("llama"))
     assert found["layout"] is None and found["bits_per_weight"] is None
+    assert found["container"] == "safetensors" and "safetensors" in found["readers"]
     assert found["model_bits_per_weight"] == 32
     assert found["parameters"] == found["bytes"] // 4
     assert not any(t["quantized"] for t in found["tensors"])
+
+
+def test_inspect_counts_what_no_model_tensor_needs(packed: Path, tmp_path: Path) -> None:
+    """A tensor that the layout does not know is a tensor of its own, and its bits count."""
+    for file in packed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(packed / "model.safetensors") | {"extra.table": torch.zeros(7, dtype=torch.int16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = arrondi.inspect_model(tmp_path)
+    assert found["bytes"] == sum(t.nbytes for t in tensors.values()) == arrondi.inspect_model(packed)["bytes"] + 14
+    assert [t["bytes"] for t in found["tensors"] if t["name"] == "extra.table"] == [14]

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arrondi.model.skeleton as skeleton_module
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import arrondi
-import arrondi.model.skeleton as skeleton_module
 from arrondi.checkpoint import Checkpoint
 from arrondi.model import Skeleton
 from arrondi.nn import QLinear
@@ -112,8 +112,8 @@ def test_a_run_that_was_stopped_between_the_blocks_ends_with_the_same_bytes(
 
     record = Journal.record
 
-    def once(self: Journal, step: str, data: Any) -> None:
-        record(self, step, data)
+    def once(self: Journal, step: str, data: Any, **claims: Any) -> None:
+        record(self, step, data, **claims)
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):

@@ -21,11 +21,11 @@ from arrondi.formats import (
     scale_shape,
     tile_shape,
 )
-from arrondi.rounding import rtn, search_grid
-from arrondi.rounding.grid_search import on_grid
+from arrondi.rounding import rtn
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import quantize_tensor, quantize_with
+from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.ranges.search import on_grid, search_grid
 from arrondi.tensor.tiling import to_tiles
 
 INT4 = FORMATS["int4"]
@@ -78,8 +78,8 @@ def test_absmax_is_quantize(name: str) -> None:
 def by_hand(
     weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, factors: torch.Tensor
 ) -> torch.Tensor:
-    """The least error of every tile over factors on its range and, for signed integers, both signs of the scale."""
-    mirrored = scheme.symmetric and scheme.format.kind == "integer" and scheme.format.qmin < -1
+    """The least error of every tile over factors on its range and, for lopsided formats, both signs of the scale."""
+    mirrored = scheme.symmetric and str(scheme.format) in ("int4", "nf4")
     best = torch.tensor(torch.inf, dtype=torch.float64)
     for factor in factors.tolist():
         q = quantize_tensor(weight, scheme, shrink=factor)
@@ -129,7 +129,7 @@ def test_rtn_rounds_on_the_searched_grid(name: str, weighted: bool) -> None:
     for part, wanted in ((q.zero_point, grid.zero_point), (q.offset, grid.offset)):
         assert (part is None) == (wanted is None)
         assert part is None or wanted is None or torch.equal(part.flatten(), wanted.flatten())
-    assert torch.equal(q.codes, quantize_with(weight, SCHEMES[name], Grid(q.scale, q.zero_point, q.offset)).codes)  # type: ignore[arg-type]
+    assert torch.equal(q.codes, quantize_with(weight, SCHEMES[name], q.grid).codes)
 
 
 def test_signed_integers_may_use_their_extra_code_on_either_side() -> None:

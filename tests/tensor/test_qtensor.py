@@ -31,8 +31,15 @@ from arrondi.formats import (
     tile_shape,
 )
 from arrondi.tensor.encoding import decode
-from arrondi.tensor.fitting import Grid
-from arrondi.tensor.qtensor import QTensor, dequantize, fake_quantize, quantize_scales, quantize_tensor, quantize_with
+from arrondi.tensor.qtensor import (
+    Parts,
+    QTensor,
+    dequantize,
+    fake_quantize,
+    quantize_scales,
+    quantize_tensor,
+    quantize_with,
+)
 from arrondi.tensor.tiling import to_tiles
 
 EPS = 2.0**-23
@@ -96,7 +103,7 @@ def test_the_error_of_a_block_format(
     format: Format, zero: str, rule: str, source: str, block: int, wanted: float
 ) -> None:
     # Origin: an independent float64 NumPy implementation on 2^20 other samples; 3 % covers the tails.
-    scheme = Scheme(format, PerGroup(block), zero)  # type: ignore[arg-type]
+    scheme = Scheme(format, PerGroup(block), zero)
     assert nmse(samples(source), scheme, rule) == pytest.approx(wanted, rel=0.03)
 
 
@@ -145,7 +152,7 @@ def test_signal_to_noise_in_decibels(source: str, block: int) -> None:
     # Origin: 2^22 samples. 3 % of the error are 0.13 dB.
     for format, wanted in zip(SQNR_FORMATS, SQNR[source, block], strict=True):
         zero, rule = ("float", "auto") if format is UINT4 else ("none", "narrow")
-        scheme = Scheme(format, PerGroup(block), zero)  # type: ignore[arg-type]
+        scheme = Scheme(format, PerGroup(block), zero)
         assert -10 * math.log10(nmse(samples(source), scheme, rule)) == pytest.approx(wanted, abs=0.13), format.name
 
 
@@ -357,7 +364,7 @@ def test_quantizing_what_was_read_back_on_the_same_grid_changes_nothing(name: st
 
     def check(x: torch.Tensor) -> None:
         q = quantize_tensor(x, scheme)
-        again = quantize_with(q.dequantize(), scheme, Grid(q.scale, q.zero_point, q.offset))  # type: ignore[arg-type]
+        again = quantize_with(q.dequantize(), scheme, Parts(q.scale, q.zero_point, q.offset))
         assert torch.equal(again.dequantize(), q.dequantize())
 
     run_on(check)
@@ -547,8 +554,8 @@ GRANULARITIES: list[Granularity] = [
 def test_each_tile_is_quantized_as_if_it_were_alone(
     granularity: Granularity, shape: tuple[int, ...], zero: str
 ) -> None:
-    scheme = Scheme(INT4, granularity, zero)  # type: ignore[arg-type]
-    alone = Scheme(INT4, PerTensor(), zero)  # type: ignore[arg-type]
+    scheme = Scheme(INT4, granularity, zero)
+    alone = Scheme(INT4, PerTensor(), zero)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 1
     q = quantize_tensor(x, scheme)
     tile, counts = tile_shape(granularity, shape), scale_shape(granularity, shape)
@@ -577,7 +584,7 @@ def test_empty_tensors(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("zero", ["none", "integer", "float"])
 def test_a_scalar(zero: str) -> None:
     x = torch.tensor(-2.5)
-    q = quantize_tensor(x, Scheme(INT8, PerTensor(), zero))  # type: ignore[arg-type]
+    q = quantize_tensor(x, Scheme(INT8, PerTensor(), zero))
     assert q.shape == ()
     assert float(q.dequantize()) == pytest.approx(-2.5, abs=2.5 / 254)
     assert q.bits_per_weight == {"none": 8 + 32, "integer": 8 + 32 + 8, "float": 8 + 32 + 32}[zero]
@@ -657,11 +664,11 @@ def test_nan_and_infinity_are_refused_by_name(name: str, bad: float) -> None:
             use(x, PLAIN[name], name="model.layers.3.mlp")
     q = quantize_tensor(torch.ones(4, 19), PLAIN[name])
     with pytest.raises(DataError, match=r"^model\.layers\.3\.mlp: .*NaN or infinity"):
-        quantize_with(x, PLAIN[name], Grid(q.scale, q.zero_point, q.offset), name="model.layers.3.mlp")  # type: ignore[arg-type]
+        quantize_with(x, PLAIN[name], Parts(q.scale, q.zero_point, q.offset), name="model.layers.3.mlp")
 
 
 def test_other_refusals_carry_the_name_once() -> None:
-    with pytest.raises(DataError, match=r"^w: quantize_tensor takes floating-point numbers, got torch.int32"):
+    with pytest.raises(DataError, match=r"^w: only floating-point numbers can be quantized, got torch.int32"):
         quantize_tensor(torch.ones(4, dtype=torch.int32), Scheme(INT4), name="w")
     with pytest.raises(ShapeError, match=r"^w: PerBlock needs two axes"):
         quantize_tensor(torch.ones(4), Scheme(INT4, PerBlock(2, 2)), name="w")
@@ -714,7 +721,7 @@ def test_a_qtensor_checks_its_parts(parts: tuple, words: str) -> None:
 @pytest.mark.parametrize("zero", ["none", "integer"])
 def test_codes_belong_to_the_stored_scale(storage: str, zero: str) -> None:
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(5)) * 0.3
-    scheme = Scheme(INT8, PerGroup(32), zero, storage)  # type: ignore[arg-type]
+    scheme = Scheme(INT8, PerGroup(32), zero, storage)
     q = quantize_tensor(x, scheme)
     dtype = torch.bfloat16 if storage == "bfloat16" else torch.float16
     assert torch.equal(q.real_scale, q.real_scale.to(dtype).float()), "the scale is a number of that type"
@@ -725,7 +732,7 @@ def test_codes_belong_to_the_stored_scale(storage: str, zero: str) -> None:
         return (groups.round() + shift).clamp(-128, 127).reshape(64, 128).numpy()
 
     np.testing.assert_array_equal(q.codes.numpy(), codes_with(q.real_scale))
-    unrounded = quantize_tensor(x, Scheme(INT8, PerGroup(32), zero)).real_scale  # type: ignore[arg-type]
+    unrounded = quantize_tensor(x, Scheme(INT8, PerGroup(32), zero)).real_scale
     assert (codes_with(unrounded) != q.codes.numpy()).any(), "with these data the rounding of the scale matters"
 
 
@@ -756,7 +763,7 @@ def test_the_tensor_scale_of_nvfp4_survives_being_stored_as_its_reciprocal() -> 
 def test_quantized_scales_are_positive(inner: str, zero: str, storage: str) -> None:
     if zero != "none" and FORMATS[inner].kind != "integer":
         zero = "none"
-    scheme = Scheme(FORMATS[inner], PerGroup(8), zero, storage)  # type: ignore[arg-type]
+    scheme = Scheme(FORMATS[inner], PerGroup(8), zero, storage)
     scale = torch.exp(torch.randn(40, 20, generator=torch.Generator().manual_seed(7)) * 4)
     scale[3] = 1e-30
     scale[5, :4] = 0.0

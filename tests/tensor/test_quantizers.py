@@ -29,11 +29,11 @@ from arrondi.formats import (
 )
 from arrondi.native import native
 from arrondi.rounding import gptq, hqq, rtn
-from arrondi.rounding.grid_search import on_grid, search_grid, search_grid_reference
 from arrondi.tensor import quantizers
-from arrondi.tensor.fitting import STORED, Grid
 from arrondi.tensor.packing import pack, pack_reference, unpack
 from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
+from arrondi.tensor.ranges.grid import STORED, Grid
+from arrondi.tensor.ranges.search import on_grid, search_grid, search_grid_reference
 from arrondi.tensor.tiling import to_tiles
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")

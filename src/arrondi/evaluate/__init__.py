@@ -1,27 +1,33 @@
-"""Measuring what rounding cost: metrics with error bars, and the text they are measured on."""
+"""Measuring what rounding cost: the data it is measured on, metrics with error bars, and the limits a user sets."""
 
-from arrondi.evaluate.metrics import (
+from arrondi.evaluate.comparison import (
     Comparison,
     ComparisonResult,
     EncoderComparison,
     EncoderResult,
     PerplexityResult,
-    block_bootstrap,
-    kl_divergence,
     perplexity,
-    token_nll,
-    top1_agreement,
 )
+from arrondi.evaluate.data import Data, Windows, read_windows
+from arrondi.evaluate.intervals import WindowBootstrap, block_bootstrap
+from arrondi.evaluate.limits import Limits, check_limits
+from arrondi.evaluate.metrics import kl_divergence, token_nll, top1_agreement
 
 __all__ = [
     "Comparison",
     "ComparisonResult",
+    "Data",
     "EncoderComparison",
     "EncoderResult",
+    "Limits",
     "PerplexityResult",
+    "WindowBootstrap",
+    "Windows",
     "block_bootstrap",
+    "check_limits",
     "kl_divergence",
     "perplexity",
+    "read_windows",
     "token_nll",
     "top1_agreement",
 ]

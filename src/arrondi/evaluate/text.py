@@ -1,35 +1,23 @@
-"""Text → windows of token ids, the same way for calibration and for measuring.
+"""Text and tokens: the documents of a file, the tokenizer of a model, and how windows are cut.
 
-The protocol: the whole file is encoded without special tokens and cut into windows that do not overlap, the last partial one
-dropped. Each window gets what the tokenizer's own texts start and end with: BOS in front where the tokenizer has one,
-CLS … SEP for encoders. A window with its special tokens is `seq_len` long, and every token but the first is predicted.
+The protocol, the same for calibration and for measuring: documents are encoded without special tokens, joined by the tokenizer's
+end token where there are several, and cut into windows that do not overlap, the last partial one dropped. Each window gets
+what the tokenizer's own texts start and end with: BOS in front where the tokenizer has one, CLS … SEP for encoders. A window
+with its special tokens is `seq_len` long, and every token but the first is predicted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from arrondi.errors import DataError, FileFormatError
 
-
-@dataclass(frozen=True)
-class Windows:
-    """Token ids (windows, seq_len) with the file that they came from."""
-
-    ids: torch.Tensor
-    source: str
-    text_hash: str
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def batches(self, size: int) -> list[torch.Tensor]:
-        """The windows in batches of `size`, the last one smaller."""
-        return list(self.ids.split(max(size, 1)))
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -40,10 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any(
-        (folder / n).exists()
-        for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-    ):
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise FileFormatError(
             f"{folder}: no tokenizer files. Copy tokenizer.json and tokenizer_config.json there; text cannot be read without them."
         )
@@ -51,42 +36,6 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer raises, it is the file that is wrong
         raise FileFormatError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
-
-
-def read_windows(path: str | Path, tokenizer: Any, seq_len: int, purpose: str = "text") -> Windows:
-    """Cut a text file into windows.
-
-    Raises:
-        FileFormatError: the file is missing or not UTF-8 text.
-        DataError: it is shorter than one window; the message says how long it is.
-    """
-    import hashlib
-
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
-    except FileNotFoundError as error:
-        raise FileFormatError(f"{path}: no such file. Give a UTF-8 text file as {purpose}.") from error
-    except IsADirectoryError as error:
-        raise FileFormatError(f"{path}: a directory. Give a UTF-8 text file as {purpose}.") from error
-    except UnicodeDecodeError as error:
-        raise FileFormatError(
-            f"{path}: not UTF-8 text (byte {error.start}). Give a plain text file as {purpose}."
-        ) from error
-    prefix, suffix = special_tokens(tokenizer)
-    body = seq_len - len(prefix) - len(suffix)
-    if body < 1:
-        raise DataError(f"A window of {seq_len} tokens has no room beside its special tokens. Use a larger --seq-len.")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // body
-    if count == 0:
-        raise DataError(
-            f"{path}: {len(ids)} tokens of {purpose}, but one sample takes {body}. Give a longer text or a smaller --seq-len."
-        )
-    rows = torch.tensor(ids[: count * body], dtype=torch.long).reshape(count, body)
-    parts = [torch.tensor(s, dtype=torch.long).expand(count, len(s)) for s in (prefix, suffix)]
-    return Windows(torch.cat([parts[0], rows, parts[1]], dim=1), path.name, hashlib.sha256(raw).hexdigest())
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -97,7 +46,142 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def protocol(tokenizer: Any, seq_len: int) -> str:
-    """One sentence that goes beside every number."""
+    """One sentence that goes beside every number. Without a tokenizer the windows came as token ids."""
+    if tokenizer is None:
+        return f"windows of {seq_len} tokens as they were given, every token but the first of a window predicted once"
     prefix, suffix = special_tokens(tokenizer)
     start = "CLS and SEP around" if suffix else "BOS before" if prefix else "nothing before"
     return f"non-overlapping windows of {seq_len - len(prefix) - len(suffix)} tokens, {start} each, every token of a window predicted once"
+
+
+def fit_length(seq_len: int, positions: int | None) -> tuple[int, str | None]:
+    """The length of windows that a model takes, and the sentence that says so where fewer tokens than asked for fit."""
+    if positions is None or seq_len <= positions:
+        return seq_len, None
+    return positions, f"Windows have {positions} tokens, not {seq_len}: the model has no more positions."
+
+
+def positions_of(model: Any) -> int | None:
+    """The most tokens that a transformers model takes at once; None where nothing limits them.
+
+    A table of learned positions that begins after the padding index (RoBERTa) has so many fewer.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for module in model.modules():
+        places = isinstance(module, torch.nn.Embedding) and module is not words and module.num_embeddings == limit
+        if places and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit
+
+
+def read_documents(path: Path, purpose: str) -> tuple[list[str], bytes]:
+    """The texts of a file, and its bytes: one text, or those of a `.jsonl` or `.json` file.
+
+    A line of JSON lines, like an item of a JSON list, is a string or an object with the field `text`. A byte-order mark is not
+    text. Documents of nothing but white space are left out.
+
+    Raises:
+        FileFormatError: the file is missing, is not UTF-8, or is JSON of another shape.
+        DataError: it holds no text.
+    """
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path}: no such file. Give a UTF-8 text file as {purpose}.") from error
+    except IsADirectoryError as error:
+        raise FileFormatError(f"{path}: a directory. Give a UTF-8 text file as {purpose}.") from error
+    except UnicodeDecodeError as error:
+        raise FileFormatError(
+            f"{path}: not UTF-8 text (byte {error.start}). Give a plain text file as {purpose}."
+        ) from error
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".ndjson"):
+        documents = [_document(line, f"{path}, line {n}") for n, line in _lines(path, text)]
+    elif kind == ".json":
+        documents = [_document(item, f"{path}, item {n}") for n, item in enumerate(_list(path, text), 1)]
+    else:
+        documents = [text]
+    return with_text(documents, f"{path}: this {purpose}"), raw
+
+
+def with_text(documents: Sequence[str], what: str) -> list[str]:
+    """The documents that have something to read in them.
+
+    Raises:
+        DataError: none has.
+    """
+    found = [d for d in documents if any(c.isprintable() and not c.isspace() for c in d)]
+    if not found:
+        raise DataError(f"{what} holds no text, only white space. Give a text of some thousand words.")
+    return found
+
+
+def encode(documents: Sequence[str], tokenizer: Any) -> list[int]:
+    """Token ids of all documents, joined by the tokenizer's end token (or SEP) where it has one."""
+    ends = [getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")]
+    end = next((e for e in ends if e is not None), None)
+    ids: list[int] = []
+    for i, document in enumerate(documents):
+        if i and end is not None:
+            ids.append(end)
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def cut(ids: Sequence[int], tokenizer: Any, seq_len: int, what: str) -> torch.Tensor:
+    """Windows (n, seq_len) of a row of token ids, special tokens included.
+
+    Raises:
+        DataError: there is not one window, or a window has no room for text; `what` begins the sentence.
+    """
+    prefix, suffix = special_tokens(tokenizer)
+    body = seq_len - len(prefix) - len(suffix)
+    if body < 1:
+        raise DataError(f"A window of {seq_len} tokens has no room beside its special tokens. Use a larger --seq-len.")
+    count = len(ids) // body
+    if count == 0:
+        raise DataError(f"{what}, but one sample takes {body}. Give a longer text or a smaller --seq-len.")
+    rows = torch.tensor(ids[: count * body], dtype=torch.long).reshape(count, body)
+    parts = [torch.tensor(s, dtype=torch.long).expand(count, len(s)) for s in (prefix, suffix)]
+    return torch.cat([parts[0], rows, parts[1]], dim=1)
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield n, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise FileFormatError(
+                    f"{path}, line {n}: not JSON ({error}). A line holds one string or one object with a field `text`; plain text belongs into a .txt file."
+                ) from error
+
+
+def _list(path: Path, text: str) -> list[Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not JSON ({error}). Plain text belongs into a .txt file.") from error
+    if not isinstance(found, list):
+        raise FileFormatError(
+            f"{path}: holds {_named(found)}, not a list of texts. Give a list of strings, or JSON lines in a .jsonl file."
+        )
+    return found
+
+
+def _document(item: Any, place: str) -> str:
+    text = item.get("text") if isinstance(item, dict) else item
+    if isinstance(text, str):
+        return text
+    chat = " Write the conversation out as one text first." if isinstance(item, dict) and "messages" in item else ""
+    raise FileFormatError(f"{place}: {_named(item)} is no text. Give a string, or an object with a field `text`.{chat}")
+
+
+def _named(item: Any) -> str:
+    if isinstance(item, dict):
+        return f"an object with {'the fields ' + ', '.join(map(repr, list(item)[:5])) if item else 'no fields'}"
+    return {list: "a list", str: "a string", bool: "a truth value", type(None): "null"}.get(type(item), "a number")

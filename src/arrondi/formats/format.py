@@ -54,6 +54,14 @@ class Format:
         """How many codes there are."""
         return self.qmax - self.qmin + 1
 
+    @cached_property
+    def balanced(self) -> bool:
+        """Whether the negative of every value is a value too: ternary and fp4 are, int4 and NF4 are not."""
+        if self.values is None:
+            return self.qmin == -self.qmax
+        known = {v for v in self.values if math.isfinite(v)}
+        return known == {-v for v in known}
+
     def value(self, code: int) -> float:
         """The real value of one code, for people and tests; tensors go through `arrondi.dequantize`."""
         return float(code) if self.values is None else self.values[code]

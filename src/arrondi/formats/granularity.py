@@ -32,7 +32,7 @@ class PerGroup:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ShapeError(
-                f"A group has at least one element, got group_size={self.size}. For one group use PerChannel()."
+                f"A group has at least one element, got group_size={self.size}. For one scale a row use 'channel'."
             )
 
 
@@ -66,7 +66,9 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
         ShapeError: the tensor has too few axes for this granularity.
     """
     if not shape and not isinstance(granularity, PerTensor):
-        raise ShapeError(f"{granularity} needs a tensor with at least one axis, got a scalar. Use PerTensor().")
+        raise ShapeError(
+            f"{granularity} needs a tensor with at least one axis, got a scalar. Use one scale for the tensor."
+        )
     match granularity:
         case PerTensor():
             return shape
@@ -80,7 +82,7 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
             return (*(1 for _ in shape[:-1]), min(size, max(shape[-1], 1)))
         case PerBlock(rows, columns):
             if len(shape) < 2:
-                raise ShapeError(f"PerBlock needs two axes, got shape {shape}. Use PerGroup({columns}).")
+                raise ShapeError(f"PerBlock needs two axes, got shape {shape}. Use groups of {columns} instead.")
             return (*(1 for _ in shape[:-2]), min(rows, max(shape[-2], 1)), min(columns, max(shape[-1], 1)))
 
 

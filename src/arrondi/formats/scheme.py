@@ -50,16 +50,16 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.zero_point == "integer" and self.format.kind != "integer":
             raise SchemeError(
-                f"A zero point needs an integer format, got {self.format} with zero_point='integer'. "
-                "Use an offset (zero_point='float'), or none: float formats and codebooks have their own zero."
+                f"A zero point needs an integer format, got {self.format} with a zero point ('asym'). "
+                "Use 'offset', or neither: float formats and codebooks have their own zero."
             )
         if self.scale == "e8m0" and self.zero_point != "none":
-            raise SchemeError("Power-of-two scales (e8m0) go with symmetric formats only. Set zero_point='none'.")
+            raise SchemeError("Power-of-two scales (e8m0) go with symmetric formats only. Drop the zero point.")
         if self.scale == "e8m0" and self.signed:
             raise SchemeError("Power-of-two scales (e8m0) have no sign. Drop 'signed'.")
         if self.offset != "float32" and self.zero_point != "float":
             raise SchemeError(
-                f"Offsets stored as {self.offset} need zero_point='float', got zero_point={self.zero_point!r}."
+                f"Offsets stored as {self.offset} need 'offset', got a zero point of the kind {self.zero_point!r}."
             )
         if self.signed is not None and self.signed == self._usually_signed:
             object.__setattr__(self, "signed", None)  # one meaning has one value

@@ -79,8 +79,8 @@ def _prepack_int4(q: QTensor, dtype: torch.dtype) -> Tensors:
     zero = torch.zeros_like(scale) if signed else 8 * scale
     if q.zero_point is not None:
         zero = zero - _per_group(q.zero_point, q, group) * scale
-    if q.offset is not None:
-        zero = zero + _per_group(q.offset, q, group)
+    if (offset := q.real_offset) is not None:
+        zero = zero + _per_group(offset, q, group)
     grid = torch.stack((scale, zero), dim=-1).to(dtype)
     missing = -q.shape[0] % _OUT_MULTIPLE
     packed, means = [], []

@@ -18,8 +18,8 @@ from arrondi.formats import ActivationScheme, PerTensor
 from arrondi.kernels import decoded, pack_weight, unpack_weight
 from arrondi.nn.inputs import keep_grid, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
 
 _TRANSPOSED: Final[dict[type[_ConvNd], Callable[..., torch.Tensor]]] = {
     nn.ConvTranspose1d: nn.functional.conv_transpose1d,

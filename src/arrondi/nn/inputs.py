@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from arrondi.errors import DataError, SchemeError
-from arrondi.formats import ActivationScheme, PerTensor, Scheme, scale_shape, tile_shape
-from arrondi.tensor.fitting import Grid, fit
-from arrondi.tensor.qtensor import fake_quantize, quantize_with
-from arrondi.tensor.tiling import to_tiles
+from arrondi.formats import ActivationScheme, PerTensor, Scheme
+from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.ranges.grid import Grid
 
 _NAMES: Final = ("input_scale", "input_zero_point", "input_offset")
 
@@ -75,22 +74,7 @@ def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -
     if inputs.dynamic is True:
         return fake_quantize(x, inputs.scheme, name="inputs")
     stored = Grid(module.get_buffer("input_scale"), *(module._buffers.get(name) for name in _NAMES[1:]))
-    if inputs.dynamic is False:
-        return fake_quantize(x, inputs.scheme, stored, name="inputs")
-    return _round_locally(x, inputs.scheme, stored)
-
-
-def _round_locally(x: torch.Tensor, scheme: Scheme, outer: Grid) -> torch.Tensor:
-    """Inner scales from x itself, rounded on the stored outer grid; none becomes zero."""
-    assert isinstance(scheme.scale, Scheme)
-    if not x.numel():
-        return x
-    shape = tuple(x.shape)
-    tiles = to_tiles(x.detach().float(), tile_shape(scheme.granularity, shape))
-    scale = fit(tiles, scheme).scale.reshape(scale_shape(scheme.granularity, shape))
-    inner = quantize_with(scale, scheme.scale, outer, name="inputs: scale")
-    inner.codes[inner.dequantize() == 0] += 1  # codes of numbers that are not negative ascend with what they mean
-    return quantize_with(x, scheme, Grid(inner), name="inputs").dequantize(x.dtype)  # type: ignore[arg-type]
+    return fake_quantize(x, inputs.scheme, stored, name="inputs")
 
 
 def _outer(inputs: ActivationScheme) -> Scheme:

@@ -20,8 +20,8 @@ from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
 from arrondi.nn.inputs import keep_grid, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
-from arrondi.tensor.fitting import Grid
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
 
 
 class QLinear(nn.Module):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from arrondi.errors import FileFormatError, SchemeError
-from arrondi.formats import LayerScheme, parse_scheme
-from arrondi.rounding import check_options, get_method
+from arrondi.formats import LayerScheme, Scheme, parse_scheme
+from arrondi.pipeline.step import check_step
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,12 @@ class Rule:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        get_method(self.method)
-        check_options(self.method, self.options)
+        check_step(self.method, self.options)
         if self.scheme is None:
             return
         if self.scheme.outputs is not None or self.scheme.kv is not None:
             raise SchemeError(
                 f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
-            )
-        if self.scheme.inputs is not None and self.scheme.inputs.dynamic is not True:
-            raise SchemeError(
-                f"Scheme {self.scheme} asks for static scales of activations, which are not computed yet. Drop 'static': the scales then follow each input."
             )
 
 
@@ -53,7 +48,7 @@ class Recipe:
     @classmethod
     def simple(
         cls,
-        scheme: str,
+        scheme: str | Scheme | LayerScheme,
         method: str = "rtn",
         *,
         group_size: int | None = None,
@@ -61,47 +56,32 @@ class Recipe:
         ignore: Iterable[str] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Recipe:
-        """One rule, as the command line gives it."""
-        layer = parse_scheme(scheme)
-        if group_size is not None:
-            layer = layer.with_group_size(group_size)
-        rule = Rule(layer, method.lower(), tuple(targets), dict(options or {}))
-        return cls((rule,), None if ignore is None else tuple(ignore))
+        """One rule, as the command line gives it; the scheme is a word, a scheme of weights, or one of a layer."""
+        rule = Rule(_layer_scheme(scheme, group_size), method.lower(), _words(targets), dict(options or {}))
+        return cls((rule,), None if ignore is None else _words(ignore))
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
         """A recipe file: JSON with `rules` (each with scheme, method, targets, group_size, options) and `ignore`.
 
         Raises:
-            FileFormatError: not there, not JSON, unknown keys.
+            FileFormatError: not there, not JSON, a key that is unknown, missing or there twice.
+            SchemeError: a scheme, method or option that does not exist.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            rules = []
-            for entry in document["rules"]:
-                unknown = entry.keys() - {"scheme", "method", "targets", "group_size", "options"}
-                if unknown:
-                    raise KeyError(f"unknown key {sorted(unknown)[0]!r} in a rule")
-                scheme = None if entry["scheme"] is None else parse_scheme(entry["scheme"])
-                if scheme is not None and "group_size" in entry:
-                    scheme = scheme.with_group_size(entry["group_size"])
-                rules.append(
-                    Rule(
-                        scheme,
-                        entry.get("method", "rtn"),
-                        _words(entry.get("targets", "Linear")),
-                        entry.get("options", {}),
-                    )
-                )
-            unknown = document.keys() - {"rules", "ignore"}
-            if unknown:
-                raise KeyError(f"unknown key {sorted(unknown)[0]!r}")
+            document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+            _known(document, {"rules", "ignore"}, "the recipe")
+            rules = tuple(_rule(entry, i + 1) for i, entry in enumerate(document["rules"]))
+            if not rules:
+                raise ValueError("it has no rule")
             ignore = None if document.get("ignore") is None else _words(document["ignore"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, SchemeError):
-                raise
+        except SchemeError:
+            raise
+        except KeyError as error:
+            raise FileFormatError(f"{path}: not a recipe (it lacks {error}). Example: {_EXAMPLE}") from error
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{path}: not a recipe ({error}). Example: {_EXAMPLE}") from error
-        return cls(tuple(rules), ignore)
+        return cls(rules, ignore)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` and the run's key record."""
@@ -120,6 +100,46 @@ class Recipe:
 
 
 _EXAMPLE = '{"rules": [{"scheme": "W4A16", "method": "gptq"}, {"scheme": "W8A16", "targets": ["re:.*down_proj"]}]}'
+
+
+def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = None) -> LayerScheme:
+    """A layer's scheme from a word or a value, with another group size if there is one."""
+    layer = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    layer = LayerScheme(layer) if isinstance(layer, Scheme) else layer
+    return layer if group_size is None else layer.with_group_size(group_size)
+
+
+def _rule(entry: Any, number: int) -> Rule:
+    """One rule of a recipe file."""
+    _known(entry, {"scheme", "method", "targets", "group_size", "options"}, f"rule {number}")
+    scheme, group_size = entry["scheme"], entry.get("group_size")
+    if scheme is None and entry.keys() & {"method", "group_size", "options"}:
+        raise ValueError(f"rule {number} leaves weights alone and has {sorted(entry.keys() - {'scheme', 'targets'})}")
+    if not isinstance(scheme, (str, type(None))):
+        raise TypeError(f"the scheme of rule {number} is {scheme!r}, not a word")
+    if group_size is not None and type(group_size) is not int:
+        raise TypeError(f"the group_size of rule {number} is {group_size!r}, not a whole number")
+    method, options = entry.get("method", "rtn"), entry.get("options", {})
+    if not isinstance(method, str) or not isinstance(options, dict):
+        raise TypeError(f"rule {number} has the method {method!r} and the options {options!r}")
+    layer = None if scheme is None else _layer_scheme(scheme, group_size)
+    return Rule(layer, method.lower(), _words(entry.get("targets", "Linear")), options)
+
+
+def _known(entry: Any, keys: set[str], what: str) -> None:
+    if not isinstance(entry, dict):
+        raise TypeError(f"{what} is {type(entry).__name__}, not an object")
+    if strange := sorted(entry.keys() - keys):
+        raise ValueError(f"{what} has the unknown key {strange[0]!r}; known: {', '.join(sorted(keys))}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are there once each; Python's reader would drop all but the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def _words(selectors: Any) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Words and tables for people. Nothing here computes."""
 
 from arrondi.report.progress import progress_bar
+from arrondi.report.readers import sole_reader
 from arrondi.report.tables import (
     print_bench,
     print_demo,
@@ -20,4 +21,5 @@ __all__ = [
     "print_plan",
     "print_report",
     "progress_bar",
+    "sole_reader",
 ]

@@ -5,16 +5,16 @@ Owns: `rtn`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine qu
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
-from arrondi.formats import Scheme, scale_shape
-from arrondi.rounding.grid_search import search_grid
-from arrondi.tensor.fitting import Grid
-from arrondi.tensor.qtensor import QTensor, named, quantize_scales, quantize_tensor, quantize_with
+from arrondi.formats import Scheme
+from arrondi.tensor.checks import named
+from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.ranges.search import search_grid
 
 
 def rtn(
@@ -25,6 +25,7 @@ def rtn(
     range: Literal["absmax", "search"] = "absmax",
     power: float = 2.5,
     name: str = "weight",
+    facts: dict[str, Any] | None = None,
 ) -> QTensor:
     """The nearest code of every weight.
 
@@ -35,6 +36,7 @@ def rtn(
         range: "absmax" spans the whole group; "search" tries narrower ranges and takes the one with the least error.
         power: exponent of the error that the search minimises.
         name: for messages.
+        facts: not used; accepted so that every method is called alike.
 
     Raises:
         SchemeError: another `range`.
@@ -50,12 +52,6 @@ def rtn(
     return quantize_with(weight, scheme, grid, name=name)
 
 
-def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Grid:
-    """The searched grid in the scale's own shape, quantized scales included."""
-    grid = search_grid(weight, scheme, importance, power=power)
-    shape = scale_shape(scheme.granularity, tuple(weight.shape))
-    scale = grid.scale.reshape(shape)
-    return Grid(
-        quantize_scales(scale, scheme.scale, name) if isinstance(scheme.scale, Scheme) else scale,  # type: ignore[arg-type]
-        *(None if p is None else p.reshape(shape) for p in grid[1:]),
-    )
+def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Parts:
+    """The searched grid as it is kept."""
+    return store_grid(search_grid(weight, scheme, importance, power=power), scheme, tuple(weight.shape), name=name)

@@ -1,25 +1,27 @@
 """The quantized tensor: the one value that crosses every wall.
 
-Owns: `QTensor`, `quantize_tensor`, `quantize_with` (codes for a given grid), `dequantize`, `fake_quantize`. Uses `fitting` for the
-scales, `encoding` for the codes and `tiling` for the granularity.
+Owns: `QTensor`, `quantize_tensor`, `quantize_with` (codes for a given grid), `store_grid` (scales and offsets that are quantized in
+turn), `dequantize`, `fake_quantize`. Uses `ranges` for the grid, `encoding` for the codes and `tiling` for the granularity.
 
-The rule is `x ≈ scale · (value(code) - zero_point)`, or `scale · code + offset` with a float zero point; each scale covers
-one tile of codes. Products and sums are computed in float32.
+The rule is `x ≈ scale · (value(code) - zero_point)`, or `scale · value(code) + offset` with a float zero point; each scale
+covers one tile of codes. Products and sums are computed in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from arrondi.errors import ArrondiError, DataError, SchemeError, ShapeError
-from arrondi.formats import LayerScheme, Scheme, parse_scheme, scale_shape, tile_shape
+from arrondi.errors import DataError, ShapeError
+from arrondi.formats import Scheme, scale_shape, tile_shape
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import code_dtype, decode, encode
-from arrondi.tensor.fitting import Grid, fit, round_scale
 from arrondi.tensor.packing import packed_width
 from arrondi.tensor.quantizers import restore, round_groups, round_on
+from arrondi.tensor.ranges.fits import fit
+from arrondi.tensor.ranges.grid import Grid, cat_grids
 from arrondi.tensor.tiling import from_tiles, to_tiles
 
 _CHUNK = 1 << 18
@@ -37,7 +39,7 @@ class QTensor:
         codes: int8 (signed formats) or uint8, unpacked, shaped like the tensor; the bit pattern for float formats.
         scale: float32 values, exactly as stored (bfloat16 scales are rounded to bfloat16), or a QTensor.
         zero_point: int32 codes, or None.
-        offset: float32, or None.
+        offset: float32, exactly as stored, or a QTensor, or None.
         scheme: format, granularity, zero point and scale storage.
         group_index: int32 (K,), the group of every column where groups are not contiguous (GPTQ's dynamic act-order);
             None everywhere else.
@@ -46,7 +48,7 @@ class QTensor:
     codes: torch.Tensor
     scale: torch.Tensor | QTensor
     zero_point: torch.Tensor | None
-    offset: torch.Tensor | None
+    offset: torch.Tensor | QTensor | None
     scheme: Scheme
     group_index: torch.Tensor | None = None
 
@@ -79,6 +81,16 @@ class QTensor:
         return self.scale.dequantize() if isinstance(self.scale, QTensor) else self.scale
 
     @property
+    def real_offset(self) -> torch.Tensor | None:
+        """The offsets as float32, quantized offsets decoded."""
+        return self.offset.dequantize() if isinstance(self.offset, QTensor) else self.offset
+
+    @property
+    def grid(self) -> Grid:
+        """Scales, zero points and offsets as numbers."""
+        return Grid(self.real_scale, self.zero_point, self.real_offset)
+
+    @property
     def stored_bits(self) -> int:
         """All bits that a file needs: packed codes, scales, zero points, offsets."""
         *rows, columns = self.shape or (1,)
@@ -86,15 +98,11 @@ class QTensor:
         for n in rows:
             count *= n
         bits = count * packed_width(columns, self.scheme.format.bits) * 8
-        if isinstance(self.scale, QTensor):
-            bits += self.scale.stored_bits
-        else:
-            assert isinstance(self.scheme.scale, str)
-            bits += self.scale.numel() * {"float32": 32, "bfloat16": 16, "float16": 16, "e8m0": 8}[self.scheme.scale]
+        bits += _part_bits(self.scale, self.scheme.scale)
         if self.zero_point is not None:
             bits += self.zero_point.numel() * self.scheme.format.bits
         if self.offset is not None:
-            bits += self.offset.numel() * 32
+            bits += _part_bits(self.offset, self.scheme.offset)
         if self.group_index is not None:
             bits += self.group_index.numel() * 32
         return bits
@@ -110,7 +118,7 @@ class QTensor:
             return self.codes.to(dtype)
         if self.group_index is not None:
             return self._gathered(dtype)
-        fast = restore(self.codes, self.scheme, Grid(self.real_scale, self.zero_point, self.offset), dtype)
+        fast = restore(self.codes, self.scheme, self.grid, dtype)
         if fast is not None:
             return fast
         tile = tile_shape(self.scheme.granularity, self.shape)
@@ -118,8 +126,8 @@ class QTensor:
         if self.zero_point is not None:
             values -= self.zero_point.reshape(-1, 1)
         values *= self.real_scale.reshape(-1, 1)
-        if self.offset is not None:
-            values += self.offset.reshape(-1, 1)
+        if (offset := self.real_offset) is not None:
+            values += offset.reshape(-1, 1)
         return from_tiles(values.to(dtype), tile, self.shape)
 
     def _gathered(self, dtype: torch.dtype) -> torch.Tensor:
@@ -129,59 +137,43 @@ class QTensor:
         if self.zero_point is not None:
             values -= self.zero_point[..., self.group_index]
         values *= self.real_scale[..., self.group_index]
-        if self.offset is not None:
-            values += self.offset[..., self.group_index]
+        if (offset := self.real_offset) is not None:
+            values += offset[..., self.group_index]
         return values.to(dtype)
 
 
-def weight_scheme(scheme: Scheme | LayerScheme | str) -> Scheme:
-    """What a weight becomes by this scheme, layer's scheme (its weights) or word ("W4A16", the grammar).
-
-    Raises:
-        SchemeError: something else, or a word that is no scheme.
-    """
-    if isinstance(scheme, str):
-        scheme = parse_scheme(scheme)
-    if isinstance(scheme, LayerScheme):
-        return scheme.weights
-    if not isinstance(scheme, Scheme):
-        raise SchemeError(
-            f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {type(scheme).__name__} {scheme!r}."
-        )
-    return scheme
+def _part_bits(part: torch.Tensor | QTensor, storage: str | Scheme) -> int:
+    """Bits of scales or offsets."""
+    if isinstance(part, QTensor):
+        return part.stored_bits
+    assert isinstance(storage, str)
+    return part.numel() * {"float32": 32, "bfloat16": 16, "float16": 16, "e8m0": 8}[storage]
 
 
-def _check_tensor(x: object, name: str) -> None:
-    if not isinstance(x, torch.Tensor):
-        kind = type(x)
-        hint = {
-            "ndarray": "Use torch.from_numpy(…) first",
-            "QTensor": "It is quantized already; use .dequantize() first",
-        }.get(
-            kind.__name__,
-            "Quantize a model with arrondi.quantize, or pass the weight of one layer"
-            if isinstance(x, torch.nn.Module)
-            else "Use torch.tensor(…) first",
-        )
-        raise DataError(f"{name}: quantize_tensor takes a torch.Tensor, got {kind.__module__}.{kind.__name__}. {hint}.")
-    if not x.dtype.is_floating_point:
-        raise DataError(f"{name}: quantize_tensor takes floating-point numbers, got {x.dtype}. Use .float() first.")
+class Parts(NamedTuple):
+    """A grid as a QTensor keeps it: in the scale's shape, scales and offsets quantized where the scheme says so."""
+
+    scale: torch.Tensor | QTensor
+    zero_point: torch.Tensor | None = None
+    offset: torch.Tensor | QTensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The same as numbers."""
+        scale, offset = (p.dequantize() if isinstance(p, QTensor) else p for p in (self.scale, self.offset))
+        assert scale is not None
+        return Grid(scale, self.zero_point, offset)
 
 
 def quantize_tensor(
-    x: torch.Tensor,
-    scheme: Scheme | LayerScheme | str,
-    *,
-    rule: str = "auto",
-    name: str = "tensor",
-    shrink: torch.Tensor | float = 1.0,
+    x: torch.Tensor, scheme: SchemeLike, *, rule: str = "auto", name: str = "tensor", shrink: torch.Tensor | float = 1.0
 ) -> QTensor:
     """Round to nearest on the grid that the data's own range gives.
 
     Args:
         x: any shape, any float dtype, finite; computed in float32.
         scheme: what the tensor becomes: a Scheme, a LayerScheme (its weights are used) or a word ("W4A16", the grammar).
-        rule: how the scales are fitted, a name of `arrondi.tensor.fitting.FITS`.
+        rule: how the scales are fitted, a name of `arrondi.tensor.ranges.fits.FITS`.
         name: the tensor's name, for messages.
         shrink: factor on the range of each tile: a number, or a tensor of the scale's shape.
 
@@ -193,111 +185,144 @@ def quantize_tensor(
     Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2; after the scale is rounded to its storage type, codes are
     chosen with the stored value.
     """
-    scheme = weight_scheme(scheme)
-    _check_tensor(x, name)
-    x = x.detach()
-    shape = tuple(x.shape)
     with named(name):
+        scheme = scheme_of(scheme)
+        x = check_tensor(x, name).detach()
+        shape = tuple(x.shape)
         tile = tile_shape(scheme.granularity, shape)
-    if x.numel() == 0:
-        return _empty(x, scheme)
-    if isinstance(scheme.scale, Scheme):
-        grid = _nested_grid(x, scheme, rule, name, shrink)
-        return quantize_with(x, scheme, grid, name=name)
-    if isinstance(shrink, float) and shrink == 1.0:
-        done = round_groups(x, scheme, rule)
-        if done is not None:
-            return _assemble(*done, scheme, shape)
-    tiles = to_tiles(x, tile)
-    factor = shrink.reshape(-1, 1) if isinstance(shrink, torch.Tensor) else shrink
-    codes = torch.empty(tiles.shape, dtype=code_dtype(scheme.format), device=x.device)
-    grids = []
-    step = max(_CHUNK // tiles.shape[1], 1)
-    with named(name):
+        if x.numel() == 0:
+            return _empty(x, scheme)
+        factor = shrink.reshape(-1, 1) if isinstance(shrink, torch.Tensor) else shrink
+        if isinstance(scheme.scale, Scheme) or isinstance(scheme.offset, Scheme):
+            grid = fit(to_tiles(x, tile).float(), scheme, rule, factor)
+            return quantize_with(x, scheme, store_grid(grid, scheme, shape, name=name), name=name)
+        if isinstance(shrink, float) and shrink == 1.0 and (done := round_groups(x, scheme, rule)) is not None:
+            return _assemble(done[0], done[1], scheme)
+        tiles = to_tiles(x, tile)
+        codes = torch.empty(tiles.shape, dtype=code_dtype(scheme.format), device=x.device)
+        grids = []
+        step = max(_CHUNK // tiles.shape[1], 1)
         for start in range(0, tiles.shape[0], step):
             part = tiles[start : start + step].float()
-            some = factor[start : start + step] if isinstance(factor, torch.Tensor) else factor
-            grid = fit(part, scheme, rule, some)
+            grid = fit(part, scheme, rule, factor[start : start + step] if isinstance(factor, torch.Tensor) else factor)
             codes[start : start + step] = _encode_tiles(part, scheme, grid)
             grids.append(grid)
-    whole = from_tiles(codes, tile, shape)
-    return _assemble(whole, _concatenate(grids), scheme, shape)
+        return _assemble(from_tiles(codes, tile, shape), cat_grids(grids), scheme)
 
 
-def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid, *, name: str = "tensor") -> QTensor:
-    """Round to nearest on a given grid; scales must already have been rounded to storage.
+def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid | Parts, *, name: str = "tensor") -> QTensor:
+    """Round to nearest on a given grid; scales and offsets must already have been rounded to storage.
 
     Args:
         x: any shape, any float dtype, finite.
-        grid: parts in the scale's shape or as (tiles, 1); a quantized scale is passed as `QTensor`.
+        grid: one entry for every tile, in the scale's shape or another one.
+
+    Raises:
+        DataError: NaN or infinity in `x`.
+        ShapeError: the grid has another number of tiles.
     """
+    x = x.detach()
     shape = tuple(x.shape)
-    if not isinstance(grid.scale, QTensor):
-        found = round_on(x.detach(), scheme, grid)
-        if found is not None:
-            return _assemble(found, grid, scheme, shape)
-    tile = tile_shape(scheme.granularity, shape)
-    tiles = to_tiles(x.detach(), tile).float()
-    if not bool(torch.isfinite(tiles).all()):
-        raise DataError(f"{name}: the values hold NaN or infinity. Repair or exclude the tensor.")
-    nested = grid.scale if isinstance(grid.scale, QTensor) else None
-    real = nested.dequantize() if nested is not None else grid.scale
-    flat = Grid(*(None if p is None else p.reshape(-1, 1) for p in (real, grid.zero_point, grid.offset)))  # type: ignore
-    codes = from_tiles(_encode_tiles(tiles, scheme, flat), tile, shape)
-    return _assemble(codes, flat, scheme, shape, nested)
+    with named(name):
+        wanted = scale_shape(scheme.granularity, shape)
+        tile = tile_shape(scheme.granularity, shape)
+    real = grid.grid if isinstance(grid, Parts) else grid
+    if any(part is not None and part.numel() != torch.Size(wanted).numel() for part in real):
+        raise ShapeError(
+            f"{name}: {scheme} needs a grid of shape {wanted} for values {shape}, got {tuple(real.scale.shape)}."
+        )
+    codes = round_on(x, scheme, real)
+    if codes is None:
+        tiles = to_tiles(x, tile).float()
+        if not bool(torch.isfinite(tiles).all()):
+            raise DataError(f"{name}: the values hold NaN or infinity. Repair or exclude the tensor.")
+        codes = from_tiles(_encode_tiles(tiles, scheme, real.reshape(-1, 1)), tile, shape)
+    return _assemble(codes, grid, scheme)
 
 
 def fake_quantize(
-    x: torch.Tensor,
-    scheme: Scheme | LayerScheme | str,
-    grid: Grid | None = None,
-    *,
-    rule: str = "auto",
-    name: str = "tensor",
+    x: torch.Tensor, scheme: SchemeLike, grid: Grid | None = None, *, rule: str = "auto", name: str = "tensor"
 ) -> torch.Tensor:
     """`x` as it reads back after quantization, in its own dtype; no codes are kept.
 
-    With a `grid` (static scales) that grid is used, else the one that the data's own range gives.
+    Args:
+        grid: stored (static) scales; None: the data's own range gives them. Where the scheme's scales are quantized in
+            turn (NVFP4), this is the grid of the scales: it holds the outer scale, and the inner ones follow `x`.
     """
-    scheme = weight_scheme(scheme)
-    if grid is None:
+    scheme = scheme_of(scheme)
+    if grid is None or x.numel() == 0:
         return quantize_tensor(x, scheme, rule=rule, name=name).dequantize(x.dtype)
-    _check_tensor(x, name)
-    return quantize_with(x, scheme, grid, name=name).dequantize(x.dtype)
-
-
-def _empty(x: torch.Tensor, scheme: Scheme) -> QTensor:
-    ones = torch.ones(scale_shape(scheme.granularity, tuple(x.shape)), dtype=torch.float32, device=x.device)
-    scale = quantize_tensor(ones, scheme.scale) if isinstance(scheme.scale, Scheme) else ones
-    zero = ones.int() if scheme.zero_point == "integer" else None
-    return QTensor(x.to(code_dtype(scheme.format)), scale, zero, ones if scheme.zero_point == "float" else None, scheme)
-
-
-def _nested_grid(x: torch.Tensor, scheme: Scheme, rule: str, name: str, shrink: torch.Tensor | float) -> Grid:
-    """Fit float32 scales first, then quantize all of them together by their own scheme."""
-    assert isinstance(scheme.scale, Scheme)
-    tiles = to_tiles(x, tile_shape(scheme.granularity, tuple(x.shape))).float()
-    factor = shrink.reshape(-1, 1) if isinstance(shrink, torch.Tensor) else shrink
+    check_tensor(x, name)
+    if not isinstance(scheme.scale, Scheme):
+        return quantize_with(x, scheme, grid, name=name).dequantize(x.dtype)
     with named(name):
-        grid = fit(tiles, scheme, rule, factor)
-        shape = scale_shape(scheme.granularity, tuple(x.shape))
-        return Grid(quantize_scales(grid.scale.reshape(shape), scheme.scale, name), grid.zero_point, grid.offset)  # type: ignore[arg-type]
+        inner = fit(to_tiles(x.detach(), tile_shape(scheme.granularity, tuple(x.shape))).float(), scheme, rule)
+        parts = store_grid(inner, scheme, tuple(x.shape), outer=grid, name=name)
+    return quantize_with(x, scheme, parts, name=name).dequantize(x.dtype)
 
 
-def quantize_scales(scale: torch.Tensor, scheme: Scheme, name: str = "scale") -> QTensor:
-    """Scales as a QTensor whose every value is positive: a code that would mean zero becomes the smallest that does not."""
+def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The function form of `QTensor.dequantize`."""
+    return q.dequantize(dtype)
+
+
+def store_grid(
+    grid: Grid, scheme: Scheme, shape: tuple[int, ...], *, outer: Grid | None = None, name: str = "tensor"
+) -> Parts:
+    """A fitted grid as it is kept: in the scale's shape, scales and offsets quantized where the scheme says so.
+
+    Args:
+        grid: one entry for every tile; float32 where the scheme quantizes them in turn.
+        shape: of the tensor that the grid is for.
+        outer: the grid of the scales, where it is given; None: their own range gives it.
+    """
+    grid = grid.reshape(*scale_shape(scheme.granularity, shape))
+    scale: torch.Tensor | QTensor = grid.scale
+    offset: torch.Tensor | QTensor | None = grid.offset
+    if isinstance(scheme.scale, Scheme):
+        scale = quantize_scales(grid.scale, scheme.scale, signed=scheme.signed_scales, outer=outer, name=name)
+    if isinstance(scheme.offset, Scheme) and grid.offset is not None:
+        one_sign = scheme.offset.symmetric and scheme.offset.format.qmin == 0 and scheme.offset.signed_scales
+        rule = "extreme" if one_sign and scheme.offset.format.kind == "integer" else "auto"
+        offset = quantize_tensor(grid.offset, scheme.offset, rule=rule, name=f"{name}: offset")
+    return Parts(scale, grid.zero_point, offset)
+
+
+def quantize_scales(
+    scale: torch.Tensor, scheme: Scheme, *, signed: bool = False, outer: Grid | None = None, name: str = "scale"
+) -> QTensor:
+    """Scales as a QTensor that has no zeros and, unless `signed`, nothing negative: a code that would mean zero becomes the
+    one next to it with the sign of its scale."""
     with named(f"{name}: scale"):
-        if isinstance(scheme.scale, Scheme):
-            outer = _nested_grid(scale, scheme, "auto", f"{name}: scale", 1.0)
+        if scale.numel() == 0:
+            return quantize_tensor(scale, scheme)
+        parts: Grid | Parts
+        if outer is not None:
+            parts = outer
         else:
-            outer = fit(to_tiles(scale, tile_shape(scheme.granularity, tuple(scale.shape))), scheme)
-        # Some layouts store the reciprocal: make the outer scale a number that survives 1/(1/s).
-        if scheme.symmetric and scheme.scale == "float32":
-            outer = Grid(1 / (1 / outer.scale))
-        q = quantize_with(scale, scheme, outer)
+            found = fit(to_tiles(scale, tile_shape(scheme.granularity, tuple(scale.shape))), scheme)
+            if scheme.symmetric and scheme.scale == "float32":
+                # Some layouts store the reciprocal: make the outer scale a number that survives 1/(1/s).
+                found = Grid(1 / (1 / found.scale.clamp(min=torch.finfo(torch.float32).tiny)))
+            parts = store_grid(found, scheme, tuple(scale.shape), name=f"{name}: scale")
+        q = quantize_with(scale, scheme, parts)
+    if signed:
+        zero = q.dequantize() == 0
+        q.codes[zero] += 1
+        if scheme.format.kind == "integer":  # the code of a float has its sign already
+            q.codes[zero & (q.dequantize() * scale < 0)] -= 2
+        return q
     while bool((low := q.dequantize() <= 0).any()):
         q.codes[low] += 1  # codes of numbers that are not negative ascend with what they mean, in every format
     return q
+
+
+def _empty(x: torch.Tensor, scheme: Scheme) -> QTensor:
+    shape = tuple(x.shape)
+    ones = torch.ones(scale_shape(scheme.granularity, shape), dtype=torch.float32, device=x.device)
+    zero = ones.int() if scheme.zero_point == "integer" else None
+    grid = Grid(ones, zero, ones if scheme.zero_point == "float" else None)
+    return _assemble(x.to(code_dtype(scheme.format)), store_grid(grid, scheme, shape), scheme)
 
 
 def _encode_tiles(tiles: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor:
@@ -306,49 +331,8 @@ def _encode_tiles(tiles: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tens
     return encode(tiles / grid.scale, scheme.format, grid.zero_point)
 
 
-def _concatenate(grids: list[Grid]) -> Grid:
-    if len(grids) == 1:
-        return grids[0]
-    parts: list[Callable[[Grid], torch.Tensor | None]] = [lambda g: g.scale, lambda g: g.zero_point, lambda g: g.offset]
-    return Grid(*(None if part(grids[0]) is None else torch.cat([part(g) for g in grids]) for part in parts))  # type: ignore
-
-
-def _assemble(
-    codes: torch.Tensor, grid: Grid, scheme: Scheme, shape: tuple[int, ...], nested: QTensor | None = None
-) -> QTensor:
-    """Codes and flat grids → a QTensor of the tensor's own shape."""
-    wanted = scale_shape(scheme.granularity, shape)
-    scale, zero, offset = (None if p is None else p.reshape(wanted) for p in grid)
-    assert scale is not None
-    return QTensor(codes, scale if nested is None else nested, zero, offset, scheme)
-
-
-class named:
-    """Puts a tensor's name in front of the errors of inner code, which does not know it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ArrondiError) and not str(error).startswith(self.name):
-            raise type(error)(f"{self.name}: {error}") from error
-
-
-__all__ = [
-    "Grid",
-    "QTensor",
-    "dequantize",
-    "fake_quantize",
-    "fit",
-    "quantize_scales",
-    "quantize_tensor",
-    "quantize_with",
-    "round_scale",
-]
-
-
-def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The function form of `QTensor.dequantize`."""
-    return q.dequantize(dtype)
+def _assemble(codes: torch.Tensor, grid: Grid | Parts, scheme: Scheme) -> QTensor:
+    """Codes and their grid → a QTensor of the tensor's own shape."""
+    if isinstance(grid, Grid):
+        grid = Parts(*grid.reshape(*scale_shape(scheme.granularity, tuple(codes.shape))))
+    return QTensor(codes, grid.scale, grid.zero_point, grid.offset, scheme)

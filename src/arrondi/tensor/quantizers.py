@@ -20,8 +20,8 @@ import torch
 from arrondi.errors import ShapeError
 from arrondi.formats import Scheme, tile_shape
 from arrondi.native import TYPES, native, operand, threads
-from arrondi.tensor.fitting import STORED, Grid
 from arrondi.tensor.packing import packed_width
+from arrondi.tensor.ranges.grid import STORED, Grid
 
 _GIVEN, _SYMMETRIC, _EXTREME, _AFFINE, _OFFSET = range(5)
 """Fits as the extension numbers them."""
@@ -120,7 +120,7 @@ def lost(x: torch.Tensor, codes: torch.Tensor, scheme: Scheme, grid: Grid) -> tu
 def search(x: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float) -> Grid | None:
     """The grid of each group with the least error, as (tiles, 1).
 
-    The twin is `arrondi.rounding.grid_search.search_grid`; sums are added in another order, so of two candidates whose losses
+    The twin is `arrondi.tensor.ranges.search.search_grid`; sums are added in another order, so of two candidates whose losses
     agree to some 1e-6 either may be taken.
     """
     fit = _fit(scheme, "auto")
@@ -130,7 +130,7 @@ def search(x: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, pow
     x = x.contiguous()
     weights = None if importance is None else importance.float().contiguous()
     grid = _empty_grid(rows, scheme)
-    mirrored = scheme.symmetric and scheme.format.qmin < 0
+    mirrored = scheme.symmetric and scheme.signed_scales and not scheme.format.balanced
     parts = _groups(x, rows, scheme, fit, grid)
     place = operand("importance", weights, (rows.columns,), torch.float32)
     return grid if _module().search_grids(*parts, place, _POWERS[power], mirrored, threads()) else None
@@ -174,7 +174,7 @@ def sweep(
     columns: tuple[int, int, int],
     scheme: Scheme,
 ) -> None:
-    """GPTQ's loop over some columns of a block. The twin is `_Columns` in `arrondi.rounding.gptq`.
+    """GPTQ's loop over some columns of a block. The reference is `_Columns` in `arrondi.rounding.gptq_sweep`.
 
     Args:
         rows: (n, m) float32, the weight's columns in the order of the visit; those visited become differences.
@@ -241,13 +241,13 @@ def _rows(x: torch.Tensor, scheme: Scheme, types: Collection[torch.dtype] = TYPE
 def _fit(scheme: Scheme, rule: str) -> tuple[int, float] | None:
     """Number and divisor of a fit; None if the kernels do not have it."""
     format = scheme.format
-    if format.kind != "integer" or not isinstance(scheme.scale, str) or scheme.scale not in STORED:
+    if format.kind != "integer" or scheme.scale not in STORED or scheme.offset != "float32":
         return None
     if not scheme.symmetric:
         fit = _AFFINE if scheme.zero_point == "integer" else _OFFSET
         return (fit, 1.0) if rule in ("auto", "full") else None
     if rule == "extreme":
-        return (_EXTREME, 1.0) if format.qmin < 0 else None
+        return (_EXTREME, 1.0) if format.qmin < 0 and scheme.signed_scales else None
     if rule == "narrow" or (rule in ("auto", "full") and format.qmin == 0):
         return _SYMMETRIC, float(format.qmax)
     if rule == "full" or (rule == "auto" and format.levels > 3):

@@ -19,8 +19,8 @@ from arrondi.kernels.native_linear.coding import BLOCK, KIND, TABLES, as_floats,
 from arrondi.kernels.packed import on_grid, pack_part, unpack_part
 from arrondi.native import TYPES, native, operand, threads
 from arrondi.tensor.encoding import code_dtype
-from arrondi.tensor.fitting import STORED, Grid
 from arrondi.tensor.qtensor import QTensor, quantize_with
+from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.storage import signed
 
 KEPT: Final = "kept_"

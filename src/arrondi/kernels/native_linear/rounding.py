@@ -17,7 +17,7 @@ from arrondi.formats import ActivationScheme, Granularity, PerBlock, PerGroup, P
 from arrondi.kernels.kernel import Meta
 from arrondi.kernels.native_linear.coding import INTEGERS, STEP, coding_of
 from arrondi.native import TYPES
-from arrondi.tensor.fitting import STORED
+from arrondi.tensor.ranges.grid import STORED
 
 DIGITS: Final = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 """Digits that are as exact as a type."""

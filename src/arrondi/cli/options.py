@@ -1,0 +1,71 @@
+"""The types of the options that several commands share, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(help="Model directory (config.json, safetensors files), or a name on the Hub.", show_default=False),
+]
+Out = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; new or empty.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, messages on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+SchemeName = Annotated[
+    str | None,
+    typer.Option(
+        help="Preset (W4A16, W8A8, NF4, MXFP4A16, …) or grammar (w=int3/g64/asym).", show_default="W4A16"
+    ),
+]  # fmt: skip
+MethodName = Annotated[str | None, typer.Option(help="rtn, hqq or gptq.", show_default="rtn")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights that share a scale; -1: a whole row. Default: the scheme's.")
+]
+Targets = Annotated[
+    list[str] | None, typer.Option(help="Modules to quantize: class, exact name or re:PATTERN. Repeatable.")
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="Modules to leave alone, same selectors; '' for none. Default: the output head."),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Option of the method as NAME=VALUE, e.g. damping=0.02. Repeatable."),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="JSON file of rules, instead of scheme, method, targets, ignore and their options."),
+]
+LayoutName = Annotated[
+    str | None, typer.Option("--layout", help="compressed-tensors or arrondi. Default: the most widely read that fits.")
+]
+KeepMisfits = Annotated[bool, typer.Option("--keep-misfits", help="Leave layers whose shape does not fit as they are.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="UTF-8 text to calibrate on; .jsonl and .json are read as documents.")
+]
+Samples = Annotated[int, typer.Option(help="Windows of calibration text.", min=1)]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a window; cut, and said, where the model takes fewer.", min=2)]
+EvalText = Annotated[
+    Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="Round the inputs of weight-only linears too, for speed: int8/g128, int8/token. Those of fused experts stay."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]
+Device = Annotated[str, typer.Option(help="Where the model is run: cpu, cuda or cuda:0.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(help="Exit with status 3 if the mean KL divergence, upper end of its 95 % interval, is larger."),
+]
+MaxPpl = Annotated[
+    float | None,
+    typer.Option(
+        help="Exit with status 3 if perplexity rises by more than this fraction (0.05: 5 %); the upper end of the 95 % interval counts."
+    ),
+]

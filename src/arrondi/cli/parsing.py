@@ -1,0 +1,144 @@
+"""Values of options from what the user wrote. Every refusal names the option and gives an example."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from arrondi.errors import SchemeError
+
+if TYPE_CHECKING:
+    from arrondi.pipeline import Recipe
+
+
+def recipe_from(
+    scheme: str | None,
+    method: str | None,
+    group_size: int | None,
+    targets: list[str] | None,
+    ignore: list[str] | None,
+    options: list[str] | None,
+    file: Path | None,
+) -> Recipe:
+    """The recipe of a file, or of one rule; never of both.
+
+    Raises:
+        SchemeError: `--recipe` stands beside an option that it would overrule, or a value makes no sense.
+    """
+    from arrondi.pipeline import Recipe
+
+    if file is None:
+        return Recipe.simple(
+            scheme or "W4A16",
+            method or "rtn",
+            group_size=group_size,
+            targets=targets or ["Linear"],
+            ignore=None if ignore is None else [s for s in ignore if s],
+            options=method_options(options or []),
+        )
+    given = {"--scheme": scheme, "--method": method, "--group-size": group_size, "--targets": targets, "--ignore": ignore, "--option": options}  # fmt: skip
+    beside = [option for option, value in given.items() if value is not None]
+    if beside:
+        raise SchemeError(
+            f"--recipe and {' and '.join(beside)} say the same thing twice. Write it into {file}, or leave --recipe out."
+        )
+    return Recipe.read(file)
+
+
+def method_options(items: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value that is JSON (a number, true) is read as such, else it is a word."""
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise SchemeError(f"--option takes NAME=VALUE, got {item!r}. Example: --option damping=0.02.")
+        if name in parsed:
+            raise SchemeError(f"--option {name} is there twice, with {parsed[name]!r} and {value!r}. Leave one out.")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
+
+
+def byte_count(text: str) -> int:
+    """`500MB`, `5GB`: powers of 1000."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
+    number = text.upper().rstrip("KMGTB")
+    try:
+        size = int(float(number) * units[text.upper()[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise SchemeError(f"--shard-size takes a size such as 500MB or 5GB, got {text!r}.")
+    return size
+
+
+def sizes(option: str, text: str, separator: str, count: int | None = None) -> list[int]:
+    """`4096x4096` or `1,16`: positive numbers, `count` of them if that is given."""
+    parts = text.lower().strip().split(separator)
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts) or count not in (None, len(parts)):
+        example = "4096x4096,11008x4096" if count else "1,16,512"
+        raise SchemeError(f"{option} takes positive numbers such as {example}, got {text!r}.")
+    return [int(part) for part in parts]
+
+
+def scheme_names(texts: Sequence[str]) -> list[str]:
+    """Schemes of a repeatable option, with `;` or commas between them.
+
+    The grammar has commas of its own (`w=int8,a=int8`): a part with `=` belongs to the scheme before it as long as that has no
+    part of the same name. `;` always ends a scheme.
+
+    >>> scheme_names(["W4A16,NF4,w=int8,a=int8,W8A8", "w=int4;w=int3,a=int8"])
+    ['W4A16', 'NF4', 'w=int8,a=int8', 'W8A8', 'w=int4', 'w=int3,a=int8']
+    """
+    found: list[str] = []
+    for text in ";".join(texts).split(";"):
+        keys: set[str] = set()  # of the scheme that is being put together
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            key, equals, _ = part.partition("=")
+            if equals and keys and key not in keys:
+                found[-1] += f",{part}"
+            else:
+                found.append(part)
+                keys.clear()
+            if equals:
+                keys.add(key)
+    return found
+
+
+def device_options(device: str) -> dict[str, str]:
+    """The keyword by which the library is told of a device other than the CPU.
+
+    Raises:
+        SchemeError: no such device, or none on this machine.
+    """
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise SchemeError(f"--device takes cpu, cuda or cuda:0, got {device!r}.") from None
+    if found.type == "cpu":
+        return {}
+    if found.type != "cuda":
+        raise SchemeError(f"--device takes cpu, cuda or cuda:0, got {device!r}.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (found.index or 0) >= count:
+        has = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device that PyTorch can use"
+        raise SchemeError(f"--device {device}: this machine has {has}. Use --device cpu.")
+    return {"device": device}
+
+
+def set_by_user(context: typer.Context, *names: str) -> list[str]:
+    """Those of these parameters that stand on the command line, as options."""
+    found = []
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            found.append(f"--{name.replace('_', '-')}")
+    return found
