@@ -67,7 +67,7 @@ class Method:
 
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 0.5),
+    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
     "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 10.0),
     "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 90.0),
 })  # fmt: skip
