@@ -18,7 +18,7 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.model import Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import PlannedTensor, Resolver
-from arrondi.pipeline.select import Selected, declared_by, select
+from arrondi.pipeline.select import Selected, declared_by, select, unreadable
 from arrondi.pipeline.step import Declared, Step, get_step
 
 _NAMED = 3
@@ -161,6 +161,7 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         problems.append(f"Nothing would be quantized.{why}")
     selected = select(source, recipe, tensors)
     declared = declared_by(source, selected, tensors)
+    problems += unreadable(source, declared)
     modules = [m for t in tensors if t.status == "quantized" for s in t.sites for m in s.modules]
     facts = ModelFacts(
         dtype=_dtype(source.config),
@@ -217,7 +218,7 @@ def _as_stored(source: Source, tensors: list[PlannedTensor]) -> list[PlannedTens
             found[t.name] = t
             continue
         for name in t.tensor.sources:
-            whole = StoredTensor(name, tuple(source.names.shapes[name]), (name,), (), t.tensor.params)
+            whole = StoredTensor(name, tuple(source.names.shapes[name]), (name,), (), t.tensor.params, t.block)
             found.setdefault(name, PlannedTensor(whole, source.dtype_of(whole), t.status, t.reason))
     return list(found.values())
 
