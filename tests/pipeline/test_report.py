@@ -15,7 +15,9 @@ import transformers
 from safetensors.torch import load_file
 
 import arrondi
-import arrondi.pipeline.quantize as pipeline
+import arrondi.evaluate.compare as comparing
+import arrondi.pipeline.run as running
+import arrondi.pipeline.texts as texts
 from arrondi.checkpoint import Checkpoint
 from arrondi.evaluate.compare import compare_models
 from arrondi.model import OnDisk
@@ -75,14 +77,6 @@ def test_reasons_are_told_apart(models: Callable[..., Path]) -> None:
     assert status == "kept because impossible" and "looked up" in reason
     mixtral = reasons("mixtral")
     assert mixtral["model.layers.0.block_sparse_moe.gate.weight"][0] == "kept by rule"
-
-
-def test_the_estimate_grows_with_what_is_asked(models: Callable[..., Path]) -> None:
-    skeleton = OnDisk.open(models("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=2))
-    rtn, gptq = make_plan(skeleton, W4), make_plan(skeleton, GPTQ)
-    blind, little, much = rtn.estimate(0, 0), gptq.estimate(10_000, 0), gptq.estimate(100_000, 10_000)
-    assert blind[0] < little[0] < much[0]
-    assert blind[1] < little[1] < much[1]
 
 
 # ── the report ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,20 +152,6 @@ def test_the_manifest_names_contents(models: Callable[..., Path], text: Path, tm
     ]
 
 
-def test_a_parameter_that_the_checkpoint_lacks_is_noted(models: Callable[..., Path], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in models("bert").iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(source / "model.safetensors")
-    del tensors["pooler.dense.bias"]
-    save_file(tensors, source / "model.safetensors")
-    report = quantize_model(source, tmp_path / "out", W4)
-    assert report["notes"] == ["pooler.dense.bias is missing in the checkpoint and is taken as zero."]
-
-
 # ── progress ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -189,7 +169,7 @@ def test_progress_goes_from_nothing_to_almost_all(
     assert {t for _, t, _ in calls} == {5 if with_text else 1}
     assert all(d < t for d, t, _ in calls)
     if with_text:
-        assert [w for _, _, w in calls] == ["reading text", "block 1 of 3", "block 2 of 3", "block 3 of 3", "outside the blocks", "measuring"]  # fmt: skip
+        assert [w for _, _, w in calls] == ["reading data", "block 1 of 3", "block 2 of 3", "block 3 of 3", "outside the blocks", "measuring"]  # fmt: skip
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -264,9 +244,10 @@ def test_an_encoder_is_measured_by_its_vectors(models: Callable[..., Path], text
 def test_hidden_states_in_a_file_change_nothing(
     models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_BATCH_TOKENS", 24)  # one window at a time
+    for module in (texts, comparing):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 24)  # one window at a time
     for name, limit in (("memory", 1 << 30), ("file", 3000), ("all in the file", 0)):
-        monkeypatch.setattr(pipeline, "_HIDDEN_LIMIT", limit)
+        monkeypatch.setattr(running, "_HIDDEN_LIMIT", limit)
         quantize_model(models("llama"), tmp_path / name, GPTQ, options(text))
     assert digest(tmp_path / "memory") == digest(tmp_path / "file") == digest(tmp_path / "all in the file")
 
@@ -275,7 +256,7 @@ def test_many_small_steps_write_the_same_as_one(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize_model(models("llama"), tmp_path / "one", W4)
-    monkeypatch.setattr(pipeline, "_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(running, "_GROUP_BYTES", 10_000)
     calls: list[int] = []
     quantize_model(models("llama"), tmp_path / "many", W4, progress=lambda done, total, what: calls.append(total))
     assert calls[0] > 10

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Instance, Site
 from arrondi.model.flow import trace
@@ -93,7 +94,16 @@ class Work:
     # ── the run ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> None:
-        """Rewrites, then stage by stage roundings and repairs."""
+        """Rewrites, then stage by stage roundings and repairs.
+
+        Raises:
+            DataError: a weight is not finite.
+        """
+        for site in self.sites:
+            if not bool(torch.isfinite(self.weight(site)).all()):
+                raise DataError(
+                    f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
+                )
         for step, options, sites in self._steps("rewrite"):
             assert step.apply is not None
             step.apply(self, sites, options)
