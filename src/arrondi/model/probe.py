@@ -79,6 +79,7 @@ def _observe(chain: Chain) -> Facts:
     routers: set[str] = set()
     bare: dict[str, str] = {}
     flipped: set[str] = set()
+    leaders: dict[str, str] = {}
     with contextlib.ExitStack() as undo, torch.no_grad():
         for handle in handles:
             undo.callback(handle)
@@ -103,11 +104,12 @@ def _observe(chain: Chain) -> Facts:
             like = _others(chain, i, structure)
             routers |= {p + n.removeprefix(own) for n in flow.routers for p in like}
             bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
+            leaders |= {p + n.removeprefix(own): p + leader.removeprefix(own) for s in flow.stages for n, leader in s.leaders.items() for p in like}  # fmt: skip
             flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
         unreached: frozenset[str] = frozenset()
         with contextlib.suppress(*REFUSALS):  # what follows the blocks may need more than shapes
             unreached = _unreached(chain, Inputs.of(ids), hidden)
-    return Facts(frozenset(routers), bare, frozenset(flipped), unreached)
+    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders)
 
 
 def _unreached(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> frozenset[str]:
@@ -119,7 +121,7 @@ def _unreached(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> frozenset[
             handles.append(module.register_forward_pre_hook(lambda module, args, name=name: called.add(name)))
             if isinstance(module, torch.nn.Linear) and not name.startswith(f"{chain.prefix}."):
                 undo.callback(setattr, module, "forward", module.forward)
-                module.forward = _blank(module.out_features)
+                setattr(module, "forward", _blank(module.out_features))  # noqa: B010
         for handle in handles:
             undo.callback(handle.remove)
         chain.instance.weightless = True  # type: ignore[attr-defined]

@@ -14,7 +14,9 @@ import torch
 
 from arrondi.errors import ArrondiError, SchemeError
 from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, said
+from arrondi.model.flow import trace
 from arrondi.model.in_memory import InMemory
+from arrondi.model.site import Facts
 from arrondi.model.source import OnDisk
 from arrondi.model.whole import Whole
 
@@ -50,15 +52,16 @@ def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
     whole = Whole(source.instance())
     whole.fill(0)
     _, (call,) = whole.begin(Inputs.of(batch))
+    params = {n: whole.instance.parameter(n) for n in whole.instance.empty}
     try:
-        whole.run(0, torch.zeros(0), call)
+        flow = trace(whole.model, params, lambda: whole.run(0, torch.zeros(0), call))
     except SchemeError as error:
         raise SchemeError(
             f"{error} So it can be neither calibrated nor measured on text: use --method rtn or hqq with neither --calibration nor --eval-text."
         ) from error
     finally:
         whole.drop(0)
-    source.run_as_whole()
+    source.run_as_whole(Facts.of(flow))
     return [f"{why} The model is kept in memory as a whole and run so."]
 
 

@@ -79,7 +79,7 @@ class OnDisk:
         """Name of the list of blocks that run one after another, "" if there is none."""
         return "" if self.whole else self._probed[0]
 
-    @property
+    @cached_property
     def facts(self) -> Facts:
         """What running the units once, with made-up weights, says of the parameters."""
         return self._probed[1]
@@ -119,9 +119,9 @@ class OnDisk:
         """The element type of a tensor as it is written without quantization."""
         return self.stored_dtype(tensor.sources[0])
 
-    def run_as_whole(self) -> None:
-        """From now on the model is one unit."""
-        self.whole = True
+    def run_as_whole(self, facts: Facts) -> None:
+        """From now on the model is one unit, of which a run has told this."""
+        self.whole, self.facts = True, facts
         for name in ("tensors", "sites"):
             self.__dict__.pop(name, None)
 

@@ -37,11 +37,12 @@ class Whole:
     def fill(self, i: int) -> None:
         """Load the model."""
         self.instance.fill(self.params(i))
-        self.instance.put_added("")
+        self.instance.put_added(lambda name: True)
 
     def drop(self, i: int) -> None:
         """Release it."""
         self.instance.drop(self.params(i))
+        self.instance.drop_added(lambda name: True)
 
     def begin(self, inputs: Inputs) -> tuple[torch.Tensor, list[Call]]:
         """Nothing is run; the inputs are the arguments of the unit."""

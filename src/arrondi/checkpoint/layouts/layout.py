@@ -50,6 +50,10 @@ class Placed:
     indexed: bool = False
     storage: str = ""
 
+    def __post_init__(self) -> None:
+        if self.module == self.name.removesuffix(".weight"):
+            object.__setattr__(self, "module", "")  # one meaning has one value
+
     @property
     def path(self) -> str:
         """The module path, by whichever of the two names it has."""
