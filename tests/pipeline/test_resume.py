@@ -21,6 +21,7 @@ import arrondi
 from arrondi.checkpoint import Checkpoint, ModelDir, ShardWriter, read_header
 from arrondi.errors import FileFormatError, OutputError
 from arrondi.native import native
+from arrondi.pipeline import TextOptions, inspect_model, quantize_model
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.manifest import MANIFEST, WORK, finished_key
 from tests.pipeline.killer import TAIL, digest
@@ -82,8 +83,8 @@ def whole(models: Callable[..., Path], text: Path, tmp_path_factory: pytest.Temp
 
 
 def gptq(models: Callable[..., Path], text: Path, out: Path, **options: Any) -> dict[str, Any]:
-    texts = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2)
-    return arrondi.quantize_model(models("llama", num_hidden_layers=2), out, GPTQ, texts, **options)
+    texts = TextOptions(text, samples=2, seq_len=24, eval_samples=2)
+    return quantize_model(models("llama", num_hidden_layers=2), out, GPTQ, texts, **options)
 
 
 def test_a_finished_block_is_read_back_not_rounded_again(
@@ -142,7 +143,7 @@ def test_a_shard_that_is_damaged_while_others_wait_for_their_names_is_written_ag
     damage: str, models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def quantize(out: Path) -> None:
-        arrondi.quantize_model(models("llama", num_hidden_layers=2), out, RTN, shard_bytes=100_000)
+        quantize_model(models("llama", num_hidden_layers=2), out, RTN, shard_bytes=100_000)
 
     replace, out = os.replace, tmp_path / "out"
 
@@ -187,14 +188,14 @@ def test_another_command_starts_anew_where_an_unfinished_run_was(
     (stopped / "model-00001-of-00002.safetensors").write_bytes(b"published before the kill")
     (stopped / "model.safetensors.index.json").write_text("{}")
     source = models("llama", num_hidden_layers=2)
-    arrondi.quantize_model(source, stopped, RTN)
-    arrondi.quantize_model(source, tmp_path / "whole", RTN)
+    quantize_model(source, stopped, RTN)
+    quantize_model(source, tmp_path / "whole", RTN)
     assert digest(stopped) == digest(tmp_path / "whole")
 
 
 def test_the_half_written_output_is_no_model(stopped: Path) -> None:
     assert finished_key(stopped) is None
-    for read in (Checkpoint.open, arrondi.load, arrondi.inspect_model):
+    for read in (Checkpoint.open, arrondi.load, inspect_model):
         with pytest.raises(FileFormatError, match=r"config\.json: no such file"):
             read(stopped)
     assert [p.name for p in stopped.iterdir()] == [WORK], "nothing has its final name"
@@ -222,9 +223,9 @@ def source(models: Callable[..., Path], tmp_path: Path) -> Path:
 
 def quantized(source: Path, out: Path, text: Path | None) -> None:
     if text is None:
-        arrondi.quantize_model(source, out, RTN)
+        quantize_model(source, out, RTN)
     else:
-        arrondi.quantize_model(source, out, GPTQ, arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2))
+        quantize_model(source, out, GPTQ, TextOptions(text, samples=2, seq_len=24, eval_samples=2))
 
 
 @pytest.mark.parametrize(("calibrated", "step"), [(True, "block 0"), (True, "measured"), (False, "tensors 0")])
@@ -365,9 +366,9 @@ def test_too_little_room_is_said_before_anything_is_computed(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"needs .* MB and the disk has 0 MB free"):
-        arrondi.quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)
+        quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)
     monkeypatch.undo()
-    assert arrondi.quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)["layers"]
+    assert quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)["layers"]
 
 
 def test_resuming_gives_the_numbers_of_a_run_that_was_not_interrupted(

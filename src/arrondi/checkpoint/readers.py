@@ -99,6 +99,12 @@ def _mixed_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} cannot read this mix of schemes; arrondi can."
 
 
+def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if not facts.splits or not dequantized_by_transformers(placed, facts):
+        return None
+    return f"{TRANSFORMERS} cannot load this model quantized: it splits stored tensors and would have to turn them back as well; arrondi can."
+
+
 def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not dequantized_by_transformers(placed, facts) or not any(p.scheme.inputs for p in placed):
         return None
@@ -165,7 +171,9 @@ def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
 
 
 _Rule = Callable[[list[Placed], ModelFacts], str | None]
-_REFUSALS: Final[tuple[_Rule, ...]] = (_unread_experts, _mixed_experts, _mixed_dequantized, _inputs_left, _mx_inputs)
+_REFUSALS: Final[tuple[_Rule, ...]] = (
+    _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _inputs_left, _mx_inputs,
+)  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (
     _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16,
     _next_code, _default_type,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from arrondi.model.flow import Flow
 from arrondi.model.names import Group, Names, Piece
 
 Kind = Literal["linear", "convolution", "embedding", "recurrent", "other"]
@@ -36,7 +37,9 @@ class Site:
         modules: every path by which the model calls it; the first is the one that configs name.
         classes: names of the module's class and its bases; "Linear" is among them for whatever is a linear layer.
         block: the unit that uses it, None outside of all units.
+        reads: what it multiplies: equal for sites that read the same activation; None where that is not known.
         unfit: why it cannot be held in few bits, None if it can.
+        reached: token ids reach it; True where nothing is known.
     """
 
     tensor: str
@@ -53,7 +56,9 @@ class Site:
     modules: tuple[str, ...]
     classes: tuple[str, ...]
     block: int | None
+    reads: str | None = None
     unfit: str | None = None
+    reached: bool = True
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -90,6 +95,13 @@ class Site:
         part = matrix[self.piece.source_rows, self.piece.source_columns]
         return part.T if self.param_flipped is not self.piece.flipped else part
 
+    def written(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The site's weight inside the tensor that is written, (out, in), as a view that may be written to."""
+        matrix = tensor if self.index is None else tensor[self.index]
+        if matrix.ndim != 2:
+            return matrix.flatten(1)
+        return matrix.T if self.file_flipped else matrix
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -99,11 +111,22 @@ class Facts:
         routers: parameters whose product chooses among experts.
         bare: parameters that are read otherwise than in a product → how.
         flipped: stacks that are summed over their middle axis: they hold (in, out).
+        unreached: parameters that the model does not use on token ids.
+        leaders: parameters that multiply → the first one that reads the same activation.
     """
 
     routers: frozenset[str] = frozenset()
     bare: Mapping[str, str] = field(default_factory=dict)
     flipped: frozenset[str] = frozenset()
+    unreached: frozenset[str] = frozenset()
+    leaders: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, flow: Flow) -> Facts:
+        """What a run of the whole model has shown."""
+        flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
+        leaders = {param: leader for stage in flow.stages for param, leader in stage.leaders.items()}
+        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders)
 
 
 @dataclass(frozen=True)
@@ -230,7 +253,7 @@ class _Maker:
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
             paths, tuple(dict.fromkeys((*classes, "Linear"))) if kind == "linear" else classes, self._block(aliases),
-            self._unfit(aliases, kind, classes),
+            self._reads(aliases, place.index), self._unfit(aliases, kind, classes), not all(a in self.facts.unreached for a in aliases),
         )  # fmt: skip
 
     def _path(self, tensor: str, owner: str) -> str:
@@ -242,6 +265,10 @@ class _Maker:
         if is_stack(module, parameter):
             return param in self.facts.flipped or bool(getattr(module, "is_transposed", False))
         return _is_conv1d(module)
+
+    def _reads(self, aliases: list[str], index: int | None) -> str | None:
+        leader = next((self.facts.leaders[a] for a in aliases if a in self.facts.leaders), None)
+        return leader if index is None or leader is None else f"{leader}[{index}]"
 
     def _block(self, aliases: list[str]) -> int | None:
         found = [b for b in map(self.block_of, aliases) if b is not None]

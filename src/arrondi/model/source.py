@@ -79,7 +79,7 @@ class OnDisk:
         """Name of the list of blocks that run one after another, "" if there is none."""
         return "" if self.whole else self._probed[0]
 
-    @property
+    @cached_property
     def facts(self) -> Facts:
         """What running the units once, with made-up weights, says of the parameters."""
         return self._probed[1]
@@ -119,9 +119,9 @@ class OnDisk:
         """The element type of a tensor as it is written without quantization."""
         return self.stored_dtype(tensor.sources[0])
 
-    def run_as_whole(self) -> None:
-        """From now on the model is one unit."""
-        self.whole = True
+    def run_as_whole(self, facts: Facts) -> None:
+        """From now on the model is one unit, of which a run has told this."""
+        self.whole, self.facts = True, facts
         for name in ("tensors", "sites"):
             self.__dict__.pop(name, None)
 
@@ -146,8 +146,7 @@ class OnDisk:
             module._parameters.pop("weight", None)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                for module in model.modules():
-                    model._init_weights(module)
+                _initialise(model, model)
         except AttributeError:
             return False
         return True
@@ -159,3 +158,10 @@ class OnDisk:
             raise FileFormatError(
                 f"{self.where}: no stored tensor fills {', '.join(missing[:_NAMED])}{more}. Is a shard missing, or does config.json belong to another model?"
             )
+
+
+def _initialise(module: Any, model: Any) -> None:
+    """What transformers does to the weights that a file lacks: every module is initialised by the innermost model around it."""
+    for child in module.children():
+        _initialise(child, child if hasattr(child, "_init_weights") else model)
+    model._init_weights(module)
