@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A busy neighbour makes spinning threads slow; one thread a worker and two workers use two cores well.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test check format peers bench kernels docs sanitize arm install clean
+.PHONY: demo test fuzz check format peers bench kernels docs sanitize arm install clean
 
 install: $(STAMP)
 
@@ -21,7 +21,11 @@ demo: $(STAMP)
 	$(BIN)/arrondi demo --output demo-output
 
 test: $(STAMP)
-	$(PYTEST) -m 'not peer'
+	$(PYTEST) -m 'not peer and not full'
+
+# Mutants of small checkpoints: read exactly, or refused in one sentence. SEED and SECONDS may be given.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.checkpoints --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

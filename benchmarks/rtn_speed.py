@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import arrondi
-from arrondi.checkpoint import Checkpoint, ModelDir
+from arrondi.checkpoint import Checkpoint
 from arrondi.model import Skeleton
-from arrondi.pipeline.record import FileHasher
+from arrondi.pipeline.ledger import recorded
 
 
 def main() -> None:
@@ -52,7 +52,9 @@ def main() -> None:
                 (Path(scratch) / "copy").write_bytes(path.read_bytes())
             copies.append(time.process_time() - started)
             started = time.process_time()
-            FileHasher(ModelDir.open(model)).result()
+            checkpoint, ledger = recorded(Checkpoint.open(model))
+            for name in checkpoint.names:
+                ledger.check(name)
             hashes.append(time.process_time() - started)
         cpu, wall = (statistics.median(r[k] for r in runs) for k in (0, 1))
         copy, hashing = statistics.median(copies), statistics.median(hashes)

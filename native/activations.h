@@ -92,11 +92,15 @@ struct Grid {
     float step, low, high;
 };
 
-// As arrondi.tensor.ranges.fits finds it: symmetric, or from the smallest to the largest with zero between them.
+// As it is given, or as arrondi.tensor.ranges.fits finds it: symmetric, or from the smallest to the largest with zero between them.
 inline Grid grid_of(const Product& p, const Row& row, int start, int end) {
     const float lowest = static_cast<float>(p.lowest), highest = static_cast<float>(p.highest), levels = highest - lowest;
     const float size = absolute_largest(row, start, end);
     if (!(size - size == 0.0f)) return {size - size, 0.0f, 0.0f};
+    if (p.x_scale != nullptr) {
+        const float zero = p.digits == 1 ? 0.0f : static_cast<float>(*p.x_zero);
+        return {*p.x_scale, lowest - zero, highest - zero};
+    }
     const auto stored = [&](float step) {
         if (step == 0.0f) return 1.0f;
         if (step >= 0x1p-126f || p.step_type == Type::f32) return rounded_to(step, p.step_type);

@@ -11,7 +11,7 @@
 namespace arrondi {
 namespace {
 
-using Facts = std::vector<int64_t>;  // what native_linear._facts lists, in its order; of activations what rounding_of does
+using Facts = std::vector<int64_t>;  // the fields of native_linear.Facts or Rounding, in their order
 
 Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table) {
     if (f.size() != 8) throw nb::value_error("a packed weight has eight facts");
@@ -55,8 +55,8 @@ void bind_products(nb::module_& m) {
     // A product with its weight bound: what stays the same from call to call crosses from Python once.
     nb::class_<Product>(m, "Product")
         .def("__init__", [](Product* made, const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset,
-                            uintptr_t table, int digits, const Facts& rounding, uintptr_t bias, uintptr_t norm, float eps,
-                            int gate) {
+                            uintptr_t table, int digits, const Facts& rounding, uintptr_t x_scale, uintptr_t x_zero,
+                            uintptr_t bias, uintptr_t norm, float eps, int gate) {
             Product p{};
             p.weight = weight_of(facts, codes, scale, zero, offset, table);
             p.digits = digits;
@@ -68,6 +68,8 @@ void bind_products(nb::module_& m) {
                 p.step_type = static_cast<Type>(rounding[2]);
                 p.x_group = static_cast<int>(rounding[3]);
             }
+            p.x_scale = at<float>(x_scale);
+            p.x_zero = at<int32_t>(x_zero);
             p.bias = at<float>(bias);
             p.norm = at<float>(norm);
             p.eps = eps;

@@ -86,7 +86,8 @@ struct Weight {
 //   digits   as integers in base 256: 2 or 3 digits hold bfloat16 or float32 activations to 15 or 23 bits of the largest in
 //            each span, which is as good as the type they came in
 //   rounded  to the codes of a scheme, with one scale a token or for every `x_group` columns of it: 1 digit; 2 where the
-//            grid has a zero point, for then code - zero point has nine bits
+//            grid has a zero point, for then code - zero point has nine bits. Or with a scale that is given (static), the same
+//            for every token
 struct Product {
     Weight weight;
     const void* x;     // (m, k), rows ldx elements apart
@@ -98,6 +99,8 @@ struct Product {
     int lowest, highest;  // rounded: the codes of x
     Type step_type;       // rounded: what the scale is rounded to
     int x_group;          // rounded: columns under one scale; 0: by token
+    const float* x_scale;   // rounded: the scale of every token (one number); null: it follows from the token
+    const int32_t* x_zero;  // its zero point (one number), with two digits
     void* y;           // (m, n), rows ldy elements apart; int32 with `integers`
     Type y_type;
     int64_t ldy;

@@ -61,6 +61,11 @@ const char* check(const Product& p) {
     if (p.x_group != 0 && (p.x_group < 32 || p.x_group > 512 || p.x_group % step != 0 ||
                            (w.groups > 1 && w.group % p.x_group != 0 && p.x_group % w.group != 0)))
         return "activations must be rounded by token, or in groups of 32 to 512 that go with those of the weight";
+    if (p.x_scale != nullptr && (!by_token(p) || (p.digits == 2 && p.x_zero == nullptr)))
+        return "a given scale of activations is one for all of them, with a zero point where there are two digits";
+    if (p.x_scale != nullptr && !(*p.x_scale > 0.0f)) return "a given scale of activations must be positive";
+    if (p.x_scale != nullptr && p.digits == 2 && (*p.x_zero < p.lowest || *p.x_zero > p.highest))
+        return "the zero point of activations must be one of their codes";
     if (by_token(p) && w.groups == 1 && w.k > 65536) return "int32 sums of more than 65536 columns may overflow";
     if (p.gate != Gate::none && (w.n % 2 != 0 || p.residual != nullptr || p.integers))
         return "a gate needs as many rows before as behind it, and nothing that is added";

@@ -382,6 +382,36 @@ void try_attention(int shared, int width, int length, Type type, Random& random)
     }
 }
 
+// A key that is no number spoils what its queries see, a value only its own column; an infinite score as well, but for one that
+// is infinitely small among others.
+void try_attention_not_finite(int length, Type type, Random& random) {
+    const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+    const int width = 32, heads = 4;
+    for (const float bad : {nan, infinity, -infinity}) {
+        for (int where = std::isnan(bad) ? 0 : 1; where < 3; where++) {  // an infinite query meets keys of either sign
+            Numbers given[3] = {normal(type, heads * width, random), normal(type, 2 * length * width, random),
+                                normal(type, 2 * length * width, random)};
+            for (int i = 0; i < heads; i++) given[0].set(static_cast<size_t>(i * width), 1.0f);
+            const int at = random.below(length);
+            given[where].set(static_cast<size_t>(where == 0 ? 0 : at * width), bad);
+            Written y(type, static_cast<size_t>(heads) * width);
+            if (attend({heads, 2, width, length, given[0].data(), given[1].data(), length * width, width, given[2].data(),
+                        length * width, width, y.data(), type, 0.2f, any_of(kThreads, random)}) != nullptr)
+                return fail("attention of what is not finite is refused");
+            for (int q = 0; q < heads; q++)
+                for (int i = 0; i < width; i++) {
+                    const double got = y.get(static_cast<int64_t>(q) * width + i);
+                    // The first key head serves two queries.
+                    const bool touched = where == 0 ? q == 0 : where == 1 ? q < 2 : q < 2 && i == 0;
+                    const bool fades = where == 1 && bad == -infinity && length > 1;
+                    if (!touched || fades ? !std::isfinite(got) : where == 2 ? std::isfinite(got) : !std::isnan(got))
+                        return fail("attention length=%d %s of %g in operand %d: [%d][%d] is %g", length,
+                                    kTypeNames[static_cast<int>(type)], static_cast<double>(bad), where, q, i, got);
+                }
+        }
+    }
+}
+
 void try_rotation(int width, Type type, Random& random) {
     const int rows = random.below(4) == 0 ? 70 : 1 + random.below(5), heads = 1 + random.below(3), key_heads = random.below(3);
     const int turned = (heads + key_heads) * width, half = width / 2;
@@ -455,6 +485,8 @@ void try_jobs(uint64_t seed, bool quick) {
             for (int k : kK) try_dense(m, any_of(kN, random), k, random);
         for (Type type : {Type::f32, Type::bf16})
             for (int length : {1, 15, 16, 100}) try_attention(1 + random.below(3), 16 << random.below(4), length, type, random);
+        for (Type type : {Type::f32, Type::bf16})
+            for (int length : {1, 4, 5, 17}) try_attention_not_finite(length, type, random);
         for (Type type : {Type::f32, Type::bf16})
             for (int width : {2, 16, 20, 34, 64, 80, 96, 128, 250, 256}) try_rotation(width, type, random);
     }

@@ -35,6 +35,7 @@ struct Case {
     int digits;
     int lowest, highest;  // the codes of rounded activations; equal: x keeps its own numbers
     int x_group;
+    bool given;  // rounded: by a scale that does not follow from x
     bool integers;
     int threads;
     uint64_t seed;
@@ -49,11 +50,11 @@ struct Case {
         static const char* const gates[3] = {"none", "silu", "gelu"};
         char text[320];
         std::snprintf(text, sizeof text,
-                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d codes=%d…%d x_group=%d integers=%d threads=%d "
+                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d codes=%d…%d x_group=%d given=%d integers=%d threads=%d "
                       "eps=%g gate=%s residual=%d seed=%llu",
                       kKindNames[static_cast<int>(kind)], n, k, m, group, zeros[static_cast<int>(zero)], offset, bias,
                       kTypeNames[static_cast<int>(scale_type)], kTypeNames[static_cast<int>(x_type)],
-                      kTypeNames[static_cast<int>(y_type)], digits, lowest, highest, x_group, integers, threads, static_cast<double>(eps),
+                      kTypeNames[static_cast<int>(y_type)], digits, lowest, highest, x_group, given, integers, threads, static_cast<double>(eps),
                       gates[static_cast<int>(gate)], residual, static_cast<unsigned long long>(seed));
         return text;
     }
@@ -166,6 +167,8 @@ struct Around {
     std::vector<float> bias, norm;
     Numbers residual{Type::f32, 0};
     int64_t ldr = 0;
+    float x_scale = 1.0f;
+    int32_t x_zero = 0;
 
     Around() = default;
     Around(const Case& c, Random& random) {
@@ -173,6 +176,9 @@ struct Around {
         norm.resize(c.eps > 0 ? static_cast<size_t>(c.k) : 0);
         for (float& v : bias) v = 10.0f * random.normal();
         for (float& v : norm) v = 1.0f + 0.5f * random.normal();
+        // From one that no code is far from to one that most are beyond.
+        x_scale = (0.2f + random.uniform()) * 8.0f / static_cast<float>(c.highest - c.lowest + 1);
+        x_zero = c.lowest + random.below(c.highest - c.lowest + 1);
         if (!c.residual) return;
         ldr = c.n + random.below(3) * 7;
         residual = Numbers(c.y_type, static_cast<size_t>((c.m - 1) * ldr + c.n));
@@ -193,6 +199,8 @@ Product product_of(const Case& c, const Made& made, const Numbers& x, int64_t ld
     p.lowest = c.lowest;
     p.highest = c.highest;
     p.step_type = c.x_type == Type::bf16 ? Type::bf16 : Type::f32;
+    p.x_scale = c.given ? &around.x_scale : nullptr;
+    p.x_zero = c.given && c.digits == 2 ? &around.x_zero : nullptr;
     p.y = y.data;
     p.y_type = c.y_type;
     p.ldy = ldy;
@@ -241,6 +249,7 @@ struct Reference {
     };
 
     Grid grid_of(double smallest, double largest) const {
+        if (p.x_scale != nullptr) return {*p.x_scale, p.x_zero == nullptr ? 0.0f : static_cast<float>(*p.x_zero)};
         const float low = static_cast<float>(smallest), high = static_cast<float>(largest);
         const float levels = static_cast<float>(c.highest - c.lowest);
         const auto stored = [&](float step) {
@@ -437,13 +446,14 @@ Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
         c.lowest = digits == 1 || random.below(2) == 0 ? -(1 << (bits - 1)) : 0;
         c.highest = c.lowest + (1 << bits) - 1;
     }
+    c.given = c.rounded() && random.below(3) == 0;
     if (c.rounded() && random.below(3) == 0) {
         c.integers = true;
         c.group = k;
         c.offset = c.bias = false;
         return c;
     }
-    if (c.rounded() && kind != Kind::trit5 && random.below(2) == 0) {
+    if (c.rounded() && !c.given && kind != Kind::trit5 && random.below(2) == 0) {
         const int columns = any_of(kColumns, random);
         if (group == 0 || group % columns == 0 || columns % group == 0) c.x_group = columns;
     }
@@ -684,6 +694,21 @@ void try_refusals() {
     p = rounded;
     p.highest = 128;
     refused(p, "a code that is no int8");
+    p = rounded;
+    const float scale = 0.5f, none = 0.0f;
+    const int32_t zero = 300;
+    p.x_scale = &scale;
+    if (product(p) != nullptr) fail("a product of activations with a given scale is refused");
+    p.x_scale = &none;
+    refused(p, "a given scale of zero");
+    p.x_scale = &scale;
+    p.x_group = 32;
+    refused(p, "a given scale of groups");
+    p.x_group = 0;
+    p.digits = 2;
+    refused(p, "two digits without a zero point");
+    p.x_zero = &zero;
+    refused(p, "a zero point that is no code");
     p = rounded;
     p.x_group = 48;
     refused(p, "activations in groups of no whole step");

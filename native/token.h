@@ -46,6 +46,13 @@ inline void dense(const Dense& d, int first, int last) {
     }
 }
 
+inline void store_attended(const Attention& a, int at, Floats y) {
+    if (a.type == Type::f32)
+        store_floats(static_cast<float*>(a.y) + at, y);
+    else
+        store_low_halves(static_cast<uint16_t*>(a.y) + at, bf16_bits(y));
+}
+
 // One head of keys with the queries that share it. `scores` holds length numbers, rounded up to sixteen.
 inline void attend(const Attention& a, int head, float* scores) {
     const int shared = a.heads / a.key_heads, width = a.width / 16;
@@ -66,7 +73,16 @@ inline void attend(const Attention& a, int head, float* scores) {
             store_sums(scores + t, s[0], s[1], s[2], s[3]);
         }
         for (int t = a.length; t % 16 != 0; t++) scores[t] = -__builtin_inff();
-        for (int t = 0; t < a.length; t++) top = scores[t] > top ? scores[t] : top;
+        bool unordered = false;
+        for (int t = 0; t < a.length; t++) {
+            top = scores[t] > top ? scores[t] : top;
+            unordered |= scores[t] != scores[t];
+        }
+        if (unordered || top - top != 0.0f) {
+            // A score that is NaN, or the largest one infinite: e^(s - top) has no value, nor has the sum of them.
+            for (int i = 0; i < width; i++) store_attended(a, q * a.width + 16 * i, splat(__builtin_nanf("")));
+            continue;
+        }
         Floats all = zero_floats();
         for (int t = 0; t < a.length; t += 16) {
             // e^s as a power of two; below 2^-125 nothing is left of it.
@@ -82,13 +98,7 @@ inline void attend(const Attention& a, int head, float* scores) {
                 sum[i] = fma(weight, load_type(values, a.type, t * a.value_stride + 16 * i), sum[i]);
         }
         const Floats share = splat(1.0f / arrondi::ARRONDI_PATH::sum(all));
-        for (int i = 0; i < width; i++) {
-            const Floats y = mul(sum[i], share);
-            if (a.type == Type::f32)
-                store_floats(static_cast<float*>(a.y) + q * a.width + 16 * i, y);
-            else
-                store_low_halves(static_cast<uint16_t*>(a.y) + q * a.width + 16 * i, bf16_bits(y));
-        }
+        for (int i = 0; i < width; i++) store_attended(a, q * a.width + 16 * i, mul(sum[i], share));
     }
 }
 

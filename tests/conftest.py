@@ -1,9 +1,8 @@
-"""Small random models of many architectures, every path of the compiled kernels, and the paths of real data where there is any."""
+"""Small random models, every path of the compiled kernels, and the paths of real data where there is any."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,66 +12,12 @@ import torch
 
 from arrondi.native import native
 from arrondi.sample import sample_path
+from tests.zoo import ARCHITECTURES as ARCHITECTURES
+from tests.zoo import VOCABULARY as VOCABULARY
+from tests.zoo import build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-VOCABULARY = 2048
-"""Of the sample's tokenizer, which every small model shares."""
-
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-_DECODER = {
-    **_COMMON,
-    "intermediate_size": 96,
-    "num_key_value_heads": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
-
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": False}),
-    "llama-tied": ("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True, "attention_bias": True}),
-    "qwen3": ("Qwen3ForCausalLM", {**_DECODER, "head_dim": 16}),
-    "gemma2": ("Gemma2ForCausalLM", {**_DECODER, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-    "gemma3": ("Gemma3ForCausalLM", {**_DECODER, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}),
-    "opt": ("OPTForCausalLM", {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}),
-    "phi3-fused-qkv": ("Phi3ForCausalLM", {**_DECODER, "pad_token_id": 0}),
-    "bert": ("BertModel", {**_COMMON, "intermediate_size": 96}),
-    "mixtral": ("MixtralForCausalLM", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2-moe": (
-        "Qwen2MoeForCausalLM",
-        {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-    ),
-    "qwen3-moe": ("Qwen3MoeForCausalLM", {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
-}  # fmt: skip
-"""Name of a test model → transformers class and its config."""
-
-
-def build(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Write a random model with the sample's tokenizer, the way transformers itself saves it."""
-    import transformers
-
-    class_name, settings = ARCHITECTURES[name]
-    cls = getattr(transformers, class_name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = cls(cls.config_class(**{**settings, **changes}))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.mul_(3)  # livelier than the default initialisation, so that errors show in the outputs
-    model.to(dtype).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(sample_path() / file, folder / file)
-    return folder
 
 
 @pytest.fixture(params=[] if native is None else [name for name, missing in native.paths() if missing is None])
@@ -91,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[Any, ...], Path] = {}
 
     def get(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-        key = (name, dtype, *sorted(changes.items()))
+        key = (name, dtype, repr(sorted(changes.items())))
         if key not in made:
             made[key] = build(name, tmp_path_factory.mktemp(name), dtype, **changes)
         return made[key]

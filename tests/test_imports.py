@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "arrondi"
 
 FLOORS = {
-    "errors": 0, "documents": 0, "_native": 0, "native": 0, "formats": 0, "tensor": 0, "sample": 0,
+    "errors": 0, "documents": 0, "_native": 0, "native": 0, "formats": 0, "tensor": 0, "sample": 0, "waiting": 0,
     "kernels": 1,
     "rounding": 2, "calibration": 2,
     "nn": 3,
@@ -21,8 +21,9 @@ FLOORS = {
     "model": 5,
     "evaluate": 6, "runtime": 6,
     "pipeline": 7,
-    "cli": 8, "report": 8,
-    "__init__": 9, "__main__": 9,
+    "api": 8,
+    "cli": 9, "report": 9,
+    "__init__": 10, "__main__": 10,
 }  # fmt: skip
 
 # Inside the ground floor there is an order, too: each may import what stands before it.
@@ -94,7 +95,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_parts_of_one_floor_do_not_import_each_other() -> None:
     pairs = {(part(path), there) for path in FILES for _, there in parts_imported(path) if part(path) not in GROUND}
-    circles = {(a, b) for a, b in pairs if a != b and FLOORS[a] == FLOORS[b] < 9 and (b, a) in pairs}
+    circles = {(a, b) for a, b in pairs if a != b and FLOORS[a] == FLOORS[b] < 10 and (b, a) in pairs}
     assert not circles
 
 

@@ -37,9 +37,7 @@ def _cases() -> Iterator[Case]:
             def build(n: int, k: int, copies: int, scheme=scheme, dtype=dtype) -> Bind:
                 weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
                 q = quantize_tensor(weight, scheme.weights)
-                layers = [
-                    QLinear(q, activations=scheme.inputs and scheme.inputs.scheme, dtype=dtype) for _ in range(copies)
-                ]
+                layers = [QLinear(q, inputs=scheme.inputs, dtype=dtype) for _ in range(copies)]
 
                 def bind(m: int):
                     x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)

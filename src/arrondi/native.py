@@ -1,11 +1,12 @@
 """The compiled kernels, if they are there.
 
-Owns: `native`, the extension module or None; which path of it runs; what every caller needs to hand it a tensor. Without
-the extension (no compiler when arrondi was installed) everything works through PyTorch, and the first use says once that it
-is slower.
+Owns: `native`, the extension module or None; which path of it runs; and `operand`, the only way to hand it a tensor: an
+address is given for a shape, type and layout that were checked, since the kernels read and write where they are told to.
+Without the extension (no compiler when arrondi was installed) everything works through PyTorch, and the first use says once
+that it is slower.
 
 `ARRONDI_CPU` forces a path (`avx512_bf16`, `avx512_vnni`, `avx_vnni`, `avx2`, `neon_i8mm`, `neon_dotprod`, `portable`); `none`
-leaves the extension alone, which gives the slow twins everywhere.
+leaves the extension alone, which gives the slow references everywhere.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
-from arrondi.errors import ArrondiError, unknown
+from arrondi.errors import ArrondiError, ShapeError, unknown
 
 FORCE: Final = "ARRONDI_CPU"
 """Environment variable with the name of the path to run, or `none`."""
@@ -103,6 +104,73 @@ def kernel_threads(*, alone: bool) -> Iterator[None]:
         _threads = before
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's numbers begin; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+Dtypes = torch.dtype | tuple[torch.dtype, ...]
+
+_Layout = Literal["contiguous", "rows", "last"]
+
+
+def operand(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtypes: Dtypes, layout: _Layout = "contiguous"
+) -> int:
+    """Where a tensor's numbers begin; 0 for None.
+
+    Args:
+        name: of the tensor, for messages.
+        shape: that it must have.
+        dtypes: the type that it must have, or several.
+        layout: "contiguous"; "rows": a matrix whose rows are contiguous and do not overlap; "last": contiguous along the
+            last axis, for tensors that are only read.
+
+    Raises:
+        ShapeError: it has another shape, type or layout, or is no ordinary tensor in the CPU's memory.
+    """
+    if tensor is None:
+        return 0
+    if (
+        isinstance(tensor, torch.Tensor)
+        and tensor.is_cpu
+        and tensor.shape == shape
+        and (tensor.dtype is dtypes or (type(dtypes) is tuple and tensor.dtype in dtypes))
+        and tensor.layout is torch.strided
+        and (tensor.is_contiguous() or (layout != "contiguous" and _fits(tensor, layout)))
+        and not tensor.is_neg()
+    ):
+        place = _place(tensor)
+        if place or not tensor.numel():
+            return place
+    raise ShapeError(_wrong(name, tensor, shape, dtypes, layout))
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """0 for subclasses that keep their numbers elsewhere, or have none."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _fits(tensor: torch.Tensor, layout: _Layout) -> bool:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    return layout == "last" or (tensor.dim() == 2 and (tensor.shape[0] < 2 or tensor.stride(0) >= tensor.shape[1]))
+
+
+_HOW: Final[dict[_Layout, str]] = {
+    "contiguous": "contiguous",
+    "rows": "with contiguous rows that do not overlap",
+    "last": "contiguous along the last axis",
+}
+
+
+def _wrong(name: str, tensor: object, shape: tuple[int, ...], dtypes: Dtypes, layout: _Layout) -> str:
+    types = " or ".join(str(d).removeprefix("torch.") for d in (dtypes if isinstance(dtypes, tuple) else (dtypes,)))
+    wanted = f"{name} must be {tuple(shape)} in {types}, {_HOW[layout]}, on the CPU"
+    if not isinstance(tensor, torch.Tensor):
+        return f"{wanted}, got {type(tensor).__name__}. Pass a torch.Tensor."
+    kind = f"{type(tensor).__name__} " if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else ""
+    strides = f", strides {tuple(tensor.stride())}" if tensor.layout is torch.strided else f", layout {tensor.layout}"
+    view = ", a negated view" if tensor.layout is torch.strided and tensor.is_neg() else ""
+    found = (
+        f"{kind}{tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}{strides}{view} on {tensor.device}"
+    )
+    return f"{wanted}, got {found}. Cast, move or copy it first (.to(), .contiguous())."

@@ -1,15 +1,15 @@
-"""Half-vectors against identities, second moments against the plain product, reservoirs against their promise."""
+"""Second moments against the plain product, and the same bytes however a stream is cut or shared out."""
 
+import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
-from arrondi.calibration import Reservoir, SecondMoment, unvech, vech
+from arrondi.calibration import SPANS, SecondMoment, span_of, vech
+from arrondi.calibration.moments import chunk_rows
 from arrondi.errors import DataError, ShapeError
 
 SIZES = pytest.mark.parametrize("n", [1, 2, 7, 255, 256, 257, 600])  # around and across the panels of 256 rows
@@ -17,90 +17,6 @@ SIZES = pytest.mark.parametrize("n", [1, 2, 7, 255, 256, 257, 600])  # around an
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def symmetric(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    a = torch.randn(n, n, generator=generator(seed), dtype=dtype)
-    return a + a.T
-
-
-# Half-vectors
-
-
-def test_vech_lists_the_lower_triangle_row_by_row():
-    a = torch.tensor([[1.0, -1, -1], [2, 3, -1], [4, 5, 6]])
-    assert vech(a).tolist() == [1, 2, 3, 4, 5, 6]
-
-
-@SIZES
-def test_entry_i_j_is_at_i_i_plus_1_over_2_plus_j(n):
-    a = symmetric(n)
-    packed = vech(a)
-    i, j = np.tril_indices(n)
-    np.testing.assert_array_equal(packed.numpy(), a.numpy()[i, j])
-    np.testing.assert_array_equal(packed.numpy()[i * (i + 1) // 2 + j], a.numpy()[i, j])
-
-
-@SIZES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
-def test_unpack_of_pack_is_the_identity_bit_for_bit(n, dtype):
-    a = (symmetric(n) * 100).to(dtype)
-    restored = unvech(vech(a))
-    assert restored.dtype == dtype and torch.equal(restored, a) and torch.equal(restored, restored.T)
-    assert torch.equal(vech(restored), vech(a))
-
-
-def test_unpack_keeps_negative_zeros_and_nan_payloads():
-    packed = torch.tensor([0.0, -0.0, 0.0, -0.0, math.nan, -0.0])
-    bits = packed.view(torch.int32)
-    assert torch.equal(vech(unvech(packed)).view(torch.int32), bits)
-    full = unvech(packed)
-    assert torch.equal(full.T.contiguous().view(torch.int32), full.view(torch.int32))
-
-
-def test_batches_are_packed_matrix_by_matrix():
-    batch = torch.stack([symmetric(5, seed) for seed in range(6)]).reshape(2, 3, 5, 5)
-    packed = vech(batch)
-    assert packed.shape == (2, 3, 15)
-    assert torch.equal(packed[1, 2], vech(batch[1, 2]))
-    assert torch.equal(unvech(packed), batch)
-
-
-def test_duplication_matrix_identities():
-    """vec A = D vech A; D'D = 1 on diagonal entries, 2 elsewhere; D D⁺ = (I + K)/2 (Magnus and Neudecker 1980)."""
-    n, m = 6, 21
-    duplication = torch.stack([unvech(e).reshape(-1) for e in torch.eye(m, dtype=torch.float64)], dim=1)
-    weights = vech(torch.full((n, n), 2.0, dtype=torch.float64) - torch.eye(n, dtype=torch.float64))
-    a = symmetric(n, dtype=torch.float64)
-    assert torch.equal(duplication @ vech(a), a.reshape(-1))
-    assert torch.equal(duplication.T @ duplication, torch.diag(weights))
-    commutation = torch.eye(n * n, dtype=torch.float64).reshape(n, n, n * n).transpose(0, 1).reshape(n * n, n * n)
-    expected = (torch.eye(n * n, dtype=torch.float64) + commutation) / 2
-    assert torch.allclose(duplication @ torch.linalg.pinv(duplication), expected, atol=1e-12)
-
-
-@settings(deadline=None)
-@given(n=st.integers(1, 12), seed=st.integers(0, 2**31))
-def test_packed_dot_is_the_frobenius_product(n, seed):
-    a, b = symmetric(n, seed, torch.float64), symmetric(n, seed + 1, torch.float64)
-    weights = vech(2 - torch.eye(n, dtype=torch.float64))  # off-diagonal entries count twice
-    assert torch.allclose((weights * vech(a) * vech(b)).sum(), (a * b).sum(), rtol=1e-12, atol=1e-12)
-    assert torch.allclose((weights.sqrt() * vech(a)).norm(), a.norm(), rtol=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (4, 2, 3)])
-def test_vech_refuses_what_is_not_square(shape):
-    with pytest.raises(ShapeError, match=r"square matrix, got shape \("):
-        vech(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("shape", [(), (2,), (5, 4)])
-def test_unvech_refuses_lengths_that_are_not_triangular(shape):
-    with pytest.raises(ShapeError, match=r"n\(n\+1\)/2 entries"):
-        unvech(torch.zeros(shape))
-
-
-# Second moments
 
 
 @SIZES
@@ -232,132 +148,114 @@ def test_autograd_does_not_follow():
     assert not moment.packed.requires_grad
 
 
-# Reservoirs
+# The same bytes for any number of workers and any batches
+
+WINDOWS, LENGTH = 41, 96
 
 
-def numbered(start: int, stop: int) -> torch.Tensor:
-    """Rows that say which they are: (k, -k)."""
-    k = torch.arange(start, stop, dtype=torch.float32)
-    return torch.stack((k, -k), dim=1)
+def windows(n: int, seed: int = 0) -> list[torch.Tensor]:
+    """Inputs of a layer, window by window; as behind a router, some of their rows are missing, and one window has none."""
+    g = generator(seed)
+    made = []
+    for i in range(WINDOWS):
+        x = torch.randn(LENGTH, n, generator=g) * torch.rand(n, generator=g) * 3
+        made.append(x[torch.rand(LENGTH, generator=g) < 0.7] if i != 7 else x[:0])
+    return made
 
 
-def test_a_short_stream_is_kept_whole_and_in_order():
-    reservoir = Reservoir(10)
-    reservoir.observe(numbered(0, 4))
-    reservoir.observe(numbered(4, 10))
-    assert reservoir.seen == 10 and torch.equal(reservoir.rows(), numbered(0, 10))
+def seen_by(stream: list[torch.Tensor], spans: range, batch: int) -> SecondMoment:
+    """What one worker learns of its spans, in batches of `batch` rows that end where a span ends."""
+    moment = SecondMoment(stream[0].shape[1], first_span=spans.start)
+    for span in spans:
+        rows = torch.cat([x for i, x in enumerate(stream) if span_of(i, len(stream)) == span] or [stream[0][:0]])
+        for part in rows.split(batch):
+            moment.update(part, span)
+    return moment
 
 
-@settings(deadline=None)
-@given(cuts=st.lists(st.integers(0, 40), max_size=12), capacity=st.integers(1, 30), seed=st.integers(0, 1000))
-def test_it_is_bounded_distinct_and_whole_rows_however_the_stream_is_cut(cuts, capacity, seed):
-    total = sum(cuts)
-    reservoir, at_once = Reservoir(capacity, seed=seed), Reservoir(capacity, seed=seed)
-    at_once.observe(numbered(0, total))
-    start = 0
-    for size in cuts:
-        reservoir.observe(numbered(start, start + size))
-        start += size
-    assert reservoir.seen == total
-    if total == 0:
-        return
-    rows = reservoir.rows()
-    assert rows.shape == (min(total, capacity), 2)
-    kept = rows[:, 0].tolist()
-    assert len(set(kept)) == len(kept) and set(kept) <= set(range(total))
-    assert torch.equal(rows[:, 1], -rows[:, 0])
-    assert torch.equal(rows, at_once.rows())
+def shared_by(workers: int, stream: list[torch.Tensor], batch: int, order: list[int] | None = None) -> SecondMoment:
+    bounds = [w * SPANS // workers for w in range(workers + 1)]
+    parts = [seen_by(stream, range(a, b), batch) for a, b in itertools.pairwise(bounds)]
+    first, *others = [parts[i] for i in order or range(workers)]
+    for other in others:
+        first.merge(other)
+    return first
 
 
-def inclusion_p_value(counts: np.ndarray, trials: int, capacity: int) -> float:
-    """χ² of how often each of N rows was kept. Rows of one sample exclude each other, hence the factor (N-1)/(N-k)."""
-    n = len(counts)
-    expected = trials * capacity / n
-    statistic = float(((counts - expected) ** 2 / expected).sum()) * (n - 1) / (n - capacity)
-    return float(stats.chi2.sf(statistic, n - 1))
+@pytest.mark.parametrize("n", [48, 257])
+def test_workers_and_batches_do_not_change_a_bit(n: int) -> None:
+    stream = windows(n)
+    alone = shared_by(1, stream, 512)
+    wanted = alone.packed.clone()
+    whole = torch.cat(stream).double()
+    exact = whole.T @ whole
+    bound = len(whole) * torch.finfo(torch.float32).eps * (whole.abs().T @ whole.abs())
+    assert bool(((alone.matrix(torch.float64) - exact).abs() <= bound).all())
+    assert alone.tokens == len(whole)
+    for workers, batch in ((1, 1000), (1, 7), (2, 512), (2, 100), (3, 64), (4, 33), (8, 512), (8, 50)):
+        found = shared_by(workers, stream, batch)
+        assert torch.equal(found.packed.view(torch.int32), wanted.view(torch.int32)), (workers, batch)
+        assert found.tokens == alone.tokens
+    for order in ([1, 0], [0, 1]):
+        assert torch.equal(shared_by(2, stream, 512, order).packed, wanted), "whoever merges"
+    assert torch.equal(shared_by(8, stream, 80, [3, 0, 7, 5, 1, 2, 6, 4]).packed, wanted)
 
 
-def test_every_row_is_kept_equally_often():
-    counts = np.zeros(60)
-    for seed in range(1500):
-        reservoir = Reservoir(12, seed=seed)
-        for part in numbered(0, 60).split(17):
-            reservoir.observe(part)
-        counts[reservoir.rows()[:, 0].long().numpy()] += 1
-    assert counts.sum() == 1500 * 12
-    assert inclusion_p_value(counts, 1500, 12) > 1e-3
+def test_the_order_of_the_sum_is_the_documented_one() -> None:
+    """Against the tree written down plainly: products of chunks, added within a span, then spans added."""
+    stream, n = windows(30, seed=5), 30
+    spans = [torch.cat([x for i, x in enumerate(stream) if i * 8 // WINDOWS == s]) for s in range(8)]
+    assert max(len(s) for s in spans) < chunk_rows(n)
+    long = [torch.cat([s, s, s]) for s in spans]  # more than one chunk each
+    total = None
+    for rows in long:
+        span = torch.zeros(n, n)
+        for chunk in rows.split(chunk_rows(n)):
+            span = span + chunk.T @ chunk
+        total = span if total is None else total + span
+    moment = SecondMoment(n)
+    for s, rows in enumerate(long):
+        for part in rows.split(77):
+            moment.update(part, s)
+    assert total is not None
+    assert torch.equal(moment.packed, vech(total))
 
 
-def test_the_first_rows_have_no_advantage():
-    """One place and four rows: every row must hold it a quarter of the time, also those that came with the first."""
-    counts = np.zeros(4)
-    for seed in range(2000):
-        reservoir = Reservoir(1, seed=seed)
-        for part in numbered(0, 4).split([2, 1, 1]):
-            reservoir.observe(part)
-        counts[int(reservoir.rows()[0, 0])] += 1
-    assert inclusion_p_value(counts, 2000, 1) > 1e-3
+def test_one_worker_holds_two_half_vectors_at_most() -> None:
+    moment = SecondMoment(64)
+    for span in range(SPANS):
+        moment.update(torch.randn(600, 64, generator=generator(span)), span)
+        assert len(moment._spans) <= 2
+    packed = moment.packed
+    assert len(moment._spans) == 1 and moment._waiting is None
+    assert moment.packed is packed, "no copy"
 
 
-def test_merged_reservoirs_weigh_rows_by_what_each_side_saw():
-    """20 and 100 rows: were the sides weighed equally, the first 20 would be kept five times as often."""
-    counts = np.zeros(120)
-    for seed in range(1500):
-        a, b = Reservoir(12, seed=2 * seed), Reservoir(12, seed=2 * seed + 1)
-        a.observe(numbered(0, 20))
-        b.observe(numbered(20, 90))
-        a.merge(b)
-        a.observe(numbered(90, 120))  # and goes on as if it had seen it all
-        assert a.seen == 120
-        kept = a.rows()[:, 0].long().numpy()
-        assert len(set(kept)) == 12
-        counts[kept] += 1
-    assert inclusion_p_value(counts, 1500, 12) > 1e-3
+def test_a_stream_without_spans_is_one_span() -> None:
+    x = torch.randn(1500, 20, generator=generator())
+    plain, spanned = SecondMoment(20), SecondMoment(20)
+    for part in x.split(130):
+        plain.update(part)
+    spanned.update(x, 0)
+    assert torch.equal(plain.packed, spanned.packed)
+    late = SecondMoment(20)
+    late.update(x, 5)  # an expert that no earlier token reached
+    assert torch.equal(late.packed, plain.packed)
 
 
-def test_merging_short_streams_keeps_everything():
-    a, b, empty = Reservoir(10), Reservoir(10, seed=3), Reservoir(10)
-    a.observe(numbered(0, 3))
-    b.observe(numbered(3, 7))
-    empty.merge(a)
-    empty.merge(b)
-    empty.merge(Reservoir(10))
-    assert empty.seen == 7 and sorted(empty.rows()[:, 0].tolist()) == list(range(7))
-    assert torch.equal(b.rows(), numbered(3, 7))
+def test_batches_are_copied_before_they_wait() -> None:
+    moment, x = SecondMoment(3), torch.ones(2, 3)
+    moment.update(x)
+    x.zero_()
+    assert torch.equal(moment.matrix(), torch.full((3, 3), 2.0))
 
 
-def test_draws_leave_the_global_generator_alone():
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    reservoir = Reservoir(3)
-    reservoir.observe(numbered(0, 100))
-    other = Reservoir(3, seed=1)
-    other.observe(numbered(0, 9))
-    reservoir.merge(other)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
-def test_rows_keep_their_type_and_any_leading_shape(dtype):
-    reservoir = Reservoir(100)
-    x = torch.arange(2 * 3 * 4).reshape(2, 3, 4).to(dtype)
-    reservoir.observe(x)
-    assert reservoir.rows().dtype == dtype and torch.equal(reservoir.rows(), x.reshape(6, 4))
-
-
-def test_reservoir_errors_name_the_tensor():
-    reservoir = Reservoir(4, name="fc1")
-    with pytest.raises(DataError, match="fc1: the reservoir is empty"):
-        reservoir.rows()
-    with pytest.raises(DataError, match="fc1: 2 of 6 values are NaN or infinite"):
-        reservoir.observe(torch.tensor([[0.0, math.nan, math.inf], [1, 2, 3]]))
-    assert reservoir.seen == 0
-    reservoir.observe(torch.full((2, 3), 3e38))  # finite, though its sum is not
-    with pytest.raises(ShapeError, match="fc1: rows have 2 features, earlier ones had 3"):
-        reservoir.observe(torch.zeros(1, 2))
-    with pytest.raises(ShapeError, match="reservoirs of 4 and 5 rows"):
-        reservoir.merge(Reservoir(5))
-    with pytest.raises(ShapeError, match="capacity=0"):
-        Reservoir(0)
-    with pytest.raises(ShapeError, match="got a scalar"):
-        reservoir.observe(torch.tensor(1.0))
+def test_spans_come_in_order() -> None:
+    moment = SecondMoment(3, name="x")
+    moment.update(torch.ones(1, 3), 2)
+    for span in (1, SPANS, -1):
+        with pytest.raises(ShapeError, match=rf"x: spans come in order, 2 … 7 may follow, got {span}"):
+            moment.update(torch.ones(1, 3), span)
+    assert moment.tokens == 1
+    with pytest.raises(ShapeError, match="no sample 3 of 3"):
+        span_of(3, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
@@ -191,6 +193,65 @@ def test_a_mistake_is_answered_with_what_to_write(text: str, words: str) -> None
     with pytest.raises(ArrondiError) as caught:
         parse_scheme(text)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Q4_K_M", "GGUF.*w=int4/g32/asym"),
+        ("q8_0", "GGUF.*w=int8/g32"),
+        ("Q6_K", "w=int6/g16"),
+        ("IQ4_XS", "nf4"),
+        ("int4", "W4A16.*W4A8"),
+        ("4-bit", "W4A16"),
+        ("8", "W8A16.*W8A8"),
+        ("int3_weight_only", "W3A16"),
+        ("16", "2 to 8"),
+        ("W4A16-G32", "w=int4/g32"),
+        ("W4A16_SYM", "W4A16 is symmetric"),
+        ("gptq", "--method"),
+        ("bnb-4bit", "NF4"),
+        ("LLM.int8", "W8A8"),
+        ("e4m3", "FP8_DYNAMIC"),
+        ("bf16", "plain type"),
+        ("1.58bit", "T158"),
+        ("W4A4", "NVFP4"),
+    ],
+)
+def test_names_of_other_tools_are_answered_with_the_nearest_in_meaning(text: str, words: str) -> None:
+    with pytest.raises(SchemeError, match=f"^Unknown scheme '{text}'.*{words}.*Known: BINARY"):
+        parse_scheme(text)
+
+
+def test_every_scheme_that_a_hint_names_exists() -> None:
+    for text in (
+        "Q2_K",
+        "Q3_K_S",
+        "Q4_K",
+        "Q5_0",
+        "Q5_1",
+        "Q5_K_M",
+        "Q6_K",
+        "Q4_0",
+        "Q4_1",
+        "IQ1_S",
+        "IQ2_M",
+        "IQ3_M",
+        "TQ1_0",
+        "TQ2_0",
+    ):
+        with pytest.raises(SchemeError) as caught:
+            parse_scheme(text)
+        parse_scheme(str(caught.value).split("nearest in meaning is ")[1].split(". ")[0])
+    for bits in range(2, 9):
+        with pytest.raises(SchemeError) as caught:
+            parse_scheme(f"{bits}bit")
+        for word in re.findall(r"w=\S+|W\dA\d+", str(caught.value).split(" Known:")[0]):
+            parse_scheme(word.rstrip("."))
+
+
+def test_fp8_is_a_scheme_and_no_spelling_mistake() -> None:
+    assert parse_scheme("fp8") is PRESETS["FP8"]
 
 
 def test_another_group_size() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -12,15 +13,17 @@ from arrondi.formats import FORMATS
 from arrondi.kernels.binary import binary_linear, binary_linear_reference, pack_signs, sign_tiles
 from arrondi.native import native
 from arrondi.tensor.encoding import decode, encode
+from tests.kernels.common import PATHS as COMPILED
+from tests.kernels.common import normal
 
-PATHS = ["torch"] + ([] if native is None else [name for name, missing in native.paths() if missing is None])
+PATHS = ["torch", *COMPILED]
 COLUMNS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200, 1000, 4096)
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """One compiled path after the other, and the twin in PyTorch's operators."""
+    """One compiled path after the other, and the reference in PyTorch's operators."""
     if request.param == "torch":
         monkeypatch.setattr("arrondi.kernels.binary.available", lambda: False)
         yield request.param
@@ -32,10 +35,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     native.use_path(before)
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def signs(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, 1, -1).double()
 
@@ -44,42 +43,40 @@ def packed(w: torch.Tensor) -> torch.Tensor:
     return sign_tiles(pack_signs(w))
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("columns", COLUMNS)
-def test_bits_are_the_codes_of_the_binary_format(columns: int, dtype: torch.dtype, path: str) -> None:
-    x = normal(3, columns, dtype=dtype)
-    x[0, 0], x[1, 0], x[2, 0] = 0.0, -0.0, 2.0**-14
-    bits = pack_signs(x)
-    assert bits.shape == (3, -(-columns // 32))
-    assert bits.dtype == torch.int32
-    codes = encode(x.float(), FORMATS["binary"])
-    ones = bits[..., None] >> torch.arange(32) & 1
-    assert torch.equal(ones.flatten(1)[:, :columns], codes.int())
-    assert not ones.flatten(1)[:, columns:].any()
-    assert torch.equal(decode(codes, FORMATS["binary"]).double(), signs(x))
+def test_bits_are_the_codes_of_the_binary_format(path: str) -> None:
+    for columns, dtype in itertools.product(COLUMNS, TYPES):
+        x = normal(3, columns, dtype=dtype)
+        x[0, 0], x[1, 0], x[2, 0] = 0.0, -0.0, 2.0**-14
+        bits = pack_signs(x)
+        assert bits.shape == (3, -(-columns // 32))
+        assert bits.dtype == torch.int32
+        codes = encode(x.float(), FORMATS["binary"])
+        ones = bits[..., None] >> torch.arange(32) & 1
+        assert torch.equal(ones.flatten(1)[:, :columns], codes.int()), (columns, dtype)
+        assert not ones.flatten(1)[:, columns:].any()
+        assert torch.equal(decode(codes, FORMATS["binary"]).double(), signs(x))
 
 
 def test_nan_is_minus_one(path: str) -> None:
     assert pack_signs(torch.tensor([[torch.nan, 1.0, torch.inf, -torch.inf]])).item() == 0b0110
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
-def test_products_are_exact(columns: int, path: str) -> None:
-    for rows in (1, 16, 17, 50):
+def test_products_are_exact(path: str) -> None:
+    for columns, rows in itertools.product(COLUMNS, (1, 16, 17, 50)):
         w = normal(rows, columns, seed=1)
-        for tokens in (1, 2, 5, 6, 13):
+        for tokens in (1, 2, 5, 13):
             x = normal(tokens, columns)
             y = binary_linear(pack_signs(x), packed(w), (rows, columns))
             assert y.dtype == torch.int32
-            assert torch.equal(y.double(), signs(x) @ signs(w).T)
+            assert torch.equal(y.double(), signs(x) @ signs(w).T), (columns, rows, tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_scales_are_applied_as_the_twin_does(dtype: torch.dtype, path: str) -> None:
+def test_scales_are_applied_as_the_reference_does(path: str) -> None:
     x, w = normal(2, 3, 100), normal(37, 100, seed=1)
     scale, token_scale = w.abs().mean(1), x.abs().mean(2)
     bits, tiles = pack_signs(x), packed(w)
-    for given in ({"scale": scale}, {"token_scale": token_scale}, {"scale": scale, "token_scale": token_scale}, {}):
+    some = ({"scale": scale}, {"token_scale": token_scale}, {"scale": scale, "token_scale": token_scale}, {})
+    for dtype, given in itertools.product((torch.float32, torch.bfloat16, torch.float16), some):
         y = binary_linear(bits, tiles, (37, 100), dtype=dtype, **given)
         assert y.dtype == dtype
         assert torch.equal(y, binary_linear_reference(bits, tiles, (37, 100), dtype=dtype, **given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,16 +15,18 @@ import torch
 from arrondi.errors import ShapeError
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix, hadamard_reference
 from arrondi.native import native
+from tests.kernels.common import PATHS as COMPILED
+from tests.kernels.common import normal, pairwise
 
 MODULE = importlib.import_module("arrondi.kernels.hadamard")  # the package gives the function that name
-PATHS = ["torch"] + ([] if native is None else [name for name, missing in native.paths() if missing is None])
+PATHS = ["torch", *COMPILED]
 SIZES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 64, 96, 128, 344, 512, 576, 1024, 4096)
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """One compiled path after the other, and the twin in PyTorch's operators."""
+    """One compiled path after the other, and the reference in PyTorch's operators."""
     if request.param == "torch":
         monkeypatch.setattr(MODULE, "available", lambda: False)
         yield request.param
@@ -35,27 +38,25 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     native.use_path(before)
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def allowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of both sides: n sums of numbers whose squares add up to |x|², then one rounding of a result of that size."""
+    """Both sides add up n numbers whose squares sum to |x|², and round a result of that size once."""
     length = x.double().norm(dim=-1, keepdim=True)
     wide = ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
     return length * (4 * wide * x.shape[-1] ** 0.5 + 2 * ROUNDOFF[dtype]) + 1e-7 * (dtype == torch.float16)
 
 
-@pytest.mark.parametrize(
-    "n",
-    # Sylvester; Paley's first with 11, 27, 43 …; his second with 13, 17, 25 and 81; 344 needs the field of 7³.
-    [1, 2, 4, 12, 20, 24, 28, 36, 40, 44, 52, 60, 76, 96, 100, 108, 140, 148, 164, 244, 252, 312, 344],
-)
-def test_rows_are_orthogonal(n: int) -> None:
-    matrix = hadamard_matrix(n)
-    assert matrix.dtype == torch.int8
-    assert matrix.abs().min() == 1
-    assert torch.equal(matrix.double() @ matrix.double().T, n * torch.eye(n, dtype=torch.float64))
+# Sylvester; Paley's first with 11, 27, 43 …; his second with 13, 17, 25 and 81; 344 needs the field of 7³.
+ORDERS = (
+    1, 2, 4, 12, 20, 24, 28, 36, 40, 44, 52, 60, 76, 96, 100, 108, 140, 148, 164, 244, 252, 312, 344,
+)  # fmt: skip
+
+
+def test_rows_are_orthogonal() -> None:
+    for n in ORDERS:
+        matrix = hadamard_matrix(n)
+        assert matrix.dtype == torch.int8
+        assert matrix.abs().min() == 1
+        assert torch.equal(matrix.double() @ matrix.double().T, n * torch.eye(n, dtype=torch.float64)), n
 
 
 def test_small_matrices_by_hand() -> None:
@@ -76,19 +77,33 @@ def test_model_widths_have_the_smallest_base() -> None:
         assert torch.equal(first, hadamard_matrix(base)[0].float().repeat_interleave(n // base))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", ROUNDOFF)
-@pytest.mark.parametrize("n", SIZES)
-def test_transform_is_the_product(n: int, dtype: torch.dtype, transposed: bool, path: str) -> None:
-    for rows in (1, 2, 3, 17):
+def check_transform(n: int, dtype: torch.dtype, transposed: bool) -> None:
+    for rows in (1, 3, 17):
         x = normal(rows, n, dtype=dtype)
         y = hadamard(x, transposed=transposed)
         assert y.dtype == dtype
         error = (y.double() - hadamard_reference(x, transposed=transposed).double()).abs()
-        assert (error <= allowed(x, dtype)).all()
+        assert (error <= allowed(x, dtype)).all(), (n, rows)
 
 
-@pytest.mark.parametrize("n", [5632, 11008, 14336])
+def test_transform_is_the_product(path: str) -> None:
+    for dtype in ROUNDOFF:
+        for i, n in enumerate(SIZES):
+            check_transform(n, dtype, transposed=bool((i + len(path)) % 2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", ROUNDOFF)
+@pytest.mark.parametrize("n", SIZES)
+def test_transform_of_every_size_is_the_product(n: int, dtype: torch.dtype, transposed: bool, path: str) -> None:
+    check_transform(n, dtype, transposed)
+
+
+@pytest.mark.parametrize(("n", "path"), [
+    pytest.param(n, path, marks=() if n == 11008 or path == "torch" else pytest.mark.full)
+    for n in (5632, 11008, 14336) for path in PATHS
+], indirect=["path"])  # fmt: skip
 def test_wide_rows(n: int, path: str) -> None:
     x = normal(2, n)
     y = hadamard(x)
@@ -98,10 +113,10 @@ def test_wide_rows(n: int, path: str) -> None:
     assert torch.allclose(hadamard(y, transposed=True), x, atol=2e-5)
 
 
-@pytest.mark.parametrize("n", [8, 20, 64, 2048])
-def test_integers_are_exact(n: int, path: str) -> None:
-    x = torch.randint(-8, 8, (5, n), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(hadamard(x, scale=1.0), x @ hadamard_matrix(n).float())
+def test_integers_are_exact(path: str) -> None:
+    for n in (8, 20, 64, 2048):
+        x = torch.randint(-8, 8, (5, n), generator=torch.Generator().manual_seed(0)).float()
+        assert torch.equal(hadamard(x, scale=1.0), x @ hadamard_matrix(n).float()), n
 
 
 def test_many_rows_over_threads(path: str) -> None:
@@ -116,15 +131,15 @@ def test_many_rows_over_threads(path: str) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("n", [12, 256])
-def test_any_strides(n: int, path: str) -> None:
-    x = normal(6, 4, 2 * n)
-    views = (x[:, 1, ::2], x.transpose(0, 1)[:, :, n:], x[::2, :, :n], x[0, 0, :n], x[:1, :1, :n].expand(3, 5, n))
-    for view in views:
-        before = view.clone()
-        assert torch.equal(hadamard(view), hadamard(view.clone(memory_format=torch.contiguous_format)))
-        assert torch.equal(view, before)
-        assert hadamard(view).shape == view.shape
+def test_any_strides(path: str) -> None:
+    for n in (12, 256):
+        x = normal(6, 4, 2 * n)
+        views = (x[:, 1, ::2], x.transpose(0, 1)[:, :, n:], x[::2, :, :n], x[0, 0, :n], x[:1, :1, :n].expand(3, 5, n))
+        for view in views:
+            before = view.clone()
+            assert torch.equal(hadamard(view), hadamard(view.clone(memory_format=torch.contiguous_format)))
+            assert torch.equal(view, before)
+            assert hadamard(view).shape == view.shape
 
 
 def test_no_rows(path: str) -> None:
@@ -132,7 +147,7 @@ def test_no_rows(path: str) -> None:
     assert hadamard(torch.zeros(0, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "path"), pairwise((torch.float32, torch.bfloat16), PATHS), indirect=["path"])
 def test_nan_and_infinity_spread_over_their_row(dtype: torch.dtype, path: str) -> None:
     x = normal(3, 48, dtype=dtype)
     x[1, 5] = torch.nan
@@ -178,10 +193,10 @@ def test_it_is_traced_as_one_operator() -> None:
     assert torch.equal(graph.module()(x), Rotated()(x))
 
 
-@pytest.mark.parametrize("n", [0, -4, 3, 6, 30, 92, 156])
-def test_orders_that_do_not_exist(n: int) -> None:
-    with pytest.raises(ShapeError, match=f"order {n} .*[Nn]earest orders? (is|are) "):
-        hadamard_matrix(n)
+def test_orders_that_do_not_exist() -> None:
+    for n in (0, -4, 3, 6, 30, 92, 156):
+        with pytest.raises(ShapeError, match=f"order {n} .*[Nn]earest orders? (is|are) "):
+            hadamard_matrix(n)
 
 
 def test_bad_input_is_named_with_its_shape() -> None:
@@ -195,7 +210,7 @@ def test_bad_input_is_named_with_its_shape() -> None:
         hadamard(torch.zeros(2, 0))
 
 
-def test_another_device_takes_the_fake_or_the_twin() -> None:
+def test_another_device_takes_the_fake_or_the_reference() -> None:
     assert hadamard(torch.zeros(2, 12, device="meta")).device.type == "meta"
 
 
@@ -219,7 +234,7 @@ def test_without_the_extension() -> None:
         "assert native is None; x = torch.randn(3, 96); assert torch.allclose(hadamard(x), hadamard_reference(x), atol=1e-5)"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env={"ARRONDI_CPU": "none", "PATH": ""}, capture_output=True,
-        text=True, timeout=120, check=False,
+        [sys.executable, "-W", "error", "-c", code], env=os.environ | {"ARRONDI_CPU": "none", "PATH": ""},
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

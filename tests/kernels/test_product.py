@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from arrondi.errors import ShapeError
-from arrondi.formats import LayerScheme, Scheme, parse_activations, parse_scheme
-from arrondi.kernels import Meta
+from arrondi.errors import SchemeError, ShapeError
+from arrondi.formats import LayerScheme, Scheme, parse_scheme
 from arrondi.kernels import native_linear as module
-from arrondi.kernels.product import GATES, Product
+from arrondi.kernels.product import GATES
 from arrondi.native import native
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
+from arrondi.tensor.qtensor import QTensor, fake_quantize
+from arrondi.tensor.ranges.grid import Grid
+from tests.kernels.common import PATHS, inputs, normal, packed, pairwise, weight
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
@@ -42,22 +43,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def weight_of(scheme: Scheme, rows: int, columns: int, seed: int = 0) -> QTensor:
-    return quantize_tensor(random(rows, columns, seed=seed) * 0.05 + 0.01, scheme)
-
-
 @functools.cache
 def weight_and_values(scheme: Scheme, rows: int, columns: int) -> tuple[QTensor, torch.Tensor]:
-    q = weight_of(scheme, rows, columns)
+    q = weight(scheme, (rows, columns))
     return q, q.dequantize(torch.float64)
-
-
-def packed(q: QTensor, dtype: torch.dtype = torch.float32, activations: Scheme | None = None):
-    return module.prepack(q, dtype), Meta(q.scheme, (q.shape[0], q.shape[1]), dtype, activations)
 
 
 def silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +59,7 @@ def gelu_tanh(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x * torch.sigmoid(z), z
 
 
-TWINS = {"silu": silu, "gelu_tanh": gelu_tanh}
+REFERENCES = {"silu": silu, "gelu_tanh": gelu_tanh}
 
 
 @dataclass
@@ -81,14 +70,14 @@ class Near:
     bound: torch.Tensor
 
 
-def normed_twin(x: torch.Tensor, norm: torch.Tensor) -> Near:
+def normed_reference(x: torch.Tensor, norm: torch.Tensor) -> Near:
     """A sum of squares in 16 lanes loses at most half a unit of 2^-24 a step; half of that is left behind the root."""
     x = x.double()
     value = x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * norm.double()
     return Near(value, value.abs() * (x.shape[-1] / 16 * 2.0**-25 + 2.0**-22))
 
 
-def product_twin(x: Near, scheme: LayerScheme, w: torch.Tensor, bias: torch.Tensor, roundoff: float) -> Near:
+def product_reference(x: Near, scheme: LayerScheme, w: torch.Tensor, bias: torch.Tensor, roundoff: float) -> Near:
     """x Wᵀ + bias of values that are off by up to x.bound. Where int8 is asked for and x lies that close to the edge
     between two codes, either may be chosen."""
     values, doubt = x.value, x.bound
@@ -101,10 +90,10 @@ def product_twin(x: Near, scheme: LayerScheme, w: torch.Tensor, bias: torch.Tens
     return Near(values @ w.T + bias.double(), roundoff * sizes + doubt @ w.abs().T)
 
 
-def gate_twin(y: Near, gate: str) -> Near:
+def gate_reference(y: Near, gate: str) -> Near:
     """gate(first half) · second half; e^z is as good as z, and no larger than 2^125."""
     (g, u), (dg, du) = y.value.chunk(2, dim=-1), y.bound.chunk(2, dim=-1)
-    gated, z = TWINS[gate](g)
+    gated, z = REFERENCES[gate](g)
     relative = 2.0**-21 + 2.0**-22 * z.abs() * torch.sigmoid(-z)
     near = STEEPEST * dg * (u.abs() + du) + gated.abs() * du
     return Near(gated * u, near + (gated * u).abs() * relative + (g * u).abs() * 2.0**-124)
@@ -121,27 +110,31 @@ def close(y: torch.Tensor, wanted: Near) -> bool:
     return bool(((y.double() - wanted.value).abs() <= wanted.bound * 1.01 + half * wanted.value.abs() + 1e-30).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("after", ["silu", "gelu_tanh", "residual"])
-@pytest.mark.parametrize("before", ["norm", "as-it-is"])
-@pytest.mark.parametrize("text", SCHEMES)
+TYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "before", "after", "dtype"),
+    pairwise(PATHS, SCHEMES, ("norm", "as-it-is"), ("silu", "gelu_tanh", "residual"), TYPES),
+    indirect=["path"],
+)
 def test_it_is_the_product_of_pytorch(path: str, text: str, before: str, after: str, dtype: torch.dtype):
     scheme = parse_scheme(text)
     gate = after if after in GATES else None
     for (out, columns), rows in [*itertools.product(SHAPES, ROWS), *([(SHAPES[1], PORTION)] if gate else [])]:
         q, values = weight_and_values(scheme.weights, out, columns)
-        norm = (1 + 0.3 * random(columns, seed=1)) if before == "norm" else None
-        bias, x = random(out, seed=2) * 0.3, (random(rows, columns, seed=rows) * 0.1).to(dtype)
+        norm = (1 + 0.3 * normal(columns, seed=1)) if before == "norm" else None
+        bias, x = normal(out, seed=2) * 0.3, (normal(rows, columns, seed=rows) * 0.1).to(dtype)
         if norm is None:
             x = x * 8
-        tensors, meta = packed(q, dtype, scheme.inputs and scheme.inputs.scheme)
+        tensors, meta = packed(q, dtype, scheme.inputs)
         product = module.product_of(tensors, meta, bias, norm=norm, eps=EPS, gate=gate)
-        residual = None if gate else (random(rows, out + 3, seed=4) * 2).to(dtype)[:, :out]
+        residual = None if gate else (normal(rows, out + 3, seed=4) * 2).to(dtype)[:, :out]
         y = product(x, residual)
-        given = Near(x.double(), x.double() * 0) if norm is None else normed_twin(x, norm)
-        wanted = product_twin(given, scheme, values, bias, inside(dtype, path))
+        given = Near(x.double(), x.double() * 0) if norm is None else normed_reference(x, norm)
+        wanted = product_reference(given, scheme, values, bias, inside(dtype, path))
         if gate is not None:
-            wanted = gate_twin(wanted, gate)
+            wanted = gate_reference(wanted, gate)
         if residual is not None:
             sizes = wanted.value.abs() + residual.double().abs()
             wanted = Near(wanted.value + residual.double(), wanted.bound + 2.0**-23 * sizes)
@@ -150,8 +143,8 @@ def test_it_is_the_product_of_pytorch(path: str, text: str, before: str, after: 
 
 
 def test_the_norm_of_small_numbers_counts_eps_and_zeros_stay_finite(path: str):
-    q = weight_of(parse_scheme("W4A16").weights, 32, 64)
-    x = random(3, 64)
+    q = weight(parse_scheme("W4A16").weights, (32, 64))
+    x = normal(3, 64)
     x[1] *= 1e-3
     x[2] = 0
     for eps in (1e-6, 1e-12):
@@ -166,69 +159,68 @@ def test_the_norm_of_small_numbers_counts_eps_and_zeros_stay_finite(path: str):
     torch.testing.assert_close(large, small * ratio, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("gate", TWINS)
+@pytest.mark.parametrize(("path", "gate", "dtype"), pairwise(PATHS, REFERENCES, TYPES), indirect=["path"])
 def test_gates_far_out(path: str, gate: str, dtype: torch.dtype):
     """e^100 and more, and cubes that float32 cannot hold."""
     far = [100.0, -100.0, 1e30, -1e30, 12.0, -12.0, 0.0, -0.0, 1e-30]
     half = 24
-    q = weight_of(parse_scheme("W8A16").weights, 2 * half, 64)
+    q = weight(parse_scheme("W8A16").weights, (2 * half, 64))
     q.scale[: len(far)] = 0.0  # their results are the bias
-    bias = random(2 * half, seed=1)
+    bias = normal(2 * half, seed=1)
     bias[: len(far)] = torch.tensor(far)
     for rows in (1, 7):
-        x = random(rows, 64, seed=rows).to(dtype)
+        x = normal(rows, 64, seed=rows).to(dtype)
         y = module.product_of(*packed(q, dtype), bias, gate=gate)(x)
         given = Near(x.double(), x.double() * 0)
-        before = product_twin(given, parse_scheme("W8A16"), q.dequantize(torch.float64), bias, inside(dtype, path))
+        before = product_reference(given, parse_scheme("W8A16"), q.dequantize(torch.float64), bias, inside(dtype, path))
         before.bound[:, : len(far)] = 0
-        assert close(y, gate_twin(before, gate)), rows
+        assert close(y, gate_reference(before, gate)), rows
         assert bool((y[:, [1, 3]].abs() < 1e-7 * before.value[:, half:][:, [1, 3]].abs() + 1e-30).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_nan_stays_nan_and_where_it_is(path: str, dtype: torch.dtype):
-    scheme = parse_scheme("W4A16").weights
-    q, half = weight_of(scheme, 72, 64), 36
-    bias = random(72, seed=1)
-    for gate, rows in itertools.product(TWINS, (1, 3, 9)):
-        x = random(rows, 64, seed=2).to(dtype)
-        clean = module.product_of(*packed(q, dtype), bias, gate=gate)(x)
-        for place in (5, half + 7):  # in front of the gate, and behind it
-            dirty = bias.clone()
-            dirty[place] = torch.nan
-            y = module.product_of(*packed(q, dtype), dirty, gate=gate)(x)
-            assert bool(torch.isnan(y[:, place % half]).all())
-            others = torch.arange(half) != place % half
-            assert torch.equal(y[:, others], clean[:, others])
-        x[rows // 2, 9] = torch.nan
-        for norm in (None, torch.ones(64)):
-            wanted = module.product_of(*packed(q, dtype), bias, norm=norm, gate=gate)
-            clear = torch.where(torch.isnan(x), 1, x)
-            y, whole = wanted(x), wanted(clear)
-            assert bool(torch.isnan(y[rows // 2]).all())
-            others = torch.arange(rows) != rows // 2
-            assert torch.equal(y[others], whole[others])
-    residual = random(2, 72, seed=3).to(dtype)
-    residual[1, 4] = torch.nan
-    y = module.product_of(*packed(q, dtype), None)(random(2, 64).to(dtype), residual)
-    assert torch.isnan(y).nonzero().tolist() == [[1, 4]]
+def test_nan_stays_nan_and_where_it_is(path: str):
+    for dtype in TYPES:
+        scheme = parse_scheme("W4A16").weights
+        q, half = weight(scheme, (72, 64)), 36
+        bias = normal(72, seed=1)
+        for gate, rows in itertools.product(REFERENCES, (1, 3, 9)):
+            x = normal(rows, 64, seed=2).to(dtype)
+            clean = module.product_of(*packed(q, dtype), bias, gate=gate)(x)
+            for place in (5, half + 7):  # in front of the gate, and behind it
+                dirty = bias.clone()
+                dirty[place] = torch.nan
+                y = module.product_of(*packed(q, dtype), dirty, gate=gate)(x)
+                assert bool(torch.isnan(y[:, place % half]).all())
+                others = torch.arange(half) != place % half
+                assert torch.equal(y[:, others], clean[:, others])
+            x[rows // 2, 9] = torch.nan
+            for norm in (None, torch.ones(64)):
+                wanted = module.product_of(*packed(q, dtype), bias, norm=norm, gate=gate)
+                clear = torch.where(torch.isnan(x), 1, x)
+                y, whole = wanted(x), wanted(clear)
+                assert bool(torch.isnan(y[rows // 2]).all())
+                others = torch.arange(rows) != rows // 2
+                assert torch.equal(y[others], whole[others])
+        residual = normal(2, 72, seed=3).to(dtype)
+        residual[1, 4] = torch.nan
+        y = module.product_of(*packed(q, dtype), None)(normal(2, 64).to(dtype), residual)
+        assert torch.isnan(y).nonzero().tolist() == [[1, 4]]
 
 
-@pytest.mark.parametrize("gate", [None, *TWINS])
+@pytest.mark.parametrize("gate", [None, *REFERENCES])
 def test_strides_axes_and_types_of_x(gate: str | None):
-    q = weight_of(parse_scheme("W4A16").weights, 48, 320)
-    product = module.product_of(*packed(q), random(48, seed=1), norm=torch.ones(320), eps=EPS, gate=gate)
+    q = weight(parse_scheme("W4A16").weights, (48, 320))
+    product = module.product_of(*packed(q), normal(48, seed=1), norm=torch.ones(320), eps=EPS, gate=gate)
     out = 48 if gate is None else 24
-    wide = random(7, 640)
-    for x in (wide[:, 5:325], wide[:, ::2], random(320, 9, seed=2).T, wide[:1, :320].expand(4, 320)):
+    wide = normal(7, 640)
+    for x in (wide[:, 5:325], wide[:, ::2], normal(320, 9, seed=2).T, wide[:1, :320].expand(4, 320)):
         assert torch.equal(product(x), product(x.contiguous()))
     deep = wide[:6, :320].reshape(2, 3, 320)
     assert torch.equal(product(deep), product(wide[:6, :320]).reshape(2, 3, out))
     assert product(wide[0, :320]).shape == (out,)
     assert product(wide[:0, :320]).shape == (0, out)
     halves = wide[:, :320].half()
-    y = module.product_of(*packed(q, torch.float16), random(48, seed=1), norm=torch.ones(320), eps=EPS, gate=gate)(
+    y = module.product_of(*packed(q, torch.float16), normal(48, seed=1), norm=torch.ones(320), eps=EPS, gate=gate)(
         halves
     )
     assert y.dtype == torch.float16
@@ -236,8 +228,8 @@ def test_strides_axes_and_types_of_x(gate: str | None):
 
 
 def test_results_are_written_where_they_belong():
-    q = weight_of(parse_scheme("W4A16").weights, 42, 64)
-    x, residual = random(5, 64), random(5, 42, seed=1)
+    q = weight(parse_scheme("W4A16").weights, (42, 64))
+    x, residual = normal(5, 64), normal(5, 42, seed=1)
     for gate, out in ((None, 42), ("silu", 21)):
         product = module.product_of(*packed(q), None, gate=gate)
         added = None if gate else residual
@@ -248,13 +240,13 @@ def test_results_are_written_where_they_belong():
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    q = weight_of(parse_scheme("W4A16").weights, 300, 512)
+    q = weight(parse_scheme("W4A16").weights, (300, 512))
     product = module.product_of(*packed(q), None, norm=torch.ones(512), eps=EPS, gate="silu")
     for rows in (1, 5, PORTION):
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(product(random(rows, 512)))
+            results.append(product(normal(rows, 512)))
         assert all(torch.equal(r, results[0]) for r in results)
 
 
@@ -270,7 +262,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     ids=["narrow", "flipped", "scalar", "float64", "meta"],
 )
 def test_an_x_that_does_not_fit(x: torch.Tensor, words: str):
-    q = weight_of(parse_scheme("W4A16").weights, 48, 64)
+    q = weight(parse_scheme("W4A16").weights, (48, 64))
     for gate in (None, "silu"):
         with pytest.raises(ShapeError, match=words):
             module.product_of(*packed(q), None, gate=gate)(x)
@@ -278,26 +270,26 @@ def test_an_x_that_does_not_fit(x: torch.Tensor, words: str):
 
 def test_what_a_gate_does_not_go_with():
     scheme = parse_scheme("W4A16").weights
-    odd = module.product_of(*packed(weight_of(scheme, 33, 64)), None, gate="silu")
+    odd = module.product_of(*packed(weight(scheme, (33, 64))), None, gate="silu")
     with pytest.raises(ValueError, match="as many rows before as behind"):
         odd(torch.ones(1, 64))
-    even = module.product_of(*packed(weight_of(scheme, 32, 64)), None, gate="silu")
+    even = module.product_of(*packed(weight(scheme, (32, 64))), None, gate="silu")
     with pytest.raises(ValueError, match="nothing that is added"):
         even(torch.ones(1, 64), torch.ones(1, 16))
-    with pytest.raises(KeyError):
-        Product([None] * 5, [0] * 8, 0, None, None, gate="relu")
+    with pytest.raises(SchemeError, match=r"Unknown gate 'relu'.*Known: gelu_tanh, silu"):
+        module.product_of(*packed(weight(scheme, (32, 64))), None, gate="relu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "text", [*SCHEMES, "w=uint4/g32/offset", "w=int4/channel,a=int8/token", "BINARY", "w=ternary/channel"]
-)
-def test_joined_weights_are_read_as_before(path: str, text: str, dtype: torch.dtype):
-    scheme = parse_scheme(text)
+JOINED = (
+    *SCHEMES, "w=uint4/g32/offset", "w=int4/channel,a=int8/token", "BINARY", "w=ternary/channel", "W8A8 static",
+)  # fmt: skip
+
+
+def check_joined(text: str, dtype: torch.dtype) -> None:
+    grid = Grid(torch.tensor(0.02)) if text.endswith("static") else None
+    scheme = parse_scheme(text if grid is None else "w=int8/channel,a=int8/tensor/static")
     sizes = (48, 16, 32)
-    apart = [
-        packed(weight_of(scheme.weights, n, 320, seed=n), dtype, scheme.inputs and scheme.inputs.scheme) for n in sizes
-    ]
+    apart = [packed(weight(scheme, (n, 320), seed=n), dtype, scheme.inputs, grid) for n in sizes]
     joined = module.join(apart)
     assert not isinstance(joined, str)
     tensors, meta = joined
@@ -305,42 +297,54 @@ def test_joined_weights_are_read_as_before(path: str, text: str, dtype: torch.dt
     views = module.pieces(tensors, sizes)
     for name, tensor in tensors.items():
         assert all(view[name].untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for view in views)
-        assert name == "table" or sum(view[name].numel() for view in views) == tensor.numel()
+        assert name in ("table", "input_scale") or sum(view[name].numel() for view in views) == tensor.numel()
     for rows in (1, 5, 40):
-        x = random(rows, 320, seed=rows).to(dtype)
+        x = normal(rows, 320, seed=rows).to(dtype)
         before = [module.product_of(t, m, None)(x) for t, m in apart]
         after = [module.product_of(v, m, None)(x) for v, (_, m) in zip(views, apart, strict=True)]
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         assert torch.equal(module.product_of(tensors, meta, None)(x), torch.cat(before, dim=1))
 
 
+def test_joined_weights_are_read_as_before(path: str):
+    for i, text in enumerate(JOINED):
+        check_joined(text, TYPES[(i + PATHS.index(path)) % 2])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", TYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("text", JOINED)
+def test_joined_weights_of_every_scheme_and_type(path: str, text: str, dtype: torch.dtype):
+    check_joined(text, dtype)
+
+
 def test_scales_of_two_types_are_joined_in_the_wider_one():
     scheme = parse_scheme("w=int4/g32/float32").weights
-    apart = [packed(weight_of(scheme, rows, 64, seed=rows)) for rows in (32, 16)]
+    apart = [packed(weight(scheme, (rows, 64), seed=rows)) for rows in (32, 16)]
     apart[0][0]["scale"] = apart[0][0]["scale"].bfloat16()
     assert {t["scale"].dtype for t, _ in apart} == {torch.bfloat16, torch.float32}
     joined = module.join(apart)
     assert not isinstance(joined, str)
-    x = random(3, 64)
+    x = normal(3, 64)
     before = torch.cat([module.product_of(t, m, None)(x) for t, m in apart], dim=1)
     assert torch.equal(module.product_of(*joined, None)(x), before)
 
 
 def test_weights_that_differ_are_not_joined_and_say_why():
     four, eight = (parse_scheme(text) for text in ("W4A16", "W8A16"))
-    one = packed(weight_of(four.weights, 32, 64))
+    one = packed(weight(four.weights, (32, 64)))
     by_hand = {name if name != "zero" else "offset": t for name, t in one[0].items()} | {
         "offset": torch.zeros(2, 1, 16)
     }
     for other, words in (
-        (packed(weight_of(eight.weights, 32, 64)), "have different schemes."),
-        (packed(weight_of(four.weights, 32, 128)), "have different numbers of columns."),
-        (packed(weight_of(four.weights, 24, 64)), "are joined in tiles of 16 rows, and one has 24 rows."),
-        (packed(weight_of(four.weights, 32, 64), torch.bfloat16), "have different types."),
-        (packed(weight_of(four.weights, 32, 64), activations=parse_activations("int8/token").scheme), "have different ways to round them."),
+        (packed(weight(eight.weights, (32, 64))), "have different schemes."),
+        (packed(weight(four.weights, (32, 128))), "have different numbers of columns."),
+        (packed(weight(four.weights, (24, 64))), "are joined in tiles of 16 rows, and one has 24 rows."),
+        (packed(weight(four.weights, (32, 64)), torch.bfloat16), "have different types."),
+        (packed(weight(four.weights, (32, 64)), rounding=inputs("int8/token")), "have different ways to round them."),
         ((by_hand, one[1]), "have different ways to keep zero points."),
     ):  # fmt: skip
         for pair in ([one, other], [other, one]):
             assert module.join(pair) == f"Layers that read the same activations {words}"
-    assert isinstance(module.join([packed(weight_of(four.weights, 24, 64))]), str)
+    assert isinstance(module.join([packed(weight(four.weights, (24, 64)))]), str)
     assert not isinstance(module.join([one, one]), str)

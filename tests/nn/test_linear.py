@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -10,11 +12,12 @@ import torch
 from torch import nn
 
 from arrondi.errors import SchemeError, ShapeError
-from arrondi.formats import FORMATS, PerGroup, PerToken, Scheme, parse_activations, parse_scheme
-from arrondi.kernels import FORCE, KERNELS, Kernel
-from arrondi.nn import QLinear
+from arrondi.kernels import FORCE, KERNELS
+from arrondi.nn import QLinear, joined_product
 from arrondi.nn import linear as linear_module
 from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
+from arrondi.tensor.ranges.grid import Grid
+from tests.kernels.common import assert_same, inputs
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +27,16 @@ def same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weight(shape: tuple[int, int] = (48, 256), scheme: str = "W4A16") -> QTensor:
-    return quantize_tensor(
-        torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1, parse_scheme(scheme).weights
-    )
+    return quantize_tensor(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1, scheme)
 
 
-def twin(q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
+def scattered(q: QTensor) -> QTensor:
+    """Columns in another order, each with the number of its group of 32."""
+    shuffle = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(1))
+    return replace(q, codes=q.codes[:, shuffle], group_index=(shuffle // 32).int())
+
+
+def float_layer(q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
     layer = nn.Linear(q.shape[1], q.shape[0], bias=bias is not None, dtype=dtype)
     layer.weight.data = q.dequantize(dtype)
     if bias is not None:
@@ -38,17 +45,14 @@ def twin(q: QTensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W3A16_ASYM", "w=int8/channel", "NVFP4A16", "NF4", "T158", "FP8_BLOCK"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
-def test_is_the_float_layer(scheme: str, dtype: torch.dtype, biased: bool):
+def test_is_the_float_layer(scheme: str):
     q = weight(scheme=scheme)
-    bias = torch.randn(48) if biased else None
-    x = torch.randn(2, 5, 256).to(dtype)
-    layer = QLinear(q, bias, dtype=dtype)
-    y, expected = layer(x), twin(q, bias, dtype)(x).detach()
-    assert y.dtype == dtype
-    relative = float((y.double() - expected.double()).norm() / expected.double().norm())
-    assert relative <= (1e-6 if dtype == torch.float32 else 2 * 2.0**-8)
+    for dtype, bias in itertools.product((torch.float32, torch.bfloat16), (torch.randn(48), None)):
+        x = torch.randn(2, 5, 256).to(dtype)
+        y, expected = QLinear(q, bias, dtype=dtype)(x), float_layer(q, bias, dtype)(x).detach()
+        assert y.dtype == dtype
+        relative = float((y.double() - expected.double()).norm() / expected.double().norm())
+        assert relative <= (1e-6 if dtype == torch.float32 else 2 * 2.0**-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,43 +110,27 @@ def test_a_copy_is_independent_and_files_hold_only_the_bias():
     assert list(layer.state_dict()) == ["bias"]
 
 
-@pytest.mark.parametrize(
-    "scheme", [Scheme(FORMATS["int8"], PerToken()), Scheme(FORMATS["fp8_e4m3"], PerGroup(128))], ids=str
-)
-def test_activations_are_rounded_first(scheme: Scheme):
-    q = weight(scheme="w=int8/channel")
-    x = torch.randn(4, 256)
-    y = QLinear(q, activations=scheme)(x)
-    torch.testing.assert_close(y, nn.functional.linear(fake_quantize(x, scheme), q.dequantize()))
+@pytest.mark.parametrize("text", ["int8/token", "fp8_e4m3/g128", "int8/tensor", "uint8/g64/asym"])
+def test_inputs_are_rounded_first(text: str):
+    q, rounding, x = weight(scheme="w=int8/channel"), inputs(text), torch.randn(4, 256)
+    y = QLinear(q, inputs=rounding)(x)
+    torch.testing.assert_close(y, nn.functional.linear(fake_quantize(x, rounding.scheme), q.dequantize()))
     assert not torch.allclose(y, QLinear(q)(x), rtol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "w=int8/channel", "w=int4/b32x64"])
-def test_transposed_is_gpt2s_layer(scheme: str):
-    q = weight((96, 256), scheme)
-    bias = torch.randn(256)
-    layer = QLinear(q, bias, transposed=True)
-    x = torch.randn(2, 3, 96)
-    assert (layer.in_features, layer.out_features, layer.kernel) == (96, 256, "reference")
-    torch.testing.assert_close(layer(x), x @ q.dequantize() + bias)
-    assert torch.equal(layer.dequantize(), q.dequantize())
-
-
-def test_transposed_works_for_gpt2s_own_class():
+def test_gpt2s_layer_is_a_linear_one_of_the_transpose():
     from transformers.pytorch_utils import Conv1D
 
-    q = weight((96, 256))
+    q = weight((256, 96))
     float_layer = Conv1D(256, 96)
-    float_layer.weight.data, float_layer.bias.data = q.dequantize(), torch.randn(256)
+    float_layer.weight.data, float_layer.bias.data = q.dequantize().T.contiguous(), torch.randn(256)
     x = torch.randn(2, 3, 96)
-    torch.testing.assert_close(QLinear(q, float_layer.bias, transposed=True)(x), float_layer(x))
+    torch.testing.assert_close(QLinear(q, float_layer.bias)(x), float_layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_act_order_keeps_the_fast_kernel(dtype: torch.dtype):
-    q = weight(scheme="w=int4/g32/asym")
-    shuffle = torch.randperm(256, generator=torch.Generator().manual_seed(1))
-    q = replace(q, codes=q.codes[:, shuffle], group_index=(shuffle // 32).int())
+    q = scattered(weight(scheme="w=int4/g32/asym"))
     layer = QLinear(q, dtype=dtype)
     assert layer.order is not None
     assert layer.kernel == QLinear(weight(scheme="w=int4/g32/asym"), dtype=dtype).kernel
@@ -181,7 +169,7 @@ def test_a_forced_kernel_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyP
 def test_moving_where_the_kernel_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch):
     layer = QLinear(weight())
     old = KERNELS[layer.kernel]
-    fixed = Kernel(old.name, lambda *_: "It stays here.", old.prepack, old.linear)
+    fixed = replace(old, refuse=lambda *_: "It stays here.")
     monkeypatch.setattr(linear_module, "KERNELS", {old.name: fixed})
     with pytest.raises(SchemeError, match="It stays here"):
         layer.to("cpu")
@@ -189,22 +177,15 @@ def test_moving_where_the_kernel_cannot_run_is_an_error(monkeypatch: pytest.Monk
 
 def test_mistakes_are_named():
     with pytest.raises(ShapeError, match="QStack"):
-        QLinear(quantize_tensor(torch.randn(2, 4, 32), parse_scheme("W4A16").weights))
+        QLinear(quantize_tensor(torch.randn(2, 4, 32), "W4A16"))
     with pytest.raises(ShapeError, match="each of 48 outputs"):
         QLinear(weight(), torch.zeros(256))
 
 
 def test_repr_says_what_runs():
-    layer = QLinear(weight(), torch.zeros(48), activations=Scheme(FORMATS["int8"], PerToken()))
+    layer = QLinear(weight(), torch.zeros(48), inputs=inputs("int8/token"))
     shape = "in_features=256, out_features=48, bias=True"
-    assert repr(layer) == f"QLinear({shape}, weight=int4/g128, activations=int8/token, kernel={layer.kernel})"
-
-
-def test_code_that_multiplies_by_the_weight_itself_gets_its_numbers() -> None:
-    q = weight((6, 16), "w=int8/channel")
-    layer, x = QLinear(q), torch.randn(16, 3)
-    for found in (layer.weight @ x, torch.matmul(layer.weight, x), nn.functional.linear(x.T, layer.weight).T):  # type: ignore[call-overload, arg-type]
-        torch.testing.assert_close(found, q.dequantize() @ x)
+    assert repr(layer) == f"QLinear({shape}, weight=int4/g128, inputs=int8/token, kernel={layer.kernel})"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,12 +203,39 @@ def test_a_bias_may_change_between_calls(dtype: torch.dtype):
         assert torch.allclose(layer(x), before + size, atol=0.5)
 
 
-@pytest.mark.parametrize("text", ["int8/token", "int8/g64", "int8/g64/asym"])
-def test_activations_are_grouped_in_the_order_in_which_they_come(text: str):
-    q = weight(scheme="w=int4/g32/asym")
-    shuffle = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(0))
-    q = replace(q, codes=q.codes[:, shuffle], group_index=(shuffle // 32).int())
-    scheme = parse_activations(text).scheme
+@pytest.mark.parametrize("text", ["int8/token", "int8/g64/asym", "int8/tensor/static"])
+def test_inputs_are_grouped_in_the_order_in_which_they_come(text: str):
+    q = scattered(weight(scheme="w=int4/g32/asym"))
+    grid = Grid(torch.tensor(0.02)) if text.endswith("static") else None
+    rounding = inputs(text)
     x = torch.randn(3, q.shape[1], generator=torch.Generator().manual_seed(0))
-    wanted = fake_quantize(x, scheme) @ q.dequantize().T
-    assert torch.allclose(QLinear(q, activations=scheme)(x), wanted, rtol=1e-4, atol=1e-5)
+    wanted = fake_quantize(x, rounding.scheme, grid) @ q.dequantize().T
+    assert torch.allclose(QLinear(q, inputs=rounding, input_grid=grid)(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("order", ["plain", "scattered"])
+def test_the_weight_comes_back_to_the_bit(kernel: str, order: str, monkeypatch: pytest.MonkeyPatch):
+    """Every kernel, groups in any order; after casts, copies and pickles."""
+    q = weight(scheme="w=int8/channel" if kernel == "torch-int8" else "w=int4/g32/asym")
+    if order == "scattered":
+        if kernel == "torch-int8":
+            pytest.skip("torch-int8 has one scale a row, and no groups to scatter")
+        q = scattered(q)
+    monkeypatch.setenv(FORCE, kernel)
+    if KERNELS[kernel].refuse(q.scheme, q.shape, torch.bfloat16, torch.device("cpu")):
+        pytest.skip(f"{kernel} does not run here")
+    layer = QLinear(q, torch.randn(48), dtype=torch.bfloat16)
+    for same in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).half().double()):
+        assert_same(same.unpack(), q)
+        assert torch.equal(same.dequantize(), q.dequantize(torch.bfloat16))
+
+
+def test_joined_layers_give_each_its_own_weight_back():
+    weights = [weight((n, 256), "NVFP4A16") for n in (48, 16, 32)]
+    layers = [QLinear(q) for q in weights]
+    if isinstance(joined_product(layers), str):
+        pytest.skip("the compiled kernels are not there")
+    for layer, q in zip(layers, weights, strict=True):
+        assert_same(layer.unpack(), q)
+        assert_same(copy.deepcopy(layer).unpack(), q)

@@ -13,6 +13,7 @@ from arrondi.errors import ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.nn import QStack, replace_parameter
 from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from tests.kernels.common import assert_same
 
 EXPERTS, HIDDEN, INNER = 4, 64, 96
 
@@ -117,6 +118,9 @@ def test_it_stays_packed_through_casts_and_copies():
     assert torch.equal(cast[1], stack[1])
     assert cast.weight_nbytes == stack.weight_nbytes
     assert stack.state_dict() == {}
+    for found, wanted in zip(cast.unpack(), pieces, strict=True):
+        for a, b in zip(found, wanted, strict=True):
+            assert_same(a, b)
     assert "(4, 128, 256), weight=int4/g128" in repr(stack)
 
 

@@ -1,11 +1,14 @@
-"""Runs `quantize_model` again and again in forked processes and ends each at another moment. A script, not a test.
+"""Makes the same call again and again in forked processes and ends each at another moment. A script, not a test.
 
 A moment is the n-th time that the run is about to change the disk: before a write (of which half is done), a flush, a rename,
 a copied file, a removed folder. After each kill the same call runs to its end. Then files are limited in size, and the run goes
 on without the limit. One process does it once, so that all is imported, and forks the others; it has one thread, because
 more would not survive a fork.
 
-    python -m tests.pipeline.killer MODEL WORK TEXT METHOD EVERY    →  one JSON document
+    python -m tests.pipeline.killer MODEL WORK TEXT METHOD KILLS    →  one JSON document
+
+METHOD is `rtn` or `gptq`, or `dequantize`, which restores what `rtn` wrote. KILLS moments are spread over the call; the last ones, when
+files get their names, are among them.
 """
 
 from __future__ import annotations
@@ -27,40 +30,48 @@ import torch
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, OutputError
+from arrondi.pipeline import TextOptions, dequantize_model, quantize_model, restore
 
 LIMITS = (100, 4_000, 90_000)
 """Bytes that no file may exceed (RLIMIT_FSIZE): the journal, small files and weights meet them as they meet a full disk."""
 
-TAIL = 16
-"""The last moments, when files get their names, are all tried, whatever EVERY says."""
+TAIL = 4
+"""So many of the last moments, when files get their names, are tried, whatever KILLS says."""
+
+
+def call_of(model: str, work: Path, text: str, method: str) -> Callable[[Path], object]:
+    """What is to be killed: a function of the output."""
+    if method == "dequantize":
+        recipe = arrondi.Recipe.simple("W4A16", "rtn", group_size=32)
+        quantize_model(model, work / "packed", recipe)
+        restore._GROUP_BYTES = 50_000
+        return lambda out: dequantize_model(work / "packed", out, shard_bytes=100_000)
+    recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
+    texts = TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
+    return lambda out: quantize_model(model, out, recipe, texts, shard_bytes=100_000)
 
 
 class Killer:
-    """The same call of `quantize_model`, made in processes of its own.
+    """The same call, made in processes of its own.
 
     Attributes:
         whole: the output of a call that nothing disturbed.
         total: how often such a call changes the disk.
     """
 
-    def __init__(self, model: str, work: Path, text: str, method: str) -> None:
-        self.model, self.work = model, work
-        self.recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
-        self.text = arrondi.TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
+    def __init__(self, call: Callable[[Path], object], work: Path) -> None:
+        self.call, self.work = call, work
         self.whole = work / "whole"
-        self.quantize(self.whole)
+        self.call(self.whole)
         self.run(work / "counted")
         self.total = self.changes
-
-    def quantize(self, out: Path) -> None:
-        arrondi.quantize_model(self.model, out, self.recipe, self.text, shard_bytes=100_000)
 
     def run(self, out: Path, moment: int | None = None) -> int:
         """The wait status of a process that makes the call, and is killed at `moment`."""
 
         def job() -> None:
             arm(moment, self.work / "log")
-            self.quantize(out)
+            self.call(out)
 
         return child(job)
 
@@ -87,7 +98,7 @@ class Killer:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
-                self.quantize(out)
+                self.call(out)
             except OutputError as error:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
                 said.write_text(str(error))
@@ -161,10 +172,11 @@ def digest(out: Path) -> dict[str, str]:
     return found
 
 
-def main(model: str, work: str, text: str, method: str, every: str) -> None:
+def main(model: str, work: str, text: str, method: str, kills: str) -> None:
     torch.set_num_threads(1)
-    killer = Killer(model, Path(work), text, method)
-    moments = [m for m in range(1, killer.total + 1) if m % int(every) == 0 or m > killer.total - TAIL]
+    killer = Killer(call_of(model, Path(work), text, method), Path(work))
+    spread = torch.linspace(1, killer.total - TAIL, int(kills)).round().int().tolist()
+    moments = [*dict.fromkeys(spread), *range(killer.total - TAIL + 1, killer.total + 1)]
     result = {
         "total": killer.total,
         "once": [killer.killed(killer.work / f"killed at {m}", [m]) for m in moments],

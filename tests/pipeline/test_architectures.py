@@ -14,7 +14,9 @@ import transformers
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import SchemeError
-from arrondi.model import Chain, Skeleton
+from arrondi.evaluate.compare import compare_models
+from arrondi.model import Chain
+from arrondi.pipeline import TextOptions, quantize_model
 from arrondi.sample import sample_path
 from tests.conftest import _COMMON, _DECODER, VOCABULARY
 
@@ -83,12 +85,12 @@ def test_it_is_quantized_measured_and_loaded(
     name: str, unusual: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     source, out = unusual(name), tmp_path / "out"
-    options = arrondi.TextOptions(text, samples=4, seq_len=24, eval_text=text, eval_samples=2)
-    report = arrondi.quantize_model(source, out, W4, options)
+    options = TextOptions(text, samples=4, seq_len=24, eval_text=text, eval_samples=2)
+    report = quantize_model(source, out, W4, options)
     assert report["layout"] == "compressed-tensors" and report["notes"] == []
     theirs = outputs(of_transformers(name, out))
     torch.testing.assert_close(outputs(arrondi.load(out)), theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
-    again = arrondi.compare_models(out, source, text, seq_len=24, samples=2)
+    again = compare_models(out, source, text, seq_len=24, samples=2)
     key = "kl_mean" if "kl_mean" in again else "relative_error"
     assert report["evaluation"][key] == again[key] > 0, "what `quantize` followed is what it wrote"
 
@@ -98,14 +100,14 @@ def test_a_linear_before_the_blocks_is_calibrated_and_the_blocks_see_it_rounded(
     name: str, unusual: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     source = unusual(name)
-    options = arrondi.TextOptions(text, samples=4, seq_len=24, evaluate=False)
+    options = TextOptions(text, samples=4, seq_len=24, evaluate=False)
     recipe = arrondi.Recipe.simple("W2A16", "gptq", group_size=32)
-    report = arrondi.quantize_model(source, tmp_path / "out", recipe, options)
+    report = quantize_model(source, tmp_path / "out", recipe, options)
     early = next(r for r in report["layers"] if "project" in r["name"] and "out" not in r["name"])
     assert early["calibration_tokens"] == 4 * 24 and early["output_error"] > 0
     # The first block's inputs are what the rounded projection gives: keep the projection, and its weights come out otherwise.
     keeping = arrondi.Recipe.simple("W2A16", "gptq", group_size=32, ignore=[early["name"].removesuffix(".weight")])
-    arrondi.quantize_model(source, tmp_path / "kept", keeping, options)
+    quantize_model(source, tmp_path / "kept", keeping, options)
     one, two = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "kept")
     first = next(n for n in two.placed if ".0." in n)
     assert not torch.equal(one.dense(first), two.dense(first))
@@ -116,8 +118,8 @@ def test_blocks_that_run_more_than_once_are_refused_not_miscounted(
 ) -> None:
     source, out = unusual("albert"), tmp_path / "out"
     with pytest.raises(SchemeError, match=r"not run once each in order.*--method rtn or hqq without text"):
-        arrondi.quantize_model(source, out, W4, arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=1))
-    arrondi.quantize_model(source, tmp_path / "blind", arrondi.Recipe.simple("W4A16", group_size=32))
+        quantize_model(source, out, W4, TextOptions(text, samples=2, seq_len=24, eval_samples=1))
+    quantize_model(source, tmp_path / "blind", arrondi.Recipe.simple("W4A16", group_size=32))
     theirs = outputs(of_transformers("albert", tmp_path / "blind"))
     torch.testing.assert_close(outputs(arrondi.load(tmp_path / "blind")), theirs, rtol=1e-4, atol=1e-4)
 
@@ -127,16 +129,14 @@ def test_a_model_that_wants_other_inputs_is_refused_with_text_only(text: Path, t
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(sample_path() / file, tmp_path / "t5" / file)
-    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=1)
+    options = TextOptions(text, samples=2, seq_len=24, eval_samples=1)
     with pytest.raises(SchemeError, match=r"does not run on token ids alone.*rtn or hqq without text"):
-        arrondi.quantize_model(tmp_path / "t5", tmp_path / "out", W4, options)
-    assert arrondi.quantize_model(tmp_path / "t5", tmp_path / "blind", arrondi.Recipe.simple("W4A16", group_size=32))[
-        "layers"
-    ]
+        quantize_model(tmp_path / "t5", tmp_path / "out", W4, options)
+    assert quantize_model(tmp_path / "t5", tmp_path / "blind", arrondi.Recipe.simple("W4A16", group_size=32))["layers"]
 
 
 def test_nothing_stays_loaded_of_a_model_that_wants_all_at_once(unusual: Callable[[str], Path]) -> None:
-    chain = Chain(Skeleton(Checkpoint.open(unusual("deberta"))))
+    chain = Chain(OnDisk.open(unusual("deberta")))
     hidden = list(chain.begin([IDS]))
     assert all(p.device.type == "meta" for p in chain.model.parameters())
     for i in range(len(chain)):
@@ -151,7 +151,7 @@ def test_nothing_stays_loaded_of_a_model_that_wants_all_at_once(unusual: Callabl
 
 def test_a_class_that_needs_its_weights_is_marked(unusual: Callable[[str], Path], models: Callable[..., Path]) -> None:
     for folder, starts in ((unusual("modernbert"), False), (unusual("t5-encoder"), False), (models("llama"), True), (models("bert"), True)):  # fmt: skip
-        skeleton = Skeleton(Checkpoint.open(folder))
+        skeleton = OnDisk.open(folder)
         linears = [n for n, m in skeleton.model.named_modules() if isinstance(m, torch.nn.Linear)]
         before = {n: b.clone() for n, b in skeleton.model.named_buffers()}
         state = torch.random.get_rng_state()

@@ -13,6 +13,7 @@ import transformers
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
+from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from tests.conftest import ARCHITECTURES
 
 IDS = torch.randint(0, 2048, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -30,9 +31,9 @@ def test_quantized_files_load_in_transformers_and_here_with_the_same_outputs(
     name: str, method: str, models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     source, out = models(name), tmp_path / "out"
-    options = arrondi.TextOptions(text, samples=8, seq_len=32, eval_samples=4) if method == "gptq" else None
+    options = TextOptions(text, samples=8, seq_len=32, eval_samples=4) if method == "gptq" else None
     recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
-    report = arrondi.quantize_model(source, out, recipe, options)
+    report = quantize_model(source, out, recipe, options)
 
     # Coverage: every stored tensor is in exactly one class, and every linear but the head is quantized.
     stored = Checkpoint.open(source).names
@@ -54,7 +55,7 @@ def test_quantized_files_load_in_transformers_and_here_with_the_same_outputs(
 
     # Plain weights are those of QTensor.dequantize, bit for bit, and give the same outputs.
     plain = tmp_path / "plain"
-    arrondi.dequantize_model(out, plain, "float32")
+    dequantize_model(out, plain, "float32")
     packed, restored = Checkpoint.open(out), Checkpoint.open(plain)
     assert not restored.quantized
     for tensor in layers:
@@ -75,10 +76,8 @@ def test_an_expert_that_saw_no_token_is_reported(
     name: str, models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     source = models(name, num_hidden_layers=1, num_experts_per_tok=1)
-    options = arrondi.TextOptions(text, samples=1, seq_len=2, evaluate=False)
-    report = arrondi.quantize_model(
-        source, tmp_path / "out", arrondi.Recipe.simple("W4A16", "gptq", group_size=32), options
-    )
+    options = TextOptions(text, samples=1, seq_len=2, evaluate=False)
+    report = quantize_model(source, tmp_path / "out", arrondi.Recipe.simple("W4A16", "gptq", group_size=32), options)
     tokens = {r["name"]: r["calibration_tokens"] for r in report["layers"]}
     experts = [n for n in tokens if ".experts." in n]
     assert any(tokens[n] == 0 for n in experts), "two tokens with one expert each cannot reach four"

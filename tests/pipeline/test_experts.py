@@ -13,7 +13,9 @@ import transformers
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
+from arrondi.evaluate.compare import compare_models
 from arrondi.nn import QStack
+from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from arrondi.sample import sample_path
 from tests.conftest import _DECODER
 
@@ -65,11 +67,9 @@ def test_a_stack_on_disk_is_quantized_and_loads_here(
     name: str, scheme: str, method: str, with_text: bool, fused: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
     source, out = fused[name], tmp_path / "out"
-    options = arrondi.TextOptions(
-        text if method == "gptq" else None, samples=4, seq_len=32, eval_text=text, eval_samples=2
-    )
+    options = TextOptions(text if method == "gptq" else None, samples=4, seq_len=32, eval_text=text, eval_samples=2)
     recipe = arrondi.Recipe.simple(scheme, method, group_size=32 if scheme in ("W4A16", "NF4") else None)
-    report = arrondi.quantize_model(source, out, recipe, options if with_text else None)
+    report = quantize_model(source, out, recipe, options if with_text else None)
     assert report["layout"] == "arrondi", "compressed-tensors has no stacks"
     experts = {r["name"]: r for r in report["layers"] if ".experts." in r["name"]}
     assert len(experts) == 4
@@ -79,12 +79,12 @@ def test_a_stack_on_disk_is_quantized_and_loads_here(
 
     model = arrondi.load(out)
     assert sum(isinstance(m, QStack) for m in model.modules()) == 4
-    arrondi.dequantize_model(out, tmp_path / "plain", "float32")
+    dequantize_model(out, tmp_path / "plain", "float32")
     plain = getattr(transformers, FUSED[name][0]).from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
     expected = logits(plain)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     if with_text:  # `quantize` followed the same weights that it wrote
-        again = arrondi.compare_models(out, source, text, seq_len=32, samples=2)
+        again = compare_models(out, source, text, seq_len=32, samples=2)
         assert report["evaluation"]["kl_mean"] == again["kl_mean"] > 0
 
 
@@ -92,9 +92,9 @@ def test_calibration_lowers_the_error_of_stacked_experts(fused: dict[str, Path],
     for name in FUSED:
         errors = {}
         for method in ("rtn", "gptq"):
-            options = arrondi.TextOptions(text, samples=32, seq_len=32, evaluate=False)
+            options = TextOptions(text, samples=32, seq_len=32, evaluate=False)
             recipe = arrondi.Recipe.simple("W3A16", method, group_size=32)
-            report = arrondi.quantize_model(fused[name], tmp_path / f"{name} {method}", recipe, options)
+            report = quantize_model(fused[name], tmp_path / f"{name} {method}", recipe, options)
             errors[method] = {
                 r["name"]: r["output_error"]
                 for r in report["layers"]
@@ -106,10 +106,8 @@ def test_calibration_lowers_the_error_of_stacked_experts(fused: dict[str, Path],
 def test_scales_that_cover_a_whole_stack_are_not_calibrated_and_the_report_says_so(
     fused: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    options = arrondi.TextOptions(text, samples=4, seq_len=32, eval_samples=2)
-    report = arrondi.quantize_model(
-        fused["llama4"], tmp_path / "out", arrondi.Recipe.simple("NVFP4A16", "gptq"), options
-    )
+    options = TextOptions(text, samples=4, seq_len=32, eval_samples=2)
+    report = quantize_model(fused["llama4"], tmp_path / "out", arrondi.Recipe.simple("NVFP4A16", "gptq"), options)
     for row in report["layers"]:
         if ".experts." in row["name"]:
             assert row["output_error"] is None
@@ -124,10 +122,8 @@ def test_experts_of_one_shape_in_both_directions_are_not_confused(
     """Square experts look alike when transposed; their numbers say which way they lie."""
     width = {"intermediate_size": 64} if name == "mixtral" else {"moe_intermediate_size": 64}
     source = models(name, num_hidden_layers=1, **width)
-    options = arrondi.TextOptions(text, samples=4, seq_len=32, eval_samples=2)
-    report = arrondi.quantize_model(
-        source, tmp_path / "out", arrondi.Recipe.simple("W8A16", "gptq", group_size=32), options
-    )
+    options = TextOptions(text, samples=4, seq_len=32, eval_samples=2)
+    report = quantize_model(source, tmp_path / "out", arrondi.Recipe.simple("W8A16", "gptq", group_size=32), options)
     assert all(r["sqnr_db"] > 35 for r in report["layers"])
     original, quantized = arrondi.load(source), arrondi.load(tmp_path / "out")
     assert float((logits(original) - logits(quantized)).norm() / logits(original).norm()) < 0.05

@@ -15,16 +15,17 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import ArrondiError, DataError, FileFormatError, SchemeError
+from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_scheme
-from arrondi.model import Skeleton
-from arrondi.pipeline import Plan, Recipe, Rule, check, make_plan
+from arrondi.model import OnDisk
+from arrondi.pipeline import Plan, Recipe, Rule, TextOptions, check, dequantize_model, make_plan, quantize_model
 from arrondi.pipeline.recipe import matches
 
 W4 = Recipe.simple("W4A16", group_size=32)
 
 
 def planned(folder: Path, recipe: Recipe, **options: Any) -> Plan:
-    return make_plan(Skeleton(Checkpoint.open(folder)), recipe, **options)
+    return make_plan(OnDisk.open(folder), recipe, **options)
 
 
 def refusal(plan: Plan) -> str:
@@ -43,8 +44,8 @@ def test_the_later_rule_wins_and_none_leaves_alone(models: Callable[..., Path], 
         Rule(parse_scheme("W3A16_ASYM").with_group_size(16), "hqq", ("model.layers.1.self_attn.q_proj",)),
         Rule(None, targets=(r"re:model\.layers\.2\.",)),
     )
-    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2)
-    report = arrondi.quantize_model(models("llama"), tmp_path / "out", Recipe(rules), options)
+    options = TextOptions(text, samples=2, seq_len=24, eval_samples=2)
+    report = quantize_model(models("llama"), tmp_path / "out", Recipe(rules), options)
     found = {r["name"].removeprefix("model.layers."): (r["scheme"], r["method"]) for r in report["layers"]}
     assert found["0.mlp.up_proj.weight"] == ("w=int4/g32", "gptq")
     assert found["1.mlp.down_proj.weight"] == ("w=int8/g32", "rtn")
@@ -58,7 +59,7 @@ def test_the_later_rule_wins_and_none_leaves_alone(models: Callable[..., Path], 
         n: s for n, (s, _) in found.items()
     }
     plain = tmp_path / "plain"
-    arrondi.dequantize_model(tmp_path / "out", plain, "float32")
+    dequantize_model(tmp_path / "out", plain, "float32")
     ids = torch.arange(20).reshape(1, 20)
     with torch.no_grad():
         expected = transformers.LlamaForCausalLM.from_pretrained(plain).eval()(input_ids=ids).logits
@@ -95,8 +96,8 @@ def test_ignore_wins_over_every_rule(models: Callable[..., Path]) -> None:
 def test_the_head_is_quantized_when_asked(method: str, models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     source, out = models("llama"), tmp_path / "out"
     recipe = Recipe.simple("W4A16", method, group_size=32, ignore=[])
-    options = arrondi.TextOptions(text, samples=4, seq_len=24, eval_samples=2)
-    report = arrondi.quantize_model(source, out, recipe, options)
+    options = TextOptions(text, samples=4, seq_len=24, eval_samples=2)
+    report = quantize_model(source, out, recipe, options)
     row = next(r for r in report["layers"] if r["name"] == "lm_head.weight")
     assert row["calibration_tokens"] == 4 * 24
     if method == "gptq":  # calibrated on the rounded blocks' output
@@ -106,14 +107,12 @@ def test_the_head_is_quantized_when_asked(method: str, models: Callable[..., Pat
         theirs = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()(input_ids=ids).logits
         ours = arrondi.load(out)(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    measured = arrondi.compare_models(out, source, text, seq_len=24)
+    measured = compare_models(out, source, text, seq_len=24)
     assert measured["kl_mean"] > 0
 
 
 def test_tied_embeddings_are_kept_whatever_is_asked(models: Callable[..., Path], tmp_path: Path) -> None:
-    report = arrondi.quantize_model(
-        models("llama-tied"), tmp_path / "out", Recipe.simple("W4A16", group_size=32, ignore=[])
-    )
+    report = quantize_model(models("llama-tied"), tmp_path / "out", Recipe.simple("W4A16", group_size=32, ignore=[]))
     kept = {k["name"]: (k["status"], k["reason"]) for k in report["kept"]}
     status, reason = kept["model.embed_tokens.weight"]
     assert status == "kept because impossible"
@@ -181,7 +180,7 @@ def test_a_group_size_that_does_not_divide_is_an_error_with_one_that_does(
     scheme: str, words: list[str], models: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(SchemeError) as caught:
-        arrondi.quantize_model(models("llama"), tmp_path / "out", Recipe.simple(scheme))
+        quantize_model(models("llama"), tmp_path / "out", Recipe.simple(scheme))
     message = str(caught.value)
     assert all(w in message for w in ["_proj.weight", *words]), message
     assert not (tmp_path / "out").exists()
@@ -203,7 +202,7 @@ def test_a_format_with_its_own_block_size_proposes_another_scheme(models: Callab
 
 def test_misfits_are_kept_when_asked_and_named(models: Callable[..., Path], tmp_path: Path) -> None:
     recipe = Recipe.simple("W4A16", group_size=64)  # fits 64 columns, not the 96 of down_proj
-    report = arrondi.quantize_model(models("llama"), tmp_path / "out", recipe, keep_misfits=True)
+    report = quantize_model(models("llama"), tmp_path / "out", recipe, keep_misfits=True)
     kept = {k["name"]: k for k in report["kept"] if k["status"] == "kept because impossible"}
     assert {n for n in kept if n.endswith("down_proj.weight")} == {
         f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)
@@ -233,13 +232,13 @@ def test_weights_that_are_no_numbers_are_named(
     tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float(value)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with_text = method in ("rtn with text", "gptq")
-    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2) if with_text else None
+    options = TextOptions(text, samples=2, seq_len=24, eval_samples=2) if with_text else None
     recipe = Recipe.simple("W4A16", method.partition(" ")[0], group_size=32)
     with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or infinity"):
-        arrondi.quantize_model(broken, tmp_path / "out", recipe, options)
+        quantize_model(broken, tmp_path / "out", recipe, options)
     assert not (tmp_path / "out" / "config.json").exists()
     repaired = Recipe.simple("W4A16", group_size=32, ignore=["lm_head", "model.layers.1.mlp.up_proj"])
-    report = arrondi.quantize_model(broken, tmp_path / "out", repaired)
+    report = quantize_model(broken, tmp_path / "out", repaired)
     assert report["counts"]["quantized"] == 13
 
 
@@ -273,9 +272,9 @@ def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_quantized_model_is_not_quantized_again(models: Callable[..., Path], tmp_path: Path) -> None:
-    arrondi.quantize_model(models("llama"), tmp_path / "out", W4)
+    quantize_model(models("llama"), tmp_path / "out", W4)
     with pytest.raises(SchemeError, match=r"already quantized.*arrondi dequantize"):
-        arrondi.quantize_model(tmp_path / "out", tmp_path / "again", W4)
+        quantize_model(tmp_path / "out", tmp_path / "again", W4)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""Runs that are killed, that meet each other, or that run out of disk: nothing is lost and nothing half is taken for whole."""
+"""Runs that are killed, whose files are damaged, or that run out of disk: nothing is lost and nothing half is taken for whole."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import arrondi
-from arrondi.checkpoint import Checkpoint, ShardWriter
+from arrondi.checkpoint import Checkpoint, ModelDir, ShardWriter, read_header
 from arrondi.errors import FileFormatError, OutputError
-from arrondi.pipeline.journal import MANIFEST, WORK, Journal, finished_key
-from tests.pipeline.killer import digest
+from arrondi.native import native
+from arrondi.pipeline import TextOptions, inspect_model, quantize_model
+from arrondi.pipeline.journal import Journal
+from arrondi.pipeline.manifest import MANIFEST, WORK, finished_key
+from tests.pipeline.killer import TAIL, digest
+from tests.pipeline.stopping import DAMAGES, Stop, stopped_after
 
 REPOSITORY = Path(__file__).parents[2]
 RTN = arrondi.Recipe.simple("W4A16", group_size=32)
@@ -29,30 +35,30 @@ GPTQ = arrondi.Recipe.simple("W4A16", "gptq", group_size=32)
 # ── SIGKILL ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("method", "every"), [("rtn", 11), ("gptq", 9)])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "dequantize"])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.full)])
 def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(
-    method: str, every: int, models: Callable[..., Path], text: Path, tmp_path: Path
+    kills: int, method: str, models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     model = models("llama", num_hidden_layers=2)
-    command = [sys.executable, "-m", "tests.pipeline.killer", str(model), str(tmp_path), str(text), method, str(every)]
+    command = [sys.executable, "-m", "tests.pipeline.killer", str(model), str(tmp_path), str(text), method, str(kills)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=REPOSITORY, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
 
     once, often, total = found["once"], found["often"], found["total"]
-    assert len(once) > 18
+    assert len(once) == kills + TAIL
     assert all(run["kills"] == 1 and run["finished"] and run["same"] for run in once), once
     # Only when nothing is left to do but to remove the working folder is there a config.json.
-    assert [run["moments"] for run in once if run["half"] == "finished"] == [[total]]
-    assert all("config.json: no such file" in run["half"] for run in once[:-1])
+    assert [run["moments"] for run in once if run["half"] == "finished"] == [[total - 1], [total]]
+    assert all("config.json: no such file" in run["half"] for run in once[:-2])
     # What was finished is not done again: the later the kill, the less there is to do.
     changes = [run["changes"] for run in once]
     assert changes == sorted(changes, reverse=True)
     assert changes[0] == total and changes[-1] == 1
-    if method == "gptq":
-        assert len(set(changes)) > 5, "blocks are steps of their own"
-    assert often["kills"] > 3 and often["finished"] and often["same"]
+    assert len(set(changes)) > (2 if method == "rtn" else 3), "there are several steps"
+    assert often["kills"] > 2 and often["finished"] and often["same"]
 
     # A file that the kernel does not let grow is a full disk: one sentence, no model, and the same bytes once there is room.
     for limited in found["limited"]:
@@ -60,65 +66,120 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(
         assert limited["half"] != "finished" and limited["finished"] and limited["same"]
 
 
-class Stop(Exception):
-    """Ends a run from inside, as a kill would, but in this process."""
-
-
 @pytest.fixture
-def stopped(models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(models: Callable[..., Path], text: Path, tmp_path: Path) -> Path:
     """The output of a gptq run that was stopped after its first block."""
-    record = Journal.record
-
-    def once(self: Journal, step: str, data: Any) -> None:
-        record(self, step, data)
-        raise Stop
-
-    monkeypatch.setattr(Journal, "record", once)
-    with pytest.raises(Stop):
+    with stopped_after():
         gptq(models, text, tmp_path / "out")
-    monkeypatch.undo()
     return tmp_path / "out"
 
 
+@pytest.fixture(scope="module")
+def whole(models: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The hashes of a gptq run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    gptq(models, text, out)
+    return digest(out)
+
+
 def gptq(models: Callable[..., Path], text: Path, out: Path, **options: Any) -> dict[str, Any]:
-    texts = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2)
-    return arrondi.quantize_model(models("llama", num_hidden_layers=2), out, GPTQ, texts, **options)
+    texts = TextOptions(text, samples=2, seq_len=24, eval_samples=2)
+    return quantize_model(models("llama", num_hidden_layers=2), out, GPTQ, texts, **options)
 
 
 def test_a_finished_block_is_read_back_not_rounded_again(
-    stopped: Path, models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, models: Callable[..., Path], text: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
     put = ShardWriter.put
-    monkeypatch.setattr(ShardWriter, "put", lambda self, name, t: (written.append(name), put(self, name, t)))
+    monkeypatch.setattr(ShardWriter, "put", lambda self, name, t: (written.append(name), put(self, name, t))[1])
     report = gptq(models, text, stopped)
     assert written and not any(".layers.0." in n for n in written)
-    gptq(models, text, tmp_path / "whole")
-    assert digest(stopped) == digest(tmp_path / "whole")
+    assert digest(stopped) == whole
     assert {r["name"] for r in report["layers"]} > {
         "model.layers.0.mlp.up_proj.weight",
         "model.layers.1.mlp.up_proj.weight",
     }
 
 
-@pytest.mark.parametrize("tear", ["half a line", "no newline", "garbage", "zeros", "another value"])
-def test_a_torn_line_of_the_journal_is_left_out(
-    tear: str, stopped: Path, models: Callable[..., Path], text: Path, tmp_path: Path
+@pytest.mark.parametrize("end", [b'{"step": "block 1", "da', b"\xff\xfe\x80\n", b"7\n"])
+def test_a_run_goes_on_from_a_journal_with_a_bad_line(
+    end: bytes, stopped: Path, models: Callable[..., Path], text: Path, whole: dict[str, str]
 ) -> None:
-    journal = stopped / WORK / "journal.jsonl"
-    lines = journal.read_text().splitlines(keepends=True)
-    assert len(lines) == 2
-    end = {
-        "half a line": lines[1][:50],
-        "no newline": lines[1][:-1],
-        "garbage": "}{\n",
-        "zeros": "\0" * 64,
-        "another value": "7\n",
-    }
-    journal.write_text(lines[0] + end[tear])
+    with (stopped / WORK / "journal.jsonl").open("ab") as journal:
+        journal.write(end)
     gptq(models, text, stopped)
-    gptq(models, text, tmp_path / "whole")
-    assert digest(stopped) == digest(tmp_path / "whole")
+    assert digest(stopped) == whole
+
+
+def test_a_run_without_a_readable_journal_starts_again(
+    stopped: Path, models: Callable[..., Path], text: Path, whole: dict[str, str]
+) -> None:
+    (stopped / WORK / "journal.jsonl").write_bytes(b"\xff" * 1000)
+    gptq(models, text, stopped)
+    assert digest(stopped) == whole
+
+
+# ── bytes that are not what the journal says ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("step", "damage"), [*(("measured", d) for d in DAMAGES), ("block 0", "deleted"), ("block 0", "one bit")]
+)
+def test_a_part_that_is_damaged_is_written_again(
+    step: str, damage: str, models: Callable[..., Path], text: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with stopped_after(step):
+        gptq(models, text, out)
+    (part,) = (out / WORK).glob("*.partial")
+    DAMAGES[damage](part)
+    gptq(models, text, out)
+    assert digest(out) == whole
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "one bit"])
+def test_a_shard_that_is_damaged_while_others_wait_for_their_names_is_written_again(
+    damage: str, models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(out: Path) -> None:
+        quantize_model(models("llama", num_hidden_layers=2), out, RTN, shard_bytes=100_000)
+
+    replace, out = os.replace, tmp_path / "out"
+
+    def first(old: Any, new: Any) -> None:
+        replace(old, new)
+        if Path(new).suffix == ".safetensors":
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(os, "replace", first)
+        quantize(out)
+    (shard,) = out.glob("*.safetensors")
+    DAMAGES[damage](shard)
+    quantize(out)
+    quantize(tmp_path / "whole")
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_only_the_steps_from_the_damage_on_are_done_again(
+    models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, name = tmp_path / "out", "model.layers.1.mlp.up_proj.weight_packed"
+    with stopped_after("measured"):
+        gptq(models, text, out)
+    (part,) = (out / WORK).glob("*.partial")
+    entry = read_header(part)[name]
+    with part.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(bytes(8))
+    written: list[str] = []
+    put = ShardWriter.put
+    monkeypatch.setattr(ShardWriter, "put", lambda self, name, t: (written.append(name), put(self, name, t))[1])
+    said: list[str] = []
+    gptq(models, text, out, progress=lambda done, total, what: said.append(what))
+    assert name in written and not any(".layers.0." in n for n in written)
+    assert any("step 'block 1' is damaged" in what for what in said)
 
 
 def test_another_command_starts_anew_where_an_unfinished_run_was(
@@ -127,109 +188,133 @@ def test_another_command_starts_anew_where_an_unfinished_run_was(
     (stopped / "model-00001-of-00002.safetensors").write_bytes(b"published before the kill")
     (stopped / "model.safetensors.index.json").write_text("{}")
     source = models("llama", num_hidden_layers=2)
-    arrondi.quantize_model(source, stopped, RTN)
-    arrondi.quantize_model(source, tmp_path / "whole", RTN)
+    quantize_model(source, stopped, RTN)
+    quantize_model(source, tmp_path / "whole", RTN)
     assert digest(stopped) == digest(tmp_path / "whole")
 
 
 def test_the_half_written_output_is_no_model(stopped: Path) -> None:
     assert finished_key(stopped) is None
-    for read in (Checkpoint.open, arrondi.load, arrondi.inspect_model):
+    for read in (Checkpoint.open, arrondi.load, inspect_model):
         with pytest.raises(FileFormatError, match=r"config\.json: no such file"):
             read(stopped)
     assert [p.name for p in stopped.iterdir()] == [WORK], "nothing has its final name"
 
 
-# ── an output directory that is not empty ─────────────────────────────────────────────────────────────────────────────
+# ── sources that are replaced ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_two_runs_at_once_do_not_mix(stopped: Path, models: Callable[..., Path], text: Path) -> None:
-    before = (stopped / WORK / "journal.jsonl").read_bytes()
-    with (stopped / WORK / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another run is writing here"):
-            gptq(models, text, stopped)
-    assert (stopped / WORK / "journal.jsonl").read_bytes() == before
-    assert gptq(models, text, stopped)["layers"], "and when the other is gone it goes on"
+def replaced(source: Path, seed: int = 1) -> None:
+    """Other weights in the same file, with its size and date kept, as `cp -p` and `rsync -t` leave it."""
+    path = source / "model.safetensors"
+    stat = path.stat()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert path.stat().st_size == stat.st_size
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_the_lock_is_free_again_after_a_run_that_failed(models: Callable[..., Path], tmp_path: Path) -> None:
-    with Journal(tmp_path / "out", "key"):
-        pass
-    with Journal(tmp_path / "out", "key"):
-        pass
+@pytest.fixture
+def source(models: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model of this test's own."""
+    return Path(shutil.copytree(models("llama", num_hidden_layers=2), tmp_path / "source"))
 
 
-def test_the_same_call_on_a_finished_output_does_nothing(
-    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    first = arrondi.quantize_model(source, out, RTN)
-    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    monkeypatch.setattr(ShardWriter, "put", None)
-    assert arrondi.quantize_model(source, out, RTN) == first
-    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
-
-
-def test_a_finished_output_of_another_run_is_refused_and_replaced_when_asked(
-    models: Callable[..., Path], tmp_path: Path
-) -> None:
-    source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    arrondi.quantize_model(source, out, RTN, shard_bytes=100_000)
-    assert (out / "model.safetensors.index.json").exists()
-    (out / "my notes.md").write_text("years of work")
-    before = digest(out)
-    other = arrondi.Recipe.simple("W8A16", group_size=32)
-    with pytest.raises(OutputError, match=r"finished model of another run.*--overwrite"):
-        arrondi.quantize_model(source, out, other)
-    assert digest(out) == before
-    arrondi.quantize_model(source, out, other, overwrite=True)
-    arrondi.quantize_model(source, tmp_path / "fresh", other)
-    assert (out / "my notes.md").read_text() == "years of work"
-    (out / "my notes.md").unlink()
-    assert digest(out) == digest(tmp_path / "fresh"), "nothing of the first run is left"
-
-
-def test_overwrite_does_the_same_run_again(models: Callable[..., Path], tmp_path: Path) -> None:
-    source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    arrondi.quantize_model(source, out, RTN)
-    whole = digest(out)
-    (out / "model.safetensors").write_bytes(b"damaged")
-    arrondi.quantize_model(source, out, RTN, overwrite=True)
-    assert digest(out) == whole
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("holds", ["a file", "a folder", "a model", "a restored model"])
-def test_a_foreign_directory_is_not_touched(
-    holds: str, overwrite: bool, models: Callable[..., Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "mine"
-    out.mkdir()
-    if holds == "a file":
-        (out / "thesis.txt").write_text("years of work")
-    elif holds == "a folder":
-        (out / "pictures").mkdir()
+def quantized(source: Path, out: Path, text: Path | None) -> None:
+    if text is None:
+        quantize_model(source, out, RTN)
     else:
-        for name in ("config.json", "model.safetensors"):
-            (out / name).write_bytes((models("llama", num_hidden_layers=1) / name).read_bytes())
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in out.rglob("*"))
-    with pytest.raises(OutputError, match=r"already holds .* Nothing was touched"):
-        arrondi.quantize_model(models("llama", num_hidden_layers=1), out, RTN, overwrite=overwrite)
-    assert sorted((p.name, p.stat().st_mtime_ns) for p in out.rglob("*")) == before
+        quantize_model(source, out, GPTQ, TextOptions(text, samples=2, seq_len=24, eval_samples=2))
 
 
-def test_an_output_that_is_a_file_or_the_model_itself_is_refused(models: Callable[..., Path], tmp_path: Path) -> None:
-    source = models("llama", num_hidden_layers=1)
-    (tmp_path / "file").write_text("text")
-    with pytest.raises(OutputError, match=r"a file\. Give a directory"):
-        arrondi.quantize_model(source, tmp_path / "file", RTN)
-    with pytest.raises(OutputError, match="same directory"):
-        arrondi.quantize_model(source, source, RTN, overwrite=True)
-    (tmp_path / "link").symlink_to(source)
-    with pytest.raises(OutputError, match="same directory"):
-        arrondi.quantize_model(source, tmp_path / "link", RTN, overwrite=True)
-    assert (tmp_path / "file").read_text() == "text"
+@pytest.mark.parametrize(("calibrated", "step"), [(True, "block 0"), (True, "measured"), (False, "tensors 0")])
+def test_two_models_are_never_mixed(calibrated: bool, step: str, source: Path, text: Path, tmp_path: Path) -> None:
+    used, before = text if calibrated else None, ModelDir.open(source).fingerprint()
+    with stopped_after(step):
+        quantized(source, tmp_path / "out", used)
+    replaced(source)
+    assert ModelDir.open(source).fingerprint() == before, "size and date do not tell"
+    quantized(source, tmp_path / "out", used)
+    quantized(source, tmp_path / "whole", used)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert named(tmp_path / "out") == {n: digest_by_hand(t) for n, t in load_file(source / "model.safetensors").items()}
+
+
+def named(out: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((out / MANIFEST).read_text())["model"]["tensors"]
+    return found
+
+
+def digest_by_hand(tensor: torch.Tensor) -> str:
+    content, piece = tensor.numpy().tobytes(), 4 << 20
+    parts = [hashlib.sha256(content[i : i + piece]).digest() for i in range(0, len(content), piece)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+
+
+def test_a_source_that_changes_while_it_is_read_ends_the_run(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is read twice in a run with text: as it is, and to be rounded."""
+    record = Journal.record
+
+    def then_replace(self: Journal, step: str, data: Any, **claims: Any) -> None:
+        record(self, step, data, **claims)
+        replaced(source)
+
+    with monkeypatch.context() as patch, pytest.raises(FileFormatError, match=r"the bytes of .* changed while the run"):
+        patch.setattr(Journal, "record", then_replace)
+        quantized(source, tmp_path / "out", text)
+    assert not (tmp_path / "out" / "config.json").exists()
+    quantized(source, tmp_path / "out", text)
+    quantized(source, tmp_path / "whole", text)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_finished_output_of_other_weights_is_not_taken_for_this_models(source: Path, tmp_path: Path) -> None:
+    quantized(source, tmp_path / "out", None)
+    before = digest(tmp_path / "out")
+    replaced(source)
+    with pytest.raises(OutputError, match=r"was made of other weights: .* has changed since.*--overwrite"):
+        quantized(source, tmp_path / "out", None)
+    assert digest(tmp_path / "out") == before
+
+
+def test_another_tokenizer_makes_another_run(source: Path, text: Path, tmp_path: Path) -> None:
+    """Its files travel with the output, and the ids of the text are its work."""
+    with stopped_after():
+        quantized(source, tmp_path / "out", text)
+    path = source / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("{", '{"marked": true,', 1))
+    quantized(source, tmp_path / "out", text)
+    quantized(source, tmp_path / "whole", text)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["path", "threads"])
+def test_a_run_that_goes_on_on_another_machine_is_one_of_that_machine(
+    change: str, stopped: Path, models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Sums are rounded in another order there, so blocks of the two are not mixed."""
+    if change == "path" and native is None:
+        pytest.skip("the kernels are not compiled")
+    path, threads = native and native.path(), torch.get_num_threads()
+    try:
+        if change == "path":
+            native.use_path("portable")  # type: ignore[union-attr]
+        else:
+            torch.set_num_threads(threads + 1)
+        if change == "path" and path == "portable":
+            pytest.skip("this machine has one path only")
+        said: list[str] = []
+        gptq(models, text, stopped, progress=lambda done, total, what: said.append(what))
+        gptq(models, text, tmp_path / "whole")
+        assert digest(stopped) == digest(tmp_path / "whole")
+        assert any("unfinished run" in what and "here" in what for what in said)
+    finally:
+        torch.set_num_threads(threads)
+        if native is not None:
+            native.use_path(path)
 
 
 # ── a full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -281,37 +366,9 @@ def test_too_little_room_is_said_before_anything_is_computed(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"needs .* MB and the disk has 0 MB free"):
-        arrondi.quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)
+        quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)
     monkeypatch.undo()
-    assert arrondi.quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)["layers"]
-
-
-# ── the journal by itself ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_journal_remembers_its_steps_and_only_its_own_runs(tmp_path: Path) -> None:
-    with Journal(tmp_path / "out", "one") as journal:
-        journal.record("a", [1, {"x": None}])
-        journal.record("b", 0.1 + 0.2)
-    with Journal(tmp_path / "out", "one") as journal:
-        assert journal.steps == {"a": [1, {"x": None}], "b": 0.1 + 0.2}
-    with Journal(tmp_path / "out", "two") as journal:
-        assert journal.steps == {}
-
-
-def test_a_finished_run_that_was_killed_before_it_cleaned_up_is_finished(
-    models: Callable[..., Path], tmp_path: Path
-) -> None:
-    source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    arrondi.quantize_model(source, out, RTN)
-    (out / WORK).mkdir()
-    (out / WORK / "journal.jsonl").write_text(
-        json.dumps({"run": json.loads((out / MANIFEST).read_text())["run"]}) + "\n"
-    )
-    with pytest.raises(OutputError, match="finished model of another run"):
-        arrondi.quantize_model(source, out, arrondi.Recipe.simple("W8A16", group_size=32))
-    arrondi.quantize_model(source, out, RTN)
-    assert not (out / WORK).exists()
+    assert quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)["layers"]
 
 
 def test_resuming_gives_the_numbers_of_a_run_that_was_not_interrupted(

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arrondi.model.skeleton as skeleton_module
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import arrondi
-import arrondi.model.skeleton as skeleton_module
-from arrondi.checkpoint import Checkpoint
-from arrondi.model import Skeleton
+from arrondi.evaluate.compare import compare_models
+from arrondi.model import OnDisk
 from arrondi.nn import QLinear
+from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from arrondi.pipeline.journal import Journal
 from tests.pipeline.killer import digest
 
@@ -59,12 +60,12 @@ def source(
 
 
 def quantized(source: Path, out: Path, text: Path) -> dict[str, Any]:
-    options = arrondi.TextOptions(text, samples=4, seq_len=24, eval_text=text, eval_samples=3)
-    return arrondi.quantize_model(source, out, arrondi.Recipe.simple("W2A16", "gptq", group_size=32), options)
+    options = TextOptions(text, samples=4, seq_len=24, eval_text=text, eval_samples=3)
+    return quantize_model(source, out, arrondi.Recipe.simple("W2A16", "gptq", group_size=32), options)
 
 
 def test_a_shared_weight_has_several_names_and_one_place(source: Path) -> None:
-    skeleton = Skeleton(Checkpoint.open(source))
+    skeleton = OnDisk.open(source)
     assert skeleton.names_of("model.layers.1.mlp.down_proj.weight") == [
         f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
     ]
@@ -82,7 +83,7 @@ def test_it_is_rounded_once_and_measured_rounded_everywhere(source: Path, text: 
     names = [r["name"] for r in report["layers"]]
     assert names.count("model.layers.0.mlp.down_proj.weight") == 1
     assert "model.layers.1.mlp.down_proj.weight" not in names
-    again = arrondi.compare_models(tmp_path / "out", source, text, seq_len=24, samples=3)
+    again = compare_models(tmp_path / "out", source, text, seq_len=24, samples=3)
     assert report["evaluation"]["kl_mean"] == again["kl_mean"] > 0
     assert report["evaluation"]["reference_perplexity"] == again["reference_perplexity"]
 
@@ -97,7 +98,7 @@ def test_the_loaded_model_computes_with_it_in_both_blocks(source: Path, text: Pa
         p.numel() == one.in_features * one.out_features for n, p in model.named_parameters() if "down_proj" in n
     )
     plain = tmp_path / "plain"
-    arrondi.dequantize_model(tmp_path / "out", plain, "float32")
+    dequantize_model(tmp_path / "out", plain, "float32")
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(
@@ -112,8 +113,8 @@ def test_a_run_that_was_stopped_between_the_blocks_ends_with_the_same_bytes(
 
     record = Journal.record
 
-    def once(self: Journal, step: str, data: Any) -> None:
-        record(self, step, data)
+    def once(self: Journal, step: str, data: Any, **claims: Any) -> None:
+        record(self, step, data, **claims)
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):

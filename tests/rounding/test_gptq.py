@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from arrondi.calibration import SecondMoment
+from arrondi.calibration import SecondMoment, vech
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import (
     FORMATS,
@@ -23,8 +23,10 @@ from arrondi.formats import (
     codebook,
     integer,
 )
-from arrondi.rounding import gptq, rtn
-from arrondi.rounding.gptq import _Grids, _reverse, _root, _root_reference, _sweep, root_factor
+from arrondi.rounding import METHODS, gptq, rtn
+from arrondi.rounding.gptq_factor import _reverse, _root, _root_reference, root_factor
+from arrondi.rounding.gptq_grids import ColumnGrids
+from arrondi.rounding.gptq_sweep import sweep
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import QTensor, quantize_with
 
@@ -93,9 +95,9 @@ def swept(
     work = layer.weight.double()
     hessian = layer.moment.matrix(torch.float64)
     permutation = None if order == "none" else torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    grids = _Grids(work, scheme, "absmax", 4.0, order, permutation, "w")  # type: ignore[arg-type]
-    factor = root_factor(hessian, damping, permutation)
-    codes, loss = _sweep(work.clone(), factor, grids, block_size, permutation)
+    grids = ColumnGrids(work, scheme, "absmax", 4.0, order, permutation, "w")  # type: ignore[arg-type]
+    factor, _ = root_factor(hessian, damping, permutation)
+    codes, loss = sweep(work.clone(), factor, grids, block_size, permutation)
     return grids.assemble(codes), loss
 
 
@@ -107,7 +109,7 @@ def test_the_factor_is_the_upper_one(permuted: bool) -> None:
     hessian = make_layer(n=40).moment.matrix(torch.float64)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)) if permuted else None
     inner = damped(hessian, 0.01) if order is None else damped(hessian, 0.01)[order][:, order]
-    upper = root_factor(hessian.clone(), 0.01, order)
+    upper, _ = root_factor(hessian.clone(), 0.01, order)
     assert torch.equal(upper, upper.triu())
     assert bool((upper.diagonal() > 0).all())
     torch.testing.assert_close(upper @ upper.T, inner, rtol=1e-12, atol=1e-9)
@@ -124,7 +126,7 @@ def test_inputs_that_never_occur_count_as_unit_rows() -> None:
     filled = hessian.clone()
     filled[dead, dead] = 1
     filled += 0.01 * hessian.diagonal().mean() * torch.eye(10, dtype=torch.float64)
-    upper = root_factor(hessian.clone(), 0.01)
+    upper, _ = root_factor(hessian.clone(), 0.01)
     torch.testing.assert_close(upper @ upper.T, filled, rtol=1e-9, atol=1e-9)
 
 
@@ -138,12 +140,31 @@ def test_a_matrix_that_cannot_be_factored_is_damped_harder(damping: float) -> No
     hessian = basis @ torch.diag(values) @ basis.T
     with pytest.raises(torch.linalg.LinAlgError):
         torch.linalg.cholesky(damped(hessian, damping))
-    upper = root_factor(hessian.clone(), damping)
+    upper, needed = root_factor(hessian.clone(), damping)
     used = (upper @ upper.T - hessian).diagonal() / hessian.diagonal().mean()
     tried = [damping or 1e-6]
     while tried[-1] < 0.03:
         tried.append(min(tried[-1] * 10, 1.0) if tried[-1] >= 1e-7 else 1e-6)
     torch.testing.assert_close(used, torch.full((20,), tried[-1], dtype=torch.float64), rtol=1e-4, atol=0)
+    assert needed == pytest.approx(tried[-1])
+
+
+def test_damping_that_had_to_be_raised_is_told() -> None:
+    """A moment that merging left indefinite: its factor needs more damping than was asked for."""
+    layer = make_layer(n=20)
+    generator = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64)).Q
+    values = torch.ones(20, dtype=torch.float64)
+    values[0] = -0.03
+    broken = SecondMoment.from_packed(vech((basis @ torch.diag(values) @ basis.T).float()), 300)
+    found = METHODS["gptq"].round(layer.weight, SCHEMES["int4-g16"], broken, name="w")
+    assert found.facts == {"damping": pytest.approx(0.1)}
+    assert torch.equal(found.q.codes, gptq(layer.weight, SCHEMES["int4-g16"], broken, damping=0.1).codes)
+    fine = METHODS["gptq"].round(layer.weight, SCHEMES["int4-g16"], layer.moment, name="w")
+    assert fine.facts == {}
+    silent = SecondMoment(20)
+    silent.update(layer.inputs * (torch.arange(20) % 7 != 3))
+    assert METHODS["gptq"].round(layer.weight, SCHEMES["int4-g16"], silent, name="w").facts == {"inputs_always_zero": 3}
 
 
 def test_fewer_tokens_than_columns_are_enough() -> None:

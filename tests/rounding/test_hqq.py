@@ -189,7 +189,9 @@ def test_large_weights_are_solved_in_chunks_that_cannot_be_seen() -> None:
     ids=str,
 )
 def test_other_formats_are_refused(wanted: Scheme) -> None:
-    with pytest.raises(SchemeError, match=r"^w: hqq optimises integer grids with plain scales, got .*Use rtn or gptq"):
+    with pytest.raises(
+        SchemeError, match=r"^w: hqq optimises integer grids with plain scales and offsets, got .*Use rtn or gptq"
+    ):
         hqq(torch.ones(2, 64), wanted, name="w")
 
 

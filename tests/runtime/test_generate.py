@@ -12,7 +12,7 @@ import torch
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.native import native
-from arrondi.runtime.fused import is_fused
+from arrondi.runtime.fuse import is_fused
 
 module = importlib.import_module("arrondi.runtime.generate")  # the package's `generate` is the function
 W4 = arrondi.Recipe.simple("W4A16", group_size=32)

@@ -1,17 +1,21 @@
 """What calibration data says about a tensor: ranges, second moments, a sample of its rows."""
 
+from arrondi.calibration.halfvectors import unvech, vech
 from arrondi.calibration.histogram_filter import histogram_filter
-from arrondi.calibration.moments import Reservoir, SecondMoment, unvech, vech
+from arrondi.calibration.moments import SPANS, SecondMoment, span_of
 from arrondi.calibration.observers import NEEDS_GRID, OBSERVERS, Observer, get_observer
+from arrondi.calibration.reservoir import Reservoir
 
 __all__ = [
     "NEEDS_GRID",
     "OBSERVERS",
+    "SPANS",
     "Observer",
     "Reservoir",
     "SecondMoment",
     "get_observer",
     "histogram_filter",
+    "span_of",
     "unvech",
     "vech",
 ]

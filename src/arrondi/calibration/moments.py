@@ -1,14 +1,20 @@
-"""Second moments of a layer's inputs, and a bounded sample of the inputs themselves.
+"""Second moments of a layer's inputs, streamed, with the same bytes however the stream is cut or shared out.
 
-Owns: `vech` and `unvech` (a symmetric matrix as the n(n+1)/2 numbers it has), `SecondMoment` (H = Σ x xᵀ, streamed) and
-`Reservoir` (a uniform sample of rows).  Uses: `errors` only.
+Owns: `SecondMoment` (H = Σ x xᵀ as a half-vector), `SPANS`, `span_of` and `chunk_rows`.  Uses: `halfvectors`, `errors`.
 
-A half-vector lists the lower triangle row by row: entry (i, j), j ≤ i, is at i(i+1)/2 + j, so that row i is a
-contiguous run of i + 1 numbers. It is no sparse matrix: nothing in it is zero, and it takes half the memory of the full
-one.
+Floating-point sums depend on their order, so the order is fixed by the stream alone. The stream is `SPANS` contiguous spans, and
+a span is chunks of a fixed number of rows, counted from its beginning:
 
-Sources: Magnus and Neudecker 1980 (half-vectorization); Frantar et al. 2022, arXiv:2210.17323 (what H is for);
-Vitter 1985, algorithm R (reservoir sampling).
+    chunk    one matrix product, always of the same shape but for the last one of a span
+    span     its chunks, added one after another
+    H        its spans, added one after another: (((s0 + s1) + s2) + …) + s7
+
+Batches of any size give the same chunks, for rows wait until a chunk is full. Workers that take whole spans (1, 2, 4 or 8 workers,
+or any other division) give the same spans, and merging adds those in their order. Memory: one half-vector while there is one
+span; a worker that begins at the first span adds up what it has finished and holds two, one that begins later holds one for each
+of its spans. Waiting rows take chunk · n numbers.
+
+Source: Frantar et al. 2022, arXiv:2210.17323 (what H is for).
 """
 
 from __future__ import annotations
@@ -18,103 +24,63 @@ from typing import Final
 
 import torch
 
+from arrondi.calibration.halfvectors import PANEL, row_start, unvech
 from arrondi.errors import DataError, ShapeError
 
-_PANEL: Final = 256
-"""Rows of H computed at a time: n·256 numbers of scratch. Narrower panels waste less of the product above the diagonal
-but multiply more slowly."""
+SPANS: Final = 8
+"""Into how many spans a stream is divided: the largest number of workers that can share it."""
 
 _FLOAT32_MAX: Final = float(torch.finfo(torch.float32).max)
 
 
-def vech(matrix: torch.Tensor) -> torch.Tensor:
-    """The lower triangle, row after row.
+def chunk_rows(n: int) -> int:
+    """Rows of a chunk: enough to multiply fast, few enough that those that wait take less than the half-vector of a wide layer."""
+    return 512 if n < 4096 else 1024
 
-    Args:
-        matrix: (..., n, n), any dtype. What lies above the diagonal is not read.
 
-    Returns:
-        (..., n(n+1)/2), same dtype.
+def span_of(index: int, count: int) -> int:
+    """The span that sample `index` of `count` belongs to.
 
-    Raises:
-        ShapeError: the last two dimensions differ.
-
-    >>> vech(torch.tensor([[1, 2, 4], [2, 3, 5], [4, 5, 6]]))
-    tensor([1, 2, 3, 4, 5, 6])
+    >>> [span_of(i, 12) for i in range(12)]
+    [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7]
     """
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ShapeError(f"vech needs a square matrix, got shape {tuple(matrix.shape)}. Pass (..., n, n).")
-    n = matrix.shape[-1]
-    packed = matrix.new_empty((*matrix.shape[:-2], n * (n + 1) // 2))
-    for i in range(n):
-        packed[..., _row(i) : _row(i + 1)] = matrix[..., i, : i + 1]
-    return packed
-
-
-def unvech(packed: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix of a half-vector, symmetric to the last bit.
-
-    Args:
-        packed: (..., n(n+1)/2), any dtype, in the order of `vech`.
-
-    Returns:
-        (..., n, n), same dtype.
-
-    Raises:
-        ShapeError: the length is no triangular number.
-
-    >>> unvech(torch.tensor([1, 2, 3]))
-    tensor([[1, 2],
-            [2, 3]])
-    """
-    length = packed.shape[-1] if packed.ndim else 0
-    n = (math.isqrt(8 * length + 1) - 1) // 2
-    if packed.ndim == 0 or length != n * (n + 1) // 2:
-        raise ShapeError(
-            f"A half-vector has n(n+1)/2 entries, got shape {tuple(packed.shape)}. Pass what vech returned."
-        )
-    matrix = packed.new_empty((*packed.shape[:-1], n, n))
-    for i in range(n):
-        matrix[..., i, : i + 1] = packed[..., _row(i) : _row(i + 1)]
-    for start in range(0, n, _PANEL):  # mirror block by block, which keeps both sides in cache
-        stop = min(start + _PANEL, n)
-        matrix[..., :start, start:stop] = matrix[..., start:stop, :start].mT
-        block = matrix[..., start:stop, start:stop]
-        lower = torch.ones(stop - start, stop - start, dtype=torch.bool, device=packed.device).tril()
-        block.copy_(torch.where(lower, block, block.mT))
-    return matrix
-
-
-def _row(i: int) -> int:
-    """Where row i of the triangle begins."""
-    return i * (i + 1) // 2
+    if not 0 <= index < count:
+        raise ShapeError(f"There is no sample {index} of {count}.")
+    return index * SPANS // count
 
 
 class SecondMoment:
     """H = Σ x xᵀ over every token seen, as a packed half-vector.
 
     A plain sum: **not** divided by the number of tokens and without the factor 2 of the squared loss's Hessian. GPTQ
-    does not depend on the scale; divide by `tokens` where a mean is wanted. Sums of two workers add up to the sum of
-    both.
+    does not depend on the scale; divide by `tokens` where a mean is wanted.
 
     Attributes:
         n: features.
+        first_span: where the part of the stream begins that this one sees; 0 unless workers share the stream.
         name: what the inputs are called in messages.
-        packed: (n(n+1)/2,) float32, in the order of `vech`.
         tokens: rows summed so far.
 
-    The same batches in the same order on the same machine with the same number of threads give the same bits.
+    The same stream on the same machine with the same number of threads gives the same bits, see above. Reading (`packed`,
+    `diagonal`, `matrix`, …) ends a chunk, so read when the stream is over.
     """
 
-    def __init__(self, n: int, *, name: str = "input", device: torch.device | str = "cpu") -> None:
+    def __init__(self, n: int, *, first_span: int = 0, name: str = "input", device: torch.device | str = "cpu") -> None:
         if n < 1:
             raise ShapeError(
                 f"{name}: a second moment needs at least one feature, got n={n}. Pass the size of the last axis."
             )
         self.n = n
         self.name = name
-        self.packed = torch.zeros(n * (n + 1) // 2, dtype=torch.float32, device=device)
         self.tokens = 0
+        self.device = torch.device(device)
+        self._chunk = chunk_rows(n)
+        self._spans: dict[int, torch.Tensor] = {}
+        """(n(n+1)/2,) float32 each, ascending; under 0 … k finished together, the sum is kept under k."""
+        self._span = self._first = first_span
+        self._waiting: torch.Tensor | None = None  # (chunk, n): rows of the chunk that is not full yet
+        self._held = 0
+        self._power = 0.0
 
     @classmethod
     def from_packed(cls, packed: torch.Tensor, tokens: int, *, name: str = "input") -> SecondMoment:
@@ -129,19 +95,22 @@ class SecondMoment:
                 f"{name}: expected n(n+1)/2 numbers, got shape {tuple(packed.shape)}. Pass `packed` of another one."
             )
         moment = cls(n, name=name, device=packed.device)
-        moment.packed.copy_(packed)
+        moment._spans[0] = packed.to(torch.float32, copy=True)
+        moment._power = moment.trace
         moment.tokens = tokens
         return moment
 
     @torch.no_grad()
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, span: int | None = None) -> None:
         """Add every row of `x`.
 
         Args:
             x: (..., n), any floating dtype; multiplied and accumulated in float32. No rows are fine.
+            span: which span of the stream they belong to (see `span_of`), never one before that of an earlier call.
+                None: the same as before.
 
         Raises:
-            ShapeError: the last axis is not n.
+            ShapeError: the last axis is not n, or the span has gone by.
             DataError: not floating, or the sum of squares is not finite in float32: a NaN, an infinity, or an overflow.
                 The statistic is then as it was before the call.
         """
@@ -149,19 +118,59 @@ class SecondMoment:
             raise ShapeError(f"{self.name}: the last axis must have {self.n} features, got shape {tuple(x.shape)}.")
         if not x.is_floating_point():
             raise DataError(f"{self.name}: second moments are of floating inputs, got {x.dtype}. Convert them first.")
-        rows = x.reshape(-1, self.n).to(self.packed.device, torch.float32)
+        span = self._span if span is None else span
+        if not self._span <= span < SPANS:
+            raise ShapeError(f"{self.name}: spans come in order, {self._span} … {SPANS - 1} may follow, got {span}.")
+        rows = x.reshape(-1, self.n).to(self.device, torch.float32)
         flat = rows.reshape(-1)
         # One dot product gives the batch's trace, which no NaN or infinity anywhere in it leaves finite.
-        if not float(torch.dot(flat, flat)) + self.trace <= _FLOAT32_MAX:
+        power = float(torch.dot(flat, flat))
+        if not power + self._power <= _FLOAT32_MAX:
             raise DataError(self._complaint(rows))
-        for start in range(0, self.n, _PANEL):  # rows start … stop of H, up to the end of the diagonal block
-            stop = min(start + _PANEL, self.n)
+        if span != self._span:
+            self._begin(span)
+        self._power += power
+        self.tokens += rows.shape[0]
+        while rows.shape[0]:
+            if self._waiting is None:
+                self._waiting = torch.empty(self._chunk, self.n, dtype=torch.float32, device=self.device)
+            taken = rows[: self._chunk - self._held]
+            self._waiting[self._held : self._held + len(taken)] = taken
+            self._held += len(taken)
+            rows = rows[len(taken) :]
+            if self._held == self._chunk:
+                self._add_chunk()
+
+    def _begin(self, span: int) -> None:
+        """End the present span; where all before it are here too, they become one sum."""
+        self._add_chunk()
+        if self._spans and self._first == 0:
+            self._spans = {self._span: self._folded()}
+        self._span = span
+
+    def _folded(self) -> torch.Tensor:
+        """The sum of all spans in their order, in the memory of the first."""
+        first, *others = (self._spans[span] for span in sorted(self._spans))
+        for other in others:
+            first += other
+        return first
+
+    def _add_chunk(self) -> None:
+        """Add the waiting rows to the present span."""
+        if self._waiting is None or not self._held:
+            return
+        rows, self._held = self._waiting[: self._held], 0
+        if self._span not in self._spans:
+            length = self.n * (self.n + 1) // 2
+            self._spans[self._span] = torch.zeros(length, dtype=torch.float32, device=self.device)
+        packed = self._spans[self._span]
+        for start in range(0, self.n, PANEL):  # rows start … stop of H, up to the end of the diagonal block
+            stop = min(start + PANEL, self.n)
             panel = rows[:, start:stop].T @ rows[:, :stop]
             lengths = range(start + 1, stop + 1)
             left = panel.reshape(-1).split([part for i in lengths for part in (i, stop - i)])[::2]  # up to the diagonal
-            for row, more in zip(self.packed[_row(start) : _row(stop)].split(list(lengths)), left, strict=True):
+            for row, more in zip(packed[row_start(start) : row_start(stop)].split(list(lengths)), left, strict=True):
                 row += more
-        self.tokens += rows.shape[0]
 
     def _complaint(self, rows: torch.Tensor) -> str:
         bad = int((~torch.isfinite(rows)).sum())
@@ -170,25 +179,55 @@ class SecondMoment:
         return f"{self.name}: squares of values up to {float(rows.abs().max()):.3g} overflow float32. Scale them down."
 
     def merge(self, other: SecondMoment) -> None:
-        """Add what another worker saw.
+        """Add what another worker saw. Spans that only one of both has keep their place in the order of the sum.
 
         Raises:
             ShapeError: another number of features.
         """
         if other.n != self.n:
             raise ShapeError(f"{self.name}: cannot add a moment of {other.n} features to one of {self.n}.")
-        self.packed += other.packed.to(self.packed.device)
+        for moment in (self, other):
+            moment._end()
+        for span, packed in other._spans.items():
+            if span in self._spans:
+                self._spans[span] += packed.to(self.device)
+            else:
+                self._spans[span] = packed.to(self.device, copy=True)
+        self._first, self._span = min(self._first, other._first), max(self._span, other._span)
+        self._power += other._power
         self.tokens += other.tokens
 
     def __add__(self, other: SecondMoment) -> SecondMoment:
         """A new statistic of what both saw, with the name of the first."""
-        both = SecondMoment.from_packed(self.packed, self.tokens, name=self.name)
+        both = SecondMoment(self.n, first_span=self._first, name=self.name, device=self.device)
+        both.merge(self)
         both.merge(other)
         return both
 
+    def _end(self) -> None:
+        """No row waits, and no memory for them is held."""
+        self._add_chunk()
+        self._waiting = None
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """(n(n+1)/2,) float32, in the order of `vech`. Not a copy, unless spans before those seen here are missing."""
+        self._end()
+        if not self._spans:
+            return torch.zeros(self.n * (self.n + 1) // 2, dtype=torch.float32, device=self.device)
+        if len(self._spans) > 1 and self._first == 0:
+            self._spans = {max(self._spans): self._folded()}
+        if len(self._spans) == 1:
+            return next(iter(self._spans.values()))
+        first, *others = (self._spans[span] for span in sorted(self._spans))
+        total = first.clone()
+        for other in others:
+            total += other
+        return total
+
     def diagonal(self) -> torch.Tensor:
         """(n,) float32: Σ x² of every feature."""
-        i = torch.arange(self.n, device=self.packed.device)
+        i = torch.arange(self.n, device=self.device)
         return self.packed[i * (i + 3) // 2]
 
     @property
@@ -202,108 +241,3 @@ class SecondMoment:
 
     def __repr__(self) -> str:
         return f"SecondMoment(n={self.n}, tokens={self.tokens}, name={self.name!r})"
-
-
-class Reservoir:
-    """A uniform sample of at most `capacity` rows of a stream of any length.
-
-    Every subset of that size is equally likely, whatever the batches were; how the stream is cut into batches does not
-    change the sample. Draws come from an own generator, never from the global one.
-
-    Attributes:
-        capacity: most rows kept.
-        seen: rows observed so far.
-        name: what the inputs are called in messages.
-
-    Source: Vitter 1985, algorithm R.
-    """
-
-    def __init__(self, capacity: int, *, seed: int = 0, name: str = "input") -> None:
-        if capacity < 1:
-            raise ShapeError(f"{name}: a reservoir holds at least one row, got capacity={capacity}.")
-        self.capacity = capacity
-        self.seen = 0
-        self.name = name
-        self._generator = torch.Generator().manual_seed(seed)
-        self._kept: torch.Tensor | None = None  # (capacity, n); allocated at the first batch
-
-    @torch.no_grad()
-    def observe(self, x: torch.Tensor) -> None:
-        """Let every row of `x` compete for a place.
-
-        Args:
-            x: (..., n), any dtype; kept in the dtype of the first batch, on the CPU.
-
-        Raises:
-            ShapeError: n differs from earlier batches.
-            DataError: a NaN or an infinity anywhere in `x`.
-        """
-        if x.ndim == 0:
-            raise ShapeError(f"{self.name}: a sample is of rows, got a scalar. Pass (..., n).")
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if not math.isfinite(float(rows.sum(dtype=torch.float32))) and (bad := int((~torch.isfinite(rows)).sum())):
-            raise DataError(
-                f"{self.name}: {bad} of {rows.numel()} values are NaN or infinite. Repair or exclude their source."
-            )
-        kept = self._storage(rows)
-        free = min(max(self.capacity - self.seen, 0), rows.shape[0])
-        kept[self.seen : self.seen + free] = rows[:free]
-        order = torch.arange(self.seen + free, self.seen + rows.shape[0])  # position in the stream of the rows left
-        place = (torch.rand(len(order), generator=self._generator, dtype=torch.float64) * (order + 1)).long()
-        accepted = torch.nonzero(place < self.capacity).flatten()
-        winner = torch.full((self.capacity,), -1)  # of several rows for one place the last one stays
-        winner.scatter_reduce_(0, place[accepted], accepted, "amax")
-        places = torch.nonzero(winner >= 0).flatten()
-        kept[places] = rows[(winner[places] + free).to(rows.device)].to(kept)
-        self.seen += rows.shape[0]
-
-    def rows(self) -> torch.Tensor:
-        """(min(seen, capacity), n): the sample. It is the reservoir's own storage, not a copy; the order means nothing.
-
-        Raises:
-            DataError: nothing was observed.
-        """
-        if self._kept is None or self.seen == 0:
-            raise DataError(
-                f"{self.name}: the reservoir is empty, no row was observed. Run calibration data through it first."
-            )
-        return self._kept[: self.seen]
-
-    def merge(self, other: Reservoir) -> None:
-        """Become a uniform sample of both streams: each side keeps places in proportion to the rows it saw.
-
-        Raises:
-            ShapeError: another capacity or another number of features.
-        """
-        if other.capacity != self.capacity:
-            raise ShapeError(
-                f"{self.name}: cannot merge reservoirs of {self.capacity} and {other.capacity} rows. Use one size."
-            )
-        if other.seen == 0:
-            return
-        theirs = other.rows()
-        kept = self._storage(theirs)
-        size = min(self.capacity, self.seen + other.seen)
-        here = self._share(self.seen, other.seen, size)
-        mine = kept[: self.seen][self._choose(min(self.seen, self.capacity), here)]
-        kept[:size] = torch.cat((mine, theirs[self._choose(len(theirs), size - here)].to(kept)))
-        self.seen += other.seen
-
-    def _storage(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._kept is None:
-            self._kept = torch.empty(self.capacity, rows.shape[-1], dtype=rows.dtype)
-        if self._kept.shape[-1] != rows.shape[-1]:
-            raise ShapeError(
-                f"{self.name}: rows have {rows.shape[-1]} features, earlier ones had {self._kept.shape[-1]}."
-            )
-        return self._kept
-
-    def _share(self, here: int, there: int, draws: int) -> int:
-        """How many of `draws` rows, drawn without replacement from both streams, are this one's (hypergeometric)."""
-        left = here
-        for i, u in enumerate(torch.rand(draws, generator=self._generator, dtype=torch.float64).tolist()):
-            left -= u * (here + there - i) < left
-        return here - left
-
-    def _choose(self, count: int, size: int) -> torch.Tensor:
-        return torch.randperm(count, generator=self._generator)[:size]

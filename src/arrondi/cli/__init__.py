@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import sys
 
+from arrondi.waiting import wait_passively
+
 
 def main() -> None:
     """Run the command line; every error that a user can set right becomes one sentence on stderr."""
     from arrondi.errors import DEFECT, say
 
+    wait_passively()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # OpenMP's threads wait for the next operator by spinning, on cores that the kernels or a neighbour need. It reads this
-    # when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = _run(sys.argv[1:] or ["--help"])
     except BrokenPipeError:

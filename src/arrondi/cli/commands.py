@@ -196,6 +196,9 @@ def dequantize(
     model: opt.Model,
     output: opt.Out,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
+    ] = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -204,7 +207,7 @@ def dequantize(
     from arrondi.report import print_facts, progress_bar
 
     with progress_bar("dequantizing", quiet) as progress:
-        result = dequantize_model(model, output, dtype, progress=progress)
+        result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
     _answer(result, json_, print_facts)
 
 
@@ -312,21 +315,26 @@ def _show_plan(
 ) -> None:
     from arrondi.checkpoint import Checkpoint
     from arrondi.evaluate.text import fit_length, positions_of
-    from arrondi.model import Skeleton
+    from arrondi.model import OnDisk
     from arrondi.pipeline import make_plan
+    from arrondi.pipeline.estimate import estimate
     from arrondi.report import print_plan
-    from arrondi.rounding import get_method
 
     checkpoint = Checkpoint.open(model)
     if checkpoint.quantized:
         raise SchemeError(f"{model} is already quantized. Plan for the original model.")
-    skeleton = Skeleton(checkpoint)
-    resolved = make_plan(skeleton, recipe, layout=layout, keep_misfits=keep_misfits)
-    calibrated = any(get_method(r.method).needs_moment for r in recipe.rules)
-    seq_len, note = fit_length(seq_len, positions_of(skeleton.model))
-    memory, seconds = resolved.estimate(samples * seq_len if calibrated else 0, 32 * seq_len if calibrated else 0)
-    document = {"model": model, **resolved.to_dict(), "peak_memory_bytes": memory, "seconds": round(seconds, 1)}
-    if note and calibrated:
+    source = OnDisk(checkpoint)
+    resolved = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
+    seq_len, note = fit_length(seq_len, positions_of(source.model))
+    windows = (samples, 32) if resolved.calibrated else (0, 0)
+    cost = estimate(resolved, *(n * seq_len for n in windows))
+    document = {
+        "model": model,
+        **resolved.to_dict(),
+        "peak_memory_bytes": cost.bytes,
+        "seconds": round(cost.seconds, 1),
+    }
+    if note and resolved.calibrated:
         document["notes"] = [*document["notes"], note]
     _answer(document, as_json, print_plan)
 

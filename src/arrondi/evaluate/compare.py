@@ -1,7 +1,7 @@
-"""Two models on the same text, followed block by block.
+"""Two models on the same text, followed unit by unit.
 
-Owns: `compare_models` and `comparison_for`, which picks what can be measured on a kind of model. Only one block of each model is in
-memory; logits live for one window.
+Owns: `compare_models` and `comparison_for`, which picks what can be measured on a kind of model. Only one unit of each model is in
+memory; outputs live for one batch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from arrondi.evaluate.comparison import Comparison, EncoderComparison
 from arrondi.evaluate.data import Data, check_windows, read_windows, reads_text
 from arrondi.evaluate.limits import Limits, check_limits
 from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol
-from arrondi.formats import Scheme
-from arrondi.model import Chain, HiddenStore, Skeleton
+from arrondi.formats import ActivationScheme
+from arrondi.model import Budget, OnDisk, Stream, settle, walk
 
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
+"""Tokens sent through a unit at once."""
 _HIDDEN_LIMIT = 512 << 20
+_OUTPUT_BYTES = 256 << 20
+"""Outputs of one model that are in memory at once."""
 
 
 def comparison_for(model: Any) -> Comparison | EncoderComparison:
@@ -32,25 +35,21 @@ def comparison_for(model: Any) -> Comparison | EncoderComparison:
 
 
 def is_causal(model: Any) -> bool:
-    """Whether the model predicts the next token."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """Whether the model predicts the next token: its class is one of a language model over a vocabulary."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    return (
-        type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
-    )
+    kinds = [
+        table.get(type(model.config), None)
+        for table in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    ]
+    return any(type(model) is k or (isinstance(k, tuple) and type(model) in k) for k in kinds)
 
 
-def activation_schemes(skeleton: Skeleton) -> dict[str, Any]:
-    """Module → scheme of its input, where activations are quantized at run time; inputs of fused experts stay as they are."""
-    found: dict[str, Any] = {}
-    for source in skeleton.checkpoint.placed:
-        scheme = skeleton.checkpoint.activations_of(source)
-        params = {slot.param for slot in skeleton.slots(source)} if scheme is not None else set()
-        for param in params:
-            if len(skeleton.empty[param].shape) == 2:
-                found |= {name.rpartition(".")[0]: scheme for name in skeleton.names_of(param)}
-    return found
+def batch_size(model: Any, seq_len: int) -> int:
+    """Windows in a batch: enough to keep the machine busy, few enough that outputs fit in memory."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0) if is_causal(model) else 0
+    by_output = _OUTPUT_BYTES // max(4 * vocabulary * seq_len, 1)
+    return max(min(BATCH_TOKENS // seq_len, by_output), 1)
 
 
 def compare_models(
@@ -60,8 +59,9 @@ def compare_models(
     *,
     seq_len: int = 256,
     samples: int | None = None,
-    activations: str | Scheme | None = None,
+    activations: str | ActivationScheme | None = None,
     limits: Limits | None = None,
+    device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model against its original.
@@ -72,8 +72,9 @@ def compare_models(
         text: data that calibration has not seen: a path, texts, token ids, or batches of them.
         seq_len: tokens of a window, special tokens included.
         samples: windows at most; None takes all.
-        activations: how inputs of weight-only linears of `quantized` are rounded, as `load_model` does; None: they stay.
+        activations: how inputs of weight-only linears of `quantized` are rounded, as `load` does; None: they stay.
         limits: what the result will be held to; refused before the work where the model has no such measure.
+        device: where units are run, as torch names devices.
         progress: called with (blocks done, blocks, what).
 
     Returns:
@@ -81,46 +82,65 @@ def compare_models(
         encoders cosine similarities and relative error; the protocol; and the activations.
 
     Raises:
-        FileFormatError: a directory is no model, or the two are not of one shape.
+        FileFormatError: a directory is no model, tensors are missing, or the two are not of one shape.
         DataError: the text is shorter than one window.
-        SchemeError: there are no activations that can be rounded so.
+        SchemeError: there are no activations that can be rounded so, or the model does not run on text.
     """
-    skeletons = [Skeleton(Checkpoint.open(reference)), Skeleton(Checkpoint.open(quantized).rounding(activations))]
-    shapes = [{n: tuple(p.shape) for n, p in s.empty.items()} for s in skeletons]
-    if type(skeletons[0].model) is not type(skeletons[1].model) or shapes[0] != shapes[1]:
+    sources = [OnDisk.open(reference), OnDisk(Checkpoint.open(quantized).rounding(activations))]
+    shapes = [{n: tuple(p.shape) for n, p in s.names.params.items()} for s in sources]
+    added = shapes[1].keys() - shapes[0].keys()  # biases that a repair gave it
+    same = all(shapes[1].get(n) == shape for n, shape in shapes[0].items()) and all(
+        len(shapes[1][n]) == 1 for n in added
+    )
+    if type(sources[0].model) is not type(sources[1].model) or not same:
         raise FileFormatError(
             f"{quantized} is another model than {reference}: class or shapes differ. Compare a model with its own original."
         )
+    model = sources[0].model
     if limits:
-        check_limits(comparison_for(skeletons[0].model).kind, limits.kl, limits.ppl_increase)
-    seq_len, note = fit_length(seq_len, positions_of(skeletons[0].model))
-    tokenizer = load_tokenizer(skeletons[0].checkpoint.folder.path) if reads_text(text) else None
+        check_limits(comparison_for(model).kind, limits.kl, limits.ppl_increase)
+    seq_len, note = fit_length(seq_len, positions_of(model))
+    tokenizer = load_tokenizer(sources[0].where) if reads_text(text) else None
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
-    check_windows(windows, skeletons[0].model)
-    ids = list(windows.ids[:samples].split(max(_BATCH_TOKENS // windows.seq_len, 1)))
-    chains = [Chain(s, activation_schemes(s)) for s in skeletons]
-    stores = [HiddenStore(c.begin(ids), _HIDDEN_LIMIT, Path(tempfile.gettempdir())) for c in chains]
+    check_windows(windows, model)
+    ids = list(windows.ids[:samples].split(batch_size(model, windows.seq_len)))
+    notes = [note] if note and tokenizer is not None else []
+    notes += settle(sources[0], ids[-1][-1:])
+    if sources[0].whole:
+        sources[1].run_as_whole(sources[0].facts)
     report = progress or (lambda done, total, what: None)
-    for i in range(len(chains[0])):
-        report(i, len(chains[0]) + 1, f"block {i + 1} of {len(chains[0])}")
-        for chain, store in zip(chains, stores, strict=True):
-            chain.fill(i)
-            for j in range(len(store)):
-                store[j] = chain.run(i, store[j])
-            chain.drop(i)
-    report(len(chains[0]), len(chains[0]) + 1, "comparing outputs")
-    comparison = comparison_for(chains[0].model)
-    with torch.no_grad(), chains[0].outer_loaded(), chains[1].outer_loaded():
-        for j, batch in enumerate(ids):
-            for k in range(len(batch)):
-                one = batch[k : k + 1]
-                outputs = [c.finish(one, s[j][k : k + 1]) for c, s in zip(chains, stores, strict=True)]
-                comparison.add(outputs[0], outputs[1], one)
+    comparison = comparison_for(model)
+    _follow(sources, ids, comparison, torch.device(device), report)
     return {
         **comparison.summary().to_dict(),
         "text": windows.source,
         "windows": sum(len(b) for b in ids),
         "protocol": protocol(tokenizer, windows.seq_len),
-        "notes": [note] if note and tokenizer is not None else [],
-        "activations": None if activations is None else str(skeletons[1].checkpoint.activations),
+        "notes": notes,
+        "activations": None if activations is None else str(sources[1].checkpoint.activations),
     }
+
+
+@torch.no_grad()
+def _follow(
+    sources: list[OnDisk],
+    ids: list[torch.Tensor],
+    comparison: Comparison | EncoderComparison,
+    device: torch.device,
+    report: Callable[[int, int, str], None],
+) -> None:
+    """Send both models through all batches and collect what they compute."""
+    instances = [s.instance(device=device) for s in sources]
+    for source, instance in zip(sources, instances, strict=True):
+        instance.round_inputs(source.rounded_inputs)
+    units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
+    total, budget, folder = len(units[0]) + 1, Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
+    with Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:
+        first.begin()
+        second.begin()
+        for i in walk([[first], [second]]):
+            report(i, total, f"block {i + 1} of {len(units[0])}")
+        report(total - 1, total, "comparing outputs")
+        with units[0].outer_loaded(), units[1].outer_loaded():
+            for j, batch in enumerate(ids):
+                comparison.add(first.output(j), second.output(j), batch)

@@ -27,7 +27,7 @@ import torch
 from arrondi.errors import SchemeError
 from arrondi.formats import FORMATS, ActivationScheme, LayerScheme, PerToken, Scheme, parse_scheme
 from arrondi.kernels import KERNELS, Meta, binary_linear, choose, hadamard, pack_signs, sign_tiles
-from arrondi.native import address, native, threads
+from arrondi.native import native, operand, threads
 from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
 
 SCHEMES: Final = (
@@ -167,7 +167,8 @@ def _bandwidth(arena: torch.Tensor, seconds: float) -> float:
         numbers = arena.view(torch.float32)
         taken = _times(lambda i: numbers.sum(), 4 * seconds)
     else:
-        taken = _times(lambda i: native.read_memory(address(arena), arena.numel(), threads()), 4 * seconds)
+        place = operand("arena", arena, (arena.numel(),), torch.uint8)
+        taken = _times(lambda i: native.read_memory(place, arena.numel(), threads()), 4 * seconds)
     return arena.numel() / min(taken) / 1e9
 
 
@@ -233,16 +234,15 @@ def _bound(
     name = choose(q.scheme, q.shape, dtype).name
     kernel = KERNELS[name]
     tensors = kernel.prepack(q, dtype) if copy is None else copy
-    activations = None if inputs is None else inputs.scheme
-    inside = activations is not None and kernel.rounds(q.scheme, activations)
-    meta = Meta(q.scheme, (q.shape[0], q.shape[1]), dtype, activations if inside else None)
+    inside = inputs is not None and kernel.rounds(q.scheme, inputs)
+    meta = Meta(q.scheme, (q.shape[0], q.shape[1]), dtype, inputs if inside else None)
     if kernel.bind is not None:
         product = kernel.bind(tensors, meta, None)
     else:
         product = functools.partial(lambda f, x: f(x, tensors, meta, None), kernel.linear)
-    if activations is None or inside:
+    if inputs is None or inside:
         return name, product, tensors
-    return name, lambda x: product(fake_quantize(x, activations)), tensors
+    return name, lambda x: product(fake_quantize(x, inputs.scheme)), tensors
 
 
 _Cases = Iterator[tuple[torch.dtype, int, _Case]]

@@ -9,9 +9,9 @@ import re
 from typing import Any
 
 from arrondi.errors import SchemeError, unknown
-from arrondi.formats.elsewhere import elsewhere
 from arrondi.formats.format import get_format
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from arrondi.formats.hints import unknown_scheme
 from arrondi.formats.presets import ALIASES, PRESETS
 from arrondi.formats.scheme import ActivationScheme, Dynamic, LayerScheme, Scheme
 
@@ -51,7 +51,7 @@ def parse_scheme(text: str) -> LayerScheme:
     if name in PRESETS:
         return PRESETS[name]
     if "=" not in text:
-        raise unknown("scheme", text, PRESETS, hint=elsewhere(text))
+        raise unknown_scheme(text)
     items = [_item(item, text) for item in _split(text, ",")]
     parts = dict(items)
     if "w" not in parts or parts.keys() - {"w", "a", "o", "kv"} or len(parts) < len(items):

@@ -1,6 +1,6 @@
 """Matrix products with quantized weights: one table, and the choice from it.
 
-Owns: `KERNELS`, `choose`, `explain`. A kernel is data (`Kernel`): a reason to refuse, a way to pack, a way to multiply.
+Owns: `KERNELS`, `choose`, `explain`. A kernel is data (`Kernel`): a reason to refuse, a way to pack and to unpack, a way to multiply.
 To add one: its file, a line in `KERNELS`, its test; the differential tests run over the table. `reference` is last and
 takes everything; the kernels before it are faster where they do not refuse.
 
@@ -21,12 +21,13 @@ import torch
 
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
-from arrondi.kernels.act_order import contiguous_groups
+from arrondi.kernels.act_order import contiguous_groups, scattered_groups
 from arrondi.kernels.binary import binary_linear, pack_signs, sign_tiles
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
 from arrondi.kernels.native_linear import NATIVE, integer_linear
-from arrondi.kernels.reference import REFERENCE, decoded, decoded_rows, pack_weight
+from arrondi.kernels.packed import decoded, decoded_rows, pack_weight, unpack_weight
+from arrondi.kernels.reference import REFERENCE
 from arrondi.kernels.torch_ops import TORCH_INT4, TORCH_INT8
 
 KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType(
@@ -53,7 +54,7 @@ def choose(
         shape: of the weight, (out, in).
         x_dtype: in which the product is computed.
         device: where the weight lies.
-        plain: False for a weight that is stored as (in, out), or whose groups are scattered over the columns.
+        plain: False for a weight whose groups are scattered over the columns.
 
     Raises:
         SchemeError: no kernel can, or the one asked for cannot, or it does not exist; the message has the reason.
@@ -91,7 +92,7 @@ def explain(
     Takes the arguments of `choose`.
     """
     where = torch.device(device)
-    scattered = None if plain else "It takes weights stored as (out, in) with contiguous groups."
+    scattered = None if plain else "It takes weights with contiguous groups."
     reasons = []
     for name, kernel in KERNELS.items():
         own = None if kernel is REFERENCE else scattered
@@ -117,5 +118,7 @@ __all__ = [
     "integer_linear",
     "pack_signs",
     "pack_weight",
+    "scattered_groups",
     "sign_tiles",
+    "unpack_weight",
 ]

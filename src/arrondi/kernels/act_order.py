@@ -1,6 +1,6 @@
 """Groups that are not contiguous, made contiguous.
 
-Owns: `contiguous_groups`. GPTQ with dynamic act-order gives each column its own group number. Sorting the columns by
+Owns: `contiguous_groups` and its inverse `scattered_groups`. GPTQ with dynamic act-order gives each column its own group number. Sorting the columns by
 group, of the weight once and of the activations at every call, leaves an ordinary group-wise weight for any kernel.
 """
 
@@ -32,3 +32,12 @@ def contiguous_groups(q: QTensor) -> tuple[QTensor, torch.Tensor] | None:
     if not torch.equal(q.group_index[order].long(), wanted):
         return None
     return replace(q, codes=q.codes[:, order], group_index=None), order
+
+
+def scattered_groups(q: QTensor, order: torch.Tensor) -> QTensor:
+    """The inverse of `contiguous_groups`: its sorted weight and order → the weight with a `group_index`."""
+    assert isinstance(q.scheme.granularity, PerGroup)
+    codes, index = torch.empty_like(q.codes), torch.empty_like(order, dtype=torch.int32)
+    codes[:, order] = q.codes
+    index[order] = torch.arange(order.numel(), device=order.device, dtype=torch.int32) // q.scheme.granularity.size
+    return replace(q, codes=codes, group_index=index)

@@ -1,6 +1,6 @@
 """Products of signs: 32 to a word, compared by exclusive or, counted.
 
-Owns: `pack_signs`, `sign_tiles`, `binary_linear`, its slow twin `binary_linear_reference`, and the operators
+Owns: `pack_signs`, `sign_tiles`, `binary_linear`, its slow reference `binary_linear_reference`, and the operators
 `torch.ops.arrondi.pack_signs` and `torch.ops.arrondi.binary_linear`.
 
 Source: Rastegari, Ordonez, Redmon, Farhadi 2016, "XNOR-Net", arXiv:1603.05279. Bits that differ are products of -1, so
@@ -18,7 +18,7 @@ from typing import Final
 import torch
 
 from arrondi.errors import ShapeError
-from arrondi.native import TYPES, address, available, native, threads
+from arrondi.native import TYPES, available, native, operand, threads
 
 _WORD: Final = 32
 _BLOCK: Final = 16
@@ -98,7 +98,7 @@ def binary_linear_reference(
     token_scale: torch.Tensor | None = None,
     dtype: torch.dtype = torch.int32,
 ) -> torch.Tensor:
-    """The slow twin of `binary_linear`: a product of matrices of ±1, exact in float64."""
+    """The slow reference of `binary_linear`: a product of matrices of ±1, exact in float64."""
     rows, columns = shape
     w_bits = w_tiles.transpose(1, 2).reshape(-1, w_tiles.shape[1])[:rows]
     y = (_unpacked(x_bits, columns) @ _unpacked(w_bits, columns).T).to(torch.int32)
@@ -133,9 +133,11 @@ def _pack(x: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and x.dtype in TYPES and columns <= _LARGEST - _WORD and available():
         if flat.stride(1) != 1 or (len(flat) > 1 and flat.stride(0) < columns):
             flat = flat.contiguous()
-        out = x.new_empty((*x.shape[:-1], words), dtype=torch.int32)
+        out = torch.empty((*x.shape[:-1], words), dtype=torch.int32, device="cpu")
         assert native is not None
-        native.pack_signs(len(flat), columns, address(flat), flat.stride(0), TYPES[x.dtype], address(out), threads())
+        flat_at = operand("x", flat, (len(flat), columns), x.dtype, "last")
+        out_at = operand("bits", out, (*x.shape[:-1], words), torch.int32)
+        native.pack_signs(len(flat), columns, flat_at, flat.stride(0), TYPES[x.dtype], out_at, threads())
         return out
     bits = torch.nn.functional.pad((flat > 0).int(), (0, -columns % _WORD)).unflatten(-1, (words, _WORD))
     # The top bit makes a word negative: shifts and sums in int32 wrap as the compiled kernel's do.
@@ -156,7 +158,7 @@ def _check(
     token_scale: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    if len(shape) != 2 or shape[0] < 0 or not 0 < shape[1] <= _LARGEST - _WORD:
+    if len(shape) != 2 or not 0 <= shape[0] <= _LARGEST or not 0 < shape[1] <= _LARGEST - _WORD:
         raise ShapeError(f"The shape of a binary weight is (N, K) with K > 0, got {tuple(shape)}.")
     rows, columns = shape
     words = -(-columns // _WORD)
@@ -200,12 +202,15 @@ def _linear(
     rows, columns = shape
     bits, tiles = x_bits.contiguous(), w_tiles.contiguous()
     scales = [None if part is None else part.float().contiguous() for part in (token_scale, scale)]
-    y = x_bits.new_empty((*x_bits.shape[:-1], rows), dtype=dtype)
+    y = torch.empty((*x_bits.shape[:-1], rows), dtype=dtype, device="cpu")
     integers = dtype == torch.int32
+    tokens, words = bits.shape[:-1].numel(), bits.shape[-1]
     assert native is not None
     native.multiply_signs(
-        bits.shape[:-1].numel(), rows, columns, address(bits), address(tiles), address(y), 0 if integers else TYPES[dtype],
-        integers, *map(address, scales), threads(),
+        tokens, rows, columns, operand("x_bits", bits, (*x_bits.shape[:-1], words), torch.int32),
+        operand("w_tiles", tiles, (-(-rows // _BLOCK), words, _BLOCK), torch.int32), operand("y", y, tuple(y.shape), dtype),
+        0 if integers else TYPES[dtype], integers, operand("token_scale", scales[0], x_bits.shape[:-1], torch.float32),
+        operand("scale", scales[1], (rows,), torch.float32), threads(),
     )  # fmt: skip
     return y
 

@@ -1,6 +1,6 @@
 """Hadamard matrices and the fast transform by them, which spreads outliers over a whole row before it is rounded.
 
-Owns: `hadamard_matrix`, `hadamard`, its slow twin `hadamard_reference`, and the operator `torch.ops.arrondi.hadamard`.
+Owns: `hadamard_matrix`, `hadamard`, its slow reference `hadamard_reference`, and the operator `torch.ops.arrondi.hadamard`.
 
 A matrix of order n = m · 2^k is K ⊗ S: S is Sylvester's matrix of order 2^k (1867, Phil. Mag. 34), K one of Paley's two
 of order m (1933, J. Math. and Phys. 12) with the smallest m there is; a power of two needs no K. With x as a matrix of
@@ -18,7 +18,7 @@ from typing import Final
 import torch
 
 from arrondi.errors import ShapeError
-from arrondi.native import TYPES, address, available, native, threads
+from arrondi.native import TYPES, available, native, operand, threads
 
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -68,7 +68,7 @@ def hadamard(x: torch.Tensor, *, scale: float | None = None, transposed: bool = 
 
 
 def hadamard_reference(x: torch.Tensor, *, scale: float | None = None, transposed: bool = False) -> torch.Tensor:
-    """The slow twin of `hadamard`: a product with the matrix."""
+    """The slow reference of `hadamard`: a product with the matrix."""
     n = _check(x)
     matrix = hadamard_matrix(n).to(x.device, _wide(x))
     product = x.to(_wide(x)) @ (matrix.T if transposed else matrix)
@@ -208,11 +208,12 @@ def _compiled(x: torch.Tensor, scale: float, transposed: bool) -> torch.Tensor:
     flat = x.reshape(-1, n)
     if flat.stride(1) != 1 or (len(flat) > 1 and flat.stride(0) < n):
         flat = flat.contiguous()
-    y = x.new_empty(x.shape)
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     columns = _columns(m, transposed) if m > 1 else None
     assert native is not None
     native.hadamard(
-        len(flat), m, (n // m).bit_length() - 1, address(columns), scale, address(flat), flat.stride(0), address(y), n,
+        len(flat), m, (n // m).bit_length() - 1, operand("base", columns, (m // 4, m, 4), torch.float32), scale,
+        operand("x", flat, (len(flat), n), x.dtype, "last"), flat.stride(0), operand("y", y, x.shape, x.dtype), n,
         TYPES[x.dtype], threads(),
     )  # fmt: skip
     return y

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from arrondi.formats import Scheme
+from arrondi.formats import ActivationScheme, Scheme
 from arrondi.tensor.qtensor import QTensor
 
 Tensors = dict[str, torch.Tensor]
@@ -28,14 +28,14 @@ class Meta:
         scheme: what its codes and scales mean.
         shape: (out, in).
         dtype: the floating type in which the product is computed.
-        activations: the scheme by which the kernel rounds x, None if x is multiplied as it is. Only a scheme that the
-            kernel `rounds`.
+        inputs: the scheme by which the kernel rounds x, None if x is multiplied as it is. Only a scheme that the kernel
+            `rounds`; its static scale and zero point are tensors: `input_scale` (1,) float32, `input_zero_point` (1,) int32.
     """
 
     scheme: Scheme
     shape: tuple[int, int]
     dtype: torch.dtype
-    activations: Scheme | None = None
+    inputs: ActivationScheme | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Kernel:
         refuse: (scheme, shape (out, in), dtype of x, device) → None if it can do it, else one sentence why not.
         prepack: (weight, dtype of x) → the tensors that `linear` needs, `codes` among them. Packed; never a float copy
             of the weight. They belong to this machine and this process, and are not a file format.
+        unpack: (tensors of `prepack`, meta) → the weight again: the same codes, scales, zero points, offsets and scheme.
         linear: (x (..., in) of `meta.dtype`, tensors of `prepack`, meta, bias (out,) or None) → (..., out), same dtype.
-        rounds: (weight scheme, scheme of activations) → whether `linear` rounds x by that scheme itself.
+        rounds: (weight scheme, scheme of the inputs) → whether `linear` rounds x by that scheme itself.
         bind: the same product for many calls: (tensors, meta, bias) → a function of x. None: made from `linear`.
     """
 
     name: str
     refuse: Callable[[Scheme, tuple[int, ...], torch.dtype, torch.device], str | None]
     prepack: Callable[[QTensor, torch.dtype], Tensors]
+    unpack: Callable[[Tensors, Meta], QTensor]
     linear: Callable[[torch.Tensor, Tensors, Meta, torch.Tensor | None], torch.Tensor]
-    rounds: Callable[[Scheme, Scheme], bool] = lambda weights, activations: False
+    rounds: Callable[[Scheme, ActivationScheme], bool] = lambda weights, inputs: False
     bind: Callable[[Tensors, Meta, torch.Tensor | None], Bound] | None = None

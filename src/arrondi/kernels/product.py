@@ -1,6 +1,6 @@
 """A call of the compiled product.
 
-Owns: `Product`, what stays the same from call to call handed over once, and `GATES`.
+Owns: `Product`, what stays the same from call to call checked and handed over once, and `GATES`.
 """
 
 from __future__ import annotations
@@ -10,31 +10,39 @@ from typing import Final
 
 import torch
 
-from arrondi.errors import ShapeError
-from arrondi.native import TYPES, address, native, threads
+from arrondi.errors import ShapeError, unknown
+from arrondi.kernels.native_linear.prepack import check_parts
+from arrondi.kernels.native_linear.rounding import check_rounding
+from arrondi.native import TYPES, native, operand, threads
 
 GATES: Final = {None: 0, "silu": 1, "gelu_tanh": 2}
 """Functions that a gated product knows, as native/kernels.h numbers them."""
+
+_FLOATS: Final = tuple(TYPES)
+_RESULTS: Final = (torch.float32, torch.bfloat16)
 
 
 class Product:
     """y = x Wᵀ + bias with the packed weight bound.
 
     Args:
-        packed: codes, scale, zero, offset, table; see `native_linear.prepack`.
-        facts: of the weight; see native/bind_products.cpp.
-        digits, rounding: how x is rounded; see `native_linear.rounding_of`.
+        parts, facts: of the weight; see `native_linear.prepack`.
+        digits, rounding: how x is rounded; see `native_linear.rounding`.
         bias: (out,) or None.
         norm: (in,): x is replaced by x / √(mean(x²) + eps) · norm (RMS norm; Zhang, Sennrich, 2019, arXiv:1910.07467).
         gate: a key of `GATES`: of the results, y = gate(first half) · second half.
+
+    Raises:
+        ShapeError: tensors or numbers do not fit each other.
+        SchemeError: there is no such gate.
     """
 
     __slots__ = ("columns", "kept", "rows", "run", "shape")
 
     def __init__(
         self,
-        packed: Sequence[torch.Tensor | None],
-        facts: list[int],
+        parts: Sequence[torch.Tensor | None],
+        facts: Sequence[int],
         digits: int,
         rounding: Sequence[int] | None,
         bias: torch.Tensor | None,
@@ -43,23 +51,21 @@ class Product:
         eps: float = 0.0,
         gate: str | None = None,
     ) -> None:
-        assert native is not None
+        if gate not in GATES:
+            raise unknown("gate", str(gate), [name for name in GATES if name])
+        found, weight, addresses = check_parts(parts, facts)
+        rounded = check_rounding(digits, rounding)
         real, weights = (None if t is None else t.detach().float().contiguous() for t in (bias, norm))
-        self.kept = (packed, real, weights)  # addresses are good as long as the tensors live
-        self.rows, self.columns = facts[1:3]
-        self.shape = (self.rows, self.columns)
-        if gate is not None:
-            self.rows //= 2
+        self.kept = (found, real, weights)  # addresses are good as long as the tensors live
+        self.shape = (weight.rows, weight.columns)
+        self.rows, self.columns = (weight.rows if gate is None else weight.rows // 2), weight.columns
+        assert native is not None
+        *of_weight, input_scale, input_zero = addresses
         self.run = native.Product(
-            facts,
-            *map(address, packed),
-            digits,
-            list(rounding or ()),
-            address(real),
-            address(weights),
-            eps,
-            GATES[gate],
-        )
+            list(weight), *of_weight, digits, list(rounded or ()), input_scale if rounded else 0, input_zero if rounded else 0,
+            operand("bias", real, (weight.rows,), torch.float32), operand("norm", weights, (weight.columns,), torch.float32),
+            eps, GATES[gate],
+        )  # fmt: skip
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, *, integers: bool = False
@@ -74,33 +80,41 @@ class Product:
             ShapeError: x does not fit the weight, or the residual not the result.
         """
         k = self.columns
-        if x.shape[-1:] != (k,) or x.dtype not in TYPES or x.device.type != "cpu":
+        if x.shape[-1:] != (k,) or x.dtype not in TYPES or not x.is_cpu:
             raise ShapeError(
                 f"x must be (..., {k}) on the CPU in float32, bfloat16 or float16 for a weight of shape {self.shape}, got {tuple(x.shape)} in {x.dtype} on {x.device}."
             )
         flat = x if x.dim() == 2 else x.reshape(-1, k)
         if flat.stride(1) != 1 or flat.stride(0) < k:
             flat = flat.contiguous()
-        half = x.dtype == torch.float16
-        y = torch.empty(
-            (flat.shape[0], self.rows), dtype=torch.int32 if integers else torch.float32 if half else x.dtype
-        )
-        if residual is not None and (
-            residual.shape != y.shape or residual.dtype != y.dtype or residual.stride(1) != 1 or half or integers
-        ):
+        half = x.dtype is torch.float16
+        result = torch.int32 if integers else torch.float32 if half else x.dtype
+        y = torch.empty((flat.shape[0], self.rows), dtype=result, device="cpu")
+        if residual is not None and (half or integers):
             raise ShapeError(
-                f"The residual must be {tuple(y.shape)} in {y.dtype} with contiguous rows, as the result is, got {tuple(residual.shape)} in {residual.dtype}."
+                f"Something is added to results of float32 or bfloat16 activations, got {x.dtype}. Add it afterwards."
             )
-        self.into(flat, y, residual, integers=integers)
+        self.into(flat, y, residual)
         if half and not integers:
             y = y.to(torch.float16)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.rows)
 
-    def into(
-        self, x: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None = None, *, integers: bool = False
-    ) -> None:
-        """The same for x (tokens, in) and y (tokens, out) that are known to fit, with contiguous rows."""
-        self.run(
-            x.data_ptr(), TYPES[x.dtype], x.stride(0), x.shape[0], y.data_ptr(), 1 if y.dtype == torch.bfloat16 else 0,
-            y.stride(0), address(residual), 0 if residual is None else residual.stride(0), integers, threads(),
-        )  # fmt: skip
+    def into(self, x: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        """The same for x (tokens, in), written into y (tokens, out); both with contiguous rows. An int32 y takes exact sums.
+
+        Raises:
+            ShapeError: x or y does not fit the weight, or the residual y.
+        """
+        tokens = x.shape[0] if x.dim() == 2 else -1
+        dtype = y.dtype
+        integers = dtype is torch.int32
+        x_at = operand("x", x, (tokens, self.columns), _FLOATS, "rows")
+        y_at = operand("y", y, (tokens, self.rows), torch.int32 if integers else _RESULTS, "rows")
+        residual_at = operand("residual", residual, (tokens, self.rows), dtype, "last")
+        try:
+            self.run(
+                x_at, TYPES[x.dtype], x.stride(0), tokens, y_at, 1 if dtype is torch.bfloat16 else 0, y.stride(0), residual_at,
+                0 if residual is None else residual.stride(0), integers, threads(),
+            )  # fmt: skip
+        except ValueError as error:  # what depends on several facts at once is checked there
+            raise ShapeError(f"A compiled product of shape {self.shape} cannot be: {error}.") from None

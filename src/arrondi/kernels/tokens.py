@@ -1,20 +1,27 @@
 """What one token needs beside quantized products: ordinary weights at memory speed, and attention.
 
 Owns: `dense_linear`, `attend` and `rotate`. PyTorch's own operators are made for many rows: with one row its bfloat16 product reads
-memory at less than half speed, and its attention starts threads for a few microseconds of work. Compiled; the twins are
+memory at less than half speed, and its attention starts threads for a few microseconds of work. Compiled; the references are
 `torch.nn.functional.linear` and `scaled_dot_product_attention`, which also take what these refuse.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from arrondi.native import TYPES, address, native, threads
+from arrondi.errors import SchemeError, ShapeError
+from arrondi.native import TYPES, native, operand, threads
 
 FEW: Final = 4
 """Rows up to which `dense_linear` is faster than PyTorch."""
+
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+_ATTENDED: Final = (torch.float32, torch.bfloat16)
+_WIDEST: Final = 256
+"""Of a head, for which the kernels have registers."""
+_LARGEST: Final = 2**31 - 1
 
 
 def takes_dense(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -22,10 +29,11 @@ def takes_dense(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         native is not None
         and type(x) is torch.Tensor
-        and x.numel() <= FEW * x.shape[-1]
-        and weight.dtype in TYPES
         and weight.dim() == 2
-        and x.shape[-1] == weight.shape[1]
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1] > 0
+        and x.numel() <= FEW * weight.shape[1]
+        and weight.dtype in TYPES
         and x.dtype == weight.dtype
         and weight.device.type == x.device.type == "cpu"
         and weight.stride(1) == 1
@@ -39,18 +47,30 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
     Args:
         x: (..., in), at most four rows.
-        weight: (out, in), rows contiguous.
+        weight: (out, in), rows contiguous, of the type of x.
         bias: (out,) or None.
+
+    Raises:
+        ShapeError: shapes, types or devices do not go together, or x has more rows.
     """
-    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    n, k = weight.shape
-    y = torch.empty((rows.shape[0], n), dtype=torch.float32)
+    n, k = weight.shape if weight.dim() == 2 else (0, 0)
+    if x.dim() == 0 or not k or x.shape[-1] != k or x.dtype != weight.dtype or n > _LARGEST or k > _LARGEST:
+        raise ShapeError(
+            f"dense_linear takes x (..., in) and a weight (out, in) of its type, got x {tuple(x.shape)} in {x.dtype} and a weight {tuple(weight.shape)} in {weight.dtype}."
+        )
+    if x.numel() > FEW * k:
+        raise ShapeError(
+            f"dense_linear takes up to {FEW} rows, got x of shape {tuple(x.shape)}. Use torch.nn.functional.linear."
+        )
+    rows = x.reshape(-1, k).float().contiguous()
     real = None if bias is None else bias.float().contiguous()
-    assert native is not None
-    native.dense(
-        rows.shape[0], n, k, address(rows), address(weight), TYPES[weight.dtype], weight.stride(0), address(real),
-        address(y), threads(),
-    )  # fmt: skip
+    y = torch.empty((rows.shape[0], n), dtype=torch.float32, device="cpu")
+    x_at, weight_at = (
+        operand("x", rows, (len(rows), k), torch.float32),
+        operand("weight", weight, (n, k), _FLOATS, "last"),
+    )
+    bias_at, y_at = operand("bias", real, (n,), torch.float32), operand("y", y, (len(rows), n), torch.float32)
+    _module().dense(len(rows), n, k, x_at, weight_at, TYPES[weight.dtype], weight.stride(0), bias_at, y_at, threads())
     return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
@@ -59,41 +79,60 @@ def takes_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return (
         native is not None
         and type(query) is torch.Tensor
-        and query.dim() == 4
+        and query.dim() == key.dim() == value.dim() == 4
         and query.shape[0] == 1
         and query.shape[2] == 1
         and query.shape[3] == key.shape[3] == value.shape[3]
         and query.shape[3] % 16 == 0
-        and query.shape[3] <= 256
+        and 0 < query.shape[3] <= _WIDEST
         and key.shape == value.shape
+        and key.shape[0] == 1
         and key.shape[2] > 0
+        and key.shape[1] > 0
+        and query.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
         and query.dtype == key.dtype == value.dtype
-        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.dtype in _ATTENDED
         and key.stride(3) == value.stride(3) == 1
-        and query.device.type == "cpu"
-        and not (torch.is_grad_enabled() and query.requires_grad)
+        and query.device.type == key.device.type == value.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         and not torch.compiler.is_compiling()
     )
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale · q Kᵀ) V for what `takes_attention`, computed in float32.
+    """softmax(scale · q Kᵀ) V for what `takes_attention`, computed in float32. NaN and infinite scores give NaN, as in PyTorch.
 
     Args:
         query: (1, heads, 1, width).
-        key, value: (1, key heads, length, width); every key head serves heads / key heads queries in a row.
+        key, value: (1, key heads, length, width), the last axis contiguous; every key head serves heads / key heads queries
+            in a row.
 
     Returns:
         (1, 1, heads, width), as transformers' attention functions do.
+
+    Raises:
+        ShapeError: shapes, types or devices do not go together.
     """
+    if query.dim() != 4 or key.dim() != 4:
+        raise ShapeError(
+            f"attend takes a query (1, heads, 1, width) and keys (1, key heads, length, width), got {tuple(query.shape)} and {tuple(key.shape)}."
+        )
     _, heads, _, width = query.shape
+    _, key_heads, length, _ = key.shape
+    if width % 16 or not 0 < width <= _WIDEST or not key_heads or not length or heads % key_heads or not heads:
+        raise ShapeError(
+            f"attend takes heads of 16 to {_WIDEST} numbers in steps of 16, keys that are not empty and as many queries to each, got a query {tuple(query.shape)} and keys {tuple(key.shape)}."
+        )
+    dtype = query.dtype
     query = query.contiguous()
-    y = torch.empty((1, 1, heads, width), dtype=query.dtype)
-    assert native is not None
-    native.attend(
-        heads, key.shape[1], width, key.shape[2], address(query), address(key), key.stride(1), key.stride(2),
-        address(value), value.stride(1), value.stride(2), address(y), TYPES[query.dtype], scale, threads(),
+    y = torch.empty((1, 1, heads, width), dtype=dtype, device="cpu")
+    query_at = operand("query", query, (1, heads, 1, width), _ATTENDED)
+    key_at = operand("key", key, (1, key_heads, length, width), dtype, "last")
+    value_at = operand("value", value, (1, key_heads, length, width), dtype, "last")
+    _module().attend(
+        heads, key_heads, width, length, query_at, key_at, key.stride(1), key.stride(2), value_at, value.stride(1),
+        value.stride(2), operand("y", y, (1, 1, heads, width), dtype), TYPES[dtype], scale, threads(),
     )  # fmt: skip
     return y
 
@@ -117,11 +156,41 @@ def rotate(
         norm, key_norm: (width,) float32 contiguous: each head is divided by its root mean square and multiplied by it before.
 
     Raises:
-        ValueError: an odd width, or one above 256.
+        ShapeError: an odd width or one above 256, or tensors that do not fit it.
     """
-    rows, width = cos.shape
-    assert native is not None
-    native.rotate(
-        rows, heads, key_heads, width, address(x), x.stride(0), address(cos), address(sin), TYPES[x.dtype],
-        address(norm), address(key_norm), eps, threads(),
-    )  # fmt: skip
+    rows, width = cos.shape if cos.dim() == 2 else (0, 0)
+    columns = x.shape[1] if x.dim() == 2 else 0
+    if width % 2 or not 0 < width <= _WIDEST or min(heads, key_heads) < 0 or columns < (heads + key_heads) * width:
+        raise ShapeError(
+            f"rotate takes x (tokens, at least (heads + key heads) · width) and cosines (tokens, width) of an even width of up to {_WIDEST}, got x {tuple(x.shape)}, {heads} + {key_heads} heads and cosines {tuple(cos.shape)}."
+        )
+    dtype = x.dtype
+    x_at = operand("x", x, (rows, columns), _ATTENDED, "rows")
+    cos_at, sin_at = operand("cos", cos, (rows, width), dtype), operand("sin", sin, (rows, width), dtype)
+    norm_at, key_norm_at = (
+        operand("norm", norm, (width,), torch.float32),
+        operand("key_norm", key_norm, (width,), torch.float32),
+    )
+    _module().rotate(
+        rows,
+        heads,
+        key_heads,
+        width,
+        x_at,
+        x.stride(0),
+        cos_at,
+        sin_at,
+        TYPES[dtype],
+        norm_at,
+        key_norm_at,
+        eps,
+        threads(),
+    )
+
+
+def _module() -> Any:
+    if native is None:
+        raise SchemeError(
+            "The compiled kernels are not there: install a C++ compiler, then arrondi anew, or use PyTorch's own operators."
+        )
+    return native

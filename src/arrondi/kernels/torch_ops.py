@@ -4,7 +4,7 @@ Owns: `TORCH_INT4`, `TORCH_INT8`. Both multiply bfloat16 activations and accumul
 PyTorch 2.13 (its source, and measurements on x86 with AVX-512, one core, 2048 × 2048 weights):
 
     bfloat16            vectorised: one row of x takes 0.12 ms where the float product takes 0.4 ms
-    float32, float16    compiled without vector instructions: 10 ms, thrice the reference twin; refused
+    float32, float16    compiled without vector instructions: 10 ms, thrice the reference kernel; refused
     int8, in % 16 ≠ 0   reads past the end of its rows (garbage, or the process dies); refused
     int8, x unaligned   uses aligned loads on 32 bytes; such an x is copied first
     out · in ≥ 2³¹      its offsets are 32-bit; refused, and x is split into rows for the same reason
@@ -12,7 +12,9 @@ PyTorch 2.13 (its source, and measurements on x86 with AVX-512, one core, 2048 �
 Error, with u = 2⁻⁸ (half a bfloat16 step) and the exact product y: at most u·|y| for each rounding of the result (one,
 and one more for a bias and for an asymmetric grid), plus, where scales are rounded to bfloat16 and not stored so,
 u·|y| (8 bits) or u·Σ|x|·8·scale (4 bits; twice that asymmetric), plus float32 accumulation. Measured, it is no larger
-than the error of the reference twin, which rounds the weights.
+than the error of the reference kernel, which rounds the weights.
+
+What rounding to bfloat16 lost of scales, and zero points and offsets, are kept beside under `kept_…`, for `unpack`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 
 from arrondi.formats import Scheme, tile_shape
 from arrondi.kernels.kernel import Kernel, Meta, Tensors
+from arrondi.kernels.packed import on_grid, pack_grid
 from arrondi.tensor.qtensor import QTensor
 
 _GROUPS = (256, 128, 64, 32)
@@ -31,6 +34,9 @@ _GROUPS = (256, 128, 64, 32)
 
 _OUT_MULTIPLE = 16
 """The 4-bit operator wants this many output rows at a time; missing rows are added and cut off again."""
+
+_READ_COLUMNS = 256
+"""Columns of codes that are read back at a time."""
 
 _PACKED_ROWS = 1024
 """Rows packed at a time, which takes four bytes a code; a multiple of the 64 that the operator interleaves."""
@@ -64,7 +70,7 @@ def _prepack_int4(q: QTensor, dtype: torch.dtype) -> Tensors:
     The operator reads w = (code - 8) · scale + zero with both in bfloat16. On an asymmetric grid their rounding shifts
     all weights of a group by up to 1/16 of a step, which adds up where activations have a mean. `rest` (in/group, out)
     bfloat16 is the mean of what a group lost; `linear` adds it times the sum of x. Measured on skewed weights and
-    activations of mean 3: root mean square error 4.7 without, 0.21 with, 0.36 of the reference twin.
+    activations of mean 3: root mean square error 4.7 without, 0.21 with, 0.36 of the reference kernel.
     """
     group = _common_group(q.scheme, q.shape)
     assert group is not None
@@ -87,7 +93,35 @@ def _prepack_int4(q: QTensor, dtype: torch.dtype) -> Tensors:
     if bool(zero.any()):
         lost_scale, lost_zero = scale - grid[..., 0].float(), zero - grid[..., 1].float()
         tensors["rest"] = (lost_zero + torch.cat(means).T * lost_scale).to(dtype)
-    return tensors
+    return tensors | _kept(q)
+
+
+def _unpack_int4(tensors: Tensors, meta: Meta) -> QTensor:
+    """Codes are read by the operator itself, as products with unit vectors on a grid of whole numbers, which are exact."""
+    rows, columns = meta.shape
+    padded, dtype = tensors["codes"].shape[0], meta.dtype
+    group = columns // tensors["grid"].shape[0]
+    whole = torch.stack((torch.ones(columns // group, padded), torch.zeros(columns // group, padded)), dim=-1).to(dtype)
+    parts = []
+    for start in range(0, columns, _READ_COLUMNS):
+        count = min(_READ_COLUMNS, columns - start)
+        unit = torch.zeros(count, columns, dtype=dtype)
+        unit[:, start : start + count].fill_diagonal_(1)
+        parts.append(torch.ops.aten._weight_int4pack_mm_for_cpu(unit, tensors["codes"], group, whole)[:, :rows].T)
+    codes = torch.cat(parts, dim=1).to(torch.int8)
+    signed = meta.scheme.format.qmin < 0
+    return _with_codes(codes if signed else (codes + 8).to(torch.uint8), tensors, meta)
+
+
+def _kept(q: QTensor) -> Tensors:
+    """All of a weight but its codes."""
+    return {f"kept_{name}": part.clone() for name, part in pack_grid(q).items()}
+
+
+def _with_codes(codes: torch.Tensor, tensors: Tensors, meta: Meta) -> QTensor:
+    """The weight of these codes and of what `_kept` kept."""
+    kept = {name.removeprefix("kept_"): part for name, part in tensors.items() if name.startswith("kept_")}
+    return on_grid(codes, kept, meta.scheme)
 
 
 def _per_group(part: torch.Tensor, q: QTensor, group: int) -> torch.Tensor:
@@ -129,7 +163,11 @@ def _prepack_int8(q: QTensor, dtype: torch.dtype) -> Tensors:
     """`codes` (out, in) int8 and `scale` (out,)."""
     height = tile_shape(q.scheme.granularity, q.shape)[0]
     scale = q.real_scale[torch.arange(q.shape[0], device=q.codes.device) // height, 0]
-    return {"codes": q.codes.clone(memory_format=torch.contiguous_format), "scale": scale.to(dtype)}
+    return {"codes": q.codes.clone(memory_format=torch.contiguous_format), "scale": scale.to(dtype)} | _kept(q)
+
+
+def _unpack_int8(tensors: Tensors, meta: Meta) -> QTensor:
+    return _with_codes(tensors["codes"], tensors, meta)
 
 
 def _linear_int8(x: torch.Tensor, tensors: Tensors, meta: Meta, bias: torch.Tensor | None) -> torch.Tensor:
@@ -181,8 +219,8 @@ def _assemble(x: torch.Tensor, parts: list[torch.Tensor], meta: Meta, bias: torc
     return y if bias is None else y + bias
 
 
-TORCH_INT4 = Kernel("torch-int4", _refuse_int4, _prepack_int4, _linear_int4)
+TORCH_INT4 = Kernel("torch-int4", _refuse_int4, _prepack_int4, _unpack_int4, _linear_int4)
 """Integers of up to 4 bits, symmetric, with zero points or offsets. Codes of 2 and 3 bits are widened to 4."""
 
-TORCH_INT8 = Kernel("torch-int8", _refuse_int8, _prepack_int8, _linear_int8)
+TORCH_INT8 = Kernel("torch-int8", _refuse_int8, _prepack_int8, _unpack_int8, _linear_int8)
 """Symmetric int8 with one scale for each output channel or for the tensor."""

@@ -1,25 +1,52 @@
-"""A model as a chain of blocks: run from disk with one block in memory, one unit at a time."""
+"""What a model is: sites, sources, and the walk over its units."""
 
-from arrondi.model.chain import Chain, find_blocks
+from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
+from arrondi.model.build import build_model, configs_in
+from arrondi.model.chain import Chain, Inputs
+from arrondi.model.in_memory import InMemory
+from arrondi.model.instance import Instance, Rounding
 from arrondi.model.memory import release
+from arrondi.model.names import Names
+from arrondi.model.overlay import Overlay
 from arrondi.model.precision import DTYPES, bfloat16_pays, stored_in_16_bits
-from arrondi.model.skeleton import Skeleton, Slot, build_model
-from arrondi.model.store import HiddenStore
-from arrondi.model.trace import Product, Stage, find_stages, watch_products
+from arrondi.model.settle import settle
+from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
+from arrondi.model.source import OnDisk
+from arrondi.model.store import Budget, TreeStore
+from arrondi.model.streams import Stream, walk
+from arrondi.model.whole import Whole
+
+Source = OnDisk | InMemory
+"""Where a model comes from."""
 
 __all__ = [
     "DTYPES",
+    "Budget",
     "Chain",
-    "HiddenStore",
-    "Product",
-    "Skeleton",
-    "Slot",
-    "Stage",
+    "Facts",
+    "Gradients",
+    "InMemory",
+    "Inputs",
+    "Instance",
+    "Names",
+    "OnDisk",
+    "Overlay",
+    "Rounding",
+    "Site",
+    "Source",
+    "StoredTensor",
+    "Stream",
+    "TreeStore",
+    "Whole",
     "bfloat16_pays",
     "build_model",
-    "find_blocks",
-    "find_stages",
+    "configs_in",
+    "find_tensors",
+    "kl_loss",
+    "next_token_loss",
     "release",
+    "settle",
     "stored_in_16_bits",
-    "watch_products",
+    "walk",
+    "walk_back",
 ]

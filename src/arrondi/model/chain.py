@@ -1,35 +1,53 @@
-"""A model as a chain of blocks, run one block at a time.
+"""The units of a model, run one at a time: `Chain`.
 
-Owns: `Chain`. Which modules are the blocks is found by structure (the list of like modules that holds the most parameters),
-how they are called is found by running the model once. No model family is named.
-
-Only one block's weights need to be in memory: `begin` runs everything before the first block, `run` one block, `finish`
-everything after the last.
+How the model calls its blocks is found by running it: `begin` runs everything before the first block and records how each block is
+called for this batch, `run` runs one block, `finish` everything after the last. Only one block's weights need to be in memory.
+Recorded arguments belong to one batch of one model and serve no other.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from arrondi.errors import FileFormatError, SchemeError
-from arrondi.formats import Scheme
-from arrondi.model.memory import release
-from arrondi.model.skeleton import Skeleton
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.errors import ArrondiError, SchemeError
+from arrondi.model.instance import Instance
+from arrondi.model.unloaded import NotLoaded, Unloaded
+
+REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
+"""What models raise that want other inputs."""
 
 
 class _Stop(Exception):
     """Raised inside a forward pass when all that was wanted has been seen."""
 
 
-@dataclass
-class _Call:
-    """How the model calls one block: everything but the hidden states, whose place is None in `args` or under `key`."""
+@dataclass(frozen=True)
+class Inputs:
+    """How the whole model is called on one batch."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any) -> Inputs:
+        """A tensor, a tuple of them, or a mapping of keyword arguments; token ids are given by name."""
+        if isinstance(batch, Inputs):
+            return batch
+        if isinstance(batch, torch.Tensor):
+            return cls((), {"input_ids": batch}) if batch.dtype in (torch.int32, torch.int64) else cls((batch,))
+        if isinstance(batch, (tuple, list)):
+            return cls(tuple(batch))
+        return cls((), dict(batch))
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block: everything but the hidden states, which go first or under `key`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -37,38 +55,24 @@ class _Call:
 
 
 class Chain:
-    """The blocks of a skeleton.
+    """The blocks of an instance.
 
     Attributes:
-        skeleton: model and weights.
+        instance: model and weights.
         prefix: name of the block list, for example `model.layers`.
         early: parameters that are used before the first block; known after `begin`.
-
-    Raises:
-        SchemeError: the model has no chain of like blocks that pass one tensor on.
     """
 
-    def __init__(self, skeleton: Skeleton, activations: dict[str, Scheme] | None = None) -> None:
-        """
-        Args:
-            activations: module name → scheme by which its input is quantized at run time.
-        """
-        self.skeleton = skeleton
-        self.model = skeleton.model
-        self.prefix = find_blocks(self.model)
-        self.blocks: list[Any] = list(self.model.get_submodule(self.prefix))
-        self._forward = [block.forward for block in self.blocks]
-        self._calls: dict[int, list[_Call]] = {}
-        self._wrap: Callable[[torch.Tensor], Any] | None = None
-        self._rounding = True
+    def __init__(self, instance: Instance, prefix: str) -> None:
+        self.instance, self.model, self.prefix = instance, instance.model, prefix
+        members: Any = self.model.get_submodule(prefix)
+        self.blocks: list[Any] = list(members)
         self.early: set[str] = set()
-        self._outer = [n for n in skeleton.empty if not n.startswith(f"{self.prefix}.")]
+        self._forward = [block.forward for block in self.blocks]
+        self._wrap: dict[type, Callable[[torch.Tensor], Any]] = {}
+        self._outer = [n for n in instance.empty if self._is_outer(n)]
         self._at_once = False
         self._entering = self._past_blocks = False
-        modules = dict(self.model.named_modules())
-        for name, scheme in (activations or {}).items():
-            if name in modules:  # experts that are fused here are none, and their inputs stay as they are
-                modules[name].register_forward_pre_hook(self._activation_hook(scheme))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -76,130 +80,134 @@ class Chain:
     def params(self, i: int) -> list[str]:
         """Names of the parameters of block i."""
         start = f"{self.prefix}.{i}."
-        return [n for n in self.skeleton.empty if n.startswith(start)]
+        return [n for n in self.instance.empty if n.startswith(start)]
 
     def fill(self, i: int) -> None:
         """Load block i."""
-        self.skeleton.fill(self.params(i))
+        self.instance.fill(self.params(i))
+        self.instance.put_added(lambda name: name.startswith(f"{self.prefix}.{i}."))
 
     def drop(self, i: int) -> None:
         """Release block i."""
-        self.skeleton.drop(self.params(i))
-        release()
+        self.instance.drop(self.params(i))
+        self.instance.drop_added(lambda name: name.startswith(f"{self.prefix}.{i}."))
 
     @torch.no_grad()
-    def begin(self, batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Input ids (B, T) of every batch → hidden states (B, T, n) that enter the first block, one batch at a time.
+    def begin(self, inputs: Inputs) -> tuple[torch.Tensor, list[Call]]:
+        """Run all that comes before the first block. Call it inside `outer_loaded`, while no block is filled.
 
-        Take all of them before the first block is filled.
+        Returns:
+            the hidden states that enter the first block, and how each block is called.
+
+        Raises:
+            SchemeError: the model does not run on these inputs, or not as a chain.
         """
-        with self.outer_loaded():
-            for ids in batches:
-                if len(ids) not in self._calls:
-                    self._record(ids)
-                yield self.enter(ids)
-
-    @torch.no_grad()
-    def run(self, i: int, hidden: torch.Tensor, *, bfloat16: bool = False) -> torch.Tensor:
-        """Hidden states after block i, whose weights must be filled; float32, with bfloat16 products if asked."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            return _hidden_of(self._call(i, hidden), hidden).float()
-
-    @torch.no_grad()
-    def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """What follows the last block: logits, or the last hidden state of an encoder. Call it inside `outer_loaded`."""
-        with self._replaced(self._passing(hidden)):
-            output = self._forward_pass(ids)
-        found: torch.Tensor = output.logits if hasattr(output, "logits") else output[0]
-        return found
-
-    def _call(self, i: int, hidden: torch.Tensor) -> Any:
-        call = self._calls[len(hidden)][i]
-        if call.key is not None:
-            return self._forward[i](*call.args, **{**call.kwargs, call.key: hidden})
-        return self._forward[i](hidden, *call.args, **call.kwargs)
-
-    def _record(self, ids: torch.Tensor) -> None:
-        """Learn how each block is called for batches of this size, and what a block returns."""
-        calls: list[_Call] = []
+        calls: list[Call] = []
+        entered: list[torch.Tensor] = []
 
         def recorder(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 call, hidden = _split(args, kwargs)
                 if i != len(calls):
-                    raise SchemeError(
-                        f"The blocks {self.prefix}.* are not run once each in order, so the model cannot be streamed block by block. Use --method rtn or hqq without text."
-                    )
+                    raise SchemeError(f"The blocks {self.prefix}.* are not run once each in order.")
                 calls.append(call)
-                if self._wrap is None:
-                    self.fill(i)
-                    output = self._forward[i](*args, **kwargs)
-                    self._wrap = _wrapper(output, hidden)
-                    self.drop(i)
-                self._past_blocks = i + 1 == len(
-                    self.blocks
-                )  # the next other module ends it, or a block that runs again
-                return self._wrap(hidden)
+                if not entered:
+                    entered.append(hidden.clone())
+                    self._entering = False
+                kind = type(self.blocks[i])
+                if kind not in self._wrap:
+                    self._learn(i, args, kwargs, hidden)
+                self._past_blocks = i + 1 == len(self.blocks)  # the next module outside ends it
+                return self._wrap[kind](hidden)
 
             return forward
 
+        self._entering = True
         try:
             with self._replaced(recorder), contextlib.suppress(_Stop):
-                self._forward_pass(ids, calls.clear)
-        except (SchemeError, FileFormatError):
+                self._forward_pass(inputs, calls.clear)
+        except ArrondiError:
             raise
-        except Exception as error:  # whatever a model says that wants other inputs
-            raise SchemeError(
-                f"The model does not run on token ids alone ({type(error).__name__}: {error}), so it cannot be calibrated or measured. Use --method rtn or hqq without text."
-            ) from error
+        except REFUSALS as error:
+            raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
         finally:
-            self._past_blocks = False
+            self._past_blocks = self._entering = False
         if len(calls) < len(self.blocks):
-            raise SchemeError(
-                f"The model does not run all blocks {self.prefix}.*, so it cannot be streamed block by block. Use --method rtn or hqq without text."
-            )
-        self._calls[len(ids)] = calls
+            raise SchemeError(f"The model does not run all blocks {self.prefix}.* on this data.")
+        return entered[0], calls
 
-    def _forward_pass(self, ids: torch.Tensor, before_again: Callable[[], None] = lambda: None) -> Any:
-        """The model on token ids. One that reaches into the weights of modules that it does not call gets all at once."""
+    def _learn(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> None:
+        """What a block of this class returns: it is run once, on copies of what must not change."""
+        self.fill(i)
+        output = self._forward[i](*_copied(args), **_copied(kwargs))
+        self._wrap[type(self.blocks[i])] = _wrapper(output, hidden)
+        self.drop(i)
+
+    def run(self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False) -> torch.Tensor:
+        """Hidden states after block i, whose weights must be filled; float32, with bfloat16 products if asked."""
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=bfloat16):
+            return hidden_of(self.call(i, hidden.clone(), call), hidden).float()
+
+    def call(self, i: int, hidden: torch.Tensor, call: Call) -> Any:
+        """Block i as the model calls it."""
+        if call.key is not None:
+            return self._forward[i](*call.args, **{**call.kwargs, call.key: hidden})
+        return self._forward[i](hidden, *call.args, **call.kwargs)
+
+    def finish(self, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
+        """What follows the last block: logits, or the last hidden state of an encoder. Call it inside `outer_loaded`."""
+
+        def passing(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                own = _split(args, kwargs)[1]
+                return self._wrap[type(self.blocks[i])](hidden if i + 1 == len(self.blocks) else own)
+
+            return forward
+
+        with self._replaced(passing):
+            return result_of(self._forward_pass(inputs))
+
+    @torch.no_grad()
+    def whole(self, inputs: Inputs, see: Callable[[int, tuple[Any, ...], dict[str, Any], Any], None]) -> torch.Tensor:
+        """The model's own forward pass, each block filled only while it runs.
+
+        Args:
+            see: called with (block, args, kwargs, output) after each block, while it is filled; the arguments are copies.
+        """
+
+        def filling(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                self.fill(i)
+                before = _copied(args), _copied(kwargs)
+                output = self._forward[i](*args, **kwargs)
+                see(i, *before, output)
+                self.drop(i)
+                return output
+
+            return forward
+
+        with self.outer_loaded(), self._replaced(filling):
+            return result_of(self._forward_pass(inputs))
+
+    def _forward_pass(self, inputs: Inputs, before_again: Callable[[], None] = lambda: None) -> Any:
+        """The model on a batch. One that reaches into the weights of modules that it does not call gets all at once.
+
+        Raises:
+            SchemeError: it reaches into the weights of blocks.
+        """
         try:
-            return self.model(input_ids=ids)
-        except (RuntimeError, NotImplementedError) as error:
-            if self._at_once or "meta" not in str(error):
-                raise
-        self._at_once = True
-        self.skeleton.fill(self._outer)
-        before_again()
-        return self.model(input_ids=ids)
-
-    def enter(self, ids: torch.Tensor) -> torch.Tensor:
-        """Input ids (B, T) → hidden states that enter the first block. Call it inside `outer_loaded`."""
-        caught: list[torch.Tensor] = []
-        self._entering = True
-
-        def catcher(i: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                caught.append(_split(args, kwargs)[1])
-                raise _Stop
-
-            return forward
-
-        with self._replaced(catcher), contextlib.suppress(_Stop):
-            self._forward_pass(ids)
-        self._entering = False
-        return caught[0].clone()
-
-    def _passing(self, last: torch.Tensor) -> Callable[[int], Callable[..., Any]]:
-        """Blocks that hand their input on, the last one `last` instead."""
-
-        def factory(i: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                assert self._wrap is not None
-                return self._wrap(last if i + 1 == len(self.blocks) else _split(args, kwargs)[1])
-
-            return forward
-
-        return factory
+            with Unloaded(self.instance.device):
+                if not self._at_once:
+                    with contextlib.suppress(NotLoaded):
+                        return self.model(*inputs.args, **inputs.kwargs)
+                    self._at_once = True
+                    self.instance.fill(self._outer)
+                    before_again()
+                return self.model(*inputs.args, **inputs.kwargs)
+        except NotLoaded as error:
+            raise SchemeError(
+                f"The model computes with weights of {self.prefix}.* outside of them ({error})."
+            ) from error
 
     @contextlib.contextmanager
     def _replaced(self, factory: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
@@ -215,8 +223,9 @@ class Chain:
     def outer_loaded(self) -> Iterator[None]:
         """Inside, modules outside the blocks load their own weights when they are called; all are released at the end."""
         handles = []
+        self.instance.put_added(self._is_outer)
         if self._at_once:
-            self.skeleton.fill(self._outer)
+            self.instance.fill(self._outer)
         for name, module in self.model.named_modules():
             if name == self.prefix or name.startswith(f"{self.prefix}."):
                 continue
@@ -228,22 +237,11 @@ class Chain:
         finally:
             for handle in handles:
                 handle.remove()
-            self.skeleton.drop(self._outer)
+            self.instance.drop(self._outer)
+            self.instance.drop_added(self._is_outer)
 
-    @contextlib.contextmanager
-    def unrounded(self) -> Iterator[None]:
-        """Inside, activations stay as they are: the original model is not to be measured with rounded ones."""
-        self._rounding = False
-        try:
-            yield
-        finally:
-            self._rounding = True
-
-    def _activation_hook(self, scheme: Scheme) -> Callable[..., Any]:
-        def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (fake_quantize(args[0], scheme, name="activation"), *args[1:]) if self._rounding else args
-
-        return hook
+    def _is_outer(self, name: str) -> bool:
+        return not name.startswith(f"{self.prefix}.")
 
     def _filler(self, own: list[str]) -> Callable[..., None]:
         def hook(module: Any, args: Any) -> None:
@@ -251,59 +249,63 @@ class Chain:
                 raise _Stop
             if self._entering:
                 self.early.update(own)
-            self.skeleton.fill(own)
+            self.instance.fill(own)
 
         return hook
 
 
-def find_blocks(model: torch.nn.Module) -> str:
-    """Name of the outermost module list of like modules that holds the most parameters.
-
-    Raises:
-        SchemeError: there is none.
-    """
-    best, size = "", 0
-    lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    for name in lists:
-        if any(name.startswith(other + ".") for other in lists if other != name):
-            continue
-        members: Any = model.get_submodule(name)
-        if len({type(m) for m in members}) == 1:
-            parameters = sum(p.numel() for p in members.parameters())
-            if parameters > size:
-                best, size = name, parameters
-    if not best:
-        raise SchemeError(
-            "The model has no list of like blocks, so it cannot be calibrated block by block. Use --method rtn or hqq without calibration text."
-        )
-    return best
+def result_of(output: Any) -> torch.Tensor:
+    """What a model computes: its logits, or the first thing that it returns."""
+    if isinstance(output, torch.Tensor):
+        return output
+    found: torch.Tensor = output.logits if getattr(output, "logits", None) is not None else output[0]
+    return found
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, torch.Tensor]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, torch.Tensor]:
     """A block's arguments without its hidden states, and those."""
     if args and isinstance(args[0], torch.Tensor):
-        return _Call(args[1:], dict(kwargs), None), args[0]
+        return Call(args[1:], dict(kwargs), None), args[0]
     if isinstance(kwargs.get("hidden_states"), torch.Tensor):
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        return _Call(args, rest, "hidden_states"), kwargs["hidden_states"]
-    raise SchemeError(
-        "The model's blocks do not take hidden states as their first argument, so it cannot be streamed block by block."
-    )
+        return Call(args, rest, "hidden_states"), kwargs["hidden_states"]
+    raise SchemeError("The model's blocks do not take hidden states as their first argument.")
 
 
-def _hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
+def hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
+    """The hidden states in what a block returned.
+
+    Raises:
+        SchemeError: they have another shape than those that entered it.
+    """
     found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
     if found.shape != like.shape:
         raise SchemeError(
-            f"A block turns hidden states {tuple(like.shape)} into {tuple(found.shape)}; only chains of one width can be streamed."
+            f"A block turns hidden states {tuple(like.shape)} into {tuple(found.shape)}; only chains of one width can be run block by block."
         )
     return found
 
 
 def _wrapper(output: Any, hidden: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """Put other hidden states into the same structure that a block returned."""
-    _hidden_of(output, hidden)
+    hidden_of(output, hidden)
     if isinstance(output, torch.Tensor):
         return lambda h: h
     rest = tuple(output[1:])
     return lambda h: (h, *rest)
+
+
+def _copied(tree: Any) -> Any:
+    """Arguments whose tensors and containers a block may change without touching the originals."""
+    if isinstance(tree, torch.Tensor):
+        return tree.clone()
+    if type(tree) is dict:
+        return {k: _copied(v) for k, v in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_copied(v) for v in tree)
+    return tree
+
+
+def said(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,82 +1,151 @@
-"""Hidden states of many batches, in memory up to a limit and in a file beyond it.
+"""What passes between blocks, batch by batch, in memory up to a limit and in a file beyond it.
 
-Owns: `HiddenStore`, a list of tensors of which each is replaced in place as the batches pass through the blocks.
+Owns: `TreeStore`, a list of trees: hidden states alone, or a block's arguments (tuples, lists and dicts of tensors and plain values).
+A tensor that equals one already held (position embeddings and masks are the same for every batch) is kept once. A store is a
+context manager, and gives memory, file and descriptor back at its end, also when an error ends it.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
+import enum
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 
-from arrondi.checkpoint import guard_disk
-from arrondi.checkpoint.containers.tensor_file import as_memory
+from arrondi.errors import SchemeError
+from arrondi.model.spill import Budget, Room, Rooms
+
+_SAMPLE: Final = 256
+"""Bytes by which most tensors are told apart before two are compared whole."""
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype, torch.device, torch.Size)  # fmt: skip
+
+_Key = tuple[torch.dtype, torch.Size, bytes]
 
 
-class HiddenStore:
-    """A fixed number of float32 tensors. What exceeds `limit` bytes lives in an unnamed file in `folder`."""
+@dataclass(eq=False, slots=True)
+class _Held:
+    """One tensor that is kept, and how many places of the trees it fills."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor], limit: int, folder: Path | None = None) -> None:
-        self._memory: list[torch.Tensor | None] = []
-        self._place: list[tuple[int, torch.Size]] = []
-        self._file: int | None = None
-        self._folder = folder
-        self._limit = limit
-        used = end = 0
-        for tensor in tensors:
-            used += tensor.nbytes
-            if used <= limit or folder is None:
-                self._memory.append(tensor)
-                self._place.append((-1, tensor.shape))
-            else:
-                self._memory.append(None)
-                self._place.append((end, tensor.shape))
-                end += tensor.nbytes
-                self[len(self._memory) - 1] = tensor
+    key: _Key
+    room: Room
+    uses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A tensor's place in a kept tree, and the device that it came from."""
+
+    held: _Held
+    device: torch.device
+
+
+class TreeStore:
+    """A list of trees.
+
+    What goes in is copied, and what comes out is the caller's own: a block that changes its inputs in place changes nothing here.
+    Tensors come back on the device that they came from, with equal bytes, type and shape.
+    """
+
+    def __init__(self, budget: Budget, folder: Path | None = None, trees: Iterable[Any] = ()) -> None:
+        """
+        Args:
+            budget: memory, shared with other stores.
+            folder: where an unnamed file takes what the budget does not; None keeps everything in memory.
+            trees: the first trees, taken one at a time.
+        """
+        self._rooms = Rooms(budget, folder)
+        self._trees: list[Any] = []
+        self._like: dict[_Key, list[_Held]] = {}
+        try:
+            for tree in trees:
+                self.append(tree)
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
-        return len(self._memory)
+        return len(self._trees)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, i: int) -> torch.Tensor:
-        held = self._memory[i]
-        if held is not None:
-            return held
-        offset, shape = self._place[i]
-        tensor = torch.empty(shape)
-        view = as_memory(tensor)
-        while view:
-            done = os.preadv(self._handle(), [view], offset)
-            assert done, "the file of hidden states was cut off"
-            view, offset = view[done:], offset + done
-        return tensor
+    def append(self, tree: Any) -> None:
+        """Add a tree.
 
-    def __setitem__(self, i: int, tensor: torch.Tensor) -> None:
-        offset, shape = self._place[i]
-        assert tensor.shape == shape
-        if offset < 0:
-            self._memory[i] = tensor
-            return
-        view = as_memory(tensor.contiguous())
-        assert self._folder is not None
-        with guard_disk(self._folder):
-            while view:
-                done = os.pwrite(self._handle(), view, offset)
-                view, offset = view[done:], offset + done
+        Raises:
+            SchemeError: it holds an object that is no plain value, so that nobody knows whether it stays as it is.
+            OutputError: the disk is full.
+        """
+        self._trees.append(_mapped(tree, self._keep, _check))
 
-    def _handle(self) -> int:
-        if self._file is None:
-            handle, path = tempfile.mkstemp(dir=self._folder)
-            os.unlink(path)
-            self._file = handle
-        return self._file
+    def __getitem__(self, i: int) -> Any:
+        return _mapped(self._trees[i], self._give, lambda leaf, path: None)
+
+    def __setitem__(self, i: int, tree: Any) -> None:
+        """Replace a tree; raises as `append`. Tensors of the old sizes take the old rooms."""
+        _mapped(self._trees[i], self._forget, lambda leaf, path: None)
+        self._trees[i] = None
+        self._trees[i] = _mapped(tree, self._keep, _check)
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        """Give everything back; the store is empty then."""
+        self._trees, self._like = [], {}
+        self._rooms.close()
+
+    def __enter__(self) -> TreeStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _keep(self, tensor: torch.Tensor) -> _Leaf:
+        own = tensor.detach().cpu().contiguous()
+        raw = own.reshape(-1).view(torch.uint8)
+        key = (own.dtype, own.shape, raw[:: max(len(raw) // _SAMPLE, 1)].numpy().tobytes())
+        held = next((h for h in self._like.get(key, ()) if self._rooms.holds(h.room, raw)), None)
+        if held is None:
+            held = _Held(key, self._rooms.take(len(raw)))
+            self._rooms.write(held.room, raw)
+            self._like.setdefault(key, []).append(held)
+        held.uses += 1
+        return _Leaf(held, tensor.device)
+
+    def _give(self, leaf: _Leaf) -> torch.Tensor:
+        dtype, shape, _ = leaf.held.key
+        return self._rooms.read(leaf.held.room).view(dtype).reshape(shape).to(leaf.device)
+
+    def _forget(self, leaf: _Leaf) -> None:
+        held = leaf.held
+        held.uses -= 1
+        if held.uses == 0:
+            like = self._like[held.key]
+            like.remove(held)
+            if not like:
+                del self._like[held.key]
+            self._rooms.release(held.room)
+
+
+def _mapped(tree: Any, leaf: Callable[[Any], Any], other: Callable[[Any, str], None], path: str = "") -> Any:
+    """A tree of the same structure with `leaf` of every tensor; `other` sees everything else that is no container."""
+    if isinstance(tree, torch.Tensor | _Leaf):
+        return leaf(tree)
+    if type(tree) in (dict, OrderedDict):
+        return type(tree)((k, _mapped(v, leaf, other, f"{path}[{k!r}]")) for k, v in tree.items())
+    if type(tree) is list or (isinstance(tree, tuple) and not isinstance(tree, torch.Size)):
+        members = [_mapped(v, leaf, other, f"{path}[{i}]") for i, v in enumerate(tree)]
+        return tree._make(members) if hasattr(tree, "_make") else type(tree)(members)
+    other(tree, path)
+    return tree
+
+
+def _check(value: Any, path: str) -> None:
+    if not isinstance(value, _PLAIN):
+        place = f" at {path}" if path else ""
+        raise SchemeError(
+            f"The model hands a {type(value).__name__} to its blocks{place}. It cannot be kept for later batches: only tensors, plain values, and tuples, lists and dicts of them can. Use --method rtn or hqq without text."
+        )

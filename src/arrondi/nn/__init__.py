@@ -1,8 +1,22 @@
-"""Modules that hold packed weights (`QLinear`, `QStack`, `QEmbedding`), and the ordinary ones beside them (`DenseLinear`)."""
+"""Modules that hold packed weights (`QLinear`, `QConv`, `QStack`, `QEmbedding`), and the ordinary ones beside them
+(`DenseLinear`)."""
 
+from arrondi.nn.conv import QConv, conv_matrix, conv_weight
 from arrondi.nn.dense import DenseLinear
 from arrondi.nn.embedding import QEmbedding
-from arrondi.nn.linear import PackedWeight, QLinear, joined_product
+from arrondi.nn.linear import QLinear, joined_product
+from arrondi.nn.packed import PackedWeight
 from arrondi.nn.stack import QStack, replace_parameter
 
-__all__ = ["DenseLinear", "PackedWeight", "QEmbedding", "QLinear", "QStack", "joined_product", "replace_parameter"]
+__all__ = [
+    "DenseLinear",
+    "PackedWeight",
+    "QConv",
+    "QEmbedding",
+    "QLinear",
+    "QStack",
+    "conv_matrix",
+    "conv_weight",
+    "joined_product",
+    "replace_parameter",
+]

@@ -13,8 +13,8 @@ from torch import nn
 
 from arrondi.errors import DataError, ShapeError
 from arrondi.formats import tile_shape
-from arrondi.kernels import decoded, pack_weight
-from arrondi.nn.packed import keep_types
+from arrondi.kernels import decoded, pack_weight, unpack_weight
+from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
 
 
@@ -63,6 +63,18 @@ class QEmbedding(nn.Module):
             rows[name.removeprefix("packed_")] = buffer if keep else buffer[flat]
         values = decoded(rows, self.scheme, (flat.numel(), self.embedding_dim), self.dtype)
         return values.reshape(*ids.shape, self.embedding_dim)
+
+    def unpack(self) -> QTensor:
+        """The table again: the same codes, scales, zero points, offsets and scheme."""
+        tensors = {n.removeprefix("packed_"): b for n, b in self._buffers.items() if b is not None}
+        return unpack_weight(tensors, self.scheme, (self.num_embeddings, self.embedding_dim))
+
+    @property
+    def weight(self) -> PackedWeight:
+        """Shape, dtype and device of the table. Its numbers: `unpack().dequantize()`."""
+        shape, device = torch.Size((self.num_embeddings, self.embedding_dim)), self.get_buffer("packed_codes").device
+        what = f"{self.scheme} of shape {tuple(shape)}"
+        return PackedWeight(shape, self.dtype, device, lambda: self.unpack().dequantize(self.dtype), what)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, weight={self.scheme}"

@@ -1,62 +1,43 @@
 """A linear layer whose weight stays in few bits.
 
-Owns: `QLinear`, `PackedWeight`, and several layers as one product (`joined_product`). The layer holds what the chosen kernel keeps of the weight, as buffers that are no part
-of `state_dict()`: they are packed for this machine, and files are written from QTensors.
+Owns: `QLinear`, and several layers as one product (`joined_product`). The layer holds what the chosen kernel keeps of the
+weight, as buffers that are no part of `state_dict()`: they are packed for this machine, and files are written from QTensors,
+which `unpack` gives back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from arrondi.errors import SchemeError, ShapeError
-from arrondi.formats import PerToken, Scheme
-from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, decoded
+from arrondi.formats import ActivationScheme, PerTensor, PerToken
+from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, scattered_groups
 from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
-from arrondi.nn.packed import keep_types
-from arrondi.tensor.qtensor import QTensor, fake_quantize
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """What `QLinear.weight` answers: facts for code that asks a layer where its weight lies.
-
-    It holds no numbers; a product or another function of torch (Mamba multiplies by a layer's weight itself) decodes them.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    decode: Callable[[], torch.Tensor] = field(repr=False, compare=False)
-
-    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
-        return self.decode() @ other
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        dense = [a.decode() if isinstance(a, PackedWeight) else a for a in args]
-        named = {k: v.decode() if isinstance(v, PackedWeight) else v for k, v in (kwargs or {}).items()}
-        return func(*dense, **named)
+from arrondi.nn.inputs import keep_grid, round_inputs
+from arrondi.nn.packed import PackedWeight, keep_types
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
 
 
 class QLinear(nn.Module):
     """`y = x @ W.T + bias` with W packed.
 
     Args:
-        weight: (out, in); or (in, out) with `transposed`.
+        weight: (out, in).
         bias: (out,) or None.
-        activations: scheme by which x is rounded at every call, its scales from x itself; None leaves x alone.
+        inputs: scheme by which x is rounded at every call; None leaves x alone.
+        input_grid: its stored scale (and zero point) where it is static, the outer scale where it is local; else None.
         dtype: in which the product is computed; x is cast to it, and y cast back to the type of x.
-        transposed: the stored weight is (in, out), as in GPT-2's Conv1D: `y = x @ W + bias`. Reference kernel only.
 
     Raises:
         ShapeError: the weight is no matrix, or the bias does not fit.
-        SchemeError: the kernel named by `ARRONDI_KERNEL` cannot run this layer.
+        SchemeError: the kernel named by `ARRONDI_KERNEL` cannot run this layer, or the grid does not go with the inputs.
+        DataError: the grid is no positive number.
 
     `.to(dtype)` and `.half()` leave the packed weight as it is. Moving the layer to a device where its kernel does not
     run is a SchemeError.
@@ -64,42 +45,49 @@ class QLinear(nn.Module):
 
     bias: nn.Parameter | None
     order: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    input_zero_point: torch.Tensor | None
+    input_offset: torch.Tensor | None
 
     def __init__(
         self,
         weight: QTensor,
         bias: torch.Tensor | None = None,
         *,
-        activations: Scheme | None = None,
+        inputs: ActivationScheme | None = None,
+        input_grid: Grid | None = None,
         dtype: torch.dtype = torch.float32,
-        transposed: bool = False,
     ) -> None:
         super().__init__()
         if len(weight.shape) != 2:
             raise ShapeError(
                 f"QLinear takes a matrix (out, in), got shape {weight.shape}. Use QStack for fused experts."
             )
-        rows, columns = weight.shape
-        self.out_features, self.in_features = (columns, rows) if transposed else (rows, columns)
+        self.out_features, self.in_features = rows, columns = weight.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ShapeError(
                 f"The bias must have one number for each of {self.out_features} outputs, got {tuple(bias.shape)}."
             )
-        self.activations, self.transposed = activations, transposed
+        self.inputs = inputs
+        keep_grid(self, inputs, input_grid)
         order: torch.Tensor | None = None
-        if weight.group_index is not None and not transposed:
+        if weight.group_index is not None:
             weight, order = _sorted(weight)
-        plain = weight.group_index is None and not transposed
-        kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=plain)
+        kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=weight.group_index is None)
         self.kernel = kernel.name
         # In another order, columns would meet in other groups.
-        apart = order is not None and activations is not None and not isinstance(activations.granularity, PerToken)
-        inside = activations is not None and not apart and kernel.rounds(weight.scheme, activations)
-        self.meta = Meta(weight.scheme, (rows, columns), dtype, activations if inside else None)
+        apart = (
+            order is not None and inputs is not None and not isinstance(inputs.scheme.granularity, PerToken | PerTensor)
+        )
+        inside = inputs is not None and not apart and kernel.rounds(weight.scheme, inputs)
+        self.meta = Meta(weight.scheme, (rows, columns), dtype, inputs if inside else None)
         self._bound: _Bound | None = None
         for name, tensor in KERNELS[self.kernel].prepack(weight, dtype).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
-        self.register_buffer("order", order, persistent=False)
+        if order is None:
+            self.order = None
+        else:
+            self.register_buffer("order", order, persistent=False)
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         )
@@ -114,53 +102,43 @@ class QLinear(nn.Module):
         return self._bound.product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole of it: casts, activations that the kernel does not round itself, columns in the kernel's order."""
+        """The whole of it: casts, inputs that the kernel does not round itself, columns in the kernel's order."""
         values = x.to(self.meta.dtype)
-        if self.activations is not None and self.meta.activations is None:
-            values = fake_quantize(values, self.activations, name="activations")
+        if self.inputs is not None and self.meta.inputs is None:
+            values = round_inputs(values, self.inputs, self)
         if self.order is not None:
             values = values[..., self.order]
         bias = None if self.bias is None else self.bias.to(self.meta.dtype)
-        if self.transposed:
-            weight = decoded(self._tensors(), self.meta.scheme, self.meta.shape, self.meta.dtype)
-            return nn.functional.linear(values, weight.T, bias).to(x.dtype)
         return KERNELS[self.kernel].linear(values, self._tensors(), self.meta, bias).to(x.dtype)
 
     @property
     def weight(self) -> PackedWeight:
         """Shape, compute dtype and device of the weight. Its numbers: `dequantize()`."""
-        device = self._tensors()["codes"].device
-        return PackedWeight(torch.Size(self.meta.shape), self.meta.dtype, device, self.dequantize)
+        what = f"{self.meta.scheme} of shape {self.meta.shape}"
+        return PackedWeight(torch.Size(self.meta.shape), self.meta.dtype, self._device, self.dequantize, what)
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes that the packed weight holds in memory: codes, scales, zero points, column order."""
-        tensors = [*self._tensors().values(), *([] if self.order is None else [self.order])]
+        tensors = [*(t for _, t in self._packed()), *([] if self.order is None else [self.order])]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    @torch.no_grad()
-    def dequantize(self) -> torch.Tensor:
-        """The weight that the layer computes with, (out, in) or as stored with `transposed`, in the compute dtype.
+    def unpack(self) -> QTensor:
+        """The weight again: the same codes, scales, zero points, offsets and scheme.
 
-        It is read off the kernel itself, by multiplying with unit vectors: for checks, not for every day.
+        Groups that were scattered are again; those that were contiguous and numbered lose the numbers.
         """
-        if self.transposed:
-            return decoded(self._tensors(), self.meta.scheme, self.meta.shape, self.meta.dtype)
-        device, meta = self.weight.device, replace(self.meta, activations=None)
-        parts = []
-        for start in range(0, self.in_features, 256):
-            count = min(256, self.in_features - start)
-            unit = torch.zeros(count, self.in_features, dtype=self.meta.dtype, device=device)
-            unit[:, start : start + count].fill_diagonal_(1)
-            values = unit if self.order is None else unit[:, self.order]
-            parts.append(KERNELS[self.kernel].linear(values, self._tensors(), meta, None))
-        return torch.cat(parts).T.contiguous()
+        weight = KERNELS[self.kernel].unpack(self._tensors(), self.meta)
+        return weight if self.order is None else scattered_groups(weight, self.order)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight that the layer computes with, (out, in), in the compute dtype."""
+        return self.unpack().dequantize(self.meta.dtype)
 
     @property
     def direct(self) -> bool:
         """Whether the kernel's product is all that the layer does: it rounds x itself, in the order in which it comes."""
-        rounds_itself = self.activations is None or self.meta.activations is not None
-        return rounds_itself and self.order is None and not self.transposed
+        return (self.inputs is None or self.meta.inputs is not None) and self.order is None
 
     def _bind(self) -> Bound:
         """`_product` for x of the compute dtype, with what calls have in common worked out once where the kernel can."""
@@ -176,22 +154,32 @@ class QLinear(nn.Module):
         return self.__dict__ | {"_bound": None, "_buffers": alone}
 
     def extra_repr(self) -> str:
-        rounding = "" if self.activations is None else f", activations={self.activations}"
+        rounding = "" if self.inputs is None else f", inputs={self.inputs}"
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bias={self.bias is not None}, weight={self.meta.scheme}{rounding}, kernel={self.kernel}"
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            n.removeprefix("packed_"): t for n, t in self._buffers.items() if n.startswith("packed_") and t is not None
-        }
+        """What the kernel packed, and what it needs to round inputs on a static grid."""
+        found = {n.removeprefix("packed_"): t for n, t in self._packed()}
+        if self.meta.inputs is not None and not self.meta.inputs.dynamic:
+            static = {"input_scale": self.input_scale, "input_zero_point": self.input_zero_point}
+            found |= {n: t for n, t in static.items() if t is not None}
+        return found
+
+    def _packed(self) -> list[tuple[str, torch.Tensor]]:
+        return [(n, t) for n, t in self._buffers.items() if n.startswith("packed_") and t is not None]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._packed()[0][1].device
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Moves buffers between devices; `keep_types` undoes what a cast of the model does to packed floats."""
         self._bound = None
         keep_types(self, lambda: super(QLinear, self)._apply(fn, recurse))
-        reason = KERNELS[self.kernel].refuse(self.meta.scheme, self.meta.shape, self.meta.dtype, self.weight.device)
-        if reason and self.weight.device.type != "meta":
-            where = self.weight.device
+        where = self._device
+        reason = KERNELS[self.kernel].refuse(self.meta.scheme, self.meta.shape, self.meta.dtype, where)
+        if reason and where.type != "meta":
             raise SchemeError(
                 f"{self.kernel} packed this layer for another device: {reason} Load the model on {where} anew."
             )
@@ -221,7 +209,7 @@ def joined_product(
             return found
         tensors, meta = found
         for layer, piece in zip(linears, pieces(tensors, [layer.meta.shape[0] for layer in linears]), strict=True):
-            layer._buffers.update({f"packed_{name}": view for name, view in piece.items()})
+            layer._buffers.update({f"packed_{n}": view for n, view in piece.items() if f"packed_{n}" in layer._buffers})
             layer._bound = None
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float() for layer in linears]
     bias = None if all(layer.bias is None for layer in linears) else torch.cat(biases)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from arrondi.errors import ShapeError
+from arrondi.errors import SchemeError, ShapeError
 from arrondi.formats import Scheme
-from arrondi.kernels import decoded, pack_weight
+from arrondi.kernels import decoded, pack_weight, unpack_weight
 from arrondi.nn.packed import keep_types
 from arrondi.tensor.qtensor import QTensor
 
@@ -81,9 +81,8 @@ class QStack(nn.Module):
         whole = torch.empty(self._matrix, dtype=self.dtype, device=self.device)
         start = 0
         for piece in self._pieces[e]:
-            tensors = {name: self.get_buffer(piece.prefix + name) for name in piece.names}
             rows = piece.shape[0]
-            decoded(tensors, piece.scheme, piece.shape, self.dtype, out=whole[start : start + rows])
+            decoded(self._tensors(piece), piece.scheme, piece.shape, self.dtype, out=whole[start : start + rows])
             start += rows
         return whole.T if self.transposed else whole
 
@@ -95,12 +94,18 @@ class QStack(nn.Module):
         """`x @ stack` and `torch.bmm(x, stack)`, one expert after the other, for models that multiply by all at once.
 
         Raises:
-            TypeError: any other function of torch; take the experts one by one.
+            SchemeError: any other function of torch; take the experts one by one.
         """
         x, stack = args if len(args) == 2 and not kwargs else (None, None)
         if func not in _PRODUCTS or not isinstance(stack, QStack) or not isinstance(x, torch.Tensor) or x.ndim != 3:
-            raise TypeError(f"{getattr(func, '__name__', func)} does not take a QStack. Index it: stack[expert].")
+            raise SchemeError(
+                f"{getattr(func, '__name__', func)} does not take packed experts, which are read one by one: stack[expert]. Keep these layers unquantized."
+            )
         return torch.stack([x[e] @ stack[e] for e in range(len(stack))])
+
+    def unpack(self) -> list[list[QTensor]]:
+        """The pieces of every expert again, as they were given: the same codes, scales, zero points, offsets and schemes."""
+        return [[unpack_weight(self._tensors(p), p.scheme, p.shape) for p in pieces] for pieces in self._pieces]
 
     @property
     def shape(self) -> torch.Size:
@@ -127,6 +132,9 @@ class QStack(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(prefix + name, tensor, persistent=False)
         return _Piece(q.scheme, (q.shape[0], q.shape[1]), prefix, tuple(tensors))
+
+    def _tensors(self, piece: _Piece) -> dict[str, torch.Tensor]:
+        return {name: self.get_buffer(piece.prefix + name) for name in piece.names}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         keep_types(self, lambda: super(QStack, self)._apply(fn, recurse))

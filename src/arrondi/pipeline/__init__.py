@@ -5,12 +5,15 @@ from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.quantize import quantize_model
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.pipeline.restore import dequantize_model
+from arrondi.pipeline.step import STEPS, Step
 from arrondi.pipeline.texts import TextOptions
 
 __all__ = [
+    "STEPS",
     "Plan",
     "Recipe",
     "Rule",
+    "Step",
     "TextOptions",
     "check",
     "dequantize_model",

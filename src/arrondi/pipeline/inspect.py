@@ -1,45 +1,30 @@
-"""What is in a checkpoint, without reading its weights: `inspect_model`."""
+"""What is in a checkpoint, the numbers of its quantized layers checked: `inspect_model`."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from arrondi.checkpoint import Checkpoint
+from arrondi.checkpoint import Checkpoint, Entry, readers_of
 
 
 def inspect_model(path: str | Path) -> dict[str, Any]:
     """Tensors, formats and sizes; every stored bit is counted.
 
     Returns:
-        `bits_per_weight` of the quantized tensors (None if there are none), `model_bits_per_weight` of everything,
-        `bytes`, `parameters`, `layout`, and `tensors` with name, shape, format, bytes and bits per weight of each.
+        `container` and `layout` of the files and `readers` of the two; `bits_per_weight` of the quantized tensors (None if there
+        are none) and `model_bits_per_weight` of everything; `bytes` of all tensors, which is what the files hold besides
+        their headers, `file_bytes`, `parameters`; and `tensors` with name, shape, format, bytes and bits per weight of each.
 
     Raises:
         FileFormatError: not a model directory, or a layout that is not known.
     """
     checkpoint = Checkpoint.open(path)
-    entries = checkpoint.folder.entries
-    tensors: list[dict[str, Any]] = []
-    for name, shape in checkpoint.names.items():
-        placed = checkpoint.placed.get(name)
-        if placed is not None and checkpoint.layout is not None:
-            nbytes = sum(entries[stored].nbytes for stored, _, _ in checkpoint.layout.specs(placed))
-            what = str(placed.scheme)
-        else:
-            nbytes, what = entries[name].nbytes, entries[name].dtype
-        bits = 8 * nbytes / max(math.prod(shape), 1)
-        tensors.append(
-            {
-                "name": name,
-                "shape": list(shape),
-                "format": what,
-                "bytes": nbytes,
-                "bits_per_weight": round(bits, 4),
-                "quantized": placed is not None,
-            }
-        )
+    checkpoint.verify()
+    parts = _stored_parts(checkpoint)
+    tensors = [_row(checkpoint, name, found) for name, found in parts.items()]
     weights = sum(math.prod(t["shape"]) for t in tensors)
     packed = [t for t in tensors if t["quantized"]]
     packed_weights = sum(math.prod(t["shape"]) for t in packed)
@@ -47,11 +32,48 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(checkpoint.folder.path),
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
+        "container": "safetensors",
         "layout": checkpoint.layout.name if checkpoint.layout else None,
+        "readers": _readers(checkpoint),
         "parameters": weights,
         "quantized_parameters": packed_weights,
         "bytes": total,
+        "file_bytes": sum(p.stat().st_size for p in {e.path for e in checkpoint.folder.entries.values()}),
         "bits_per_weight": round(8 * sum(t["bytes"] for t in packed) / packed_weights, 4) if packed_weights else None,
         "model_bits_per_weight": round(8 * total / max(weights, 1), 4),
         "tensors": tensors,
+    }
+
+
+def _readers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Who reads the quantized layers, as far as the files tell."""
+    if checkpoint.layout is None:
+        return [{"reader": "whatever reads safetensors", "ok": True, "sentence": ""}]
+    return [asdict(v) for v in readers_of(list(checkpoint.placed.values()), checkpoint.layout)]
+
+
+def _stored_parts(checkpoint: Checkpoint) -> dict[str, list[Entry]]:
+    """Original name → the stored tensors that hold it. Each stored tensor is counted once: the first that needs it has it."""
+    left = dict(checkpoint.folder.entries)
+    parts: dict[str, list[Entry]] = {}
+    for name in checkpoint.names:
+        placed = checkpoint.placed.get(name)
+        wanted = [name]
+        if placed is not None and checkpoint.layout is not None:
+            wanted = [stored for stored, _, _ in checkpoint.layout.specs(placed)]
+        parts[name] = [left.pop(n) for n in wanted if n in left]
+    return parts | {name: [entry] for name, entry in left.items()}
+
+
+def _row(checkpoint: Checkpoint, name: str, parts: list[Entry]) -> dict[str, Any]:
+    placed = checkpoint.placed.get(name)
+    shape = checkpoint.names.get(name, parts[0].shape if parts else ())
+    nbytes = sum(e.nbytes for e in parts)
+    return {
+        "name": name,
+        "shape": list(shape),
+        "format": str(placed.scheme) if placed else parts[0].dtype if parts else "shared",
+        "bytes": nbytes,
+        "bits_per_weight": round(8 * nbytes / max(math.prod(shape), 1), 4),
+        "quantized": placed is not None,
     }

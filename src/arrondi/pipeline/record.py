@@ -1,48 +1,100 @@
-"""What a run leaves behind besides weights: the facts of `report.json`, `manifest.json`, and the key that identifies a run."""
+"""What a run leaves behind besides weights: the facts of `report.json` and `manifest.json`, and the key that identifies a run."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
-import threading
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from arrondi.checkpoint import Checkpoint, ModelDir
+from arrondi.checkpoint import Checkpoint, file_sha256
+from arrondi.evaluate.data import Windows
+from arrondi.native import multiplies_bfloat16, native
+from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.texts import TextOptions, Texts
 
-_HASHED = 1 << 22
-"""Bytes hashed at a time."""
 
-
-def run_key(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: Texts, shard_bytes: int
-) -> str:
-    """Identifies a run: same key, same bytes."""
+def versions() -> dict[str, str]:
+    """The packages whose code decides what is written."""
     import transformers
 
     from arrondi import __version__
 
-    facts = [
-        checkpoint.folder.fingerprint(), plan.layout.name, recipe.to_dict(), [(t.name, t.status, str(t.scheme)) for t in plan.tensors],
-        text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes,
-        texts.calibration and texts.calibration.text_hash, texts.evaluation and texts.evaluation.text_hash,
-        __version__, torch.__version__, transformers.__version__,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return {
+        "arrondi": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the bytes of a run depend on besides its inputs and versions.
+
+    Sums of floating-point numbers are rounded in another order by another path of the kernels, another instruction set of
+    PyTorch, and another number of threads.
+    """
+    return {
+        "kernels": "none" if native is None else f"{native.path()} {_kernels()}",
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": "yes" if multiplies_bfloat16() else "no",
+        "threads": str(torch.get_num_threads()),
+        "processor": platform.machine(),
+    }
+
+
+@functools.cache
+def _kernels() -> str:
+    """Which build of the kernels this is."""
+    assert native is not None
+    return file_sha256(Path(native.__file__))[:12]
+
+
+def run_key(kind: str, ledger: Ledger, *facts: Any) -> str:
+    """Identifies a run: same key, same bytes.
+
+    Args:
+        kind: the command.
+        ledger: the source. Its files are part of the key; its weights are not, the ledger watches them.
+        facts: everything else that the bytes depend on, as values of JSON.
+    """
+    everything = [kind, ledger.files, versions(), machine(), *facts]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def quantize_key(
+    checkpoint: Checkpoint,
+    ledger: Ledger,
+    plan: Plan,
+    recipe: Recipe,
+    text: TextOptions,
+    texts: Texts,
+    shard_bytes: int,
+) -> str:
+    """The key of a run of `quantize_model`."""
+    source = checkpoint.folder.fingerprint()
+    tensors = [(t.name, t.status, str(t.scheme)) for t in plan.tensors]
+    asked = [text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes]
+    windows = [_windows(texts.calibration), _windows(texts.evaluation)]
+    layout = [plan.layout.name, plan.config()]
+    return run_key("quantize", ledger, source, layout, recipe.to_dict(), tensors, asked, windows)
+
+
+def _windows(windows: Windows | None) -> list[str] | None:
+    """A text and its tokens: another tokenizer makes others of the same text."""
+    if windows is None:
+        return None
+    return [windows.text_hash, hashlib.sha256(windows.ids.contiguous().numpy().tobytes()).hexdigest()]
 
 
 def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: Texts) -> dict[str, Any]:
     """The part of the report that is known before the run."""
-    import transformers
-
-    from arrondi import __version__
-
     summary = plan.to_dict()
     calibration = texts.calibration
     return {
@@ -68,50 +120,22 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
         },
         "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
         "notes": [*plan.notes, *texts.notes],
-        "versions": {
-            "arrondi": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
-def manifest_of(facts: dict[str, Any], key: str, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """What identifies a run for good: contents of model and text, recipe, versions."""
-    names = ("recipe", "layout", "calibration", "evaluation_text_sha256", "versions")
-    return {"run": key, "model_sha256": dict(hashes), **{name: facts[name] for name in names}}
+def manifest_of(key: str, ledger: Ledger, facts: dict[str, Any]) -> dict[str, Any]:
+    """What identifies a run for good: contents of model and text, recipe, versions, machine. `publish` adds the files.
 
-
-class FileHasher:
-    """SHA-256 of a model's config and weight files, computed beside the run in a thread that dies with it.
-
-    With one thread for PyTorch there is none to be had: the files are read when the result is asked for.
+    `model` holds the SHA-256 of the model's small files, and the digest of every stored tensor that was read (`digest_pieces`).
     """
-
-    def __init__(self, folder: ModelDir) -> None:
-        self._paths = sorted({folder.path / "config.json", *(e.path for e in folder.entries.values())})
-        self._found: dict[str, str] = {}
-        self._thread: threading.Thread | None = None
-        if torch.get_num_threads() > 1:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        for path in self._paths:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while part := file.read(_HASHED):
-                    digest.update(part)
-            self._found[path.name] = digest.hexdigest()
-
-    def result(self) -> dict[str, str]:
-        """File name → hash; waits for what is left."""
-        if self._thread is None:
-            self._run()
-        else:
-            self._thread.join()
-        return self._found
+    names = ("recipe", "layout", "calibration", "evaluation_text_sha256", "dtype", "versions")
+    return {
+        "run": key,
+        "model": {"files": ledger.files, "tensors": dict(sorted(ledger.digests.items()))},
+        **{name: facts[name] for name in names if name in facts},
+        "machine": machine(),
+    }
 
 
 def kept_of(plan: Plan) -> list[dict[str, Any]]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, guard_disk, write_json
-from arrondi.errors import OutputError, SchemeError
+import torch
+
+from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, TensorSpec
+from arrondi.errors import SchemeError
 from arrondi.model import DTYPES
-from arrondi.tensor.qtensor import QTensor
+from arrondi.pipeline.journal import Journal
+from arrondi.pipeline.ledger import recorded, travelling
+from arrondi.pipeline.manifest import check_apart, finished
+from arrondi.pipeline.publish import planned_files, publish
+from arrondi.pipeline.record import machine, manifest_of, run_key, versions
+
+_GROUP_BYTES = 256 << 20
+"""Tensors are written in groups of this size between two journal lines."""
 
 
 def dequantize_model(
@@ -19,15 +27,17 @@ def dequantize_model(
     dtype: str = "bfloat16",
     *,
     shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Write a quantized model as a plain one that any tool loads.
 
     Args:
         model: quantized model directory.
-        out: directory to write, new or empty, or with what a killed run of the same call left.
+        out: directory to write; new, empty, or the unfinished (or finished) output of the same call.
         dtype: element type of all floating-point tensors: float32, bfloat16 or float16.
         shard_bytes: files are split when they would exceed this.
+        overwrite: a finished output may be replaced.
 
     Returns:
         tensors restored, tensors copied, bytes written.
@@ -39,45 +49,62 @@ def dequantize_model(
     """
     if dtype not in DTYPES:
         raise SchemeError(f"Cannot write {dtype!r}. Use one of {', '.join(DTYPES)}.")
-    checkpoint, out, kind = Checkpoint.open(model), Path(out), DTYPES[dtype]
+    checkpoint, out = Checkpoint.open(model), Path(out)
     if not checkpoint.quantized:
         raise SchemeError(f"{checkpoint.folder.path} is not quantized: its config.json has no quantization_config.")
-    if checkpoint.folder.path.resolve() in out.resolve().parents:
-        raise OutputError(f"{out}: lies inside the model's directory. Choose an output outside of it.")
-    if out.exists() and (not out.is_dir() or any(not p.name.endswith(".partial") for p in out.iterdir())):
-        raise OutputError(f"{out}: already holds something. Nothing was touched: choose a new directory.")
-    stored = {n: e.torch_dtype for n, e in checkpoint.folder.entries.items()}
-    types = {
-        n: kind if stored.get(n, kind).is_floating_point or n in checkpoint.placed else stored[n]
-        for n in checkpoint.names
-    }
-    plan = ShardPlan.split([(n, types[n], shape) for n, shape in checkpoint.names.items()], shard_bytes)
-    with guard_disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(out, plan)
-    for i, name in enumerate(checkpoint.names):
-        if progress:
-            progress(i, len(checkpoint.names), name)
-        value = checkpoint.read(name)
-        plain = (
-            value.dequantize(kind).reshape(checkpoint.names[name])
-            if isinstance(value, QTensor)
-            else value.to(types[name])
-        )
-        writer.put(name, plain)
-    writer.sync()
-    writer.close()
-    ShardWriter.publish(out, plan, out)
-    for path in checkpoint.folder.other_files():
-        with guard_disk(out):
-            shutil.copyfile(path, out / path.name)
-    config = {k: v for k, v in checkpoint.folder.config.items() if k != "quantization_config"}
-    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-        config[key] = dtype
-    write_json(out / "config.json", config)
-    return {
+    check_apart(checkpoint.folder.path, out)
+    checkpoint, ledger = recorded(checkpoint)
+    side_files = travelling(checkpoint.folder)
+    specs = _specs(checkpoint, DTYPES[dtype])
+    plan = ShardPlan.split(specs, shard_bytes)
+    key = run_key("dequantize", ledger, checkpoint.folder.fingerprint(), dtype, shard_bytes)
+    result = {
         "restored": len(checkpoint.placed),
         "copied": len(checkpoint.names) - len(checkpoint.placed),
         "bytes": plan.nbytes,
         "dtype": dtype,
     }
+    if not overwrite and finished(out, key, ledger):
+        return result
+    with Journal(out, key, planned_files(plan, side_files), machine(), overwrite=overwrite) as journal:
+        writer = ShardWriter(journal.work, plan, out)
+        journal.verify(writer.digest, ledger.check)
+        done = 0
+        for i, group in enumerate(_grouped(specs)):
+            if f"tensors {i}" not in journal.steps:
+                for j, (name, kind, _) in enumerate(group):
+                    if progress:
+                        progress(done + j, len(specs), name)
+                    writer.put(name, _plain(checkpoint, name, kind))
+                journal.record(f"tensors {i}", None, wrote=writer.sync(), read=ledger.taken())
+            done += len(group)
+        config = {k: v for k, v in checkpoint.folder.config.items() if k != "quantization_config"}
+        for name in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+            config[name] = dtype
+        facts = {"dtype": dtype, "versions": versions()}
+        publish(journal, writer, side_files, config, manifest_of(key, ledger, facts))
+    return result
+
+
+def _specs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[TensorSpec]:
+    """What is written: every floating-point tensor in `dtype`, others in their own type."""
+    stored = {n: e.torch_dtype for n, e in checkpoint.folder.entries.items() if n not in checkpoint.placed}
+    types = {n: dtype if stored.get(n, dtype).is_floating_point else stored[n] for n in checkpoint.names}
+    return [(n, types[n], shape) for n, shape in checkpoint.names.items()]
+
+
+def _plain(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    return checkpoint.dense(name, dtype if dtype.is_floating_point else torch.float32)
+
+
+def _grouped(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
+    groups: list[list[TensorSpec]] = [[]]
+    used = 0
+    for spec in specs:
+        size = torch.Size(spec[2]).numel() * spec[1].itemsize
+        if groups[-1] and used + size > _GROUP_BYTES:
+            groups.append([])
+            used = 0
+        groups[-1].append(spec)
+        used += size
+    return groups

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from arrondi.errors import DataError
-from arrondi.evaluate.compare import comparison_for
+from arrondi.evaluate.compare import BATCH_TOKENS, batch_size, comparison_for
 from arrondi.evaluate.data import Data, Windows, check_windows, read_windows, reads_text
 from arrondi.evaluate.limits import Limits, check_limits
 from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol
-from arrondi.model import Skeleton
+from arrondi.model import OnDisk
 from arrondi.pipeline.recipe import Recipe
-from arrondi.rounding import get_method
+from arrondi.pipeline.step import get_step
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,43 @@ class Texts:
     evaluation_source: str = ""
     protocol: str = ""
     notes: list[str] = field(default_factory=list)
+    batch_size: int = 1
+
+    @property
+    def calibration_batches(self) -> list[torch.Tensor]:
+        """Windows that are sent through the model together."""
+        return (
+            []
+            if self.calibration is None
+            else self.calibration.batches(max(BATCH_TOKENS // self.calibration.seq_len, 1))
+        )
+
+    @property
+    def evaluation_batches(self) -> list[torch.Tensor]:
+        """Windows whose outputs are compared together."""
+        return [] if self.evaluation is None else self.evaluation.batches(self.batch_size)
 
 
-def read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> Texts:
+def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
     """Tokenize, cut, hold back and choose.
 
     Raises:
         DataError: a method needs calibration and there is none, or the data do not fit the model.
         SchemeError: the limits cannot be measured on this kind of model.
     """
-    needs = [r.method for r in recipe.rules if r.scheme is not None and get_method(r.method).needs_moment]
+    needs = [r.method for r in recipe.rules if get_step(r.method).calibrated]
     if needs and options.calibration is None:
         raise DataError(
             f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq."
         )
     if options.limits:
-        check_limits(comparison_for(skeleton.model).kind, options.limits.kl, options.limits.ppl_increase)
+        check_limits(comparison_for(source.model).kind, options.limits.kl, options.limits.ppl_increase)
     eval_data = options.eval_text if options.evaluate else None
     if options.calibration is None and eval_data is None:
         return Texts()
     given = [data for data in (options.calibration, eval_data) if data is not None]
-    tokenizer = load_tokenizer(skeleton.checkpoint.folder.path) if any(map(reads_text, given)) else None
-    seq_len, note = fit_length(options.seq_len, positions_of(skeleton.model))
+    tokenizer = load_tokenizer(source.where) if any(map(reads_text, given)) else None
+    seq_len, note = fit_length(options.seq_len, positions_of(source.model))
     texts = Texts(notes=[note] if note and tokenizer is not None else [])
     if options.calibration is not None:
         windows = read_windows(options.calibration, tokenizer, seq_len, "calibration text")
@@ -98,10 +113,11 @@ def read_texts(skeleton: Skeleton, options: TextOptions, recipe: Recipe) -> Text
         texts.evaluation = replace(windows, ids=windows.ids[: options.eval_samples])
         texts.evaluation_source = windows.source
     if texts.evaluation is not None:
+        texts.batch_size = batch_size(source.model, texts.evaluation.seq_len)
         measured = options.calibration if eval_data is None else eval_data
         by_text = measured is not None and reads_text(measured)
         texts.protocol = protocol(tokenizer if by_text else None, texts.evaluation.seq_len)
     for read in (texts.calibration, texts.evaluation):
         if read is not None:
-            check_windows(read, skeleton.model)
+            check_windows(read, source.model)
     return texts

@@ -1,7 +1,8 @@
 """Rounding methods: which code each weight gets. Pure functions on tensors, listed in one table.
 
-A method is a function `(weight, scheme, moment, *, name, …options) -> QTensor`. To add one: its file, a line in `METHODS`,
-its test. The command line, the plan and the contract tests read this table.
+A method is a function `(weight, scheme, moment, *, name, facts, …options) -> QTensor`; `Method.round` calls it and gives what a
+report should say beside the codes. To add one: its file, a line in `METHODS`, its test. The command line, the plan and the
+contract tests read this table.
 """
 
 from __future__ import annotations
@@ -10,13 +11,29 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, get_args, get_type_hints
+from typing import Any, Final, NamedTuple, get_args, get_type_hints
 
+import torch
+
+from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
+from arrondi.formats import Scheme
 from arrondi.rounding.gptq import gptq
 from arrondi.rounding.hqq import hqq
 from arrondi.rounding.rtn import rtn
 from arrondi.tensor.qtensor import QTensor
+
+
+class Rounding(NamedTuple):
+    """What a method gives.
+
+    Attributes:
+        q: the rounded weight.
+        facts: what a report should say of this weight, such as {"damping": 0.1} where more was needed than was asked for.
+    """
+
+    q: QTensor
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,12 +55,19 @@ class Method:
     @property
     def options(self) -> dict[str, Any]:
         """Names and defaults of the options that a user may set."""
-        parameters = inspect.signature(self.run).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "name"}
+        return options_of(self.run)
+
+    def round(
+        self, weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None = None, *, name: str, **options: Any
+    ) -> Rounding:
+        """Round a weight and learn what there is to say of it."""
+        facts: dict[str, Any] = {}
+        q = self.run(weight, scheme, moment, name=name, facts=facts, **options)
+        return Rounding(q, facts)
 
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 0.5),
+    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
     "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 10.0),
     "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 90.0),
 })  # fmt: skip
@@ -60,14 +84,21 @@ def get_method(name: str) -> Method:
     return METHODS[name.lower()]
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse an option that the method does not have, or a value of the wrong kind.
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Names and defaults of the options of a function: its keywords, without the name and the facts of a weight."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "facts")}
+
+
+def check_options(method: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse an option that a method's function does not have, or a value of the wrong kind.
 
     Raises:
         SchemeError: names the option and lists those that exist, or the value and what it should be.
     """
-    known = get_method(method).options
-    hints = get_type_hints(get_method(method).run)
+    if not options:
+        return
+    known, hints = options_of(function), get_type_hints(function)
     for option, value in options.items():
         if option not in known:
             raise unknown(f"option of {method}", option, known)
@@ -84,4 +115,4 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
 _KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-__all__ = ["METHODS", "Method", "check_options", "get_method", "gptq", "hqq", "rtn"]
+__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptq", "hqq", "rtn"]

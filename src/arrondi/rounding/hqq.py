@@ -11,6 +11,8 @@ so on typical weights (|w| ≈ 0.02) it never fires; `normalize=True` measures e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from arrondi.calibration import SecondMoment
@@ -21,7 +23,7 @@ from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.quantizers import split as split_compiled
 from arrondi.tensor.ranges.fits import fit
-from arrondi.tensor.ranges.grid import Grid, round_scale
+from arrondi.tensor.ranges.grid import STORED, Grid, round_offset, round_scale
 from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 18
@@ -38,6 +40,7 @@ def hqq(
     iterations: int = 20,
     normalize: bool = False,
     name: str = "weight",
+    facts: dict[str, Any] | None = None,
 ) -> QTensor:
     """Round with the grid that half-quadratic splitting finds for each group.
 
@@ -50,14 +53,16 @@ def hqq(
         iterations: at most this many; a group stops when its mean absolute error no longer falls.
         normalize: measure errors in steps of the grid (see above); the default is the published behaviour.
         name: for messages.
+        facts: not used; accepted so that every method is called alike.
 
     Raises:
         SchemeError: the format is not an integer one, or its scales are quantized or powers of two.
         DataError: NaN or infinity in the weight.
     """
-    if scheme.format.kind != "integer" or isinstance(scheme.scale, Scheme) or scheme.scale == "e8m0":
+    plain = scheme.scale in STORED and scheme.offset in STORED
+    if scheme.format.kind != "integer" or not plain:
         raise SchemeError(
-            f"{name}: hqq optimises integer grids with plain scales, got {scheme}. Use rtn or gptq for this scheme."
+            f"{name}: hqq optimises integer grids with plain scales and offsets, got {scheme}. Use rtn or gptq for this scheme."
         )
     if weight.numel() == 0:
         return quantize_tensor(weight, scheme, name=name)
@@ -135,5 +140,5 @@ class _Solver:
         if self.scheme.symmetric:
             return Grid(scale)
         if self.scheme.zero_point == "float":
-            return Grid(scale, offset=-zero * scale)
+            return Grid(scale, offset=round_offset(-zero * scale, self.scheme.offset))
         return Grid(scale, zero_point=zero.int())

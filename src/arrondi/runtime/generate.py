@@ -13,9 +13,10 @@ from arrondi.errors import DataError, SchemeError
 from arrondi.evaluate.text import load_tokenizer, special_tokens
 from arrondi.model import stored_in_16_bits
 from arrondi.native import multiplies_bfloat16
-from arrondi.runtime.decoding import tokens
-from arrondi.runtime.fused import is_fused
-from arrondi.runtime.load import load_model
+from arrondi.runtime.decoding import refuse_decoding, tokens
+from arrondi.runtime.fuse import is_fused
+from arrondi.runtime.generation_config import end_tokens
+from arrondi.runtime.load import load
 
 
 def generate(
@@ -38,7 +39,7 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are sampled from the tempered distribution with `seed`.
         dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
             compute all of its products in it, else float32.
-        activations: see `load_model`.
+        activations: see `load`.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -46,22 +47,22 @@ def generate(
         new token, decode_ms_per_token of those after it.
 
     Raises:
-        SchemeError: the model does not generate text, or `load_model` refuses dtype or activations.
+        SchemeError: the model does not generate text, or `load` refuses dtype or activations.
+        FileFormatError: not a model directory, or its generation_config.json is none.
         DataError: the prompt leaves no room in the model's context.
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    model = (
-        _load_fast(checkpoint, activations)
-        if dtype == "auto"
-        else load_model(path, dtype=dtype, activations=activations)
-    )
-    if not model.can_generate():
-        raise SchemeError(f"{path}: a {type(model).__name__} does not generate text. Use a causal language model.")
+    model = _load_fast(checkpoint, activations) if dtype == "auto" else load(path, dtype=dtype, activations=activations)
+    reason = refuse_decoding(model)
+    if reason:
+        raise SchemeError(f"{path}: {reason}")
+    stop = end_tokens(model, tokenizer)
     ids = special_tokens(tokenizer)[0] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise DataError("The prompt is empty and the tokenizer has no start token. Give a prompt.")
-    room = (getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens) - len(ids)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = (context or len(ids) + max_new_tokens) - len(ids)
     if room < 1:
         raise DataError(f"The prompt takes {len(ids)} tokens and the model's context ends there. Shorten the prompt.")
     streamer = _Streamer(tokenizer, stream) if stream is not None else None
@@ -72,9 +73,7 @@ def generate(
     first = started
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for token in tokens(
-            model, ids, min(max_new_tokens, room), temperature=temperature, stop=_end_tokens(model, tokenizer)
-        ):
+        for token in tokens(model, ids, min(max_new_tokens, room), temperature=temperature, stop=stop):
             if not new:
                 first = time.monotonic()
             new.append(token)
@@ -97,18 +96,10 @@ def _load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
     """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
     path = checkpoint.folder.path
     if stored_in_16_bits(checkpoint):
-        model = load_model(path, dtype="bfloat16", activations=activations)
+        model = load(path, dtype="bfloat16", activations=activations)
         if multiplies_bfloat16() or is_fused(model):
             return model
-    return load_model(path, dtype="float32", activations=activations)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end a text, as the model's generation settings or its tokenizer name them."""
-    named = model.generation_config.eos_token_id
-    if named is None:
-        named = tokenizer.eos_token_id
-    return set(named) if isinstance(named, list) else set() if named is None else {named}
+    return load(path, dtype="float32", activations=activations)
 
 
 class _Streamer:

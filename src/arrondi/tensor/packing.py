@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from arrondi.errors import ShapeError
-from arrondi.native import address, native, threads
+from arrondi.native import native, operand, threads
 
 _LANES = 8
 """Codes handled at a time: 8 codes of b bits fill exactly b bytes."""
@@ -56,7 +56,9 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1, lowest: int = 0
     width = packed_width(columns, bits, word_bytes)
     packed = torch.empty((*codes.shape[:-1], width), dtype=torch.uint8, device="cpu")
     rows = codes.numel() // columns
-    native.pack_rows(address(codes), rows, columns, bits, lowest, address(packed), width, threads())
+    codes_at = operand("codes", codes, codes.shape, (torch.uint8, torch.int8))
+    packed_at = operand("packed codes", packed, packed.shape, torch.uint8)
+    native.pack_rows(codes_at, rows, columns, bits, lowest, packed_at, width, threads())
     return packed
 
 
@@ -111,9 +113,11 @@ def unpack(packed: torch.Tensor, bits: int, columns: int, *, lowest: int = 0) ->
     packed = packed.contiguous()
     codes = torch.empty((*packed.shape[:-1], columns), dtype=dtype, device="cpu")
     width = packed.shape[-1]
-    native.unpack_stream(
-        address(packed), width, bits, lowest, packed.numel() // width, columns, address(codes), threads()
+    packed_at, codes_at = (
+        operand("packed codes", packed, packed.shape, torch.uint8),
+        operand("codes", codes, codes.shape, dtype),
     )
+    native.unpack_stream(packed_at, width, bits, lowest, packed.numel() // width, columns, codes_at, threads())
     return codes
 
 

@@ -308,8 +308,9 @@ def quantize_scales(
         q = quantize_with(scale, scheme, parts)
     if signed:
         zero = q.dequantize() == 0
-        step = torch.sign(scale * q.real_scale) if scheme.format.kind == "integer" else torch.ones_like(scale)
-        q.codes[zero] += step.to(q.codes.dtype)[zero]
+        q.codes[zero] += 1
+        if scheme.format.kind == "integer":  # the code of a float has its sign already
+            q.codes[zero & (q.dequantize() * scale < 0)] -= 2
         return q
     while bool((low := q.dequantize() <= 0).any()):
         q.codes[low] += 1  # codes of numbers that are not negative ascend with what they mean, in every format

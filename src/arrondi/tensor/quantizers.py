@@ -17,8 +17,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from arrondi.errors import ShapeError
 from arrondi.formats import Scheme, tile_shape
-from arrondi.native import TYPES, address, native, threads
+from arrondi.native import TYPES, native, operand, threads
 from arrondi.tensor.packing import packed_width
 from arrondi.tensor.ranges.grid import STORED, Grid
 
@@ -52,7 +53,8 @@ def round_groups(x: torch.Tensor, scheme: Scheme, rule: str = "auto") -> tuple[t
     x = x.contiguous()
     grid = _empty_grid(rows, scheme)
     codes = torch.empty(x.shape, dtype=_code_dtype(scheme), device="cpu")
-    fine = _module().round_groups(*_groups(x, rows, scheme, fit, grid), address(codes), threads())
+    parts, place = _groups(x, rows, scheme, fit, grid), operand("codes", codes, x.shape, _code_dtype(scheme))
+    fine = _module().round_groups(*parts, place, threads())
     return (codes, grid) if fine else None
 
 
@@ -69,7 +71,8 @@ def round_packed(
     width = packed_width(rows.columns, scheme.format.bits, word_bytes)
     packed = torch.empty((*x.shape[:-1], width), dtype=torch.uint8, device="cpu")
     parts = _groups(x, rows, scheme, fit, grid)
-    fine = _module().round_packed(*parts, address(packed), width, scheme.format.bits, threads())
+    place = operand("packed codes", packed, packed.shape, torch.uint8)
+    fine = _module().round_packed(*parts, place, width, scheme.format.bits, threads())
     return (packed, grid) if fine else None
 
 
@@ -82,7 +85,8 @@ def round_on(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor | None
     grid = _plain(grid)
     codes = torch.empty(x.shape, dtype=_code_dtype(scheme), device="cpu")
     parts = _groups(x, rows, scheme, (_GIVEN, 1.0), grid)
-    return codes if _module().round_groups(*parts, address(codes), threads()) else None
+    place = operand("codes", codes, x.shape, _code_dtype(scheme))
+    return codes if _module().round_groups(*parts, place, threads()) else None
 
 
 def restore(codes: torch.Tensor, scheme: Scheme, grid: Grid, dtype: torch.dtype) -> torch.Tensor | None:
@@ -93,7 +97,8 @@ def restore(codes: torch.Tensor, scheme: Scheme, grid: Grid, dtype: torch.dtype)
     y = torch.empty(codes.shape, dtype=dtype, device="cpu")
     codes, grid = codes.contiguous(), _plain(grid)
     facts, _, places = _groups(y, rows, scheme, (_GIVEN, 1.0), grid)
-    _module().restore(facts, places, address(codes), codes.dtype == torch.int8, address(y), TYPES[dtype], 0, threads())
+    place, is_signed = operand("codes", codes, y.shape, _CODES), codes.dtype == torch.int8
+    _module().restore(facts, places, place, is_signed, operand("y", y, y.shape, dtype), TYPES[dtype], 0, threads())
     return y
 
 
@@ -105,7 +110,9 @@ def lost(x: torch.Tensor, codes: torch.Tensor, scheme: Scheme, grid: Grid) -> tu
     x, codes, grid = x.contiguous(), codes.contiguous(), _plain(grid)
     sums = torch.empty((rows.rows, 2), dtype=torch.float64, device="cpu")
     facts, _, places = _groups(x, rows, scheme, (_GIVEN, 1.0), grid)
-    _module().restore(facts, places, address(codes), codes.dtype == torch.int8, 0, 0, address(sums), threads())
+    place, is_signed = operand("codes", codes, x.shape, _CODES), codes.dtype == torch.int8
+    sums_at = operand("sums", sums, (rows.rows, 2), torch.float64)
+    _module().restore(facts, places, place, is_signed, 0, 0, sums_at, threads())
     noise, signal = sums.sum(dim=0).tolist()
     return noise, signal
 
@@ -125,7 +132,8 @@ def search(x: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, pow
     grid = _empty_grid(rows, scheme)
     mirrored = scheme.symmetric and scheme.signed_scales and not scheme.format.balanced
     parts = _groups(x, rows, scheme, fit, grid)
-    return grid if _module().search_grids(*parts, address(weights), _POWERS[power], mirrored, threads()) else None
+    place = operand("importance", weights, (rows.columns,), torch.float32)
+    return grid if _module().search_grids(*parts, place, _POWERS[power], mirrored, threads()) else None
 
 
 def split(
@@ -166,7 +174,7 @@ def sweep(
     columns: tuple[int, int, int],
     scheme: Scheme,
 ) -> None:
-    """GPTQ's loop over some columns of a block. The twin is `_Columns` in `arrondi.rounding.gptq`.
+    """GPTQ's loop over some columns of a block. The reference is `_Columns` in `arrondi.rounding.gptq_sweep`.
 
     Args:
         rows: (n, m) float32, the weight's columns in the order of the visit; those visited become differences.
@@ -176,12 +184,29 @@ def sweep(
         places: (n,) int64 each: the row of `codes` and the row of the grid's parts that belong to a column.
         grid: parts (groups, m) float32.
         columns: first, last, end of the block.
+
+    Raises:
+        ShapeError: they do not fit each other.
     """
     first, last, stop = columns
+    if not rows.dim() == codes.dim() == owed.dim() == factor.dim() == grid.scale.dim() == 2:
+        raise ShapeError("A sweep works on matrices: rows, owed, factor, codes and the parts of the grid.")
+    n, m = rows.shape
+    if not 0 <= first <= last <= stop <= n or owed.shape[0] < stop - first:
+        raise ShapeError(
+            f"Columns {first} … {last} of a block that ends at {stop} do not fit {n} columns and {tuple(owed.shape)} sums."
+        )
+    places_at = [operand("places", place, (n,), torch.int64) for place in places]
+    for name, place, limit in zip(("codes", "the grid"), places, (codes.shape[0], grid.scale.shape[0]), strict=True):
+        low, high = (int(v) for v in torch.aminmax(place)) if n else (0, -1)
+        if low < 0 or high >= limit:
+            raise ShapeError(f"Columns lie at rows {low} … {high} of {name}, which has {limit}.")
+    float32 = torch.float32
     done = _module().sweep(
-        rows.shape[1], first, last, stop, scheme.format.qmin, scheme.format.qmax,
-        address(rows), address(owed), address(factor), factor.stride(0), address(codes), *(address(p) for p in places),
-        *(address(part) for part in grid), threads(),
+        m, first, last, stop, scheme.format.qmin, scheme.format.qmax, operand("rows", rows, (n, m), float32),
+        operand("owed", owed, (owed.shape[0], m), float32), operand("factor", factor, (n, n), float32, "rows"), factor.stride(0),
+        operand("codes", codes, (codes.shape[0], m), _CODES), *places_at,
+        *(operand("grid", part, (len(grid.scale), m), float32) for part in grid), threads(),
     )  # fmt: skip
     if not done:
         raise MemoryError("There is no memory for a block of GPTQ.")
@@ -263,4 +288,8 @@ def _groups(
     stored = STORED.get(scheme.scale, torch.float32) if isinstance(scheme.scale, str) else torch.float32
     format = scheme.format
     facts = [*rows, format.qmin, format.qmax, fit[0], TYPES[stored], TYPES[x.dtype]]
-    return facts, fit[1], [address(x), *(address(part) for part in grid)]
+    places = [operand("x", x, x.shape, tuple(TYPES))]
+    for name, part in zip(Grid._fields, grid, strict=True):
+        shape = () if part is None else part.shape
+        places.append(operand(name, part, shape, torch.int32 if name == "zero_point" else torch.float32))
+    return facts, fit[1], places

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from arrondi.errors import FileFormatError
 from arrondi.formats import FORMATS, Format
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.ranges.grid import STORED
@@ -29,5 +30,15 @@ def store_scale(scale: torch.Tensor, storage: str) -> torch.Tensor:
 
 
 def load_scale(stored: torch.Tensor) -> torch.Tensor:
-    """Stored scales as float32."""
-    return decode(stored, FORMATS["e8m0"]) if stored.dtype == torch.uint8 else stored.float()
+    """Stored scales as float32; bytes are exponents of powers of two.
+
+    Raises:
+        FileFormatError: they are neither bytes nor floating-point numbers.
+    """
+    if stored.dtype == torch.uint8:
+        return decode(stored, FORMATS["e8m0"])
+    if not stored.dtype.is_floating_point:
+        raise FileFormatError(
+            f"Scales are stored as floating-point numbers or as bytes (uint8, exponents of powers of two), got {stored.dtype}."
+        )
+    return stored.float()

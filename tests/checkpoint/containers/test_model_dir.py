@@ -166,23 +166,6 @@ def test_what_is_no_directory_is_refused_with_its_path(kind: str, tmp_path: Path
         Checkpoint.open(path)
 
 
-def test_a_copy_takes_tokenizer_and_licence_along_and_nothing_else(folder: Path) -> None:
-    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
-    taken = [
-        "LICENSE",
-        "chat_template.jinja",
-        "generation_config.json",
-        "merges.txt",
-        "tokenizer.json",
-        "tokenizer.model",
-    ]
-    left = ["README.md", "model.safetensors.index.json", "modeling_x.py", "pytorch_model.bin", "report.json", "manifest.json", "notes"]  # fmt: skip
-    for name in [*taken, *left]:
-        (folder / name).write_text("{}")
-    (folder / "a folder.json").mkdir()
-    assert [p.name for p in ModelDir.open(folder).other_files()] == sorted(taken)
-
-
 def test_the_fingerprint_changes_with_config_header_and_file(folder: Path) -> None:
     path = folder / "model.safetensors"
     save_file({"x": torch.zeros(2)}, path)

@@ -52,9 +52,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     writer = ShardWriter(path.parent, plan)
     for name, tensor in tensors.items():
         writer.put(name, tensor)
-    writer.sync()
-    writer.close()
-    ShardWriter.publish(path.parent, plan, path.parent)
+    writer.publish()
     return path
 
 

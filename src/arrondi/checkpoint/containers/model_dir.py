@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 
+from arrondi.checkpoint.containers.config import check_config, check_generation, decode_floats
+from arrondi.checkpoint.containers.hub import resolve
+from arrondi.checkpoint.containers.json_file import read_json
+from arrondi.checkpoint.containers.side_files import copy_side_files, side_files
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
+from arrondi.checkpoint.foreign import what_directory, what_file
 from arrondi.errors import FileFormatError
 
 _INDEX = "model.safetensors.index.json"
-_NOT_COPIED = {"config.json", _INDEX, "report.json", "manifest.json", "quantize_config.json"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ModelDir:
 
     Attributes:
         path: the directory.
-        config: config.json.
+        config: config.json as it is stored: written again, it is the same.
         entries: every stored tensor by name, in the order of the files.
     """
 
@@ -36,25 +40,33 @@ class ModelDir:
 
     @classmethod
     def open(cls, path: str | Path) -> ModelDir:
-        """Read config and headers, and check that they fit together.
+        """Read config and headers, and check that they fit together. `path` may be the name of a model on the Hub.
 
         Raises:
             FileFormatError: nothing there, no config, no safetensors weights, a file that lies, a missing shard.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileFormatError(
-                f"{path}: no such directory. Give the path of a model directory with config.json and safetensors files."
-            )
+        path = resolve(path)
         if not path.is_dir():
-            raise FileFormatError(
-                f"{path}: a file, but a model is a directory with config.json and safetensors files. Give its directory."
+            what = what_file(path) or (
+                "a file, but a model is a directory with config.json and safetensors files. Give its directory"
             )
-        config = _read_json(path / "config.json", "Is this a model directory?")
+            raise FileFormatError(f"{path}: {what}.")
+        foreign = None if (path / "config.json").exists() else what_directory(path)
+        if foreign:
+            raise FileFormatError(f"{path}: {foreign}.")
+        config = read_json(path / "config.json", "Is this a model directory?")
+        check_config(config, path / "config.json")
+        check_generation(path)
         entries = _entries(path)
         if not entries:
             raise FileFormatError(f"{path}: its safetensors files hold no tensor.")
         return cls(path, config, entries)
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """config.json with its special floats decoded, as transformers builds a model from it."""
+        decoded: dict[str, Any] = decode_floats(self.config)
+        return decoded
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in its stored type."""
@@ -65,14 +77,12 @@ class ModelDir:
         return sum(e.nbytes for e in self.entries.values())
 
     def other_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template, licence: what a quantized copy takes along."""
-        keep = {".json", ".txt", ".model", ".jinja", ".tiktoken", ""}
-        return [
-            p
-            for p in sorted(self.path.iterdir())
-            if p.is_file() and p.suffix in keep and p.name not in _NOT_COPIED and not p.name.endswith(".index.json")
-            and (p.suffix or p.name.upper().startswith(("LICENSE", "NOTICE", "COPYING")))
-        ]  # fmt: skip
+        """Tokenizer, generation config, chat templates, licence, … : what a copy takes along, relative to the directory."""
+        return side_files(self.path)
+
+    def copy_other_files(self, out: Path) -> list[Path]:
+        """Copy them into another directory, at the same places."""
+        return copy_side_files(self.path, out)
 
     def fingerprint(self) -> str:
         """A hash of config, headers and file times: changes when the model does, without reading its weights."""
@@ -113,7 +123,7 @@ def _entries(path: Path) -> dict[str, Entry]:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The weight_map: tensor → shard beside the index."""
-    weight_map = _read_json(index, "Download it again.").get("weight_map")
+    weight_map = read_json(index, "Download it again.").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(f"{index}: has no weight_map. Download it again.")
     for name, file in weight_map.items():
@@ -130,22 +140,7 @@ def _weight_files(path: Path) -> list[Path]:
     files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
     if files:
         return files
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-    if pickles:
-        raise FileFormatError(
-            f"{path}: only pickled weights ({pickles[0]}), which can run code when loaded. Save the model as safetensors first: "
-            "model.save_pretrained(DIR)."
-        )
+    what = what_directory(path)
+    if what:
+        raise FileFormatError(f"{path}: {what}.")
     raise FileFormatError(f"{path}: no *.safetensors file. Give a model directory that holds its weights.")
-
-
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
-    if not path.exists():
-        raise FileFormatError(f"{path}: no such file. {advice}")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise FileFormatError(f"{path}: cannot be read as JSON ({error}). {advice}") from error
-    if not isinstance(document, dict):
-        raise FileFormatError(f"{path}: holds {type(document).__name__}, not an object. {advice}")
-    return document

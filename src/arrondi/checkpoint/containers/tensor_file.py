@@ -19,6 +19,8 @@ from typing import Final
 
 import torch
 
+from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
+from arrondi.checkpoint.containers.json_file import parse_json
 from arrondi.errors import FileFormatError
 
 DTYPES: Final = {
@@ -76,9 +78,10 @@ def read_header(path: Path) -> dict[str, Entry]:
                 )
             text = file.read(length)
     except OSError as error:
+        reraise_exhaustion(error)
         raise FileFormatError(f"{path}: cannot be read ({error.strerror}). Give a safetensors file.") from error
     try:
-        table = json.loads(text, object_pairs_hook=_unique)
+        table = parse_json(text)
         if not isinstance(table, dict):
             raise TypeError("it is not a JSON object")
         metadata = table.pop("__metadata__", None)
@@ -107,15 +110,6 @@ def read_header(path: Path) -> dict[str, Entry]:
             f"{path}: {size - position} bytes after the last tensor belong to none. The header lies; download it again."
         )
     return {e.name: e for e in entries}
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys are all different; the plain decoder would keep the last of two in silence."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise ValueError(f"{twice!r} is in it twice")
-    return table
 
 
 def _entry(path: Path, name: str, facts: object, base: int) -> Entry:

@@ -2,34 +2,39 @@
 
 Owns: `ShardPlan` (which tensor goes to which byte of which file) and `ShardWriter`. Because the plan fixes every byte's
 place, a run that was killed writes the same tensors to the same places again and ends with the same files. Files carry the
-suffix `.partial` until `publish` renames them.
+suffix `.partial` until `publish` renames them. Every write gives a digest, and `digest` reads the bytes back, so that a run
+that goes on can tell what is there from what was claimed.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from arrondi.checkpoint.containers.disk import digest_of, digest_pieces, guard_disk, sync_folder
+from arrondi.checkpoint.containers.json_file import write_json
 from arrondi.checkpoint.containers.tensor_file import (
     DTYPE_NAMES,
     Entry,
     as_memory,
     encode_header,
     read_bytes,
+    read_header,
     read_tensor,
 )
-from arrondi.errors import OutputError
+from arrondi.errors import FileFormatError, OutputError
 
 TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, element type and shape of a tensor to be written."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class ShardPlan:
     def nbytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for specs in self.files.values() for _, dtype, shape in specs)
 
+    @property
+    def names(self) -> list[str]:
+        """Every file that `publish` makes: the shards, and the index if there are several."""
+        return [*self.files, *([INDEX] if len(self.files) > 1 else [])]
+
     def index(self) -> dict[str, object] | None:
         """The `model.safetensors.index.json` of a sharded checkpoint, else None."""
         if len(self.files) == 1:
@@ -68,31 +78,55 @@ class ShardPlan:
 
 
 class ShardWriter:
-    """Open `.partial` files in `folder`; `put` tensors in any order; `publish` when every one is there."""
+    """`.partial` files in `folder`: `put` tensors in any order, and `publish` into `target` when every one is there.
 
-    def __init__(self, folder: Path, plan: ShardPlan) -> None:
-        self.folder, self.plan = folder, plan
-        self._files: dict[str, int] = {}
+    Files are opened for each tensor and closed again: a checkpoint may have more shards than a process may open files.
+    """
+
+    def __init__(self, folder: Path, plan: ShardPlan, target: Path | None = None) -> None:
+        """Make the files, or take those of a run that was killed, also where it had begun to publish them.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        self.folder, self.plan, self.target = folder, plan, target or folder
         self._place: dict[str, tuple[str, int, int]] = {}
+        self._headers: dict[str, bytes] = {}
         self._specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._fresh: dict[str, str] = {}
         self._dirty: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         for file, specs in plan.files.items():
             header, ranges = encode_header(specs)
             self._place |= {name: (file, *span) for name, span in ranges.items()}
             self._specs |= {name: (dtype, shape) for name, dtype, shape in specs}
-            handle = os.open(self.path(file), os.O_RDWR | os.O_CREAT, 0o644)
-            self._files[file] = handle
-            with guard_disk(folder):
+            self._headers[file] = header
+            self._prepare(file, header, max((stop for _, stop in ranges.values()), default=len(header)))
+
+    def _prepare(self, file: str, header: bytes, size: int) -> None:
+        with guard_disk(self.folder), self._open(file, os.O_CREAT) as handle:
+            if os.pread(handle, len(header), 0) != header:
+                self._dirty.add(file)
                 _pwrite(handle, header, 0)
-                os.ftruncate(handle, max((stop for _, stop in ranges.values()), default=len(header)))
+            if os.fstat(handle).st_size != size:
+                self._dirty.add(file)
+                os.ftruncate(handle, size)
 
     def path(self, file: str) -> Path:
-        """Where a file lies until it is published."""
-        return self.folder / f"{file}.partial"
+        """Where a file lies: beside its final name until it is published."""
+        partial, final = self.folder / f"{file}.partial", self.target / file
+        return final if not partial.exists() and final.exists() else partial
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor to its place.
+    @contextmanager
+    def _open(self, file: str, flags: int = 0) -> Iterator[int]:
+        handle = os.open(self.path(file), os.O_RDWR | flags, 0o644)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    def put(self, name: str, tensor: torch.Tensor) -> str:
+        """Write a tensor to its place and give the digest of its bytes.
 
         Raises:
             OutputError: the disk is full; what was finished before stays valid.
@@ -101,75 +135,102 @@ class ShardWriter:
         data = as_memory(tensor.contiguous())
         assert data.nbytes == stop - start, f"{name}: {data.nbytes} bytes do not fit its place"
         self._dirty.add(file)
-        with guard_disk(self.folder):
-            _pwrite(self._files[file], data, start)
+        with guard_disk(self.folder), self._open(file) as handle:
 
-    def sync(self) -> None:
-        """Everything put so far survives a power cut."""
-        with guard_disk(self.folder):
-            for file in self._dirty:
-                os.fdatasync(self._files[file])
-        self._dirty.clear()
+            def piece(offset: int, length: int) -> memoryview:
+                part = data[offset : offset + length]
+                _pwrite(handle, part, start + offset)
+                return part
 
-    def copy(self, entry: Entry, chunk_bytes: int) -> None:
-        """Copy a stored tensor as it is, a piece at a time."""
+            self._fresh[name] = digest_pieces(data.nbytes, piece)
+        return self._fresh[name]
+
+    def copy(self, entry: Entry) -> str:
+        """Copy a stored tensor as it is, a piece at a time, and give the digest of its bytes."""
         file, start, _ = self._place[entry.name]
         self._dirty.add(file)
+        with guard_disk(self.folder), self._open(file) as handle:
+
+            def piece(offset: int, length: int) -> memoryview:
+                part = as_memory(read_bytes(entry, offset, length))
+                _pwrite(handle, part, start + offset)
+                return part
+
+            self._fresh[entry.name] = digest_pieces(entry.nbytes, piece)
+        return self._fresh[entry.name]
+
+    def sync(self) -> dict[str, str]:
+        """Everything put so far survives a power cut. Gives the digest of each tensor put since the last call."""
         with guard_disk(self.folder):
-            for offset in range(0, entry.nbytes, chunk_bytes):
-                piece = read_bytes(entry, offset, min(chunk_bytes, entry.nbytes - offset))
-                _pwrite(self._files[file], as_memory(piece), start + offset)
+            for file in sorted(self._dirty):
+                with self._open(file) as handle:
+                    os.fdatasync(handle)
+        self._dirty.clear()
+        fresh, self._fresh = self._fresh, {}
+        return fresh
 
     def get(self, name: str) -> torch.Tensor:
         """Read back a tensor that was put, in this run or in one that was killed."""
+        return read_tensor(self._entry(name))
+
+    def digest(self, name: str) -> str | None:
+        """The digest of what lies in a tensor's place now; None for a name that the plan does not have."""
+        if name not in self._place:
+            return None
+        return _digest_there(self._entry(name))
+
+    def described(self, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """`bytes` and `digest` of every shard, from the digests of all its tensors: nothing is read again."""
+        found = {}
+        for file, specs in self.plan.files.items():
+            missing = [name for name, _, _ in specs if name not in digests]
+            assert not missing, f"{missing[0]} was never written"
+            size = max((self._place[name][2] for name, _, _ in specs), default=len(self._headers[file]))
+            digest = _shard_digest(self._headers[file], [digests[name] for name, _, _ in specs])
+            found[file] = {"bytes": size, "digest": digest}
+        return found
+
+    def _entry(self, name: str) -> Entry:
         file, start, stop = self._place[name]
         dtype, shape = self._specs[name]
-        return read_tensor(Entry(name, self.path(file), DTYPE_NAMES[dtype], shape, start, stop))
+        return Entry(name, self.path(file), DTYPE_NAMES[dtype], shape, start, stop)
 
-    @staticmethod
-    def publish(folder: Path, plan: ShardPlan, target: Path) -> None:
-        """Give the finished files of `folder` their names in `target` and write the index of a sharded checkpoint."""
-        for file in plan.files:
-            partial = folder / f"{file}.partial"
-            if partial.exists():
-                os.replace(partial, target / file)
-            elif not (target / file).exists():  # it was moved when an earlier publish was interrupted
-                raise OutputError(f"{target / file}: gone, though it was written. Remove {target} and start again.")
-        index = plan.index()
+    def publish(self) -> None:
+        """Give the finished files their names, write the index of a sharded checkpoint, and let all of that last."""
+        self.sync()
+        with guard_disk(self.target):
+            for file in self.plan.files:
+                partial = self.folder / f"{file}.partial"
+                if partial.exists():
+                    os.replace(partial, self.target / file)
+                elif not (self.target / file).exists():  # a publish that was interrupted had moved it
+                    raise OutputError(
+                        f"{self.target / file}: gone, though it was written. Remove {self.target} and start again."
+                    )
+            sync_folder(self.target)
+        index = self.plan.index()
         if index is not None:
-            write_json(target / "model.safetensors.index.json", index)
-
-    def close(self) -> None:
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
+            write_json(self.target / INDEX, index)
 
 
-def write_json(path: Path, document: object) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never a half."""
-    temporary = path.with_name(path.name + ".partial")
-    with guard_disk(path.parent):
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+def shard_digest(path: Path) -> str | None:
+    """The digest of a file of tensors as it lies there, equal to that of `ShardWriter.described`; None if it is none."""
+    try:
+        entries = read_header(path)
+    except FileFormatError:
+        return None
+    with path.open("rb") as file:
+        header = file.read(min((e.start for e in entries.values()), default=path.stat().st_size))
+    return _shard_digest(header, [_digest_there(e) for e in entries.values()])
 
 
-class guard_disk:
-    """Turns "no space left" into a sentence; everything else passes."""
+def _shard_digest(header: bytes, tensors: list[str]) -> str:
+    """Of the header and of the digests of the tensors, in the order of their bytes."""
+    return digest_of(header + "".join(tensors).encode())
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise OutputError(
-                f"{self.folder}: the disk is full ({error.strerror}). What was finished is kept: free some space and run the same command again to continue."
-            ) from error
+def _digest_there(entry: Entry) -> str:
+    return digest_pieces(entry.nbytes, lambda offset, length: as_memory(read_bytes(entry, offset, length)))
 
 
 def _pwrite(handle: int, data: bytes | memoryview, offset: int) -> None:

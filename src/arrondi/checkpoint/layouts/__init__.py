@@ -1,1 +1,19 @@
-"""Layouts: QTensors ↔ named tensors, one file each."""
+"""Layouts: how a quantized layer is stored as named tensors.
+
+Owns: the table `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from arrondi.checkpoint.layouts import arrondi, compressed_tensors
+from arrondi.checkpoint.layouts.layout import Layout
+
+LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
+    "compressed-tensors": compressed_tensors.LAYOUT,
+    "arrondi": arrondi.LAYOUT,
+})  # fmt: skip
+"""Every storage layout by its `quant_method`, the most widely read first."""

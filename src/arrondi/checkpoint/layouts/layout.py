@@ -1,11 +1,12 @@
-"""What a storage layout is.
+"""What a storage layout is: how a quantized layer becomes named tensors, and how those become the layer again.
 
-Owns: `Layout` (a row of the table in `arrondi.checkpoint`) and `Placed` (a quantized tensor with its name, shape and scheme).
-A layout moves bits between a QTensor and named tensors; it never chooses a code.
+Owns: `Layout` (a row of the table `LAYOUTS`), `Placed` (a layer as a file holds it) and `LayerValues` (what crosses between
+steps, layouts and modules). A layout moves bits; it never chooses a code.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,52 +16,118 @@ import torch
 from arrondi.checkpoint.containers.writer import TensorSpec
 from arrondi.formats import LayerScheme
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
+
+Names = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Stored tensors: name → element type as safetensors calls it, and shape."""
+
+Reader = Callable[[str], torch.Tensor]
+"""Gives a stored tensor by its name."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor that is stored quantized: its name in the original checkpoint, its shape there, and its scheme."""
+    """One quantized layer as a file holds it.
+
+    Attributes:
+        name: name of the tensor in the container, "….weight".
+        shape: of the plain tensor as it is stored without quantization (the orientation of the file).
+        scheme: what weights, inputs and outputs become.
+        module: path by which the model calls the layer, which is what a config's targets and ignores name; "" where it is the
+            stored name without ".weight".
+        kind: class name by which runtimes know the layer (Linear, Conv1D, Conv2d, …).
+        transposed: the plain tensor is (in, out) or (E, in, out); the QTensor is always (out, in) or (E·out, in).
+        indexed: the groups of the weight's columns are not contiguous, so an index of groups is stored.
+        storage: the layout's own word for one of several ways in which it stores the scheme; "" is the usual one.
+    """
 
     name: str
     shape: tuple[int, ...]
     scheme: LayerScheme
+    module: str = ""
+    kind: str = "Linear"
+    transposed: bool = False
+    indexed: bool = False
+    storage: str = ""
+
+    def __post_init__(self) -> None:
+        if self.module == self.name.removesuffix(".weight"):
+            object.__setattr__(self, "module", "")  # one meaning has one value
+
+    @property
+    def path(self) -> str:
+        """The module path, by whichever of the two names it has."""
+        return self.module or self.name.removesuffix(".weight")
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """The shape of its QTensor: a stack of matrices is one tall matrix."""
+        """The shape of the QTensor: stacks of matrices are one tall matrix, kernels of convolutions are rows."""
+        if self.transposed:
+            *lead, columns, rows = self.shape
+            return math.prod(lead) * rows, columns
+        if self.kind in ("Conv1d", "Conv2d", "Conv3d"):
+            return self.shape[0], math.prod(self.shape[1:])
         *lead, columns = self.shape
-        rows = 1
-        for n in lead:
-            rows *= n
-        return rows, columns
+        return math.prod(lead), columns
+
+    def restored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A dense matrix of `matrix_shape` in the shape and orientation of the plain tensor."""
+        if not self.transposed:
+            return matrix.reshape(self.shape)
+        *lead, columns, rows = self.shape
+        return matrix.reshape(*lead, rows, columns).transpose(-1, -2).contiguous()
+
+
+@dataclass(frozen=True)
+class LayerValues:
+    """The numbers of one quantized layer.
+
+    Attributes:
+        weight: (out, in), or (E·out, in) of a stack.
+        inputs: the static scale (and zero point) of the inputs, or the static outer scale of local ones; None if dynamic.
+        outputs: the same of the outputs.
+    """
+
+    weight: QTensor
+    inputs: Grid | None = None
+    outputs: Grid | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What layouts and readers must know of a model beyond its layers.
+
+    Attributes:
+        dtype: the element type in which a reader loads the model unless told otherwise: the one that config.json names.
+        fused_experts: transformers keeps the experts of a mixture in one parameter.
+        whole: transformers can build the model's class only around whole weights, not around packed ones.
+        splits: transformers makes several parameters of one stored tensor of this model.
+    """
+
+    dtype: str = "float32"
+    fused_experts: bool = False
+    whole: bool = False
+    splits: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How quantized tensors are stored.
+    """How quantized layers are stored.
 
     Attributes:
         name: `quant_method` in config.json.
-        readers: who loads it, for people.
-        refuse: (scheme, tensor name, shape) → None if it can be stored, else why not, as the end of a sentence.
-        specs: the tensors that a placed tensor becomes, known before any code is chosen.
-        write: (placed, QTensor) → those tensors.
-        read: (placed, reader of named tensors) → QTensor.
-        config: (placed, modules left alone, class of each quantized module, whether the model's class can be built only
-            around whole weights) → `quantization_config`.
-        find: (quantization_config, stored names with type and shape, reader) → what is quantized.
-        notes: (placed, class of each quantized module, whole weights as above) → sentences on what a reader is known not
-            to do.
+        refuse: placed → None if it can be stored, else why not, as the end of a sentence.
+        specs: placed → the tensors that it becomes, known before any code is chosen.
+        write: (placed, values) → those tensors.
+        read: (placed, reader of named tensors) → values; a number that cannot be raises FileFormatError.
+        config: (placed, paths of the modules whose matrix is kept, facts of the model) → `quantization_config`.
+        find: (config.json, stored names, reader) → what is quantized; raises FileFormatError on whatever it does not consume.
     """
 
     name: str
-    readers: str
-    refuse: Callable[[LayerScheme, str, tuple[int, ...]], str | None]
+    refuse: Callable[[Placed], str | None]
     specs: Callable[[Placed], list[TensorSpec]]
-    write: Callable[[Placed, QTensor], dict[str, torch.Tensor]]
-    read: Callable[[Placed, Callable[[str], torch.Tensor]], QTensor]
-    config: Callable[[list[Placed], list[str], Mapping[str, str], bool], dict[str, Any]]
-    find: Callable[
-        [Mapping[str, Any], Mapping[str, tuple[str, tuple[int, ...]]], Callable[[str], torch.Tensor]], list[Placed]
-    ]
-    notes: Callable[[list[Placed], Mapping[str, str], bool], list[str]]
+    write: Callable[[Placed, LayerValues], dict[str, torch.Tensor]]
+    read: Callable[[Placed, Reader], LayerValues]
+    config: Callable[[list[Placed], list[str], ModelFacts], dict[str, Any]]
+    find: Callable[[Mapping[str, Any], Names, Reader], list[Placed]]

@@ -1,0 +1,128 @@
+"""What a user calls: `quantize`, `plan`, `evaluate`, `save`, `load`, `dequantize`, `inspect`.
+
+A model is a directory, the name of one on the Hub, or a module in memory. A scheme is a word ("W4A16", the grammar) or a value; data
+are a path, texts, token ids, or batches of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrondi.errors import DataError, SchemeError
+from arrondi.evaluate.compare import compare_models
+from arrondi.evaluate.data import Data
+from arrondi.evaluate.limits import Limits
+from arrondi.formats import LayerScheme, Scheme
+from arrondi.model import OnDisk
+from arrondi.pipeline import TextOptions, dequantize_model, inspect_model, make_plan, quantize_model
+from arrondi.pipeline.module import quantize_module
+from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.recipe import Recipe
+from arrondi.runtime.load import load
+
+AnyScheme = str | Scheme | LayerScheme
+Progress = Callable[[int, int, str], None]
+
+
+def quantize(
+    model: str | Path | torch.nn.Module,
+    scheme: AnyScheme | None = None,
+    *,
+    method: str = "rtn",
+    calibration: Data | None = None,
+    out: str | Path | None = None,
+    recipe: Recipe | None = None,
+    group_size: int | None = None,
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    evaluation: Data | None = None,
+    evaluate: bool = True,
+    samples: int = 128,
+    seq_len: int = 512,
+    eval_samples: int = 32,
+    seed: int = 0,
+    limits: Limits | None = None,
+    layout: str | None = None,
+    keep_misfits: bool = False,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Any:
+    """Round a model to few bits.
+
+    Args:
+        model: a model directory, a Hub name, or a module. A module is changed in place: its layers are replaced by layers that
+            hold packed codes.
+        scheme: what the weights become, "W4A16" if neither it nor `recipe` is given.
+        method: how codes are chosen, a name of `arrondi.STEPS`.
+        calibration: data for methods and static scales that need them. For a module, batches as it is called: tensors, tuples
+            of positional arguments or dicts of keyword arguments.
+        out: directory to write; needed for a directory, not for a module (see `save`).
+        recipe: rules instead of scheme, method, group_size, targets and options.
+        group_size, targets, ignore, options: see `Recipe.simple`.
+        evaluation: data to measure on; None takes the last tenth of the calibration data.
+        evaluate: False leaves the measurement out.
+        samples, seq_len, eval_samples, seed: see `TextOptions`.
+        limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
+        layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
+
+    Returns:
+        the report of a directory, as in its `report.json`; the module itself for a module.
+
+    Raises:
+        ArrondiError: see its sentence.
+    """
+    if recipe is not None and scheme is not None:
+        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
+    rules = recipe or Recipe.simple(
+        scheme or "W4A16", method, group_size=group_size, targets=targets, ignore=ignore, options=options
+    )
+    if isinstance(model, torch.nn.Module):
+        return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
+    if not isinstance(model, (str, Path)):
+        raise DataError(f"A model is a directory, a Hub name or a torch.nn.Module, got {type(model).__name__}.")
+    if out is None:
+        raise SchemeError('A model directory is quantized into another. Give out="DIRECTORY".')
+    text = TextOptions(calibration, samples, seq_len, evaluation, evaluate, eval_samples, seed, limits or Limits())
+    return quantize_model(
+        model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
+        overwrite=overwrite, device=device, progress=progress,
+    )  # fmt: skip
+
+
+def plan(
+    model: str | Path,
+    scheme: AnyScheme | None = None,
+    *,
+    method: str = "rtn",
+    recipe: Recipe | None = None,
+    group_size: int | None = None,
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    layout: str | None = None,
+    keep_misfits: bool = False,
+) -> Plan:
+    """What `quantize` would do with a model directory, before anything is computed; `to_dict()` for plain data.
+
+    Takes the arguments of `quantize`.
+    """
+    if recipe is not None and scheme is not None:
+        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
+    rules = recipe or Recipe.simple(
+        scheme or "W4A16", method, group_size=group_size, targets=targets, ignore=ignore, options=options
+    )
+    return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
+
+
+evaluate = compare_models
+dequantize = dequantize_model
+inspect = inspect_model
+
+__all__ = ["dequantize", "evaluate", "inspect", "load", "plan", "quantize"]

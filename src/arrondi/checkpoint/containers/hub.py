@@ -1,0 +1,83 @@
+"""A model by its name on the Hugging Face Hub.
+
+Owns: `resolve`. A path that exists always wins; then the local cache; then, unless the machine is told to stay offline, the
+Hub. Only what a model directory needs is downloaded: JSON, tokenizer files and safetensors, never pickles.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from arrondi.errors import FileFormatError
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_WANTED: Final = [
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "*.py", "LICENSE*", "NOTICE*",
+]  # fmt: skip
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory (or file) that `model` names: a path, or a name such as `org/model` on the Hub.
+
+    Raises:
+        FileFormatError: nothing there, and no such model in the cache or on the Hub.
+    """
+    path = Path(model)
+    name = str(model)
+    if path.exists():
+        return path
+    missing = f"{path}: no such directory. Give the path of a model directory with config.json and safetensors files"
+    if not _NAME.fullmatch(name) or ".." in name or "--" in name:
+        raise FileFormatError(f"{missing}.")
+    cached = _cached(name)
+    if cached is not None:
+        return cached
+    return _downloaded(name, missing)
+
+
+def _cached(name: str) -> Path | None:
+    """The snapshot in the local cache, if it has a config and every shard that its index names."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found: str | None = snapshot_download(name, allow_patterns=_WANTED, local_files_only=True)
+    except LocalEntryNotFoundError as error:  # the shards may all be there though a side file is not
+        found = getattr(error, "snapshot_path", None)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found is not None and _complete(Path(found)) else None
+
+
+def _complete(path: Path) -> bool:
+    from arrondi.checkpoint.containers.json_file import parse_json
+
+    if not (path / "config.json").exists():
+        return False
+    try:
+        index = parse_json((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        files = set(index["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return any(path.glob("*.safetensors"))
+    return (path / "model.safetensors").exists() or all((path / str(f)).exists() for f in files)
+
+
+def _downloaded(name: str, missing: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        known = {401: "the Hub has no such model, or it needs a login", 403: "access to this model must be asked for on its page", 404: "the Hub has no such model"}  # fmt: skip
+        raise FileFormatError(
+            f"{missing}, or the name of a model on the Hugging Face Hub: {known.get(status, 'the Hub refused')}."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{missing}, or the name of a model on the Hugging Face Hub: this one is not complete in the local cache, "
+            "and the Hub cannot be reached. Go online, or check the name."
+        ) from error

@@ -1,0 +1,78 @@
+"""What people type who come from another tool, and the scheme here that is nearest in meaning.
+
+Owns: `unknown_scheme`, the error for a text that names no scheme. Spelling is the last resort: `Q8_0` is like no name here, but
+means `w=int8/g32`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from arrondi.errors import ArrondiError, SchemeError, unknown
+from arrondi.formats.presets import ALIASES, PRESETS
+
+_GGUF: Final = {
+    "Q2_K": "w=int2/g16/asym", "Q3_K": "w=int3/g16", "Q4_K": "w=int4/g32/asym", "Q5_K": "w=int5/g32/asym", "Q6_K": "w=int6/g16",
+    "Q4_0": "w=int4/g32", "Q4_1": "w=int4/g32/asym", "Q5_0": "w=int5/g32", "Q5_1": "w=int5/g32/asym", "Q8_0": "w=int8/g32",
+    "IQ1": "w=ternary/g256", "IQ2": "w=int2/g16", "IQ3": "w=int3/g32", "IQ4": "w=nf4/g32", "TQ1": "w=ternary/g256",
+    "TQ2": "w=ternary/g256",
+}  # fmt: skip
+"""GGUF's block types, by the beginning of their names."""
+
+
+def _gguf(match: re.Match[str]) -> str:
+    word = match[0]
+    near = next((scheme for start, scheme in _GGUF.items() if word.startswith(start)), "W4A16")
+    return f"That is a type of GGUF files; nearest in meaning is {near}"
+
+
+def _bits(match: re.Match[str]) -> str:
+    bits = int(match["bits"])
+    if bits == 1:
+        return "One bit a weight is BINARY, TERNARY takes two"
+    if not 2 <= bits <= 8:
+        return f"Weights of {bits} bits are not quantized here: 2 to 8"
+    rounded = {4: "W4A8", 8: "W8A8"}.get(bits, f"w=int{bits}/g128,a=int8/token")
+    return f"Weights of {bits} bits are W{bits}A16 (groups of 128), with rounded inputs {rounded}"
+
+
+def _sized(match: re.Match[str]) -> str:
+    return f"Another group size is written w=int{match['bits']}/g{match['size']}, or W{match['bits']}A16 with --group-size {match['size']}"
+
+
+def _say(text: str) -> Callable[[re.Match[str]], str]:
+    return lambda match: text
+
+
+_MEANINGS: Final[tuple[tuple[str, Callable[[re.Match[str]], str]], ...]] = (
+    (r"(IQ|TQ|Q)\d(_\w+)?", _gguf),
+    (r"(GGUF|GGML|LLAMA\.?CPP).*", _say("GGUF is a kind of file; choose a scheme such as W4A16")),
+    (r"(?:W|INT)(?P<bits>[2-8])(?:A16)?_?G(?P<size>\d+)", _sized),
+    (r"(?:U?INT|I|W)?(?P<bits>\d{1,2})_?(?:BITS?|B|WO|WEIGHT_ONLY)?(?:_SYM)?", _bits),
+    (r"(RTN|GPTQ|HQQ|AWQ|AUTOROUND|SMOOTHQUANT)(_.*)?", _say("That is a method (--method), not a scheme; the usual scheme for it is W4A16")),
+    (r"(BNB|BITSANDBYTES)?_?(4BIT|NF4).*|QLORA", _say("The 4 bits of bitsandbytes are NF4 (or FP4)")),
+    (r"(BNB|BITSANDBYTES|LLM)_?\.?(INT)?8.*", _say("Weights of 8 bits are W8A16, with rounded inputs W8A8")),
+    (r"(E4M3|FP8_?E4M3|FLOAT8|F8|E5M2|FP8_?E5M2).*", _say("FP8 rounds weights and inputs by stored scales, FP8_DYNAMIC inputs by their own, FP8A16 weights alone")),
+    (r"(FLOAT4|F4|E2M1|FP4_?E2M1).*", _say("FP4 in blocks is NVFP4 or MXFP4; NVFP4A16 and MXFP4A16 round weights alone")),
+    (r"W(?P<bits>[2-8])A16_SYM", lambda match: f"W{match['bits']}A16 is symmetric"),
+    (r"W4A4.*", _say("Weights and inputs of 4 bits are NVFP4, MXFP4 or w=int4/g128,a=int4/token")),
+    (r"(BF16|BFLOAT16|FP16|FLOAT16|HALF|FP32|FLOAT32|F16|F32|NONE)", _say("That is a plain type, not a quantization; `arrondi dequantize --dtype` writes it")),
+    (r"(BITNET|B?1\.58).*", _say("Ternary weights are T158 (one scale) or TERNARY (one a row)")),
+)  # fmt: skip
+"""What is recognised (the whole text in capitals, dashes and blanks as underscores), and what is said; the first match counts."""
+
+
+def unknown_scheme(text: str) -> ArrondiError:
+    """The error for a text that is neither a preset nor the grammar; it says which scheme is nearest.
+
+    >>> str(unknown_scheme("Q8_0")).partition(" Known:")[0]
+    "Unknown scheme 'Q8_0'. That is a type of GGUF files; nearest in meaning is w=int8/g32."
+    """
+    word = re.sub(r"[-\s]+", "_", text.strip().upper())
+    for pattern, say in _MEANINGS:
+        match = re.fullmatch(pattern, word)
+        if match:
+            return SchemeError(f"Unknown scheme {text!r}. {say(match)}. Known: {', '.join(sorted(PRESETS))}.")
+    return unknown("scheme", text, [*PRESETS, *ALIASES])

@@ -1,0 +1,125 @@
+"""A model that is in memory: `InMemory`, any nn.Module as a source of sites.
+
+It answers like `OnDisk`; its one instance is the module itself, whose weights never come or go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from arrondi.model.chain import Chain
+from arrondi.model.flow import trace
+from arrondi.model.instance import Instance
+from arrondi.model.names import Names
+from arrondi.model.overlay import Overlay
+from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
+from arrondi.model.units import find_lists
+from arrondi.model.whole import Whole
+
+
+class InMemory:
+    """A module with its weights.
+
+    Attributes:
+        model: the module.
+        names: its parameters, each by its own name.
+        whole: the model is run as one unit.
+        where: for messages.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model: Any = model
+        self.where = type(model).__name__
+        unique = {id(p): n for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        params = dict(model.named_parameters(remove_duplicate=False))
+        self.names = Names(model, {n: tuple(params[n].shape) for n in unique.values()}, self.where, converted=False)
+        self.units = next(iter(find_lists(model)), "")
+        self.whole = False
+        self.facts = Facts()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of a transformers model, as a dictionary; empty for others."""
+        config: Any = getattr(self.model, "config", None)
+        return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+
+    @property
+    def to_load(self) -> int:
+        """Bytes that are still to be loaded: none."""
+        return 0
+
+    def instance(self, overlay: Overlay | None = None, device: torch.device | None = None) -> Held:
+        """The module itself."""
+        return Held(self)
+
+    @cached_property
+    def tensors(self) -> list[StoredTensor]:
+        """Every parameter, as a file would hold it."""
+        return find_tensors(self.names, self.facts, self.block_of)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Everything that multiplies."""
+        return [s for t in self.tensors for s in t.sites]
+
+    def run_as_whole(self, facts: Facts) -> None:
+        """From now on the model is one unit, of which a run has told this."""
+        self.facts = facts
+        self.whole, self.units = True, ""
+        self.__dict__.pop("tensors", None)
+
+    def units_of(self, instance: Instance) -> Chain | Whole:
+        """The instance as what `walk` goes through."""
+        return Whole(instance) if self.whole else Chain(instance, self.units)
+
+    def block_of(self, param: str) -> int | None:
+        """The unit that a parameter belongs to."""
+        if self.whole:
+            return 0
+        start = f"{self.units}."
+        return int(param.removeprefix(start).partition(".")[0]) if self.units and param.startswith(start) else None
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The element type of a parameter."""
+        return self.names.params[name].dtype
+
+    def dtype_of(self, tensor: StoredTensor) -> torch.dtype:
+        """The element type of a tensor."""
+        return self.stored_dtype(tensor.name)
+
+    def starts_without(self, modules: Iterable[str]) -> bool:
+        """Nothing is built anew."""
+        return True
+
+    def learn(self, run: Any) -> None:
+        """Take from one run which weights choose experts, and which are read otherwise than in products.
+
+        Args:
+            run: sends one batch through the model.
+        """
+        self.facts = Facts.of(trace(self.model, self.names.params, run))
+        self.__dict__.pop("tensors", None)
+
+
+class Held(Instance):
+    """The instance of a model in memory: filling and dropping do nothing."""
+
+    def __init__(self, source: InMemory) -> None:
+        self.source, self.names, self.overlay = source, source.names, Overlay()  # type: ignore[assignment]
+        self.model = source.model
+        self.empty = dict(source.names.params)
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self._inputs = {}
+
+    def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
+        """Nothing to do."""
+
+    def drop(self, params: Iterable[str]) -> None:
+        """Nothing to do."""
+
+    def is_empty(self, param: str) -> bool:
+        return False

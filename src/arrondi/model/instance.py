@@ -1,0 +1,170 @@
+"""A model whose weights come and go: `Instance`.
+
+Parameters are on the meta device until `fill` reads them from the source, changed as the overlay says; `drop` gives the memory
+back. Two instances of one source are two models, so that the original and the quantized one can be followed side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arrondi.errors import FileFormatError
+from arrondi.formats import ActivationScheme
+from arrondi.model.memory import release
+from arrondi.model.overlay import Overlay
+from arrondi.tensor.qtensor import Grid, fake_quantize
+
+if TYPE_CHECKING:
+    from arrondi.model.source import OnDisk
+
+
+Rounding = dict[str, tuple[ActivationScheme, Grid | None]]
+"""Module → how its input is rounded, and the static grid if there is one."""
+
+
+class Instance:
+    """One model of a source.
+
+    Attributes:
+        source: where weights come from.
+        model: the transformers model; what is not filled lies on the meta device.
+        overlay: what differs from the source.
+        device: where parameters are filled.
+    """
+
+    def __init__(
+        self, source: OnDisk, overlay: Overlay | None = None, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.device = device
+        self.source, self.names, self.overlay = source, source.names, overlay or Overlay()
+        self.model: Any = copy.deepcopy(source.model)
+        self.empty = dict(self.model.named_parameters(remove_duplicate=False))
+        self._inputs: Rounding = {}
+        self._load_buffers()
+
+    def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
+        """Read these parameters (and whatever shares their conversion), floating ones in `dtype`."""
+        for param in params:
+            if self.is_empty(param):
+                for name, value in self._values(param, dtype).items():
+                    if name in self.empty and self.is_empty(name):
+                        self._assign(name, value, dtype)
+
+    def _values(self, param: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The parameter's value, and those of the parameters that are made together with it."""
+        own = next((n for n in self.names.names_of(param) if n in self.overlay.changed), None)
+        group = self.names.group(param)
+        if own is not None and (group is None or own not in group.sources):
+            return {param: self.overlay.changed[own]()}
+        if group is None:
+            raise FileFormatError(f"{self.source.where}: no stored tensor fills {param}.")
+        tensors = [self.tensor(s, dtype) for s in group.sources]
+        if group.convert is None:
+            return {param: tensors[0]}
+        made = group.convert(tensors)
+        # A part that was changed under its own name is not made again from the original whole.
+        return {n: self.overlay.changed[n]() if n in self.overlay.changed else v for n, v in made.items()}
+
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor of the file, as it is now."""
+        changed = self.overlay.changed.get(name)
+        return changed() if changed is not None else self.source.checkpoint.dense(name, dtype)
+
+    def is_empty(self, param: str) -> bool:
+        return self.parameter(param).is_meta
+
+    def drop(self, params: Iterable[str]) -> None:
+        """Give the memory of these parameters back."""
+        for param in params:
+            for name in self.names.names_of(param):
+                module, leaf = self._owner(name)
+                module._parameters[leaf] = self.empty[name]
+        release()
+
+    def parameter(self, param: str) -> torch.Tensor:
+        """The parameter as it is now."""
+        module, leaf = self._owner(param)
+        found: torch.Tensor = module._parameters[leaf]
+        return found
+
+    def put(self, param: str, value: torch.Tensor | None) -> None:
+        """Give a module a parameter that the source does not have, or take it away."""
+        module, leaf = self._owner(param)
+        filled = None if value is None else torch.nn.Parameter(value.to(self.device), requires_grad=False)
+        module._parameters[leaf] = filled
+
+    def put_added(self, mine: Callable[[str], bool]) -> None:
+        """Fill those parameters that the overlay adds."""
+        for name in filter(mine, self.overlay.added):
+            self.put(name, self.overlay.added[name]())
+
+    def drop_added(self, mine: Callable[[str], bool]) -> None:
+        """Give the memory of those parameters that the overlay adds back."""
+        for name in filter(mine, self.overlay.added):
+            self.put(name, None)
+
+    def round_inputs(self, inputs: Rounding) -> None:
+        """From now on the inputs of these modules are rounded, as they will be when the packed model runs.
+
+        Args:
+            inputs: module → how, and the static grid if there is one. Without the grid that its scheme needs, an input stays.
+        """
+        for name, how in inputs.items():
+            if name not in self._inputs:
+                hook = _rounder(self._inputs, name)
+                self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+            self._inputs[name] = how
+
+    def _load_buffers(self) -> None:
+        """Buffers lie where the model runs. Stored buffers (running statistics, router biases, hash tables) hold what the checkpoint says."""
+        for group in self.names.groups:
+            for target in group.targets:
+                if target in self.names.buffers:
+                    module, leaf = self._owner(target)
+                    exact = any(n in target for n in self.model._keep_in_fp32_modules_strict or ())
+                    kind = torch.float32 if exact else module._buffers[leaf].dtype
+                    module._buffers[leaf] = self.source.checkpoint.dense(group.sources[0]).to(kind)
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != self.device and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(self.device)
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf
+
+    def _assign(self, param: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+        wanted = self.empty[param]
+        if tuple(value.shape) != tuple(wanted.shape):
+            raise FileFormatError(
+                f"{self.source.where}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}."
+            )
+        if value.dtype.is_floating_point:
+            value = value.to(dtype)
+        filled = torch.nn.Parameter(value.to(self.device).contiguous(), requires_grad=False)
+        for name in self.names.names_of(param):
+            module, leaf = self._owner(name)
+            module._parameters[leaf] = filled
+
+
+def _rounder(inputs: Rounding, name: str) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        scheme, grid = inputs[name]
+        if grid is None and scheme.dynamic is not True:
+            return args, kwargs
+        if args:
+            return (_rounded(args[0], scheme, grid), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: _rounded(kwargs[first], scheme, grid)}
+
+    return hook
+
+
+def _rounded(x: torch.Tensor, scheme: ActivationScheme, grid: Grid | None) -> torch.Tensor:
+    """An input as the packed model sees it; gradients pass as if it were not rounded."""
+    rounded = fake_quantize(x.detach(), scheme.scheme, grid=grid, name="activation")
+    return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded

@@ -1,0 +1,169 @@
+"""What running a model's units once says of their weights: `probe`, with made-up weights.
+
+No file is read: parameters are random numbers in bfloat16, a stack is one matrix seen many times, and an embedding gives random
+rows. One unit of every structure is run, on a few tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arrondi.errors import ArrondiError
+from arrondi.model.chain import REFUSALS, Chain, Inputs
+from arrondi.model.flow import trace
+from arrondi.model.instance import Instance
+from arrondi.model.site import Facts, is_stack
+
+if TYPE_CHECKING:
+    from arrondi.model.source import OnDisk
+
+_TOKENS = 8
+_REPEATED = 1 << 16
+"""Random numbers of which weights are made."""
+
+
+class _MadeUp(Instance):
+    """An instance whose weights are random."""
+
+    weightless = False
+    """Parameters are zeros that take no memory."""
+
+    def _values(self, param: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        empty = self.empty[param]
+        if self.weightless:
+            return {param: torch.zeros((1,) * empty.ndim).expand(empty.shape)}
+        module = self.model.get_submodule(param.rpartition(".")[0])
+        if is_stack(module, empty):
+            return {param: _random(empty.shape[1:], empty.dtype).expand(empty.shape)}
+        return {param: _random(empty.shape, empty.dtype)}
+
+    def _assign(self, param: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+        for name in self.names.names_of(param):
+            module, leaf = self._owner(name)
+            module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
+    """Which list of blocks runs on token ids, and what its weights do.
+
+    Args:
+        lists: names of the lists that may be the units, the likeliest first.
+
+    Returns:
+        the name of the list, the likeliest where none runs on token ids alone, "" where the model changes weights as it runs;
+        routers, weights that are read otherwise than in
+        products, and the orientation of stacks, as far as anything could be run.
+    """
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        for name in lists:
+            with contextlib.suppress(ArrondiError, *REFUSALS):  # other inputs are wanted, or blocks are not run
+                facts = _observe(Chain(_MadeUp(source), name))
+                return ("" if any(_in_place(how) for how in facts.bare.values()) else name), facts
+    finally:
+        torch.random.set_rng_state(state)
+    return (lists[0] if lists else ""), Facts()
+
+
+def _observe(chain: Chain) -> Facts:
+    model = chain.model
+    handles = [_look_up(m) for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    size = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 1000)
+    ids = torch.randint(0, size, (1, _TOKENS))
+    routers: set[str] = set()
+    bare: dict[str, str] = {}
+    flipped: set[str] = set()
+    leaders: dict[str, str] = {}
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        for handle in handles:
+            undo.callback(handle)
+        entered: list[Any] = []
+        everything = {n: chain.instance.parameter(n) for n in chain.instance.empty}
+        with chain.outer_loaded():
+            before = trace(model, everything, lambda: entered.append(chain.begin(Inputs.of(ids))))
+        hidden, calls = entered[0]
+        # What the model does to the weights of blocks before these run; all else is seen in the blocks.
+        bare |= {n: how for n, how in before.bare.items() if n.startswith(f"{chain.prefix}.") and _in_place(how)}
+        seen: set[Any] = set()
+        for i, block in enumerate(chain.blocks):
+            structure = (type(block), tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
+            if structure in seen:
+                continue
+            seen.add(structure)
+            chain.fill(i)
+            params = {n: chain.instance.parameter(n) for n in chain.params(i)}
+            flow = trace(block, params, lambda i=i: chain.call(i, hidden.clone(), calls[i]))  # type: ignore[misc]
+            chain.drop(i)
+            own = f"{chain.prefix}.{i}."
+            like = _others(chain, i, structure)
+            routers |= {p + n.removeprefix(own) for n in flow.routers for p in like}
+            bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
+            leaders |= {p + n.removeprefix(own): p + leader.removeprefix(own) for s in flow.stages for n, leader in s.leaders.items() for p in like}  # fmt: skip
+            flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
+        unreached: frozenset[str] = frozenset()
+        with contextlib.suppress(*REFUSALS):  # what follows the blocks may need more than shapes
+            unreached = _unreached(chain, Inputs.of(ids), hidden)
+    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders)
+
+
+def _unreached(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> frozenset[str]:
+    """Parameters of modules outside the blocks that the model does not call on token ids: towers for images and sound."""
+    called: set[str] = set()
+    handles = []
+    with contextlib.ExitStack() as undo:
+        for name, module in chain.model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: called.add(name)))
+            if isinstance(module, torch.nn.Linear) and not name.startswith(f"{chain.prefix}."):
+                undo.callback(setattr, module, "forward", module.forward)
+                setattr(module, "forward", _blank(module.out_features))  # noqa: B010
+        for handle in handles:
+            undo.callback(handle.remove)
+        chain.instance.weightless = True  # type: ignore[attr-defined]
+        with chain.outer_loaded():
+            chain.finish(inputs, hidden)
+    owners = {n: n.rpartition(".")[0] for n in chain.instance.empty if not n.startswith(f"{chain.prefix}.")}
+    return frozenset(n for n, owner in owners.items() if owner not in called)
+
+
+def _blank(size: int) -> Any:
+    """The forward of a linear layer of which only the shape counts."""
+    return lambda x: x.new_zeros(1).expand(*x.shape[:-1], size)
+
+
+def _in_place(how: str) -> bool:
+    """Whether a weight is changed by the operation that was seen."""
+    return how.partition(" ")[0].endswith("_")
+
+
+def _others(chain: Chain, i: int, structure: Any) -> list[str]:
+    """The starts of the names of all blocks of the same structure."""
+    return [
+        f"{chain.prefix}.{j}."
+        for j, block in enumerate(chain.blocks)
+        if (type(block), tuple((n, tuple(p.shape)) for n, p in block.named_parameters())) == structure
+    ]
+
+
+def _look_up(module: Any) -> Any:
+    """Make an embedding give random rows, without its weight; returns what undoes it."""
+    forward = module.forward
+    module.forward = lambda ids, *_: torch.randn(*ids.shape, module.embedding_dim)
+    kept = module._parameters["weight"]
+    module._parameters["weight"] = torch.nn.Parameter(torch.zeros(1, 1).expand(kept.shape), requires_grad=False)
+
+    def undo() -> None:
+        module.forward, module._parameters["weight"] = forward, kept
+
+    return undo
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    size = math.prod(shape)
+    few = torch.randn(min(size, _REPEATED)).mul_(0.02).to(dtype)
+    return few.repeat(-(-size // _REPEATED))[:size].reshape(shape)

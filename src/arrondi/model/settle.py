@@ -1,0 +1,111 @@
+"""Whether running a model unit by unit computes what the model computes: `settle`.
+
+One batch is sent through the model's own forward pass, each block loaded only while it runs; beside it every block is run as the
+chain would run it. Arguments that depend on earlier blocks, caches, extra inputs: whatever differs shows here, and the model is
+then run as a whole, if it fits in memory, or refused.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from arrondi.errors import ArrondiError, SchemeError
+from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, said
+from arrondi.model.flow import trace
+from arrondi.model.in_memory import InMemory
+from arrondi.model.site import Facts
+from arrondi.model.source import OnDisk
+from arrondi.model.whole import Whole
+
+_TOLERANCE = 1e-4
+"""Of the largest number: float32 sums in the same order differ by less."""
+
+
+@torch.no_grad()
+def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
+    """Decide how a source is run: unit by unit, or as a whole; `source.units` says it afterwards.
+
+    Args:
+        batch: as the model will be called; one window is enough, as long as those that will follow.
+
+    Returns:
+        sentences for people, when the model is run as a whole.
+
+    Raises:
+        SchemeError: it runs neither way on this data.
+    """
+    try:
+        if not source.units:
+            raise SchemeError("The model has no list of blocks.")
+        _compare(Chain(source.instance(), source.units), Inputs.of(batch))
+        return []
+    except SchemeError as reason:
+        why = str(reason)
+    need = source.to_load
+    if need > _memory() // 4:
+        raise SchemeError(
+            f"{why} Run as a whole it would need twice {need / 1e9:.1f} GB of memory. Use --method rtn or hqq with neither --calibration nor --eval-text."
+        )
+    whole = Whole(source.instance())
+    whole.fill(0)
+    _, (call,) = whole.begin(Inputs.of(batch))
+    params = {n: whole.instance.parameter(n) for n in whole.instance.empty}
+    try:
+        flow = trace(whole.model, params, lambda: whole.run(0, torch.zeros(0), call))
+    except SchemeError as error:
+        raise SchemeError(
+            f"{error} So it can be neither calibrated nor measured on text: use --method rtn or hqq with neither --calibration nor --eval-text."
+        ) from error
+    finally:
+        whole.drop(0)
+    source.run_as_whole(Facts.of(flow))
+    return [f"{why} The model is kept in memory as a whole and run so."]
+
+
+def _compare(chain: Chain, inputs: Inputs) -> None:
+    """Every block and the end of the model, run by the chain and by the model itself.
+
+    Raises:
+        SchemeError: they differ; the sentence says where.
+    """
+    with chain.outer_loaded():
+        _, calls = chain.begin(inputs)
+    final: list[torch.Tensor] = []
+
+    def see(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs["hidden_states"]
+        try:
+            ours = hidden_of(chain.call(i, hidden.clone(), calls[i]), hidden)
+        except REFUSALS as error:
+            raise SchemeError(f"{chain.prefix}.{i} needs what earlier blocks leave behind ({said(error)}).") from error
+        theirs = hidden_of(output, hidden)
+        if not _close(ours, theirs):
+            raise SchemeError(f"{chain.prefix}.{i} computes something else when it is run by itself.")
+        final[:] = [theirs]
+
+    try:
+        expected = chain.whole(inputs, see)
+    except ArrondiError:
+        raise
+    except REFUSALS as error:
+        raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
+    with chain.outer_loaded():
+        if not final or not _close(chain.finish(inputs, final[0]), expected):
+            raise SchemeError(f"What follows {chain.prefix} computes something else when it is run by itself.")
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal but for rounding; what is not finite in one is the same in the other."""
+    if ours.shape != theirs.shape:
+        return False
+    finite = theirs[theirs.isfinite()]
+    limit = _TOLERANCE * max(float(finite.abs().max()), 1e-6) if len(finite) else 0.0
+    return torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True)
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

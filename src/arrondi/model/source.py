@@ -1,0 +1,167 @@
+"""Where a model comes from: `OnDisk`, a checkpoint and its model on the meta device.
+
+A source gives sites, tensors and the config; `instance()` gives a model that can be run from it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrondi.checkpoint import Checkpoint
+from arrondi.errors import FileFormatError
+from arrondi.model.build import build_model
+from arrondi.model.chain import Chain
+from arrondi.model.instance import Instance, Rounding
+from arrondi.model.names import Names
+from arrondi.model.overlay import Overlay
+from arrondi.model.probe import probe
+from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
+from arrondi.model.units import find_lists
+from arrondi.model.whole import Whole
+
+_CPU = torch.device("cpu")
+_NAMED = 3
+"""Missing tensors that a message names."""
+
+
+class OnDisk:
+    """A model directory, plain or quantized, without its weights.
+
+    Attributes:
+        checkpoint: where weights come from.
+        model: the transformers model, its parameters on the meta device.
+        names: the way from stored tensors to parameters.
+        whole: the model is run as one unit.
+
+    Raises:
+        FileFormatError: not a model that transformers knows, or tensors of it are missing.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        """
+        Args:
+            dtype: of computed buffers, as in transformers.
+        """
+        self.checkpoint = checkpoint
+        self.where: Path = checkpoint.folder.path
+        self.model = build_model(checkpoint.folder.model_config, self.where, dtype)
+        self.names = Names(self.model, checkpoint.names, self.where)
+        self._refuse_missing()
+        self.whole = False
+
+    @classmethod
+    def open(cls, path: str | Path) -> OnDisk:
+        """Open a model directory."""
+        return cls(Checkpoint.open(path))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self.checkpoint.folder.config
+
+    @property
+    def to_load(self) -> int:
+        """Bytes that all weights take in float32."""
+        return 4 * sum(p.numel() for p in self.model.parameters())
+
+    def instance(self, overlay: Overlay | None = None, device: torch.device = _CPU) -> Instance:
+        """The model, changed as the overlay says, filled on a device."""
+        return Instance(self, overlay, device)
+
+    @property
+    def units(self) -> str:
+        """Name of the list of blocks that run one after another, "" if there is none."""
+        return "" if self.whole else self._probed[0]
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What running the units once, with made-up weights, says of the parameters."""
+        return self._probed[1]
+
+    @cached_property
+    def _probed(self) -> tuple[str, Facts]:
+        return probe(self, find_lists(self.model))
+
+    @cached_property
+    def tensors(self) -> list[StoredTensor]:
+        """Every tensor that a file of this model holds."""
+        return find_tensors(self.names, self.facts, self.block_of)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Everything that multiplies, in the order of the files."""
+        return [s for t in self.tensors for s in t.sites]
+
+    @property
+    def rounded_inputs(self) -> Rounding:
+        """Module → how its input is rounded, of a checkpoint that is quantized."""
+        found: Rounding = {}
+        for tensor in self.tensors:
+            if tensor.name not in self.checkpoint.placed:
+                continue
+            scheme = self.checkpoint.inputs_of(tensor.name)
+            if scheme is not None:
+                grid = None if scheme.dynamic is True else self.checkpoint.layer(tensor.name).inputs
+                found |= {m: (scheme, grid) for site in tensor.sites for m in site.rounds_inputs}
+        return found
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The element type of a stored tensor."""
+        return self.checkpoint.folder.entries[name].torch_dtype
+
+    def dtype_of(self, tensor: StoredTensor) -> torch.dtype:
+        """The element type of a tensor as it is written without quantization."""
+        return self.stored_dtype(tensor.sources[0])
+
+    def run_as_whole(self, facts: Facts) -> None:
+        """From now on the model is one unit, of which a run has told this."""
+        self.whole, self.facts = True, facts
+        for name in ("tensors", "sites"):
+            self.__dict__.pop(name, None)
+
+    def units_of(self, instance: Instance) -> Chain | Whole:
+        """An instance as what `walk` goes through."""
+        return Whole(instance) if self.whole else Chain(instance, self.units)
+
+    def block_of(self, param: str) -> int | None:
+        """The unit that a parameter belongs to."""
+        if self.whole:
+            return 0
+        start = f"{self.units}."
+        return int(param.removeprefix(start).partition(".")[0]) if self.units and param.startswith(start) else None
+
+    def starts_without(self, modules: Iterable[str]) -> bool:
+        """Whether the class gets through its own initialisation while these modules have no `weight`.
+
+        transformers runs it before packed weights are put in, and some classes reach for the weight unasked.
+        """
+        model = copy.deepcopy(self.model)  # initialising writes buffers
+        for module in {m for n, m in model.named_modules() if n in set(modules)}:
+            module._parameters.pop("weight", None)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                _initialise(model, model)
+        except AttributeError:
+            return False
+        return True
+
+    def _refuse_missing(self) -> None:
+        missing = self.names.missing()
+        if missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise FileFormatError(
+                f"{self.where}: no stored tensor fills {', '.join(missing[:_NAMED])}{more}. Is a shard missing, or does config.json belong to another model?"
+            )
+
+
+def _initialise(module: Any, model: Any) -> None:
+    """What transformers does to the weights that a file lacks: every module is initialised by the innermost model around it."""
+    for child in module.children():
+        _initialise(child, child if hasattr(child, "_init_weights") else model)
+    model._init_weights(module)

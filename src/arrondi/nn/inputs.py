@@ -1,0 +1,92 @@
+"""How a layer rounds what enters it.
+
+Owns: `keep_grid` and `round_inputs`. Scales follow each tensor (dynamic), or are stored with the layer (static), or the outer
+scale is stored and the inner ones follow (local: NVFP4). Stored numbers are buffers of the layer: `input_scale`,
+`input_zero_point` and `input_offset`, one number each.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import nn
+
+from arrondi.errors import DataError, SchemeError
+from arrondi.formats import ActivationScheme, PerTensor, Scheme
+from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.ranges.grid import Grid
+
+_NAMES: Final = ("input_scale", "input_zero_point", "input_offset")
+
+
+def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | None) -> None:
+    """Register the stored part of the grid as buffers of the module, which are no part of `state_dict()`.
+
+    Raises:
+        SchemeError: the inputs need a stored grid and there is none, or the other way round, or it has other parts than the
+            scheme.
+        DataError: it has more than one scale, or one that is no positive number.
+    """
+    for name in _NAMES:
+        setattr(module, name, None)
+    if inputs is None or inputs.dynamic is True:
+        if grid is not None:
+            raise SchemeError(
+                f"A stored grid of inputs is for static or local scales, got inputs={inputs}. Drop the grid."
+            )
+        return
+    if grid is None:
+        raise SchemeError(
+            f"Inputs by {inputs} need a stored scale, and there is none. Pass input_grid, or use dynamic scales."
+        )
+    outer = _outer(inputs)
+    parts = (grid.scale, grid.zero_point, grid.offset)
+    wanted = (True, outer.zero_point == "integer", outer.zero_point == "float")
+    if tuple(part is not None for part in parts) != wanted:
+        raise SchemeError(f"The stored grid of inputs must have the parts of {outer}, got {_present(parts)}.")
+    if not isinstance(outer.granularity, PerTensor):
+        raise SchemeError(f"A stored grid of inputs has one scale for a whole tensor, got {outer}.")
+    for name, part, dtype in zip(_NAMES, parts, (torch.float32, torch.int32, torch.float32), strict=True):
+        if part is None:
+            continue
+        if part.numel() != 1 or not bool(torch.isfinite(part).all()):
+            raise DataError(
+                f"{name} must be one finite number, got {part.flatten()[:4].tolist()} in shape {tuple(part.shape)}."
+            )
+        delattr(module, name)
+        module.register_buffer(name, part.detach().to(dtype).reshape(1).clone(), persistent=False)
+    if not bool(grid.scale > 0):
+        raise DataError(f"input_scale must be positive, got {float(grid.scale)}. Calibrate the layer again.")
+    zero = grid.zero_point
+    if zero is not None and not outer.format.qmin <= int(zero) <= outer.format.qmax:
+        raise DataError(
+            f"input_zero_point must be a code of {outer.format}, {outer.format.qmin} … {outer.format.qmax}, got {int(zero)}."
+        )
+
+
+def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -> torch.Tensor:
+    """`x` as it reads back after rounding, in its own dtype, with the grid that `keep_grid` gave the module.
+
+    Raises:
+        DataError: x has NaN or infinity.
+    """
+    if inputs.dynamic is True:
+        return fake_quantize(x, inputs.scheme, name="inputs")
+    stored = Grid(module.get_buffer("input_scale"), *(module._buffers.get(name) for name in _NAMES[1:]))
+    return fake_quantize(x, inputs.scheme, stored, name="inputs")
+
+
+def _outer(inputs: ActivationScheme) -> Scheme:
+    """The scheme of what is stored: of the numbers, or of their scales."""
+    if inputs.dynamic is False:
+        return inputs.scheme
+    if not isinstance(inputs.scheme.scale, Scheme):
+        raise SchemeError(
+            f"Local scales are quantized by a stored outer scale, got {inputs.scheme}. Use dynamic scales."
+        )
+    return inputs.scheme.scale
+
+
+def _present(parts: tuple[torch.Tensor | None, ...]) -> str:
+    return ", ".join(name for name, part in zip(_NAMES, parts, strict=True) if part is not None) or "none"

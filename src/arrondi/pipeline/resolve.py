@@ -1,0 +1,194 @@
+"""What becomes of one tensor: the rules of a recipe, applied to what the model is.
+
+Owns: `PlannedTensor` and `resolve`. Every tensor ends in one class (quantized, kept by rule, kept because impossible), with the
+reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from arrondi.checkpoint import Layout, Placed
+from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, Scheme
+from arrondi.model import Site, Source, StoredTensor
+from arrondi.pipeline.recipe import Recipe, Rule, matches
+from arrondi.pipeline.step import get_step
+
+Status = Literal["quantized", "kept by rule", "kept because impossible"]
+
+_SMALL_OUTPUT = 8
+"""A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
+_SMALLEST_GROUP = 16
+"""Groups that stand in for one that does not fit have at least as many columns."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What becomes of one tensor of the file.
+
+    Attributes:
+        tensor: name, shape and sites.
+        dtype: as stored in the source.
+        status, reason: its class, and why.
+        rule: the rule that quantizes it.
+        scheme: what it becomes, after it was fitted to the shape.
+        picked: numbers of the recipe's rewrites and repairs that pick it.
+    """
+
+    tensor: StoredTensor
+    dtype: torch.dtype
+    status: Status
+    reason: str
+    rule: Rule | None = None
+    scheme: LayerScheme | None = None
+    picked: frozenset[int] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.tensor.sites
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As written without quantization."""
+        return self.tensor.shape
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> int | None:
+        """The unit that uses it."""
+        return self.sites[0].block if self.sites else None
+
+    @property
+    def placed(self) -> Placed:
+        """The layer as the output holds it."""
+        assert self.scheme is not None
+        return placed_of(self.tensor, self.scheme, self.rule)
+
+
+def placed_of(tensor: StoredTensor, scheme: LayerScheme, rule: Rule | None) -> Placed:
+    """A tensor with its scheme, as layouts know it."""
+    first = tensor.sites[0]
+    kind = first.classes[0] if first.param_index is None else "Linear"
+    indexed = rule is not None and rule.options.get("order") == "dynamic"
+    return Placed(tensor.name, tensor.shape, scheme, first.modules[0], kind, first.file_flipped, indexed)
+
+
+class Resolver:
+    """Decides tensor by tensor and remembers which selectors were of use.
+
+    Attributes:
+        used: selectors that picked something.
+        notes: sentences about schemes that were fitted to a shape, each with the layers that it concerns.
+        ignore: selectors of what is left alone.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, layout: Layout, keep_misfits: bool) -> None:
+        self.source, self.recipe, self.layout, self.keep_misfits = source, recipe, layout, keep_misfits
+        self.used: set[str] = set()
+        self.notes: dict[str, list[str]] = {}
+        model = source.model
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        heads = tuple(n for n, m in model.named_modules() if head is not None and m is head)
+        self.ignore = heads if recipe.ignore is None else recipe.ignore
+
+    def resolve(self, tensor: StoredTensor) -> PlannedTensor:
+        dtype = self.source.dtype_of(tensor)
+        plain = PlannedTensor(tensor, dtype, "kept by rule", "")
+        if not tensor.params:
+            return replace(plain, reason="not a parameter of the model")
+        if not tensor.sites:
+            buffer = all(p in self.source.names.buffers for p in tensor.params)
+            return replace(plain, reason="a buffer" if buffer else "one-dimensional (norm or bias)")
+        site = tensor.sites[0]
+        names = [tensor.name, tensor.name.removesuffix(".weight"), *site.modules, *self._aliases(site)]
+        rule, picked, named = self._rules(names, site.classes)
+        ignored = [s for s in self.ignore if matches(s, names, site.classes)]
+        self.used |= set(ignored)
+        if rule is None:
+            return replace(plain, reason=f"not a target ({site.classes[0]})", picked=picked)
+        if rule.scheme is None:
+            return replace(plain, reason="left alone by a rule", rule=rule, picked=picked)
+        others = [a for a in self._aliases(site) if a != tensor.name]
+        tied = f", tied to {others[0]}" if len(others) + 1 > 1 and len(self._aliases(site)) > 1 else ""
+        if ignored:
+            return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}")
+        if not site.reached and not named:
+            return replace(plain, reason="text does not reach it; name it in --targets to quantize it blindly")
+        if site.unfit:
+            return replace(plain, status="kept because impossible", reason=site.unfit)
+        if site.shape[0] < _SMALL_OUTPUT:
+            return replace(plain, reason=f"only {site.shape[0]} outputs", picked=picked)
+        return self._quantized(replace(plain, rule=rule, picked=picked))
+
+    def _quantized(self, plain: PlannedTensor) -> PlannedTensor:
+        """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
+        rule, site = plain.rule, plain.sites[0]
+        assert rule is not None and rule.scheme is not None
+        scale = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(plain.dtype, "float32")
+        wanted = rule.scheme.with_scale(scale)  # type: ignore[arg-type]
+        step = get_step(rule.method)
+        reason = f"rule {self.recipe.rules.index(rule) + 1}"
+        refusal = ""
+        for scheme in [wanted] if self.keep_misfits else _nearest(wanted, site.matrix_shape[1]):
+            refusal = step.refuse(site, scheme) or self.layout.refuse(placed_of(plain.tensor, scheme, rule)) or ""
+            if not refusal and self.keep_misfits and _ragged(scheme.weights, site.matrix_shape):
+                refusal = f"{scheme.weights} does not divide its shape {site.matrix_shape}"
+            if not refusal:
+                if scheme != wanted:
+                    note = f"{wanted.weights} does not divide {site.matrix_shape[1]} inputs; {scheme.weights} instead"
+                    self.notes.setdefault(note, []).append(plain.name)
+                    reason += f", {note}"
+                return replace(plain, status="quantized", reason=reason, scheme=scheme)
+        return replace(plain, status="kept because impossible", reason=refusal)
+
+    def _rules(self, names: Sequence[str], classes: Sequence[str]) -> tuple[Rule | None, frozenset[int], bool]:
+        """The last round rule that picks this, the numbers of all rewrites and repairs that do, and whether the rule names it."""
+        found, picked, named = None, set(), False
+        for number, rule in enumerate(self.recipe.rules):
+            hits = [s for s in rule.targets if matches(s, names, classes)]
+            self.used |= set(hits)
+            if hits and get_step(rule.method).kind == "round":
+                found, named = rule, any(h != "Linear" for h in hits)
+            elif hits:
+                picked.add(number)
+        return found, frozenset(picked), named
+
+    def _aliases(self, site: Site) -> list[str]:
+        return self.source.names.names_of(site.param)
+
+
+def _ragged(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    match scheme.granularity:
+        case PerGroup(size):
+            return shape[1] % size != 0
+        case PerBlock(rows, columns):
+            return shape[0] % rows != 0 or shape[1] % columns != 0
+    return False
+
+
+def _nearest(wanted: LayerScheme, columns: int) -> list[LayerScheme]:
+    """The scheme itself, then the same with other groups that divide the columns, the nearest size first."""
+    granularity = wanted.weights.granularity
+    fixed = wanted.weights.scale == "e8m0" or isinstance(wanted.weights.scale, Scheme)
+    if not isinstance(granularity, PerGroup) or columns % granularity.size == 0 or fixed:
+        return [wanted]
+    sizes = [g for g in range(_SMALLEST_GROUP, columns + 1) if columns % g == 0] or [columns]
+
+    def distance(g: int) -> tuple[bool, float]:
+        # The compiled kernels know groups of 16 and multiples of 32, and one group a row.
+        return not (g == columns or g == 16 or g % 32 == 0), abs(math.log(g / granularity.size))
+
+    groups = [PerChannel() if g == columns else PerGroup(g) for g in sorted(sizes, key=distance)]
+    return [wanted, *(replace(wanted, weights=replace(wanted.weights, granularity=g)) for g in groups)]

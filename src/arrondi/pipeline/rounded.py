@@ -1,0 +1,126 @@
+"""Rounding sites: weights in, QTensors with what they cost out.
+
+Owns: `Rounded`, `round_alone` (a weight of whose inputs nothing is known) and `round_together` (weights that read the same input).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from arrondi.errors import DataError
+from arrondi.formats import LayerScheme, PerChannel, PerGroup, Scheme
+from arrondi.model import Site, release
+from arrondi.pipeline.statistics import Seen
+from arrondi.pipeline.step import get_step
+from arrondi.rounding.error import Loss, output_loss, weight_loss
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.quantizers import knows
+from arrondi.tensor.rows import split_rows, stack_rows
+
+_CHUNK = 1 << 19
+"""Elements of a weight that are rounded at a time when rows do not depend on each other."""
+
+
+@dataclass
+class Rounded:
+    """One site, rounded.
+
+    Attributes:
+        q: its codes.
+        weight_error: Σ (w - ŵ)² and Σ w².
+        output_error: ‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² on the calibration inputs, if there were any.
+        tokens: calibration tokens that reached it; None without calibration.
+        method: what was done.
+        why: why it is not what was asked for, "" if it is.
+        facts: what the method says of its run.
+    """
+
+    q: QTensor
+    weight_error: Loss
+    output_error: Loss | None
+    tokens: int | None
+    method: str
+    why: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def rowwise(scheme: Scheme) -> bool:
+    """Whether each row of a matrix is rounded by itself."""
+    return scheme.granularity == PerChannel() or (
+        isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
+    )
+
+
+def round_alone(
+    weight: torch.Tensor, scheme: Scheme, method: str, options: Mapping[str, Any], name: str, why: str = ""
+) -> Rounded:
+    """Round one weight (out, in), any float dtype, without knowing its inputs."""
+    run = get_step(method).round
+    assert run is not None
+    chunked = rowwise(scheme) and not knows(weight, scheme)
+    step = max(_CHUNK // weight.shape[1], 1) if chunked else len(weight)
+    parts, error = [], Loss()
+    facts: dict[str, Any] = {}
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step]
+        q, said = run(part.float() if chunked else part, scheme, None, name=name, **options)
+        error += weight_loss(part, q)
+        facts |= said
+        parts.append(q)
+    return Rounded(stack_rows(parts), error, None, None, method, why, facts)
+
+
+def round_together(
+    sites: Sequence[Site],
+    weights: Sequence[torch.Tensor],
+    scheme: Scheme,
+    method: str,
+    options: Mapping[str, Any],
+    seen: Seen,
+) -> list[Rounded]:
+    """Round weights (out, in) that read the same input, in one sweep; each error is the weight's own."""
+    for site, weight in zip(sites, weights, strict=True):
+        if not bool(torch.isfinite(weight).all()):
+            raise DataError(
+                f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
+            )
+    joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    run = get_step(method).round
+    assert run is not None
+    q, facts = run(joined, scheme, seen, name=sites[0].name, **options)
+    sizes = [len(w) for w in weights]
+    found = []
+    for weight, part in zip(weights, split_rows(q, sizes), strict=True):
+        restored = part.dequantize()
+        error = output_loss(weight, restored, seen.moment) if seen.moment is not None else None
+        found.append(Rounded(part, weight_loss(weight, part), error, seen.tokens, method, facts=facts))
+    release()
+    return found
+
+
+def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded]) -> dict[str, Any]:
+    """A tensor's line in `report.json`; sums of its sites', never means of ratios."""
+    error = sum((p.weight_error for p in parts), Loss())
+    outputs = [p.output_error for p in parts if p.output_error is not None]
+    output = sum(outputs, Loss())
+    tokens = [p.tokens for p in parts if p.tokens is not None]
+    weights = sum(p.q.codes.numel() for p in parts)
+    ways = sorted({p.method for p in parts})
+    whys = sorted({p.why for p in parts if p.why})
+    facts = {k: v for p in parts for k, v in p.facts.items()}
+    return {
+        "name": name,
+        "scheme": str(scheme),
+        "method": "+".join(ways),
+        "bits_per_weight": round(sum(p.q.stored_bits for p in parts) / max(weights, 1), 4),
+        "sqnr_db": round(error.decibels, 3) if math.isfinite(error.decibels) else None,
+        "output_error": output.ratio if outputs else None,
+        "calibration_tokens": min(tokens) if tokens else None,
+        **({"why": "; ".join(whys)} if whys else {}),
+        **facts,
+    }

@@ -1,0 +1,319 @@
+"""A plan carried out: the streaming run from checkpoint to packed checkpoint.
+
+Owns: `Run`. The model passes block by block; every block is rounded, written to its place, noted in the journal, and then run
+with the values that the file holds. The original and the quantized model are followed side by side and compared at the end. A
+run that was killed is continued by the same call: finished units are read back, not rounded again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from arrondi.checkpoint import LayerValues, ShardWriter
+from arrondi.evaluate.compare import comparison_for
+from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
+from arrondi.pipeline.journal import Journal
+from arrondi.pipeline.ledger import Ledger
+from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.resolve import PlannedTensor
+from arrondi.pipeline.rounded import Rounded, round_alone, row_of
+from arrondi.pipeline.statistics import Forward, Side
+from arrondi.pipeline.step import OF_ORIGINAL, Added
+from arrondi.pipeline.texts import Texts
+from arrondi.pipeline.unit import carry_out, stackable
+from arrondi.pipeline.work import Work
+from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.rows import stack_rows
+
+_HIDDEN_LIMIT = 512 << 20
+"""Bytes of hidden states and arguments kept in memory; more goes to a file in the output directory."""
+_GROUP_BYTES = 256 << 20
+"""Tensors of a run without data are written in groups of this size between two journal lines."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what is going on)."""
+
+
+class Run:
+    """One execution of a plan: the state that its parts share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        texts: Texts,
+        journal: Journal,
+        ledger: Ledger,
+        shard_bytes: int,
+        progress: Progress,
+        device: torch.device,
+    ) -> None:
+        self.ledger, self.device = ledger, device
+        assert isinstance(plan.source, OnDisk)
+        self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
+        self.shards = plan.shards(shard_bytes)
+        self.rows: list[dict[str, Any]] = []
+        self.overlay = Overlay(config=dict(plan.declared.config))
+        self.touched = {s.tensor for one in plan.selected for s in one.sites} | set(plan.declared.changed)
+        self.bfloat16 = bfloat16_pays(self.source.checkpoint)
+
+    def execute(self) -> None:
+        """Everything up to complete files without their final names."""
+        started = time.monotonic()
+        self.writer = ShardWriter(self.journal.work, self.shards, self.journal.out)
+        self.journal.verify(self.writer.digest, self.ledger.check)
+        if self.journal.note:
+            self.progress(0, 1, self.journal.note)
+        if "measured" in self.journal.steps:
+            return
+        measured = None
+        with torch.no_grad():
+            if self.texts.calibration or self.texts.evaluation:
+                measured = self._with_data()
+            elif self.touched:
+                self._unit_by_unit()
+            else:
+                self._tensor_by_tensor()
+        seconds = round(time.monotonic() - started, 2)
+        self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
+
+    # ── without data: tensors go from file to file ────────────────────────────────────────────────────────────────────
+
+    def _tensor_by_tensor(self) -> None:
+        groups = _grouped(self.plan.tensors)
+        for i, group in enumerate(groups):
+            self.progress(i, len(groups), f"tensors {i + 1} of {len(groups)}")
+            self._step(f"tensors {i}", group, lambda group=group: [r for t in group for r in self._alone(t)])  # type: ignore[misc]
+
+    def _alone(self, planned: PlannedTensor) -> list[dict[str, Any]]:
+        """Round one tensor by itself, or copy it."""
+        if planned.status != "quantized":
+            self._keep(planned, {})
+            return []
+        assert planned.rule is not None and planned.scheme is not None
+        scheme, rule = planned.scheme.weights, planned.rule
+        weights = self._stored_weights(planned)
+        if not stackable(scheme, len(weights)):
+            weights = [torch.cat(weights)]
+        parts = [round_alone(w, scheme, rule.method, rule.options, planned.name) for w in weights]
+        return [self._put(planned, parts, None)]
+
+    def _stored_weights(self, planned: PlannedTensor) -> list[torch.Tensor]:
+        """The weights of a tensor's sites, (out, in), in their stored type where nothing is converted."""
+        if not planned.tensor.converted:
+            stored = self.source.checkpoint.folder.read(planned.name)
+            return [s.stored(stored) for s in planned.sites]
+        instance = self.source.instance()
+        instance.fill(planned.tensor.params)
+        return [s.region(instance.parameter(s.param)) for s in planned.sites]
+
+    # ── unit by unit ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _open(self) -> None:
+        """Two models: the original, and the quantized one as far as earlier runs have got."""
+        self.instance = self.source.instance(self.overlay, self.device)
+        self.units = self.source.units_of(self.instance)
+        self.original = self.source.units_of(self.source.instance(device=self.device))
+        rounded = [(t.scheme.inputs, s) for t in self.plan.quantized if t.scheme and t.scheme.inputs for s in t.sites]
+        self.instance.round_inputs({m: (inputs, None) for inputs, s in rounded for m in s.rounds_inputs})
+        for done in self.journal.steps.values():
+            self._adopt([t for t in self.plan.tensors if t.name in set(done["tensors"])])
+
+    def _unit_by_unit(self) -> None:
+        """Without data, where weights cannot be taken one by one."""
+        if not self.source.units:
+            self.source.run_as_whole(self.source.facts)
+        self._open()
+        blocks = {t.block for t in self.plan.tensors}
+        for i in range(len(self.units)):
+            self.progress(i, len(self.units) + 1, f"block {i + 1} of {len(self.units)}")
+            if i in blocks:
+                self.units.fill(i)
+                members = [t for t in self.plan.tensors if t.block == i]
+                self._step(f"unit {i}", members, lambda members=members: self._work(members, ()))  # type: ignore[misc]
+                self.units.drop(i)
+        self._outside("outside", [t for t in self.plan.tensors if t.block is None], (), ())
+
+    def _with_data(self) -> dict[str, Any] | None:
+        self._open()
+        budget, folder = Budget(_HIDDEN_LIMIT), self.journal.work
+        calibration, evaluation = self.texts.calibration_batches, self.texts.evaluation_batches
+        followed = calibration if any(s.needs & OF_ORIGINAL for s in self.plan.steps()) else []
+        total = len(self.units) + 2
+        self.progress(0, total, "reading data")
+        with (
+            Stream(self.original, evaluation, budget, folder) as reference,
+            Stream(self.original, followed, budget, folder, bfloat16=self.bfloat16) as floats,
+            Stream(self.units, calibration, budget, folder, bfloat16=self.bfloat16) as learning,
+            Stream(self.units, evaluation, budget, folder) as measured,
+        ):
+            self.floats, self.learning = floats, learning
+            for stream in (reference, floats, learning, measured):
+                stream.begin()
+            if front := self._front():
+                begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
+                self._outside("front", front, *begun)
+                learning.begin()
+                measured.begin()
+            groups = [[s for s in group if len(s)] for group in ([learning, measured], [reference, floats])]
+            for i in walk(groups, self._visit):
+                self.progress(i, total, f"block {i + 1} of {len(self.units)}")
+            self.progress(len(self.units), total, "outside the blocks")
+            rest = [t for t in self.plan.tensors if t.block is None and t not in front]
+            ends = [[lambda j=j, s=s: s.output(j) for j in range(len(s))] for s in (learning, floats)]
+            self._outside("outside", rest, *ends)
+            if not evaluation:
+                return None
+            self.progress(len(self.units) + 1, total, "measuring")
+            return self._measure(reference, measured)
+
+    def _visit(self, i: int, streams: Sequence[Stream]) -> None:
+        """Do all steps on unit i of the quantized model, and let it go on with what the file holds."""
+        if streams[0].units is not self.units:
+            return
+        members = [t for t in self.plan.tensors if t.block == i]
+
+        def work() -> list[dict[str, Any]]:
+            if len(self.floats):
+                self.original.fill(i)  # its own streams pass through it next
+            return self._work(members, self.learning.forwards(i), self.floats.forwards(i))
+
+        self._step(f"unit {i}", members, work)
+        self.units.drop(i)
+        self.units.fill(i)
+
+    def _work(
+        self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()
+    ) -> list[dict[str, Any]]:
+        """All steps on some tensors whose parameters are filled; everything is written."""
+        side = Side(self.original.instance.parameter, originals) if originals else None
+        work = Work(self.plan, self.instance, members, forwards, side)
+        carry_out(work)
+        rows = []
+        for planned in members:
+            if planned.status == "quantized":
+                parts = [work.results[s.name] for s in planned.sites if s.name in work.results]
+                done = list(dict.fromkeys(name for s in planned.sites for name in work.done.get(s.name, ())))
+                row = self._put(planned, parts, work.grids.get(planned.name))
+                rows.append({**row, **({"steps": done} if done else {})})
+            else:
+                self._keep(planned, work.changed)
+        for added in self._added(members):
+            self.writer.put(added.name, work.added[added.name])
+        return rows
+
+    def _outside(
+        self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
+    ) -> None:
+        """What lies outside the units; a head or a pooler is calibrated on what the quantized units give."""
+        wanted = [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
+
+        def work() -> list[dict[str, Any]]:
+            with ExitStack() as loaded:
+                for units in (self.units, *([self.original] if originals else ())):
+                    loaded.enter_context(units.outer_loaded())
+                    loaded.callback(units.instance.drop, wanted)
+                    units.instance.fill(wanted)
+                return self._work(members, forwards if wanted else (), originals if wanted else ())
+
+        self._step(name, members, work)
+
+    def _front(self) -> list[PlannedTensor]:
+        """Tensors that work before the first unit and that a step changes: projections of narrow embeddings."""
+        names = self.source.names
+        return [
+            t
+            for t in self.plan.tensors
+            if t.block is None
+            and (t.status == "quantized" or t.name in self.touched)
+            and any(n in self.units.early for p in t.tensor.params if p in names.params for n in names.names_of(p))
+        ]
+
+    def _measure(self, reference: Stream, measured: Stream) -> dict[str, Any]:
+        """Original against quantized, batch by batch."""
+        comparison = comparison_for(self.source.model)
+        with reference.units.outer_loaded(), measured.units.outer_loaded():
+            for j, batch in enumerate(reference.batches):
+                comparison.add(reference.output(j), measured.output(j), ids_of(batch))
+        return {
+            **comparison.summary().to_dict(),
+            "text": self.texts.evaluation_source,
+            "windows": sum(len(ids_of(b)) for b in reference.batches),
+            "protocol": self.texts.protocol,
+        }
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _step(self, name: str, members: list[PlannedTensor], work: Callable[[], list[dict[str, Any]]]) -> None:
+        """Do a step once: its bytes are on the disk before the journal says so."""
+        if name not in self.journal.steps:
+            self._record(name, {"rows": work(), "tensors": [t.name for t in members]})
+        self.rows += self.journal.steps[name]["rows"]
+        self._adopt(members)
+
+    def _record(self, name: str, data: dict[str, Any]) -> None:
+        self.journal.record(name, data, wrote=self.writer.sync(), read=self.ledger.taken())
+
+    def _adopt(self, members: Sequence[PlannedTensor]) -> None:
+        """From now on the quantized model has the values that the file holds."""
+        for planned in members:
+            if planned.status == "quantized":
+                self.overlay.changed[planned.name] = lambda t=planned: self._restored(t)  # type: ignore[misc]
+                inputs = planned.scheme.inputs if planned.scheme else None
+                if inputs is not None and inputs.dynamic is not True:
+                    grid = self.plan.layout.read(planned.placed, self.writer.get).inputs
+                    modules = [m for s in planned.sites for m in s.rounds_inputs]
+                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, grid)))
+            elif planned.name in self.plan.declared.changed:
+                self.overlay.changed[planned.name] = lambda n=planned.name: self.writer.get(n).float()  # type: ignore[misc]
+        for added in self._added(members):
+            self.overlay.added[added.param] = lambda n=added.name: self.writer.get(n).float()  # type: ignore[misc]
+
+    def _added(self, members: Sequence[PlannedTensor]) -> list[Added]:
+        """What steps add for these tensors."""
+        names = {t.name for t in members}
+        return [a for a in self.plan.declared.added if a.tensor in names]
+
+    def _restored(self, planned: PlannedTensor) -> torch.Tensor:
+        values = self.plan.layout.read(planned.placed, self.writer.get)
+        return planned.placed.restored(values.weight.dequantize())
+
+    def _put(self, planned: PlannedTensor, parts: Sequence[Rounded], inputs: Grid | None) -> dict[str, Any]:
+        assert planned.scheme is not None
+        values = LayerValues(stack_rows([p.q for p in parts]), inputs)
+        for name, value in self.plan.layout.write(planned.placed, values).items():
+            self.writer.put(name, value)
+        return row_of(planned.name, planned.scheme, parts)
+
+    def _keep(self, planned: PlannedTensor, changed: dict[str, torch.Tensor]) -> None:
+        if planned.name in changed:
+            self.writer.put(planned.name, changed[planned.name])
+        elif planned.tensor.converted:
+            instance = self.source.instance()
+            instance.fill(planned.tensor.params)
+            self.writer.put(planned.name, instance.parameter(planned.tensor.params[0]).to(planned.dtype))
+        else:
+            self.ledger.note(planned.name, self.writer.copy(self.source.checkpoint.folder.entries[planned.name]))
+
+
+def ids_of(batch: Inputs) -> torch.Tensor:
+    """The token ids of a batch; its first tensor, where a model takes others."""
+    found: torch.Tensor = batch.kwargs["input_ids"] if "input_ids" in batch.kwargs else batch.args[0]
+    return found
+
+
+def _grouped(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:
+    groups: list[list[PlannedTensor]] = [[]]
+    used = 0
+    for tensor in tensors:
+        size = tensor.weights * tensor.dtype.itemsize
+        if groups[-1] and used + size > _GROUP_BYTES:
+            groups.append([])
+            used = 0
+        groups[-1].append(tensor)
+        used += size
+    return groups

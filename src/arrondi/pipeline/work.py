@@ -1,0 +1,160 @@
+"""What steps work on in one unit: `Work`.
+
+The unit is filled with the quantized model's weights. A step reads and changes weights through it, asks what calibration says of
+inputs, and adds tensors; what becomes of the unit is then read off it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from arrondi.formats import LayerScheme
+from arrondi.model import Instance, Site
+from arrondi.model.flow import trace
+from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.resolve import PlannedTensor
+from arrondi.pipeline.rounded import Rounded
+from arrondi.pipeline.select import Selected
+from arrondi.pipeline.statistics import Forward, Key, Seen, Side, collect
+from arrondi.pipeline.step import Need, Step, get_step
+from arrondi.tensor.ranges.grid import Grid
+
+
+@dataclass
+class Stage:
+    """Parameters that can be rounded together: none depends on another's output.
+
+    Attributes:
+        leaders: parameter → the first parameter that reads the same input.
+        uses: how often a matrix parameter is used in one pass; stacks are not counted, nor what one batch did not reach.
+    """
+
+    leaders: dict[str, str] = field(default_factory=dict)
+    uses: dict[str, int] = field(default_factory=dict)
+
+
+class Work:
+    """One unit under the steps of a plan.
+
+    Attributes:
+        instance: the model, with the unit's weights filled.
+        tensors: what is planned for the unit's tensors.
+        selected: the unit's rewrites and repairs.
+        forwards: one for each calibration batch; empty without calibration.
+        original: the same unit of the original on the same batches, if a step needs it; its forwards give float outputs.
+        results: site → what rounding gave.
+        grids: tensor → the static grid of its inputs.
+        changed: tensors of the file whose value a step changed, as they are written.
+        added: new tensors, as they are written.
+        done: site → rewrites and repairs that were done to it.
+        before: site → its weight before it was rounded; for repairs, during their stage.
+        seen: site → what is known of its input; for repairs, during their stage.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        instance: Instance,
+        tensors: Sequence[PlannedTensor],
+        forwards: Sequence[Forward],
+        original: Side | None = None,
+    ) -> None:
+        self.plan, self.instance, self.tensors, self.forwards = plan, instance, tensors, forwards
+        self.original = original
+        self.planned = {s.name: t for t in tensors for s in t.sites}
+        self.sites = [s for t in tensors if t.status == "quantized" for s in t.sites]
+        self.selected = [one.within(self.planned) for one in plan.selected]
+        self.results: dict[str, Rounded] = {}
+        self.grids: dict[str, Grid] = {}
+        self.changed: dict[str, torch.Tensor] = {}
+        self.added: dict[str, torch.Tensor] = {}
+        self.done: dict[str, list[str]] = {}
+        self.before: dict[str, torch.Tensor] = {}
+        self.seen: dict[str, Seen] = {}
+
+    # ── for steps ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """A site's weight (out, in) as a view; what is written to it is what the model computes with."""
+        return site.region(self.instance.parameter(site.param))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Any other tensor of the file, as the parameter that it fills."""
+        return self.instance.parameter(self.instance.names.targets_of[name][0])
+
+    def change(self, name: str, value: torch.Tensor) -> None:
+        """Give a tensor of the file another value, which the step declared. It counts in its stored type."""
+        kept = value.to(self.instance.source.stored_dtype(name))
+        self.tensor(name).copy_(kept)
+        self.changed[name] = kept.cpu()
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Add a tensor that the step declared. It counts in the type that was declared."""
+        own = next(a for a in self.plan.declared.added if a.name == name)
+        kept = value.to(own.dtype).cpu()
+        self.added[name] = kept
+        self.instance.put(own.param, kept.float())
+
+    def statistics(self, sites: Sequence[Site], needs: Collection[Need]) -> dict[str, Seen]:
+        """Site → what calibration says of its input now; sites that no token reaches are not in it."""
+        stage = self.whole_stage
+        leaders = {stage.leaders[s.param] for s in sites if s.param in stage.leaders}
+        return self.by_site(sites, stage, self.collected(leaders, stage, needs))
+
+    # ── how inputs are shared ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """All matrices of the unit, in the order of use. What the first batch does not reach is looked for in the others."""
+        wanted = {s.param for t in self.tensors for s in t.sites if s.kind != "embedding"}
+        found: list[Stage] = []
+        wanted = {p for p in wanted if not self.instance.is_empty(p)}
+        for j, forward in enumerate(self.forwards):
+            if not wanted:
+                break
+            flow = trace(None, {p: self.instance.parameter(p) for p in wanted}, forward)
+            stacks = {u.param for u in flow.uses if u.matrix is not None}
+            counts: dict[str, int] = {}
+            for use in flow.uses if j == 0 else ():
+                if use.param not in stacks:
+                    counts[use.param] = counts.get(use.param, 0) + 1
+            found += [Stage(dict(stage.leaders), counts) for stage in flow.stages]
+            wanted -= {p for stage in flow.stages for p in stage.leaders}
+        return found
+
+    @cached_property
+    def whole_stage(self) -> Stage:
+        """All stages as one."""
+        leaders = {p: leader for stage in self.stages for p, leader in stage.leaders.items()}
+        return Stage(leaders, self.stages[0].uses if self.stages else {})
+
+    def collected(self, leaders: Collection[str], stage: Stage, needs: Collection[Need]) -> dict[Key, Seen]:
+        """What is seen of inputs while all batches pass."""
+        side = Side(self.instance.parameter, self.forwards)
+        return collect(leaders, stage.uses, side, needs, self.original)
+
+    def by_site(self, sites: Sequence[Site], stage: Stage, seen: Mapping[Key, Seen]) -> dict[str, Seen]:
+        """What was seen, for every site that a token reached."""
+        keys = {s.name: (stage.leaders[s.param], s.param_index) for s in sites if s.param in stage.leaders}
+        return {name: seen[key] for name, key in keys.items() if key in seen and seen[key].tokens}
+
+    # ── what is planned ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self, site: Site) -> Step:
+        """The step that rounds a site."""
+        rule = self.planned[site.name].rule
+        assert rule is not None
+        return get_step(rule.method)
+
+    def scheme(self, site: Site) -> LayerScheme:
+        scheme = self.planned[site.name].scheme
+        assert scheme is not None
+        return scheme
+
+    def of_kind(self, kind: str) -> list[Selected]:
+        """The unit's rewrites or repairs, in the recipe's order."""
+        return [one for one in self.selected if one.step.kind == kind and one.groups]

@@ -1,0 +1,101 @@
+"""Where the grid of each column comes from while GPTQ goes through them.
+
+Owns: `ColumnGrids`: grids fixed beforehand, or fitted when the sweep reaches a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from arrondi.errors import SchemeError
+from arrondi.formats import PerGroup, Scheme, scale_shape, tile_shape
+from arrondi.tensor.qtensor import Parts, QTensor, store_grid
+from arrondi.tensor.ranges.fits import fit
+from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.ranges.search import search_grid
+from arrondi.tensor.tiling import to_tiles
+
+
+class ColumnGrids:
+    """Where each column's grid comes from: fixed beforehand, or fitted when the sweep reaches a group."""
+
+    def __init__(
+        self,
+        work: torch.Tensor,
+        scheme: Scheme,
+        range: Literal["search", "absmax"],
+        power: float,
+        order: Literal["static", "dynamic", "none"],
+        permutation: torch.Tensor | None,
+        name: str,
+    ) -> None:
+        if order not in ("static", "dynamic", "none"):
+            raise SchemeError(f"Unknown order {order!r}. Known: dynamic, none, static.")
+        if range not in ("search", "absmax"):
+            raise SchemeError(f"Unknown range {range!r}. Known: absmax, search.")
+        if order == "dynamic" and not isinstance(scheme.granularity, PerGroup):
+            raise SchemeError(f"Dynamic act-order forms groups of columns, got {scheme}. Use order='static'.")
+        self.scheme, self.range, self.power, self.name = scheme, range, power, name
+        self.shape = (work.shape[0], work.shape[1])
+        self.tile = tile_shape(scheme.granularity, self.shape)
+        self.permutation = permutation if order == "dynamic" else None
+        # Scales that are quantized together (per tensor) must be known together; one group a row is all there at the start.
+        whole = self.tile[1] == self.shape[1]
+        nested = isinstance(scheme.scale, Scheme) or isinstance(scheme.offset, Scheme)
+        self.fitted_first = order == "static" or nested or whole
+        shape = scale_shape(scheme.granularity, self.shape)
+        self.scale = work.new_ones(shape, dtype=torch.float32)
+        self.zero_point = work.new_zeros(shape, dtype=torch.int32) if scheme.zero_point == "integer" else None
+        self.offset = work.new_zeros(shape, dtype=torch.float32) if scheme.zero_point == "float" else None
+        self.kept: Parts | None = None
+        if self.fitted_first:
+            columns = slice(None) if self.permutation is None else self.permutation
+            self._store(slice(None), work[:, columns].float())
+        if nested:
+            self.kept = store_grid(self.grid, scheme, self.shape, name=name)
+            self.scale, self.zero_point, self.offset = self.kept.grid
+
+    def _store(self, groups: slice, columns: torch.Tensor) -> None:
+        if self.range == "search":
+            grid = search_grid(columns, self.scheme, power=self.power)
+        else:
+            grid = fit(to_tiles(columns, self.tile), self.scheme)
+        for mine, new in zip((self.scale, self.zero_point, self.offset), grid, strict=True):
+            if mine is not None and new is not None:
+                mine[:, groups] = new.reshape(mine[:, groups].shape)
+
+    def column(self, position: int, original: int, current: Callable[[int], torch.Tensor]) -> Grid:
+        """The grid of the column at `position` of the sweep.
+
+        `current(count)` gives this and later columns, repaired for what was rounded, (count, m): a group that starts here
+        is fitted to them.
+        """
+        index = position if self.permutation is not None else original
+        group = index // self.tile[1]
+        if not self.fitted_first and index % self.tile[1] == 0:
+            width = min(self.tile[1], self.shape[1] - index)
+            self._store(slice(group, group + 1), current(width).T.float())
+        return self.grid.map(lambda part: self.tall(part[:, group]))
+
+    @property
+    def grid(self) -> Grid:
+        """Parts as (tiles of rows, groups)."""
+        return Grid(self.scale, self.zero_point, self.offset)
+
+    def tall(self, entries: torch.Tensor) -> torch.Tensor:
+        """One entry for every tile of rows → one for every row."""
+        if self.tile[0] == 1:
+            return entries
+        return entries.repeat_interleave(self.tile[0], dim=0)[: self.shape[0]]
+
+    def assemble(self, codes: torch.Tensor) -> QTensor:
+        index = None
+        if self.permutation is not None:
+            position = torch.arange(self.shape[1], dtype=torch.int32, device=codes.device)
+            index = torch.empty_like(position)
+            index[self.permutation] = position // self.tile[1]
+        kept = Parts(self.scale, self.zero_point, self.offset) if self.kept is None else self.kept
+        return QTensor(codes, kept.scale, kept.zero_point, kept.offset, self.scheme, index)

@@ -1,0 +1,57 @@
+"""The attention function of our decoding: transformers' `sdpa`, with the attention of one token compiled.
+
+Owns: its name in transformers' table, `own_attention`, which makes a model use it for a while, and `IMPLEMENTATIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from arrondi.kernels.tokens import attend, takes_attention
+
+NAME: Final = "arrondi"
+IMPLEMENTATIONS: Final = ("sdpa", NAME)
+"""Attention functions that ignore which module calls them: fused blocks call them with what the block would."""
+_SPECIAL: Final = ("position_bias", "softcap", "s_aux", "cache")
+"""Options that change what `sdpa` computes."""
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' attention functions: query, key, value (batch, heads, tokens, width) → (batch, tokens, heads, width)."""
+    plain = attention_mask is None and all(options.get(name) is None for name in _SPECIAL)
+    if plain and not options.get("dropout") and takes_attention(query, key, value):
+        scale = options.get("scaling")
+        return attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """A language model, or the language part of a model, that uses `sdpa` uses `attention` inside."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"

@@ -1,0 +1,56 @@
+"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from arrondi.formats import tile_shape
+from arrondi.tensor.qtensor import QTensor
+
+
+def rows_of(q: QTensor, start: int, count: int) -> QTensor:
+    """Some rows of a matrix, cut where a tile ends; a scale for all rows goes with every part."""
+    height = tile_shape(q.scheme.granularity, q.shape)[0]
+    whole = height == q.shape[0]
+    first, last = (0, 1) if whole else (start // height, -(-(start + count) // height))
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, QTensor):
+            return part if whole else rows_of(part, first, last - first)
+        return part if part is None or whole else part[first:last]
+
+    codes = q.codes[start : start + count]
+    return QTensor(codes, cut(q.scale), cut(q.zero_point), cut(q.offset), q.scheme, q.group_index)
+
+
+def stack_rows(parts: Sequence[QTensor]) -> QTensor:
+    """Matrices below each other as one; every scale belongs to rows of one part."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(some: list[Any]) -> Any:
+        if isinstance(some[0], QTensor):
+            return stack_rows(some)
+        return None if some[0] is None else torch.cat(some)
+
+    scale, zero, offset = (
+        joined(list(p)) for p in zip(*((q.scale, q.zero_point, q.offset) for q in parts), strict=True)
+    )
+    return QTensor(torch.cat([p.codes for p in parts]), scale, zero, offset, parts[0].scheme, parts[0].group_index)
+
+
+def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
+    """The inverse of `stack_rows`, for schemes whose rows are rounded one by one."""
+    if len(sizes) == 1:
+        return [q]
+
+    def cut(part: torch.Tensor | QTensor | None) -> list[Any]:
+        if part is None:
+            return [None] * len(sizes)
+        return split_rows(part, sizes) if isinstance(part, QTensor) else list(part.split(sizes))
+
+    parts = zip(q.codes.split(sizes), cut(q.scale), cut(q.zero_point), cut(q.offset), strict=True)
+    return [QTensor(c, s, z, o, q.scheme, q.group_index) for c, s, z, o in parts]

@@ -1,0 +1,265 @@
+"""A fuzzer of the checkpoint readers: `python -m tests.fuzz.checkpoints --seconds 60 --seed 1`.
+
+Every mutant of a small checkpoint either gives exactly the unmutated numbers, or those that the compressed-tensors package itself
+gives for the mutant, or raises an ArrondiError. A traceback, a hang of more than five seconds and a number that is silently another
+one are failures. Mutations that change numbers in a legitimate way (scales, codes) are not made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
+from arrondi.errors import ArrondiError
+from arrondi.formats import parse_scheme
+from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from tests.checkpoint.copies import static_grid
+from tests.fuzz.mutations import mutate_header, mutate_json, mutate_text
+
+READERS = {
+    "compressed-tensors": [
+        "w=int4/g32", "w=int3/g32/asym", "w=int4/channel/asym", "w=int8/channel,a=int8/token", "w=int8/channel,a=int8/tensor/asym/static",
+        "w=fp8/tensor,a=fp8/tensor/static", "w=fp8/b32x32,a=fp8/g32", "NVFP4", "MXFP4", "MXFP8A16", "w=int5/g16/bfloat16", "mixed", "indexed",
+    ],
+    "arrondi": [
+        "w=int4/g32/asym", "NF4", "TERNARY", "T158", "NVFP4", "w=int3/g32/offset", "w=int8/channel,a=int8/tensor/asym/static", "BINARY", "w=fp6_e2m3/g32/e8m0",
+        "w=dynamic8/channel", "mixed", "indexed", "stack",
+    ],
+    "plain": ["plain"],
+}  # fmt: skip
+SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
+_MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A small checkpoint in memory, and its numbers."""
+
+    config: dict[str, Any]
+    file: bytes
+    numbers: dict[str, torch.Tensor]
+    placed: dict[str, Placed]
+
+
+def base(reader: str, scheme: str) -> Base:
+    """The unmutated checkpoint of a reader and a scheme."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        "model.norm.weight": torch.randn(64, generator=generator),
+        "model.layers.0.a.bias": torch.randn(32, generator=generator),
+    }
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+    }
+    made = []
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        weight = torch.randn(shape, generator=generator)
+        if reader == "plain":
+            tensors[name] = weight
+            continue
+        text = _MIXED[i] if scheme == "mixed" else "w=int4/g32" if scheme in ("indexed", "stack") else scheme
+        layer = parse_scheme(text)
+        q = quantize_tensor(weight, layer.weights)
+        placed = Placed(name, shape, layer)
+        if scheme == "indexed":
+            index = torch.arange(shape[1], dtype=torch.int32) % (shape[1] // 32)
+            q = QTensor(q.codes, q.scale, q.zero_point, q.offset, q.scheme, index)
+            placed = Placed(name, shape, layer, indexed=True)
+        if scheme == "stack":
+            placed = Placed(name, (2, shape[0] // 2, shape[1]), layer)
+        tensors |= LAYOUTS[reader].write(placed, LayerValues(q, static_grid(layer, 3.0)))
+        made.append(placed)
+    if made:
+        config["quantization_config"] = LAYOUTS[reader].config(made, ["lm_head"])
+    file = save({n: t.contiguous() for n, t in tensors.items()})
+    numbers = {p.name: torch.empty(0) for p in made}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = opened(Path(folder), json.dumps(config).encode(), file)
+        numbers = {name: checkpoint.dense(name) for name in checkpoint.names}
+    return Base(config, file, numbers, dict(checkpoint.placed))
+
+
+def opened(folder: Path, config: bytes, file: bytes) -> Checkpoint:
+    """A checkpoint of these bytes, every quantized layer read."""
+    (folder / "config.json").write_bytes(config)
+    (folder / "model.safetensors").write_bytes(file)
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.verify()
+    return checkpoint
+
+
+def mutant(of: Base, rng: random.Random) -> tuple[bytes, bytes, str]:
+    """config.json, model.safetensors and what was done, of one mutant: one to three mutations."""
+    config, text, file, done = of.config, None, of.file, []
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        kind = rng.randrange(10)
+        if kind < 5 and "quantization_config" in config:
+            part = config["quantization_config"]
+            if isinstance(part, dict):
+                config = {**config, "quantization_config": mutate_json(part, rng)}
+                done.append("quantization_config")
+        elif kind < 6:
+            config = mutate_json(config, rng)
+            done.append("config")
+        elif kind < 7 and text is None:
+            text = mutate_text(json.dumps(config).encode(), rng)
+            done.append("text")
+        else:
+            try:
+                file = mutate_header(file, rng)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, UnicodeError):
+                continue  # the header is broken already
+            done.append("header")
+    return json.dumps(config).encode() if text is None else text, file, "+".join(done)
+
+
+def verdict(reader: str, of: Base, config: bytes, file: bytes, folder: Path) -> str | None:
+    """What is wrong with how a mutant is read, None if nothing is."""
+    try:
+        checkpoint = opened(folder, config, file)
+    except ArrondiError as error:
+        message = str(error)
+        return None if message and "\n" not in message else f"a message of several lines or none: {message!r}"
+    except Exception:
+        return "a traceback: " + traceback.format_exc(limit=-3)
+    theirs: dict[str, torch.Tensor] | None = None
+    for name in of.placed:
+        if name not in checkpoint.names:
+            continue  # all its parts have other names now: whoever builds the model misses it
+        if name not in checkpoint.placed:
+            return f"{name} is no longer quantized, and nobody says so"
+        found = checkpoint.dense(name)
+        if found.shape == of.numbers[name].shape and torch.equal(found, of.numbers[name]):
+            continue
+        if reader != "compressed-tensors":
+            return f"{name} has other numbers"
+        try:
+            theirs = theirs or package_numbers(json.loads(config), file, checkpoint)
+        except Exception as error:
+            return f"{name} has other numbers, and the package refuses: {type(error).__name__} {error}"
+        if name not in theirs or not close(found, theirs[name]):
+            return f"{name} has other numbers than the package gives"
+    return None
+
+
+def package_numbers(config: dict[str, Any], file: bytes, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The quantized weights as the package itself restores them: its config, its matching, its decompressors."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_targets
+
+    known = QuantizationConfig.model_validate(config["quantization_config"])
+    schemes = {target: scheme for scheme in known.config_groups.values() for target in scheme.targets}
+    tensors, linear, found = load(file), torch.nn.Linear(1, 1), {}
+    for name, placed in checkpoint.placed.items():
+        scheme = schemes[match_targets(placed.path, linear, schemes)[0]]
+        prefix = name.removesuffix("weight")
+        state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        format = scheme.format or infer_module_format(torch.nn.Linear, scheme)
+        if known.format not in (getattr(format, "value", format), "mixed-precision") and scheme.format is None:
+            format = known.format
+        found[name] = BaseCompressor.get_value_from_registry(getattr(format, "value", format)).decompress(
+            state, scheme
+        )["weight"]
+    return found
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal up to the type in which the package restores."""
+    if ours.shape != theirs.shape:
+        return False
+    bound = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(theirs.dtype, 1e-6)
+    return bool(((ours - theirs.float()).abs() <= ours.abs() * bound).all())
+
+
+@dataclass
+class Result:
+    """Counts of one run, and its failures."""
+
+    mutants: int = 0
+    read: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer."""
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError(f"more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(readers: list[str], seed: int, mutants: int, seconds: float) -> Result:
+    """As many mutants as asked for of every reader, or as the time allows."""
+    warnings.simplefilter("ignore")
+    import compressed_tensors.compressors  # noqa: F401  (seconds, which are no hang of the first mutant)
+
+    result = Result()
+    stop = time.monotonic() + seconds
+    bases = {(r, s): base(r, s) for r in readers for s in READERS[r]}
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        for number in range(mutants):
+            for reader in readers:
+                if time.monotonic() > stop:
+                    return result
+                key = f"{seed}-{reader}-{number}"
+                rng = random.Random(key)
+                of = bases[reader, rng.choice(READERS[reader])]
+                config, file, what = mutant(of, rng)
+                with limited(5):
+                    wrong = verdict(reader, of, config, file, Path(folder))
+                result.mutants += 1
+                result.read[reader] += 1
+                if wrong:
+                    result.failures.append(f"{key} ({what}): {wrong}")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mutants", type=int, default=1_000_000, help="of every reader")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--reader", choices=READERS, action="append")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = run(options.reader or list(READERS), options.seed, options.mutants, options.seconds)
+    for failure in result.failures[:20]:
+        print(failure, file=sys.stderr)
+    print(
+        f"{result.mutants} mutants ({', '.join(f'{n} {r}' for r, n in result.read.items())}), {len(result.failures)} failures, seed {options.seed}"
+    )
+    return 1 if result.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

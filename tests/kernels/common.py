@@ -1,0 +1,77 @@
+"""What the tests of kernels and modules share: weights, numbers, and a few cases out of a product of axes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from arrondi.formats import ActivationScheme, Scheme, parse_scheme
+from arrondi.kernels import Meta
+from arrondi.kernels import native_linear as module
+from arrondi.native import native
+from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.ranges.grid import Grid
+
+PATHS = [] if native is None else [name for name, missing in native.paths() if missing is None]
+"""Paths of the compiled kernels that run here."""
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def weight(scheme: str | Scheme, shape: Sequence[int], seed: int = 0) -> QTensor:
+    """Numbers of mean 0.01 and deviation 0.05, rounded."""
+    return quantize_tensor(normal(*shape, seed=seed) * 0.05 + 0.01, scheme)
+
+
+def inputs(text: str) -> ActivationScheme:
+    found = parse_scheme(f"w=int8,a={text}").inputs
+    assert found is not None
+    return found
+
+
+def packed(
+    q: QTensor, dtype: torch.dtype = torch.float32, rounding: ActivationScheme | None = None, grid: Grid | None = None
+) -> tuple[dict[str, torch.Tensor], Meta]:
+    """The tensors and facts of a compiled weight, with a static grid of its inputs."""
+    tensors = module.prepack(q, dtype)
+    if grid is not None:
+        tensors["input_scale"] = grid.scale.reshape(1)
+        if grid.zero_point is not None:
+            tensors["input_zero_point"] = grid.zero_point.reshape(1).int()
+    return tensors, Meta(q.scheme, (q.shape[0], q.shape[1]), dtype, rounding)
+
+
+def assert_same(found: QTensor, wanted: QTensor) -> None:
+    """Codes, scales, zero points, offsets and scheme to the bit; nested scales too."""
+    assert found.scheme == wanted.scheme
+    for name in ("codes", "scale", "zero_point", "offset", "group_index"):
+        a, b = getattr(found, name), getattr(wanted, name)
+        if isinstance(b, QTensor):
+            assert_same(a, b)
+        elif b is None:
+            assert a is None, name
+        else:
+            assert a.dtype == b.dtype and a.shape == b.shape, name
+            assert torch.equal(a.nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0)), name
+
+
+def pairwise(*axes: Iterable[Any]) -> list[Any]:
+    """The product of the axes as parameters; those that no pair of values needs are marked `full`.
+
+    Greedy: a case is taken in the order of the product when it has the most pairs that no case before it has.
+    """
+    cases = list(itertools.product(*(list(axis) for axis in axes)))
+    pairs = {case: {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)} for case in cases}
+    missing = set().union(*pairs.values()) if cases else set()
+    chosen = set()
+    while missing:
+        best = max(cases, key=lambda case: len(pairs[case] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return [pytest.param(*case, marks=() if case in chosen else pytest.mark.full) for case in cases]
