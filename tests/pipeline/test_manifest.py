@@ -265,7 +265,7 @@ def test_the_files_of_a_run_are_those_that_it_announces(whole: Path, models: Cal
     from arrondi.pipeline import make_plan
 
     checkpoint = Checkpoint.open(models("llama", num_hidden_layers=1))
-    shards = make_plan(Skeleton(checkpoint), RTN).shards(100_000)
+    shards = make_plan(OnDisk(checkpoint), RTN).shards(100_000)
     assert sorted(publish.planned_files(shards, checkpoint.folder, ["report.json"])) == sorted(
         p.name for p in whole.iterdir()
     )

@@ -347,7 +347,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_later(
 def test_a_full_disk_under_the_hidden_states_is_the_same_sentence(
     models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import arrondi.pipeline.quantize as pipeline
+    import arrondi.pipeline.run as pipeline
 
     def full(*args: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -35,7 +35,7 @@ class Site:
         file_flipped: the file's tensor holds (in, out).
         piece: the rectangle of the stored tensor that it comes from; None where the stored tensors are not merely moved.
         modules: every path by which the model calls it; the first is the one that configs name.
-        classes: names of the module's class and its bases; "Linear" is among them for whatever is a linear layer.
+        classes: names of the classes of these modules and their bases; "Linear" is among them for whatever is a linear layer.
         block: the unit that uses it, None outside of all units.
         reads: what it multiplies: equal for sites that read the same activation; None where that is not known.
         unfit: why it cannot be held in few bits, None if it can.
@@ -246,9 +246,12 @@ class _Maker:
         parameter = self.names.params[place.param]
         aliases = self.names.names_of(place.param)
         owners = [a.rpartition(".")[0] for a in aliases]
-        module = self.names.model.get_submodule(owners[0])
-        classes = tuple(c.__name__ for c in type(module).__mro__[:-1] if c is not torch.nn.Module)
-        kind = kind_of(module, parameter)
+        modules = [self.names.model.get_submodule(o) for o in owners]
+        module = modules[0]
+        named = [c.__name__ for m in modules for c in type(m).__mro__[:-1] if c is not torch.nn.Module]
+        kinds = [kind_of(m, parameter) for m in modules]
+        classes = tuple(dict.fromkeys([*named, *(["Linear"] if "linear" in kinds else [])]))
+        kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
         fused = is_stack(module, parameter)
         flipped = self._flipped(module, place.param, parameter)
         shape = tuple(parameter.shape)
@@ -260,7 +263,7 @@ class _Maker:
         paths = tuple(self._path(tensor, o) for o in owners) if fused and index is None else tuple(owners)
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
-            paths, tuple(dict.fromkeys((*classes, "Linear"))) if kind == "linear" else classes, self.block(aliases),
+            paths, classes, self.block(aliases),
             self._reads(aliases, place.index), self._unfit(aliases, kind, classes), not all(a in self.facts.unreached for a in aliases),
         )  # fmt: skip
 

@@ -157,8 +157,7 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     tensors = _as_stored(source, tensors)
     problems = unmatched(source, recipe, resolver.used)
     if not any(t.status == "quantized" for t in tensors) and not problems:
-        why = f" {refused[0].name}: {refused[0].reason}." if refused else " Check --targets and --ignore."
-        problems.append(f"Nothing would be quantized.{why}")
+        problems.append(f"Nothing would be quantized. {_nothing(source, tensors, refused, layout)}")
     selected = select(source, recipe, tensors)
     declared = declared_by(source, selected, tensors)
     problems += unreadable(source, declared)
@@ -207,6 +206,17 @@ def unmatched(source: Source, recipe: Recipe, used: set[str]) -> list[str]:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         sentences.append(f"{option} {selector!r} matches nothing in this model.{hint} `arrondi plan` lists the names.")
     return sentences
+
+
+def _nothing(source: Source, tensors: list[PlannedTensor], refused: list[PlannedTensor], layout: str | None) -> str:
+    """Why nothing is quantized, and what to do."""
+    if refused:
+        other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
+        return f"{refused[0].name}: {refused[0].reason}.{other}"
+    if not any(s.kind == "linear" for s in source.sites):
+        return "The model has no linear layer; name what else to quantize with --targets."
+    unfit = next((t for t in tensors if t.status == "kept because impossible"), None)
+    return f"{unfit.name}: {unfit.reason}." if unfit else "Check --targets and --ignore."
 
 
 def _as_stored(source: Source, tensors: list[PlannedTensor]) -> list[PlannedTensor]:
