@@ -13,7 +13,19 @@ from arrondi.model.unloaded import NotLoaded, Unloaded
 from tests.zoo import ARCHITECTURES, of_transformers, outputs
 
 Models = Callable[..., Path]
-CHAINS = [*ARCHITECTURES, "deberta", "opt-projected", "deepseek-v3", "gemma4", "jamba", "gemma3-vlm", "gte", "gemma3n", "llama4", "gpt-oss"]
+CHAINS = [
+    *ARCHITECTURES,
+    "deberta",
+    "opt-projected",
+    "deepseek-v3",
+    "gemma4",
+    "jamba",
+    "gemma3-vlm",
+    "gte",
+    "gemma3n",
+    "llama4",
+    "gpt-oss",
+]
 BATCHES = [torch.randint(3, 2000, size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(2, 23), (1, 23), (3, 17)])]  # fmt: skip
 """Of different tokens, sizes and lengths: what blocks are given belongs to the batch."""
 

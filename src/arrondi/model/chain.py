@@ -204,7 +204,9 @@ class Chain:
                     before_again()
                 return self.model(*inputs.args, **inputs.kwargs)
         except NotLoaded as error:
-            raise SchemeError(f"The model computes with weights of {self.prefix}.* outside of them ({error}).") from error
+            raise SchemeError(
+                f"The model computes with weights of {self.prefix}.* outside of them ({error})."
+            ) from error
 
     @contextlib.contextmanager
     def _replaced(self, factory: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
