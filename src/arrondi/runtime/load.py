@@ -19,6 +19,7 @@ from arrondi.nn import DenseLinear
 from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
+from arrondi.runtime.save import SavePretrained
 
 
 def load(
@@ -66,6 +67,9 @@ def load(
             part.use_cache = True
         model.generation_config = read_generation_config(source.where) or model.generation_config
     model.config.dtype = kind
+    if source.checkpoint.quantized:
+        options = {"dtype": dtype, "activations": activations}
+        model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), options)
     return model
 
 
