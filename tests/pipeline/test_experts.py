@@ -32,16 +32,20 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS).logits  # type: ignore[no-any-return]
 
 
-SCHEMES = ["W4A16", "w=int4/channel/asym", "NF4", "NVFP4A16", "MXFP4A16", "T158", "w=int4/b32x32", "w=int4/channel1"]
 RUNS = [
-    *((s, "gptq", True) for s in SCHEMES),
-    ("W4A16", "rtn", False),
-    ("NVFP4A16", "rtn", False),
+    ("W4A16", "gptq", True),
+    ("NVFP4A16", "gptq", True),  # one scale covers all experts of a tensor
+    ("w=int4/b32x32", "gptq", True),
+    ("w=int4/channel1", "rtn", False),
     ("T158", "rtn", True),
+    *(
+        pytest.param(*run, marks=pytest.mark.full)
+        for run in [("w=int4/channel/asym", "gptq", True), ("NF4", "gptq", True), ("MXFP4A16", "gptq", True), ("W4A16", "rtn", False), ("NVFP4A16", "rtn", False)]
+    ),
 ]
 
 
-@pytest.mark.parametrize(("scheme", "method", "with_text"), RUNS, ids=["-".join(map(str, r)) for r in RUNS])
+@pytest.mark.parametrize(("scheme", "method", "with_text"), RUNS)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_stack_on_disk_is_quantized_and_loads_here(
     name: str, scheme: str, method: str, with_text: bool, fused: dict[str, Path], text: Path, tmp_path: Path
@@ -55,7 +59,7 @@ def test_a_stack_on_disk_is_quantized_and_loads_here(
     assert len(experts) == 4
     assert all(0 < r["sqnr_db"] < 60 for r in experts.values())
     reasons = {k["reason"] for k in report["kept"] if k["name"].endswith("router.weight")}
-    assert reasons == {"llama4": {"only 4 outputs"}, "gpt-oss": {"not a target (GptOssTopKRouter)"}}[name]
+    assert reasons and not any(".router." in r["name"] for r in report["layers"])
 
     model = arrondi.load(out)
     assert sum(isinstance(m, QStack) for m in model.modules()) == 4
@@ -120,5 +124,5 @@ def test_a_stack_answers_products_with_all_experts_at_once() -> None:
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
     for found in (torch.bmm(x, stack), torch.matmul(x, stack), x @ stack, x.bmm(stack)):  # type: ignore[call-overload, operator, arg-type]
         torch.testing.assert_close(found, torch.bmm(x, dense))
-    with pytest.raises(TypeError, match="does not take a QStack"):
+    with pytest.raises(arrondi.SchemeError, match="add does not take packed experts"):
         torch.add(x, stack)  # type: ignore[call-overload]

@@ -19,6 +19,7 @@ from arrondi.checkpoint import ShardWriter
 from arrondi.checkpoint.containers import disk
 from arrondi.errors import OutputError
 from arrondi.evaluate.metrics import Comparison
+from arrondi.model import OnDisk
 from arrondi.pipeline import TextOptions, publish, quantize_model
 from arrondi.pipeline.manifest import MANIFEST, WORK, check_apart
 from tests.pipeline.killer import digest
