@@ -45,10 +45,10 @@ def test_tile_and_scale_shapes(
 @pytest.mark.parametrize(
     ("granularity", "shape", "words"),
     [
-        (PerChannel(2), (4, 8), "do not exist in shape"),
-        (PerChannel(-3), (4, 8), "do not exist in shape"),
-        (PerBlock(2, 2), (8,), "need two axes"),
-        (PerChannel(), (), "got a scalar. Use the granularity 'tensor'"),
+        (PerChannel(2), (4, 8), "does not exist in shape"),
+        (PerChannel(-3), (4, 8), "does not exist in shape"),
+        (PerBlock(2, 2), (8,), "needs two axes"),
+        (PerChannel(), (), "got a scalar. Use one scale"),
         (PerGroup(4), (), "got a scalar"),
         (PerToken(), (), "got a scalar"),
     ],

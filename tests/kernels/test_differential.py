@@ -157,21 +157,21 @@ def test_the_operators_are_tested_here():
     assert names == {name for name in KERNELS if there[name]}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_packing_is_lossless_in_any_chunks(name: str):
-    for shape in ((50, 200), (7, 33), (130, 64), (1, 1)):
-        q = wide_weight(shape, SCHEMES[name])
-        packed = pack_weight(q)
-        assert_same(unpack_weight(packed, q.scheme, shape), q)
-        whole = q.dequantize()
-        assert torch.equal(decoded(packed, q.scheme, shape, torch.bfloat16), whole.bfloat16())
-        block = tile_shape(q.scheme.granularity, shape)[0]
-        for chunk in (1, 3 * shape[1], 10**6):
-            rows = list(decoded_rows(packed, q.scheme, shape, torch.float32, chunk))
-            assert torch.equal(torch.cat([values for _, values in rows]), whole)
-            assert [r for part, _ in rows for r in range(shape[0])[part]] == list(range(shape[0]))
-            limit = max(chunk, shape[1]) if block in (1, shape[0]) else max(chunk, shape[1]) + block * shape[1]
-            assert max(values.numel() for _, values in rows) <= limit
+def test_packing_is_lossless_in_any_chunks():
+    for name in SCHEMES:
+        for shape in ((50, 200), (7, 33), (130, 64), (1, 1)):
+            q = wide_weight(shape, SCHEMES[name])
+            packed = pack_weight(q)
+            assert_same(unpack_weight(packed, q.scheme, shape), q)
+            whole = q.dequantize()
+            assert torch.equal(decoded(packed, q.scheme, shape, torch.bfloat16), whole.bfloat16())
+            block = tile_shape(q.scheme.granularity, shape)[0]
+            for chunk in (1, 3 * shape[1], 10**6):
+                rows = list(decoded_rows(packed, q.scheme, shape, torch.float32, chunk))
+                assert torch.equal(torch.cat([values for _, values in rows]), whole)
+                assert [r for part, _ in rows for r in range(shape[0])[part]] == list(range(shape[0]))
+                limit = max(chunk, shape[1]) if block in (1, shape[0]) else max(chunk, shape[1]) + block * shape[1]
+                assert max(values.numel() for _, values in rows) <= limit
 
 
 def test_nothing_larger_is_kept_alive():

@@ -178,33 +178,33 @@ def test_gates_far_out(path: str, gate: str, dtype: torch.dtype):
         assert bool((y[:, [1, 3]].abs() < 1e-7 * before.value[:, half:][:, [1, 3]].abs() + 1e-30).all())
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=["float32", "bfloat16"])
-def test_nan_stays_nan_and_where_it_is(path: str, dtype: torch.dtype):
-    scheme = parse_scheme("W4A16").weights
-    q, half = weight(scheme, (72, 64)), 36
-    bias = normal(72, seed=1)
-    for gate, rows in itertools.product(REFERENCES, (1, 3, 9)):
-        x = normal(rows, 64, seed=2).to(dtype)
-        clean = module.product_of(*packed(q, dtype), bias, gate=gate)(x)
-        for place in (5, half + 7):  # in front of the gate, and behind it
-            dirty = bias.clone()
-            dirty[place] = torch.nan
-            y = module.product_of(*packed(q, dtype), dirty, gate=gate)(x)
-            assert bool(torch.isnan(y[:, place % half]).all())
-            others = torch.arange(half) != place % half
-            assert torch.equal(y[:, others], clean[:, others])
-        x[rows // 2, 9] = torch.nan
-        for norm in (None, torch.ones(64)):
-            wanted = module.product_of(*packed(q, dtype), bias, norm=norm, gate=gate)
-            clear = torch.where(torch.isnan(x), 1, x)
-            y, whole = wanted(x), wanted(clear)
-            assert bool(torch.isnan(y[rows // 2]).all())
-            others = torch.arange(rows) != rows // 2
-            assert torch.equal(y[others], whole[others])
-    residual = normal(2, 72, seed=3).to(dtype)
-    residual[1, 4] = torch.nan
-    y = module.product_of(*packed(q, dtype), None)(normal(2, 64).to(dtype), residual)
-    assert torch.isnan(y).nonzero().tolist() == [[1, 4]]
+def test_nan_stays_nan_and_where_it_is(path: str):
+    for dtype in TYPES:
+        scheme = parse_scheme("W4A16").weights
+        q, half = weight(scheme, (72, 64)), 36
+        bias = normal(72, seed=1)
+        for gate, rows in itertools.product(REFERENCES, (1, 3, 9)):
+            x = normal(rows, 64, seed=2).to(dtype)
+            clean = module.product_of(*packed(q, dtype), bias, gate=gate)(x)
+            for place in (5, half + 7):  # in front of the gate, and behind it
+                dirty = bias.clone()
+                dirty[place] = torch.nan
+                y = module.product_of(*packed(q, dtype), dirty, gate=gate)(x)
+                assert bool(torch.isnan(y[:, place % half]).all())
+                others = torch.arange(half) != place % half
+                assert torch.equal(y[:, others], clean[:, others])
+            x[rows // 2, 9] = torch.nan
+            for norm in (None, torch.ones(64)):
+                wanted = module.product_of(*packed(q, dtype), bias, norm=norm, gate=gate)
+                clear = torch.where(torch.isnan(x), 1, x)
+                y, whole = wanted(x), wanted(clear)
+                assert bool(torch.isnan(y[rows // 2]).all())
+                others = torch.arange(rows) != rows // 2
+                assert torch.equal(y[others], whole[others])
+        residual = normal(2, 72, seed=3).to(dtype)
+        residual[1, 4] = torch.nan
+        y = module.product_of(*packed(q, dtype), None)(normal(2, 64).to(dtype), residual)
+        assert torch.isnan(y).nonzero().tolist() == [[1, 4]]
 
 
 @pytest.mark.parametrize("gate", [None, *REFERENCES])
@@ -285,8 +285,7 @@ JOINED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "text", "dtype"), pairwise(PATHS, JOINED, TYPES), indirect=["path"])
-def test_joined_weights_are_read_as_before(path: str, text: str, dtype: torch.dtype):
+def check_joined(text: str, dtype: torch.dtype) -> None:
     grid = Grid(torch.tensor(0.02)) if text.endswith("static") else None
     scheme = parse_scheme(text if grid is None else "w=int8/channel,a=int8/tensor/static")
     sizes = (48, 16, 32)
@@ -305,6 +304,18 @@ def test_joined_weights_are_read_as_before(path: str, text: str, dtype: torch.dt
         after = [module.product_of(v, m, None)(x) for v, (_, m) in zip(views, apart, strict=True)]
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         assert torch.equal(module.product_of(tensors, meta, None)(x), torch.cat(before, dim=1))
+
+
+def test_joined_weights_are_read_as_before(path: str):
+    for i, text in enumerate(JOINED):
+        check_joined(text, TYPES[(i + PATHS.index(path)) % 2])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", TYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("text", JOINED)
+def test_joined_weights_of_every_scheme_and_type(path: str, text: str, dtype: torch.dtype):
+    check_joined(text, dtype)
 
 
 def test_scales_of_two_types_are_joined_in_the_wider_one():

@@ -35,39 +35,39 @@ def built(name: str) -> tuple[nn.Module, torch.Tensor]:
     return conv, normal(2, 8, *(9, 10, 11)[: len(conv.kernel_size)])
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_kernel_as_a_matrix(name: str):
-    """Row o holds what output channel o multiplies: a unit output gradient reads it through PyTorch's own backward pass."""
-    conv, _ = built(name)
-    matrix = conv_matrix(conv.weight.detach(), conv)
-    assert torch.equal(conv_weight(matrix, conv), conv.weight)
-    assert matrix.shape == (conv.out_channels, conv.weight.numel() // conv.out_channels)
-    x = normal(1, 8, *(9, 10, 11)[: len(conv.kernel_size)])
-    for channel in range(conv.out_channels):  # a row of zeros silences its channel and no other
-        changed = copy.deepcopy(conv)
-        rows = matrix.clone()
-        rows[channel] = 0
-        changed.weight.data = conv_weight(rows, conv)
-        moved = (changed(x) - conv(x)).abs().flatten(2).amax(dim=(0, 2)) > 0
-        assert moved.nonzero().flatten().tolist() == [channel]
+def test_a_kernel_as_a_matrix():
+    """Row o holds what makes output channel o: zeros in it silence that channel and no other."""
+    for name in CONVOLUTIONS:
+        conv, _ = built(name)
+        matrix = conv_matrix(conv.weight.detach(), conv)
+        assert torch.equal(conv_weight(matrix, conv), conv.weight)
+        assert matrix.shape == (conv.out_channels, conv.weight.numel() // conv.out_channels)
+        x = normal(1, 8, *(9, 10, 11)[: len(conv.kernel_size)])
+        for channel in range(conv.out_channels):  # a row of zeros silences its channel and no other
+            changed = copy.deepcopy(conv)
+            rows = matrix.clone()
+            rows[channel] = 0
+            changed.weight.data = conv_weight(rows, conv)
+            moved = (changed(x) - conv(x)).abs().flatten(2).amax(dim=(0, 2)) > 0
+            assert moved.nonzero().flatten().tolist() == [channel]
 
 
-@pytest.mark.parametrize("scheme", ["w=int8/channel", "w=int4/g2/asym", "w=int8/tensor"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_it_is_the_convolution_with_the_dequantized_weight(name: str, scheme: str):
+def test_it_is_the_convolution_with_the_dequantized_weight(name: str):
     conv, x = built(name)
-    q = quantize_tensor(conv_matrix(conv.weight.detach(), conv), scheme)
-    mine, plain = QConv(q, conv), copy.deepcopy(conv)
-    plain.weight.data = conv_weight(q.dequantize(), conv)
-    assert torch.equal(mine(x), plain(x))
-    assert torch.equal(mine(x[0]), plain(x[0]))
-    for same in (mine, copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), copy.deepcopy(mine).half().double()):
-        assert_same(same.unpack(), q)
-    assert copy.deepcopy(mine).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    assert mine.weight.shape == conv.weight.shape
-    assert torch.equal(torch.add(mine.weight, 0), plain.weight)
-    assert list(mine.state_dict()) == ([] if conv.bias is None else ["bias"])
-    assert mine.weight_nbytes < 4 * conv.weight.numel()
+    for scheme in ("w=int8/channel", "w=int4/g2/asym", "w=int8/tensor"):
+        q = quantize_tensor(conv_matrix(conv.weight.detach(), conv), scheme)
+        mine, plain = QConv(q, conv), copy.deepcopy(conv)
+        plain.weight.data = conv_weight(q.dequantize(), conv)
+        assert torch.equal(mine(x), plain(x))
+        assert torch.equal(mine(x[0]), plain(x[0]))
+        for same in (mine, copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), copy.deepcopy(mine).half().double()):
+            assert_same(same.unpack(), q)
+        assert copy.deepcopy(mine).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        assert mine.weight.shape == conv.weight.shape
+        assert torch.equal(torch.add(mine.weight, 0), plain.weight)
+        assert list(mine.state_dict()) == ([] if conv.bias is None else ["bias"])
+        assert mine.weight_nbytes < 4 * conv.weight.numel()
 
 
 def test_the_size_of_the_output_can_be_asked_for():

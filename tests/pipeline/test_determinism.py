@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import arrondi
-from arrondi.evaluate.compare import compare_models
-from arrondi.evaluate.data import Windows
+from arrondi.measure.compare import compare_models
+from arrondi.measure.data import Windows
 from arrondi.model import OnDisk
 from arrondi.native import native
 from arrondi.pipeline import dequantize_model, quantize_model
@@ -79,7 +79,7 @@ def test_nothing_of_torch_is_left_changed(models: Callable[..., Path], text: Pat
 
 
 def texts_of(models: Callable[..., Path], options: TextOptions) -> Texts:
-    skeleton = OnDisk.open(models("llama", num_hidden_layers=1))
+    source = OnDisk.open(models("llama", num_hidden_layers=1))
     return read_texts(source, options, arrondi.Recipe.simple("W4A16", "gptq", group_size=32))
 
 

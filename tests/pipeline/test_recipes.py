@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import ArrondiError, DataError, FileFormatError, SchemeError
-from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_scheme
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import Plan, Recipe, Rule, TextOptions, check, dequantize_model, make_plan, quantize_model
 from arrondi.pipeline.recipe import matches
+from tests.zoo import of_transformers, outputs
 
 W4 = Recipe.simple("W4A16", group_size=32)
 
@@ -167,52 +169,77 @@ def test_matches_reads_selectors_as_compressed_tensors_does() -> None:
 
 # ── shapes that do not fit ────────────────────────────────────────────────────────────────────────────────────────────
 
+ODD = {"hidden_size": 64, "intermediate_size": 172}
+"""A width of a real model: 172 = 4 · 43."""
+
 
 @pytest.mark.parametrize(
-    ("scheme", "words"),
+    ("scheme", "up", "down"),
     [
-        ("W4A16", ["group_size 128", "axis of 96", "--group-size 32"]),
-        ("w=int4/g48", ["group_size 48", "axis of 64", "--group-size 64"]),
-        ("w=fp8/b128x128", ["blocks of 128 × 128", "(64, 96)", "--keep-misfits"]),
+        (
+            "W4A16",
+            "w=int4/channel",
+            "w=int4/channel",
+        ),  # 128 divides neither 64 nor 172, whose divisors are 43, 86 and itself
+        ("w=int4/g32", "w=int4/g32", "w=int4/channel"),
+        ("w=int8/g86", "w=int8/channel", "w=int8/g86"),
+        ("w=int8/g43/asym", "w=int8/g32/asym", "w=int8/g43/asym"),
+        ("w=fp8/b64x64", "w=fp8_e4m3/b64x64", "w=fp8_e4m3/b64x64"),  # its last blocks are smaller
+        ("W8A8", "w=int8/channel,a=int8/token", "w=int8/channel,a=int8/token"),
     ],
 )
-def test_a_group_size_that_does_not_divide_is_an_error_with_one_that_does(
-    scheme: str, words: list[str], models: Callable[..., Path], tmp_path: Path
+def test_a_layer_that_does_not_fit_takes_the_nearest_group_that_does(
+    scheme: str, up: str, down: str, models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SchemeError) as caught:
-        quantize_model(models("llama"), tmp_path / "out", Recipe.simple(scheme))
-    message = str(caught.value)
-    assert all(w in message for w in ["_proj.weight", *words]), message
-    assert not (tmp_path / "out").exists()
+    source, out = models("llama", num_hidden_layers=2, **ODD), tmp_path / "out"
+    options = TextOptions(text, samples=4, seq_len=33, eval_text=text, eval_samples=2)
+    report = quantize_model(source, out, Recipe.simple(scheme, "gptq"), options)
+    assert report["layout"] == "compressed-tensors" and report["counts"]["quantized"] == 14
+    rows = {r["name"]: r["scheme"] for r in report["layers"]}
+    assert {s for n, s in rows.items() if "down_proj" not in n} == {up}
+    assert {s for n, s in rows.items() if "down_proj" in n} == {down}
+    # The plan says it beforehand and the report afterwards, with the layers that it concerns.
+    plan = planned(source, Recipe.simple(scheme, "gptq"))
+    noted = {n for n, s in rows.items() if s != str(parse_scheme(scheme))}
+    assert plan.notes == report["notes"] and bool(plan.notes) == bool(noted)
+    assert all(("instead" in t.reason) == (t.name in noted) for t in plan.quantized)
+    # And transformers, the file and the numbers of the report are one model.
+    ids = torch.arange(40)[None]
+    reader = next(r for r in report["readers"] if r["reader"].startswith("transformers"))
+    if reader["ok"]:
+        ours, theirs = outputs(arrondi.load(out), ids), outputs(of_transformers("llama", out), ids)
+        error = 0.05 if "a=" in up else 1e-4
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=error * float(theirs.abs().max()))
+    else:
+        assert scheme == "w=int8/g43/asym" and "cannot read this mix" in reader["sentence"]
+        with pytest.raises(RuntimeError):
+            of_transformers("llama", out)
+    assert report["evaluation"]["kl_mean"] == compare_models(out, source, text, seq_len=33, samples=2)["kl_mean"]
 
 
-def test_the_proposed_fix_works(models: Callable[..., Path]) -> None:
-    plan = planned(models("llama"), Recipe.simple("W4A16"))
-    sizes = {p.rpartition("--group-size ")[2].partition(",")[0] for p in plan.problems}
-    assert sizes == {"64", "32"}, "64 columns take 64, 96 take 32"
-    for problem, size in ((p, p.rpartition("--group-size ")[2].partition(",")[0]) for p in plan.problems):
-        name = problem.partition(":")[0].removesuffix(".weight")
-        check(planned(models("llama"), Recipe.simple("W4A16", group_size=int(size), targets=[name])))
-
-
-def test_a_format_with_its_own_block_size_proposes_another_scheme(models: Callable[..., Path]) -> None:
-    message = refusal(planned(models("llama", hidden_size=72, num_attention_heads=4), Recipe.simple("MXFP4A16")))
-    assert "group_size 32 does not divide its last axis of 72" in message and "Use another scheme" in message
+def test_a_layer_whose_group_is_fixed_is_kept_with_the_reason(models: Callable[..., Path], tmp_path: Path) -> None:
+    source = models("llama", num_hidden_layers=2, **ODD)
+    report = quantize_model(source, tmp_path / "out", Recipe.simple("MXFP4A16"), layout="compressed-tensors")
+    kept = {k["name"]: k["reason"] for k in report["kept"] if k["status"] == "kept because impossible"}
+    assert kept and all("divide" in r and "172" in r for r in kept.values()), kept
+    assert any("down_proj" in n for n in kept) and any("is kept" in n for n in report["notes"])
 
 
 def test_misfits_are_kept_when_asked_and_named(models: Callable[..., Path], tmp_path: Path) -> None:
     recipe = Recipe.simple("W4A16", group_size=64)  # fits 64 columns, not the 96 of down_proj
     report = quantize_model(models("llama"), tmp_path / "out", recipe, keep_misfits=True)
     kept = {k["name"]: k for k in report["kept"] if k["status"] == "kept because impossible"}
-    assert {n for n in kept if n.endswith("down_proj.weight")} == {
-        f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)
-    }
-    assert "group_size 64 does not divide" in kept["model.layers.0.mlp.down_proj.weight"]["reason"]
+    assert set(kept) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}
+    assert "64 does not divide" in kept["model.layers.0.mlp.down_proj.weight"]["reason"]
     assert report["counts"]["quantized"] == 18
-    with torch.no_grad():
-        ids = torch.arange(9)[None]
-        theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
-        torch.testing.assert_close(arrondi.load(tmp_path / "out")(input_ids=ids).logits, theirs, rtol=1e-4, atol=1e-4)
+    ids = torch.arange(9)[None]
+    theirs = outputs(of_transformers("llama", tmp_path / "out"), ids)
+    torch.testing.assert_close(outputs(arrondi.load(tmp_path / "out"), ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_misfits_that_are_all_there_is_are_a_problem_with_its_reason(models: Callable[..., Path]) -> None:
+    plan = planned(models("llama"), Recipe.simple("W4A16"), keep_misfits=True)
+    assert re.search(r"Nothing would be quantized\. .*_proj\.weight: .*128 does not divide", refusal(plan))
 
 
 # ── numbers that are none ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -290,9 +317,8 @@ def test_a_quantized_model_is_not_quantized_again(models: Callable[..., Path], t
         (lambda: Recipe.simple("W4A16", "hqq", options={"normalize": 1}), ["normalize", "true or false", "1"]),
         (lambda: Recipe.simple("W4A16", group_size=0), ["group_size=0"]),
         (lambda: Recipe.simple("MXFP4A16", group_size=64), ["block size", "fixed", "--group-size"]),
-        (lambda: Recipe.simple("w=int8/channel,a=int8/tensor/static"), ["static", "not computed"]),
     ],
-    ids=["scheme", "method", "option", "number", "whole", "boolean", "word", "switch", "group", "fixed-group", "static"],
+    ids=["scheme", "method", "option", "number", "whole", "boolean", "word", "switch", "group", "fixed-group"],
 )  # fmt: skip
 def test_a_recipe_that_makes_no_sense_is_refused_when_it_is_made(make: Callable[[], Recipe], words: list[str]) -> None:
     with pytest.raises(ArrondiError) as caught:

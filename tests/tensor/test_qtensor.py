@@ -661,9 +661,9 @@ def test_nan_and_infinity_are_refused_by_name(name: str, bad: float) -> None:
 def test_other_refusals_carry_the_name_once() -> None:
     with pytest.raises(DataError, match=r"^w: only floating-point numbers can be quantized, got torch.int32"):
         quantize_tensor(torch.ones(4, dtype=torch.int32), Scheme(INT4), name="w")
-    with pytest.raises(ShapeError, match=r"^w: Blocks need two axes"):
+    with pytest.raises(ShapeError, match=r"^w: PerBlock needs two axes"):
         quantize_tensor(torch.ones(4), Scheme(INT4, PerBlock(2, 2)), name="w")
-    with pytest.raises(ShapeError, match=r"^w: Channels along axis 3 do not exist"):
+    with pytest.raises(ShapeError, match=r"^w: The axis 3 of the channels does not exist"):
         quantize_tensor(torch.ones(4, 4), Scheme(INT4, PerChannel(3)), name="w")
     with pytest.raises(DataError, match=r"^w: A scale of .* overflows float16"):
         quantize_tensor(torch.full((4,), 1e9), Scheme(INT4, scale="float16"), name="w")

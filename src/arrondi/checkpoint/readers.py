@@ -155,6 +155,15 @@ def _experts_in_bfloat16(placed: list[Placed], facts: ModelFacts) -> str | None:
     return "It keeps fused experts in 16 bits, whatever the type of the model."
 
 
+def _next_code(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if all(p.scheme.inputs is None for p in placed):
+        return None
+    return (
+        "It rounds inputs by the same rule, but the last bit of a sum can move an input to its next code: "
+        "logits may differ by as much as the rounding of inputs itself costs."
+    )
+
+
 def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
     if facts.dtype == "float32":
         return None
@@ -166,7 +175,8 @@ _REFUSALS: Final[tuple[_Rule, ...]] = (
     _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _inputs_left, _mx_inputs,
 )  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (
-    _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16, _default_type,
+    _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16,
+    _next_code, _default_type,
 )  # fmt: skip
 
 

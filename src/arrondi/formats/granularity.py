@@ -32,7 +32,7 @@ class PerGroup:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ShapeError(
-                f"A group has at least one element, got group_size={self.size}. For one group a row use 'channel' (a group size of -1)."
+                f"A group has at least one element, got group_size={self.size}. For one scale a row use 'channel'."
             )
 
 
@@ -67,14 +67,14 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
     """
     if not shape and not isinstance(granularity, PerTensor):
         raise ShapeError(
-            f"{granularity} needs a tensor with at least one axis, got a scalar. Use the granularity 'tensor'."
+            f"{granularity} needs a tensor with at least one axis, got a scalar. Use one scale for the tensor."
         )
     match granularity:
         case PerTensor():
             return shape
         case PerChannel(axis):
             if not -len(shape) <= axis < len(shape):
-                raise ShapeError(f"Channels along axis {axis} do not exist in shape {shape}.")
+                raise ShapeError(f"The axis {axis} of the channels does not exist in shape {shape}.")
             return tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
         case PerToken():
             return (*(1 for _ in shape[:-1]), shape[-1])
@@ -82,7 +82,7 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
             return (*(1 for _ in shape[:-1]), min(size, max(shape[-1], 1)))
         case PerBlock(rows, columns):
             if len(shape) < 2:
-                raise ShapeError(f"Blocks need two axes, got shape {shape}. Use groups of {columns}.")
+                raise ShapeError(f"PerBlock needs two axes, got shape {shape}. Use groups of {columns} instead.")
             return (*(1 for _ in shape[:-2]), min(rows, max(shape[-2], 1)), min(columns, max(shape[-1], 1)))
 
 

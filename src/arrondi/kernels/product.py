@@ -110,8 +110,11 @@ class Product:
         integers = dtype is torch.int32
         x_at = operand("x", x, (tokens, self.columns), _FLOATS, "rows")
         y_at = operand("y", y, (tokens, self.rows), torch.int32 if integers else _RESULTS, "rows")
-        residual_at = operand("residual", residual, (tokens, self.rows), dtype, "rows")
-        self.run(
-            x_at, TYPES[x.dtype], x.stride(0), tokens, y_at, 1 if dtype is torch.bfloat16 else 0, y.stride(0), residual_at,
-            0 if residual is None else residual.stride(0), integers, threads(),
-        )  # fmt: skip
+        residual_at = operand("residual", residual, (tokens, self.rows), dtype, "last")
+        try:
+            self.run(
+                x_at, TYPES[x.dtype], x.stride(0), tokens, y_at, 1 if dtype is torch.bfloat16 else 0, y.stride(0), residual_at,
+                0 if residual is None else residual.stride(0), integers, threads(),
+            )  # fmt: skip
+        except ValueError as error:  # what depends on several facts at once is checked there
+            raise ShapeError(f"A compiled product of shape {self.shape} cannot be: {error}.") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ class Site:
         file_flipped: the file's tensor holds (in, out).
         piece: the rectangle of the stored tensor that it comes from; None where the stored tensors are not merely moved.
         modules: every path by which the model calls it; the first is the one that configs name.
-        classes: names of the module's class and its bases; "Linear" is among them for whatever is a linear layer.
+        classes: names of the classes of these modules and their bases; "Linear" is among them for whatever is a linear layer.
         block: the unit that uses it, None outside of all units.
         reads: what it multiplies: equal for sites that read the same activation; None where that is not known.
         unfit: why it cannot be held in few bits, None if it can.
@@ -139,6 +139,7 @@ class StoredTensor:
         sources: the stored tensors that it is made of; itself, where nothing is converted.
         sites: what of it multiplies; empty for norms, biases, buffers.
         params: the parameters (or buffers) that it fills; empty if the model has none for it.
+        block: the unit that uses it, None outside of all units.
     """
 
     name: str
@@ -146,6 +147,7 @@ class StoredTensor:
     sources: tuple[str, ...]
     sites: tuple[Site, ...]
     params: tuple[str, ...]
+    block: int | None = None
 
     @property
     def converted(self) -> bool:
@@ -168,6 +170,7 @@ def find_tensors(names: Names, facts: Facts, block_of: Callable[[str], int | Non
     found: dict[str, list[StoredTensor]] = {}
     for group in names.groups:
         for tensor in maker.tensors(group):
+            tensor = replace(tensor, block=maker.block(tensor.params))
             for source in tensor.sources:
                 found.setdefault(source, []).append(tensor)
     ordered: dict[str, StoredTensor] = {}
@@ -193,6 +196,11 @@ class _Maker:
         if set(by_source) == set(group.sources) and all(self._moved(s, p) for s, p in by_source.items()):
             return [self._stored(s, p) for s, p in by_source.items()]
         return [self._split(group, t, pieces) for t in targets]
+
+    def block(self, params: Iterable[str]) -> int | None:
+        """The first unit that uses one of these parameters."""
+        known = (names for p in params for names in (self.names.names_of(p) if p in self.names.params else [p]))
+        return min((b for b in map(self.block_of, known) if b is not None), default=None)
 
     def _pieces(self, group: Group) -> list[Piece]:
         """Where stored matrices lie; a kernel of three axes is no stack."""
@@ -238,9 +246,12 @@ class _Maker:
         parameter = self.names.params[place.param]
         aliases = self.names.names_of(place.param)
         owners = [a.rpartition(".")[0] for a in aliases]
-        module = self.names.model.get_submodule(owners[0])
-        classes = tuple(c.__name__ for c in type(module).__mro__[:-1] if c is not torch.nn.Module)
-        kind = kind_of(module, parameter)
+        modules = [self.names.model.get_submodule(o) for o in owners]
+        module = modules[0]
+        named = [c.__name__ for m in modules for c in type(m).__mro__[:-1] if c is not torch.nn.Module]
+        kinds = [kind_of(m, parameter) for m in modules]
+        classes = tuple(dict.fromkeys([*named, *(["Linear"] if "linear" in kinds else [])]))
+        kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
         fused = is_stack(module, parameter)
         flipped = self._flipped(module, place.param, parameter)
         shape = tuple(parameter.shape)
@@ -252,7 +263,7 @@ class _Maker:
         paths = tuple(self._path(tensor, o) for o in owners) if fused and index is None else tuple(owners)
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
-            paths, tuple(dict.fromkeys((*classes, "Linear"))) if kind == "linear" else classes, self._block(aliases),
+            paths, classes, self.block(aliases),
             self._reads(aliases, place.index), self._unfit(aliases, kind, classes), not all(a in self.facts.unreached for a in aliases),
         )  # fmt: skip
 
@@ -269,10 +280,6 @@ class _Maker:
     def _reads(self, aliases: list[str], index: int | None) -> str | None:
         leader = next((self.facts.leaders[a] for a in aliases if a in self.facts.leaders), None)
         return leader if index is None or leader is None else f"{leader}[{index}]"
-
-    def _block(self, aliases: list[str]) -> int | None:
-        found = [b for b in map(self.block_of, aliases) if b is not None]
-        return min(found) if found else None
 
     def _unfit(self, aliases: list[str], kind: Kind, classes: tuple[str, ...]) -> str | None:
         if any(a in self.facts.routers for a in aliases):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerChannel, PerGroup, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
@@ -84,11 +83,6 @@ def round_together(
     seen: Seen,
 ) -> list[Rounded]:
     """Round weights (out, in) that read the same input, in one sweep; each error is the weight's own."""
-    for site, weight in zip(sites, weights, strict=True):
-        if not bool(torch.isfinite(weight).all()):
-            raise DataError(
-                f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
-            )
     joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     run = get_step(method).round
     assert run is not None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Site
 from arrondi.pipeline.rounded import round_alone, round_together, rowwise
@@ -22,7 +23,16 @@ from arrondi.tensor.ranges.observed import static_grid
 
 
 def carry_out(work: Work) -> None:
-    """Rewrites, then stage by stage roundings and repairs; the results are in `work`."""
+    """Rewrites, then stage by stage roundings and repairs; the results are in `work`.
+
+    Raises:
+        DataError: a weight is not finite.
+    """
+    for site in work.sites:
+        if not bool(torch.isfinite(work.weight(site)).all()):
+            raise DataError(
+                f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
+            )
     for one in work.of_kind("rewrite"):
         _apply(work, one)
     _keep_rewritten(work)

@@ -189,11 +189,14 @@ def sweep(
         ShapeError: they do not fit each other.
     """
     first, last, stop = columns
+    if not rows.dim() == codes.dim() == owed.dim() == factor.dim() == grid.scale.dim() == 2:
+        raise ShapeError("A sweep works on matrices: rows, owed, factor, codes and the parts of the grid.")
     n, m = rows.shape
     if not 0 <= first <= last <= stop <= n or owed.shape[0] < stop - first:
         raise ShapeError(
             f"Columns {first} … {last} of a block that ends at {stop} do not fit {n} columns and {tuple(owed.shape)} sums."
         )
+    places_at = [operand("places", place, (n,), torch.int64) for place in places]
     for name, place, limit in zip(("codes", "the grid"), places, (codes.shape[0], grid.scale.shape[0]), strict=True):
         low, high = (int(v) for v in torch.aminmax(place)) if n else (0, -1)
         if low < 0 or high >= limit:
@@ -201,8 +204,8 @@ def sweep(
     float32 = torch.float32
     done = _module().sweep(
         m, first, last, stop, scheme.format.qmin, scheme.format.qmax, operand("rows", rows, (n, m), float32),
-        operand("owed", owed, (owed.shape[0], m), float32), operand("factor", factor, (n, n), float32, "last"), factor.stride(0),
-        operand("codes", codes, (codes.shape[0], m), _CODES), *(operand("places", p, (n,), torch.int64) for p in places),
+        operand("owed", owed, (owed.shape[0], m), float32), operand("factor", factor, (n, n), float32, "rows"), factor.stride(0),
+        operand("codes", codes, (codes.shape[0], m), _CODES), *places_at,
         *(operand("grid", part, (len(grid.scale), m), float32) for part in grid), threads(),
     )  # fmt: skip
     if not done:
