@@ -152,7 +152,10 @@ def test_a_rewrite_needs_no_rounding_and_no_data(llama: Path, tmp_path: Path) ->
     ids = data(2, 24, 3)
     found, expected = (logits(arrondi.load(tmp_path / n), ids) for n in ("out", "plain"))
     assert close(found, expected, 1e-5)
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file, safe_open(llama / "model.safetensors", "pt") as old:
+    with (
+        safe_open(tmp_path / "out" / "model.safetensors", "pt") as file,
+        safe_open(llama / "model.safetensors", "pt") as old,
+    ):
         for name in ("q_proj", "k_proj", "v_proj"):  # all that read the same, though one was picked
             key = f"model.layers.1.self_attn.{name}.weight"
             assert torch.equal(file.get_tensor(key), old.get_tensor(key) * 2)
@@ -229,7 +232,9 @@ def test_experts_that_the_original_does_not_choose_have_no_pairs(models: Callabl
 
     with toys_known(Step("note", "repair", apply=note, needs=frozenset({"cross moment"}))):
         rules = (*Recipe.simple("w=int2/channel").rules, Rule(None, "note"))
-        quantize_model(models("qwen3-moe"), tmp_path / "out", Recipe(rules), TextOptions(data(8, 24, 1), evaluate=False))
+        quantize_model(
+            models("qwen3-moe"), tmp_path / "out", Recipe(rules), TextOptions(data(8, 24, 1), evaluate=False)
+        )
     assert all(pairs[n] for n in pairs if "experts" not in n)
     assert not all(pairs[n] for n in pairs if "experts" in n), "at 2 bits some token goes elsewhere"
 
@@ -256,7 +261,10 @@ def test_a_rule_names_what_stands_in_for_its_method(models: Callable[..., Path],
         ({"method": "gptq", "scheme": "W4A16", "fallback": "means"}, "Name one of these as the fallback"),
         ({"method": "gptq", "scheme": "W4A16", "fallback": "awqq"}, "Unknown method 'awqq'"),
         ({"method": "fold", "scheme": "W4A16"}, "fold rounds nothing"),
-        ({"method": "fold", "options": {"strenght": 1.0}}, "Unknown option of fold 'strenght'. Did you mean 'strength'"),
+        (
+            {"method": "fold", "options": {"strenght": 1.0}},
+            "Unknown option of fold 'strenght'. Did you mean 'strength'",
+        ),
         ({"method": "fold", "options": {"strength": "much"}}, "takes a number such as 0.5, got 'much'"),
         ({"method": "fold", "targets": "re:.*down"}, "Nothing would be quantized"),
     ],
@@ -301,7 +309,9 @@ def test_what_belongs_together_is_refused_together(scope: Any, llama: Path) -> N
 @torch.no_grad()
 def test_steps_work_on_a_module_in_memory() -> None:
     torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(24, 32, bias=False), torch.nn.GELU(), torch.nn.Linear(32, 8, bias=False))
+    module = torch.nn.Sequential(
+        torch.nn.Linear(24, 32, bias=False), torch.nn.GELU(), torch.nn.Linear(32, 8, bias=False)
+    )
     batches = [torch.randn(40, 24) + 1 for _ in range(2)]
     before = [module(b) for b in batches]
     rules = (*Recipe.simple("w=int3/channel").rules, Rule(None, "means"))
