@@ -29,7 +29,7 @@ import json, resource, sys, time
 import arrondi, transformers
 from arrondi.model import Skeleton
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.text import load_tokenizer
+from arrondi.measure.text import load_tokenizer
 from pathlib import Path
 model, text, out, textbook = sys.argv[1:5]
 Skeleton(Checkpoint.open(model)); load_tokenizer(Path(model))
