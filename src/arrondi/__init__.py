@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 __version__ = "0.1.0"
 
 _HOME: Final = {
-    "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api",
+    "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api",
     "Recipe": "pipeline", "Rule": "pipeline", "STEPS": "pipeline", "Step": "pipeline",
     "Limits": "evaluate.limits",
     "ActivationScheme": "formats", "FORMATS": "formats", "Format": "formats", "LayerScheme": "formats", "PRESETS": "formats",
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from arrondi.api import load as load
     from arrondi.api import plan as plan
     from arrondi.api import quantize as quantize
+    from arrondi.api import save as save
     from arrondi.calibration import SecondMoment as SecondMoment
     from arrondi.errors import ArrondiError as ArrondiError
     from arrondi.errors import DataError as DataError

@@ -22,7 +22,8 @@ from arrondi.pipeline import TextOptions, dequantize_model, inspect_model, make_
 from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
-from arrondi.runtime.load import load
+from arrondi.runtime.load import load as load_model
+from arrondi.runtime.modules import load_into, save
 
 AnyScheme = str | Scheme | LayerScheme
 Progress = Callable[[int, int, str], None]
@@ -121,8 +122,26 @@ def plan(
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
 
 
+def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: Any) -> Any:
+    """A saved model whose layers hold packed codes.
+
+    Args:
+        path: directory or Hub name; quantized or plain.
+        model: a fresh module of the class that was saved, for models that transformers does not build; it is filled.
+        options: dtype, activations and fuse of `arrondi.runtime.load.load`.
+
+    Raises:
+        ArrondiError: see its sentence.
+    """
+    if model is None:
+        return load_model(path, **options)
+    if options:
+        raise SchemeError(f"A module is filled as it is; leave out {', '.join(sorted(options))}.")
+    return load_into(model, path)
+
+
 evaluate = compare_models
 dequantize = dequantize_model
 inspect = inspect_model
 
-__all__ = ["dequantize", "evaluate", "inspect", "load", "plan", "quantize"]
+__all__ = ["dequantize", "evaluate", "inspect", "load", "plan", "quantize", "save"]

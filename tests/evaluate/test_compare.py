@@ -12,14 +12,16 @@ import transformers
 import arrondi
 from arrondi.errors import DataError, FileFormatError
 from arrondi.evaluate import Comparison
+from arrondi.evaluate.compare import compare_models
 from arrondi.evaluate.data import read_windows
 from arrondi.evaluate.text import load_tokenizer
+from arrondi.pipeline import quantize_model
 
 
 def test_the_numbers_are_those_of_transformers(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     source, out = models("llama"), tmp_path / "out"
-    arrondi.quantize_model(source, out, arrondi.Recipe.simple("W3A16", group_size=32))
-    found = arrondi.compare_models(out, source, text, seq_len=24, samples=5)
+    quantize_model(source, out, arrondi.Recipe.simple("W3A16", group_size=32))
+    found = compare_models(out, source, text, seq_len=24, samples=5)
     original, quantized = (
         transformers.LlamaForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (source, out)
     )
@@ -35,7 +37,7 @@ def test_the_numbers_are_those_of_transformers(models: Callable[..., Path], text
 
 def test_a_model_equals_itself(models: Callable[..., Path], text: Path) -> None:
     for name in ("llama", "bert"):
-        found = arrondi.compare_models(models(name), models(name), text, seq_len=24, samples=3)
+        found = compare_models(models(name), models(name), text, seq_len=24, samples=3)
         if name == "llama":
             assert found["kl_mean"] == pytest.approx(0, abs=1e-7) and found["top1_agreement"] == 1
             assert found["perplexity"] == found["reference_perplexity"]
@@ -45,20 +47,20 @@ def test_a_model_equals_itself(models: Callable[..., Path], text: Path) -> None:
 
 def test_all_windows_are_taken_unless_fewer_are_asked_for(models: Callable[..., Path], text: Path) -> None:
     total = len(read_windows(text, load_tokenizer(models("llama")), 100))
-    found = arrondi.compare_models(
+    found = compare_models(
         models("llama", num_hidden_layers=1), models("llama", num_hidden_layers=1), text, seq_len=100
     )
     assert found["windows"] == total and found["tokens"] == total * 99
 
 
 def test_windows_are_no_longer_than_the_model_takes(models: Callable[..., Path], text: Path) -> None:
-    found = arrondi.compare_models(models("llama", num_hidden_layers=1), models("llama", num_hidden_layers=1), text, seq_len=4096, samples=2)  # fmt: skip
+    found = compare_models(models("llama", num_hidden_layers=1), models("llama", num_hidden_layers=1), text, seq_len=4096, samples=2)  # fmt: skip
     assert found["tokens"] == 2 * 127 and "windows of 127 tokens" in found["protocol"]
 
 
 def test_progress_counts_the_blocks(models: Callable[..., Path], text: Path) -> None:
     calls: list[tuple[int, int]] = []
-    arrondi.compare_models(
+    compare_models(
         models("llama"), models("llama"), text, seq_len=24, samples=1, progress=lambda done, total, what: calls.append((done, total))
     )  # fmt: skip
     assert calls == [(0, 4), (1, 4), (2, 4), (3, 4)]
@@ -78,10 +80,10 @@ STRANGERS = {
 def test_strangers_are_not_compared(kind: str, models: Callable[..., Path], text: Path) -> None:
     name, changes = STRANGERS[kind]
     with pytest.raises(FileFormatError, match=r"another model than .* Compare a model with its own original"):
-        arrondi.compare_models(models(name, **changes), models("llama"), text, seq_len=24, samples=1)
+        compare_models(models(name, **changes), models("llama"), text, seq_len=24, samples=1)
 
 
 def test_a_short_text_is_refused(models: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("two words")
     with pytest.raises(DataError, match=r"short\.txt: \d+ tokens of evaluation text"):
-        arrondi.compare_models(models("llama"), models("llama"), tmp_path / "short.txt", seq_len=24)
+        compare_models(models("llama"), models("llama"), tmp_path / "short.txt", seq_len=24)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import arrondi
 from arrondi.errors import DataError
 from arrondi.evaluate import read_windows
+from arrondi.evaluate.compare import compare_models
 from arrondi.evaluate.data import check_windows, reads_text
-from arrondi.model import Skeleton
+from arrondi.evaluate.text import load_tokenizer
+from arrondi.model import OnDisk
+from arrondi.pipeline import Recipe, TextOptions, quantize_model
 
 IDS = torch.arange(24).reshape(6, 4)
 
@@ -77,7 +79,7 @@ def test_what_is_no_data_is_refused_with_what_it_is(kind: str) -> None:
 
 
 def test_ids_and_lengths_that_the_model_does_not_have(models: Callable[..., Path]) -> None:
-    model = Skeleton(arrondi.checkpoint.Checkpoint.open(models("llama"))).model
+    model = OnDisk.open(models("llama")).model
     check_windows(read_windows(torch.full((1, 128), 2047), None, 512), model)
     with pytest.raises(DataError, match=r"token 2048, but the model knows 2048"):
         check_windows(read_windows(torch.full((1, 128), 2048), None, 512), model)
@@ -87,18 +89,16 @@ def test_ids_and_lengths_that_the_model_does_not_have(models: Callable[..., Path
 
 def test_a_run_on_token_ids_is_the_run_on_their_text(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     """Calibration and measurement from a file, and from the ids that its tokenizer gives: the same bytes and numbers."""
-    from arrondi.evaluate.text import load_tokenizer
-
     source = models("llama", num_hidden_layers=1)
     ids = read_windows(text, load_tokenizer(source), 32).ids
     reports, files = [], []
     for name, data in (("text", text), ("ids", DataLoader(TensorDataset(ids), batch_size=5))):
-        options = arrondi.TextOptions(data, samples=4, seq_len=32, eval_samples=3)
-        recipe = arrondi.Recipe.simple("W4A16", "gptq", group_size=32)
-        reports.append(arrondi.quantize_model(source, tmp_path / name, recipe, options)["evaluation"])
+        options = TextOptions(data, samples=4, seq_len=32, eval_samples=3)
+        recipe = Recipe.simple("W4A16", "gptq", group_size=32)
+        reports.append(quantize_model(source, tmp_path / name, recipe, options)["evaluation"])
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1]
     assert reports[0]["kl_mean"] == reports[1]["kl_mean"] > 0
     assert "as they were given" in reports[1]["protocol"]
-    measured = [arrondi.compare_models(tmp_path / "ids", source, d, seq_len=32, samples=3) for d in (text, ids)]
+    measured = [compare_models(tmp_path / "ids", source, d, seq_len=32, samples=3) for d in (text, ids)]
     assert measured[0]["kl_mean"] == measured[1]["kl_mean"]

@@ -30,7 +30,7 @@ import torch
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, OutputError
-from arrondi.pipeline import restore
+from arrondi.pipeline import TextOptions, dequantize_model, quantize_model, restore
 
 LIMITS = (100, 4_000, 90_000)
 """Bytes that no file may exceed (RLIMIT_FSIZE): the journal, small files and weights meet them as they meet a full disk."""
@@ -43,12 +43,12 @@ def call_of(model: str, work: Path, text: str, method: str) -> Callable[[Path], 
     """What is to be killed: a function of the output."""
     if method == "dequantize":
         recipe = arrondi.Recipe.simple("W4A16", "rtn", group_size=32)
-        arrondi.quantize_model(model, work / "packed", recipe)
+        quantize_model(model, work / "packed", recipe)
         restore._GROUP_BYTES = 50_000
-        return lambda out: arrondi.dequantize_model(work / "packed", out, shard_bytes=100_000)
+        return lambda out: dequantize_model(work / "packed", out, shard_bytes=100_000)
     recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
-    texts = arrondi.TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
-    return lambda out: arrondi.quantize_model(model, out, recipe, texts, shard_bytes=100_000)
+    texts = TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
+    return lambda out: quantize_model(model, out, recipe, texts, shard_bytes=100_000)
 
 
 class Killer:

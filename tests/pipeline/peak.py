@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import arrondi
+from arrondi.pipeline import TextOptions, quantize_model
 from tests.pipeline.killer import child
 
 METHODS = ("rtn", "gptq")
@@ -27,8 +28,8 @@ def peak() -> int:
 
 def quantize(model: str, out: Path, text: str, method: str) -> None:
     recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
-    options = None if method == "rtn" else arrondi.TextOptions(Path(text), samples=2, seq_len=32, eval_samples=1)
-    arrondi.quantize_model(model, out, recipe, options)
+    options = None if method == "rtn" else TextOptions(Path(text), samples=2, seq_len=32, eval_samples=1)
+    quantize_model(model, out, recipe, options)
 
 
 def main(work: str, text: str, small: str, *models: str) -> None:

@@ -18,6 +18,7 @@ from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_activations
 from arrondi.native import native
 from arrondi.nn import QLinear
+from arrondi.pipeline import quantize_model
 from arrondi.runtime.fuse import is_fused
 from arrondi.tensor.qtensor import fake_quantize
 
@@ -25,7 +26,7 @@ from arrondi.tensor.qtensor import fake_quantize
 @pytest.fixture(scope="module")
 def four(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("four") / "out"
-    arrondi.quantize_model(models("llama"), out, arrondi.Recipe.simple("W4A16", group_size=32))
+    quantize_model(models("llama"), out, arrondi.Recipe.simple("W4A16", group_size=32))
     return out
 
 
@@ -87,7 +88,7 @@ def test_its_cost_is_measured_where_names_lack_a_prefix(
         bare / "model.safetensors",
         metadata={"format": "pt"},
     )
-    arrondi.quantize_model(bare, tmp_path / "out", arrondi.Recipe.simple("W4A16", group_size=32))
+    quantize_model(bare, tmp_path / "out", arrondi.Recipe.simple("W4A16", group_size=32))
     found = [
         compare_models(where, models("llama"), text, seq_len=64, samples=8, activations="int4/token")
         for where in (four, tmp_path / "out")
@@ -97,7 +98,7 @@ def test_its_cost_is_measured_where_names_lack_a_prefix(
 
 
 def test_a_scheme_of_its_own_stays(models: Callable[..., Path], tmp_path: Path) -> None:
-    arrondi.quantize_model(models("llama"), tmp_path / "out", arrondi.Recipe.simple("W8A8"))
+    quantize_model(models("llama"), tmp_path / "out", arrondi.Recipe.simple("W8A8"))
     with pytest.raises(SchemeError, match="its own schemes round them"):
         arrondi.load(tmp_path / "out", activations="int8/g32")
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import arrondi
-from arrondi.checkpoint import Checkpoint
+from arrondi.evaluate.compare import compare_models
 from arrondi.evaluate.data import Windows
-from arrondi.model import Skeleton
+from arrondi.model import OnDisk
 from arrondi.native import native
+from arrondi.pipeline import dequantize_model, quantize_model
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 from tests.pipeline.killer import digest
 
@@ -30,7 +31,7 @@ def test_two_runs_write_the_same_bytes(method: str, models: Callable[..., Path],
     for name in ("one", "two"):
         torch.manual_seed(hash(name) % 1000)  # the state that the caller happens to be in does not matter
         options = TextOptions(text, samples=3, seq_len=24, eval_samples=2)
-        arrondi.quantize_model(models("llama", num_hidden_layers=2), tmp_path / name, recipe, options)
+        quantize_model(models("llama", num_hidden_layers=2), tmp_path / name, recipe, options)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
@@ -40,7 +41,7 @@ def test_another_seed_calibrates_on_other_windows(models: Callable[..., Path], t
     reports = {}
     for seed in (0, 1):
         options = TextOptions(text, samples=3, seq_len=24, eval_samples=2, seed=seed)
-        reports[seed] = arrondi.quantize_model(source, tmp_path / str(seed), recipe, options)
+        reports[seed] = quantize_model(source, tmp_path / str(seed), recipe, options)
     one, two = digest(tmp_path / "0"), digest(tmp_path / "1")
     assert one["model.safetensors"] != two["model.safetensors"]
     assert one["config.json"] == two["config.json"]
@@ -53,10 +54,10 @@ def test_the_global_random_state_is_untouched(models: Callable[..., Path], text:
     recipe = arrondi.Recipe.simple("W4A16", "gptq", group_size=32)
     out = tmp_path / "out"
     options = TextOptions(text, samples=2, seq_len=24, eval_samples=2)
-    arrondi.quantize_model(models("llama", num_hidden_layers=1), out, recipe, options)
-    arrondi.compare_models(out, models("llama", num_hidden_layers=1), text, seq_len=24, samples=2)
+    quantize_model(models("llama", num_hidden_layers=1), out, recipe, options)
+    compare_models(out, models("llama", num_hidden_layers=1), text, seq_len=24, samples=2)
     arrondi.load(out)
-    arrondi.dequantize_model(out, tmp_path / "plain")
+    dequantize_model(out, tmp_path / "plain")
     from arrondi.runtime.generate import generate
 
     generate(out, "Return", max_new_tokens=3, temperature=1.0)
@@ -70,7 +71,7 @@ def test_nothing_of_torch_is_left_changed(models: Callable[..., Path], text: Pat
     before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
     recipe = arrondi.Recipe.simple("W4A16", "gptq", group_size=32)
     options = TextOptions(text, samples=2, seq_len=24, eval_samples=2)
-    arrondi.quantize_model(models("llama", torch.bfloat16, num_hidden_layers=1), tmp_path / "out", recipe, options)
+    quantize_model(models("llama", torch.bfloat16, num_hidden_layers=1), tmp_path / "out", recipe, options)
     assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()) == before
 
 
@@ -78,8 +79,8 @@ def test_nothing_of_torch_is_left_changed(models: Callable[..., Path], text: Pat
 
 
 def texts_of(models: Callable[..., Path], options: TextOptions) -> Texts:
-    skeleton = Skeleton(Checkpoint.open(models("llama", num_hidden_layers=1)))
-    return read_texts(skeleton, options, arrondi.Recipe.simple("W4A16", "gptq", group_size=32))
+    source = OnDisk.open(models("llama", num_hidden_layers=1))
+    return read_texts(source, options, arrondi.Recipe.simple("W4A16", "gptq", group_size=32))
 
 
 def rows(windows: Windows | None) -> set[tuple[int, ...]]:
@@ -160,5 +161,5 @@ def test_each_of_these_makes_another_run(models: Callable[..., Path], text: Path
 
 def key_of(source: Path, out: Path, *what: Any, **more: Any) -> str:
     """The key of a run."""
-    arrondi.quantize_model(source, out, *what, **more)
+    quantize_model(source, out, *what, **more)
     return str(json.loads((out / "manifest.json").read_text())["run"])

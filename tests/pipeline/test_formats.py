@@ -13,7 +13,9 @@ import transformers
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
+from arrondi.evaluate.compare import compare_models
 from arrondi.nn import QLinear
+from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from arrondi.tensor.qtensor import QTensor
 from tests.conftest import ARCHITECTURES
 
@@ -44,10 +46,8 @@ def test_what_is_loaded_computes_with_the_dequantized_weights(
     if "A8" in scheme or "FP8" in scheme:  # a sum in another order moves activations across a rounding edge
         monkeypatch.setenv("ARRONDI_KERNEL", "reference")
     source, out, plain = models("llama", num_hidden_layers=1), tmp_path / "out", tmp_path / "plain"
-    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
-    report = arrondi.quantize_model(
-        source, out, arrondi.Recipe.simple(scheme, method, group_size=GROUP.get(scheme)), options
-    )
+    options = TextOptions(text, samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
+    report = quantize_model(source, out, arrondi.Recipe.simple(scheme, method, group_size=GROUP.get(scheme)), options)
     assert report["layout"] == layout
     assert report["counts"] == {"quantized": 7, "kept by rule": 5, "kept because impossible": 0}
 
@@ -61,7 +61,7 @@ def test_what_is_loaded_computes_with_the_dequantized_weights(
         assert isinstance(q, QTensor)
         torch.testing.assert_close(linears[name].dequantize(), q.dequantize(), rtol=1e-6, atol=1e-7)
 
-    arrondi.dequantize_model(out, plain, "float32")
+    dequantize_model(out, plain, "float32")
     restored = transformers.LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     for name, linear in linears.items():  # the restored model rounds its activations where ours does
         if linear.inputs is not None:
@@ -82,7 +82,7 @@ def test_what_is_loaded_computes_with_the_dequantized_weights(
 def test_more_bits_mean_less_error(models: Callable[..., Path], tmp_path: Path) -> None:
     ratios = []
     for bits in range(2, 9):
-        report = arrondi.quantize_model(
+        report = quantize_model(
             models("llama", num_hidden_layers=1),
             tmp_path / str(bits),
             arrondi.Recipe.simple(f"W{bits}A16", group_size=32),
@@ -102,9 +102,7 @@ def test_scales_are_stored_in_the_type_of_the_model(
 ) -> None:
     out = tmp_path / "out"
     group = 32 if scheme != "W8A8" else None
-    arrondi.quantize_model(
-        models("llama", dtype, num_hidden_layers=1), out, arrondi.Recipe.simple(scheme, group_size=group)
-    )
+    quantize_model(models("llama", dtype, num_hidden_layers=1), out, arrondi.Recipe.simple(scheme, group_size=group))
     entries = Checkpoint.open(out).folder.entries
     scales = {e.torch_dtype for n, e in entries.items() if n.endswith("scale")}
     assert scales == {dtype}
@@ -123,9 +121,9 @@ def test_int8_and_fp8_with_rounded_activations_on_every_kind_of_model(
     source = models(name, **({"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 1}))
     for scheme in ("W8A8", "FP8_DYNAMIC"):
         out = tmp_path / scheme
-        options = arrondi.TextOptions(eval_text=text, seq_len=24, eval_samples=4)
-        measured = arrondi.quantize_model(source, out, arrondi.Recipe.simple(scheme), options)["evaluation"]
-        again = arrondi.compare_models(out, source, text, seq_len=24, samples=4)
+        options = TextOptions(eval_text=text, seq_len=24, eval_samples=4)
+        measured = quantize_model(source, out, arrondi.Recipe.simple(scheme), options)["evaluation"]
+        again = compare_models(out, source, text, seq_len=24, samples=4)
         assert {k: v for k, v in measured.items() if isinstance(v, float)} == {
             k: v for k, v in again.items() if isinstance(v, float)
         }
@@ -137,9 +135,9 @@ def test_the_original_is_measured_without_rounded_activations(
     models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     source = models("llama", num_hidden_layers=1)
-    options = arrondi.TextOptions(eval_text=text, seq_len=24, eval_samples=4)
+    options = TextOptions(eval_text=text, seq_len=24, eval_samples=4)
     found = {
-        scheme: arrondi.quantize_model(source, tmp_path / scheme, arrondi.Recipe.simple(scheme), options)["evaluation"]
+        scheme: quantize_model(source, tmp_path / scheme, arrondi.Recipe.simple(scheme), options)["evaluation"]
         for scheme in ("FP8A16", "FP8_DYNAMIC")
     }
     references = {f["reference_perplexity"] for f in found.values()}

@@ -20,8 +20,9 @@ from arrondi.checkpoint import Entry, ShardWriter
 from arrondi.checkpoint.containers import disk
 from arrondi.checkpoint.containers.tensor_file import read_bytes
 from arrondi.errors import OutputError
-from arrondi.evaluate.metrics import Comparison
-from arrondi.pipeline import publish
+from arrondi.evaluate.comparison import Comparison
+from arrondi.model import OnDisk
+from arrondi.pipeline import TextOptions, make_plan, publish, quantize_model
 from arrondi.pipeline.ledger import travelling
 from arrondi.pipeline.manifest import MANIFEST, WORK, check_apart
 from tests.pipeline.killer import digest
@@ -31,7 +32,7 @@ RTN = arrondi.Recipe.simple("W4A16", group_size=32)
 
 
 def quantize(models: Callable[..., Path], out: Path, **options: Any) -> dict[str, Any]:
-    return arrondi.quantize_model(models("llama", num_hidden_layers=1), out, RTN, shard_bytes=100_000, **options)
+    return quantize_model(models("llama", num_hidden_layers=1), out, RTN, shard_bytes=100_000, **options)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,10 @@ def test_the_same_call_on_a_finished_output_does_nothing(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    first = arrondi.quantize_model(source, out, RTN)
+    first = quantize_model(source, out, RTN)
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     monkeypatch.setattr(ShardWriter, "put", None)
-    assert arrondi.quantize_model(source, out, RTN) == first
+    assert quantize_model(source, out, RTN) == first
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
@@ -122,14 +123,14 @@ def test_a_finished_run_that_was_killed_before_it_cleaned_up_is_finished(
     models: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    arrondi.quantize_model(source, out, RTN)
+    quantize_model(source, out, RTN)
     (out / WORK).mkdir()
     (out / WORK / "journal.jsonl").write_text(
         json.dumps({"run": json.loads((out / MANIFEST).read_text())["run"]}) + "\n"
     )
     with pytest.raises(OutputError, match="finished model of another run"):
-        arrondi.quantize_model(source, out, arrondi.Recipe.simple("W8A16", group_size=32))
-    arrondi.quantize_model(source, out, RTN)
+        quantize_model(source, out, arrondi.Recipe.simple("W8A16", group_size=32))
+    quantize_model(source, out, RTN)
     assert not (out / WORK).exists()
 
 
@@ -143,13 +144,13 @@ def test_overwriting_leaves_nothing_of_the_earlier_model(models: Callable[..., P
     (first / "added_tokens.json").write_text("{}")
     (first / "spiece.model").write_bytes(b"pieces")
     out = tmp_path / "out"
-    arrondi.quantize_model(first, out, RTN)
+    quantize_model(first, out, RTN)
     assert (out / "spiece.model").exists()
     (out / "notes.md").write_text("years of work")
     second = models("llama", num_hidden_layers=1)
-    arrondi.quantize_model(second, out, RTN, overwrite=True)
+    quantize_model(second, out, RTN, overwrite=True)
     (out / "notes.md").unlink()
-    arrondi.quantize_model(second, tmp_path / "fresh", RTN)
+    quantize_model(second, tmp_path / "fresh", RTN)
     assert digest(out) == digest(tmp_path / "fresh")
 
 
@@ -171,16 +172,16 @@ def test_a_finished_output_of_another_run_is_refused_and_replaced_when_asked(
     models: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    arrondi.quantize_model(source, out, RTN, shard_bytes=100_000)
+    quantize_model(source, out, RTN, shard_bytes=100_000)
     assert (out / "model.safetensors.index.json").exists()
     (out / "my notes.md").write_text("years of work")
     before = digest(out)
     other = arrondi.Recipe.simple("W8A16", group_size=32)
     with pytest.raises(OutputError, match=r"finished model of another run.*--overwrite"):
-        arrondi.quantize_model(source, out, other)
+        quantize_model(source, out, other)
     assert digest(out) == before
-    arrondi.quantize_model(source, out, other, overwrite=True)
-    arrondi.quantize_model(source, tmp_path / "fresh", other)
+    quantize_model(source, out, other, overwrite=True)
+    quantize_model(source, tmp_path / "fresh", other)
     assert (out / "my notes.md").read_text() == "years of work"
     (out / "my notes.md").unlink()
     assert digest(out) == digest(tmp_path / "fresh"), "nothing of the first run is left"
@@ -188,10 +189,10 @@ def test_a_finished_output_of_another_run_is_refused_and_replaced_when_asked(
 
 def test_overwrite_does_the_same_run_again(models: Callable[..., Path], tmp_path: Path) -> None:
     source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    arrondi.quantize_model(source, out, RTN)
+    quantize_model(source, out, RTN)
     whole = digest(out)
     (out / "model.safetensors").write_bytes(b"damaged")
-    arrondi.quantize_model(source, out, RTN, overwrite=True)
+    quantize_model(source, out, RTN, overwrite=True)
     assert digest(out) == whole
 
 
@@ -211,7 +212,7 @@ def test_a_foreign_directory_is_not_touched(
             (out / name).write_bytes((models("llama", num_hidden_layers=1) / name).read_bytes())
     before = sorted((p.name, p.stat().st_mtime_ns) for p in out.rglob("*"))
     with pytest.raises(OutputError, match=r"already holds .* Nothing was touched"):
-        arrondi.quantize_model(models("llama", num_hidden_layers=1), out, RTN, overwrite=overwrite)
+        quantize_model(models("llama", num_hidden_layers=1), out, RTN, overwrite=overwrite)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in out.rglob("*")) == before
 
 
@@ -219,12 +220,12 @@ def test_an_output_that_is_a_file_or_the_model_itself_is_refused(models: Callabl
     source = models("llama", num_hidden_layers=1)
     (tmp_path / "file").write_text("text")
     with pytest.raises(OutputError, match=r"a file\. Give a directory"):
-        arrondi.quantize_model(source, tmp_path / "file", RTN)
+        quantize_model(source, tmp_path / "file", RTN)
     with pytest.raises(OutputError, match="same directory"):
-        arrondi.quantize_model(source, source, RTN, overwrite=True)
+        quantize_model(source, source, RTN, overwrite=True)
     (tmp_path / "link").symlink_to(source)
     with pytest.raises(OutputError, match="same directory"):
-        arrondi.quantize_model(source, tmp_path / "link", RTN, overwrite=True)
+        quantize_model(source, tmp_path / "link", RTN, overwrite=True)
     assert (tmp_path / "file").read_text() == "text"
 
 
@@ -281,15 +282,9 @@ def test_a_hash_that_cannot_be_taken_ends_the_run(
 
 
 def test_the_files_of_a_run_are_those_that_it_announces(whole: Path, models: Callable[..., Path]) -> None:
-    from arrondi.checkpoint import Checkpoint
-    from arrondi.model import Skeleton
-    from arrondi.pipeline import make_plan
-
-    checkpoint = Checkpoint.open(models("llama", num_hidden_layers=1))
-    shards = make_plan(Skeleton(checkpoint), RTN).shards(100_000)
-    assert sorted(publish.planned_files(shards, travelling(checkpoint.folder), ["report.json"])) == sorted(
-        p.name for p in whole.iterdir()
-    )
+    source = OnDisk.open(models("llama", num_hidden_layers=1))
+    shards, travel = make_plan(source, RTN).shards(100_000), travelling(source.checkpoint.folder)
+    assert sorted(publish.planned_files(shards, travel, ["report.json"])) == sorted(p.name for p in whole.iterdir())
 
 
 # ── numbers that JSON does not have ───────────────────────────────────────────────────────────────────────────────────
@@ -308,9 +303,9 @@ def test_an_infinite_error_is_json_and_the_same_when_it_is_read_again(
             return {**self.found, "kl_mean": math.inf, "kl_p99": math.nan}
 
     monkeypatch.setattr(Comparison, "summary", lambda self: Infinite(self))
-    options = arrondi.TextOptions(eval_text=text, seq_len=24, eval_samples=2)
+    options = TextOptions(eval_text=text, seq_len=24, eval_samples=2)
     source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
-    first = arrondi.quantize_model(source, out, RTN, options)
+    first = quantize_model(source, out, RTN, options)
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
@@ -318,4 +313,4 @@ def test_an_infinite_error_is_json_and_the_same_when_it_is_read_again(
     stored = json.loads((out / "report.json").read_text(), parse_constant=refuse)
     assert stored["evaluation"]["kl_mean"] is None
     assert stored["evaluation"]["not_finite"] == {"kl_mean": "infinity", "kl_p99": "nan"}
-    assert first == stored == arrondi.quantize_model(source, out, RTN, options)
+    assert first == stored == quantize_model(source, out, RTN, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import ArrondiError, DataError, FileFormatError, SchemeError
+from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_scheme
-from arrondi.model import Skeleton
-from arrondi.pipeline import Plan, Recipe, Rule, check, make_plan
+from arrondi.model import OnDisk
+from arrondi.pipeline import Plan, Recipe, Rule, TextOptions, check, dequantize_model, make_plan, quantize_model
 from arrondi.pipeline.recipe import matches
+from tests.zoo import of_transformers, outputs
 
 W4 = Recipe.simple("W4A16", group_size=32)
 
 
 def planned(folder: Path, recipe: Recipe, **options: Any) -> Plan:
-    return make_plan(Skeleton(Checkpoint.open(folder)), recipe, **options)
+    return make_plan(OnDisk.open(folder), recipe, **options)
 
 
 def refusal(plan: Plan) -> str:
@@ -43,8 +46,8 @@ def test_the_later_rule_wins_and_none_leaves_alone(models: Callable[..., Path], 
         Rule(parse_scheme("W3A16_ASYM").with_group_size(16), "hqq", ("model.layers.1.self_attn.q_proj",)),
         Rule(None, targets=(r"re:model\.layers\.2\.",)),
     )
-    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2)
-    report = arrondi.quantize_model(models("llama"), tmp_path / "out", Recipe(rules), options)
+    options = TextOptions(text, samples=2, seq_len=24, eval_samples=2)
+    report = quantize_model(models("llama"), tmp_path / "out", Recipe(rules), options)
     found = {r["name"].removeprefix("model.layers."): (r["scheme"], r["method"]) for r in report["layers"]}
     assert found["0.mlp.up_proj.weight"] == ("w=int4/g32", "gptq")
     assert found["1.mlp.down_proj.weight"] == ("w=int8/g32", "rtn")
@@ -58,7 +61,7 @@ def test_the_later_rule_wins_and_none_leaves_alone(models: Callable[..., Path], 
         n: s for n, (s, _) in found.items()
     }
     plain = tmp_path / "plain"
-    arrondi.dequantize_model(tmp_path / "out", plain, "float32")
+    dequantize_model(tmp_path / "out", plain, "float32")
     ids = torch.arange(20).reshape(1, 20)
     with torch.no_grad():
         expected = transformers.LlamaForCausalLM.from_pretrained(plain).eval()(input_ids=ids).logits
@@ -95,8 +98,8 @@ def test_ignore_wins_over_every_rule(models: Callable[..., Path]) -> None:
 def test_the_head_is_quantized_when_asked(method: str, models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     source, out = models("llama"), tmp_path / "out"
     recipe = Recipe.simple("W4A16", method, group_size=32, ignore=[])
-    options = arrondi.TextOptions(text, samples=4, seq_len=24, eval_samples=2)
-    report = arrondi.quantize_model(source, out, recipe, options)
+    options = TextOptions(text, samples=4, seq_len=24, eval_samples=2)
+    report = quantize_model(source, out, recipe, options)
     row = next(r for r in report["layers"] if r["name"] == "lm_head.weight")
     assert row["calibration_tokens"] == 4 * 24
     if method == "gptq":  # calibrated on the rounded blocks' output
@@ -106,14 +109,12 @@ def test_the_head_is_quantized_when_asked(method: str, models: Callable[..., Pat
         theirs = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()(input_ids=ids).logits
         ours = arrondi.load(out)(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    measured = arrondi.compare_models(out, source, text, seq_len=24)
+    measured = compare_models(out, source, text, seq_len=24)
     assert measured["kl_mean"] > 0
 
 
 def test_tied_embeddings_are_kept_whatever_is_asked(models: Callable[..., Path], tmp_path: Path) -> None:
-    report = arrondi.quantize_model(
-        models("llama-tied"), tmp_path / "out", Recipe.simple("W4A16", group_size=32, ignore=[])
-    )
+    report = quantize_model(models("llama-tied"), tmp_path / "out", Recipe.simple("W4A16", group_size=32, ignore=[]))
     kept = {k["name"]: (k["status"], k["reason"]) for k in report["kept"]}
     status, reason = kept["model.embed_tokens.weight"]
     assert status == "kept because impossible"
@@ -168,52 +169,77 @@ def test_matches_reads_selectors_as_compressed_tensors_does() -> None:
 
 # ── shapes that do not fit ────────────────────────────────────────────────────────────────────────────────────────────
 
+ODD = {"hidden_size": 64, "intermediate_size": 172}
+"""A width of a real model: 172 = 4 · 43."""
+
 
 @pytest.mark.parametrize(
-    ("scheme", "words"),
+    ("scheme", "up", "down"),
     [
-        ("W4A16", ["group_size 128", "axis of 96", "--group-size 32"]),
-        ("w=int4/g48", ["group_size 48", "axis of 64", "--group-size 64"]),
-        ("w=fp8/b128x128", ["blocks of 128 × 128", "(64, 96)", "--keep-misfits"]),
+        (
+            "W4A16",
+            "w=int4/channel",
+            "w=int4/channel",
+        ),  # 128 divides neither 64 nor 172, whose divisors are 43, 86 and itself
+        ("w=int4/g32", "w=int4/g32", "w=int4/channel"),
+        ("w=int8/g86", "w=int8/channel", "w=int8/g86"),
+        ("w=int8/g43/asym", "w=int8/g32/asym", "w=int8/g43/asym"),
+        ("w=fp8/b64x64", "w=fp8_e4m3/b64x64", "w=fp8_e4m3/b64x64"),  # its last blocks are smaller
+        ("W8A8", "w=int8/channel,a=int8/token", "w=int8/channel,a=int8/token"),
     ],
 )
-def test_a_group_size_that_does_not_divide_is_an_error_with_one_that_does(
-    scheme: str, words: list[str], models: Callable[..., Path], tmp_path: Path
+def test_a_layer_that_does_not_fit_takes_the_nearest_group_that_does(
+    scheme: str, up: str, down: str, models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SchemeError) as caught:
-        arrondi.quantize_model(models("llama"), tmp_path / "out", Recipe.simple(scheme))
-    message = str(caught.value)
-    assert all(w in message for w in ["_proj.weight", *words]), message
-    assert not (tmp_path / "out").exists()
+    source, out = models("llama", num_hidden_layers=2, **ODD), tmp_path / "out"
+    options = TextOptions(text, samples=4, seq_len=33, eval_text=text, eval_samples=2)
+    report = quantize_model(source, out, Recipe.simple(scheme, "gptq"), options)
+    assert report["layout"] == "compressed-tensors" and report["counts"]["quantized"] == 14
+    rows = {r["name"]: r["scheme"] for r in report["layers"]}
+    assert {s for n, s in rows.items() if "down_proj" not in n} == {up}
+    assert {s for n, s in rows.items() if "down_proj" in n} == {down}
+    # The plan says it beforehand and the report afterwards, with the layers that it concerns.
+    plan = planned(source, Recipe.simple(scheme, "gptq"))
+    noted = {n for n, s in rows.items() if s != str(parse_scheme(scheme))}
+    assert plan.notes == report["notes"] and bool(plan.notes) == bool(noted)
+    assert all(("instead" in t.reason) == (t.name in noted) for t in plan.quantized)
+    # And transformers, the file and the numbers of the report are one model.
+    ids = torch.arange(40)[None]
+    reader = next(r for r in report["readers"] if r["reader"].startswith("transformers"))
+    if reader["ok"]:
+        ours, theirs = outputs(arrondi.load(out), ids), outputs(of_transformers("llama", out), ids)
+        error = 0.05 if "a=" in up else 1e-4
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=error * float(theirs.abs().max()))
+    else:
+        assert scheme == "w=int8/g43/asym" and "cannot read this mix" in reader["sentence"]
+        with pytest.raises(RuntimeError):
+            of_transformers("llama", out)
+    assert report["evaluation"]["kl_mean"] == compare_models(out, source, text, seq_len=33, samples=2)["kl_mean"]
 
 
-def test_the_proposed_fix_works(models: Callable[..., Path]) -> None:
-    plan = planned(models("llama"), Recipe.simple("W4A16"))
-    sizes = {p.rpartition("--group-size ")[2].partition(",")[0] for p in plan.problems}
-    assert sizes == {"64", "32"}, "64 columns take 64, 96 take 32"
-    for problem, size in ((p, p.rpartition("--group-size ")[2].partition(",")[0]) for p in plan.problems):
-        name = problem.partition(":")[0].removesuffix(".weight")
-        check(planned(models("llama"), Recipe.simple("W4A16", group_size=int(size), targets=[name])))
-
-
-def test_a_format_with_its_own_block_size_proposes_another_scheme(models: Callable[..., Path]) -> None:
-    message = refusal(planned(models("llama", hidden_size=72, num_attention_heads=4), Recipe.simple("MXFP4A16")))
-    assert "group_size 32 does not divide its last axis of 72" in message and "Use another scheme" in message
+def test_a_layer_whose_group_is_fixed_is_kept_with_the_reason(models: Callable[..., Path], tmp_path: Path) -> None:
+    source = models("llama", num_hidden_layers=2, **ODD)
+    report = quantize_model(source, tmp_path / "out", Recipe.simple("MXFP4A16"), layout="compressed-tensors")
+    kept = {k["name"]: k["reason"] for k in report["kept"] if k["status"] == "kept because impossible"}
+    assert kept and all("divide" in r and "172" in r for r in kept.values()), kept
+    assert any("down_proj" in n for n in kept) and any("is kept" in n for n in report["notes"])
 
 
 def test_misfits_are_kept_when_asked_and_named(models: Callable[..., Path], tmp_path: Path) -> None:
     recipe = Recipe.simple("W4A16", group_size=64)  # fits 64 columns, not the 96 of down_proj
-    report = arrondi.quantize_model(models("llama"), tmp_path / "out", recipe, keep_misfits=True)
+    report = quantize_model(models("llama"), tmp_path / "out", recipe, keep_misfits=True)
     kept = {k["name"]: k for k in report["kept"] if k["status"] == "kept because impossible"}
-    assert {n for n in kept if n.endswith("down_proj.weight")} == {
-        f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)
-    }
-    assert "group_size 64 does not divide" in kept["model.layers.0.mlp.down_proj.weight"]["reason"]
+    assert set(kept) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}
+    assert "64 does not divide" in kept["model.layers.0.mlp.down_proj.weight"]["reason"]
     assert report["counts"]["quantized"] == 18
-    with torch.no_grad():
-        ids = torch.arange(9)[None]
-        theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
-        torch.testing.assert_close(arrondi.load(tmp_path / "out")(input_ids=ids).logits, theirs, rtol=1e-4, atol=1e-4)
+    ids = torch.arange(9)[None]
+    theirs = outputs(of_transformers("llama", tmp_path / "out"), ids)
+    torch.testing.assert_close(outputs(arrondi.load(tmp_path / "out"), ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_misfits_that_are_all_there_is_are_a_problem_with_its_reason(models: Callable[..., Path]) -> None:
+    plan = planned(models("llama"), Recipe.simple("W4A16"), keep_misfits=True)
+    assert re.search(r"Nothing would be quantized\. .*_proj\.weight: .*128 does not divide", refusal(plan))
 
 
 # ── numbers that are none ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,13 +259,13 @@ def test_weights_that_are_no_numbers_are_named(
     tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float(value)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with_text = method in ("rtn with text", "gptq")
-    options = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2) if with_text else None
+    options = TextOptions(text, samples=2, seq_len=24, eval_samples=2) if with_text else None
     recipe = Recipe.simple("W4A16", method.partition(" ")[0], group_size=32)
     with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or infinity"):
-        arrondi.quantize_model(broken, tmp_path / "out", recipe, options)
+        quantize_model(broken, tmp_path / "out", recipe, options)
     assert not (tmp_path / "out" / "config.json").exists()
     repaired = Recipe.simple("W4A16", group_size=32, ignore=["lm_head", "model.layers.1.mlp.up_proj"])
-    report = arrondi.quantize_model(broken, tmp_path / "out", repaired)
+    report = quantize_model(broken, tmp_path / "out", repaired)
     assert report["counts"]["quantized"] == 13
 
 
@@ -273,9 +299,9 @@ def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_quantized_model_is_not_quantized_again(models: Callable[..., Path], tmp_path: Path) -> None:
-    arrondi.quantize_model(models("llama"), tmp_path / "out", W4)
+    quantize_model(models("llama"), tmp_path / "out", W4)
     with pytest.raises(SchemeError, match=r"already quantized.*arrondi dequantize"):
-        arrondi.quantize_model(tmp_path / "out", tmp_path / "again", W4)
+        quantize_model(tmp_path / "out", tmp_path / "again", W4)
 
 
 @pytest.mark.parametrize(
@@ -291,9 +317,8 @@ def test_a_quantized_model_is_not_quantized_again(models: Callable[..., Path], t
         (lambda: Recipe.simple("W4A16", "hqq", options={"normalize": 1}), ["normalize", "true or false", "1"]),
         (lambda: Recipe.simple("W4A16", group_size=0), ["group_size=0"]),
         (lambda: Recipe.simple("MXFP4A16", group_size=64), ["block size", "fixed", "--group-size"]),
-        (lambda: Recipe.simple("w=int8/channel,a=int8/tensor/static"), ["static", "not computed"]),
     ],
-    ids=["scheme", "method", "option", "number", "whole", "boolean", "word", "switch", "group", "fixed-group", "static"],
+    ids=["scheme", "method", "option", "number", "whole", "boolean", "word", "switch", "group", "fixed-group"],
 )  # fmt: skip
 def test_a_recipe_that_makes_no_sense_is_refused_when_it_is_made(make: Callable[[], Recipe], words: list[str]) -> None:
     with pytest.raises(ArrondiError) as caught:

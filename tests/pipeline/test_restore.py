@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint, ShardWriter
 from arrondi.errors import OutputError, SchemeError
-from arrondi.pipeline import restore
+from arrondi.pipeline import dequantize_model, inspect_model, quantize_model, restore
 from arrondi.pipeline.manifest import WORK
 from arrondi.tensor.qtensor import QTensor
 from tests.pipeline.killer import digest
@@ -29,13 +29,13 @@ def packed(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     """A quantized Llama of bfloat16, with zero points."""
     out = tmp_path_factory.mktemp("packed") / "out"
     source = models("llama", torch.bfloat16, num_hidden_layers=2)
-    arrondi.quantize_model(source, out, arrondi.Recipe.simple("W4A16_ASYM", group_size=32))
+    quantize_model(source, out, arrondi.Recipe.simple("W4A16_ASYM", group_size=32))
     return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_those_of_dequantize_bit_for_bit(dtype: str, packed: Path, tmp_path: Path) -> None:
-    result = arrondi.dequantize_model(packed, tmp_path / "plain", dtype)
+    result = dequantize_model(packed, tmp_path / "plain", dtype)
     checkpoint, found = Checkpoint.open(packed), load_file(tmp_path / "plain" / "model.safetensors")
     assert found.keys() == checkpoint.names.keys()
     for name, tensor in found.items():
@@ -54,13 +54,13 @@ def test_weights_are_those_of_dequantize_bit_for_bit(dtype: str, packed: Path, t
 
 def test_shards_and_progress(packed: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    arrondi.dequantize_model(
+    dequantize_model(
         packed, tmp_path / "plain", shard_bytes=200_000, progress=lambda done, total, what: calls.append((done, total))
     )
     assert calls == [(i, 21) for i in range(21)]
     assert len(list(tmp_path.glob("plain/model-*-of-*.safetensors"))) > 2
     whole = tmp_path / "whole"
-    arrondi.dequantize_model(packed, whole)
+    dequantize_model(packed, whole)
     one, two = Checkpoint.open(tmp_path / "plain"), Checkpoint.open(whole)
     assert all(torch.equal(one.dense(n), two.dense(n)) for n in two.names)
 
@@ -71,27 +71,27 @@ def test_integers_are_not_turned_into_floats(packed: Path, tmp_path: Path) -> No
     (source / "config.json").write_bytes((packed / "config.json").read_bytes())
     tensors = load_file(packed / "model.safetensors") | {"steps": torch.tensor([7]), "mask": torch.tensor([True])}
     save_file(tensors, source / "model.safetensors")
-    arrondi.dequantize_model(source, tmp_path / "plain", "float32")
+    dequantize_model(source, tmp_path / "plain", "float32")
     found = load_file(tmp_path / "plain" / "model.safetensors")
     assert found["steps"].dtype == torch.int64 and found["mask"].dtype == torch.bool
 
 
 def test_what_cannot_be_restored_is_refused(packed: Path, models: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(SchemeError, match="is not quantized"):
-        arrondi.dequantize_model(models("llama"), tmp_path / "plain")
+        dequantize_model(models("llama"), tmp_path / "plain")
     with pytest.raises(SchemeError, match="Cannot write 'int8'"):
-        arrondi.dequantize_model(packed, tmp_path / "plain", "int8")
+        dequantize_model(packed, tmp_path / "plain", "int8")
     assert not (tmp_path / "plain").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"already holds thesis\.txt and maybe more\. Nothing was touched"):
-        arrondi.dequantize_model(packed, tmp_path / "mine")
+        dequantize_model(packed, tmp_path / "mine")
     with pytest.raises(OutputError, match="same directory"):
-        arrondi.dequantize_model(packed, packed)
+        dequantize_model(packed, packed)
     with pytest.raises(OutputError, match="inside the model"):
-        arrondi.dequantize_model(packed, packed / "plain")
+        dequantize_model(packed, packed / "plain")
     with pytest.raises(OutputError, match=r"a file\. Give a directory"):
-        arrondi.dequantize_model(packed, tmp_path / "mine" / "thesis.txt")
+        dequantize_model(packed, tmp_path / "mine" / "thesis.txt")
 
 
 # ── a restoration that was killed ─────────────────────────────────────────────────────────────────────────────────────
@@ -109,13 +109,13 @@ def test_a_restoration_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     step: str, damage: str | None, small_steps: None, packed: Path, tmp_path: Path
 ) -> None:
     with stopped_after(step):
-        arrondi.dequantize_model(packed, tmp_path / "plain")
+        dequantize_model(packed, tmp_path / "plain")
     assert {p.name for p in (tmp_path / "plain").iterdir()} == {WORK}, "nothing has its final name"
     if damage:
         DAMAGES[damage](tmp_path / "plain" / WORK / "model.safetensors.partial")
     done: list[int] = []
-    arrondi.dequantize_model(packed, tmp_path / "plain", progress=lambda i, total, what: done.append(i))
-    arrondi.dequantize_model(packed, tmp_path / "whole")
+    dequantize_model(packed, tmp_path / "plain", progress=lambda i, total, what: done.append(i))
+    dequantize_model(packed, tmp_path / "whole")
     assert digest(tmp_path / "plain") == digest(tmp_path / "whole")
     assert (done[0] == 0) == (damage == "deleted"), "what is whole is not done again"
 
@@ -123,13 +123,13 @@ def test_a_restoration_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
 def test_other_types_and_two_at_once_do_not_mix(small_steps: None, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "plain"
     with stopped_after("tensors 1"):
-        arrondi.dequantize_model(packed, out, "float32")
+        dequantize_model(packed, out, "float32")
     with (out / WORK / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another run is writing here"):
-            arrondi.dequantize_model(packed, out, "float32")
-    arrondi.dequantize_model(packed, out, "float16")
-    arrondi.dequantize_model(packed, tmp_path / "whole", "float16")
+            dequantize_model(packed, out, "float32")
+    dequantize_model(packed, out, "float16")
+    dequantize_model(packed, tmp_path / "whole", "float16")
     assert digest(out) == digest(tmp_path / "whole")
 
 
@@ -137,17 +137,17 @@ def test_a_finished_restoration_is_left_alone_unless_it_is_damaged_or_another(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "plain"
-    first = arrondi.dequantize_model(packed, out)
+    first = dequantize_model(packed, out)
     whole = digest(out)
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "put", None)
-        assert arrondi.dequantize_model(packed, out) == first
+        assert dequantize_model(packed, out) == first
     with pytest.raises(OutputError, match=r"finished model of another run.*--overwrite"):
-        arrondi.dequantize_model(packed, out, "float32")
+        dequantize_model(packed, out, "float32")
     DAMAGES["cut"](out / "model.safetensors")
     with pytest.raises(OutputError, match=r"model\.safetensors: has .* bytes, .* were written"):
-        arrondi.dequantize_model(packed, out)
-    arrondi.dequantize_model(packed, out, overwrite=True)
+        dequantize_model(packed, out)
+    dequantize_model(packed, out, overwrite=True)
     assert digest(out) == whole
 
 
@@ -155,7 +155,7 @@ def test_a_finished_restoration_is_left_alone_unless_it_is_damaged_or_another(
 
 
 def test_inspect_counts_every_stored_bit(packed: Path) -> None:
-    found = arrondi.inspect_model(packed)
+    found = inspect_model(packed)
     tensors = load_file(packed / "model.safetensors")
     assert found["bytes"] == sum(t.nbytes for t in tensors.values()) == sum(t["bytes"] for t in found["tensors"])
     quantized = [t for t in found["tensors"] if t["quantized"]]
@@ -166,15 +166,15 @@ def test_inspect_counts_every_stored_bit(packed: Path) -> None:
     # 4 bits, a bfloat16 scale and a 4-bit zero point for 32 weights, and the shape of each tensor.
     assert found["bits_per_weight"] == pytest.approx(4 + 16 / 32 + 4 / 32 + 128 * len(quantized) / weights, abs=0.01)
     assert found["container"] == "safetensors" and found["layout"] == "compressed-tensors"
-    assert "transformers" in found["readers"]
+    assert any(r["reader"].startswith("transformers") and r["ok"] for r in found["readers"])
     assert found["file_bytes"] == (packed / "model.safetensors").stat().st_size > found["bytes"]
     assert {t["format"] for t in quantized} == {"w=int4/g32/asym/bfloat16"}
 
 
 def test_inspect_of_a_plain_model(models: Callable[..., Path]) -> None:
-    found = arrondi.inspect_model(models("llama"))
+    found = inspect_model(models("llama"))
     assert found["layout"] is None and found["bits_per_weight"] is None
-    assert found["container"] == "safetensors" and "safetensors" in found["readers"]
+    assert found["container"] == "safetensors" and ["safetensors" in r["reader"] for r in found["readers"]] == [True]
     assert found["model_bits_per_weight"] == 32
     assert found["parameters"] == found["bytes"] // 4
     assert not any(t["quantized"] for t in found["tensors"])
@@ -186,6 +186,6 @@ def test_inspect_counts_what_no_model_tensor_needs(packed: Path, tmp_path: Path)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(packed / "model.safetensors") | {"extra.table": torch.zeros(7, dtype=torch.int16)}
     save_file(tensors, tmp_path / "model.safetensors")
-    found = arrondi.inspect_model(tmp_path)
-    assert found["bytes"] == sum(t.nbytes for t in tensors.values()) == arrondi.inspect_model(packed)["bytes"] + 14
+    found = inspect_model(tmp_path)
+    assert found["bytes"] == sum(t.nbytes for t in tensors.values()) == inspect_model(packed)["bytes"] + 14
     assert [t["bytes"] for t in found["tensors"] if t["name"] == "extra.table"] == [14]

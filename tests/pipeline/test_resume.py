@@ -21,6 +21,7 @@ import arrondi
 from arrondi.checkpoint import Checkpoint, ModelDir, ShardWriter, read_header
 from arrondi.errors import FileFormatError, OutputError
 from arrondi.native import native
+from arrondi.pipeline import TextOptions, inspect_model, quantize_model
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.manifest import MANIFEST, WORK, finished_key
 from tests.pipeline.killer import TAIL, digest
@@ -82,8 +83,8 @@ def whole(models: Callable[..., Path], text: Path, tmp_path_factory: pytest.Temp
 
 
 def gptq(models: Callable[..., Path], text: Path, out: Path, **options: Any) -> dict[str, Any]:
-    texts = arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2)
-    return arrondi.quantize_model(models("llama", num_hidden_layers=2), out, GPTQ, texts, **options)
+    texts = TextOptions(text, samples=2, seq_len=24, eval_samples=2)
+    return quantize_model(models("llama", num_hidden_layers=2), out, GPTQ, texts, **options)
 
 
 def test_a_finished_block_is_read_back_not_rounded_again(
@@ -123,7 +124,7 @@ def test_a_run_without_a_readable_journal_starts_again(
 
 
 @pytest.mark.parametrize(
-    ("step", "damage"), [*(("measured", d) for d in DAMAGES), ("block 0", "deleted"), ("block 0", "one bit")]
+    ("step", "damage"), [*(("measured", d) for d in DAMAGES), ("unit 0", "deleted"), ("unit 0", "one bit")]
 )
 def test_a_part_that_is_damaged_is_written_again(
     step: str, damage: str, models: Callable[..., Path], text: Path, whole: dict[str, str], tmp_path: Path
@@ -142,7 +143,7 @@ def test_a_shard_that_is_damaged_while_others_wait_for_their_names_is_written_ag
     damage: str, models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def quantize(out: Path) -> None:
-        arrondi.quantize_model(models("llama", num_hidden_layers=2), out, RTN, shard_bytes=100_000)
+        quantize_model(models("llama", num_hidden_layers=2), out, RTN, shard_bytes=100_000)
 
     replace, out = os.replace, tmp_path / "out"
 
@@ -178,7 +179,7 @@ def test_only_the_steps_from_the_damage_on_are_done_again(
     said: list[str] = []
     gptq(models, text, out, progress=lambda done, total, what: said.append(what))
     assert name in written and not any(".layers.0." in n for n in written)
-    assert any("step 'block 1' is damaged" in what for what in said)
+    assert any("step 'unit 1' is damaged" in what for what in said)
 
 
 def test_another_command_starts_anew_where_an_unfinished_run_was(
@@ -187,14 +188,14 @@ def test_another_command_starts_anew_where_an_unfinished_run_was(
     (stopped / "model-00001-of-00002.safetensors").write_bytes(b"published before the kill")
     (stopped / "model.safetensors.index.json").write_text("{}")
     source = models("llama", num_hidden_layers=2)
-    arrondi.quantize_model(source, stopped, RTN)
-    arrondi.quantize_model(source, tmp_path / "whole", RTN)
+    quantize_model(source, stopped, RTN)
+    quantize_model(source, tmp_path / "whole", RTN)
     assert digest(stopped) == digest(tmp_path / "whole")
 
 
 def test_the_half_written_output_is_no_model(stopped: Path) -> None:
     assert finished_key(stopped) is None
-    for read in (Checkpoint.open, arrondi.load, arrondi.inspect_model):
+    for read in (Checkpoint.open, arrondi.load, inspect_model):
         with pytest.raises(FileFormatError, match=r"config\.json: no such file"):
             read(stopped)
     assert [p.name for p in stopped.iterdir()] == [WORK], "nothing has its final name"
@@ -222,12 +223,12 @@ def source(models: Callable[..., Path], tmp_path: Path) -> Path:
 
 def quantized(source: Path, out: Path, text: Path | None) -> None:
     if text is None:
-        arrondi.quantize_model(source, out, RTN)
+        quantize_model(source, out, RTN)
     else:
-        arrondi.quantize_model(source, out, GPTQ, arrondi.TextOptions(text, samples=2, seq_len=24, eval_samples=2))
+        quantize_model(source, out, GPTQ, TextOptions(text, samples=2, seq_len=24, eval_samples=2))
 
 
-@pytest.mark.parametrize(("calibrated", "step"), [(True, "block 0"), (True, "measured"), (False, "tensors 0")])
+@pytest.mark.parametrize(("calibrated", "step"), [(True, "unit 0"), (True, "measured"), (False, "tensors 0")])
 def test_two_models_are_never_mixed(calibrated: bool, step: str, source: Path, text: Path, tmp_path: Path) -> None:
     used, before = text if calibrated else None, ModelDir.open(source).fingerprint()
     with stopped_after(step):
@@ -346,7 +347,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_later(
 def test_a_full_disk_under_the_hidden_states_is_the_same_sentence(
     models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import arrondi.pipeline.quantize as pipeline
+    import arrondi.pipeline.run as pipeline
 
     def full(*args: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -365,9 +366,9 @@ def test_too_little_room_is_said_before_anything_is_computed(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"needs .* MB and the disk has 0 MB free"):
-        arrondi.quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)
+        quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)
     monkeypatch.undo()
-    assert arrondi.quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)["layers"]
+    assert quantize_model(models("llama", num_hidden_layers=1), tmp_path / "out", RTN)["layers"]
 
 
 def test_resuming_gives_the_numbers_of_a_run_that_was_not_interrupted(

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import arrondi.model.skeleton as skeleton_module
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import arrondi
-from arrondi.checkpoint import Checkpoint
-from arrondi.model import Skeleton
+import arrondi.model.source as source_module
+from arrondi.evaluate.compare import compare_models
+from arrondi.model import OnDisk
 from arrondi.nn import QLinear
+from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from arrondi.pipeline.journal import Journal
 from tests.pipeline.killer import digest
 
@@ -41,14 +42,14 @@ def source(
 ) -> Path:
     """A model whose class shares weights between blocks, and its checkpoint, which stores them once."""
     share, prefix = SHARED[request.param]
-    build = skeleton_module.build_model
+    build = source_module.build_model
 
     def shared(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
         share(model)
         return model
 
-    monkeypatch.setattr(skeleton_module, "build_model", shared)
+    monkeypatch.setattr(source_module, "build_model", shared)
     folder = tmp_path / "shared"
     folder.mkdir()
     for path in models("llama").iterdir():
@@ -59,22 +60,21 @@ def source(
 
 
 def quantized(source: Path, out: Path, text: Path) -> dict[str, Any]:
-    options = arrondi.TextOptions(text, samples=4, seq_len=24, eval_text=text, eval_samples=3)
-    return arrondi.quantize_model(source, out, arrondi.Recipe.simple("W2A16", "gptq", group_size=32), options)
+    options = TextOptions(text, samples=4, seq_len=24, eval_text=text, eval_samples=3)
+    return quantize_model(source, out, arrondi.Recipe.simple("W2A16", "gptq", group_size=32), options)
 
 
 def test_a_shared_weight_has_several_names_and_one_place(source: Path) -> None:
-    skeleton = Skeleton(Checkpoint.open(source))
-    assert skeleton.names_of("model.layers.1.mlp.down_proj.weight") == [
-        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
-    ]
-    assert skeleton.missing == []
-    skeleton.fill(["model.layers.1.mlp.down_proj.weight"])
-    assert skeleton.parameter("model.layers.0.mlp.down_proj.weight") is skeleton.parameter(
-        "model.layers.1.mlp.down_proj.weight"
-    )
-    skeleton.drop(["model.layers.0.mlp.down_proj.weight"])
-    assert skeleton.is_empty("model.layers.1.mlp.down_proj.weight")
+    opened = OnDisk.open(source)
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    assert opened.names.names_of(names[1]) == names and opened.names.missing() == []
+    (site,) = (s for s in opened.sites if s.param in names)
+    assert site.block == 0 and site.modules == tuple(n.removesuffix(".weight") for n in names)
+    instance = opened.instance()
+    instance.fill(names[1:])
+    assert instance.parameter(names[0]) is instance.parameter(names[1])
+    instance.drop(names[:1])
+    assert instance.is_empty(names[1])
 
 
 def test_it_is_rounded_once_and_measured_rounded_everywhere(source: Path, text: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_it_is_rounded_once_and_measured_rounded_everywhere(source: Path, text: 
     names = [r["name"] for r in report["layers"]]
     assert names.count("model.layers.0.mlp.down_proj.weight") == 1
     assert "model.layers.1.mlp.down_proj.weight" not in names
-    again = arrondi.compare_models(tmp_path / "out", source, text, seq_len=24, samples=3)
+    again = compare_models(tmp_path / "out", source, text, seq_len=24, samples=3)
     assert report["evaluation"]["kl_mean"] == again["kl_mean"] > 0
     assert report["evaluation"]["reference_perplexity"] == again["reference_perplexity"]
 
@@ -97,7 +97,7 @@ def test_the_loaded_model_computes_with_it_in_both_blocks(source: Path, text: Pa
         p.numel() == one.in_features * one.out_features for n, p in model.named_parameters() if "down_proj" in n
     )
     plain = tmp_path / "plain"
-    arrondi.dequantize_model(tmp_path / "out", plain, "float32")
+    dequantize_model(tmp_path / "out", plain, "float32")
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(

@@ -193,7 +193,7 @@ def test_unknown_methods_and_options_are_answered_with_the_nearest() -> None:
     with pytest.raises(SchemeError, match=r"Unknown method 'gptqq'. Did you mean 'gptq'\? Known: gptq, hqq, rtn"):
         get_method("gptqq")
     with pytest.raises(SchemeError, match=r"Unknown option of gptq 'dampning'. Did you mean 'damping'\?"):
-        check_options("gptq", {"order": "none", "dampning": 0.1})
-    check_options("gptq", {"order": "none", "damping": 0.1})
+        check_options("gptq", METHODS["gptq"].run, {"order": "none", "dampning": 0.1})
+    check_options("gptq", METHODS["gptq"].run, {"order": "none", "damping": 0.1})
     with pytest.raises(SchemeError, match="Unknown method"):
-        check_options("awq", {})
+        get_method("awq")

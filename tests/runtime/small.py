@@ -66,7 +66,7 @@ def built(class_name: str, scheme: str = "w=int4/g32", dtype: torch.dtype = torc
 def packed(layer: nn.Linear, scheme: str, dtype: torch.dtype) -> QLinear:
     asked = parse_scheme(scheme)
     weight = quantize_tensor(layer.weight.detach().float(), asked.weights)
-    return QLinear(weight, layer.bias, activations=asked.inputs and asked.inputs.scheme, dtype=dtype)
+    return QLinear(weight, layer.bias, inputs=asked.inputs, dtype=dtype)
 
 
 def fused(name: str, **changes: Any) -> Any:

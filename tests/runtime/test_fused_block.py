@@ -410,7 +410,7 @@ def test_layers_of_a_fused_block_still_compute_alone():
 @pytest.fixture(scope="module")
 def checkpoint(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fused") / "out"
-    arrondi.quantize_model(models("llama"), out, arrondi.Recipe.simple("W4A16", group_size=32))
+    arrondi.quantize(models("llama"), "W4A16", out=out, group_size=32, evaluate=False)
     return out
 
 

@@ -15,7 +15,6 @@ from arrondi.native import native
 from arrondi.runtime.fuse import is_fused
 
 module = importlib.import_module("arrondi.runtime.generate")  # the package's `generate` is the function
-W4 = arrondi.Recipe.simple("W4A16", group_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def quantized(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     def get(name: str, dtype: torch.dtype) -> Path:
         if (name, dtype) not in made:
             made[name, dtype] = tmp_path_factory.mktemp(name) / "out"
-            arrondi.quantize_model(models(name, dtype), made[name, dtype], W4)
+            arrondi.quantize(models(name, dtype), "W4A16", out=made[name, dtype], group_size=32, evaluate=False)
         return made[name, dtype]
 
     return get
@@ -67,8 +66,8 @@ def test_a_plain_model_has_no_products_of_ours(models: Callable[..., Path], monk
 
 def test_generate_asks_for_it_unless_a_type_is_named(quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     path, asked = quantized("llama", torch.bfloat16), []
-    plain = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda where, **how: asked.append(how["dtype"]) or plain(where, **how))
+    plain = module.load
+    monkeypatch.setattr(module, "load", lambda where, **how: asked.append(how["dtype"]) or plain(where, **how))
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
     for dtype in ("auto", "float32"):
         assert module.generate(path, "The", max_new_tokens=2, dtype=dtype)["text"].startswith("The")

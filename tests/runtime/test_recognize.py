@@ -24,6 +24,13 @@ from tests.runtime.small import FUSED, IDS, YARN, built, linears, logits, packed
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
 MOE = r"Its forward meets a view of \[number of sequences, number of tokens, 64\] as \[-1, 64\]\.$"
+_LINEAR: dict[str, Any] = {
+    "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "ministral3": ("Ministral3ForCausalLM", {"head_dim": 16, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}}, r"depends on the positions\.$"),
     "gemma2": ("Gemma2ForCausalLM", {"head_dim": 16}, r"^Its attention is eager"),
@@ -38,6 +45,13 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama-few-rows": ("LlamaForCausalLM", {"intermediate_size": 72}, r"^Layers that read the same activations are joined in tiles of 16 rows, and one has 72 rows\.$"),
     "llama-wide-heads": ("LlamaForCausalLM", {"head_dim": 288}, r"^Its heads are 288 wide; even widths up to 256 are known\.$"),
     "llama-float16": ("LlamaForCausalLM", {"dtype": torch.float16}, r"^Its linear layers compute in float16"),
+    "qwen3.5": ("Qwen3_5ForCausalLM", _LINEAR, r"^Its forward meets "),
+    "qwen3-next": ("Qwen3NextForCausalLM", {**_LINEAR, **_EXPERTS}, r"^Its forward meets "),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", {**_EXPERTS, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, r"^Its forward meets "),
+    "gpt-oss": ("GptOssForCausalLM", {**_EXPERTS, "head_dim": 16}, r"^Its attention is eager"),
+    "mamba": ("MambaForCausalLM", {"state_size": 8}, r"^Its "),
+    "falcon-h1": ("FalconH1ForCausalLM", {"head_dim": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 128}, r"^Its forward meets "),
+    "bloom": ("BloomForCausalLM", {"n_head": 4, "n_layer": 2}, r"^Its parts hold 0 configs"),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_head": 4, "n_layer": 2}, r""),
     "opt": ("OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}, r"^Its forward meets the operator layer_norm\.$"),
 }  # fmt: skip

@@ -99,6 +99,12 @@ def _mixed_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} cannot read this mix of schemes; arrondi can."
 
 
+def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if not facts.splits or not dequantized_by_transformers(placed, facts):
+        return None
+    return f"{TRANSFORMERS} cannot load this model quantized: it splits stored tensors and would have to turn them back as well; arrondi can."
+
+
 def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not dequantized_by_transformers(placed, facts) or not any(p.scheme.inputs for p in placed):
         return None
@@ -149,6 +155,15 @@ def _experts_in_bfloat16(placed: list[Placed], facts: ModelFacts) -> str | None:
     return "It keeps fused experts in 16 bits, whatever the type of the model."
 
 
+def _next_code(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if all(p.scheme.inputs is None for p in placed):
+        return None
+    return (
+        "It rounds inputs by the same rule, but the last bit of a sum can move an input to its next code: "
+        "logits may differ by as much as the rounding of inputs itself costs."
+    )
+
+
 def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
     if facts.dtype == "float32":
         return None
@@ -156,9 +171,12 @@ def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
 
 
 _Rule = Callable[[list[Placed], ModelFacts], str | None]
-_REFUSALS: Final[tuple[_Rule, ...]] = (_unread_experts, _mixed_experts, _mixed_dequantized, _inputs_left, _mx_inputs)
+_REFUSALS: Final[tuple[_Rule, ...]] = (
+    _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _inputs_left, _mx_inputs,
+)  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (
-    _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16, _default_type,
+    _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16,
+    _next_code, _default_type,
 )  # fmt: skip
 
 

@@ -71,11 +71,13 @@ def read_windows(data: Data, tokenizer: Any, seq_len: int, purpose: str = "text"
     if isinstance(data, (str, Path)):
         path = Path(data)
         documents, raw = read_documents(path, purpose)
-        return _of_text(documents, tokenizer, seq_len, purpose, path.name, hashlib.sha256(raw).hexdigest())
+        ids = _ids_of(documents, tokenizer, seq_len, purpose, str(path))
+        return Windows(ids, path.name, hashlib.sha256(raw).hexdigest())
     if reads_text(data):
         texts = with_text([str(text) for text in data], f"The {purpose}")
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        return _of_text(texts, tokenizer, seq_len, purpose, f"{len(texts)} texts", digest)
+        ids = _ids_of(texts, tokenizer, seq_len, purpose, f"{len(texts)} texts")
+        return Windows(ids, f"{len(texts)} texts", digest)
     ids = _token_ids(data, purpose)
     digest = hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.numpy().tobytes()).hexdigest()
     return Windows(ids, f"{len(ids)} windows of token ids", digest)
@@ -98,11 +100,11 @@ def check_windows(windows: Windows, model: Any) -> None:
         )
 
 
-def _of_text(documents: Sequence[str], tokenizer: Any, seq_len: int, purpose: str, source: str, digest: str) -> Windows:
+def _ids_of(documents: Sequence[str], tokenizer: Any, seq_len: int, purpose: str, where: str) -> torch.Tensor:
     if tokenizer is None:
-        raise DataError(f"{source}: text as {purpose}, and no tokenizer to read it. Give token ids, or a tokenizer.")
+        raise DataError(f"{where}: text as {purpose}, and no tokenizer to read it. Give token ids, or a tokenizer.")
     ids = encode(documents, tokenizer)
-    return Windows(cut(ids, tokenizer, seq_len, f"{source}: {len(ids)} tokens of {purpose}"), source, digest)
+    return cut(ids, tokenizer, seq_len, f"{where}: {len(ids)} tokens of {purpose}")
 
 
 def _token_ids(data: Any, purpose: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ with its special tokens is `seq_len` long, and every token but the first is pred
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,7 +70,9 @@ def positions_of(model: Any) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
-    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    words = None
+    with contextlib.suppress(AttributeError, NotImplementedError):  # models of two kinds of inputs have several
+        words = model.get_input_embeddings()
     for module in model.modules():
         places = isinstance(module, torch.nn.Embedding) and module is not words and module.num_embeddings == limit
         if places and module.padding_idx is not None:

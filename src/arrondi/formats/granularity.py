@@ -74,7 +74,7 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
             return shape
         case PerChannel(axis):
             if not -len(shape) <= axis < len(shape):
-                raise ShapeError(f"PerChannel(axis={axis}) does not exist in shape {shape}.")
+                raise ShapeError(f"The axis {axis} of the channels does not exist in shape {shape}.")
             return tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
         case PerToken():
             return (*(1 for _ in shape[:-1]), shape[-1])

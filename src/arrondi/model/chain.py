@@ -61,6 +61,7 @@ class Chain:
         instance: model and weights.
         prefix: name of the block list, for example `model.layers`.
         early: parameters that are used before the first block; known after `begin`.
+        strict: a model that computes with weights of blocks outside of them is refused. A probe looks at what it does instead.
     """
 
     def __init__(self, instance: Instance, prefix: str) -> None:
@@ -68,9 +69,10 @@ class Chain:
         members: Any = self.model.get_submodule(prefix)
         self.blocks: list[Any] = list(members)
         self.early: set[str] = set()
+        self.strict = True
         self._forward = [block.forward for block in self.blocks]
         self._wrap: dict[type, Callable[[torch.Tensor], Any]] = {}
-        self._outer = [n for n in instance.empty if not n.startswith(f"{prefix}.")]
+        self._outer = [n for n in instance.empty if self._is_outer(n)]
         self._at_once = False
         self._entering = self._past_blocks = False
 
@@ -85,11 +87,12 @@ class Chain:
     def fill(self, i: int) -> None:
         """Load block i."""
         self.instance.fill(self.params(i))
-        self.instance.put_added(f"{self.prefix}.{i}.")
+        self.instance.put_added(lambda name: name.startswith(f"{self.prefix}.{i}."))
 
     def drop(self, i: int) -> None:
         """Release block i."""
         self.instance.drop(self.params(i))
+        self.instance.drop_added(lambda name: name.startswith(f"{self.prefix}.{i}."))
 
     @torch.no_grad()
     def begin(self, inputs: Inputs) -> tuple[torch.Tensor, list[Call]]:
@@ -195,7 +198,7 @@ class Chain:
             SchemeError: it reaches into the weights of blocks.
         """
         try:
-            with Unloaded(self.instance.device):
+            with Unloaded(self.instance.device) if self.strict else contextlib.nullcontext():
                 if not self._at_once:
                     with contextlib.suppress(NotLoaded):
                         return self.model(*inputs.args, **inputs.kwargs)
@@ -222,6 +225,7 @@ class Chain:
     def outer_loaded(self) -> Iterator[None]:
         """Inside, modules outside the blocks load their own weights when they are called; all are released at the end."""
         handles = []
+        self.instance.put_added(self._is_outer)
         if self._at_once:
             self.instance.fill(self._outer)
         for name, module in self.model.named_modules():
@@ -236,6 +240,10 @@ class Chain:
             for handle in handles:
                 handle.remove()
             self.instance.drop(self._outer)
+            self.instance.drop_added(self._is_outer)
+
+    def _is_outer(self, name: str) -> bool:
+        return not name.startswith(f"{self.prefix}.")
 
     def _filler(self, own: list[str]) -> Callable[..., None]:
         def hook(module: Any, args: Any) -> None:

@@ -66,8 +66,9 @@ class InMemory:
         """Everything that multiplies."""
         return [s for t in self.tensors for s in t.sites]
 
-    def run_as_whole(self) -> None:
-        """From now on the model is one unit."""
+    def run_as_whole(self, facts: Facts) -> None:
+        """From now on the model is one unit, of which a run has told this."""
+        self.facts = facts
         self.whole, self.units = True, ""
         self.__dict__.pop("tensors", None)
 
@@ -100,9 +101,7 @@ class InMemory:
         Args:
             run: sends one batch through the model.
         """
-        flow = trace(self.model, self.names.params, run)
-        flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
-        self.facts = Facts(flow.routers, flow.bare, frozenset(flipped))
+        self.facts = Facts.of(trace(self.model, self.names.params, run))
         self.__dict__.pop("tensors", None)
 
 

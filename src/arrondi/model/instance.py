@@ -7,7 +7,7 @@ back. Two instances of one source are two models, so that the original and the q
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +71,7 @@ class Instance:
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor of the file, as it is now."""
-        changed = self.overlay.changed.get(name) or self.overlay.added.get(name)
+        changed = self.overlay.changed.get(name)
         return changed() if changed is not None else self.source.checkpoint.dense(name, dtype)
 
     def is_empty(self, param: str) -> bool:
@@ -91,12 +91,21 @@ class Instance:
         found: torch.Tensor = module._parameters[leaf]
         return found
 
-    def put_added(self, prefix: str) -> None:
-        """Give modules below `prefix` the parameters that the overlay adds."""
-        for name, value in self.overlay.added.items():
-            if name.startswith(prefix):
-                module, leaf = self._owner(name)
-                module._parameters[leaf] = torch.nn.Parameter(value(), requires_grad=False)
+    def put(self, param: str, value: torch.Tensor | None) -> None:
+        """Give a module a parameter that the source does not have, or take it away."""
+        module, leaf = self._owner(param)
+        filled = None if value is None else torch.nn.Parameter(value.to(self.device), requires_grad=False)
+        module._parameters[leaf] = filled
+
+    def put_added(self, mine: Callable[[str], bool]) -> None:
+        """Fill those parameters that the overlay adds."""
+        for name in filter(mine, self.overlay.added):
+            self.put(name, self.overlay.added[name]())
+
+    def drop_added(self, mine: Callable[[str], bool]) -> None:
+        """Give the memory of those parameters that the overlay adds back."""
+        for name in filter(mine, self.overlay.added):
+            self.put(name, None)
 
     def round_inputs(self, inputs: Rounding) -> None:
         """From now on the inputs of these modules are rounded, as they will be when the packed model runs.

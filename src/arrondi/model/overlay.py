@@ -18,11 +18,11 @@ Value = Callable[[], torch.Tensor]
 
 @dataclass
 class Overlay:
-    """Changes of a model, by the names of the tensors of its file.
+    """Changes of a model.
 
     Attributes:
-        changed: tensors that have another value.
-        added: tensors that the source does not have (a new bias).
+        changed: tensors that have another value, by their names in the file.
+        added: tensors that the source does not have (a new bias), by the names of the parameters that they are.
         config: edits of the config, merged into it.
     """
 

@@ -30,8 +30,13 @@ _REPEATED = 1 << 16
 class _MadeUp(Instance):
     """An instance whose weights are random."""
 
+    weightless = False
+    """Parameters are zeros that take no memory."""
+
     def _values(self, param: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         empty = self.empty[param]
+        if self.weightless:
+            return {param: torch.zeros((1,) * empty.ndim).expand(empty.shape)}
         module = self.model.get_submodule(param.rpartition(".")[0])
         if is_stack(module, empty):
             return {param: _random(empty.shape[1:], empty.dtype).expand(empty.shape)}
@@ -74,11 +79,13 @@ def _observe(chain: Chain) -> Facts:
     routers: set[str] = set()
     bare: dict[str, str] = {}
     flipped: set[str] = set()
+    leaders: dict[str, str] = {}
     with contextlib.ExitStack() as undo, torch.no_grad():
         for handle in handles:
             undo.callback(handle)
         entered: list[Any] = []
         everything = {n: chain.instance.parameter(n) for n in chain.instance.empty}
+        chain.strict = False
         with chain.outer_loaded():
             before = trace(model, everything, lambda: entered.append(chain.begin(Inputs.of(ids))))
         hidden, calls = entered[0]
@@ -98,8 +105,36 @@ def _observe(chain: Chain) -> Facts:
             like = _others(chain, i, structure)
             routers |= {p + n.removeprefix(own) for n in flow.routers for p in like}
             bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
+            leaders |= {p + n.removeprefix(own): p + leader.removeprefix(own) for s in flow.stages for n, leader in s.leaders.items() for p in like}  # fmt: skip
             flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
-    return Facts(frozenset(routers), bare, frozenset(flipped))
+        unreached: frozenset[str] = frozenset()
+        with contextlib.suppress(*REFUSALS):  # what follows the blocks may need more than shapes
+            unreached = _unreached(chain, Inputs.of(ids), hidden)
+    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders)
+
+
+def _unreached(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> frozenset[str]:
+    """Parameters of modules outside the blocks that the model does not call on token ids: towers for images and sound."""
+    called: set[str] = set()
+    handles = []
+    with contextlib.ExitStack() as undo:
+        for name, module in chain.model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: called.add(name)))
+            if isinstance(module, torch.nn.Linear) and not name.startswith(f"{chain.prefix}."):
+                undo.callback(setattr, module, "forward", module.forward)
+                setattr(module, "forward", _blank(module.out_features))  # noqa: B010
+        for handle in handles:
+            undo.callback(handle.remove)
+        chain.instance.weightless = True  # type: ignore[attr-defined]
+        with chain.outer_loaded():
+            chain.finish(inputs, hidden)
+    owners = {n: n.rpartition(".")[0] for n in chain.instance.empty if not n.startswith(f"{chain.prefix}.")}
+    return frozenset(n for n, owner in owners.items() if owner not in called)
+
+
+def _blank(size: int) -> Any:
+    """The forward of a linear layer of which only the shape counts."""
+    return lambda x: x.new_zeros(1).expand(*x.shape[:-1], size)
 
 
 def _in_place(how: str) -> bool:

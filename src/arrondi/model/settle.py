@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from arrondi.errors import SchemeError
+from arrondi.errors import ArrondiError, SchemeError
 from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, said
+from arrondi.model.flow import trace
 from arrondi.model.in_memory import InMemory
+from arrondi.model.site import Facts
 from arrondi.model.source import OnDisk
 from arrondi.model.whole import Whole
 
@@ -50,15 +52,16 @@ def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
     whole = Whole(source.instance())
     whole.fill(0)
     _, (call,) = whole.begin(Inputs.of(batch))
+    params = {n: whole.instance.parameter(n) for n in whole.instance.empty}
     try:
-        whole.run(0, torch.zeros(0), call)
+        flow = trace(whole.model, params, lambda: whole.run(0, torch.zeros(0), call))
     except SchemeError as error:
         raise SchemeError(
             f"{error} So it can be neither calibrated nor measured on text: use --method rtn or hqq with neither --calibration nor --eval-text."
         ) from error
     finally:
         whole.drop(0)
-    source.run_as_whole()
+    source.run_as_whole(Facts.of(flow))
     return [f"{why} The model is kept in memory as a whole and run so."]
 
 
@@ -85,6 +88,8 @@ def _compare(chain: Chain, inputs: Inputs) -> None:
 
     try:
         expected = chain.whole(inputs, see)
+    except ArrondiError:
+        raise
     except REFUSALS as error:
         raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
     with chain.outer_loaded():
@@ -93,10 +98,12 @@ def _compare(chain: Chain, inputs: Inputs) -> None:
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal but for rounding; what is not finite in one is the same in the other."""
     if ours.shape != theirs.shape:
         return False
-    limit = _TOLERANCE * float(theirs.abs().max().clamp(min=1e-6))
-    return bool(((ours - theirs).abs() <= limit).all() | torch.equal(ours, theirs))
+    finite = theirs[theirs.isfinite()]
+    limit = _TOLERANCE * max(float(finite.abs().max()), 1e-6) if len(finite) else 0.0
+    return torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True)
 
 
 def _memory() -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from arrondi.model.flow import Flow
 from arrondi.model.names import Group, Names, Piece
 
 Kind = Literal["linear", "convolution", "embedding", "recurrent", "other"]
@@ -34,9 +35,11 @@ class Site:
         file_flipped: the file's tensor holds (in, out).
         piece: the rectangle of the stored tensor that it comes from; None where the stored tensors are not merely moved.
         modules: every path by which the model calls it; the first is the one that configs name.
-        classes: names of the module's class and its bases; "Linear" is among them for whatever is a linear layer.
+        classes: names of the classes of these modules and their bases; "Linear" is among them for whatever is a linear layer.
         block: the unit that uses it, None outside of all units.
+        reads: what it multiplies: equal for sites that read the same activation; None where that is not known.
         unfit: why it cannot be held in few bits, None if it can.
+        reached: token ids reach it; True where nothing is known.
     """
 
     tensor: str
@@ -53,7 +56,9 @@ class Site:
     modules: tuple[str, ...]
     classes: tuple[str, ...]
     block: int | None
+    reads: str | None = None
     unfit: str | None = None
+    reached: bool = True
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -90,6 +95,13 @@ class Site:
         part = matrix[self.piece.source_rows, self.piece.source_columns]
         return part.T if self.param_flipped is not self.piece.flipped else part
 
+    def written(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The site's weight inside the tensor that is written, (out, in), as a view that may be written to."""
+        matrix = tensor if self.index is None else tensor[self.index]
+        if matrix.ndim != 2:
+            return matrix.flatten(1)
+        return matrix.T if self.file_flipped else matrix
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -99,11 +111,22 @@ class Facts:
         routers: parameters whose product chooses among experts.
         bare: parameters that are read otherwise than in a product → how.
         flipped: stacks that are summed over their middle axis: they hold (in, out).
+        unreached: parameters that the model does not use on token ids.
+        leaders: parameters that multiply → the first one that reads the same activation.
     """
 
     routers: frozenset[str] = frozenset()
     bare: Mapping[str, str] = field(default_factory=dict)
     flipped: frozenset[str] = frozenset()
+    unreached: frozenset[str] = frozenset()
+    leaders: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, flow: Flow) -> Facts:
+        """What a run of the whole model has shown."""
+        flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
+        leaders = {param: leader for stage in flow.stages for param, leader in stage.leaders.items()}
+        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders)
 
 
 @dataclass(frozen=True)
@@ -116,6 +139,7 @@ class StoredTensor:
         sources: the stored tensors that it is made of; itself, where nothing is converted.
         sites: what of it multiplies; empty for norms, biases, buffers.
         params: the parameters (or buffers) that it fills; empty if the model has none for it.
+        block: the unit that uses it, None outside of all units.
     """
 
     name: str
@@ -123,6 +147,7 @@ class StoredTensor:
     sources: tuple[str, ...]
     sites: tuple[Site, ...]
     params: tuple[str, ...]
+    block: int | None = None
 
     @property
     def converted(self) -> bool:
@@ -145,6 +170,7 @@ def find_tensors(names: Names, facts: Facts, block_of: Callable[[str], int | Non
     found: dict[str, list[StoredTensor]] = {}
     for group in names.groups:
         for tensor in maker.tensors(group):
+            tensor = replace(tensor, block=maker.block(tensor.params))
             for source in tensor.sources:
                 found.setdefault(source, []).append(tensor)
     ordered: dict[str, StoredTensor] = {}
@@ -170,6 +196,11 @@ class _Maker:
         if set(by_source) == set(group.sources) and all(self._moved(s, p) for s, p in by_source.items()):
             return [self._stored(s, p) for s, p in by_source.items()]
         return [self._split(group, t, pieces) for t in targets]
+
+    def block(self, params: Iterable[str]) -> int | None:
+        """The first unit that uses one of these parameters."""
+        known = (names for p in params for names in (self.names.names_of(p) if p in self.names.params else [p]))
+        return min((b for b in map(self.block_of, known) if b is not None), default=None)
 
     def _pieces(self, group: Group) -> list[Piece]:
         """Where stored matrices lie; a kernel of three axes is no stack."""
@@ -215,9 +246,12 @@ class _Maker:
         parameter = self.names.params[place.param]
         aliases = self.names.names_of(place.param)
         owners = [a.rpartition(".")[0] for a in aliases]
-        module = self.names.model.get_submodule(owners[0])
-        classes = tuple(c.__name__ for c in type(module).__mro__[:-1] if c is not torch.nn.Module)
-        kind = kind_of(module, parameter)
+        modules = [self.names.model.get_submodule(o) for o in owners]
+        module = modules[0]
+        named = [c.__name__ for m in modules for c in type(m).__mro__[:-1] if c is not torch.nn.Module]
+        kinds = [kind_of(m, parameter) for m in modules]
+        classes = tuple(dict.fromkeys([*named, *(["Linear"] if "linear" in kinds else [])]))
+        kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
         fused = is_stack(module, parameter)
         flipped = self._flipped(module, place.param, parameter)
         shape = tuple(parameter.shape)
@@ -229,8 +263,8 @@ class _Maker:
         paths = tuple(self._path(tensor, o) for o in owners) if fused and index is None else tuple(owners)
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
-            paths, tuple(dict.fromkeys((*classes, "Linear"))) if kind == "linear" else classes, self._block(aliases),
-            self._unfit(aliases, kind, classes),
+            paths, classes, self.block(aliases),
+            self._reads(aliases, place.index), self._unfit(aliases, kind, classes), not all(a in self.facts.unreached for a in aliases),
         )  # fmt: skip
 
     def _path(self, tensor: str, owner: str) -> str:
@@ -243,9 +277,9 @@ class _Maker:
             return param in self.facts.flipped or bool(getattr(module, "is_transposed", False))
         return _is_conv1d(module)
 
-    def _block(self, aliases: list[str]) -> int | None:
-        found = [b for b in map(self.block_of, aliases) if b is not None]
-        return min(found) if found else None
+    def _reads(self, aliases: list[str], index: int | None) -> str | None:
+        leader = next((self.facts.leaders[a] for a in aliases if a in self.facts.leaders), None)
+        return leader if index is None or leader is None else f"{leader}[{index}]"
 
     def _unfit(self, aliases: list[str], kind: Kind, classes: tuple[str, ...]) -> str | None:
         if any(a in self.facts.routers for a in aliases):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from arrondi.errors import SchemeError
+from arrondi.errors import ArrondiError, SchemeError
 from arrondi.model.chain import REFUSALS, Call, Inputs, result_of, said
 from arrondi.model.instance import Instance
 
@@ -37,11 +37,12 @@ class Whole:
     def fill(self, i: int) -> None:
         """Load the model."""
         self.instance.fill(self.params(i))
-        self.instance.put_added("")
+        self.instance.put_added(lambda name: True)
 
     def drop(self, i: int) -> None:
         """Release it."""
         self.instance.drop(self.params(i))
+        self.instance.drop_added(lambda name: True)
 
     def begin(self, inputs: Inputs) -> tuple[torch.Tensor, list[Call]]:
         """Nothing is run; the inputs are the arguments of the unit."""
@@ -57,6 +58,8 @@ class Whole:
         try:
             with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
                 return result_of(self.model(*call.args, **call.kwargs)).float()
+        except ArrondiError:
+            raise
         except REFUSALS as error:
             raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
 

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, without reading its weights: `inspect_model`."""
+"""What is in a checkpoint, the numbers of its quantized layers checked: `inspect_model`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         FileFormatError: not a model directory, or a layout that is not known.
     """
     checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
     parts = _stored_parts(checkpoint)
     tensors = [_row(checkpoint, name, found) for name, found in parts.items()]
     weights = sum(math.prod(t["shape"]) for t in tensors)

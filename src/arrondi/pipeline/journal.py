@@ -11,7 +11,6 @@ not hold, the run is done again; if it was made of other weights, all of it is.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,15 +20,11 @@ from typing import Any, Final
 
 from arrondi.checkpoint import guard_disk, sync_folder
 from arrondi.errors import OutputError
-from arrondi.pipeline.manifest import CONFIG, MANIFEST, WORK, Manifest, finished_key, inside, words
-
-_VERSION: Final = 2
-"""Of the journal's form; one of another form is another run's."""
+from arrondi.pipeline.lines import VERSION, Digests, line_of, read_lines, seal
+from arrondi.pipeline.manifest import CONFIG, MANIFEST, WORK, Manifest, finished_key, inside
 
 _WEIGHTS: Final = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 """What a run whose journal cannot be read has published at most, besides what is listed somewhere."""
-
-Digests = Mapping[str, str]
 
 
 class Journal:
@@ -63,7 +58,7 @@ class Journal:
         self.steps: dict[str, Any] = {}
         self.note = ""
         self._machine = dict(machine or {})
-        self._head = {"journal": _VERSION, "run": key, "machine": self._machine, "files": list(files)}
+        self._head = {"journal": VERSION, "run": key, "machine": self._machine, "files": list(files)}
         self._claims: dict[str, tuple[Digests, Digests]] = {}
         replacing = self._refuse(overwrite)
         self._lock = self._take_lock()
@@ -140,7 +135,7 @@ class Journal:
     # ── lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _open(self) -> None:
-        head, lines = _read(self.work / "journal.jsonl")
+        head, lines = read_lines(self.work / "journal.jsonl")
         if head != self._head:
             if head is not None:
                 changes = _changes(head["machine"], self._machine)
@@ -158,7 +153,7 @@ class Journal:
         path = self.work / "journal.jsonl"
         fresh = path.with_suffix(".new")
         lines: list[dict[str, Any]] = [self._head]
-        lines += [_line(step, data, *self._claims[step]) for step, data in self.steps.items()]
+        lines += [line_of(step, data, *self._claims[step]) for step, data in self.steps.items()]
         with guard_disk(self.out):
             with fresh.open("w", encoding="utf-8") as file:
                 file.writelines(self._sealed(line) for line in lines)
@@ -168,7 +163,7 @@ class Journal:
             sync_folder(self.work)
 
     def _sealed(self, line: dict[str, Any]) -> str:
-        text, self._sum = _seal(line, self._sum)
+        text, self._sum = seal(line, self._sum)
         return text
 
     def record(self, step: str, data: Any, *, wrote: Digests | None = None, read: Digests | None = None) -> None:
@@ -182,7 +177,7 @@ class Journal:
         self.steps[step] = json.loads(json.dumps(data))  # what a run that goes on finds
         self._claims[step] = dict(wrote or {}), dict(read or {})
         with guard_disk(self.out), (self.work / "journal.jsonl").open("a", encoding="utf-8") as file:
-            file.write(self._sealed(_line(step, data, *self._claims[step])))
+            file.write(self._sealed(line_of(step, data, *self._claims[step])))
             file.flush()
             os.fsync(file.fileno())
 
@@ -231,46 +226,6 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _line(step: str, data: Any, wrote: Digests, read: Digests) -> dict[str, Any]:
-    return {"step": step, "data": data, "wrote": wrote, "read": read}
-
-
-def _seal(line: dict[str, Any], before: str) -> tuple[str, str]:
-    """A line with its checksum, which covers the checksum of the line before it; and that checksum."""
-    text = json.dumps(line)
-    found = hashlib.sha256((before + text).encode()).hexdigest()[:16]
-    return json.dumps({**line, "sum": found}) + "\n", found
-
-
-def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The head and the lines that follow, up to the first that is torn, changed, or none of ours."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None, []
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be read ({error.strerror}). Delete {path.parent.parent}.") from error
-    lines: list[dict[str, Any]] = []
-    before = ""
-    for text in content.splitlines(keepends=True):
-        try:
-            line = json.loads(text)
-            found = line.pop("sum")
-            sealed, before = _seal(line, before)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            break
-        if found != before or sealed.encode() != text:
-            break
-        lines.append(line)
-    if not lines or lines[0].get("journal") != _VERSION or not _whole_head(lines[0]):
-        return None, []
-    return lines[0], lines[1:]
-
-
-def _whole_head(head: dict[str, Any]) -> bool:
-    return isinstance(head.get("files"), list) and words(head.get("machine")) and isinstance(head.get("run"), str)
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,12 +10,16 @@ import torch
 
 from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError
-from arrondi.model import Budget, InMemory, Inputs, Site, Stream, settle, walk
-from arrondi.pipeline.plan import check, make_plan
+from arrondi.model import Budget, Chain, InMemory, Inputs, Site, Stream, Whole, settle, walk
+from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
+from arrondi.pipeline.statistics import Forward, Side
+from arrondi.pipeline.step import OF_ORIGINAL
+from arrondi.pipeline.unit import carry_out
 from arrondi.pipeline.work import Work
 from arrondi.runtime.install import install
+from arrondi.runtime.modules import remember
 from arrondi.tensor.rows import stack_rows
 
 _BATCH = 8
@@ -58,7 +63,7 @@ def quantize_module(
         check(plan)
         if plan.calibrated and not batches:
             raise DataError("The recipe needs calibration batches, and none were given. Pass calibration=[…].")
-        done = _rounded(source, plan.tensors, batches, progress or (lambda done, total, what: None))
+        done = _rounded(source, plan, batches, progress or (lambda done, total, what: None))
         _install(source, plan.quantized, done)
     finally:
         model.train(training)
@@ -67,46 +72,69 @@ def quantize_module(
 
 def _rounded(
     source: InMemory,
-    tensors: Sequence[PlannedTensor],
+    plan: Plan,
     batches: list[Inputs],
     progress: Callable[[int, int, str], None],
 ) -> dict[str, LayerValues]:
     """Tensor → its codes. The module's parameters hold the rounded values afterwards."""
-    instance = source.instance()
+    instance, tensors = source.instance(), plan.tensors
     units = source.units_of(instance)
     found: dict[str, LayerValues] = {}
 
-    def work(members: list[PlannedTensor], forwards: Sequence[Callable[[], object]]) -> None:
-        work = Work(instance, members, forwards)
-        work.run()
+    def work(members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()) -> None:
+        work = Work(
+            plan, instance, members, forwards, Side(original.instance.parameter, originals) if originals else None
+        )
+        carry_out(work)
         for t in members:
             parts = [work.results[s.name].q for s in t.sites if s.name in work.results]
             if parts:
                 found[t.name] = LayerValues(stack_rows(parts), work.grids.get(t.name))
 
+    followed = batches if any(s.needs & OF_ORIGINAL for s in plan.steps()) else []
+    original = _copy(source) if followed else units
     outside = [t for t in tensors if t.block is None]
     if not batches:
         work(list(tensors), ())
         return found
-    with Stream(units, batches, Budget(1 << 62), None) as stream:
+    budget = Budget(1 << 62)
+    with Stream(units, batches, budget, None) as stream, Stream(original, followed, budget, None) as floats:
         stream.begin()
-        visit = lambda i, streams: work([t for t in tensors if t.block == i], stream.forwards(i))  # noqa: E731
-        for i in walk([[stream]], visit):
+        floats.begin()
+
+        def visit(i: int, streams: Sequence[Stream]) -> None:
+            if streams[0] is stream:
+                work([t for t in tensors if t.block == i], stream.forwards(i), floats.forwards(i))
+
+        for i in walk([[stream], [floats] if followed else []], visit):
             progress(i, len(units) + 1, f"unit {i + 1} of {len(units)}")
-        work(outside, [lambda j=j: stream.output(j) for j in range(len(stream))])  # type: ignore[misc]
+        ends = [[lambda j=j, s=s: s.output(j) for j in range(len(s))] for s in (stream, floats)]
+        work(outside, *ends)
     return found
 
 
-def _install(source: InMemory, planned: Iterable[PlannedTensor], values: dict[str, LayerValues]) -> None:
+def _copy(source: InMemory) -> Chain | Whole:
+    """The original, whose weights stay as they are."""
+    copied = InMemory(copy.deepcopy(source.model))
+    if source.whole:
+        copied.run_as_whole(source.facts)
+    return copied.units_of(copied.instance())
+
+
+def _install(source: InMemory, planned: Sequence[PlannedTensor], values: dict[str, LayerValues]) -> None:
     by_param: dict[str, list[Site]] = {}
     inputs = {}
+    placed = {t.name: t.placed for t in planned}
+    loose: dict[str, LayerValues] = {}
     for t in planned:
         inputs[t.name] = t.scheme.inputs if t.scheme else None
         for site in t.sites:
             by_param.setdefault(site.param, []).append(site)
     for param, sites in by_param.items():
         layers = {s.tensor: (values[s.tensor], inputs[s.tensor]) for s in sites}
-        install(source.model, source.names, sites, layers, source.names.params[param].dtype)
+        if not install(source.model, source.names, sites, layers, source.names.params[param].dtype):
+            loose |= {name: found for name, (found, _) in layers.items()}
+    remember(source.model, placed, loose)
 
 
 def _batches(calibration: Any) -> list[Inputs]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
-from arrondi.model import Site, Source, StoredTensor
+from arrondi.model import Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import PlannedTensor, Resolver
+from arrondi.pipeline.select import Selected, declared_by, select, unreadable
 from arrondi.pipeline.step import Declared, Step, get_step
 
+_NEARLY_ALL = 0.9
+"""Share of the weights that one layout must hold of what another holds to be taken for its readers."""
 _NAMED = 3
 """Layers that a note names."""
 
@@ -32,7 +35,8 @@ class Plan:
         source: the model.
         tensors: every tensor of the output, in the order of the files.
         layout: how quantized tensors will be stored.
-        declared: what rewrites and repairs change and add.
+        selected: rewrites and repairs with their sites, in the recipe's order.
+        declared: what they change and add.
         problems: sentences that say what cannot work and what to do; empty when the plan can run.
         notes: things to know that stop nothing.
         readers: who reads the result, and who does not or computes something else.
@@ -42,6 +46,7 @@ class Plan:
     source: Source
     tensors: list[PlannedTensor]
     layout: Layout
+    selected: list[Selected]
     declared: Declared
     problems: list[str]
     notes: list[str] = field(default_factory=list)
@@ -74,17 +79,17 @@ class Plan:
 
     def shards(self, shard_bytes: int) -> ShardPlan:
         specs = [spec for t in self.tensors for spec in self.specs(t)]
-        return ShardPlan.split([*specs, *self.declared.added], shard_bytes)
+        return ShardPlan.split([*specs, *(a.spec for a in self.declared.added)], shard_bytes)
 
     @property
     def output_bytes(self) -> int:
-        added = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.declared.added)
+        added = sum(math.prod(a.shape) * a.dtype.itemsize for a in self.declared.added)
         return sum(self.nbytes(t) for t in self.tensors) + added
 
     def steps(self) -> set[Step]:
         """Every step that will run."""
         rounds = {get_step(t.rule.method) for t in self.quantized if t.rule}
-        return rounds | {step for t in self.tensors for step, _ in t.steps}
+        return rounds | {one.step for one in self.selected if one.groups}
 
     @property
     def calibrated(self) -> bool:
@@ -109,6 +114,12 @@ class Plan:
             },
             "problems": self.problems,
             "notes": self.notes,
+            "steps": [
+                {"step": one.step.name, "kind": one.step.kind, "sites": [s.name for s in one.sites]}
+                for one in self.selected
+            ],
+            "changed": list(self.declared.changed),
+            "added": [{"name": a.name, "shape": list(a.shape)} for a in self.declared.added],
             "tensors": [
                 {
                     "name": t.name,
@@ -131,37 +142,45 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     Args:
         source: the model.
         recipe: the user's rules.
-        layout: a name of `LAYOUTS`; None takes the most widely read one that holds everything that was asked for.
+        layout: a name of `LAYOUTS`; None takes the most widely read one that holds nearly all of what any holds.
         keep_misfits: weights whose shape does not fit the scheme are kept; otherwise they take the nearest groups that fit.
     """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
-    tried: list[tuple[int, int, Resolver, list[PlannedTensor], list[PlannedTensor]]] = []
+    tried: list[tuple[int, Resolver, list[PlannedTensor]]] = []
     for name in [layout] if layout else LAYOUTS:
         resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits)
         tensors = [resolver.resolve(t) for t in source.tensors]
-        refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
-        tried.append((len(refused), len(tried), resolver, tensors, refused))
-        if not refused:
+        tried.append((sum(t.weights for t in tensors if t.status == "quantized"), resolver, tensors))
+        if not any(t.status == "kept because impossible" and t.rule for t in tensors):
             break
-    _, _, resolver, tensors, refused = min(tried, key=lambda t: t[:2])
+    most = max(weights for weights, _, _ in tried)
+    _, resolver, tensors = next(t for t in tried if t[0] >= _NEARLY_ALL * most)
+    refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
     tensors = _as_stored(source, tensors)
     problems = unmatched(source, recipe, resolver.used)
     if not any(t.status == "quantized" for t in tensors) and not problems:
-        why = f" {refused[0].name}: {refused[0].reason}." if refused else " Check --targets and --ignore."
-        problems.append(f"Nothing would be quantized.{why}")
-    declared = _declared(source, tensors, recipe)
+        problems.append(f"Nothing would be quantized. {_nothing(source, tensors, refused, layout)}")
+    selected = select(source, recipe, tensors)
+    declared = declared_by(source, selected, tensors)
+    problems += unreadable(source, declared)
     modules = [m for t in tensors if t.status == "quantized" for s in t.sites for m in s.modules]
     facts = ModelFacts(
         dtype=_dtype(source.config),
         fused_experts=any(s.param_index is not None for s in source.sites),
         whole=not source.starts_without(modules),
+        splits=any(len(g.targets) > 1 for g in source.names.groups),
     )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
+    notes += [
+        f"{one.step.name} is not done, {why}: {_list(names)}."
+        for one in selected
+        for why, names in one.refusals.items()
+    ]
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
-    return Plan(source, tensors, resolver.layout, declared, problems, notes, readers, facts)
+    return Plan(source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts)
 
 
 def check(plan: Plan) -> None:
@@ -192,6 +211,17 @@ def unmatched(source: Source, recipe: Recipe, used: set[str]) -> list[str]:
     return sentences
 
 
+def _nothing(source: Source, tensors: list[PlannedTensor], refused: list[PlannedTensor], layout: str | None) -> str:
+    """Why nothing is quantized, and what to do."""
+    if refused:
+        other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
+        return f"{refused[0].name}: {refused[0].reason}.{other}"
+    if not any(s.kind == "linear" for s in source.sites):
+        return "The model has no linear layer; name what else to quantize with --targets."
+    unfit = next((t for t in tensors if t.status == "kept because impossible"), None)
+    return f"{unfit.name}: {unfit.reason}." if unfit else "Check --targets and --ignore."
+
+
 def _as_stored(source: Source, tensors: list[PlannedTensor]) -> list[PlannedTensor]:
     """Parts of a stored tensor of which nothing is quantized are that tensor again."""
     split = {t.tensor.sources for t in tensors if t.tensor.converted and t.status == "quantized"}
@@ -201,23 +231,9 @@ def _as_stored(source: Source, tensors: list[PlannedTensor]) -> list[PlannedTens
             found[t.name] = t
             continue
         for name in t.tensor.sources:
-            whole = StoredTensor(name, tuple(source.names.shapes[name]), (name,), (), t.tensor.params)
+            whole = StoredTensor(name, tuple(source.names.shapes[name]), (name,), (), t.tensor.params, t.block)
             found.setdefault(name, PlannedTensor(whole, source.dtype_of(whole), t.status, t.reason))
     return list(found.values())
-
-
-def _declared(source: Source, tensors: Iterable[PlannedTensor], recipe: Recipe) -> Declared:
-    """What all rewrites and repairs change and add."""
-    sites: dict[int, tuple[Step, dict[str, Any], list[Site]]] = {}
-    for t in tensors:
-        for step, options in t.steps:
-            sites.setdefault(id(step), (step, options, []))[2].extend(t.sites)
-    found = [step.declare(source, own, options) for step, options, own in sites.values()]
-    return Declared(
-        tuple(dict.fromkeys(n for d in found for n in d.changed)),
-        tuple(dict.fromkeys(s for d in found for s in d.added)),
-        {k: v for d in found for k, v in d.config.items()},
-    )
 
 
 def _static(tensor: PlannedTensor) -> bool:
@@ -231,7 +247,7 @@ def _paths(tensor: PlannedTensor) -> list[str]:
     return [tensor.name.removesuffix(".weight")] if len(tensor.shape) > 1 else []
 
 
-def _list(names: list[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 

@@ -21,6 +21,7 @@ from arrondi.pipeline.publish import planned_files, publish
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.record import facts_of, kept_of, machine, manifest_of, quantize_key
 from arrondi.pipeline.run import Progress, Run
+from arrondi.pipeline.select import merged
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
 
@@ -76,7 +77,7 @@ def quantize_model(
         planned(plan.to_dict())
     if plan.calibrated and texts.calibration is None:
         raise SchemeError("Static scales of inputs need calibration text. Add --calibration FILE, or drop 'static'.")
-    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes)
+    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes, device)
     if not overwrite and finished(out, key, ledger):
         return read_report(out / "report.json")
     files = planned_files(plan.shards(shard_bytes), travelling(checkpoint.folder), ["report.json"])
@@ -106,7 +107,7 @@ def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:
             "kept": kept_of(run.plan),
         }
     )
-    config = {**source.config, **run.overlay.config, "quantization_config": run.plan.config()}
+    config = {**merged(source.config, run.overlay.config), "quantization_config": run.plan.config()}
     manifest = manifest_of(key, run.ledger, facts)
     publish(run.journal, run.writer, travelling(source), config, manifest, {"report.json": report})
     return report

@@ -1,7 +1,7 @@
 """Recipes: the user's rules, and the selectors in them.
 
-Owns: `Rule`, `Recipe` and `matches`. A rule says which weights become what by which method; the later rule wins. Selectors
-follow compressed-tensors: a class name, an exact module or tensor name, or `re:` and a pattern matched from the start.
+Owns: `Rule`, `Recipe` and `matches`. A rule says which weights become what by which method, or which are rewritten or repaired how.
+Of several rules that round a weight the last one wins; rewrites and repairs are all done, in their order. Selectors follow compressed-tensors: a class name, an exact module or tensor name, or `re:` and a pattern matched from the start.
 `Linear` stands for every weight that multiplies activations: linears, Conv1D, fused experts.
 """
 
@@ -16,22 +16,35 @@ from typing import Any
 
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import LayerScheme, Scheme, parse_scheme
-from arrondi.pipeline.step import check_step
+from arrondi.pipeline.step import check_fallback, check_step, get_step
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights that match `targets` become `scheme` by `method`. A scheme of None leaves them alone."""
+    """What is done to weights that match `targets`.
+
+    Attributes:
+        scheme: what a round step makes of them; None leaves them alone. Rewrites and repairs have none.
+        method: name of a step.
+        targets: selectors.
+        options: of the step.
+        fallback: round step where nothing is known of a weight's inputs; "" is the method's own choice.
+    """
 
     scheme: LayerScheme | None
     method: str = "rtn"
     targets: tuple[str, ...] = ("Linear",)
     options: Mapping[str, Any] = field(default_factory=dict)
+    fallback: str = ""
 
     def __post_init__(self) -> None:
         check_step(self.method, self.options)
+        if self.fallback:
+            check_fallback(self.method, self.fallback)
         if self.scheme is None:
             return
+        if get_step(self.method).kind != "round":
+            raise SchemeError(f"{self.method} rounds nothing, so it takes no scheme. Drop {self.scheme}.")
         if self.scheme.outputs is not None or self.scheme.kv is not None:
             raise SchemeError(
                 f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
@@ -62,7 +75,9 @@ class Recipe:
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        """A recipe file: JSON with `rules` (each with scheme, method, targets, group_size, options) and `ignore`.
+        """A recipe file: JSON with `rules` (each with scheme, method, targets, group_size, options, fallback) and `ignore`.
+
+        Rules whose method rewrites or repairs have no scheme.
 
         Raises:
             FileFormatError: not there, not JSON, a key that is unknown, missing or there twice.
@@ -92,6 +107,7 @@ class Recipe:
                     "method": r.method,
                     "targets": list(r.targets),
                     "options": dict(r.options),
+                    **({"fallback": r.fallback} if r.fallback else {}),
                 }
                 for r in self.rules
             ],
@@ -111,19 +127,26 @@ def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = N
 
 def _rule(entry: Any, number: int) -> Rule:
     """One rule of a recipe file."""
-    _known(entry, {"scheme", "method", "targets", "group_size", "options"}, f"rule {number}")
+    _known(entry, {"scheme", "method", "targets", "group_size", "options", "fallback"}, f"rule {number}")
+    method, options, fallback = entry.get("method", "rtn"), entry.get("options", {}), entry.get("fallback", "")
+    if not isinstance(method, str) or not isinstance(options, dict) or not isinstance(fallback, str):
+        raise TypeError(
+            f"rule {number} has the method {method!r}, the options {options!r} and the fallback {fallback!r}"
+        )
+    targets = _words(entry.get("targets", "Linear"))
+    if get_step(method).kind != "round":
+        if entry.keys() & {"scheme", "group_size"}:
+            raise ValueError(f"rule {number} has a scheme or a group_size, and {method} rounds nothing")
+        return Rule(None, method.lower(), targets, options, fallback)
     scheme, group_size = entry["scheme"], entry.get("group_size")
-    if scheme is None and entry.keys() & {"method", "group_size", "options"}:
+    if scheme is None and entry.keys() & {"method", "group_size", "options", "fallback"}:
         raise ValueError(f"rule {number} leaves weights alone and has {sorted(entry.keys() - {'scheme', 'targets'})}")
     if not isinstance(scheme, (str, type(None))):
         raise TypeError(f"the scheme of rule {number} is {scheme!r}, not a word")
     if group_size is not None and type(group_size) is not int:
         raise TypeError(f"the group_size of rule {number} is {group_size!r}, not a whole number")
-    method, options = entry.get("method", "rtn"), entry.get("options", {})
-    if not isinstance(method, str) or not isinstance(options, dict):
-        raise TypeError(f"rule {number} has the method {method!r} and the options {options!r}")
     layer = None if scheme is None else _layer_scheme(scheme, group_size)
-    return Rule(layer, method.lower(), _words(entry.get("targets", "Linear")), options)
+    return Rule(layer, method.lower(), targets, options, fallback.lower())
 
 
 def _known(entry: Any, keys: set[str], what: str) -> None:

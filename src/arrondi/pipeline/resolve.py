@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from arrondi.checkpoint import Layout, Placed
 from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, Scheme
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, Rule, matches
-from arrondi.pipeline.step import Step, get_step
+from arrondi.pipeline.step import get_step
 
 Status = Literal["quantized", "kept by rule", "kept because impossible"]
 
@@ -37,7 +37,7 @@ class PlannedTensor:
         status, reason: its class, and why.
         rule: the rule that quantizes it.
         scheme: what it becomes, after it was fitted to the shape.
-        steps: rewrites and repairs that apply to it, in the recipe's order, with their options.
+        picked: numbers of the recipe's rewrites and repairs that pick it.
     """
 
     tensor: StoredTensor
@@ -46,7 +46,7 @@ class PlannedTensor:
     reason: str
     rule: Rule | None = None
     scheme: LayerScheme | None = None
-    steps: tuple[tuple[Step, dict[str, Any]], ...] = ()
+    picked: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class PlannedTensor:
     @property
     def block(self) -> int | None:
         """The unit that uses it."""
-        return self.sites[0].block if self.sites else None
+        return self.tensor.block
 
     @property
     def placed(self) -> Placed:
@@ -113,22 +113,24 @@ class Resolver:
             return replace(plain, reason="a buffer" if buffer else "one-dimensional (norm or bias)")
         site = tensor.sites[0]
         names = [tensor.name, tensor.name.removesuffix(".weight"), *site.modules, *self._aliases(site)]
-        rule, steps = self._rules(names, site.classes)
+        rule, picked, named = self._rules(names, site.classes)
         ignored = [s for s in self.ignore if matches(s, names, site.classes)]
         self.used |= set(ignored)
         if rule is None:
-            return replace(plain, reason=f"not a target ({site.classes[0]})", steps=steps)
+            return replace(plain, reason=f"not a target ({site.classes[0]})", picked=picked)
         if rule.scheme is None:
-            return replace(plain, reason="left alone by a rule", rule=rule, steps=steps)
+            return replace(plain, reason="left alone by a rule", rule=rule, picked=picked)
         others = [a for a in self._aliases(site) if a != tensor.name]
         tied = f", tied to {others[0]}" if len(others) + 1 > 1 and len(self._aliases(site)) > 1 else ""
         if ignored:
-            return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}", steps=steps)
+            return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}")
+        if not site.reached and not named:
+            return replace(plain, reason="text does not reach it; name it in --targets to quantize it blindly")
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit)
         if site.shape[0] < _SMALL_OUTPUT:
-            return replace(plain, reason=f"only {site.shape[0]} outputs", steps=steps)
-        return self._quantized(replace(plain, rule=rule, steps=steps))
+            return replace(plain, reason=f"only {site.shape[0]} outputs", picked=picked)
+        return self._quantized(replace(plain, rule=rule, picked=picked))
 
     def _quantized(self, plain: PlannedTensor) -> PlannedTensor:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
@@ -151,17 +153,17 @@ class Resolver:
                 return replace(plain, status="quantized", reason=reason, scheme=scheme)
         return replace(plain, status="kept because impossible", reason=refusal)
 
-    def _rules(self, names: Sequence[str], classes: Sequence[str]) -> tuple[Rule | None, tuple[Any, ...]]:
-        """The last round rule that picks this, and all rewrites and repairs that do."""
-        found, steps = None, []
-        for rule in self.recipe.rules:
+    def _rules(self, names: Sequence[str], classes: Sequence[str]) -> tuple[Rule | None, frozenset[int], bool]:
+        """The last round rule that picks this, the numbers of all rewrites and repairs that do, and whether the rule names it."""
+        found, picked, named = None, set(), False
+        for number, rule in enumerate(self.recipe.rules):
             hits = [s for s in rule.targets if matches(s, names, classes)]
             self.used |= set(hits)
             if hits and get_step(rule.method).kind == "round":
-                found = rule
+                found, named = rule, any(h != "Linear" for h in hits)
             elif hits:
-                steps.append((get_step(rule.method), dict(rule.options)))
-        return found, tuple(steps)
+                picked.add(number)
+        return found, frozenset(picked), named
 
     def _aliases(self, site: Site) -> list[str]:
         return self.source.names.names_of(site.param)

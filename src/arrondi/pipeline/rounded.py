@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerChannel, PerGroup, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
-from arrondi.rounding import get_method
+from arrondi.pipeline.step import get_step
 from arrondi.rounding.error import Loss, output_loss, weight_loss
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import knows
@@ -60,14 +59,15 @@ def round_alone(
     weight: torch.Tensor, scheme: Scheme, method: str, options: Mapping[str, Any], name: str, why: str = ""
 ) -> Rounded:
     """Round one weight (out, in), any float dtype, without knowing its inputs."""
-    chosen = get_method(method)
+    run = get_step(method).round
+    assert run is not None
     chunked = rowwise(scheme) and not knows(weight, scheme)
     step = max(_CHUNK // weight.shape[1], 1) if chunked else len(weight)
     parts, error = [], Loss()
     facts: dict[str, Any] = {}
     for start in range(0, len(weight), step):
         part = weight[start : start + step]
-        q, said = chosen.round(part.float() if chunked else part, scheme, name=name, **options)
+        q, said = run(part.float() if chunked else part, scheme, None, name=name, **options)
         error += weight_loss(part, q)
         facts |= said
         parts.append(q)
@@ -83,13 +83,10 @@ def round_together(
     seen: Seen,
 ) -> list[Rounded]:
     """Round weights (out, in) that read the same input, in one sweep; each error is the weight's own."""
-    for site, weight in zip(sites, weights, strict=True):
-        if not bool(torch.isfinite(weight).all()):
-            raise DataError(
-                f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
-            )
     joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-    q, facts = get_method(method).round(joined, scheme, seen.moment, name=sites[0].name, **options)
+    run = get_step(method).round
+    assert run is not None
+    q, facts = run(joined, scheme, seen, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of
-from arrondi.pipeline.step import get_step
+from arrondi.pipeline.statistics import Forward, Side
+from arrondi.pipeline.step import OF_ORIGINAL, Added
 from arrondi.pipeline.texts import Texts
-from arrondi.pipeline.work import Work, stackable
+from arrondi.pipeline.unit import carry_out, stackable
+from arrondi.pipeline.work import Work
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
 
@@ -55,6 +58,7 @@ class Run:
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.overlay = Overlay(config=dict(plan.declared.config))
+        self.touched = {s.tensor for one in plan.selected for s in one.sites} | set(plan.declared.changed)
         self.bfloat16 = bfloat16_pays(self.source.checkpoint)
 
     def execute(self) -> None:
@@ -66,18 +70,20 @@ class Run:
             self.progress(0, 1, self.journal.note)
         if "measured" in self.journal.steps:
             return
+        measured = None
         with torch.no_grad():
-            measured = None
             if self.texts.calibration or self.texts.evaluation:
                 measured = self._with_data()
+            elif self.touched:
+                self._unit_by_unit()
             else:
-                self._without_data()
+                self._tensor_by_tensor()
         seconds = round(time.monotonic() - started, 2)
         self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
 
     # ── without data: tensors go from file to file ────────────────────────────────────────────────────────────────────
 
-    def _without_data(self) -> None:
+    def _tensor_by_tensor(self) -> None:
         groups = _grouped(self.plan.tensors)
         for i, group in enumerate(groups):
             self.progress(i, len(groups), f"tensors {i + 1} of {len(groups)}")
@@ -89,12 +95,11 @@ class Run:
             self._keep(planned, {})
             return []
         assert planned.rule is not None and planned.scheme is not None
-        step, scheme = get_step(planned.rule.method), planned.scheme.weights
-        method, options = (step.fallback, {}) if step.fallback else (step.name, planned.rule.options)
+        scheme, rule = planned.scheme.weights, planned.rule
         weights = self._stored_weights(planned)
         if not stackable(scheme, len(weights)):
             weights = [torch.cat(weights)]
-        parts = [round_alone(w, scheme, method, options, planned.name) for w in weights]
+        parts = [round_alone(w, scheme, rule.method, rule.options, planned.name) for w in weights]
         return [self._put(planned, parts, None)]
 
     def _stored_weights(self, planned: PlannedTensor) -> list[torch.Tensor]:
@@ -106,94 +111,126 @@ class Run:
         instance.fill(planned.tensor.params)
         return [s.region(instance.parameter(s.param)) for s in planned.sites]
 
-    # ── with data: unit by unit ───────────────────────────────────────────────────────────────────────────────────────
+    # ── unit by unit ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _with_data(self) -> dict[str, Any] | None:
-        budget, folder = Budget(_HIDDEN_LIMIT), self.journal.work
+    def _open(self) -> None:
+        """Two models: the original, and the quantized one as far as earlier runs have got."""
         self.instance = self.source.instance(self.overlay, self.device)
         self.units = self.source.units_of(self.instance)
-        self.instance.round_inputs(
-            {
-                m: (t.scheme.inputs, None)
-                for t in self.plan.quantized
-                if t.scheme and t.scheme.inputs
-                for s in t.sites
-                for m in s.rounds_inputs
-            }
-        )
+        self.original = self.source.units_of(self.source.instance(device=self.device))
+        rounded = [(t.scheme.inputs, s) for t in self.plan.quantized if t.scheme and t.scheme.inputs for s in t.sites]
+        self.instance.round_inputs({m: (inputs, None) for inputs, s in rounded for m in s.rounds_inputs})
         for done in self.journal.steps.values():
             self._adopt([t for t in self.plan.tensors if t.name in set(done["tensors"])])
-        original = self.source.units_of(self.source.instance(device=self.device))
+
+    def _unit_by_unit(self) -> None:
+        """Without data, where weights cannot be taken one by one."""
+        if not self.source.units:
+            self.source.run_as_whole(self.source.facts)
+        self._open()
+        blocks = {t.block for t in self.plan.tensors}
+        for i in range(len(self.units)):
+            self.progress(i, len(self.units) + 1, f"block {i + 1} of {len(self.units)}")
+            if i in blocks:
+                self.units.fill(i)
+                members = [t for t in self.plan.tensors if t.block == i]
+                self._step(f"unit {i}", members, lambda members=members: self._work(members, ()))  # type: ignore[misc]
+                self.units.drop(i)
+        self._outside("outside", [t for t in self.plan.tensors if t.block is None], (), ())
+
+    def _with_data(self) -> dict[str, Any] | None:
+        self._open()
+        budget, folder = Budget(_HIDDEN_LIMIT), self.journal.work
         calibration, evaluation = self.texts.calibration_batches, self.texts.evaluation_batches
+        followed = calibration if any(s.needs & OF_ORIGINAL for s in self.plan.steps()) else []
         total = len(self.units) + 2
         self.progress(0, total, "reading data")
         with (
-            Stream(original, evaluation, budget, folder) as reference,
+            Stream(self.original, evaluation, budget, folder) as reference,
+            Stream(self.original, followed, budget, folder, bfloat16=self.bfloat16) as floats,
             Stream(self.units, calibration, budget, folder, bfloat16=self.bfloat16) as learning,
             Stream(self.units, evaluation, budget, folder) as measured,
         ):
-            self.learning = learning
-            for stream in (reference, learning, measured):
+            self.floats, self.learning = floats, learning
+            for stream in (reference, floats, learning, measured):
                 stream.begin()
             if front := self._front():
-                batches = learning.batches
-                self._outside("front", front, [lambda b=b: self.units.begin(b) for b in batches])  # type: ignore[misc]
+                begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
+                self._outside("front", front, *begun)
                 learning.begin()
                 measured.begin()
-            groups = [[s for s in group if len(s)] for group in ([reference], [learning, measured])]
+            groups = [[s for s in group if len(s)] for group in ([learning, measured], [reference, floats])]
             for i in walk(groups, self._visit):
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
             self.progress(len(self.units), total, "outside the blocks")
             rest = [t for t in self.plan.tensors if t.block is None and t not in front]
-            self._outside("outside", rest, [lambda j=j: learning.output(j) for j in range(len(learning))])  # type: ignore[misc]
+            ends = [[lambda j=j, s=s: s.output(j) for j in range(len(s))] for s in (learning, floats)]
+            self._outside("outside", rest, *ends)
             if not evaluation:
                 return None
             self.progress(len(self.units) + 1, total, "measuring")
             return self._measure(reference, measured)
 
     def _visit(self, i: int, streams: Sequence[Stream]) -> None:
-        """Round unit i of the quantized model, and let it go on with what the file holds."""
+        """Do all steps on unit i of the quantized model, and let it go on with what the file holds."""
         if streams[0].units is not self.units:
             return
         members = [t for t in self.plan.tensors if t.block == i]
-        self._step(f"unit {i}", members, lambda: self._work(members, self.learning.forwards(i)))
+
+        def work() -> list[dict[str, Any]]:
+            if len(self.floats):
+                self.original.fill(i)  # its own streams pass through it next
+            return self._work(members, self.learning.forwards(i), self.floats.forwards(i))
+
+        self._step(f"unit {i}", members, work)
         self.units.drop(i)
         self.units.fill(i)
 
-    def _work(self, members: list[PlannedTensor], forwards: Sequence[Callable[[], object]]) -> list[dict[str, Any]]:
+    def _work(
+        self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()
+    ) -> list[dict[str, Any]]:
         """All steps on some tensors whose parameters are filled; everything is written."""
-        work = Work(self.instance, members, forwards)
-        work.run()
+        side = Side(self.original.instance.parameter, originals) if originals else None
+        work = Work(self.plan, self.instance, members, forwards, side)
+        carry_out(work)
         rows = []
         for planned in members:
             if planned.status == "quantized":
                 parts = [work.results[s.name] for s in planned.sites if s.name in work.results]
-                rows.append(self._put(planned, parts, work.grids.get(planned.name)))
+                done = list(dict.fromkeys(name for s in planned.sites for name in work.done.get(s.name, ())))
+                row = self._put(planned, parts, work.grids.get(planned.name))
+                rows.append({**row, **({"steps": done} if done else {})})
             else:
                 self._keep(planned, work.changed)
-        for name, value in work.added.items():
-            self.writer.put(name, value)
+        for added in self._added(members):
+            self.writer.put(added.name, work.added[added.name])
         return rows
 
-    def _outside(self, name: str, members: list[PlannedTensor], forwards: Sequence[Callable[[], object]]) -> None:
+    def _outside(
+        self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
+    ) -> None:
         """What lies outside the units; a head or a pooler is calibrated on what the quantized units give."""
-        wanted = [p for t in members if t.status == "quantized" for p in t.tensor.params]
+        wanted = [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
 
         def work() -> list[dict[str, Any]]:
-            with self.units.outer_loaded():
-                self.instance.fill(wanted)
-                return self._work(members, forwards if wanted else ())
+            with ExitStack() as loaded:
+                for units in (self.units, *([self.original] if originals else ())):
+                    loaded.enter_context(units.outer_loaded())
+                    loaded.callback(units.instance.drop, wanted)
+                    units.instance.fill(wanted)
+                return self._work(members, forwards if wanted else (), originals if wanted else ())
 
         self._step(name, members, work)
-        self.instance.drop(wanted)
 
     def _front(self) -> list[PlannedTensor]:
-        """Quantized tensors that work before the first unit: projections of narrow embeddings."""
+        """Tensors that work before the first unit and that a step changes: projections of narrow embeddings."""
         names = self.source.names
         return [
             t
-            for t in self.plan.quantized
-            if t.block is None and any(n in self.units.early for p in t.tensor.params for n in names.names_of(p))
+            for t in self.plan.tensors
+            if t.block is None
+            and (t.status == "quantized" or t.name in self.touched)
+            and any(n in self.units.early for p in t.tensor.params if p in names.params for n in names.names_of(p))
         ]
 
     def _measure(self, reference: Stream, measured: Stream) -> dict[str, Any]:
@@ -233,9 +270,13 @@ class Run:
                     self.instance.round_inputs(dict.fromkeys(modules, (inputs, grid)))
             elif planned.name in self.plan.declared.changed:
                 self.overlay.changed[planned.name] = lambda n=planned.name: self.writer.get(n).float()  # type: ignore[misc]
-        for name, _, _ in self.plan.declared.added:
-            if self.source.block_of(name) in {t.block for t in members}:
-                self.overlay.added[name] = lambda n=name: self.writer.get(n).float()  # type: ignore[misc]
+        for added in self._added(members):
+            self.overlay.added[added.param] = lambda n=added.name: self.writer.get(n).float()  # type: ignore[misc]
+
+    def _added(self, members: Sequence[PlannedTensor]) -> list[Added]:
+        """What steps add for these tensors."""
+        names = {t.name for t in members}
+        return [a for a in self.plan.declared.added if a.tensor in names]
 
     def _restored(self, planned: PlannedTensor) -> torch.Tensor:
         values = self.plan.layout.read(planned.placed, self.writer.get)

@@ -1,6 +1,6 @@
 """What calibration says of the inputs of sites: `Seen` and `collect`.
 
-Inputs that several sites read are counted once. Nothing raw is kept: a second moment, a sum, two extremes.
+Inputs that several sites read are counted once. Nothing raw is kept beyond one batch but a sample of bounded size.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
-from arrondi.calibration import SecondMoment
+from arrondi.calibration import Reservoir, SecondMoment
 from arrondi.model.flow import Use, watch
-from arrondi.pipeline.step import Need
+from arrondi.pipeline.step import OF_ORIGINAL, Need
 
 Key = tuple[str, int | None]
 """A parameter, and which matrix of it."""
@@ -21,16 +22,24 @@ Key = tuple[str, int | None]
 Forward = Callable[[], object]
 """Sends one calibration batch through a unit."""
 
+SAMPLE: Final = 512
+"""Rows of a sample."""
+
 
 @dataclass
 class Seen:
-    """What was seen of one input.
+    """What was seen of one input x, and of the same input f in the original; a field is None unless it was asked for.
 
     Attributes:
         tokens: rows of it.
-        moment: Σ x xᵀ, if it was asked for.
-        total: Σ x, float64 (n,), if it was asked for.
-        low, high: its least and its largest number, if they were asked for.
+        moment: Σ x xᵀ.
+        total: Σ x, float64 (n,).
+        low, high: the least and the largest number, 0 included.
+        absmax: max |x| of every column, float32 (n,).
+        sample: at most `SAMPLE` rows.
+        float_moment: Σ f fᵀ.
+        cross_moment: Σ x fᵀ, float32 (n, n).
+        paired: the original sent the same tokens here. Where it did not (it chose other experts), nothing is known of both.
     """
 
     tokens: int = 0
@@ -38,12 +47,21 @@ class Seen:
     total: torch.Tensor | None = None
     low: float = 0.0
     high: float = 0.0
+    absmax: torch.Tensor | None = None
+    sample: Reservoir | None = None
+    float_moment: SecondMoment | None = None
+    cross_moment: torch.Tensor | None = None
+    paired: bool = True
 
     @property
     def mean(self) -> torch.Tensor:
         """Mean of every column, float32 (n,)."""
         assert self.total is not None and self.tokens
         return (self.total / self.tokens).float()
+
+    def has(self, needs: Collection[Need]) -> bool:
+        """Whether all of this is known."""
+        return self.tokens > 0 and (self.paired or not OF_ORIGINAL & set(needs))
 
     def add(self, x: torch.Tensor, needs: Collection[Need]) -> None:
         """Count one input (…, n)."""
@@ -61,6 +79,41 @@ class Seen:
         if "range" in needs:
             low, high = (float(v) for v in torch.aminmax(rows))
             self.low, self.high = min(self.low, low), max(self.high, high)
+        if "absmax" in needs:
+            largest = rows.abs().amax(0).float().cpu()
+            self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
+        if "sample" in needs:
+            self.sample = self.sample or Reservoir(SAMPLE)
+            self.sample.observe(rows.float())
+
+    def add_pair(self, x: torch.Tensor, f: torch.Tensor | None, needs: Collection[Need]) -> None:
+        """Count what the original has in the place of an input; None or other rows if it has nothing there."""
+        if f is None or f.shape != x.shape:
+            self.paired = False
+        if not self.paired or f is None:
+            self.float_moment = self.cross_moment = None
+            return
+        rows, others = (t.reshape(-1, t.shape[-1]).float() for t in (x, f))
+        if "float moment" in needs:
+            if self.float_moment is None:
+                self.float_moment = SecondMoment(others.shape[-1])
+            self.float_moment.update(others)
+        if "cross moment" in needs:
+            cross = rows.T @ others
+            self.cross_moment = cross if self.cross_moment is None else self.cross_moment.add_(cross)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A unit of one model on the calibration batches.
+
+    Attributes:
+        parameter: gives a parameter of the unit, filled.
+        forwards: one for each batch.
+    """
+
+    parameter: Callable[[str], torch.Tensor]
+    forwards: Sequence[Forward]
 
 
 class _Enough(Exception):
@@ -68,38 +121,51 @@ class _Enough(Exception):
 
 
 def collect(
-    leaders: Collection[str],
-    params: Mapping[str, torch.Tensor],
-    uses: Mapping[str, int],
-    forwards: Sequence[Forward],
-    needs: Collection[Need],
+    leaders: Collection[str], uses: Mapping[str, int], side: Side, needs: Collection[Need], original: Side | None = None
 ) -> dict[Key, Seen]:
     """Watch the inputs of some parameters while batches pass through a unit.
 
     Args:
         leaders: parameters to watch; one for each input that is wanted.
-        params: parameter → its tensor, filled.
         uses: how often each matrix parameter is used in one pass; a pass ends early once all were seen that often.
-        forwards: one for each batch.
+        side: the unit.
         needs: what to collect.
+        original: the same unit of the original; required for what is `OF_ORIGINAL`.
     """
     seen: dict[Key, Seen] = {}
-    wanted = {p: params[p] for p in leaders}
     # Which experts a batch reaches is not known beforehand, so stacks want the whole forward pass.
     count = sum(uses[p] for p in leaders) if all(p in uses for p in leaders) else 0
+    both = bool(OF_ORIGINAL & set(needs))
+    assert original is not None or not both
+    for j in range(len(side.forwards)):
+        others: dict[Key, list[torch.Tensor]] = {}
+        if both and original is not None:
+            _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()))  # noqa: B023
+
+        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others) -> None:
+            found = seen.setdefault(key, Seen())
+            found.add(x, needs)
+            if both:
+                same = others.get(key)
+                found.add_pair(x, same.pop(0) if same else None, needs)
+
+        _pass(leaders, count, side, j, note)
+    return seen
+
+
+def _pass(
+    leaders: Collection[str], count: int, side: Side, j: int, note: Callable[[Key, torch.Tensor], object]
+) -> None:
+    """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end)."""
     reports = 0
 
     def report(use: Use) -> None:
         nonlocal reports
         if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1):
-            seen.setdefault((use.param, use.matrix), Seen()).add(use.x, needs)
+            note((use.param, use.matrix), use.x)
         reports += 1
         if reports == count:
             raise _Enough
 
-    with watch(wanted, report):
-        for forward in forwards:
-            reports = 0
-            with contextlib.suppress(_Enough):
-                forward()
-    return seen
+    with watch({p: side.parameter(p) for p in leaders}, report), contextlib.suppress(_Enough):
+        side.forwards[j]()

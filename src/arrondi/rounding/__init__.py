@@ -55,8 +55,7 @@ class Method:
     @property
     def options(self) -> dict[str, Any]:
         """Names and defaults of the options that a user may set."""
-        parameters = inspect.signature(self.run).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "facts")}
+        return options_of(self.run)
 
     def round(
         self, weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None = None, *, name: str, **options: Any
@@ -68,7 +67,7 @@ class Method:
 
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 0.5),
+    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
     "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 10.0),
     "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 90.0),
 })  # fmt: skip
@@ -85,14 +84,21 @@ def get_method(name: str) -> Method:
     return METHODS[name.lower()]
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse an option that the method does not have, or a value of the wrong kind.
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Names and defaults of the options of a function: its keywords, without the name and the facts of a weight."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "facts")}
+
+
+def check_options(method: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse an option that a method's function does not have, or a value of the wrong kind.
 
     Raises:
         SchemeError: names the option and lists those that exist, or the value and what it should be.
     """
-    known = get_method(method).options
-    hints = get_type_hints(get_method(method).run)
+    if not options:
+        return
+    known, hints = options_of(function), get_type_hints(function)
     for option, value in options.items():
         if option not in known:
             raise unknown(f"option of {method}", option, known)

@@ -37,7 +37,7 @@ class ColumnGrids:
         if range not in ("search", "absmax"):
             raise SchemeError(f"Unknown range {range!r}. Known: absmax, search.")
         if order == "dynamic" and not isinstance(scheme.granularity, PerGroup):
-            raise SchemeError(f"Dynamic act-order forms groups of columns, got {scheme}. Use order='static'.")
+            raise SchemeError(f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static.")
         self.scheme, self.range, self.power, self.name = scheme, range, power, name
         self.shape = (work.shape[0], work.shape[1])
         self.tile = tile_shape(scheme.granularity, self.shape)

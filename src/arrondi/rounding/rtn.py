@@ -1,6 +1,7 @@
 """Round to nearest: the baseline that every other method must beat.
 
-Owns: `rtn`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer). Ties go to even, as in IEEE 754.
+Owns: `rtn` and `pays_to_search`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer). Ties go to even,
+as in IEEE 754.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def rtn(
     scheme: Scheme,
     moment: SecondMoment | None = None,
     *,
-    range: Literal["absmax", "search"] = "absmax",
+    range: Literal["auto", "absmax", "search"] = "auto",
     power: float = 2.5,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -33,7 +34,8 @@ def rtn(
         weight: (..., K), any float dtype, finite.
         scheme: what it becomes.
         moment: second moment of the inputs (n = K); with range="search" its diagonal weighs the columns.
-        range: "absmax" spans the whole group; "search" tries narrower ranges and takes the one with the least error.
+        range: "absmax" spans the whole group; "search" tries narrower ranges and takes the one with the least error; "auto"
+            searches where that gains much for little time, see `pays_to_search`.
         power: exponent of the error that the search minimises.
         name: for messages.
         facts: not used; accepted so that every method is called alike.
@@ -42,14 +44,29 @@ def rtn(
         SchemeError: another `range`.
         DataError: NaN or infinity in the weight.
     """
-    if range not in ("absmax", "search"):
-        raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, search.")
+    if range not in ("auto", "absmax", "search"):
+        raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, auto, search.")
+    if range == "auto":
+        range = "search" if pays_to_search(scheme) else "absmax"
     if range == "absmax" or weight.numel() == 0:
         return quantize_tensor(weight, scheme, name=name)
     with named(name):
         importance = None if moment is None else moment.diagonal().to(weight.device)
         grid = searched(weight.detach(), scheme, importance, power, name)
     return quantize_with(weight, scheme, grid, name=name)
+
+
+def pays_to_search(scheme: Scheme) -> bool:
+    """Whether a searched range is worth its time: integers of less than 8 bits, and power-of-two scales.
+
+    Measured on Gaussian weights (squared error, searched over absmax, groups of 128) and one core: int2 0.44, int3 0.62, int4
+    0.77, int6 0.91 in some 30 s for 10⁹ weights; MXFP8 0.82, MXFP6 0.96, MXFP4 0.94, of which only three scales are tried.
+    Integers of 8 bits gain 0-2 %, fp8 with plain scales 1-3 %. Other fp4 and codebooks gain 12-16 %, but take an hour or more
+    for 10⁹ weights: ask for them. Ternary and binary scales are the best ones already. It depends on the scheme alone, so that every
+    machine gives the same codes.
+    """
+    format = scheme.format
+    return scheme.scale == "e8m0" or (format.kind == "integer" and format.levels > 3 and format.bits < 8)
 
 
 def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Parts:

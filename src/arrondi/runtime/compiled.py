@@ -36,7 +36,7 @@ class Compiled:
     def __init__(self, block: nn.Module, pattern: Pattern, layer: int) -> None:
         self.pattern, self.layer = pattern, layer
         self.attention: Any = block.get_submodule(pattern.attention)
-        self.config = self.attention.config
+        self.config: Any = self.attention.config
         self.options = dict(pattern.options)
         parts = {name: _linear(block, name) for name in pattern.linears}
         self.dtype = parts[pattern.out].meta.dtype

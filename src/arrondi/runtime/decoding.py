@@ -45,7 +45,9 @@ def tokens(model: Any, ids: list[int], count: int, *, temperature: float, stop: 
     known = _parameters(model)
     cache = growing_cache(model) if "past_key_values" in known else None
     kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    options = {name: value for name, value in {"use_cache": True, "logits_to_keep": 1}.items() if name in known}
+    options: dict[str, Any] = {
+        name: value for name, value in {"use_cache": True, "logits_to_keep": 1}.items() if name in known
+    }
     text, unread = list(ids), list(ids)
     with own_attention(model):
         for _ in range(count):
@@ -60,10 +62,17 @@ def tokens(model: Any, ids: list[int], count: int, *, temperature: float, stop: 
             unread = [chosen] if kept else list(text)
             if not kept and "use_cache" in options:
                 options["use_cache"] = False
+            if "position_ids" in known and not _knows_length(kept, len(text) - 1):
+                options["position_ids"] = torch.arange(len(text) - len(unread), len(text))[None]
 
 
 _RECORDED = frozenset({"hidden_states", "attentions"})
 """What an output holds for whoever asked to see it."""
+
+
+def _knows_length(kept: dict[str, Any], length: int) -> bool:
+    """Whether caches tell the model at which position the text goes on. Some look at a layer that keeps no tokens."""
+    return all(value.get_seq_length() == length for value in kept.values() if hasattr(value, "get_seq_length"))
 
 
 def _choose(logits: torch.Tensor, temperature: float) -> int:

@@ -7,7 +7,6 @@ biases that were made when it was fused, loaded, moved or copied. Change paramet
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -122,9 +121,13 @@ def _empty(original: type[nn.Module]) -> FusedBlock:
     return cls.__new__(cls)
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[FusedBlock]] = {}
+
+
 def _fused_class(original: type[nn.Module]) -> type[FusedBlock]:
-    return type(f"Fused{original.__name__}", (FusedBlock, original), {"__module__": __name__})
+    if original not in _CLASSES:
+        _CLASSES[original] = type(f"Fused{original.__name__}", (FusedBlock, original), {"__module__": __name__})
+    return _CLASSES[original]
 
 
 def _busy(hooks: Collection[Callable[..., Any]]) -> bool:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint
-from arrondi.errors import unknown
+from arrondi.errors import SchemeError, unknown
 from arrondi.formats import ActivationScheme
 from arrondi.model import DTYPES, OnDisk, Site, configs_in
 from arrondi.nn import DenseLinear
 from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
+from arrondi.runtime.save import SavePretrained
 
 
 def load(
@@ -48,6 +49,9 @@ def load(
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     source = OnDisk(Checkpoint.open(path).rounding(activations), kind)
+    for name, placed in source.checkpoint.placed.items():
+        if placed.scheme.outputs is not None or placed.scheme.kv is not None:
+            raise SchemeError(f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here.")
     instance = source.instance()
     model = instance.model
     gone: set[str] = set()
@@ -66,6 +70,9 @@ def load(
             part.use_cache = True
         model.generation_config = read_generation_config(source.where) or model.generation_config
     model.config.dtype = kind
+    if source.checkpoint.quantized:
+        options = {"dtype": dtype, "activations": activations}
+        model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), options)
     return model
 
 

@@ -145,7 +145,7 @@ def _residual(node: Node, which: str) -> tuple[Node, Node]:
 
 
 def _linear_input(node: Node) -> Node:
-    return node.args[1]  # type: ignore[no-any-return]
+    return node.args[1]
 
 
 def _factors(node: Any) -> list[Any]:
@@ -257,7 +257,7 @@ def _turned(node: Any) -> Node | None:
     (x, axis, start, stop), (y, other, low, high) = minus.args[0].args, first.args
     if x is not y or axis != 3 or other != 3 or low != 0 or start != high or stop != 2 * high:
         return None
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def _heads(node: Node) -> tuple[Node, Norm | None, tuple[int, int]]:

@@ -4,6 +4,9 @@ The block's own forward is run on symbols (`arrondi.runtime.symbols`), once for 
 with and without a mask, a cache, positions, and by the names of both attention functions. All graphs must match the pattern, and be
 the same. Numbers are never compared.
 
+What a trial cannot see is a decision on the exact type of an argument (`type(x) is`) or on state outside the block; for the latter,
+modules, hooks and settings that say something at call time, see `FusedBlock._takes`.
+
 The trial runs on a shadow of the block: modules of the same classes with the same attributes, symbols in the place of parameters, and
 linear layers that only write down that they were called.
 """
@@ -26,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arrondi.nn import QLinear
 from arrondi.runtime.attention import IMPLEMENTATIONS
+from arrondi.runtime.operators import OPERATORS
 from arrondi.runtime.pattern import Differs, Pattern, match
 from arrondi.runtime.symbols import Graph, Length, Met, Node, Opaque, Symbol
 
@@ -129,7 +133,7 @@ def _called(block: nn.Module, config: Any, dtype: torch.dtype, **given: bool) ->
 def _trace(
     block: nn.Module, config: Any, dtype: torch.dtype, *, masked: bool, cached: bool, placed: bool
 ) -> tuple[Pattern, int | None]:
-    graph = Graph(dtype)
+    graph = Graph(dtype, OPERATORS)
     shadow, paths = _shadow(block, graph, config)
     cache = _Cache(graph) if cached else None
     arguments: dict[str, Any] = {
@@ -203,6 +207,9 @@ def _linear(graph: Graph, name: str, layer: Any, x: Any) -> Symbol:
 class _Cache(Opaque):
     """A cache of which only `update` is known."""
 
+    graph: Graph
+    updates: list[Node]
+
     def __init__(self, graph: Graph) -> None:
         super().__init__("the cache")
         self.__dict__.update(graph=graph, updates=[])
@@ -210,11 +217,12 @@ class _Cache(Opaque):
     def update(self, key: Symbol, value: Symbol, layer: int, *others: Any, **named: Any) -> tuple[Symbol, Symbol]:
         if others or named or type(layer) is not int:
             raise Met("an update of the cache with more than keys, values and the number of the layer")
-        node = self.graph.node("update", key.node, value.node, layer)
+        node: Node = self.graph.node("update", key.node, value.node, layer)
         self.updates.append(node)
-        shapes = [(*s.shape[:2], _CACHED, s.shape[3]) for s in (key, value)]
-        names = ("cached keys", "cached values")
-        keys, values = (self.graph.symbol(n, s, node) for n, s in zip(names, shapes, strict=True))
+        keys, values = (
+            self.graph.symbol(name, (*states.shape[:2], _CACHED, states.shape[3]), node)
+            for name, states in (("cached keys", key), ("cached values", value))
+        )
         return keys, values
 
 

@@ -42,7 +42,9 @@ def check_tensor(x: object, name: str) -> torch.Tensor:
     """
     if isinstance(x, torch.Tensor):
         if not x.dtype.is_floating_point:
-            raise DataError(f"{name}: only floating-point numbers can be quantized, got {x.dtype}. Use .float() first.")
+            raise DataError(
+                f"{name}: only floating-point numbers can be quantized, got {x.dtype}. Convert them to float32 first."
+            )
         return x
     kind = type(x)
     if isinstance(x, torch.nn.Module):

@@ -17,6 +17,7 @@ from arrondi.formats import (
     PRESETS,
     ActivationScheme,
     LayerScheme,
+    PerBlock,
     PerGroup,
     PerTensor,
     Scheme,
@@ -34,7 +35,7 @@ GRAMMAR = [
     "w=uint4/g32", "w=uint8/channel/asym", "w=int4/g32/offset", "w=int2/channel/offset", "w=int4/g32/e8m0", "w=int4/token", "w=int4/channel1",
     "w=fp8/tensor,a=fp8/tensor", "w=fp8/g64", "w=fp8_e5m2/channel", "w=fp4/g16", "w=fp4/g16/e8m0", "w=fp6_e2m3/g32/e8m0", "w=nf4/g64/float16",
     "w=ternary/g32", "w=binary/channel", "w=dynamic8/tensor", "w=int8/channel,a=nf4/g32", "w=int8/channel,a=int8/channel", "w=int8/channel,a=fp6/token",
-    "w=int8/channel,kv=int8/token", "w=int4/g32/offset/o:bfloat16",
+    "w=int8/channel,kv=int8/token", "w=int4/g32/offset/o:bfloat16", "w=int4/g32/offset/s:(uint6/tensor)/o:(int8/tensor)",
 ]  # fmt: skip
 
 SCHEMES: dict[str, LayerScheme] = {**PRESETS, **{text: parse_scheme(text) for text in GRAMMAR}}
@@ -136,7 +137,8 @@ def test_what_is_promised_is_written_and_read_again(layout: str, scheme: str, sh
     p = placed(SCHEMES[scheme], SHAPES[shape])
     size = p.scheme.weights.granularity
     if LAYOUTS[layout].refuse(p):
-        assert shape == "ragged" and isinstance(size, PerGroup) and 100 % size.size, "nothing else may be refused"
+        fits = isinstance(size, PerGroup) and 100 % size.size == 0
+        assert shape == "ragged" and isinstance(size, PerGroup | PerBlock) and not fits, "nothing else may be refused"
         return
     values = rounded(p)
     before = values.weight.codes.clone()
@@ -332,6 +334,19 @@ def test_activations_that_the_config_cannot_say_are_refused_not_changed() -> Non
         p = placed(replace(SCHEMES["W8A8"], inputs=ActivationScheme(scheme)), (64, 64))
         reason = LAYOUTS["compressed-tensors"].refuse(p)
         assert reason and "activations" in reason
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme"), [("compressed-tensors", "W4A16"), ("compressed-tensors", "W8A8"), ("arrondi", "NF4")]
+)
+def test_scales_may_be_negative(layout: str, scheme: str) -> None:
+    p = placed(SCHEMES[scheme], (64, 128))
+    q = rounded(p).weight
+    assert isinstance(q.scale, torch.Tensor)
+    mirrored = replace(q, scheme=q.scheme, scale=torch.where(torch.arange(64)[:, None] % 2 == 0, q.scale, -q.scale))
+    back = LAYOUTS[layout].read(p, LAYOUTS[layout].write(p, LayerValues(mirrored)).__getitem__).weight
+    same(back, mirrored)
+    assert torch.equal(back.dequantize()[1], -q.dequantize()[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

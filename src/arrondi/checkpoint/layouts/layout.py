@@ -50,6 +50,10 @@ class Placed:
     indexed: bool = False
     storage: str = ""
 
+    def __post_init__(self) -> None:
+        if self.module == self.name.removesuffix(".weight"):
+            object.__setattr__(self, "module", "")  # one meaning has one value
+
     @property
     def path(self) -> str:
         """The module path, by whichever of the two names it has."""
@@ -97,11 +101,13 @@ class ModelFacts:
         dtype: the element type in which a reader loads the model unless told otherwise: the one that config.json names.
         fused_experts: transformers keeps the experts of a mixture in one parameter.
         whole: transformers can build the model's class only around whole weights, not around packed ones.
+        splits: transformers makes several parameters of one stored tensor of this model.
     """
 
     dtype: str = "float32"
     fused_experts: bool = False
     whole: bool = False
+    splits: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,195 @@
+"""All steps of a plan on one unit: `carry_out`.
+
+Rewrites come first; then weights are rounded stage by stage, so that what is rounded later is calibrated on what earlier weights
+give ("true sequential" order); repairs follow the weights that they belong to. Weights that read the same input form a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from arrondi.errors import DataError
+from arrondi.formats import LayerScheme, PerBlock, Scheme
+from arrondi.model import Site
+from arrondi.pipeline.rounded import round_alone, round_together, rowwise
+from arrondi.pipeline.select import Selected
+from arrondi.pipeline.step import Need
+from arrondi.pipeline.work import Stage, Work
+from arrondi.tensor.ranges.observed import static_grid
+
+
+def carry_out(work: Work) -> None:
+    """Rewrites, then stage by stage roundings and repairs; the results are in `work`.
+
+    Raises:
+        DataError: a weight is not finite.
+    """
+    for site in work.sites:
+        if not bool(torch.isfinite(work.weight(site)).all()):
+            raise DataError(
+                f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
+            )
+    for one in work.of_kind("rewrite"):
+        _apply(work, one)
+    _keep_rewritten(work)
+    late = [one for one in work.of_kind("repair") if one.step.scope in ("unit", "model")]
+    before = {s.name: work.weight(s).clone() for one in late for s in one.sites}
+    stages = _stages(work)
+    for stage in stages:
+        _round_stage(work, stage)
+    reached = {p for stage in stages for p in stage.leaders}
+    rest = [s for s in work.sites if s.param not in reached]
+    why = "no calibration data reaches it" if work.forwards else ""
+    with _repaired(work, rest):
+        for site in rest:
+            _round_blindly(work, site, why)
+    work.before = before
+    for one in late:
+        _apply(work, one)
+    work.before = {}
+
+
+def _stages(work: Work) -> list[Stage]:
+    """The stages in the order of use; one stage, where no method looks at what others did."""
+    if not work.forwards or not work.sites:
+        return []
+    params = {s.param for s in work.sites}
+    needs = any(work.step(s).needs for s in work.sites) or any(one.step.needs for one in work.of_kind("repair"))
+    stages = work.stages if needs else [work.whole_stage]
+    return [stage for stage in stages if params & set(stage.leaders)]
+
+
+def _round_stage(work: Work, stage: Stage) -> None:
+    sites = [s for s in work.sites if s.param in stage.leaders]
+    leaders = {stage.leaders[s.param] for s in sites}
+    _fix_ranges(work, sites, stage)
+    needs: set[Need] = {n for s in sites for n in work.step(s).needs}
+    needs |= {n for one in _repairs(work, sites) for n in one.step.needs}
+    # Without a need of its own a method still learns how far the layer's output moves.
+    work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment"}))
+    with _repaired(work, sites):
+        for group in _together(work, sites, stage):
+            _round(work, group)
+
+
+@contextmanager
+def _repaired(work: Work, sites: Sequence[Site]) -> Iterator[None]:
+    """Some sites are rounded inside; the repairs that are theirs alone follow."""
+    repairs = _repairs(work, sites)
+    work.before = {s.name: work.weight(s).clone() for one in repairs for s in one.sites}
+    yield
+    for one in repairs:
+        _apply(work, one)
+    work.before, work.seen = {}, {}
+
+
+def _repairs(work: Work, sites: Sequence[Site]) -> list[Selected]:
+    """The repairs that can be done as soon as these sites are rounded."""
+    cut = [one.within(s.name for s in sites) for one in work.of_kind("repair")]
+    return [one for one in cut if one.groups and one.step.scope in ("site", "reads")]
+
+
+def _apply(work: Work, one: Selected) -> None:
+    assert one.step.apply is not None
+    for group in one.groups:
+        one.step.apply(work, group, **one.options)
+        for site in group:
+            work.done.setdefault(site.name, []).append(one.step.name)
+
+
+def _keep_rewritten(work: Work) -> None:
+    """Matrices that were rewritten and are not rounded count in their stored type, and are written so."""
+    for planned in work.tensors:
+        rewritten = planned.status != "quantized" and any(s.name in work.done for s in planned.sites)
+        if not rewritten or planned.name in work.changed:
+            continue
+        for site in planned.sites:
+            weight = work.weight(site)
+            weight.copy_(weight.to(planned.dtype))
+        value = torch.empty(planned.shape, dtype=planned.dtype)
+        for site in planned.sites:
+            site.written(value).copy_(work.weight(site))
+        work.changed[planned.name] = value
+
+
+def _fix_ranges(work: Work, sites: Sequence[Site], stage: Stage) -> None:
+    """Static scales of inputs come from the range that calibration sees, before anything is rounded."""
+    static = [s for s in sites if _static(work.scheme(s))]
+    if not static:
+        return
+    leaders = {stage.leaders[s.param] for s in static}
+    seen = work.by_site(static, stage, work.collected(leaders, stage, {"range"}))
+    for site in static:
+        found, inputs = seen.get(site.name), work.scheme(site).inputs
+        assert inputs is not None
+        low, high = (found.low, found.high) if found is not None else (0.0, 0.0)
+        work.grids[site.tensor] = static_grid(torch.tensor([[low]]), torch.tensor([[high]]), inputs)
+        work.instance.round_inputs(dict.fromkeys(site.rounds_inputs, (inputs, work.grids[site.tensor])))
+
+
+def _together(work: Work, sites: Sequence[Site], stage: Stage) -> list[list[Site]]:
+    """Sites with the same input, rule and scheme, where rows are rounded by themselves."""
+    groups: dict[Any, list[Site]] = {}
+    for s in sites:
+        scheme = work.scheme(s).weights
+        alone = None if rowwise(scheme) else s.name
+        key = (stage.leaders[s.param], s.param_index, scheme, id(work.planned[s.name].rule), alone)
+        groups.setdefault(key, []).append(s)
+    return list(groups.values())
+
+
+def _round(work: Work, sites: list[Site]) -> None:
+    planned, seen, step = work.planned[sites[0].name], work.seen.get(sites[0].name), work.step(sites[0])
+    assert planned.rule is not None
+    why = ""
+    if seen is None:
+        why = "no token reached it"
+    elif not seen.has(step.needs):
+        why = "the original sends it other tokens"
+    elif not stackable(work.scheme(sites[0]).weights, len(planned.sites)):
+        why = "one scale covers all experts"
+    if why or seen is None:
+        for site in sites:
+            _round_blindly(work, site, why)
+        return
+    weights = [work.weight(s) for s in sites]
+    done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, planned.rule.options, seen)
+    for site, weight, rounded in zip(sites, weights, done, strict=True):
+        work.results[site.name] = rounded
+        weight.copy_(rounded.q.dequantize())
+
+
+def _round_blindly(work: Work, site: Site, why: str) -> None:
+    """Without knowing the inputs, by the rule's fallback; a tensor whose scales cover several sites at once."""
+    planned, step = work.planned[site.name], work.step(site)
+    assert planned.rule is not None
+    blind = planned.rule.fallback or step.fallback
+    method, options, why = (blind, {}, why) if blind else (step.name, planned.rule.options, "")
+    scheme = work.scheme(site).weights
+    if stackable(scheme, len(planned.sites)):
+        rounded = round_alone(work.weight(site), scheme, method, options, site.name, why)
+        rounded.tokens = 0 if work.forwards else None
+        work.results[site.name] = rounded
+        work.weight(site).copy_(rounded.q.dequantize())
+    elif site == planned.sites[-1]:
+        stack = torch.cat([work.weight(s) for s in planned.sites])
+        rounded = round_alone(stack, scheme, method, options, planned.name, why)
+        rounded.tokens = 0 if work.forwards else None
+        work.results[planned.sites[0].name] = rounded
+        parts = rounded.q.dequantize().split(site.shape[0])
+        for s, part in zip(planned.sites, parts, strict=True):
+            work.weight(s).copy_(part)
+
+
+def stackable(scheme: Scheme, count: int) -> bool:
+    """Whether the matrices of a tensor can be rounded one by one: no scale covers two of them."""
+    blocks = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.scale, Scheme)
+    return count == 1 or rowwise(scheme) or blocks
+
+
+def _static(scheme: LayerScheme) -> bool:
+    return scheme.inputs is not None and scheme.inputs.dynamic is not True
