@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import arrondi.evaluate.compare as comparing
+import arrondi.measure.compare as comparing
 import arrondi.pipeline.texts as texts
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.compare import compare_models
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, TextOptions, dequantize_model, quantize_model
 from tests.zoo import of_transformers, outputs
@@ -293,7 +293,9 @@ def test_experts_have_the_errors_of_the_tokens_that_reach_them(
             row = rows[f"model.layers.{i}.mlp.experts.gate_up_proj"]
             assert row["output_error"] == pytest.approx(float(sums[0] / sums[1]), rel=2e-3)
             assert row["calibration_tokens"] == min(counts)
-            assert row["sqnr_db"] == pytest.approx(decibels(plain_experts.gate_up_proj.detach(), experts.gate_up_proj.detach()), abs=2e-3)
+            assert row["sqnr_db"] == pytest.approx(
+                decibels(plain_experts.gate_up_proj.detach(), experts.gate_up_proj.detach()), abs=2e-3
+            )
 
 
 def test_a_stored_buffer_chooses_the_experts_that_are_calibrated(models: Models, text: Path, tmp_path: Path) -> None:
@@ -324,7 +326,11 @@ def test_the_report_says_what_was_done_to_what_no_text_reaches(models: Models, t
     """A tower of images is kept unless it is named; named, it is rounded without calibration, and the report says so."""
     source = models("gemma3-vlm")
     report = quantize_model(source, tmp_path / "kept", Recipe.simple("w=int8/g16", "gptq"), options_of(text))
-    assert all("text does not reach it" in k["reason"] for k in report["kept"] if "vision" in k["name"] and "q_proj.weight" in k["name"])
+    assert all(
+        "text does not reach it" in k["reason"]
+        for k in report["kept"]
+        if "vision" in k["name"] and "q_proj.weight" in k["name"]
+    )
     assert not any("vision" in r["name"] for r in report["layers"])
     recipe = Recipe.simple("w=int8/g16", "gptq", targets=["Linear", "re:.*vision_tower.*(q|k|v)_proj"])
     report = quantize_model(source, tmp_path / "named", recipe, options_of(text))
