@@ -16,7 +16,7 @@ import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
 from arrondi.measure.compare import comparison_for
-from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
+from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -239,6 +239,7 @@ class Run:
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, batch in enumerate(reference.batches):
                 comparison.add(reference.output(j), measured.output(j), ids_of(batch))
+            confirm(reference)
         return {
             **comparison.summary().to_dict(),
             "text": self.texts.evaluation_source,
