@@ -236,6 +236,7 @@ class Run:
     def _measure(self, reference: Stream, measured: Stream) -> dict[str, Any]:
         """Original against quantized, batch by batch."""
         comparison = comparison_for(self.source.model)
+        self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, batch in enumerate(reference.batches):
                 comparison.add(reference.output(j), measured.output(j), ids_of(batch))
