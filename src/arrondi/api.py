@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from arrondi.errors import DataError, SchemeError
-from arrondi.evaluate.compare import compare_models
-from arrondi.evaluate.data import Data
-from arrondi.evaluate.limits import Limits
 from arrondi.formats import LayerScheme, Scheme
+from arrondi.measure.compare import compare_models
+from arrondi.measure.data import Data
+from arrondi.measure.limits import Limits
 from arrondi.model import OnDisk
 from arrondi.pipeline import TextOptions, dequantize_model, inspect_model, make_plan, quantize_model
 from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
-from arrondi.runtime.load import load
+from arrondi.runtime.load import load as load_model
+from arrondi.runtime.modules import load_into, save
 
 AnyScheme = str | Scheme | LayerScheme
 Progress = Callable[[int, int, str], None]
@@ -121,8 +122,26 @@ def plan(
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
 
 
+def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: Any) -> Any:
+    """A saved model whose layers hold packed codes.
+
+    Args:
+        path: directory or Hub name; quantized or plain.
+        model: a fresh module of the class that was saved, for models that transformers does not build; it is filled.
+        options: dtype, activations and fuse of `arrondi.runtime.load.load`.
+
+    Raises:
+        ArrondiError: see its sentence.
+    """
+    if model is None:
+        return load_model(path, **options)
+    if options:
+        raise SchemeError(f"A module is filled as it is; leave out {', '.join(sorted(options))}.")
+    return load_into(model, path)
+
+
 evaluate = compare_models
 dequantize = dequantize_model
 inspect = inspect_model
 
-__all__ = ["dequantize", "evaluate", "inspect", "load", "plan", "quantize"]
+__all__ = ["dequantize", "evaluate", "inspect", "load", "plan", "quantize", "save"]

@@ -13,7 +13,7 @@ import transformers
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.compare import compare_models
+from arrondi.measure.compare import compare_models
 from arrondi.nn import QLinear
 from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from arrondi.tensor.qtensor import QTensor

@@ -42,16 +42,18 @@ def reads_a_norm(site: Site, scheme: LayerScheme | None) -> str | None:
 
 
 def fold(work: Work, sites: Sequence[Site], *, strength: float = 0.5) -> None:
-    """Multiply columns by s and divide the norm that feeds them by s, so that large inputs become small."""
+    """Multiply columns by s and divide the norm that feeds them by s, so that large inputs become small.
+
+    s are powers of two: nothing is lost, and sums that differ in their last bit give the same s.
+    """
     inputs = work.statistics(sites, {"absmax"})[sites[0].name].absmax
     assert inputs is not None
     weights = torch.stack([work.weight(site).abs().amax(0) for site in sites]).amax(0)
     scale = inputs.clamp(min=1e-5) ** strength / weights.clamp(min=1e-5) ** (1 - strength)
-    norm = work.tensor(norm_of(sites[0])).clone()
-    work.change(norm_of(sites[0]), norm / scale)
-    kept = norm / work.tensor(norm_of(sites[0]))  # what the stored type has left of the scale
+    scale = scale.log2().round().exp2()
+    work.change(norm_of(sites[0]), work.tensor(norm_of(sites[0])) / scale)
     for site in sites:
-        work.weight(site).mul_(kept)
+        work.weight(site).mul_(scale)
 
 
 def norms_change(source: Source, sites: Sequence[Site], *, strength: float = 0.5) -> Declared:
@@ -89,7 +91,7 @@ def toys_known(*more: Step) -> Iterator[None]:
 
 def recipe(scheme: str = "w=int4/g32", method: str = "rtn", **options: Any) -> Recipe:
     """Both toys around a method."""
-    rounding = Recipe.simple(scheme, method).rules
+    rounding = Recipe.simple(scheme, method, options={"range": "absmax"}).rules
     return Recipe((Rule(None, "fold", options=options), *rounding, Rule(None, "means")))
 
 

@@ -35,6 +35,7 @@ from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.ranges.search import on_grid, search_grid, search_grid_reference
 from arrondi.tensor.tiling import to_tiles
+from tests.cases import each_once
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
@@ -141,8 +142,10 @@ def test_any_numbers_give_the_twins_codes_or_its_error(
         same(fast, slow)
 
 
-@pytest.mark.parametrize("text", ["int4/g32", "int4/g32/asym", "int4/g32/offset", "int8/channel"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    each_once(["int4/g32", "int4/g32/asym", "int4/g32/offset", "int8/channel"], [torch.nan, torch.inf, -torch.inf]),
+)
 def test_nan_and_infinity_give_the_twins_error(path: str, text: str, bad: float) -> None:
     for column in (0, 5, 37, 69):
         x = weight(4, 70)
@@ -252,9 +255,12 @@ def loss_of(x: torch.Tensor, plan: Scheme, grid: Grid, importance: torch.Tensor 
     return (error if importance is None else error * to_tiles(importance.expand_as(x), (1, tiles.shape[1]))).sum(dim=-1)
 
 
-@pytest.mark.parametrize("power", [2.0, 2.5, 4.0])
 @pytest.mark.parametrize(
-    "text", ["int4/g32", "int2/g16/asym", "int3/g24/offset/bfloat16", "uint4/g16", "int8/g64/float16"]
+    ("text", "power"),
+    each_once(
+        ["int4/g32", "int2/g16/asym", "int3/g24/offset/bfloat16", "uint4/g16", "int4/g16/unsigned", "int8/g64/float16"],
+        [2.0, 2.5, 4.0],
+    ),
 )
 def test_search_takes_the_twins_candidate_or_its_equal(path: str, text: str, power: float) -> None:
     for seed in range(2):
@@ -284,8 +290,14 @@ def test_search_of_ragged_groups_counts_only_what_is_there(path: str) -> None:
 # ── half-quadratic splitting ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("text", ["int4/g64/offset", "int3/g48/asym", "int4/g32", "int2/g96/offset/bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"p": 0.5, "beta": 3.0, "normalize": True}, {"p": 1.0}])
+@pytest.mark.parametrize(
+    ("text", "options"),
+    each_once(
+        ["int4/g64/offset", "int3/g48/asym", "int4/g32", "int2/g96/offset/bfloat16"],
+        [{}, {"normalize": True}, {"p": 0.5, "beta": 3.0, "normalize": True}, {"p": 1.0}],
+    ),
+    ids=str,
+)
 def test_hqq_is_as_good_as_its_twin(path: str, text: str, options: dict[str, Any]) -> None:
     x = weight(128, 384)
     fast = hqq(x, scheme(text), **options)
@@ -317,8 +329,10 @@ def moment(n: int) -> SecondMoment:
     return made
 
 
-@pytest.mark.parametrize("order", ["static", "dynamic", "none"])
-@pytest.mark.parametrize("text", ["int4/g32", "int3/g24/asym/bfloat16", "int4/g40/offset"])
+@pytest.mark.parametrize(
+    ("order", "text"),
+    each_once(["static", "dynamic", "none"], ["int4/g32", "int3/g24/asym/bfloat16", "int4/g40/offset"]),
+)
 def test_gptq_chooses_the_twins_codes(path: str, order: Any, text: str) -> None:
     for rows in (16, 65, 90):
         for block in (32, 128):

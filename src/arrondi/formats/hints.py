@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from arrondi.errors import ArrondiError, SchemeError, unknown
+from arrondi.errors import ArrondiError, unknown
 from arrondi.formats.presets import ALIASES, PRESETS
 
 _GGUF: Final = {
@@ -74,5 +74,5 @@ def unknown_scheme(text: str) -> ArrondiError:
     for pattern, say in _MEANINGS:
         match = re.fullmatch(pattern, word)
         if match:
-            return SchemeError(f"Unknown scheme {text!r}. {say(match)}. Known: {', '.join(sorted(PRESETS))}.")
+            return unknown("scheme", text, PRESETS, hint=f"{say(match)}.")
     return unknown("scheme", text, [*PRESETS, *ALIASES])

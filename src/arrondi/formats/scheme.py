@@ -140,10 +140,13 @@ class LayerScheme:
     kv: ActivationScheme | None = None
 
     def with_scale(self, scale: ScaleType) -> LayerScheme:
-        """The same scheme with its plain floating-point weight scales stored in another type."""
-        if self.weights.scale in PLAIN:
-            return replace(self, weights=replace(self.weights, scale=scale))
-        return self
+        """The same scheme with its plain floating-point scales, those of weights and of static inputs, stored in another type."""
+        weights, inputs = self.weights, self.inputs
+        if weights.scale in PLAIN:
+            weights = replace(weights, scale=scale)
+        if inputs is not None and inputs.dynamic is False and inputs.scheme.scale in PLAIN:
+            inputs = replace(inputs, scheme=replace(inputs.scheme, scale=scale))
+        return replace(self, weights=weights, inputs=inputs)
 
     def with_group_size(self, size: int) -> LayerScheme:
         """The same scheme with another group size (-1: one group per output channel).

@@ -85,6 +85,7 @@ def _observe(chain: Chain) -> Facts:
             undo.callback(handle)
         entered: list[Any] = []
         everything = {n: chain.instance.parameter(n) for n in chain.instance.empty}
+        chain.strict = False
         with chain.outer_loaded():
             before = trace(model, everything, lambda: entered.append(chain.begin(Inputs.of(ids))))
         hidden, calls = entered[0]

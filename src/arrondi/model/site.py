@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -139,6 +139,7 @@ class StoredTensor:
         sources: the stored tensors that it is made of; itself, where nothing is converted.
         sites: what of it multiplies; empty for norms, biases, buffers.
         params: the parameters (or buffers) that it fills; empty if the model has none for it.
+        block: the unit that uses it, None outside of all units.
     """
 
     name: str
@@ -146,6 +147,7 @@ class StoredTensor:
     sources: tuple[str, ...]
     sites: tuple[Site, ...]
     params: tuple[str, ...]
+    block: int | None = None
 
     @property
     def converted(self) -> bool:
@@ -168,6 +170,7 @@ def find_tensors(names: Names, facts: Facts, block_of: Callable[[str], int | Non
     found: dict[str, list[StoredTensor]] = {}
     for group in names.groups:
         for tensor in maker.tensors(group):
+            tensor = replace(tensor, block=maker.block(tensor.params))
             for source in tensor.sources:
                 found.setdefault(source, []).append(tensor)
     ordered: dict[str, StoredTensor] = {}
@@ -193,6 +196,11 @@ class _Maker:
         if set(by_source) == set(group.sources) and all(self._moved(s, p) for s, p in by_source.items()):
             return [self._stored(s, p) for s, p in by_source.items()]
         return [self._split(group, t, pieces) for t in targets]
+
+    def block(self, params: Iterable[str]) -> int | None:
+        """The first unit that uses one of these parameters."""
+        known = (names for p in params for names in (self.names.names_of(p) if p in self.names.params else [p]))
+        return min((b for b in map(self.block_of, known) if b is not None), default=None)
 
     def _pieces(self, group: Group) -> list[Piece]:
         """Where stored matrices lie; a kernel of three axes is no stack."""
@@ -255,7 +263,7 @@ class _Maker:
         paths = tuple(self._path(tensor, o) for o in owners) if fused and index is None else tuple(owners)
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
-            paths, classes, self._block(aliases),
+            paths, classes, self.block(aliases),
             self._reads(aliases, place.index), self._unfit(aliases, kind, classes), not all(a in self.facts.unreached for a in aliases),
         )  # fmt: skip
 
@@ -272,10 +280,6 @@ class _Maker:
     def _reads(self, aliases: list[str], index: int | None) -> str | None:
         leader = next((self.facts.leaders[a] for a in aliases if a in self.facts.leaders), None)
         return leader if index is None or leader is None else f"{leader}[{index}]"
-
-    def _block(self, aliases: list[str]) -> int | None:
-        found = [b for b in map(self.block_of, aliases) if b is not None]
-        return min(found) if found else None
 
     def _unfit(self, aliases: list[str], kind: Kind, classes: tuple[str, ...]) -> str | None:
         if any(a in self.facts.routers for a in aliases):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint
+from arrondi.checkpoint.containers.tensor_file import read_bytes
 from arrondi.errors import FileFormatError
 from arrondi.model.build import build_model
 from arrondi.model.chain import Chain
@@ -26,6 +27,8 @@ from arrondi.model.units import find_lists
 from arrondi.model.whole import Whole
 
 _CPU = torch.device("cpu")
+_COMPARED = 32 << 20
+"""Bytes of stored tensors that are compared at a time."""
 _NAMED = 3
 """Missing tensors that a message names."""
 
@@ -52,6 +55,8 @@ class OnDisk:
         self.where: Path = checkpoint.folder.path
         self.model = build_model(checkpoint.folder.model_config, self.where, dtype)
         self.names = Names(self.model, checkpoint.names, self.where)
+        if self._untied():
+            self.names = Names(self.model, checkpoint.names, self.where)
         self._refuse_missing()
         self.whole = False
 
@@ -150,6 +155,31 @@ class OnDisk:
         except AttributeError:
             return False
         return True
+
+    def _untied(self) -> bool:
+        """Whether parameters that the config ties had to be separated: both are stored, with different values."""
+        found = False
+        for names in [n for n in self.names.aliases.values() if len(n) > 1]:
+            stored = [n for n in names if n in self.names.group_of and self.names.group_of[n].convert is None]
+            first = self.names.group_of[stored[0]].sources[0] if stored else ""
+            for name in stored[1:]:
+                if not self._same(first, self.names.group_of[name].sources[0]):
+                    path, _, leaf = name.rpartition(".")
+                    old = self.names.params[name]
+                    fresh = torch.nn.Parameter(torch.empty_like(old), requires_grad=False)
+                    self.model.get_submodule(path)._parameters[leaf] = fresh
+                    found = True
+        return found
+
+    def _same(self, one: str, two: str) -> bool:
+        """Whether two stored tensors are equal to the bit."""
+        if one in self.checkpoint.placed or two in self.checkpoint.placed:
+            return False
+        a, b = (self.checkpoint.folder.entries[n] for n in (one, two))
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        parts = range(0, a.nbytes, _COMPARED)
+        return all(torch.equal(*(read_bytes(e, o, min(_COMPARED, a.nbytes - o)) for e in (a, b))) for o in parts)
 
     def _refuse_missing(self) -> None:
         missing = self.names.missing()

@@ -19,6 +19,7 @@ from arrondi.pipeline.step import OF_ORIGINAL
 from arrondi.pipeline.unit import carry_out
 from arrondi.pipeline.work import Work
 from arrondi.runtime.install import install
+from arrondi.runtime.modules import remember
 from arrondi.tensor.rows import stack_rows
 
 _BATCH = 8
@@ -120,16 +121,20 @@ def _copy(source: InMemory) -> Chain | Whole:
     return copied.units_of(copied.instance())
 
 
-def _install(source: InMemory, planned: Iterable[PlannedTensor], values: dict[str, LayerValues]) -> None:
+def _install(source: InMemory, planned: Sequence[PlannedTensor], values: dict[str, LayerValues]) -> None:
     by_param: dict[str, list[Site]] = {}
     inputs = {}
+    placed = {t.name: t.placed for t in planned}
+    loose: dict[str, LayerValues] = {}
     for t in planned:
         inputs[t.name] = t.scheme.inputs if t.scheme else None
         for site in t.sites:
             by_param.setdefault(site.param, []).append(site)
     for param, sites in by_param.items():
         layers = {s.tensor: (values[s.tensor], inputs[s.tensor]) for s in sites}
-        install(source.model, source.names, sites, layers, source.names.params[param].dtype)
+        if not install(source.model, source.names, sites, layers, source.names.params[param].dtype):
+            loose |= {name: found for name, (found, _) in layers.items()}
+    remember(source.model, placed, loose)
 
 
 def _batches(calibration: Any) -> list[Inputs]:

@@ -77,7 +77,7 @@ def quantize_model(
         planned(plan.to_dict())
     if plan.calibrated and texts.calibration is None:
         raise SchemeError("Static scales of inputs need calibration text. Add --calibration FILE, or drop 'static'.")
-    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes)
+    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes, device)
     if not overwrite and finished(out, key, ledger):
         return read_report(out / "report.json")
     files = planned_files(plan.shards(shard_bytes), travelling(checkpoint.folder), ["report.json"])

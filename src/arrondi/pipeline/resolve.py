@@ -68,7 +68,7 @@ class PlannedTensor:
     @property
     def block(self) -> int | None:
         """The unit that uses it."""
-        return self.sites[0].block if self.sites else None
+        return self.tensor.block
 
     @property
     def placed(self) -> Placed:

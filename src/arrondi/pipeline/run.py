@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
-from arrondi.evaluate.compare import comparison_for
+from arrondi.measure.compare import comparison_for
 from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger

@@ -12,7 +12,7 @@ from typing import Any
 
 from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme
-from arrondi.model import Site, Source
+from arrondi.model import Names, OnDisk, Site, Source, build_model
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.step import Declared, Step, get_step
@@ -109,6 +109,21 @@ def declared_by(source: Source, selected: Iterable[Selected], tensors: Sequence[
         changed = tuple(dict.fromkeys((*whole.changed, *own.changed, *kept)))
         whole = Declared(changed, (*whole.added, *own.added), merged(whole.config, own.config))
     return whole
+
+
+def unreadable(source: Source, declared: Declared) -> list[str]:
+    """Sentences that say why the model could not be loaded again with what the steps add."""
+    if not isinstance(source, OnDisk) or not (declared.added or declared.config):
+        return []
+    config = merged(source.checkpoint.folder.model_config, declared.config)
+    shapes = {**source.checkpoint.names, **{a.name: a.shape for a in declared.added}}
+    names = Names(build_model(config, source.where), shapes, source.where)
+    missing, unread = names.missing(), [a.name for a in declared.added if a.name in names.unused]
+    edits = ", ".join(declared.config)
+    return [
+        *(f"With {edits} in config.json the model also has {name}, which no step adds. Select all layers of that kind." for name in missing[:1]),
+        *(f"A step adds {name}, which the model does not read. Leave it out there." for name in unread[:1]),
+    ]  # fmt: skip
 
 
 def merged(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint
-from arrondi.errors import unknown
+from arrondi.errors import SchemeError, unknown
 from arrondi.formats import ActivationScheme
 from arrondi.model import DTYPES, OnDisk, Site, configs_in
 from arrondi.nn import DenseLinear
@@ -49,6 +49,11 @@ def load(
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     source = OnDisk(Checkpoint.open(path).rounding(activations), kind)
+    for name, placed in source.checkpoint.placed.items():
+        if placed.scheme.outputs is not None or placed.scheme.kv is not None:
+            raise SchemeError(
+                f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
+            )
     instance = source.instance()
     model = instance.model
     gone: set[str] = set()

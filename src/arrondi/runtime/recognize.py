@@ -4,6 +4,9 @@ The block's own forward is run on symbols (`arrondi.runtime.symbols`), once for 
 with and without a mask, a cache, positions, and by the names of both attention functions. All graphs must match the pattern, and be
 the same. Numbers are never compared.
 
+What a trial cannot see is a decision on the exact type of an argument (`type(x) is`) or on state outside the block; for the latter,
+modules, hooks and settings that say something at call time, see `FusedBlock._takes`.
+
 The trial runs on a shadow of the block: modules of the same classes with the same attributes, symbols in the place of parameters, and
 linear layers that only write down that they were called.
 """

@@ -15,11 +15,11 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
-from arrondi.evaluate.comparison import Comparison, EncoderComparison
-from arrondi.evaluate.data import Data, check_windows, read_windows, reads_text
-from arrondi.evaluate.limits import Limits, check_limits
-from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.formats import ActivationScheme
+from arrondi.measure.comparison import Comparison, EncoderComparison
+from arrondi.measure.data import Data, check_windows, read_windows, reads_text
+from arrondi.measure.limits import Limits, check_limits
+from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.model import Budget, OnDisk, Stream, settle, walk
 
 BATCH_TOKENS = 2048

@@ -1,0 +1,189 @@
+"""Modules that were quantized in memory, to files and back: `remember`, `save`, `load_into`.
+
+A module that no transformers config builds is saved with its parameters' own names. It is loaded into a fresh module of the same
+shape, which the caller makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from arrondi.checkpoint import (
+    LAYOUTS,
+    Checkpoint,
+    LayerValues,
+    ModelFacts,
+    Placed,
+    ShardPlan,
+    ShardWriter,
+    write_config,
+)
+from arrondi.errors import FileFormatError, OutputError, SchemeError, unknown
+from arrondi.model import InMemory, Site
+from arrondi.nn import QConv, QEmbedding, QLinear, QStack
+from arrondi.runtime.install import install
+from arrondi.runtime.save import SavePretrained
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.rows import stack_rows
+
+_LAYERS: Final = "arrondi_layers"
+"""Attribute of a quantized module: what `save` must know of its layers."""
+
+_SHARD_BYTES: Final = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One quantized tensor of a module.
+
+    Attributes:
+        placed: how a file holds it.
+        values: its numbers, where no module holds packed codes (recurrent cells); else None.
+    """
+
+    placed: Placed
+    values: LayerValues | None
+
+
+def remember(model: nn.Module, placed: Mapping[str, Placed], loose: Mapping[str, LayerValues]) -> None:
+    """Note on a module which of its tensors are quantized, so that it can be saved.
+
+    Args:
+        placed: every quantized tensor by its name.
+        loose: the numbers of those that no module holds packed.
+    """
+    layers = {name: _Layer(p, loose.get(name)) for name, p in placed.items()}
+    setattr(model, _LAYERS, {**getattr(model, _LAYERS, {}), **layers})
+
+
+@torch.no_grad()
+def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> None:
+    """Write a quantized module into a directory, with the codes that it holds.
+
+    Args:
+        model: what `arrondi.quantize` or `arrondi.load` gave.
+        out: directory to write; it may hold no model.
+        layout: a name of `LAYOUTS`; None takes the most widely read that holds every layer.
+
+    Raises:
+        SchemeError: the model holds nothing quantized, or the layout cannot hold it.
+        OutputError: a model is there already, or it cannot be written.
+    """
+    out = Path(out)
+    layers: dict[str, _Layer] | None = getattr(model, _LAYERS, None)
+    if layers is None:
+        own = getattr(model, "save_pretrained", None)
+        if isinstance(own, SavePretrained):
+            return own(out)
+        raise SchemeError("Nothing in this model is quantized. Call arrondi.quantize(model, …) first.")
+    if (out / "config.json").exists() or any(out.glob("*.safetensors")):
+        raise OutputError(f"{out}: a model is there already. Name another directory.")
+    chosen = _layout(layout, [layer.placed for layer in layers.values()])
+    files: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        files |= chosen.write(layer.placed, layer.values or _values(model, name))
+    files |= {n: t for n, t in _plain(model).items() if n not in layers}
+    plan = ShardPlan.split([(n, t.dtype, tuple(t.shape)) for n, t in files.items()], _SHARD_BYTES)
+    writer = ShardWriter(out, plan)
+    for name, tensor in files.items():
+        writer.put(name, tensor.detach().cpu())
+    writer.publish()
+    config: Any = getattr(model, "config", None)
+    facts = config.to_dict() if hasattr(config, "to_dict") else {"architectures": [type(model).__name__]}
+    kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    described = chosen.config([layer.placed for layer in layers.values()], kept, ModelFacts())
+    write_config(out / "config.json", {**facts, "quantization_config": described})
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, path: str | Path) -> nn.Module:
+    """Fill a fresh module with a saved one: its layers are replaced by layers that hold packed codes.
+
+    Args:
+        model: of the class and shape that was saved; changed in place.
+        path: directory that `save` wrote.
+
+    Returns:
+        the module, in eval mode.
+
+    Raises:
+        FileFormatError: the directory holds another model.
+    """
+    checkpoint = Checkpoint.open(path)
+    source = InMemory(model.eval())
+    state = model.state_dict(keep_vars=True)
+    missing = [n for n in checkpoint.names if n not in state]
+    lacking = [n for n in source.names.shapes if n not in checkpoint.names]
+    if missing or lacking:
+        raise FileFormatError(
+            f"{path}: holds another model than this {type(model).__name__}: {(missing or lacking)[0]} is only in one of them."
+        )
+    for name, tensor in state.items():
+        if name in checkpoint.names:
+            stored = checkpoint.dense(name)
+            if tuple(stored.shape) != tuple(tensor.shape):
+                raise FileFormatError(
+                    f"{path}: {name} has shape {tuple(stored.shape)}, the module {tuple(tensor.shape)}."
+                )
+            tensor.copy_(stored)
+    by_param: dict[str, list[Site]] = {}
+    for site in source.sites:
+        if site.tensor in checkpoint.placed:
+            by_param.setdefault(site.param, []).append(site)
+    loose: dict[str, LayerValues] = {}
+    for param, sites in by_param.items():
+        layers = {s.tensor: (checkpoint.layer(s.tensor), checkpoint.inputs_of(s.tensor)) for s in sites}
+        if not install(model, source.names, sites, layers, source.names.params[param].dtype):
+            loose |= {name: values for name, (values, _) in layers.items()}
+    remember(model, checkpoint.placed, loose)
+    return model
+
+
+def _layout(name: str | None, placed: list[Placed]) -> Any:
+    if name is not None and name not in LAYOUTS:
+        raise unknown("layout", name, LAYOUTS)
+    reasons = {n: next((r for p in placed if (r := LAYOUTS[n].refuse(p))), None) for n in ([name] if name else LAYOUTS)}
+    for found, reason in reasons.items():
+        if reason is None:
+            return LAYOUTS[found]
+    found, reason = list(reasons.items())[-1]
+    raise SchemeError(
+        f"The layout {found} cannot hold this model: {reason}. Leave the layout out, or choose another scheme."
+    )
+
+
+def _values(model: nn.Module, name: str) -> LayerValues:
+    """The numbers of a layer, unpacked from the module that holds it."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    held: Any = getattr(owner, leaf) if isinstance(getattr(owner, leaf, None), QStack) else owner
+    if isinstance(held, QStack):
+        return LayerValues(stack_rows([piece for pieces in held.unpack() for piece in pieces]))
+    if not isinstance(held, (QLinear, QConv, QEmbedding)):
+        raise SchemeError(f"{name} was replaced after it was quantized. Quantize the model again.")
+    weight: QTensor = held.unpack()
+    scale = held._buffers.get("input_scale")
+    if scale is None:
+        return LayerValues(weight)
+    zero, offset = (held._buffers.get(f"input_{part}") for part in ("zero_point", "offset"))
+    parts = (None if p is None else p.reshape(1, 1) for p in (scale, zero, offset))
+    return LayerValues(weight, Grid(*parts))  # type: ignore[arg-type]
+
+
+def _plain(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and stored buffers, each memory once."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place not in seen or tensor.numel() == 0:
+            found[name] = tensor.contiguous()
+        seen.add(place)
+    return found
