@@ -76,7 +76,7 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("BambaForCausalLM", {**TWO, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "pad_token_id": 0}),
     "falcon-h1": ("FalconH1ForCausalLM", {**TWO, "head_dim": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "pad_token_id": 0}),
     "rwkv": ("RwkvForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 64, "intermediate_size": 96}),
-    "recurrent-gemma": ("RecurrentGemmaForCausalLM", {**DECODER, "lru_width": 64, "attention_window_size": 16, "pad_token_id": 0}),
+    "recurrent-gemma": ("RecurrentGemmaForCausalLM", {**DECODER, "intermediate_size": 128, "lru_width": 64, "attention_window_size": 16, "pad_token_id": 0}),
     "xglm": ("XGLMForCausalLM", {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 128}),
     "minimax": ("MiniMaxForCausalLM", {**TWO, **EXPERTS, "head_dim": 16, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]}),
     "qwen3-next": ("Qwen3NextForCausalLM", {**TWO, **EXPERTS, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 64}),

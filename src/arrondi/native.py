@@ -126,27 +126,20 @@ def operand(
     """
     if tensor is None:
         return 0
-    if (
-        isinstance(tensor, torch.Tensor)
-        and tensor.is_cpu
-        and tensor.shape == shape
-        and (tensor.dtype is dtypes or (type(dtypes) is tuple and tensor.dtype in dtypes))
-        and tensor.layout is torch.strided
-        and (tensor.is_contiguous() or (layout != "contiguous" and _fits(tensor, layout)))
-        and not tensor.is_neg()
-    ):
-        place = _place(tensor)
-        if place or not tensor.numel():
-            return place
-    raise ShapeError(_wrong(name, tensor, shape, dtypes, layout))
-
-
-def _place(tensor: torch.Tensor) -> int:
-    """0 for subclasses that keep their numbers elsewhere, or have none."""
     try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return 0
+        if (
+            tensor.shape == shape
+            and (tensor.dtype is dtypes or (type(dtypes) is tuple and tensor.dtype in dtypes))
+            and tensor.is_cpu
+            and (tensor.is_contiguous() or (layout != "contiguous" and _fits(tensor, layout)))
+            and not tensor.is_neg()
+        ):
+            place = tensor.data_ptr()  # none for subclasses that keep their numbers elsewhere
+            if place or not tensor.numel():
+                return place
+    except (AttributeError, RuntimeError):  # no tensor, or one whose layout has no strides or no memory
+        pass
+    raise ShapeError(_wrong(name, tensor, shape, dtypes, layout))
 
 
 def _fits(tensor: torch.Tensor, layout: _Layout) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -247,36 +248,35 @@ def test_what_it_refuses():
     assert "dynamic8" in (refuse(Scheme(FORMATS["dynamic8"], PerChannel()), (16, 96), torch.float32, cpu) or "")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"x": torch.zeros(2, 63)}, r"\(2, 63\)"),
-        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "float64"),
-        ({"x": torch.zeros(64, 2)}, r"\(64, 2\)"),
-        ({"bias": torch.zeros(17)}, r"bias must be \(16,\).*got \(17,\)"),
-        ({"codes": torch.zeros(3, dtype=torch.uint8)}, r"codes .*got \(3,\)"),
-        ({"codes": None}, "codes .* missing"),
-        ({"scale": torch.zeros(1, 3, 16)}, r"scale .*got \(1, 3, 16\)"),
-        ({"scale": torch.zeros(1, 2, 16, dtype=torch.float64)}, "scale .*float64"),
-        ({"scale": torch.zeros(1, 2, 16, device="meta")}, "one device"),
-        ({"zero": torch.zeros(5, dtype=torch.uint8)}, r"zero .*got \(5,\)"),
-        ({"input_scale": torch.zeros(2)}, r"input_scale .*got \(2,\)"),
-        ({"facts": {"groups": 3}}, "2 groups, got 3"),
-        ({"facts": {"kind": 99}}, "kind"),
-        ({"facts": {"columns": -64}}, "positive"),
-        ({"facts": {"rows": 2**31}}, "positive"),
-        ({"facts": None}, "8 facts, got"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_of_the_operator_are_exceptions(change: dict, words: str):
-    tensors, meta = packed(weight("w=int4/g32", (16, 64)))
-    facts = module.facts_of(tensors, meta)
-    given = {"x": torch.zeros(2, 64), "bias": None, "facts": {}} | change
-    numbers = [3, 16] if given["facts"] is None else facts._replace(**given["facts"])
-    parts = module.parts_of(tensors)._replace(**{n: t for n, t in change.items() if n in module.Parts._fields})
-    with pytest.raises(ShapeError, match=words):
-        torch.ops.arrondi.linear(given["x"], parts, numbers, given["bias"], 3, None)
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.zeros(2, 63)}, r"\(2, 63\)"),
+    ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "float64"),
+    ({"x": torch.zeros(64, 2)}, r"\(64, 2\)"),
+    ({"bias": torch.zeros(17)}, r"bias must be \(16,\).*got \(17,\)"),
+    ({"codes": torch.zeros(3, dtype=torch.uint8)}, r"codes .*got \(3,\)"),
+    ({"codes": None}, "codes .* missing"),
+    ({"scale": torch.zeros(1, 3, 16)}, r"scale .*got \(1, 3, 16\)"),
+    ({"scale": torch.zeros(1, 2, 16, dtype=torch.float64)}, "scale .*float64"),
+    ({"scale": torch.zeros(1, 2, 16, device="meta")}, "one device"),
+    ({"zero": torch.zeros(5, dtype=torch.uint8)}, r"zero .*got \(5,\)"),
+    ({"input_scale": torch.zeros(2)}, r"input_scale .*got \(2,\)"),
+    ({"facts": {"groups": 3}}, "2 groups, got 3"),
+    ({"facts": {"kind": 99}}, "kind"),
+    ({"facts": {"columns": -64}}, "positive"),
+    ({"facts": {"rows": 2**31}}, "positive"),
+    ({"facts": None}, "8 facts, got"),
+]
+
+
+def test_bad_arguments_of_the_operator_are_exceptions():
+    for change, words in BAD_ARGUMENTS:
+        tensors, meta = packed(weight("w=int4/g32", (16, 64)))
+        facts = module.facts_of(tensors, meta)
+        given = {"x": torch.zeros(2, 64), "bias": None, "facts": {}} | change
+        numbers = [3, 16] if given["facts"] is None else facts._replace(**given["facts"])
+        parts = module.parts_of(tensors)._replace(**{n: t for n, t in change.items() if n in module.Parts._fields})
+        with pytest.raises(ShapeError, match=words):
+            torch.ops.arrondi.linear(given["x"], parts, numbers, given["bias"], 3, None)
 
 
 BAD_ROUNDINGS: list[list[int]] = [

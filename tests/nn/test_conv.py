@@ -36,7 +36,7 @@ def built(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def test_a_kernel_as_a_matrix():
-    """Row o holds what output channel o multiplies: a unit output gradient reads it through PyTorch's own backward pass."""
+    """Row o holds what makes output channel o: zeros in it silence that channel and no other."""
     for name in CONVOLUTIONS:
         conv, _ = built(name)
         matrix = conv_matrix(conv.weight.detach(), conv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -33,9 +34,6 @@ def affine(x: torch.Tensor, scale: float, zero: int, low: int, high: int) -> tor
 
 
 @pytest.mark.parametrize(
-    "weights", ["w=int8/channel", "w=int4/g32/asym", "NF4"], ids=["whole-rows", "groups", "floats"]
-)
-@pytest.mark.parametrize(
     ("text", "scale", "zero", "low", "high"),
     [
         ("int8/tensor/static", 0.02, None, -128, 127),
@@ -44,10 +42,11 @@ def affine(x: torch.Tensor, scale: float, zero: int, low: int, high: int) -> tor
         ("uint4/tensor/asym/static", 0.3, 15, 0, 15),
     ],
 )
-def test_static_integers(text: str, scale: float, zero: int | None, low: int, high: int, weights: str):
+def test_static_integers(text: str, scale: float, zero: int | None, low: int, high: int):
     """Numbers inside the range and far beyond it, ties between codes among them."""
     grid = Grid(torch.tensor(scale), None if zero is None else torch.tensor(zero))
-    for dtype in (torch.float32, torch.bfloat16):
+    kinds = ("w=int8/channel", "w=int4/g32/asym", "NF4")  # whole rows, groups, floats
+    for weights, dtype in itertools.product(kinds, (torch.float32, torch.bfloat16)):
         mine = layer(text, grid, weights, dtype)
         x = normal(9, 256, dtype=dtype)
         x[0, :8] = torch.tensor([1e6, -1e6, 0, -0.0, 0.5 * scale, 1.5 * scale, -2.5 * scale, 1e30]).to(dtype)
@@ -56,7 +55,7 @@ def test_static_integers(text: str, scale: float, zero: int | None, low: int, hi
             values = values.to(dtype).double()
         w = mine.unpack().dequantize(torch.float64)
         bound = values.abs() @ w.abs().T * (2.0**-20 if dtype == torch.float32 else 2.0**-7)
-        assert bool(((mine(x).double() - values @ w.T).abs() <= bound + 1e-30).all()), (text, dtype)
+        assert bool(((mine(x).double() - values @ w.T).abs() <= bound + 1e-30).all()), (text, weights, dtype)
 
 
 @pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")

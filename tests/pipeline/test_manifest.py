@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,11 +16,14 @@ import pytest
 import torch
 
 import arrondi
-from arrondi.checkpoint import ShardWriter
+from arrondi.checkpoint import Entry, ShardWriter
 from arrondi.checkpoint.containers import disk
+from arrondi.checkpoint.containers.tensor_file import read_bytes
 from arrondi.errors import OutputError
-from arrondi.evaluate.metrics import Comparison
-from arrondi.pipeline import TextOptions, publish, quantize_model
+from arrondi.measure.comparison import Comparison
+from arrondi.model import OnDisk
+from arrondi.pipeline import TextOptions, make_plan, publish, quantize_model
+from arrondi.pipeline.ledger import travelling
 from arrondi.pipeline.manifest import MANIFEST, WORK, check_apart
 from tests.pipeline.killer import digest
 from tests.pipeline.stopping import DAMAGES
@@ -85,10 +89,26 @@ def test_a_finished_output_that_was_damaged_since_is_refused_and_made_again_when
 
 def test_the_manifest_lists_what_was_written(whole: Path) -> None:
     manifest = json.loads((whole / MANIFEST).read_text())
-    found = {p.name: p.read_bytes() for p in whole.iterdir() if p.name != MANIFEST}
-    wanted = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in found.items()}
-    assert manifest["files"] == wanted | {"report.json": {}}
+    found = {p.name: p.read_bytes() for p in whole.iterdir() if p.name not in (MANIFEST, "report.json")}
+    wanted: dict[str, Any] = {"report.json": {}}
+    for name, content in found.items():
+        tensors = name.endswith(".safetensors")
+        digest = {"digest": by_hand(content)} if tensors else {"sha256": hashlib.sha256(content).hexdigest()}
+        wanted[name] = {"bytes": len(content)} | digest
+    assert manifest["files"] == wanted
     assert FIRST in found and "tokenizer.json" in found
+
+
+def by_hand(content: bytes) -> str:
+    """The digest of a file of tensors, all smaller than a piece: of its header and the digests of its tensors."""
+
+    def of(*pieces: bytes) -> str:
+        return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in pieces if p)).hexdigest()[:32]
+
+    base = 8 + int.from_bytes(content[:8], "little")
+    header = {n: e["data_offsets"] for n, e in json.loads(content[8:base]).items() if n != "__metadata__"}
+    places = sorted(header.values())
+    return of(content[:base] + "".join(of(content[base + a : base + b]) for a, b in places).encode())
 
 
 def test_what_stands_beside_a_finished_output_does_not_matter(
@@ -241,18 +261,19 @@ def test_names_last_before_config_json_makes_a_model_of_them(
 def test_a_hash_that_cannot_be_taken_ends_the_run(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The threads that hash have no silence of their own: no manifest lacks a hash."""
-    threads, hashed = torch.get_num_threads(), disk.file_sha256
+    """The threads that hash have no silence of their own: no manifest lacks a digest."""
+    threads, pieces = torch.get_num_threads(), itertools.count()
 
-    def broken(path: Path) -> str:
-        if path.name == FIRST:
-            raise OSError(5, "Input/output error", str(path))
-        return hashed(path)
+    def broken(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:
+        if next(pieces) == 7:
+            raise OSError(5, "Input/output error", str(entry.path))
+        return read_bytes(entry, offset, nbytes)
 
     torch.set_num_threads(2)
+    monkeypatch.setattr(disk, "PIECE", 1000)
     try:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
-            patch.setattr("arrondi.pipeline.manifest.file_sha256", broken)
+            patch.setattr("arrondi.checkpoint.containers.writer.read_bytes", broken)
             quantize(models, tmp_path / "out")
         assert not (tmp_path / "out" / MANIFEST).exists() and not (tmp_path / "out" / "config.json").exists()
         quantize(models, tmp_path / "out")
@@ -261,20 +282,15 @@ def test_a_hash_that_cannot_be_taken_ends_the_run(
 
 
 def test_the_files_of_a_run_are_those_that_it_announces(whole: Path, models: Callable[..., Path]) -> None:
-    from arrondi.checkpoint import Checkpoint
-    from arrondi.pipeline import make_plan
-
-    checkpoint = Checkpoint.open(models("llama", num_hidden_layers=1))
-    shards = make_plan(OnDisk(checkpoint), RTN).shards(100_000)
-    assert sorted(publish.planned_files(shards, checkpoint.folder, ["report.json"])) == sorted(
-        p.name for p in whole.iterdir()
-    )
+    source = OnDisk.open(models("llama", num_hidden_layers=1))
+    shards, travel = make_plan(source, RTN).shards(100_000), travelling(source.checkpoint.folder)
+    assert sorted(publish.planned_files(shards, travel, ["report.json"])) == sorted(p.name for p in whole.iterdir())
 
 
 # ── numbers that JSON does not have ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_infinite_error_is_a_word_in_the_report_and_a_number_in_python(
+def test_an_infinite_error_is_json_and_the_same_when_it_is_read_again(
     models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = Comparison.summary
@@ -290,12 +306,11 @@ def test_an_infinite_error_is_a_word_in_the_report_and_a_number_in_python(
     options = TextOptions(eval_text=text, seq_len=24, eval_samples=2)
     source, out = models("llama", num_hidden_layers=1), tmp_path / "out"
     first = quantize_model(source, out, RTN, options)
-    assert first["evaluation"]["kl_mean"] == math.inf
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
     stored = json.loads((out / "report.json").read_text(), parse_constant=refuse)
-    assert stored["evaluation"]["kl_mean"] == "inf" and stored["evaluation"]["kl_p99"] is None
-    again = quantize_model(source, out, RTN, options)
-    assert again["evaluation"]["kl_mean"] == math.inf and again["evaluation"]["kl_p99"] is None
+    assert stored["evaluation"]["kl_mean"] is None
+    assert stored["evaluation"]["not_finite"] == {"kl_mean": "infinity", "kl_p99": "nan"}
+    assert first == stored == quantize_model(source, out, RTN, options)

@@ -124,7 +124,7 @@ def test_a_run_without_a_readable_journal_starts_again(
 
 
 @pytest.mark.parametrize(
-    ("step", "damage"), [*(("measured", d) for d in DAMAGES), ("block 0", "deleted"), ("block 0", "one bit")]
+    ("step", "damage"), [*(("measured", d) for d in DAMAGES), ("unit 0", "deleted"), ("unit 0", "one bit")]
 )
 def test_a_part_that_is_damaged_is_written_again(
     step: str, damage: str, models: Callable[..., Path], text: Path, whole: dict[str, str], tmp_path: Path
@@ -179,7 +179,7 @@ def test_only_the_steps_from_the_damage_on_are_done_again(
     said: list[str] = []
     gptq(models, text, out, progress=lambda done, total, what: said.append(what))
     assert name in written and not any(".layers.0." in n for n in written)
-    assert any("step 'block 1' is damaged" in what for what in said)
+    assert any("step 'unit 1' is damaged" in what for what in said)
 
 
 def test_another_command_starts_anew_where_an_unfinished_run_was(
@@ -228,7 +228,7 @@ def quantized(source: Path, out: Path, text: Path | None) -> None:
         quantize_model(source, out, GPTQ, TextOptions(text, samples=2, seq_len=24, eval_samples=2))
 
 
-@pytest.mark.parametrize(("calibrated", "step"), [(True, "block 0"), (True, "measured"), (False, "tensors 0")])
+@pytest.mark.parametrize(("calibrated", "step"), [(True, "unit 0"), (True, "measured"), (False, "tensors 0")])
 def test_two_models_are_never_mixed(calibrated: bool, step: str, source: Path, text: Path, tmp_path: Path) -> None:
     used, before = text if calibrated else None, ModelDir.open(source).fingerprint()
     with stopped_after(step):

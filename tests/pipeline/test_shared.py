@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import arrondi.model.skeleton as skeleton_module
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import arrondi
-from arrondi.evaluate.compare import compare_models
+import arrondi.model.source as source_module
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.nn import QLinear
 from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
@@ -42,14 +42,14 @@ def source(
 ) -> Path:
     """A model whose class shares weights between blocks, and its checkpoint, which stores them once."""
     share, prefix = SHARED[request.param]
-    build = skeleton_module.build_model
+    build = source_module.build_model
 
     def shared(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
         share(model)
         return model
 
-    monkeypatch.setattr(skeleton_module, "build_model", shared)
+    monkeypatch.setattr(source_module, "build_model", shared)
     folder = tmp_path / "shared"
     folder.mkdir()
     for path in models("llama").iterdir():
@@ -65,17 +65,16 @@ def quantized(source: Path, out: Path, text: Path) -> dict[str, Any]:
 
 
 def test_a_shared_weight_has_several_names_and_one_place(source: Path) -> None:
-    skeleton = OnDisk.open(source)
-    assert skeleton.names_of("model.layers.1.mlp.down_proj.weight") == [
-        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
-    ]
-    assert skeleton.missing == []
-    skeleton.fill(["model.layers.1.mlp.down_proj.weight"])
-    assert skeleton.parameter("model.layers.0.mlp.down_proj.weight") is skeleton.parameter(
-        "model.layers.1.mlp.down_proj.weight"
-    )
-    skeleton.drop(["model.layers.0.mlp.down_proj.weight"])
-    assert skeleton.is_empty("model.layers.1.mlp.down_proj.weight")
+    opened = OnDisk.open(source)
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    assert opened.names.names_of(names[1]) == names and opened.names.missing() == []
+    (site,) = (s for s in opened.sites if s.param in names)
+    assert site.block == 0 and site.modules == tuple(n.removesuffix(".weight") for n in names)
+    instance = opened.instance()
+    instance.fill(names[1:])
+    assert instance.parameter(names[0]) is instance.parameter(names[1])
+    instance.drop(names[:1])
+    assert instance.is_empty(names[1])
 
 
 def test_it_is_rounded_once_and_measured_rounded_everywhere(source: Path, text: Path, tmp_path: Path) -> None:

@@ -94,7 +94,10 @@ class Product:
             raise ShapeError(
                 f"Something is added to results of float32 or bfloat16 activations, got {x.dtype}. Add it afterwards."
             )
-        self.into(flat, y, residual)
+        if residual is None and type(flat) is torch.Tensor and flat.layout is torch.strided and not flat.is_neg():
+            self._compute(flat, flat.data_ptr(), y, y.data_ptr())  # they were made to fit
+        else:
+            self.into(flat, y, residual)
         if half and not integers:
             y = y.to(torch.float16)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.rows)
@@ -106,15 +109,25 @@ class Product:
             ShapeError: x or y does not fit the weight, or the residual y.
         """
         tokens = x.shape[0] if x.dim() == 2 else -1
-        dtype = y.dtype
-        integers = dtype is torch.int32
+        dtypes = torch.int32 if y.dtype is torch.int32 else _RESULTS
         x_at = operand("x", x, (tokens, self.columns), _FLOATS, "rows")
-        y_at = operand("y", y, (tokens, self.rows), torch.int32 if integers else _RESULTS, "rows")
-        residual_at = operand("residual", residual, (tokens, self.rows), dtype, "last")
+        y_at = operand("y", y, (tokens, self.rows), dtypes, "rows")
+        self._compute(x, x_at, y, y_at, residual, operand("residual", residual, (tokens, self.rows), y.dtype, "last"))
+
+    def _compute(
+        self,
+        x: torch.Tensor,
+        x_at: int,
+        y: torch.Tensor,
+        y_at: int,
+        residual: torch.Tensor | None = None,
+        added: int = 0,
+    ) -> None:
+        dtype = y.dtype
         try:
             self.run(
-                x_at, TYPES[x.dtype], x.stride(0), tokens, y_at, 1 if dtype is torch.bfloat16 else 0, y.stride(0), residual_at,
-                0 if residual is None else residual.stride(0), integers, threads(),
+                x_at, TYPES[x.dtype], x.stride(0), x.shape[0], y_at, 1 if dtype is torch.bfloat16 else 0, y.stride(0), added,
+                0 if residual is None else residual.stride(0), dtype is torch.int32, threads(),
             )  # fmt: skip
         except ValueError as error:  # what depends on several facts at once is checked there
             raise ShapeError(f"A compiled product of shape {self.shape} cannot be: {error}.") from None

@@ -65,12 +65,11 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     rows = x.reshape(-1, k).float().contiguous()
     real = None if bias is None else bias.float().contiguous()
     y = torch.empty((rows.shape[0], n), dtype=torch.float32, device="cpu")
-    x_at, weight_at = (
-        operand("x", rows, (len(rows), k), torch.float32),
-        operand("weight", weight, (n, k), _FLOATS, "last"),
+    x_at, bias_at = operand("x", rows, (len(rows), k), torch.float32), operand("bias", real, (n,), torch.float32)
+    weight_at = operand("weight", weight, (n, k), _FLOATS, "last")
+    _module().dense(
+        len(rows), n, k, x_at, weight_at, TYPES[weight.dtype], weight.stride(0), bias_at, y.data_ptr(), threads()
     )
-    bias_at, y_at = operand("bias", real, (n,), torch.float32), operand("y", y, (len(rows), n), torch.float32)
-    _module().dense(len(rows), n, k, x_at, weight_at, TYPES[weight.dtype], weight.stride(0), bias_at, y_at, threads())
     return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
@@ -114,25 +113,24 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     Raises:
         ShapeError: shapes, types or devices do not go together.
     """
-    if query.dim() != 4 or key.dim() != 4:
+    asked, kept = query.shape, key.shape
+    if len(asked) != 4 or len(kept) != 4 or asked[0] != 1 or asked[2] != 1 or kept[0] != 1:
         raise ShapeError(
-            f"attend takes a query (1, heads, 1, width) and keys (1, key heads, length, width), got {tuple(query.shape)} and {tuple(key.shape)}."
+            f"attend takes a query (1, heads, 1, width) and keys (1, key heads, length, width), got {tuple(asked)} and {tuple(kept)}."
         )
-    _, heads, _, width = query.shape
-    _, key_heads, length, _ = key.shape
+    heads, width, key_heads, length = asked[1], asked[3], kept[1], kept[2]
     if width % 16 or not 0 < width <= _WIDEST or not key_heads or not length or heads % key_heads or not heads:
         raise ShapeError(
-            f"attend takes heads of 16 to {_WIDEST} numbers in steps of 16, keys that are not empty and as many queries to each, got a query {tuple(query.shape)} and keys {tuple(key.shape)}."
+            f"attend takes heads of 16 to {_WIDEST} numbers in steps of 16, keys that are not empty and as many queries to each, got a query {tuple(asked)} and keys {tuple(kept)}."
         )
-    dtype = query.dtype
+    dtype, shape = query.dtype, (1, key_heads, length, width)
     query = query.contiguous()
     y = torch.empty((1, 1, heads, width), dtype=dtype, device="cpu")
-    query_at = operand("query", query, (1, heads, 1, width), _ATTENDED)
-    key_at = operand("key", key, (1, key_heads, length, width), dtype, "last")
-    value_at = operand("value", value, (1, key_heads, length, width), dtype, "last")
+    query_at = operand("query", query, asked, _ATTENDED)
+    key_at, value_at = operand("key", key, shape, dtype, "last"), operand("value", value, shape, dtype, "last")
     _module().attend(
         heads, key_heads, width, length, query_at, key_at, key.stride(1), key.stride(2), value_at, value.stride(1),
-        value.stride(2), operand("y", y, (1, 1, heads, width), dtype), TYPES[dtype], scale, threads(),
+        value.stride(2), y.data_ptr(), TYPES[dtype], scale, threads(),
     )  # fmt: skip
     return y
 
@@ -158,19 +156,22 @@ def rotate(
     Raises:
         ShapeError: an odd width or one above 256, or tensors that do not fit it.
     """
-    rows, width = cos.shape if cos.dim() == 2 else (0, 0)
-    columns = x.shape[1] if x.dim() == 2 else 0
-    if width % 2 or not 0 < width <= _WIDEST or min(heads, key_heads) < 0 or columns < (heads + key_heads) * width:
+    angles, found = cos.shape, x.shape
+    if len(angles) == len(found) == 2:
+        width, columns = angles[1], found[1]
+    else:
+        width = columns = 0
+    if width % 2 or not 0 < width <= _WIDEST or heads < 0 or key_heads < 0 or columns < (heads + key_heads) * width:
         raise ShapeError(
             f"rotate takes x (tokens, at least (heads + key heads) · width) and cosines (tokens, width) of an even width of up to {_WIDEST}, got x {tuple(x.shape)}, {heads} + {key_heads} heads and cosines {tuple(cos.shape)}."
         )
-    dtype = x.dtype
+    dtype, rows = x.dtype, angles[0]
     x_at = operand("x", x, (rows, columns), _ATTENDED, "rows")
-    cos_at, sin_at = operand("cos", cos, (rows, width), dtype), operand("sin", sin, (rows, width), dtype)
-    norm_at, key_norm_at = (
-        operand("norm", norm, (width,), torch.float32),
-        operand("key_norm", key_norm, (width,), torch.float32),
-    )
+    cos_at, sin_at = operand("cos", cos, angles, dtype), operand("sin", sin, angles, dtype)
+    norm_at = key_norm_at = 0
+    if norm is not None or key_norm is not None:
+        norm_at = operand("norm", norm, (width,), torch.float32)
+        key_norm_at = operand("key_norm", key_norm, (width,), torch.float32)
     _module().rotate(
         rows,
         heads,

@@ -21,6 +21,8 @@ from arrondi.pipeline.resolve import PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
 from arrondi.pipeline.step import Declared, Step, get_step
 
+_NEARLY_ALL = 0.9
+"""Share of the weights that one layout must hold of what another holds to be taken for its readers."""
 _NAMED = 3
 """Layers that a note names."""
 
@@ -140,20 +142,21 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     Args:
         source: the model.
         recipe: the user's rules.
-        layout: a name of `LAYOUTS`; None takes the most widely read one that holds everything that was asked for.
+        layout: a name of `LAYOUTS`; None takes the most widely read one that holds nearly all of what any holds.
         keep_misfits: weights whose shape does not fit the scheme are kept; otherwise they take the nearest groups that fit.
     """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
-    tried: list[tuple[int, int, Resolver, list[PlannedTensor], list[PlannedTensor]]] = []
+    tried: list[tuple[int, Resolver, list[PlannedTensor]]] = []
     for name in [layout] if layout else LAYOUTS:
         resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits)
         tensors = [resolver.resolve(t) for t in source.tensors]
-        refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
-        tried.append((len(refused), len(tried), resolver, tensors, refused))
-        if not refused:
+        tried.append((sum(t.weights for t in tensors if t.status == "quantized"), resolver, tensors))
+        if not any(t.status == "kept because impossible" and t.rule for t in tensors):
             break
-    _, _, resolver, tensors, refused = min(tried, key=lambda t: t[:2])
+    most = max(weights for weights, _, _ in tried)
+    _, resolver, tensors = next(t for t in tried if t[0] >= _NEARLY_ALL * most)
+    refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
     tensors = _as_stored(source, tensors)
     problems = unmatched(source, recipe, resolver.used)
     if not any(t.status == "quantized" for t in tensors) and not problems:

@@ -77,7 +77,7 @@ def quantize_model(
         planned(plan.to_dict())
     if plan.calibrated and texts.calibration is None:
         raise SchemeError("Static scales of inputs need calibration text. Add --calibration FILE, or drop 'static'.")
-    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes)
+    key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes, device)
     if not overwrite and finished(out, key, ledger):
         return read_report(out / "report.json")
     files = planned_files(plan.shards(shard_bytes), travelling(checkpoint.folder), ["report.json"])
@@ -90,9 +90,9 @@ def quantize_model(
 
 
 def _settled(source: OnDisk, texts: Texts) -> list[str]:
-    """Make sure that the model is run as it runs itself, on the last window of what it will see."""
-    windows = texts.evaluation or texts.calibration
-    return [] if windows is None else settle(source, windows.ids[-1:])
+    """Make sure that the model is run as it runs itself, on the first of what it will see."""
+    batches = texts.evaluation_batches or [b[:1] for b in texts.calibration_batches]
+    return settle(source, batches[0]) if batches else []
 
 
 def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint, file_sha256
-from arrondi.evaluate.data import Windows
+from arrondi.measure.data import Windows
 from arrondi.native import multiplies_bfloat16, native
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -76,11 +76,12 @@ def quantize_key(
     text: TextOptions,
     texts: Texts,
     shard_bytes: int,
+    device: str,
 ) -> str:
     """The key of a run of `quantize_model`."""
     source = checkpoint.folder.fingerprint()
     tensors = [(t.name, t.status, str(t.scheme)) for t in plan.tensors]
-    asked = [text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes]
+    asked = [text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes, device]
     windows = [_windows(texts.calibration), _windows(texts.evaluation)]
     layout = [plan.layout.name, plan.config()]
     return run_key("quantize", ledger, source, layout, recipe.to_dict(), tensors, asked, windows)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
-from arrondi.evaluate.compare import comparison_for
-from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
+from arrondi.measure.compare import comparison_for
+from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -241,6 +241,7 @@ class Run:
             for j, rows in reference.pieces():
                 ids = ids_of(reference.batches[j])[rows]
                 comparison.add(reference.output(j, rows), measured.output(j, rows), ids)
+            confirm(reference)
         return {
             **comparison.summary().to_dict(),
             "text": self.texts.evaluation_source,

@@ -55,8 +55,8 @@ def _modules(
     """One packed module for all places that share the parameter."""
     made: dict[nn.Module, nn.Module] = {}
     gone: set[str] = set()
-    for path in (n.rpartition(".")[0] for n in names):
-        module = model.get_submodule(path)
+    paths = [n.rpartition(".")[0] for n in names]
+    for path, module in [(p, model.get_submodule(p)) for p in paths]:  # before any is replaced: they may be one
         if module not in made:
             if isinstance(module, nn.modules.conv._ConvNd):
                 made[module] = QConv(weight, module, inputs=inputs, input_grid=values.inputs, dtype=dtype)

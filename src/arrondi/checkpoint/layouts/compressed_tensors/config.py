@@ -16,7 +16,7 @@ from arrondi.checkpoint.layouts.compressed_tensors.storage import format_of
 from arrondi.checkpoint.layouts.compressed_tensors.transposed import stored_form, stored_forms
 from arrondi.checkpoint.layouts.layout import ModelFacts, Placed
 from arrondi.errors import FileFormatError
-from arrondi.formats import ActivationScheme, LayerScheme, PerGroup, PerTensor, PerToken, Scheme
+from arrondi.formats import ActivationScheme, LayerScheme, PerBlock, PerGroup, PerTensor, PerToken, Scheme
 
 VERSION: Final = "0.20.0"
 """The package that the files are written for."""
@@ -39,17 +39,32 @@ def refuse(placed: Placed) -> str | None:
         return "compressed-tensors has no blocks of the inputs of a transposed weight in NVFP4 or MX"
     if format_of(stored_form(placed).scheme) is None:
         return f"compressed-tensors has no format for {scheme}"
-    if (
-        not placed.transposed
-        and isinstance(weights.granularity, PerGroup)
-        and placed.matrix_shape[1] % weights.granularity.size
-    ):
-        return f"compressed-tensors has no shorter last group: {weights.granularity.size} does not divide {placed.matrix_shape[1]}"
+    ragged = _ragged(placed)
+    if ragged:
+        return ragged
     if scheme.kv is not None:
         return "compressed-tensors does not round the key/value cache of single layers"
     for side in (scheme.inputs, scheme.outputs):
         if side is not None and not _sayable(side):
             return f"compressed-tensors cannot say that activations become {side}"
+    return None
+
+
+def _ragged(placed: Placed) -> str | None:
+    """Why groups or blocks do not fit a layer's shape; the package has no shorter last ones."""
+    rows, columns = placed.matrix_shape
+    match placed.scheme.weights.granularity:
+        case PerGroup(size) if columns % size and not placed.transposed:
+            return f"compressed-tensors has no shorter last group: {size} does not divide {columns}"
+        case PerBlock(high, wide) if rows % high or columns % wide:
+            return f"compressed-tensors has no smaller last block: {high} × {wide} does not divide {rows} × {columns}"
+    inputs = placed.scheme.inputs
+    if (
+        inputs is not None
+        and isinstance(inputs.scheme.granularity, PerGroup)
+        and columns % inputs.scheme.granularity.size
+    ):
+        return f"compressed-tensors has no shorter last group: {inputs.scheme.granularity.size} does not divide {columns} inputs"
     return None
 
 
