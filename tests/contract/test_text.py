@@ -47,7 +47,9 @@ def test_all_who_run_it_run_one_model(
     causal = "kl_mean" in measured
     key = "kl_mean" if causal else "relative_error"
     assert measured[key] == pytest.approx(report["evaluation"][key], rel=1e-3), "evaluate on the files, and quantize"
-    assert divergence(original, computed, causal) == pytest.approx(measured[key], rel=1e-3), "a plain loop, and evaluate"
+    assert divergence(original, computed, causal) == pytest.approx(measured[key], rel=1e-3), (
+        "a plain loop, and evaluate"
+    )
     assert measured[key] > 0
 
     rounded = rounded_by_load(plain)
@@ -88,7 +90,9 @@ def apart(theirs: Any, computed: torch.Tensor, calls: Calls, rounded: set[str], 
         return f"it rounds other inputs: {sorted(rounded_by_transformers(theirs) ^ rounded)[:3]}"
     try:
         with quiet():
-            found = distance(run(theirs), computed)  # first, because transformers unpacks weights when the model is first run
+            found = distance(
+                run(theirs), computed
+            )  # first, because transformers unpacks weights when the model is first run
         wrong = wrong_product(theirs, calls)
     except Exception as error:
         return f"it does not run: {type(error).__name__}: {str(error)[:200]}"

@@ -122,13 +122,13 @@ def _called(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> tuple[frozens
     and sound), and those whose module gets a matrix (tokens, in)."""
     called: dict[str, bool] = {}
 
-    def note(name: str, args: tuple[Any, ...]) -> None:
-        called[name] = bool(args) and isinstance(args[0], torch.Tensor) and args[0].ndim == 2
+    def note(name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        called[name] = isinstance(module, torch.nn.Linear) and isinstance(args[0], torch.Tensor) and args[0].ndim == 2
 
     handles = []
     with contextlib.ExitStack() as undo:
         for name, module in chain.model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: note(name, args)))
+            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args)))
             if isinstance(module, torch.nn.Linear) and not name.startswith(f"{chain.prefix}."):
                 undo.callback(setattr, module, "forward", module.forward)
                 setattr(module, "forward", _blank(module.out_features))  # noqa: B010
@@ -164,7 +164,13 @@ def _others(chain: Chain, i: int, structure: Any) -> list[str]:
 def _look_up(module: Any) -> Any:
     """Make an embedding give random rows, without its weight; returns what undoes it."""
     forward = module.forward
-    module.forward = lambda ids, *_: torch.randn(*ids.shape, module.embedding_dim)
+
+    def rows(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """As many rows as the first tensor has numbers: ids, or of tables of positions the mask."""
+        ids = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        return torch.randn(*ids.shape, module.embedding_dim)
+
+    module.forward = rows
     kept = module._parameters["weight"]
     module._parameters["weight"] = torch.nn.Parameter(torch.zeros(1, 1).expand(kept.shape), requires_grad=False)
 
