@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import arrondi.evaluate.compare as comparing
 import pytest
 import torch
-from arrondi.evaluate.compare import compare_models
 from safetensors.torch import load_file, save_file
 
+import arrondi.measure.compare as comparing
 import arrondi.pipeline.texts as texts
 from arrondi.checkpoint import Checkpoint
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, TextOptions, dequantize_model, quantize_model
 from tests.zoo import of_transformers, outputs

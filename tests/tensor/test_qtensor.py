@@ -663,7 +663,7 @@ def test_other_refusals_carry_the_name_once() -> None:
         quantize_tensor(torch.ones(4, dtype=torch.int32), Scheme(INT4), name="w")
     with pytest.raises(ShapeError, match=r"^w: PerBlock needs two axes"):
         quantize_tensor(torch.ones(4), Scheme(INT4, PerBlock(2, 2)), name="w")
-    with pytest.raises(ShapeError, match=r"^w: PerChannel\(axis=3\) does not exist"):
+    with pytest.raises(ShapeError, match=r"^w: The axis 3 of the channels does not exist"):
         quantize_tensor(torch.ones(4, 4), Scheme(INT4, PerChannel(3)), name="w")
     with pytest.raises(DataError, match=r"^w: A scale of .* overflows float16"):
         quantize_tensor(torch.full((4,), 1e9), Scheme(INT4, scale="float16"), name="w")
