@@ -16,7 +16,22 @@ from arrondi.checkpoint.readers import TRANSFORMERS
 from arrondi.measure.compare import compare_models
 from arrondi.pipeline import TextOptions, quantize_model
 from tests.contract.cases import Case, all_cases, chosen_cases
-from tests.contract.measures import IDS, SUMS, Calls, distance, divergence, loaded, loaded_by_transformers, products, quiet, rounded_by_load, rounded_by_transformers, rounded_on_the_way, without_rounding, wrong_product  # fmt: skip
+from tests.contract.measures import (  # fmt: skip
+    IDS,
+    SUMS,
+    Calls,
+    distance,
+    divergence,
+    loaded,
+    loaded_by_transformers,
+    products,
+    quiet,
+    rounded_by_load,
+    rounded_by_transformers,
+    rounded_on_the_way,
+    without_rounding,
+    wrong_product,
+)
 from tests.zoo import outputs
 
 CHOSEN = chosen_cases()
