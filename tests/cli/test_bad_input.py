@@ -67,7 +67,9 @@ def test_unknown_names_get_a_suggestion(cli: Cli, copy: Path, tmp_path: Path) ->
 def test_a_group_size_that_does_not_divide(cli: Cli, copy: Path, tmp_path: Path) -> None:
     result = cli("quantize", copy, "-o", tmp_path / "x", "--group-size", 48, "--json")
     notes = [n for n in result.document["notes"] if "g48 does not divide 64 inputs" in n]
-    assert result.code == 0 and notes and ".weight" in notes[0], "layer by layer the nearest groups, and the layers are named"
+    assert result.code == 0 and notes and ".weight" in notes[0], (
+        "layer by layer the nearest groups, and the layers are named"
+    )
 
 
 def test_a_calibration_text_shorter_than_one_sample(cli: Cli, copy: Path, tmp_path: Path) -> None:

@@ -144,9 +144,7 @@ def collect(
 
         span = span_of(j, len(side.forwards))
 
-        def note(
-            key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span
-        ) -> None:
+        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span) -> None:
             found = seen.setdefault(key, Seen())
             found.add(x, needs, span)
             if both:
