@@ -40,7 +40,13 @@ RUNS = [
     ("T158", "rtn", True),
     *(
         pytest.param(*run, marks=pytest.mark.full)
-        for run in [("w=int4/channel/asym", "gptq", True), ("NF4", "gptq", True), ("MXFP4A16", "gptq", True), ("W4A16", "rtn", False), ("NVFP4A16", "rtn", False)]
+        for run in [
+            ("w=int4/channel/asym", "gptq", True),
+            ("NF4", "gptq", True),
+            ("MXFP4A16", "gptq", True),
+            ("W4A16", "rtn", False),
+            ("NVFP4A16", "rtn", False),
+        ]
     ),
 ]
 
