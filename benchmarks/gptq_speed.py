@@ -27,15 +27,15 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKE
 OURS = """
 import json, resource, sys, time
 import arrondi, transformers
-from arrondi.model import Skeleton
+from arrondi.model import OnDisk
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.text import load_tokenizer
+from arrondi.measure.text import load_tokenizer
 from pathlib import Path
 model, text, out, textbook = sys.argv[1:5]
-Skeleton(Checkpoint.open(model)); load_tokenizer(Path(model))
+OnDisk(Checkpoint.open(model)); load_tokenizer(Path(model))
 options = {"range": "absmax"} if textbook == "textbook" else {}
 cpu, wall = time.process_time(), time.monotonic()
-arrondi.quantize_model(model, out, arrondi.Recipe.simple("W4A16", "gptq", options=options), arrondi.TextOptions(Path(text), 32, 256, evaluate=False))
+arrondi.quantize(model, "W4A16", method="gptq", options=options, calibration=text, out=out, samples=32, seq_len=256, evaluate=False)
 print(json.dumps({"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall,
                   "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 """

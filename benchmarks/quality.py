@@ -19,8 +19,10 @@ from typing import Any
 
 import arrondi
 
-METHODS: dict[str, dict[str, Any]] = {"rtn": {}, "hqq": {}, "gptq": {}}
-TEXTBOOK: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {"range": "absmax"}}
+ABSMAX = {"range": "absmax"}
+Settings = list[tuple[str, dict[str, Any]]]
+METHODS: Settings = [("rtn", ABSMAX), ("rtn", {}), ("hqq", {}), ("gptq", {})]
+TEXTBOOK: Settings = [("rtn", ABSMAX), ("gptq", ABSMAX)]
 
 
 def halves(text: Path, folder: Path) -> tuple[Path, Path]:
@@ -52,17 +54,19 @@ def main() -> None:
         print(
             f"{args.model.name}: {args.samples} windows of {args.seq_len} from {calibration.name}, {args.windows} from {evaluation.name}"
         )
-        print("bits  method  bits/weight  KL mean  KL 95 %             perplexity  (original)  top-1")
+        print("bits  method      bits/weight  KL mean  KL 95 %             perplexity  (original)  top-1")
         for bits in args.bits:
-            for method, options in (TEXTBOOK if args.textbook else METHODS).items():
-                out = Path(scratch) / f"w{bits}-{method}"
+            for method, options in TEXTBOOK if args.textbook else METHODS:
+                out = Path(scratch) / f"w{bits}-{method}-{'-'.join(map(str, options.values()))}"
                 recipe = arrondi.Recipe.simple(f"W{bits}A16", method, options=options)
-                text = arrondi.TextOptions(calibration, args.samples, args.seq_len, evaluate=False)
-                report = arrondi.quantize_model(args.model, out, recipe, text)
-                r = arrondi.compare_models(out, args.model, evaluation, seq_len=args.seq_len, samples=args.windows)
+                report = arrondi.quantize(
+                    args.model, recipe=recipe, calibration=calibration, out=out, samples=args.samples, seq_len=args.seq_len,
+                    evaluate=False,
+                )  # fmt: skip
+                r = arrondi.evaluate(out, args.model, evaluation, seq_len=args.seq_len, samples=args.windows)
                 low, high = r["kl_mean_interval"]
                 print(
-                    f"{bits:4d}  {method:6s}  {report['bits_per_weight']:11.3f}  {r['kl_mean']:.5f}  {low:.5f} … {high:.5f}"
+                    f"{bits:4d}  {method:4s} {options.get('range', ''):7s}{report['bits_per_weight']:11.3f}  {r['kl_mean']:.5f}  {low:.5f} … {high:.5f}"
                     f"  {r['perplexity']:10.3f}  {r['reference_perplexity']:10.3f}  {100 * r['top1_agreement']:.1f} %",
                     flush=True,
                 )

@@ -20,7 +20,7 @@ import torch
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
-from arrondi.model import Skeleton
+from arrondi.model import OnDisk
 from arrondi.pipeline.ledger import recorded
 
 
@@ -41,11 +41,11 @@ def main() -> None:
                 stdout=subprocess.DEVNULL,
             )
         nbytes = sum(len(p.read_bytes()) for p in model.glob("*.safetensors"))
-        Skeleton(Checkpoint.open(model))  # imports are not part of the measurement
+        OnDisk(Checkpoint.open(model))  # imports are not part of the measurement
         runs, copies, hashes = [], [], []
         for i in range(args.repeat):
             started, wall = time.process_time(), time.monotonic()
-            arrondi.quantize_model(model, Path(scratch) / f"out{i}", arrondi.Recipe.simple("W4A16", "rtn"))
+            arrondi.quantize(model, "W4A16", out=Path(scratch) / f"out{i}")
             runs.append((time.process_time() - started, time.monotonic() - wall))
             started = time.process_time()
             for path in model.glob("*.safetensors"):

@@ -69,7 +69,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(tiny: Path) -> Path:
     out = tiny.with_name("tiny-w4")
     if not out.exists():
-        arrondi.quantize_model(tiny, out, arrondi.Recipe.simple("W4A16"))
+        arrondi.quantize(tiny, "W4A16", out=out)
     return out
 
 

@@ -19,7 +19,7 @@ FLOORS = {
     "nn": 3,
     "checkpoint": 4,
     "model": 5,
-    "evaluate": 6, "runtime": 6,
+    "measure": 6, "runtime": 6,
     "pipeline": 7,
     "api": 8,
     "cli": 9, "report": 9,

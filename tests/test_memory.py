@@ -13,12 +13,12 @@ from arrondi.nn import QLinear
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_loaded_4_bit_model_takes_less_than_40_percent_of_bfloat16(dtype: str, tmp_path: Path) -> None:
-    arrondi.quantize_model(arrondi.sample_path(), tmp_path / "w4", arrondi.Recipe.simple("W4A16"))
+    arrondi.quantize(arrondi.sample_path(), "W4A16", out=tmp_path / "w4")
     model = arrondi.load(tmp_path / "w4", dtype=dtype)
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
     }
-    original = sum(t["bytes"] for t in arrondi.inspect_model(arrondi.sample_path())["tensors"])
+    original = sum(t["bytes"] for t in arrondi.inspect(arrondi.sample_path())["tensors"])
     embedding = model.get_input_embeddings().weight
     if dtype == "float32":  # the embedding is not quantized and doubles; everything else must still be small
         assert sum(storages.values()) - embedding.nbytes < 0.4 * (original - embedding.numel() * 2)

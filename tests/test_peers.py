@@ -36,16 +36,18 @@ def test_gptq_keeps_what_round_to_nearest_loses(name: str, data: Path, tmp_path:
     calibration, evaluation = texts(data, name, tmp_path)
     kl = {}
     for method in ("rtn", "hqq", "gptq"):
-        text = arrondi.TextOptions(calibration, samples=32, seq_len=256, evaluate=False)
-        arrondi.quantize_model(data / name, tmp_path / method, arrondi.Recipe.simple("W3A16", method), text)
-        kl[method] = arrondi.compare_models(tmp_path / method, data / name, evaluation, samples=24)["kl_mean"]
+        arrondi.quantize(
+            data / name, "W3A16", method=method, calibration=calibration, out=tmp_path / method, samples=32, seq_len=256,
+            evaluate=False,
+        )  # fmt: skip
+        kl[method] = arrondi.evaluate(tmp_path / method, data / name, evaluation, samples=24)["kl_mean"]
     assert kl["gptq"] < 0.5 * kl["rtn"]
     assert kl["hqq"] < 0.95 * kl["rtn"]
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_transformers_computes_what_we_do(name: str, data: Path, tmp_path: Path) -> None:
-    arrondi.quantize_model(data / name, tmp_path / "w4", arrondi.Recipe.simple("W4A16", "hqq"))
+    arrondi.quantize(data / name, "W4A16", method="hqq", out=tmp_path / "w4")
     ids = torch.randint(0, 2000, (2, 64), generator=torch.Generator().manual_seed(0))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w4", dtype=torch.float32).eval()
     ours = arrondi.load(tmp_path / "w4")
@@ -55,22 +57,30 @@ def test_transformers_computes_what_we_do(name: str, data: Path, tmp_path: Path)
 
 
 def test_8_bits_cost_next_to_nothing(data: Path, tmp_path: Path) -> None:
-    arrondi.quantize_model(data / "books-llama-6m", tmp_path / "w8", arrondi.Recipe.simple("W8A16"))
+    arrondi.quantize(data / "books-llama-6m", "W8A16", out=tmp_path / "w8")
     text = data / "text" / "the_time_machine.txt"
-    result = arrondi.compare_models(tmp_path / "w8", data / "books-llama-6m", text, samples=24)
+    result = arrondi.evaluate(tmp_path / "w8", data / "books-llama-6m", text, samples=24)
     assert result["kl_mean"] < 1e-4
     assert result["top1_agreement"] > 0.99
 
 
 def test_a_sentence_encoder_keeps_its_vectors(data: Path, tmp_path: Path) -> None:
     model, text = data / "minilm-l6", data / "text" / "wikipedia_calib.txt"
-    options = arrondi.TextOptions(text, samples=16, seq_len=128, evaluate=False)
     held = tmp_path / "held.txt"
     held.write_text((data / "text" / "emma.txt").read_text(encoding="utf-8")[:40000], encoding="utf-8")
     error = {}
     for method in ("rtn", "gptq"):
-        arrondi.quantize_model(model, tmp_path / method, arrondi.Recipe.simple("W4A16", method), options)
-        found = arrondi.compare_models(tmp_path / method, model, held, seq_len=128, samples=24)
+        arrondi.quantize(
+            model,
+            "W4A16",
+            method=method,
+            calibration=text,
+            out=tmp_path / method,
+            samples=16,
+            seq_len=128,
+            evaluate=False,
+        )
+        found = arrondi.evaluate(tmp_path / method, model, held, seq_len=128, samples=24)
         error[method] = found["relative_error"]
     assert error["gptq"] < 0.6 * error["rtn"]
     loaded, plain = (

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME: Final = {
     "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api",
     "Recipe": "pipeline", "Rule": "pipeline", "STEPS": "pipeline", "Step": "pipeline",
-    "Limits": "evaluate.limits",
+    "Limits": "measure.limits",
     "ActivationScheme": "formats", "FORMATS": "formats", "Format": "formats", "LayerScheme": "formats", "PRESETS": "formats",
     "PerBlock": "formats", "PerChannel": "formats", "PerGroup": "formats", "PerTensor": "formats", "PerToken": "formats",
     "Scheme": "formats", "codebook": "formats", "get_format": "formats", "parse_scheme": "formats",
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from arrondi.errors import OutputError as OutputError
     from arrondi.errors import SchemeError as SchemeError
     from arrondi.errors import ShapeError as ShapeError
-    from arrondi.evaluate.limits import Limits as Limits
     from arrondi.formats import FORMATS as FORMATS
     from arrondi.formats import PRESETS as PRESETS
     from arrondi.formats import ActivationScheme as ActivationScheme
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from arrondi.formats import codebook as codebook
     from arrondi.formats import get_format as get_format
     from arrondi.formats import parse_scheme as parse_scheme
+    from arrondi.measure.limits import Limits as Limits
     from arrondi.pipeline import STEPS as STEPS
     from arrondi.pipeline import Recipe as Recipe
     from arrondi.pipeline import Rule as Rule

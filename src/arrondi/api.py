@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from arrondi.errors import DataError, SchemeError
-from arrondi.evaluate.compare import compare_models
-from arrondi.evaluate.data import Data
-from arrondi.evaluate.limits import Limits
 from arrondi.formats import LayerScheme, Scheme
+from arrondi.measure.compare import compare_models
+from arrondi.measure.data import Data
+from arrondi.measure.limits import Limits
 from arrondi.model import OnDisk
 from arrondi.pipeline import TextOptions, dequantize_model, inspect_model, make_plan, quantize_model
 from arrondi.pipeline.module import quantize_module

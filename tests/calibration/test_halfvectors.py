@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from arrondi.calibration import unvech, vech
 from arrondi.errors import ShapeError
+from tests.cases import each_once
 
-SIZES = pytest.mark.parametrize("n", [1, 2, 7, 255, 256, 257, 600])  # around and across the panels of 256 rows
+SIZES = [1, 2, 7, 255, 256, 257, 600]  # around and across the panels of 256 rows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -28,7 +29,7 @@ def test_vech_lists_the_lower_triangle_row_by_row():
     assert vech(a).tolist() == [1, 2, 3, 4, 5, 6]
 
 
-@SIZES
+@pytest.mark.parametrize("n", SIZES)
 def test_entry_i_j_is_at_i_i_plus_1_over_2_plus_j(n):
     a = symmetric(n)
     packed = vech(a)
@@ -37,8 +38,9 @@ def test_entry_i_j_is_at_i_i_plus_1_over_2_plus_j(n):
     np.testing.assert_array_equal(packed.numpy()[i * (i + 1) // 2 + j], a.numpy()[i, j])
 
 
-@SIZES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize(
+    ("n", "dtype"), each_once(SIZES, [torch.float32, torch.float64, torch.bfloat16, torch.int64]), ids=str
+)
 def test_unpack_of_pack_is_the_identity_bit_for_bit(n, dtype):
     a = (symmetric(n) * 100).to(dtype)
     restored = unvech(vech(a))

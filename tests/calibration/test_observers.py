@@ -24,6 +24,7 @@ from arrondi.calibration import NEEDS_GRID, OBSERVERS, Observer, get_observer, h
 from arrondi.calibration.range_rules import _divergences
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats.optimal import optimal_uniform
+from tests.cases import each_once
 
 INT8 = {"qmin": -128, "qmax": 127, "symmetric": True}
 KINDS = pytest.mark.parametrize("kind", list(OBSERVERS))
@@ -123,8 +124,9 @@ def test_nothing_observed_is_an_error(kind):
         observer.range()
 
 
-@KINDS
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), each_once(OBSERVERS, [torch.float16, torch.bfloat16, torch.float32, torch.float64]), ids=str
+)
 def test_non_finite_values_name_the_tensor_and_change_nothing(kind, dtype):
     clean, dirty = make(kind), make(kind, name="fc1.input")
     x = gaussian(1000).to(dtype)
@@ -136,8 +138,9 @@ def test_non_finite_values_name_the_tensor_and_change_nothing(kind, dtype):
     assert observed(dirty) == observed(clean, x) and dirty.seen == 1000
 
 
-@KINDS
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), each_once(OBSERVERS, [torch.float16, torch.bfloat16, torch.float32]), ids=str
+)
 def test_omitting_drops_and_counts_them(kind, dtype):
     x = gaussian(1000).to(dtype)
     dirty = torch.cat((x, torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)))[
@@ -164,8 +167,7 @@ def test_frozen_observers_do_not_move(kind):
     assert observed(observer, torch.full((10,), 50.0)) == first and observer.seen == 100
 
 
-@KINDS
-@pytest.mark.parametrize("value", [3.0, -3.0, 1e-38, -(2.0**100)])
+@pytest.mark.parametrize(("kind", "value"), each_once(OBSERVERS, [3.0, -3.0, 1e-38, -(2.0**100)]))
 def test_a_constant_gives_a_range_that_reaches_it(kind, value):
     low, high = observed(make(kind), torch.full((20,), value))
     constant = float(torch.tensor(value))
@@ -240,16 +242,14 @@ def test_kinds_that_depend_on_order_refuse_to_merge():
         a.merge(b)
 
 
-@KINDS
-@pytest.mark.parametrize("factor", [2.0**-20, 4.0, 2.0**30])
+@pytest.mark.parametrize(("kind", "factor"), each_once(OBSERVERS, [2.0**-20, 4.0, 2.0**30]))
 def test_scaling_by_a_power_of_two_scales_the_range_exactly(kind, factor):
     x = laplace(3000) + 0.25
     low, high = observed(make(kind), x)
     assert observed(make(kind), x * factor) == (low * factor, high * factor)
 
 
-@KINDS
-@pytest.mark.parametrize("factor", [3.0, 0.7])
+@pytest.mark.parametrize(("kind", "factor"), each_once(OBSERVERS, [3.0, 0.7]))
 def test_scaling_by_anything_scales_the_range(kind, factor):
     x = gaussian(20000)
     low, high = observed(make(kind), x)
@@ -284,9 +284,11 @@ def test_autograd_does_not_follow(kind):
 # Channels
 
 
-@pytest.mark.parametrize("kind", PER_CHANNEL)
-@pytest.mark.parametrize("axis, shape", [(0, (4, 600, 2)), (1, (300, 4, 4)), (-1, (1200, 4))])
-def test_each_channel_has_the_range_it_would_have_alone(kind, axis, shape):
+@pytest.mark.parametrize(
+    ("kind", "place"), each_once(PER_CHANNEL, [(0, (4, 600, 2)), (1, (300, 4, 4)), (-1, (1200, 4))]), ids=str
+)
+def test_each_channel_has_the_range_it_would_have_alone(kind, place):
+    axis, shape = place
     gains = torch.tensor([1.0, 1e-3, 50.0, 1e3])
     x = gaussian(4800).reshape(shape)
     x = (x.movedim(axis, -1) * gains + gains / 2).movedim(-1, axis)
@@ -486,9 +488,7 @@ def test_equal_end_bins_drop_the_left_one_first():
     assert histogram_filter(x, keep=0.85, bins=10, max_refine=0)[0] == pytest.approx(5.0)
 
 
-@FAMILY
-@pytest.mark.parametrize("n", [50, 5000, 100_000])
-@pytest.mark.parametrize("keep", [0.9, 0.99])
+@pytest.mark.parametrize(("family", "n", "keep"), each_once(FAMILIES, [50, 5000, 100_000], [0.9, 0.99]))
 def test_the_filter_keeps_at_least_the_share(family, n, keep):
     x = FAMILIES[family](n)
     assert share(x, *histogram_filter(x, keep=keep)) >= keep
@@ -679,9 +679,7 @@ def best_ends(x: torch.Tensor, grid: dict[str, Any], loss: Callable[[np.ndarray]
     return min(ends, key=lambda e: loss(fake_quantized(x, *e, **grid)))
 
 
-@pytest.mark.parametrize("exponent", [2.0, 2.4])
-@pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize(("grid", "shape", "exponent"), each_once(GRIDS, SHAPES, [2.0, 2.4]))
 def test_mse_is_as_good_as_a_blind_search_on_the_samples(grid, shape, exponent):
     x = SHAPES[shape]()
 
@@ -891,8 +889,12 @@ def test_kl_of_an_asymmetric_grid_cuts_the_observed_range():
 # Cosine
 
 
-@pytest.mark.parametrize("shape", ["gaussian", "shifted-laplace", "relu", "outliers"])
-@pytest.mark.parametrize("grid", ["int4-full", "int4-asymmetric", "uint8-asymmetric"])
+@pytest.mark.parametrize(
+    ("grid", "shape"),
+    each_once(
+        ["int4-full", "int4-asymmetric", "uint8-asymmetric"], ["gaussian", "shifted-laplace", "relu", "outliers"]
+    ),
+)
 def test_cosine_is_as_good_as_a_blind_search_on_the_samples(grid, shape):
     x = SHAPES[shape]()
     found = observed(OBSERVERS["cosine"](**GRIDS[grid]), x)

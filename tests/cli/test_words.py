@@ -19,7 +19,7 @@ import torch
 
 import arrondi
 import arrondi.pipeline
-from arrondi.evaluate import Comparison
+from arrondi.measure import Comparison
 from arrondi.report import sole_reader
 from arrondi.report.readers import readers_lines
 from tests.cli.conftest import Cli, refused
@@ -198,7 +198,7 @@ def test_an_infinite_divergence_is_null_in_json_and_misses_every_limit(
     comparison = Comparison(resamples=100)
     comparison.add(logits, other, ids)
     result = {**comparison.summary().to_dict(), "text": "t", "protocol": "p", "notes": []}
-    monkeypatch.setattr("arrondi.evaluate.compare.compare_models", lambda *arguments, **options: result)
+    monkeypatch.setattr("arrondi.measure.compare.compare_models", lambda *arguments, **options: result)
 
     def strict(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")

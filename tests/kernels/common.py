@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import pytest
 import torch
 
 from arrondi.formats import ActivationScheme, Scheme, parse_scheme
@@ -15,6 +12,7 @@ from arrondi.kernels import native_linear as module
 from arrondi.native import native
 from arrondi.tensor.qtensor import QTensor, quantize_tensor
 from arrondi.tensor.ranges.grid import Grid
+from tests.cases import pairwise as pairwise
 
 PATHS = [] if native is None else [name for name, missing in native.paths() if missing is None]
 """Paths of the compiled kernels that run here."""
@@ -59,19 +57,3 @@ def assert_same(found: QTensor, wanted: QTensor) -> None:
         else:
             assert a.dtype == b.dtype and a.shape == b.shape, name
             assert torch.equal(a.nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0)), name
-
-
-def pairwise(*axes: Iterable[Any]) -> list[Any]:
-    """The product of the axes as parameters; those that no pair of values needs are marked `full`.
-
-    Greedy: a case is taken in the order of the product when it has the most pairs that no case before it has.
-    """
-    cases = list(itertools.product(*(list(axis) for axis in axes)))
-    pairs = {case: {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)} for case in cases}
-    missing = set().union(*pairs.values()) if cases else set()
-    chosen = set()
-    while missing:
-        best = max(cases, key=lambda case: len(pairs[case] & missing))
-        chosen.add(best)
-        missing -= pairs[best]
-    return [pytest.param(*case, marks=() if case in chosen else pytest.mark.full) for case in cases]

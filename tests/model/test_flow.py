@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from arrondi.checkpoint import Checkpoint
-from arrondi.model import Chain, Skeleton
+from arrondi.model import Chain, Inputs, OnDisk
 from arrondi.model.flow import Use, find_stages, trace, watch
 
 
@@ -434,11 +433,13 @@ def test_stacks_of_experts_that_read_the_same_rows_share_a_stage() -> None:
     ],
 )
 def test_the_stages_of_a_real_block(name: str, expected: list[list[str]], models: Callable[..., Path]) -> None:
-    chain = Chain(Skeleton(Checkpoint.open(models(name))))
-    hidden = next(iter(chain.begin([torch.arange(6)[None]])))
+    source = OnDisk.open(models(name))
+    chain = Chain(source.instance(), source.units)
+    with chain.outer_loaded():
+        hidden, calls = chain.begin(Inputs.of(torch.arange(6)[None]))
     chain.fill(0)
-    params = {n: p for n in chain.params(0) if (p := chain.skeleton.parameter(n)).ndim >= 2}
-    stages = find_stages(params, lambda: chain.run(0, hidden))
+    params = {n: p for n in chain.params(0) if (p := chain.instance.parameter(n)).ndim >= 2}
+    stages = find_stages(params, lambda: chain.run(0, hidden, calls[0]))
     assert [[n.split(".")[-2] for n in s.leaders] for s in stages] == expected
     assert all(len(set(s.leaders.values())) == 1 for s in stages)
     assert {r for s in stages for r in s.reduces_last.values()} == {name != "gpt2"}

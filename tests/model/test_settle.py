@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import arrondi.measure.compare as comparing
+import arrondi.pipeline.texts as texts
 from arrondi.errors import SchemeError
 from arrondi.model import Budget, OnDisk, Stream, settle, walk
+from arrondi.pipeline import Recipe, TextOptions, quantize_model
 from tests.zoo import of_transformers, outputs
 
 Models = Callable[..., Path]
@@ -46,3 +50,37 @@ def test_a_whole_model_that_does_not_fit_is_refused(models: Models, monkeypatch:
     monkeypatch.setattr("os.sysconf", lambda name: 1000)
     with pytest.raises(SchemeError, match=r"Run as a whole it would need twice"):
         settle(OnDisk.open(models("albert")), IDS[-1:])
+
+
+def leaving(first: Any) -> Any:
+    """A block's forward that gives the second block the mean of the first one's output, beside its arguments."""
+
+    def forward(self: Any, hidden: torch.Tensor, **kwargs: Any) -> Any:
+        output = first(self, hidden, **kwargs)
+        if self.self_attn.layer_idx == 0:
+            type(self).left = output.mean()
+        return output + type(self).left if self.self_attn.layer_idx == 1 else output
+
+    return forward
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_what_blocks_keep_for_each_other_between_calls_is_refused(
+    command: str, models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch alone is right; only when batches take turns the second block sees what another batch left."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", leaving(LlamaDecoderLayer.forward))
+    monkeypatch.setattr(LlamaDecoderLayer, "left", torch.zeros(()), raising=False)
+    for module in (texts, comparing):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 100)
+    source = models("llama")
+    one, several = (TextOptions(eval_text=text, seq_len=33, eval_samples=n) for n in (3, 7))
+    w8 = Recipe.simple("W8A16", group_size=32)
+    quantize_model(source, tmp_path / "one", w8, one)
+    with pytest.raises(SchemeError, match="keep something for each other"):
+        if command == "quantize":
+            quantize_model(source, tmp_path / "several", w8, several)
+        else:
+            comparing.compare_models(tmp_path / "one", source, text, seq_len=33, samples=7)

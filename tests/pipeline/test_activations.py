@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import SchemeError
-from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_activations
+from arrondi.measure.compare import compare_models
 from arrondi.native import native
 from arrondi.nn import QLinear
 from arrondi.pipeline import quantize_model

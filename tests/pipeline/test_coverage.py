@@ -12,7 +12,7 @@ import torch
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.compare import compare_models
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, TextOptions, dequantize_model, make_plan, quantize_model
 from tests.zoo import ARCHITECTURES, of_transformers, outputs

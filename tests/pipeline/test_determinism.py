@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import arrondi
-from arrondi.evaluate.compare import compare_models
-from arrondi.evaluate.data import Windows
+from arrondi.measure.compare import compare_models
+from arrondi.measure.data import Windows
 from arrondi.model import OnDisk
 from arrondi.native import native
 from arrondi.pipeline import dequantize_model, quantize_model

@@ -11,7 +11,7 @@ import torch
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.compare import compare_models
+from arrondi.measure.compare import compare_models
 from arrondi.nn import QStack
 from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from tests.zoo import of_transformers

@@ -20,7 +20,7 @@ from arrondi.checkpoint import Entry, ShardWriter
 from arrondi.checkpoint.containers import disk
 from arrondi.checkpoint.containers.tensor_file import read_bytes
 from arrondi.errors import OutputError
-from arrondi.evaluate.comparison import Comparison
+from arrondi.measure.comparison import Comparison
 from arrondi.model import OnDisk
 from arrondi.pipeline import TextOptions, make_plan, publish, quantize_model
 from arrondi.pipeline.ledger import travelling

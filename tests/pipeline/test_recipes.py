@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import ArrondiError, DataError, FileFormatError, SchemeError
-from arrondi.evaluate.compare import compare_models
 from arrondi.formats import parse_scheme
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import Plan, Recipe, Rule, TextOptions, check, dequantize_model, make_plan, quantize_model
 from arrondi.pipeline.recipe import matches

@@ -15,11 +15,11 @@ import transformers
 from safetensors.torch import load_file
 
 import arrondi
-import arrondi.evaluate.compare as comparing
+import arrondi.measure.compare as comparing
 import arrondi.pipeline.run as running
 import arrondi.pipeline.texts as texts
 from arrondi.checkpoint import Checkpoint
-from arrondi.evaluate.compare import compare_models
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import TextOptions, inspect_model, make_plan, quantize_model
 from tests.conftest import ARCHITECTURES

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import arrondi
 import arrondi.model.source as source_module
-from arrondi.evaluate.compare import compare_models
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.nn import QLinear
 from arrondi.pipeline import TextOptions, dequantize_model, quantize_model

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import arrondi
 from arrondi.errors import SchemeError
-from arrondi.evaluate.compare import compare_models
+from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, Rule, TextOptions, make_plan, quantize_model
 from arrondi.pipeline.step import Step

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import QTensor, quantize_with
+from tests.cases import each_once
 
 INT4 = FORMATS["int4"]
 ORDERS = ["static", "dynamic", "none"]
@@ -50,6 +51,11 @@ SCHEMES = {
 }
 GROUPED = [name for name, s in SCHEMES.items() if isinstance(s.granularity, PerGroup)]
 BY_ORDER = [(name, order) for name in SCHEMES for order in ORDERS if order != "dynamic" or name in GROUPED]
+
+
+def some(cases: Iterable[Any], every: int = 3) -> list[Any]:
+    """Every third case; the rest, being its neighbours, are marked `full`."""
+    return [pytest.param(*c, marks=() if i % every == 0 else pytest.mark.full) for i, c in enumerate(cases)]
 
 
 class Layer(NamedTuple):
@@ -181,8 +187,9 @@ def test_a_hopeless_matrix_is_refused() -> None:
 # Diagonal H: nothing to repair.
 
 
-@pytest.mark.parametrize("range", RANGES)
-@pytest.mark.parametrize(("name", "order"), [(n, o) for n, o in BY_ORDER if o != "dynamic"])
+@pytest.mark.parametrize(
+    ("name", "order", "range"), some([(n, o, r) for r in RANGES for n, o in BY_ORDER if o != "dynamic"])
+)
 def test_a_diagonal_h_gives_round_to_nearest(name: str, order: str, range: str) -> None:
     scheme = SCHEMES[name]
     weight = torch.randn(12, 50, generator=torch.Generator().manual_seed(2)) * 0.02
@@ -264,7 +271,7 @@ def test_groups_fitted_on_the_way_see_the_repaired_columns() -> None:
     np.testing.assert_array_equal(q.dequantize().double().numpy(), out)
 
 
-@pytest.mark.parametrize(("name", "order"), BY_ORDER)
+@pytest.mark.parametrize(("name", "order"), some(BY_ORDER))
 def test_the_block_size_changes_nothing(name: str, order: str) -> None:
     layer = make_layer(n=50)
     weight = layer.weight.double()
@@ -286,8 +293,7 @@ def test_columns_left_after_a_block_agree_to_float64() -> None:
         assert loss == pytest.approx(losses[0], rel=1e-13)
 
 
-@pytest.mark.parametrize(("name", "order"), BY_ORDER)
-@pytest.mark.parametrize("damping", [0.01, 0.3])
+@pytest.mark.parametrize(("name", "order", "damping"), some([(*c, d) for d in (0.01, 0.3) for c in BY_ORDER], 4))
 def test_the_loss_counted_on_the_way_is_the_loss(name: str, order: str, damping: float) -> None:
     # ½ Σ (error / U[c,c])² = ½ tr(D (H + λI) Dᵀ), whatever the grid, the groups and the order.
     layer = make_layer(n=50)
@@ -360,8 +366,7 @@ def test_other_orders_keep_contiguous_groups(order: str) -> None:
     assert gptq(layer.weight, SCHEMES["int4-g16"], layer.moment, order=order).group_index is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("range", RANGES)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("name", "range"), each_once(SCHEMES, RANGES))
 def test_static_scales_are_those_of_the_unrounded_weight(name: str, range: str) -> None:
     layer = make_layer(n=50)
     q = gptq(layer.weight, SCHEMES[name], layer.moment, order="static", range=range)  # type: ignore[arg-type]
@@ -369,7 +374,10 @@ def test_static_scales_are_those_of_the_unrounded_weight(name: str, range: str) 
     assert torch.equal(q.real_scale, nearest.real_scale)
 
 
-@pytest.mark.parametrize(("name", "order"), [(n, o) for n, o in BY_ORDER if SCHEMES[n].zero_point != "float"])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    some([("int4-channel-bf16", "static"), *((n, o) for n, o in BY_ORDER if SCHEMES[n].zero_point != "float")]),
+)
 def test_columns_whose_input_is_always_zero_become_zero(name: str, order: str) -> None:
     layer = make_layer()
     inputs = layer.inputs.clone()
@@ -382,7 +390,9 @@ def test_columns_whose_input_is_always_zero_become_zero(name: str, order: str) -
     assert bool((q.dequantize() != 0).any())
     alive = torch.ones(48, dtype=torch.bool)
     alive[dead] = False
-    assert layer.error(q) < 10, "the others are not upset by it"
+    of_the_others = Layer(layer.weight, inputs, moment)
+    nearest = rtn(layer.weight, SCHEMES[name], range="search", power=4.0)
+    assert of_the_others.error(q) < 0.8 * of_the_others.error(nearest), "the others are not upset by it"
     if name == "int4-channel-bf16" and order != "dynamic":
         without = SecondMoment(45)
         without.update(inputs[:, alive])
@@ -420,8 +430,7 @@ def test_scales_of_every_kind_are_stored_values() -> None:
 # Does it help?
 
 
-@pytest.mark.parametrize(("name", "order"), BY_ORDER)
-@pytest.mark.parametrize("range", RANGES)
+@pytest.mark.parametrize(("name", "order", "range"), some([(*c, r) for r in RANGES for c in BY_ORDER], 4))
 def test_the_output_error_is_below_that_of_round_to_nearest(name: str, order: str, range: str) -> None:
     layer = make_layer(m=24, n=96, tokens=400, rank=12)
     q = gptq(layer.weight, SCHEMES[name], layer.moment, order=order, range=range)  # type: ignore[arg-type]
@@ -442,7 +451,7 @@ PUBLISHED = {
 def test_the_gains_are_the_published_ones(bits: int) -> None:
     layer = make_layer(256, 512, tokens=2048, rank=64, loud=4)
     scheme = Scheme(integer(bits), PerGroup(128), "integer")
-    nearest = layer.error(rtn(layer.weight, scheme))
+    nearest = layer.error(rtn(layer.weight, scheme, range="absmax"))
     plain, dynamic, static = (
         layer.error(gptq(layer.weight, scheme, layer.moment, order=order, range="absmax"))  # type: ignore[arg-type]
         for order in ("none", "dynamic", "static")
@@ -526,7 +535,7 @@ def test_codes_are_those_of_the_grid_that_is_returned() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 33, 200])
-def test_the_root_in_place_is_that_of_its_twin(n: int, dtype: torch.dtype) -> None:
+def test_the_root_in_place_is_that_of_its_reference(n: int, dtype: torch.dtype) -> None:
     x = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(n), dtype=dtype)
     matrix = x.T @ x / n + torch.eye(n, dtype=dtype)
     expected = _root_reference(matrix.clone())

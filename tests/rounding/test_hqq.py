@@ -12,6 +12,7 @@ from arrondi.errors import DataError, SchemeError
 from arrondi.formats import FORMATS, PRESETS, PerChannel, PerGroup, Scheme, integer
 from arrondi.rounding import hqq, rtn
 from arrondi.tensor.qtensor import QTensor
+from tests.cases import pairwise
 
 
 def drawn(source: str, std: float = 0.02, rows: int = 64, columns: int = 2048) -> torch.Tensor:
@@ -42,7 +43,7 @@ MEASURED = {
 @pytest.mark.parametrize(("source", "bits"), MEASURED)
 def test_the_published_method_gains_what_was_measured(source: str, bits: int) -> None:
     weight = drawn(source)
-    nearest = rtn(weight, scheme(bits, "float"))
+    nearest = rtn(weight, scheme(bits, "float"), range="absmax")
     q = hqq(weight, scheme(bits, "float"), normalize=False)
     gain = float(group_errors(q, weight).mean() / group_errors(nearest, weight).mean()) - 1
     squares = float((q.dequantize() - weight).square().sum() / (nearest.dequantize() - weight).square().sum())
@@ -106,14 +107,14 @@ def test_the_iteration_is_the_published_one(bits: int, std: float) -> None:
     assert errors[0] == pytest.approx(errors[1], rel=2e-3)
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["published", "normalized"])
-@pytest.mark.parametrize("source", ["gaussian", "laplace"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("zero", ["none", "integer", "float"])
+@pytest.mark.parametrize(
+    ("zero", "bits", "source", "normalize"),
+    pairwise(["none", "integer", "float"], [2, 3, 4, 8], ["gaussian", "laplace"], [False, True]),
+)
 def test_no_group_is_worse_than_rounded_to_nearest(zero: str, bits: int, source: str, normalize: bool) -> None:
     weight = drawn(source, rows=32, columns=1024)
     errors = group_errors(hqq(weight, scheme(bits, zero), normalize=normalize), weight)
-    nearest = group_errors(rtn(weight, scheme(bits, zero)), weight)
+    nearest = group_errors(rtn(weight, scheme(bits, zero), range="absmax"), weight)
     assert bool((errors <= nearest * (1 + 1e-5)).all())
     assert float(errors.mean()) < 0.995 * float(nearest.mean()), "and on the whole there is a gain"
 
@@ -126,12 +127,14 @@ def test_stored_scales_are_kept_to(zero: str, storage: str) -> None:
     q = hqq(weight, wanted)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[storage]
     assert torch.equal(q.real_scale.to(dtype).float(), q.real_scale)
-    assert bool((group_errors(q, weight) <= group_errors(rtn(weight, wanted), weight) * (1 + 1e-5)).all())
+    assert bool(
+        (group_errors(q, weight) <= group_errors(rtn(weight, wanted, range="absmax"), weight) * (1 + 1e-5)).all()
+    )
 
 
 def test_an_integer_zero_point_stays_one_and_the_scale_moves() -> None:
     weight = drawn("gaussian", rows=8) + 0.01
-    q, nearest = hqq(weight, scheme(3, "integer")), rtn(weight, scheme(3, "integer"))
+    q, nearest = hqq(weight, scheme(3, "integer")), rtn(weight, scheme(3, "integer"), range="absmax")
     assert q.zero_point is not None
     assert q.zero_point.dtype == torch.int32
     assert 0 <= int(q.zero_point.min()) <= int(q.zero_point.max()) <= 7
@@ -164,7 +167,7 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     assert q.shape == shape
     if weight.numel():
         assert float((q.dequantize() - weight).abs().mean()) <= float(
-            (rtn(weight, scheme(4, "float")).dequantize() - weight).abs().mean()
+            (rtn(weight, scheme(4, "float"), range="absmax").dequantize() - weight).abs().mean()
         )
 
 

@@ -97,7 +97,7 @@ def test_floats_round_like_ml_dtypes_on_every_float16_and_around_every_tie(
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_the_native_cast_is_a_table_format_and_equals_its_slow_twin(name: str) -> None:
+def test_the_native_cast_is_a_table_format_and_equals_its_slow_reference(name: str) -> None:
     x = torch.from_numpy(hard_inputs(FORMATS[name]))
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([x, torch.randn(100_000, generator=generator) * torch.exp2(torch.linspace(-20, 17, 100_000))])

@@ -16,6 +16,7 @@ from arrondi.errors import ShapeError
 from arrondi.formats import FORMATS
 from arrondi.tensor.encoding import decode
 from arrondi.tensor.packing import pack, packed_width, unpack
+from tests.cases import each_once
 
 BITS = range(1, 9)
 LENGTHS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100]
@@ -48,8 +49,7 @@ def test_the_first_code_is_in_the_lowest_bits() -> None:
     assert pack(torch.tensor([[1, 2, 7]], dtype=torch.uint8), 3).tolist() == [[0b11_010_001, 0b1]]
 
 
-@pytest.mark.parametrize("word_bytes", [1, 2, 4])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "word_bytes"), each_once(BITS, [1, 2, 4]))
 def test_every_width_and_length_is_the_bit_stream(bits: int, word_bytes: int) -> None:
     for length in LENGTHS:
         codes = random_codes((3, length), bits)
@@ -61,9 +61,10 @@ def test_every_width_and_length_is_the_bit_stream(bits: int, word_bytes: int) ->
         assert torch.equal(unpack(packed, bits, length), codes), length
 
 
-@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    "shape", [(16,), (13,), (2, 3, 16), (2, 3, 13), (0, 16), (0, 13), (4, 0), (2, 0, 8), (1, 1)], ids=str
+    ("bits", "shape"),
+    each_once(BITS, [(16,), (13,), (2, 3, 16), (2, 3, 13), (0, 16), (0, 13), (4, 0), (2, 0, 8), (1, 1)]),
+    ids=str,
 )
 def test_any_shape_round_trips(bits: int, shape: tuple[int, ...]) -> None:
     codes = random_codes(shape, bits)

@@ -1,4 +1,4 @@
-"""The compiled quantizers against their slow twins: the same codes and scales to the last bit, or as close as each one says."""
+"""The compiled quantizers against their slow references: the same codes and scales to the last bit, or as close as each one says."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.ranges.search import on_grid, search_grid, search_grid_reference
 from arrondi.tensor.tiling import to_tiles
+from tests.cases import each_once
 
 pytestmark = pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
 
@@ -42,7 +43,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @contextlib.contextmanager
-def twin() -> Iterator[None]:
+def reference_path() -> Iterator[None]:
     with mock.patch.object(quantizers, "native", None):
         yield
 
@@ -79,14 +80,14 @@ SCHEMES = ["int4/g128", "int2/g16/bfloat16", "int3/g50/asym", "int8/channel/floa
 
 
 @pytest.mark.parametrize("text", SCHEMES)
-def test_quantize_equals_its_twin(path: str, text: str) -> None:
+def test_quantize_equals_its_reference(path: str, text: str) -> None:
     for dtype in DTYPES:
         for shape in ((5, 256), (3, 117), (2, 3, 70), (40,), (4, 1)):
             x = weight(*shape, dtype=dtype)
             assert quantizers.knows(x, scheme(text))
             fast = quantize_tensor(x, scheme(text))
             restored = fast.dequantize(), fast.dequantize(torch.bfloat16)
-            with twin():
+            with reference_path():
                 slow = quantize_tensor(x, scheme(text))
                 assert all(torch.equal(r, slow.dequantize(r.dtype)) for r in restored)
             same(fast, slow)
@@ -94,11 +95,11 @@ def test_quantize_equals_its_twin(path: str, text: str) -> None:
 
 @pytest.mark.parametrize("rule", ["full", "narrow", "extreme"])
 @pytest.mark.parametrize("scale", STORED)
-def test_every_rule_equals_its_twin(path: str, rule: str, scale: Any) -> None:
+def test_every_rule_equals_its_reference(path: str, rule: str, scale: Any) -> None:
     for name in ("int2", "int4", "int8"):
         plan = Scheme(FORMATS[name], PerGroup(32), scale=scale)
         fast = quantize_tensor(weight(6, 200), plan, rule=rule)
-        with twin():
+        with reference_path():
             same(fast, quantize_tensor(weight(6, 200), plan, rule=rule))
 
 
@@ -120,7 +121,7 @@ NUMBERS = st.one_of(
 )
 @example([1e-45] * 5, PerGroup(3), "int4", "none", "float16")
 @example([3e38, -3e38], PerToken(), "uint4", "integer", "float32")
-def test_any_numbers_give_the_twins_codes_or_its_error(
+def test_any_numbers_give_the_references_codes_or_its_error(
     values: list[float], granularity: Granularity, format: str, zero: Any, scale: Any
 ) -> None:
     x = torch.tensor(values).reshape(1, -1)
@@ -133,7 +134,7 @@ def test_any_numbers_give_the_twins_codes_or_its_error(
             return str(error)
 
     fast = run()
-    with twin():
+    with reference_path():
         slow = run()
     if isinstance(slow, str) or isinstance(fast, str):
         assert fast == slow
@@ -141,9 +142,11 @@ def test_any_numbers_give_the_twins_codes_or_its_error(
         same(fast, slow)
 
 
-@pytest.mark.parametrize("text", ["int4/g32", "int4/g32/asym", "int4/g32/offset", "int8/channel"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_infinity_give_the_twins_error(path: str, text: str, bad: float) -> None:
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    each_once(["int4/g32", "int4/g32/asym", "int4/g32/offset", "int8/channel"], [torch.nan, torch.inf, -torch.inf]),
+)
+def test_nan_and_infinity_give_the_references_error(path: str, text: str, bad: float) -> None:
     for column in (0, 5, 37, 69):
         x = weight(4, 70)
         x[3, column] = bad
@@ -155,7 +158,7 @@ def test_nan_and_infinity_give_the_twins_error(path: str, text: str, bad: float)
             quantize_with(x, scheme(text), Grid(good.real_scale, good.zero_point, good.offset))
 
 
-def test_a_scale_that_overflows_gives_the_twins_error() -> None:
+def test_a_scale_that_overflows_gives_the_references_error() -> None:
     with pytest.raises(DataError, match=r"^w: A scale of .* overflows float16"):
         quantize_tensor(torch.full((2, 32), 1e30), scheme("int4/g32/float16"), name="w")
 
@@ -172,7 +175,7 @@ def test_layouts_of_the_input_change_nothing() -> None:
     same(quantize_tensor(base.double(), scheme("int4/g16")), quantize_tensor(base, scheme("int4/g16")))
 
 
-def test_what_the_kernels_leave_to_the_twin() -> None:
+def test_what_the_kernels_leave_to_the_reference_path() -> None:
     x = weight(64, 64)
     assert not quantizers.knows(x, Scheme(FORMATS["int4"], PerBlock(16, 16)))
     assert not quantizers.knows(x, Scheme(FORMATS["int4"], PerChannel(1)))
@@ -190,7 +193,7 @@ def test_rounding_on_a_given_grid_and_the_way_back(path: str, text: str) -> None
     q = quantize_tensor(x * 0.7, scheme(text))
     grid = Grid(q.real_scale, q.zero_point, q.offset)
     fast = quantize_with(x, scheme(text), grid)
-    with twin():
+    with reference_path():
         same(fast, quantize_with(x, scheme(text), grid))
     sums = quantizers.lost(x.bfloat16(), fast.codes, scheme(text), grid)
     assert sums is not None
@@ -215,7 +218,7 @@ def test_parts_of_a_grid_may_have_any_layout() -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_packing_equals_its_twin(path: str, bits: int) -> None:
+def test_packing_equals_its_reference(path: str, bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     for columns in (1, 7, 8, 64, 509, 512, 1030):
         for word_bytes in (1, 4):
@@ -252,11 +255,14 @@ def loss_of(x: torch.Tensor, plan: Scheme, grid: Grid, importance: torch.Tensor 
     return (error if importance is None else error * to_tiles(importance.expand_as(x), (1, tiles.shape[1]))).sum(dim=-1)
 
 
-@pytest.mark.parametrize("power", [2.0, 2.5, 4.0])
 @pytest.mark.parametrize(
-    "text", ["int4/g32", "int2/g16/asym", "int3/g24/offset/bfloat16", "uint4/g16", "int8/g64/float16"]
+    ("text", "power"),
+    each_once(
+        ["int4/g32", "int2/g16/asym", "int3/g24/offset/bfloat16", "uint4/g16", "int4/g16/unsigned", "int8/g64/float16"],
+        [2.0, 2.5, 4.0],
+    ),
 )
-def test_search_takes_the_twins_candidate_or_its_equal(path: str, text: str, power: float) -> None:
+def test_search_takes_the_references_candidate_or_its_equal(path: str, text: str, power: float) -> None:
     for seed in range(2):
         x = weight(12, 192, seed=seed)
         if text.startswith("uint4"):
@@ -284,12 +290,18 @@ def test_search_of_ragged_groups_counts_only_what_is_there(path: str) -> None:
 # ── half-quadratic splitting ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("text", ["int4/g64/offset", "int3/g48/asym", "int4/g32", "int2/g96/offset/bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"p": 0.5, "beta": 3.0, "normalize": True}, {"p": 1.0}])
-def test_hqq_is_as_good_as_its_twin(path: str, text: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("text", "options"),
+    each_once(
+        ["int4/g64/offset", "int3/g48/asym", "int4/g32", "int2/g96/offset/bfloat16"],
+        [{}, {"normalize": True}, {"p": 0.5, "beta": 3.0, "normalize": True}, {"p": 1.0}],
+    ),
+    ids=str,
+)
+def test_hqq_is_as_good_as_its_reference(path: str, text: str, options: dict[str, Any]) -> None:
     x = weight(128, 384)
     fast = hqq(x, scheme(text), **options)
-    with twin():
+    with reference_path():
         slow = hqq(x, scheme(text), **options)
     # Measured in steps every group moves at every iteration, and whether the last one still helped is decided by the last bits.
     most_equal, near = (0.998, 3e-4) if options.get("normalize") else (0.999, 1e-4)
@@ -299,7 +311,7 @@ def test_hqq_is_as_good_as_its_twin(path: str, text: str, options: dict[str, Any
 
 
 def test_hqq_of_a_ragged_group_counts_only_what_is_there(path: str) -> None:
-    # The twin repeats some elements of a ragged group, which moves its mean.
+    # The reference repeats some elements of a ragged group, which moves its mean.
     x = weight(6, 117)
     for text in ("int4/g50/offset", "int4/g50/asym"):
         q, last = hqq(x, scheme(text)), hqq(x[:, 100:], scheme(text))
@@ -317,23 +329,25 @@ def moment(n: int) -> SecondMoment:
     return made
 
 
-@pytest.mark.parametrize("order", ["static", "dynamic", "none"])
-@pytest.mark.parametrize("text", ["int4/g32", "int3/g24/asym/bfloat16", "int4/g40/offset"])
-def test_gptq_chooses_the_twins_codes(path: str, order: Any, text: str) -> None:
+@pytest.mark.parametrize(
+    ("order", "text"),
+    each_once(["static", "dynamic", "none"], ["int4/g32", "int3/g24/asym/bfloat16", "int4/g40/offset"]),
+)
+def test_gptq_chooses_the_references_codes(path: str, order: Any, text: str) -> None:
     for rows in (16, 65, 90):
         for block in (32, 128):
             w = weight(rows, 144)
             fast = gptq(w, scheme(text), moment(144), order=order, range="absmax", block_size=block)
-            with twin():
+            with reference_path():
                 slow = gptq(w, scheme(text), moment(144), order=order, range="absmax", block_size=block)
             same(fast, slow)
 
 
 @pytest.mark.parametrize("granularity", [PerChannel(), PerTensor(), PerBlock(16, 32), PerChannel(1)])
-def test_gptq_of_other_granularities_chooses_the_twins_codes(granularity: Granularity) -> None:
+def test_gptq_of_other_granularities_chooses_the_references_codes(granularity: Granularity) -> None:
     plan = Scheme(FORMATS["int4"], granularity)
     fast = gptq(weight(40, 96), plan, moment(96), range="absmax")
-    with twin():
+    with reference_path():
         same(fast, gptq(weight(40, 96), plan, moment(96), range="absmax"))
 
 

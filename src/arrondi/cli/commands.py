@@ -22,7 +22,7 @@ from arrondi.documents import to_json
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
-    from arrondi.evaluate.limits import Limits
+    from arrondi.measure.limits import Limits
     from arrondi.pipeline import Recipe
 
 app = typer.Typer(
@@ -163,7 +163,7 @@ def evaluate(
 ) -> None:
     """Perplexity, KL divergence to the original and top-1 agreement, each with a 95 % interval."""
     limits, where = _limits(max_kl, max_ppl_increase), device_options(device)
-    from arrondi.evaluate.compare import compare_models
+    from arrondi.measure.compare import compare_models
     from arrondi.report import print_evaluation, progress_bar
 
     with progress_bar("measuring", quiet) as progress:
@@ -277,7 +277,7 @@ def bench(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure this machine, and how close products with quantized weights come to what it can do."""
-    from arrondi.evaluate.roofline import bench as measure
+    from arrondi.measure.roofline import bench as measure
     from arrondi.report import print_bench, progress_bar
 
     wanted = [sizes("--shapes", shape, "x", 2) for shape in shapes.split(",")]
@@ -314,7 +314,7 @@ def _show_plan(
     model: str, recipe: Recipe, layout: str | None, keep_misfits: bool, samples: int, seq_len: int, as_json: bool
 ) -> None:
     from arrondi.checkpoint import Checkpoint
-    from arrondi.evaluate.text import fit_length, positions_of
+    from arrondi.measure.text import fit_length, positions_of
     from arrondi.model import OnDisk
     from arrondi.pipeline import make_plan
     from arrondi.pipeline.estimate import estimate
@@ -340,7 +340,7 @@ def _show_plan(
 
 
 def _limits(max_kl: float | None, max_ppl_increase: float | None) -> Limits:
-    from arrondi.evaluate.limits import Limits
+    from arrondi.measure.limits import Limits
 
     return Limits(max_kl, max_ppl_increase)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from arrondi.errors import ArrondiError, SchemeError, unknown
+from arrondi.errors import ArrondiError, unknown
 from arrondi.formats.presets import ALIASES, PRESETS
 
 _GGUF: Final = {
@@ -51,7 +51,8 @@ _MEANINGS: Final[tuple[tuple[str, Callable[[re.Match[str]], str]], ...]] = (
     (r"(GGUF|GGML|LLAMA\.?CPP).*", _say("GGUF is a kind of file; choose a scheme such as W4A16")),
     (r"(?:W|INT)(?P<bits>[2-8])(?:A16)?_?G(?P<size>\d+)", _sized),
     (r"(?:U?INT|I|W)?(?P<bits>\d{1,2})_?(?:BITS?|B|WO|WEIGHT_ONLY)?(?:_SYM)?", _bits),
-    (r"(RTN|GPTQ|HQQ|AWQ|AUTOROUND|SMOOTHQUANT)(_.*)?", _say("That is a method (--method), not a scheme; the usual scheme for it is W4A16")),
+    (r"(?P<method>RTN|GPTQ|HQQ)(_.*)?", lambda match: f"That is a method: --method {match['method'].lower()} --scheme W4A16"),
+    (r"(AWQ|AUTOROUND|SMOOTHQUANT)(_.*)?", _say("That is a method and not known here; the usual scheme for it is W4A16")),
     (r"(BNB|BITSANDBYTES)?_?(4BIT|NF4).*|QLORA", _say("The 4 bits of bitsandbytes are NF4 (or FP4)")),
     (r"(BNB|BITSANDBYTES|LLM)_?\.?(INT)?8.*", _say("Weights of 8 bits are W8A16, with rounded inputs W8A8")),
     (r"(E4M3|FP8_?E4M3|FLOAT8|F8|E5M2|FP8_?E5M2).*", _say("FP8 rounds weights and inputs by stored scales, FP8_DYNAMIC inputs by their own, FP8A16 weights alone")),
@@ -74,5 +75,5 @@ def unknown_scheme(text: str) -> ArrondiError:
     for pattern, say in _MEANINGS:
         match = re.fullmatch(pattern, word)
         if match:
-            return SchemeError(f"Unknown scheme {text!r}. {say(match)}. Known: {', '.join(sorted(PRESETS))}.")
+            return unknown("scheme", text, PRESETS, hint=f"{say(match)}.")
     return unknown("scheme", text, [*PRESETS, *ALIASES])

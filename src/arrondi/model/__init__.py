@@ -9,7 +9,7 @@ from arrondi.model.memory import release
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.model.precision import DTYPES, bfloat16_pays, stored_in_16_bits
-from arrondi.model.settle import settle
+from arrondi.model.settle import confirm, settle
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
@@ -41,6 +41,7 @@ __all__ = [
     "bfloat16_pays",
     "build_model",
     "configs_in",
+    "confirm",
     "find_tensors",
     "kl_loss",
     "next_token_loss",

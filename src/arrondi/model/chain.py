@@ -74,6 +74,7 @@ class Chain:
         self._wrap: dict[type, Callable[[torch.Tensor], Any]] = {}
         self._outer = [n for n in instance.empty if self._is_outer(n)]
         self._at_once = False
+        self._skipped: set[str] = set()
         self._entering = self._past_blocks = False
 
     def __len__(self) -> int:
@@ -125,6 +126,7 @@ class Chain:
             return forward
 
         self._entering = True
+        self._look_up_again()
         try:
             with self._replaced(recorder), contextlib.suppress(_Stop):
                 self._forward_pass(inputs, calls.clear)
@@ -166,8 +168,22 @@ class Chain:
 
             return forward
 
+        self._skip_look_ups()
         with self._replaced(passing):
             return result_of(self._forward_pass(inputs))
+
+    def _skip_look_ups(self) -> None:
+        """What went into the blocks does not matter at the end: embeddings that are not loaded give zeros, without their weights."""
+        for name in self.early:
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding) and self.instance.is_empty(name):
+                zero = torch.zeros(1, self.instance.empty[name].shape[1], device=self.instance.device)
+                self.instance.hold(name, torch.nn.Parameter(zero.expand(self.instance.empty[name].shape), False))
+                self._skipped.add(name)
+
+    def _look_up_again(self) -> None:
+        for name in self._skipped:
+            self.instance.hold(name, self.instance.empty[name])
+        self._skipped.clear()
 
     @torch.no_grad()
     def whole(self, inputs: Inputs, see: Callable[[int, tuple[Any, ...], dict[str, Any], Any], None]) -> torch.Tensor:
@@ -179,6 +195,8 @@ class Chain:
 
         def filling(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if i == 0 and not self._at_once:
+                    self.instance.drop(self.early)  # what is needed again is loaded again
                 self.fill(i)
                 before = _copied(args), _copied(kwargs)
                 output = self._forward[i](*args, **kwargs)
@@ -188,6 +206,7 @@ class Chain:
 
             return forward
 
+        self._look_up_again()
         with self.outer_loaded(), self._replaced(filling):
             return result_of(self._forward_pass(inputs))
 

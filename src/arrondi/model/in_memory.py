@@ -28,6 +28,7 @@ class InMemory:
         model: the module.
         names: its parameters, each by its own name.
         whole: the model is run as one unit.
+        settled: what the model itself computes at the ends of one batch; see `settle`.
         where: for messages.
     """
 
@@ -39,6 +40,7 @@ class InMemory:
         self.names = Names(model, {n: tuple(params[n].shape) for n in unique.values()}, self.where, converted=False)
         self.units = next(iter(find_lists(model)), "")
         self.whole = False
+        self.settled: torch.Tensor | None = None
         self.facts = Facts()
 
     @property

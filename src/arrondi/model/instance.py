@@ -33,6 +33,8 @@ class Instance:
         source: where weights come from.
         model: the transformers model; what is not filled lies on the meta device.
         overlay: what differs from the source.
+        lender: another instance of the same source, whose weights this one takes where they are the same, instead of its own
+            copy. Only while neither changes any.
         device: where parameters are filled.
     """
 
@@ -43,16 +45,32 @@ class Instance:
         self.source, self.names, self.overlay = source, source.names, overlay or Overlay()
         self.model: Any = copy.deepcopy(source.model)
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
+        self.lender: Instance | None = None
         self._inputs: Rounding = {}
         self._load_buffers()
 
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
         """Read these parameters (and whatever shares their conversion), floating ones in `dtype`."""
         for param in params:
-            if self.is_empty(param):
+            if self.is_empty(param) and not self._borrows(param, dtype):
                 for name, value in self._values(param, dtype).items():
                     if name in self.empty and self.is_empty(name):
                         self._assign(name, value, dtype)
+
+    def _borrows(self, param: str, dtype: torch.dtype) -> bool:
+        group = self.names.group(param)
+        names = {*self.names.names_of(param), *(group.sources if group else ())}
+        if self.lender is None or names & self.overlay.changed.keys():
+            return False
+        self.lender.fill([param], dtype)
+        for name in self.names.names_of(param):
+            self.hold(name, self.lender.parameter(param))
+        return True
+
+    def hold(self, param: str, value: torch.Tensor) -> None:
+        """Let one module hold a parameter, whatever others that share it do."""
+        module, leaf = self._owner(param)
+        module._parameters[leaf] = value
 
     def _values(self, param: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The parameter's value, and those of the parameters that are made together with it."""

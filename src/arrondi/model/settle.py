@@ -2,7 +2,8 @@
 
 One batch is sent through the model's own forward pass, each block loaded only while it runs; beside it every block is run as the
 chain would run it. Arguments that depend on earlier blocks, caches, extra inputs: whatever differs shows here, and the model is
-then run as a whole, if it fits in memory, or refused.
+then run as a whole, if it fits in memory, or refused. What blocks keep for each other between calls shows only when several
+batches take turns: `confirm` looks at the first batch again when it has gone through all units among the others.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from arrondi.model.flow import trace
 from arrondi.model.in_memory import InMemory
 from arrondi.model.site import Facts
 from arrondi.model.source import OnDisk
+from arrondi.model.streams import Stream
 from arrondi.model.whole import Whole
 
 _TOLERANCE = 1e-4
 """Of the largest number: float32 sums in the same order differ by less."""
+_ENDS = 4
+"""Positions of every window that `confirm` looks at."""
 
 
 @torch.no_grad()
@@ -29,7 +33,7 @@ def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
     """Decide how a source is run: unit by unit, or as a whole; `source.units` says it afterwards.
 
     Args:
-        batch: as the model will be called; one window is enough, as long as those that will follow.
+        batch: as the model will be called; the first of those that will follow, if there will be a `confirm`.
 
     Returns:
         sentences for people, when the model is run as a whole.
@@ -40,7 +44,8 @@ def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
     try:
         if not source.units:
             raise SchemeError("The model has no list of blocks.")
-        _compare(Chain(source.instance(), source.units), Inputs.of(batch))
+        expected = _compare(Chain(source.instance(), source.units), Inputs.of(batch))
+        source.settled = expected[:, -_ENDS:].clone()
         return []
     except SchemeError as reason:
         why = str(reason)
@@ -65,8 +70,29 @@ def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
     return [f"{why} The model is kept in memory as a whole and run so."]
 
 
-def _compare(chain: Chain, inputs: Inputs) -> None:
+@torch.no_grad()
+def confirm(stream: Stream) -> None:
+    """Compare the first batch of the original, after its last unit, with what the model itself computed for it.
+
+    Call it inside `stream.units.outer_loaded()`.
+
+    Raises:
+        SchemeError: they differ.
+    """
+    source, device = stream.units.instance.source, stream.units.instance.device
+    if source.whole or source.settled is None or device.type != "cpu":  # other devices sum in another order
+        return
+    if not _close(stream.output(0)[:, -_ENDS:], source.settled):
+        raise SchemeError(
+            f"The blocks {source.units}.* keep something for each other between two calls, so the model cannot be followed on several batches. Use --method rtn or hqq with neither --calibration nor --eval-text."
+        )
+
+
+def _compare(chain: Chain, inputs: Inputs) -> torch.Tensor:
     """Every block and the end of the model, run by the chain and by the model itself.
+
+    Returns:
+        what the model computes.
 
     Raises:
         SchemeError: they differ; the sentence says where.
@@ -95,6 +121,7 @@ def _compare(chain: Chain, inputs: Inputs) -> None:
     with chain.outer_loaded():
         if not final or not _close(chain.finish(inputs, final[0]), expected):
             raise SchemeError(f"What follows {chain.prefix} computes something else when it is run by itself.")
+    return expected
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -41,6 +41,7 @@ class OnDisk:
         model: the transformers model, its parameters on the meta device.
         names: the way from stored tensors to parameters.
         whole: the model is run as one unit.
+        settled: what the model itself computes at the ends of one batch; see `settle`.
 
     Raises:
         FileFormatError: not a model that transformers knows, or tensors of it are missing.
@@ -59,6 +60,7 @@ class OnDisk:
             self.names = Names(self.model, checkpoint.names, self.where)
         self._refuse_missing()
         self.whole = False
+        self.settled: torch.Tensor | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> OnDisk:

@@ -90,9 +90,9 @@ def quantize_model(
 
 
 def _settled(source: OnDisk, texts: Texts) -> list[str]:
-    """Make sure that the model is run as it runs itself, on the last window of what it will see."""
-    windows = texts.evaluation or texts.calibration
-    return [] if windows is None else settle(source, windows.ids[-1:])
+    """Make sure that the model is run as it runs itself, on the first of what it will see."""
+    batches = texts.evaluation_batches or [b[:1] for b in texts.calibration_batches]
+    return settle(source, batches[0]) if batches else []
 
 
 def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint, file_sha256
-from arrondi.evaluate.data import Windows
+from arrondi.measure.data import Windows
 from arrondi.native import multiplies_bfloat16, native
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
-from arrondi.evaluate.compare import comparison_for
-from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, walk
+from arrondi.measure.compare import comparison_for
+from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -236,9 +236,11 @@ class Run:
     def _measure(self, reference: Stream, measured: Stream) -> dict[str, Any]:
         """Original against quantized, batch by batch."""
         comparison = comparison_for(self.source.model)
+        self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, batch in enumerate(reference.batches):
                 comparison.add(reference.output(j), measured.output(j), ids_of(batch))
+            confirm(reference)
         return {
             **comparison.summary().to_dict(),
             "text": self.texts.evaluation_source,

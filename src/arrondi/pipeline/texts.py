@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from arrondi.errors import DataError
-from arrondi.evaluate.compare import BATCH_TOKENS, batch_size, comparison_for
-from arrondi.evaluate.data import Data, Windows, check_windows, read_windows, reads_text
-from arrondi.evaluate.limits import Limits, check_limits
-from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol
+from arrondi.measure.compare import BATCH_TOKENS, batch_size, comparison_for
+from arrondi.measure.data import Data, Windows, check_windows, read_windows, reads_text
+from arrondi.measure.limits import Limits, check_limits
+from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.model import OnDisk
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.step import get_step

@@ -75,7 +75,7 @@ def hqq(
 
 
 def split_reference(weight: torch.Tensor, scheme: Scheme, solver: _Solver) -> Grid:
-    """The slow twin of the compiled iteration; parts as (tiles, 1)."""
+    """The slow reference of the compiled iteration; parts as (tiles, 1)."""
     tiles = to_tiles(weight, tile_shape(scheme.granularity, tuple(weight.shape)))
     step = max(_CHUNK // tiles.shape[1], 1)
     grids = [solver.solve(tiles[i : i + step].float()) for i in range(0, tiles.shape[0], step)]

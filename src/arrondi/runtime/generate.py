@@ -10,7 +10,7 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, SchemeError
-from arrondi.evaluate.text import load_tokenizer, special_tokens
+from arrondi.measure.text import load_tokenizer, special_tokens
 from arrondi.model import stored_in_16_bits
 from arrondi.native import multiplies_bfloat16
 from arrondi.runtime.decoding import refuse_decoding, tokens

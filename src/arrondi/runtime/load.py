@@ -51,7 +51,9 @@ def load(
     source = OnDisk(Checkpoint.open(path).rounding(activations), kind)
     for name, placed in source.checkpoint.placed.items():
         if placed.scheme.outputs is not None or placed.scheme.kv is not None:
-            raise SchemeError(f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here.")
+            raise SchemeError(
+                f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
+            )
     instance = source.instance()
     model = instance.model
     gone: set[str] = set()

@@ -28,6 +28,7 @@ from arrondi.errors import FileFormatError, OutputError, SchemeError, unknown
 from arrondi.model import InMemory, Site
 from arrondi.nn import QConv, QEmbedding, QLinear, QStack
 from arrondi.runtime.install import install
+from arrondi.runtime.save import SavePretrained
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
@@ -79,7 +80,7 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
     layers: dict[str, _Layer] | None = getattr(model, _LAYERS, None)
     if layers is None:
         own = getattr(model, "save_pretrained", None)
-        if type(own).__name__ == "SavePretrained":
+        if isinstance(own, SavePretrained):
             return own(out)
         raise SchemeError("Nothing in this model is quantized. Call arrondi.quantize(model, …) first.")
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):

@@ -53,7 +53,7 @@ def encode(x: torch.Tensor, format: Format, zero_point: torch.Tensor | None = No
 
 
 def encode_float_reference(x: torch.Tensor, format: Format) -> torch.Tensor:
-    """The slow twin of the native cast, for every float format: count the thresholds below the magnitude."""
+    """The slow reference of the native cast, for every float format: count the thresholds below the magnitude."""
     thresholds, order = _float_tables(format, x.device)
     magnitude = order[torch.bucketize(x.abs().contiguous(), thresholds)]
     return torch.where(torch.signbit(x), magnitude | (1 << (format.bits - 1)), magnitude)

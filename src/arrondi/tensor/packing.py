@@ -1,6 +1,6 @@
 """Codes ↔ bytes, lossless, no arithmetic on values.
 
-Owns: `pack` and `unpack` with their slow twins. The layout is one little-endian bit stream for every row (last axis): code j of width b occupies
+Owns: `pack` and `unpack` with their slow references. The layout is one little-endian bit stream for every row (last axis): code j of width b occupies
 bits [j·b, (j+1)·b) of its row, so the first code sits in the lowest bits, and 3-, 5-, 6- and 7-bit codes cross byte and
 word borders. A row is padded with zero bits to a whole number of words. Read as int32 words, this is the `weight_packed`
 of compressed-tensors (since its version 0.18) and the column stream of GPTQ's `qweight`.
@@ -63,7 +63,7 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1, lowest: int = 0
 
 
 def pack_reference(codes: torch.Tensor, bits: int, *, word_bytes: int = 1) -> torch.Tensor:
-    """The slow twin of `pack`, for codes that are uint8 already; on any device."""
+    """The slow reference of `pack`, for codes that are uint8 already; on any device."""
     columns = codes.shape[-1]
     width = packed_width(columns, bits, word_bytes)
     if not codes.numel():
@@ -122,7 +122,7 @@ def unpack(packed: torch.Tensor, bits: int, columns: int, *, lowest: int = 0) ->
 
 
 def unpack_reference(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The slow twin of `unpack`, for rows that are long enough; unsigned codes, on any device."""
+    """The slow reference of `unpack`, for rows that are long enough; unsigned codes, on any device."""
     if bits == 8:
         return packed[..., :columns].clone()
     if bits == 4:

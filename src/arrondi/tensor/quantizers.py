@@ -1,9 +1,9 @@
 """The compiled quantizers: tensors in, tensors out, and None where PyTorch must do it.
 
-Owns: which tensors and schemes the kernels take, and how they are handed over. Every function has its slow twin, named in
+Owns: which tensors and schemes the kernels take, and how they are handed over. Every function has its slow reference, named in
 its docstring, with the same result: codes and scales to the last bit unless it says otherwise. None means that there is no
 extension, that the kernels do not know this scheme, layout, type or device, or that a value is NaN or infinite or a scale
-does not fit its storage; the twin then does the work or says what is wrong.
+does not fit its storage; the reference then does the work or says what is wrong.
 
 Kernels see a tensor as rows of groups: PerGroup, PerChannel, PerToken and PerTensor, everything whose scales cover consecutive
 elements. Integer formats with plain scales only.
@@ -45,7 +45,7 @@ class _Rows(NamedTuple):
 
 
 def round_groups(x: torch.Tensor, scheme: Scheme, rule: str = "auto") -> tuple[torch.Tensor, Grid] | None:
-    """Fit and round to nearest: codes like `x`, the grid as (tiles, 1). The twin is `arrondi.tensor.qtensor.quantize_tensor`."""
+    """Fit and round to nearest: codes like `x`, the grid as (tiles, 1). The reference is `arrondi.tensor.qtensor.quantize_tensor`."""
     fit = _fit(scheme, rule)
     rows = _rows(x, scheme)
     if fit is None or rows is None:
@@ -77,7 +77,7 @@ def round_packed(
 
 
 def round_on(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor | None:
-    """Codes for a given grid. The twin is `arrondi.tensor.qtensor.quantize_with`."""
+    """Codes for a given grid. The reference is `arrondi.tensor.qtensor.quantize_with`."""
     rows = _rows(x, scheme)
     if rows is None or not _fits_grid(grid, rows):
         return None
@@ -90,7 +90,7 @@ def round_on(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor | None
 
 
 def restore(codes: torch.Tensor, scheme: Scheme, grid: Grid, dtype: torch.dtype) -> torch.Tensor | None:
-    """Codes back to numbers. The twin is `arrondi.tensor.qtensor.QTensor.dequantize`."""
+    """Codes back to numbers. The reference is `arrondi.tensor.qtensor.QTensor.dequantize`."""
     rows = _rows(codes, scheme, _CODES)
     if rows is None or dtype not in (torch.float32, torch.bfloat16) or not _fits_grid(grid, rows):
         return None
@@ -120,7 +120,7 @@ def lost(x: torch.Tensor, codes: torch.Tensor, scheme: Scheme, grid: Grid) -> tu
 def search(x: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float) -> Grid | None:
     """The grid of each group with the least error, as (tiles, 1).
 
-    The twin is `arrondi.tensor.ranges.search.search_grid`; sums are added in another order, so of two candidates whose losses
+    The reference is `arrondi.tensor.ranges.search.search_grid`; sums are added in another order, so of two candidates whose losses
     agree to some 1e-6 either may be taken.
     """
     fit = _fit(scheme, "auto")
@@ -141,7 +141,7 @@ def split(
 ) -> Grid | None:
     """The grid of each group by half-quadratic splitting, as (tiles, 1).
 
-    The twin is `arrondi.rounding.hqq`; powers of the error are within some 1e-6 of its own, and a group whose error falls by
+    The reference is `arrondi.rounding.hqq`; powers of the error are within some 1e-6 of its own, and a group whose error falls by
     less than that may stop at another iteration.
     """
     fit = _fit(scheme, "auto")

@@ -21,6 +21,7 @@ from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import quantize_tensor, quantize_with
 from arrondi.tensor.ranges.fits import FITS, fit
 from arrondi.tensor.ranges.grid import SMALLEST, STORED, Grid, round_scale
+from tests.cases import each_once
 
 GROUP = PerGroup(32)
 MX_FORMATS = ["fp4_e2m1", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2", "int8", "int4"]
@@ -252,8 +253,7 @@ def test_a_scale_too_large_for_its_storage_is_refused(storage: str, value: float
 # Power-of-two scales.
 
 
-@pytest.mark.parametrize("name", MX_FORMATS)
-@pytest.mark.parametrize("rule", ["floor", "ceil", "even", "best"])
+@pytest.mark.parametrize(("name", "rule"), each_once(MX_FORMATS, ["floor", "ceil", "even", "best"]))
 def test_exponent_scales_are_powers_of_two_that_e8m0_can_store(name: str, rule: str) -> None:
     scale = fit(every_magnitude(), mx(name), rule).scale
     codes = encode(scale, FORMATS["e8m0"])

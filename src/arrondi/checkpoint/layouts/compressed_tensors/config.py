@@ -59,7 +59,11 @@ def _ragged(placed: Placed) -> str | None:
         case PerBlock(high, wide) if rows % high or columns % wide:
             return f"compressed-tensors has no smaller last block: {high} × {wide} does not divide {rows} × {columns}"
     inputs = placed.scheme.inputs
-    if inputs is not None and isinstance(inputs.scheme.granularity, PerGroup) and columns % inputs.scheme.granularity.size:
+    if (
+        inputs is not None
+        and isinstance(inputs.scheme.granularity, PerGroup)
+        and columns % inputs.scheme.granularity.size
+    ):
         return f"compressed-tensors has no shorter last group: {inputs.scheme.granularity.size} does not divide {columns} inputs"
     return None
 

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import rel_entr, softmax
 
 from arrondi.errors import ShapeError
-from arrondi.evaluate import kl_divergence, metrics, perplexity, token_nll, top1_agreement
+from arrondi.measure import kl_divergence, metrics, perplexity, token_nll, top1_agreement
 
 LOGITS = arrays(np.float32, (3, 5), elements=st.floats(-80, 80, width=32))
 

@@ -15,12 +15,12 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
-from arrondi.evaluate.comparison import Comparison, EncoderComparison
-from arrondi.evaluate.data import Data, check_windows, read_windows, reads_text
-from arrondi.evaluate.limits import Limits, check_limits
-from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.formats import ActivationScheme
-from arrondi.model import Budget, OnDisk, Stream, settle, walk
+from arrondi.measure.comparison import Comparison, EncoderComparison
+from arrondi.measure.data import Data, check_windows, read_windows, reads_text
+from arrondi.measure.limits import Limits, check_limits
+from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol
+from arrondi.model import Budget, OnDisk, Stream, confirm, settle, walk
 
 BATCH_TOKENS = 2048
 """Tokens sent through a unit at once."""
@@ -105,7 +105,7 @@ def compare_models(
     check_windows(windows, model)
     ids = list(windows.ids[:samples].split(batch_size(model, windows.seq_len)))
     notes = [note] if note and tokenizer is not None else []
-    notes += settle(sources[0], ids[-1][-1:])
+    notes += settle(sources[0], ids[0])
     if sources[0].whole:
         sources[1].run_as_whole(sources[0].facts)
     report = progress or (lambda done, total, what: None)
@@ -144,3 +144,4 @@ def _follow(
         with units[0].outer_loaded(), units[1].outer_loaded():
             for j, batch in enumerate(ids):
                 comparison.add(first.output(j), second.output(j), batch)
+            confirm(first)

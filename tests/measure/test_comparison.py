@@ -11,7 +11,7 @@ import torch
 from scipy.special import rel_entr, softmax
 
 from arrondi.errors import DataError, ShapeError
-from arrondi.evaluate import Comparison, EncoderComparison, WindowBootstrap
+from arrondi.measure import Comparison, EncoderComparison, WindowBootstrap
 
 
 def random_logits(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Measuring what rounding cost: the data it is measured on, metrics with error bars, and the limits a user sets."""
 
-from arrondi.evaluate.comparison import (
+from arrondi.measure.comparison import (
     Comparison,
     ComparisonResult,
     EncoderComparison,
@@ -8,10 +8,10 @@ from arrondi.evaluate.comparison import (
     PerplexityResult,
     perplexity,
 )
-from arrondi.evaluate.data import Data, Windows, read_windows
-from arrondi.evaluate.intervals import WindowBootstrap, block_bootstrap
-from arrondi.evaluate.limits import Limits, check_limits
-from arrondi.evaluate.metrics import kl_divergence, token_nll, top1_agreement
+from arrondi.measure.data import Data, Windows, read_windows
+from arrondi.measure.intervals import WindowBootstrap, block_bootstrap
+from arrondi.measure.limits import Limits, check_limits
+from arrondi.measure.metrics import kl_divergence, token_nll, top1_agreement
 
 __all__ = [
     "Comparison",

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from arrondi.errors import DataError
-from arrondi.evaluate import read_windows
-from arrondi.evaluate.compare import compare_models
-from arrondi.evaluate.data import check_windows, reads_text
-from arrondi.evaluate.text import load_tokenizer
+from arrondi.measure import read_windows
+from arrondi.measure.compare import compare_models
+from arrondi.measure.data import check_windows, reads_text
+from arrondi.measure.text import load_tokenizer
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, TextOptions, quantize_model
 

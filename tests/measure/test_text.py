@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from arrondi.errors import DataError, FileFormatError
-from arrondi.evaluate import read_windows
-from arrondi.evaluate.text import fit_length, load_tokenizer, positions_of, protocol, special_tokens
+from arrondi.measure import read_windows
+from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol, special_tokens
 from arrondi.sample import sample_path
 
 

@@ -1,6 +1,6 @@
 """Data → windows of token ids: a file, texts, token tensors, or whatever gives batches of them.
 
-Owns: `Windows`, `read_windows`, `reads_text` and `check_windows`. Text is cut as `arrondi.evaluate.text` says; token ids are taken as they are.
+Owns: `Windows`, `read_windows`, `reads_text` and `check_windows`. Text is cut as `arrondi.measure.text` says; token ids are taken as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from arrondi.errors import DataError
-from arrondi.evaluate.text import cut, encode, positions_of, read_documents, with_text
+from arrondi.measure.text import cut, encode, positions_of, read_documents, with_text
 
 Data: TypeAlias = str | Path | Sequence[str] | torch.Tensor | Iterable[Any]
 """A path; texts; token ids (n, seq); or batches: tensors, or dicts with `input_ids`, as a DataLoader gives them."""

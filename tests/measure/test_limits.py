@@ -8,7 +8,7 @@ import pytest
 
 from arrondi.documents import finite
 from arrondi.errors import SchemeError
-from arrondi.evaluate import Comparison, EncoderComparison, Limits, check_limits
+from arrondi.measure import Comparison, EncoderComparison, Limits, check_limits
 
 
 def result(value: float, low: float, high: float, key: str = "kl_mean") -> dict:

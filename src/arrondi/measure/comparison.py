@@ -16,8 +16,8 @@ import torch
 
 from arrondi.documents import finite
 from arrondi.errors import ShapeError
-from arrondi.evaluate.intervals import Interval, WindowBootstrap
-from arrondi.evaluate.metrics import kl_divergence, same_shape, token_nll, top1_agreement
+from arrondi.measure.intervals import Interval, WindowBootstrap
+from arrondi.measure.metrics import kl_divergence, same_shape, token_nll, top1_agreement
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import transformers
 
 import arrondi
 from arrondi.errors import DataError, FileFormatError
-from arrondi.evaluate import Comparison
-from arrondi.evaluate.compare import compare_models
-from arrondi.evaluate.data import read_windows
-from arrondi.evaluate.text import load_tokenizer
+from arrondi.measure import Comparison
+from arrondi.measure.compare import compare_models
+from arrondi.measure.data import read_windows
+from arrondi.measure.text import load_tokenizer
 from arrondi.pipeline import quantize_model
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from arrondi.errors import SchemeError
-from arrondi.evaluate.roofline import OPERATORS, SCHEMES, _copies, bench
+from arrondi.measure.roofline import OPERATORS, SCHEMES, _copies, bench
 
 QUICK = 1e-4
 

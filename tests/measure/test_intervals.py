@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from arrondi.errors import DataError
-from arrondi.evaluate import WindowBootstrap, block_bootstrap, intervals, perplexity
+from arrondi.measure import WindowBootstrap, block_bootstrap, intervals, perplexity
 
 
 def autoregressive(generator: np.random.Generator, n: int, memory: float) -> np.ndarray:
