@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arrondi.calibration import SPANS, SecondMoment, span_of, vech
-from arrondi.calibration.moments import chunk_rows
+from arrondi.calibration.moments import CHUNK, moment_bytes
 from arrondi.errors import DataError, ShapeError
 
 SIZES = pytest.mark.parametrize("n", [1, 2, 7, 255, 256, 257, 600])  # around and across the panels of 256 rows
@@ -150,7 +150,7 @@ def test_autograd_does_not_follow():
 
 # The same bytes for any number of workers and any batches
 
-WINDOWS, LENGTH = 41, 96
+WINDOWS, LENGTH = 41, 320  # a span is more than one chunk
 
 
 def windows(n: int, seed: int = 0) -> list[torch.Tensor]:
@@ -205,12 +205,12 @@ def test_the_order_of_the_sum_is_the_documented_one() -> None:
     """Against the tree written down plainly: products of chunks, added within a span, then spans added."""
     stream, n = windows(30, seed=5), 30
     spans = [torch.cat([x for i, x in enumerate(stream) if i * 8 // WINDOWS == s]) for s in range(8)]
-    assert max(len(s) for s in spans) < chunk_rows(n)
-    long = [torch.cat([s, s, s]) for s in spans]  # more than one chunk each
+    long = [torch.cat([s, s, s, s]) for s in spans]
+    assert min(len(s) for s in long) > CHUNK, "or the test shows nothing"
     total = None
     for rows in long:
         span = torch.zeros(n, n)
-        for chunk in rows.split(chunk_rows(n)):
+        for chunk in rows.split(CHUNK):
             span = span + chunk.T @ chunk
         total = span if total is None else total + span
     moment = SecondMoment(n)
@@ -227,8 +227,24 @@ def test_one_worker_holds_two_half_vectors_at_most() -> None:
         moment.update(torch.randn(600, 64, generator=generator(span)), span)
         assert len(moment._spans) <= 2
     packed = moment.packed
-    assert len(moment._spans) == 1 and moment._waiting is None
+    assert len(moment._spans) == 1 and moment._waiting.numel() == 0
     assert moment.packed is packed, "no copy"
+
+
+def test_no_more_memory_is_taken_than_said() -> None:
+    """Of what the statistic holds and makes: the largest sum of live tensors over a stream."""
+    for n in (64, 700):
+        moment, most = SecondMoment(n), 0
+        for span in range(SPANS):
+            for part in torch.randn(1500, n, generator=generator(span)).split(333):
+                moment.update(part, span)
+                held = [*moment._spans.values(), moment._waiting]
+                most = max(most, sum(t.untyped_storage().nbytes() for t in held))
+        panel = 4 * 256 * n
+        assert moment_bytes(n) - panel == most
+    few = SecondMoment(64)
+    few.update(torch.ones(3, 64))
+    assert few._waiting.untyped_storage().nbytes() == 3 * 64 * 4, "an expert that few tokens reach holds little"
 
 
 def test_a_stream_without_spans_is_one_span() -> None:

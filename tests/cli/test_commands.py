@@ -48,10 +48,11 @@ def test_plan_prints_everything_and_writes_nothing(cli: Cli, models: Models) -> 
     assert plan["problems"] == []
 
 
-def test_plan_proposes_a_group_size_that_fits(cli: Cli, models: Models) -> None:
+def test_plan_says_which_groups_stand_in_for_those_that_do_not_fit(cli: Cli, models: Models) -> None:
     plan = cli("plan", models("llama"), "--scheme", "W4A16", "--json").document
-    assert any("--group-size 64" in p for p in plan["problems"])
-    assert any("--group-size 32" in p for p in plan["problems"])
+    assert plan["problems"] == []
+    for inputs in (64, 96):
+        assert any(f"int4/g128 does not divide {inputs} inputs; int4/channel instead" in n for n in plan["notes"])
 
 
 def test_dry_run_is_the_plan(cli: Cli, models: Models, tmp_path: Path) -> None:

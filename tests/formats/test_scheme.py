@@ -267,6 +267,52 @@ def test_another_scale_type_is_for_plain_scales_only() -> None:
     assert PRESETS["W4A16"].with_scale("bfloat16").weights.scale == "bfloat16"
     assert PRESETS["MXFP4"].with_scale("bfloat16") == PRESETS["MXFP4"]
     assert PRESETS["NVFP4A16"].with_scale("bfloat16") == PRESETS["NVFP4A16"]
+    assert PRESETS["W8A8"].with_scale("bfloat16").inputs == PRESETS["W8A8"].inputs, "scales that follow each input"
+    static = PRESETS["W8A8_STATIC"].with_scale("bfloat16").inputs
+    assert static is not None and static.scheme.scale == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("w=int4/static", "Weights have no 'static' scales"),
+        ("w=int8,a=int8/token/static", "cannot follow single tokens"),
+        ("w=int8,a=int8/g32/static", "cannot follow single tokens"),
+        ("w=int8,a=int8/tensor/local", "those of int8/tensor are not quantized"),
+        ("w=fp4/g16/s:(fp8/tensor/static)", "said of activations as a whole"),
+        ("w=int4/asym/o:float16", "need 'offset'"),
+        ("w=fp4/g32/e8m0/signed", "have no sign"),
+        ("w=nf4/asym", "A zero point needs an integer format"),
+    ],
+)
+def test_what_does_not_go_together(text: str, words: str) -> None:
+    with pytest.raises(SchemeError, match=words):
+        parse_scheme(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "w=int8/channel,a=int8/tensor/asym/static,o=int8/tensor/static,kv=fp8_e4m3/tensor/static",
+        "w=fp4_e2m1/g16/s:(fp8_e4m3/tensor),a=fp4_e2m1/g16/s:(fp8_e4m3/tensor)/local",
+        "w=uint4/g32/offset/s:(uint6/g8/float16)/o:(uint6/g8/float16)",
+        "w=int6/g16/s:(int8/g16/float16)/signed",
+        "w=int4/g32/unsigned",
+        "w=nf4/g64/offset/bfloat16/o:float16",
+        "w=int4/g16/s:(int8/g4/s:(fp8_e4m3/tensor))",
+    ],
+)
+def test_all_that_a_scheme_can_say_is_written_and_read(text: str) -> None:
+    assert str(parse_scheme(text)) == text
+    assert parse_scheme(text.upper().replace("W=", " w = ")) == parse_scheme(text)
+
+
+def test_one_meaning_has_one_value() -> None:
+    assert Scheme(integer(4), signed=True) == Scheme(integer(4))
+    assert Scheme(integer(4), scale="e8m0", signed=False) == Scheme(integer(4), scale="e8m0")
+    assert [Scheme(integer(4), scale=s).signed_scales for s in ("float32", "float16", "e8m0", Scheme(integer(8)))] == [
+        True, True, False, False,
+    ]  # fmt: skip
 
 
 def test_symmetric_means_that_no_zero_is_stored() -> None:

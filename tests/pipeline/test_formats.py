@@ -58,7 +58,7 @@ def test_what_is_loaded_computes_with_the_dequantized_weights(
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
     checkpoint = Checkpoint.open(out)
     assert {f"{n}.weight" for n in linears} == set(checkpoint.placed)
-    assert all((m.inputs and m.inputs.scheme) == checkpoint.activations_of(f"{n}.weight") for n, m in linears.items())
+    assert all(m.inputs == checkpoint.inputs_of(f"{n}.weight") for n, m in linears.items())
     for name in ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.k_proj"):
         q = checkpoint.read(f"{name}.weight")
         assert isinstance(q, QTensor)

@@ -184,7 +184,6 @@ ODD = {"hidden_size": 64, "intermediate_size": 172}
         ("w=int4/g32", "w=int4/g32", "w=int4/channel"),
         ("w=int8/g86", "w=int8/channel", "w=int8/g86"),
         ("w=int8/g43/asym", "w=int8/g32/asym", "w=int8/g43/asym"),
-        ("w=fp8/b64x64", "w=fp8_e4m3/b64x64", "w=fp8_e4m3/b64x64"),  # its last blocks are smaller
         ("W8A8", "w=int8/channel,a=int8/token", "w=int8/channel,a=int8/token"),
     ],
 )

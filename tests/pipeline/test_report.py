@@ -126,11 +126,21 @@ def test_without_text_there_is_nothing_to_measure_and_the_report_says_null(
 def test_round_to_nearest_reports_its_output_error_when_it_gets_text(
     models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    report = quantize_model(models("llama"), tmp_path / "out", W4, options(text))
-    assert all(0 < r["output_error"] < 0.1 for r in report["layers"])
-    plain = quantize_model(models("llama"), tmp_path / "plain", W4)
-    assert digest(tmp_path / "out")["model.safetensors"] == digest(tmp_path / "plain")["model.safetensors"]
-    assert [r["sqnr_db"] for r in report["layers"]] == pytest.approx([r["sqnr_db"] for r in plain["layers"]], abs=0.002)
+    """The codes are the same with and without, unless ranges are searched: then they are searched for these inputs."""
+    found = {}
+    for way in ("absmax", "search"):
+        recipe = arrondi.Recipe.simple("W4A16", group_size=32, options={"range": way})
+        report = quantize_model(models("llama"), tmp_path / way, recipe, options(text))
+        plain = quantize_model(models("llama"), tmp_path / f"{way} blind", recipe)
+        assert all(0 < r["output_error"] < 0.1 for r in report["layers"])
+        same = digest(tmp_path / way)["model.safetensors"] == digest(tmp_path / f"{way} blind")["model.safetensors"]
+        assert same == (way == "absmax")
+        if same:
+            assert [r["sqnr_db"] for r in report["layers"]] == pytest.approx(
+                [r["sqnr_db"] for r in plain["layers"]], abs=0.002
+            )
+        found[way] = report["layers"]
+    assert all(s["output_error"] < a["output_error"] for s, a in zip(found["search"], found["absmax"], strict=True))
 
 
 def test_the_manifest_names_contents(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
 """Second moments of a layer's inputs, streamed, with the same bytes however the stream is cut or shared out.
 
-Owns: `SecondMoment` (H = Σ x xᵀ as a half-vector), `SPANS`, `span_of` and `chunk_rows`.  Uses: `halfvectors`, `errors`.
+Owns: `SecondMoment` (H = Σ x xᵀ as a half-vector), `SPANS`, `span_of` and `moment_bytes`.  Uses: `halfvectors`, `errors`.
 
 Floating-point sums depend on their order, so the order is fixed by the stream alone. The stream is `SPANS` contiguous spans, and
 a span is chunks of a fixed number of rows, counted from its beginning:
 
-    chunk    one matrix product, always of the same shape but for the last one of a span
+    chunk    one matrix product, of `CHUNK` rows but for the last one of a span
     span     its chunks, added one after another
     H        its spans, added one after another: (((s0 + s1) + s2) + …) + s7
 
 Batches of any size give the same chunks, for rows wait until a chunk is full. Workers that take whole spans (1, 2, 4 or 8 workers,
 or any other division) give the same spans, and merging adds those in their order. Memory: one half-vector while there is one
 span; a worker that begins at the first span adds up what it has finished and holds two, one that begins later holds one for each
-of its spans. Waiting rows take chunk · n numbers.
+of its spans. Waiting rows take up to CHUNK · n numbers.
 
 Source: Frantar et al. 2022, arXiv:2210.17323 (what H is for).
 """
@@ -27,15 +27,13 @@ import torch
 from arrondi.calibration.halfvectors import PANEL, row_start, unvech
 from arrondi.errors import DataError, ShapeError
 
+CHUNK: Final = 1024
+"""Rows of a chunk. With half as many the sums of a layer of 2048 features take a quarter longer."""
+
 SPANS: Final = 8
 """Into how many spans a stream is divided: the largest number of workers that can share it."""
 
 _FLOAT32_MAX: Final = float(torch.finfo(torch.float32).max)
-
-
-def chunk_rows(n: int) -> int:
-    """Rows of a chunk: enough to multiply fast, few enough that those that wait take less than the half-vector of a wide layer."""
-    return 512 if n < 4096 else 1024
 
 
 def span_of(index: int, count: int) -> int:
@@ -47,6 +45,15 @@ def span_of(index: int, count: int) -> int:
     if not 0 <= index < count:
         raise ShapeError(f"There is no sample {index} of {count}.")
     return index * SPANS // count
+
+
+def moment_bytes(n: int, *, spans: bool = True) -> int:
+    """The most memory that the second moment of n features takes while one worker streams it, for estimates.
+
+    Args:
+        spans: whether the stream comes in several spans.
+    """
+    return 4 * ((2 if spans else 1) * (n * (n + 1) // 2) + (CHUNK + PANEL) * n)
 
 
 class SecondMoment:
@@ -74,11 +81,11 @@ class SecondMoment:
         self.name = name
         self.tokens = 0
         self.device = torch.device(device)
-        self._chunk = chunk_rows(n)
         self._spans: dict[int, torch.Tensor] = {}
         """(n(n+1)/2,) float32 each, ascending; under 0 … k finished together, the sum is kept under k."""
         self._span = self._first = first_span
-        self._waiting: torch.Tensor | None = None  # (chunk, n): rows of the chunk that is not full yet
+        self._waiting = torch.empty(0, n, dtype=torch.float32, device=self.device)
+        """(room, n): the first `_held` rows are those of the chunk that is not full yet; it grows with need."""
         self._held = 0
         self._power = 0.0
 
@@ -132,14 +139,19 @@ class SecondMoment:
         self._power += power
         self.tokens += rows.shape[0]
         while rows.shape[0]:
-            if self._waiting is None:
-                self._waiting = torch.empty(self._chunk, self.n, dtype=torch.float32, device=self.device)
-            taken = rows[: self._chunk - self._held]
+            taken = rows[: CHUNK - self._held]
+            self._make_room(self._held + len(taken))
             self._waiting[self._held : self._held + len(taken)] = taken
             self._held += len(taken)
             rows = rows[len(taken) :]
-            if self._held == self._chunk:
+            if self._held == CHUNK:
                 self._add_chunk()
+
+    def _make_room(self, rows: int) -> None:
+        if rows > len(self._waiting):
+            larger = self._waiting.new_empty(min(max(rows, 2 * len(self._waiting)), CHUNK), self.n)
+            larger[: self._held] = self._waiting[: self._held]
+            self._waiting = larger
 
     def _begin(self, span: int) -> None:
         """End the present span; where all before it are here too, they become one sum."""
@@ -157,7 +169,7 @@ class SecondMoment:
 
     def _add_chunk(self) -> None:
         """Add the waiting rows to the present span."""
-        if self._waiting is None or not self._held:
+        if not self._held:
             return
         rows, self._held = self._waiting[: self._held], 0
         if self._span not in self._spans:
@@ -207,7 +219,7 @@ class SecondMoment:
     def _end(self) -> None:
         """No row waits, and no memory for them is held."""
         self._add_chunk()
-        self._waiting = None
+        self._waiting = self._waiting[:0].clone()
 
     @property
     def packed(self) -> torch.Tensor:

@@ -29,7 +29,7 @@ import torch
 from arrondi.calibration.counts import Average, Cells, Magnitudes, cells, nothing
 from arrondi.calibration.histogram_filter import check_filter
 from arrondi.calibration.range_rules import (
-    Grid,
+    CodeSpan,
     Range,
     clip_cosine,
     clip_mse,
@@ -275,7 +275,7 @@ def mse(
             when qmin is 0. Otherwise the range is widened to hold zero and the zero point is the nearest code.
         exponent: 2, or 2.4 as is usual for weights before their rounding is optimised.
     """
-    grid = Grid(qmin, qmax, symmetric)
+    grid = CodeSpan(qmin, qmax, symmetric)
     if not exponent > 0:
         raise SchemeError(f"exponent must be positive, got {exponent}. Usual values are 2 and 2.4.")
     read = partial(read_clip, grid=grid, clip=partial(clip_mse, exponent=exponent))
@@ -317,7 +317,7 @@ def kl(
     _refuse_axis("kl", axis)
     if bins < 2 or stride < 1:
         raise SchemeError(f"kl needs at least 2 bins and a stride of at least 1, got bins={bins}, stride={stride}.")
-    read = partial(read_kl, grid=Grid(qmin, qmax, symmetric), stride=stride, drop_zeros=drop_zeros)
+    read = partial(read_kl, grid=CodeSpan(qmin, qmax, symmetric), stride=stride, drop_zeros=drop_zeros)
     return Observer("kl", read, Magnitudes(bins), None, name, nan_policy)
 
 
@@ -340,7 +340,7 @@ def cosine(
     Args:
         qmin, qmax, symmetric: the grid, as in `mse`.
     """
-    read = partial(read_clip, grid=Grid(qmin, qmax, symmetric), clip=clip_cosine)
+    read = partial(read_clip, grid=CodeSpan(qmin, qmax, symmetric), clip=clip_cosine)
     return Observer("cosine", read, cells(axis, 8), axis, name, nan_policy)
 
 

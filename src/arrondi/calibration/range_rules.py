@@ -1,6 +1,6 @@
 """From what was kept of the values to a range: every rule is (low, high, state) → (rmin, rmax), (channels,) float64.
 
-Owns: the rules `read_…`, one for each way of choosing a range; `Grid`, the codes that mse, kl and cosine choose it for;
+Owns: the rules `read_…`, one for each way of choosing a range; `CodeSpan`, the codes that mse, kl and cosine choose it for;
 the searches over clips, `clip_mse` and `clip_cosine`.  Uses: `counts`, `histogram_filter`, `errors`.
 
 low and high are the extremes of all finite values, (channels,) float64, each low ≤ its high.
@@ -90,7 +90,7 @@ def read_histogram(
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class CodeSpan:
     """The codes that a range is for, and the affine rule that lays them over it."""
 
     qmin: int
@@ -203,7 +203,7 @@ def _best_factor(loss: Callable[[float], float]) -> float:
 
 
 def read_clip(
-    low: torch.Tensor, high: torch.Tensor, state: Cells, *, grid: Grid, clip: Callable[[_Density, _Lay], float]
+    low: torch.Tensor, high: torch.Tensor, state: Cells, *, grid: CodeSpan, clip: Callable[[_Density, _Lay], float]
 ) -> Range:
     """Both extremes times the factor that `clip` finds, channel by channel."""
     rmin, rmax = grid.widest(low, high)
@@ -216,7 +216,7 @@ def read_clip(
     return rmin * factor, rmax * factor
 
 
-def _lay_clipped(grid: Grid, rmin: float, rmax: float, factor: float) -> _Laid:
+def _lay_clipped(grid: CodeSpan, rmin: float, rmax: float, factor: float) -> _Laid:
     return grid.lay(rmin * factor, rmax * factor)
 
 
@@ -242,7 +242,7 @@ def clip_cosine(density: _Density, lay: _Lay) -> float:
 
 
 def read_kl(
-    low: torch.Tensor, high: torch.Tensor, state: Magnitudes, *, grid: Grid, stride: int, drop_zeros: bool | None
+    low: torch.Tensor, high: torch.Tensor, state: Magnitudes, *, grid: CodeSpan, stride: int, drop_zeros: bool | None
 ) -> Range:
     rmin, rmax = grid.widest(low, high)
     one_sided = grid.qmin == 0 or (not grid.symmetric and (float(low) >= 0 or float(high) <= 0))

@@ -1,7 +1,7 @@
 """Who reads what is written, and who is known to compute something else: consumer × layout × scheme.
 
 Owns: `readers_of`, which `plan`, `quantize` and the report print. What is said of transformers 5.23 (with compressed-tensors 0.20) is
-tested in `tests/checkpoint/test_readers.py` on small models; what is said of vLLM and SGLang is read in their sources and not run.
+tested in `tests/checkpoint/test_readers.py` and `tests/contract` on small models; what is said of vLLM and SGLang is read in their sources and not run.
 """
 
 from __future__ import annotations
@@ -99,17 +99,27 @@ def _mixed_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} cannot read this mix of schemes; arrondi can."
 
 
-def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
-    if not facts.splits or not dequantized_by_transformers(placed, facts):
-        return None
-    return f"{TRANSFORMERS} cannot load this model quantized: it splits stored tensors and would have to turn them back as well; arrondi can."
-
-
 def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not dequantized_by_transformers(placed, facts) or not any(p.scheme.inputs for p in placed):
         return None
     which = "Conv1D layers" if any(p.kind == "Conv1D" for p in placed) else "this model's layers"
     return f"{TRANSFORMERS} leaves the inputs of {which} unrounded; arrondi rounds them."
+
+
+def _one_scale_for_all_tokens(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if dequantized_by_transformers(placed, facts):
+        return None
+    flat = sorted(p.path for p in placed if p.path in facts.flat and _by_token(p.scheme.inputs))
+    if not flat:
+        return None
+    return (
+        f"{TRANSFORMERS} gives the inputs of some layers ({len(flat)}, {flat[0]} among them) one scale for all tokens, because this model "
+        "passes them without an axis of windows; arrondi gives every token its own."
+    )
+
+
+def _by_token(inputs: ActivationScheme | None) -> bool:
+    return inputs is not None and inputs.dynamic is True and isinstance(inputs.scheme.granularity, PerToken)
 
 
 def _mx_inputs(placed: list[Placed], facts: ModelFacts) -> str | None:
@@ -172,7 +182,8 @@ def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
 
 _Rule = Callable[[list[Placed], ModelFacts], str | None]
 _REFUSALS: Final[tuple[_Rule, ...]] = (
-    _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _inputs_left, _mx_inputs,
+    _unread_experts, _mixed_experts, _mixed_dequantized, _inputs_left, _one_scale_for_all_tokens,
+    _mx_inputs,
 )  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (
     _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16,

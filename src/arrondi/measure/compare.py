@@ -142,6 +142,6 @@ def _follow(
             report(i, total, f"block {i + 1} of {len(units[0])}")
         report(total - 1, total, "comparing outputs")
         with units[0].outer_loaded(), units[1].outer_loaded():
-            for j, batch in enumerate(ids):
-                comparison.add(first.output(j), second.output(j), batch)
+            for j, rows in first.pieces():
+                comparison.add(first.output(j, rows), second.output(j, rows), ids[j][rows])
             confirm(first)

@@ -175,7 +175,9 @@ class Chain:
     def _skip_look_ups(self) -> None:
         """What went into the blocks does not matter at the end: embeddings that are not loaded give zeros, without their weights."""
         for name in self.early:
-            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding) and self.instance.is_empty(name):
+            if isinstance(
+                self.model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding
+            ) and self.instance.is_empty(name):
                 zero = torch.zeros(1, self.instance.empty[name].shape[1], device=self.instance.device)
                 self.instance.hold(name, torch.nn.Parameter(zero.expand(self.instance.empty[name].shape), False))
                 self._skipped.add(name)

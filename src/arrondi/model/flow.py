@@ -55,6 +55,7 @@ class Flow:
         routers: parameters that choose experts.
         bare: parameter → how it is read otherwise than as a whole operand of a product of its own module: such a weight
             cannot be replaced by packed codes.
+        flat: parameters of linear layers whose input is a matrix (tokens, n): it has no axis of windows.
         stopped: why the run ended early (shapes alone did not tell how to go on), "" if it did not.
     """
 
@@ -63,6 +64,7 @@ class Flow:
     readers: dict[str, tuple[int, ...]]
     routers: frozenset[str]
     bare: dict[str, str]
+    flat: frozenset[str] = frozenset()
     stopped: str = ""
 
     @property
@@ -92,11 +94,14 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
             what a model does at its first run alone is only seen if this is its first.
     """
     uses: list[Use] = []
+    flat: set[str] = set()
     regions = Regions(params)
     routers = Routers(Experts(params))
 
     def report(use: Use) -> None:
         routers.used(use, params[use.param])
+        if use.kind == "linear" and use.source is not None and use.source.ndim == 2:
+            flat.add(use.param)
         uses.append(replace(use, source=None))
 
     bare = Bare(regions)
@@ -114,7 +119,8 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
         if (use.rows is not None or use.columns is not None) and use.kind != "convolution":
             whole.setdefault(use.param, f"a part of it ({use.kind})")
     numbers = {param: tuple(dict.fromkeys(reads)) for param, reads in readers.items()}
-    return Flow(tuple(uses), _stages(uses), numbers, routers.found(not watcher.stopped), whole, watcher.stopped)
+    chosen = routers.found(not watcher.stopped)
+    return Flow(tuple(uses), _stages(uses), numbers, chosen, whole, frozenset(flat), watcher.stopped)
 
 
 def find_stages(params: Mapping[str, torch.Tensor], run: Callable[[], object]) -> list[Stage]:

@@ -80,6 +80,7 @@ def _observe(chain: Chain) -> Facts:
     bare: dict[str, str] = {}
     flipped: set[str] = set()
     leaders: dict[str, str] = {}
+    flat: set[str] = set()
     with contextlib.ExitStack() as undo, torch.no_grad():
         for handle in handles:
             undo.callback(handle)
@@ -91,6 +92,7 @@ def _observe(chain: Chain) -> Facts:
         hidden, calls = entered[0]
         # What the model does to the weights of blocks before these run; all else is seen in the blocks.
         bare |= {n: how for n, how in before.bare.items() if n.startswith(f"{chain.prefix}.") and _in_place(how)}
+        flat |= before.flat
         seen: set[Any] = set()
         for i, block in enumerate(chain.blocks):
             structure = (type(block), tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
@@ -105,21 +107,28 @@ def _observe(chain: Chain) -> Facts:
             like = _others(chain, i, structure)
             routers |= {p + n.removeprefix(own) for n in flow.routers for p in like}
             bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
+            flat |= {p + n.removeprefix(own) for n in flow.flat for p in like}
             leaders |= {p + n.removeprefix(own): p + leader.removeprefix(own) for s in flow.stages for n, leader in s.leaders.items() for p in like}  # fmt: skip
             flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
         unreached: frozenset[str] = frozenset()
         with contextlib.suppress(*REFUSALS):  # what follows the blocks may need more than shapes
-            unreached = _unreached(chain, Inputs.of(ids), hidden)
-    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders)
+            unreached, outside = _called(chain, Inputs.of(ids), hidden)
+            flat |= outside
+    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders, frozenset(flat))
 
 
-def _unreached(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> frozenset[str]:
-    """Parameters of modules outside the blocks that the model does not call on token ids: towers for images and sound."""
-    called: set[str] = set()
+def _called(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> tuple[frozenset[str], frozenset[str]]:
+    """Of the parameters outside the blocks: those of modules that the model does not call on token ids (towers for images
+    and sound), and those whose module gets a matrix (tokens, in)."""
+    called: dict[str, bool] = {}
+
+    def note(name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        called[name] = isinstance(module, torch.nn.Linear) and isinstance(args[0], torch.Tensor) and args[0].ndim == 2
+
     handles = []
     with contextlib.ExitStack() as undo:
         for name, module in chain.model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: called.add(name)))
+            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args)))
             if isinstance(module, torch.nn.Linear) and not name.startswith(f"{chain.prefix}."):
                 undo.callback(setattr, module, "forward", module.forward)
                 setattr(module, "forward", _blank(module.out_features))  # noqa: B010
@@ -129,7 +138,8 @@ def _unreached(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> frozenset[
         with chain.outer_loaded():
             chain.finish(inputs, hidden)
     owners = {n: n.rpartition(".")[0] for n in chain.instance.empty if not n.startswith(f"{chain.prefix}.")}
-    return frozenset(n for n, owner in owners.items() if owner not in called)
+    unreached = frozenset(n for n, owner in owners.items() if owner not in called)
+    return unreached, frozenset(n for n, owner in owners.items() if called.get(owner))
 
 
 def _blank(size: int) -> Any:
@@ -154,7 +164,13 @@ def _others(chain: Chain, i: int, structure: Any) -> list[str]:
 def _look_up(module: Any) -> Any:
     """Make an embedding give random rows, without its weight; returns what undoes it."""
     forward = module.forward
-    module.forward = lambda ids, *_: torch.randn(*ids.shape, module.embedding_dim)
+
+    def rows(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """As many rows as the first tensor has numbers: ids, or of tables of positions the mask."""
+        ids = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        return torch.randn(*ids.shape, module.embedding_dim)
+
+    module.forward = rows
     kept = module._parameters["weight"]
     module._parameters["weight"] = torch.nn.Parameter(torch.zeros(1, 1).expand(kept.shape), requires_grad=False)
 

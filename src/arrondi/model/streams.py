@@ -114,14 +114,28 @@ class Stream:
             else:
                 self._hidden[j] = leaving
 
-    @torch.no_grad()
-    def output(self, j: int) -> torch.Tensor:
-        """What the model computes for batch j, after its last unit. Call it inside `units.outer_loaded()`."""
-        return self.output_on(j, self.hidden(len(self.units), j))
+    def pieces(self) -> list[tuple[int, slice]]:
+        """All batches in parts whose outputs fit in memory, each with its rows: single windows, where a batch is token ids alone."""
+        found: list[tuple[int, slice]] = []
+        for j, batch in enumerate(self.batches):
+            ids = batch.kwargs.get("input_ids")
+            alone = not batch.args and len(batch.kwargs) == 1 and ids is not None and isinstance(self.units, Chain)
+            if alone and ids is not None and len(self.hidden(len(self.units), j)) == len(ids):
+                found += [(j, slice(k, k + 1)) for k in range(len(ids))]
+            else:
+                found.append((j, slice(None)))
+        return found
 
-    def output_on(self, j: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What follows the last unit, called as on batch j, on other hidden states; gradients are recorded where they are wanted."""
-        return self.units.finish(_moved(self.batches[j], self.units.instance.device), hidden)
+    @torch.no_grad()
+    def output(self, j: int, rows: slice = slice(None)) -> torch.Tensor:
+        """What the model computes for some rows of batch j, after its last unit. Call it inside `units.outer_loaded()`."""
+        hidden = self.hidden(len(self.units), j)
+        return self.output_on(j, hidden if rows == slice(None) else hidden[rows], rows)
+
+    def output_on(self, j: int, hidden: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """What follows the last unit, called as on rows of batch j, on other hidden states; gradients are recorded where they are wanted."""
+        inputs = self.batches[j] if rows == slice(None) else Inputs.of(self.batches[j].kwargs["input_ids"][rows])
+        return self.units.finish(_moved(inputs, self.units.instance.device), hidden)
 
     def _place(self, i: int, j: int) -> int:
         return i * len(self) + j if self.keeps_inputs else j

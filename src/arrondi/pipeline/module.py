@@ -108,7 +108,7 @@ def _rounded(
 
         for i in walk([[stream], [floats] if followed else []], visit):
             progress(i, len(units) + 1, f"unit {i + 1} of {len(units)}")
-        ends = [[lambda j=j, s=s: s.output(j) for j in range(len(s))] for s in (stream, floats)]
+        ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (stream, floats)]
         work(outside, *ends)
     return found
 

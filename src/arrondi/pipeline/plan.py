@@ -164,12 +164,13 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     selected = select(source, recipe, tensors)
     declared = declared_by(source, selected, tensors)
     problems += unreadable(source, declared)
-    modules = [m for t in tensors if t.status == "quantized" for s in t.sites for m in s.modules]
+    bare = [t for t in tensors if t.status == "quantized" and not _keeps_its_name(resolver.layout, t)]
+    modules = [m for t in bare for s in t.sites for m in s.modules]
     facts = ModelFacts(
         dtype=_dtype(source.config),
         fused_experts=any(s.param_index is not None for s in source.sites),
         whole=not source.starts_without(modules),
-        splits=any(len(g.targets) > 1 for g in source.names.groups),
+        flat=frozenset(m for s in source.sites if s.param in source.facts.flat for m in s.modules),
     )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
@@ -245,6 +246,11 @@ def _paths(tensor: PlannedTensor) -> list[str]:
     if tensor.sites:
         return [m for s in tensor.sites for m in s.modules]
     return [tensor.name.removesuffix(".weight")] if len(tensor.shape) > 1 else []
+
+
+def _keeps_its_name(layout: Layout, planned: PlannedTensor) -> bool:
+    """Whether a reader that keeps weights packed finds codes under the weight's own name, so that its module has a `weight`."""
+    return any(name == planned.name for name, _, _ in layout.specs(planned.placed))
 
 
 def _list(names: Sequence[str]) -> str:

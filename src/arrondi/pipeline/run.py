@@ -164,7 +164,7 @@ class Run:
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
             self.progress(len(self.units), total, "outside the blocks")
             rest = [t for t in self.plan.tensors if t.block is None and t not in front]
-            ends = [[lambda j=j, s=s: s.output(j) for j in range(len(s))] for s in (learning, floats)]
+            ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (learning, floats)]
             self._outside("outside", rest, *ends)
             if not evaluation:
                 return None
@@ -238,8 +238,9 @@ class Run:
         comparison = comparison_for(self.source.model)
         self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
-            for j, batch in enumerate(reference.batches):
-                comparison.add(reference.output(j), measured.output(j), ids_of(batch))
+            for j, rows in reference.pieces():
+                ids = ids_of(reference.batches[j])[rows]
+                comparison.add(reference.output(j, rows), measured.output(j, rows), ids)
             confirm(reference)
         return {
             **comparison.summary().to_dict(),

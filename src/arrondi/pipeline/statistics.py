@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from arrondi.calibration import Reservoir, SecondMoment
+from arrondi.calibration import Reservoir, SecondMoment, span_of
 from arrondi.model.flow import Use, watch
 from arrondi.pipeline.step import OF_ORIGINAL, Need
 
@@ -63,8 +63,8 @@ class Seen:
         """Whether all of this is known."""
         return self.tokens > 0 and (self.paired or not OF_ORIGINAL & set(needs))
 
-    def add(self, x: torch.Tensor, needs: Collection[Need]) -> None:
-        """Count one input (…, n)."""
+    def add(self, x: torch.Tensor, needs: Collection[Need], span: int = 0) -> None:
+        """Count one input (…, n), of a batch of this span (see `arrondi.calibration.span_of`)."""
         rows = x.reshape(-1, x.shape[-1])
         if not len(rows):
             return
@@ -72,7 +72,7 @@ class Seen:
         if "moment" in needs:
             if self.moment is None:
                 self.moment = SecondMoment(rows.shape[-1])
-            self.moment.update(rows)
+            self.moment.update(rows, span=span)
         if "mean" in needs:
             total = rows.double().sum(0).cpu()
             self.total = total if self.total is None else self.total + total
@@ -142,9 +142,11 @@ def collect(
         if both and original is not None:
             _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()))  # noqa: B023
 
-        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others) -> None:
+        span = span_of(j, len(side.forwards))
+
+        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span) -> None:
             found = seen.setdefault(key, Seen())
-            found.add(x, needs)
+            found.add(x, needs, span)
             if both:
                 same = others.get(key)
                 found.add_pair(x, same.pop(0) if same else None, needs)

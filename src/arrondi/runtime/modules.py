@@ -82,7 +82,7 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
         own = getattr(model, "save_pretrained", None)
         if isinstance(own, SavePretrained):
             return own(out)
-        raise SchemeError("Nothing in this model is quantized. Call arrondi.quantize(model, …) first.")
+        raise SchemeError("Nothing in this model is quantized. Quantize it first.")
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
         raise OutputError(f"{out}: a model is there already. Name another directory.")
     chosen = _layout(layout, [layer.placed for layer in layers.values()])
