@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A busy neighbour makes spinning threads slow; one thread a worker and two workers use two cores well.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test fuzz check format peers bench kernels docs sanitize arm install clean
+.PHONY: demo test test-full fuzz check format peers bench kernels docs sanitize arm install clean
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST) -m 'not peer and not full'
+
+# The full product of cases, and 50 kills of a run.
+test-full: $(STAMP)
+	$(PYTEST) -m 'not peer'
 
 # Mutants of small checkpoints: read exactly, or refused in one sentence. SEED and SECONDS may be given.
 fuzz: $(STAMP)

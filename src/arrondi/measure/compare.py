@@ -25,7 +25,7 @@ from arrondi.model import Budget, OnDisk, Stream, confirm, settle, walk
 BATCH_TOKENS = 2048
 """Tokens sent through a unit at once."""
 _HIDDEN_LIMIT = 512 << 20
-_OUTPUT_BYTES = 256 << 20
+_OUTPUT_BYTES = 64 << 20
 """Outputs of one model that are in memory at once."""
 
 
