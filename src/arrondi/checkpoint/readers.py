@@ -105,12 +105,6 @@ def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} cannot load this model quantized: it splits stored tensors and would have to turn them back as well; arrondi can."
 
 
-def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
-    if not facts.splits_weights or not dequantized_by_transformers(placed, facts):
-        return None
-    return f"{TRANSFORMERS} cannot load this model quantized: it cannot split stored weights and turn them back at once; arrondi can."
-
-
 def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not dequantized_by_transformers(placed, facts) or not any(p.scheme.inputs for p in placed):
         return None

@@ -78,7 +78,6 @@ class Names:
         groups: what is converted together.
         unused: stored tensors that are no parameter or buffer of this model.
         group_of: parameter or buffer → its group.
-        splits_weights: a rule of transformers splits stored tensors that it names up to their `.weight`.
     """
 
     def __init__(self, model: Any, shapes: Shapes, where: object, *, converted: bool = True) -> None:
@@ -98,7 +97,6 @@ class Names:
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.params.items():
             self.aliases.setdefault(id(parameter), []).append(name)
-        self.splits_weights = False
         if converted:
             self.groups, self.unused = self._grouped()
         else:
@@ -146,9 +144,6 @@ class Names:
         renamings = [r for r in rules if isinstance(r, WeightRenaming)]
         converters = [r for r in rules if isinstance(r, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
-        self.splits_weights = any(
-            len(c.target_patterns) > 1 and all(p.endswith(".weight") for p in c.source_patterns) for c in converters
-        )
         state = {**self.params, **dict(self.model.named_buffers(remove_duplicate=False))}
         prefix = self.model.base_model_prefix
         plain: list[Group] = []

@@ -102,14 +102,12 @@ class ModelFacts:
         fused_experts: transformers keeps the experts of a mixture in one parameter.
         whole: transformers can build the model's class only around whole weights, not around packed ones.
         splits: transformers makes several parameters of one stored tensor of this model, which it knows by the name of its weight.
-        splits_weights: transformers splits stored tensors of this model by a rule that names them up to their `.weight`.
         flat: paths of modules that get a matrix (tokens, in), without an axis of windows.
     """
 
     dtype: str = "float32"
     fused_experts: bool = False
     whole: bool = False
-    splits_weights: bool = False
     splits: bool = False
     flat: frozenset[str] = frozenset()
 
