@@ -116,7 +116,9 @@ def test_scales_are_stored_in_the_type_of_the_model(
     assert torch.isfinite(logits(loaded)).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral", "opt"])
+@pytest.mark.parametrize(
+    "name", ["bert", "mixtral", *(pytest.param(n, marks=pytest.mark.full) for n in ("llama", "gpt2", "opt"))]
+)
 def test_int8_and_fp8_with_rounded_activations_on_every_kind_of_model(
     name: str, models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

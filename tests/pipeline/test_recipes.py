@@ -94,7 +94,7 @@ def test_ignore_wins_over_every_rule(models: Callable[..., Path]) -> None:
     assert len(plan.quantized) == 18
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", [pytest.param("rtn", marks=pytest.mark.full), "gptq"])
 def test_the_head_is_quantized_when_asked(method: str, models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     source, out = models("llama"), tmp_path / "out"
     recipe = Recipe.simple("W4A16", method, group_size=32, ignore=[])
