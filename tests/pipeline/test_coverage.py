@@ -17,7 +17,7 @@ from arrondi.measure.text import load_tokenizer, special_tokens
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, TextOptions, dequantize_model, make_plan, quantize_model
 from arrondi.runtime.generate import generate
-from tests.zoo import ARCHITECTURES, of_transformers, outputs
+from tests.zoo import ARCHITECTURES, ZOO, of_transformers, outputs
 
 Models = Callable[..., Path]
 IDS = torch.randint(3, 2000, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -25,16 +25,24 @@ W4 = Recipe.simple("W4A16", group_size=32)
 GPTQ = Recipe.simple("W4A16", "gptq", group_size=32)
 
 
+NO_TEXT = ("t5", "whisper", "vit", "clip", "dinov2-swiglu")
+"""They do not run on token ids alone."""
+
+
 def read_by_transformers(report: dict[str, Any]) -> bool:
     return bool(next(r["ok"] for r in report["readers"] if r["reader"].startswith("transformers")))
 
 
-END_TO_END = [
-    *ARCHITECTURES,
-    "falcon", "modernbert", "t5-encoder", "opt-projected", "electra", "deberta", "bert-masked", "bert-classifier", "albert",
-    "nomic-bert", "jina-v3", "gte", "jamba", "qwen3-next", "gemma3n", "rwkv", "recurrent-gemma", "xglm", "minimax", "gemma3-vlm",
-    *(pytest.param(name, marks=pytest.mark.full) for name in ("mamba", "mamba2", "bamba", "falcon-h1", "qwen2.5-vl")),
+CHOSEN = [
+    "llama-tied", "gpt2", "phi3-fused-qkv", "mixtral", "opt-projected", "deberta", "jina-v3", "albert", "jamba", "gemma3-vlm",
 ]  # fmt: skip
+"""Shared, turned, joined, stacked and split weights; linears before the blocks; no chain; blocks of several classes; two towers."""
+NO_LAYOUT = ("gpt-oss", "llama4")
+END_TO_END = [
+    pytest.param(name, marks=() if name in CHOSEN else pytest.mark.full)
+    for name in ZOO
+    if name not in (*NO_TEXT, *NO_LAYOUT)
+]
 
 
 @pytest.mark.parametrize("name", END_TO_END)
@@ -187,7 +195,7 @@ def test_a_class_that_needs_its_weights_is_marked(models: Models) -> None:
         assert all("weight" in source.model.get_submodule(n)._parameters for n in linears)
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper", "vit", "clip", "dinov2-swiglu"])
+@pytest.mark.parametrize("name", NO_TEXT)
 def test_a_model_without_text_is_quantized_without_and_refused_with(
     name: str, models: Models, text: Path, tmp_path: Path
 ) -> None:
@@ -208,8 +216,11 @@ def test_a_model_without_text_is_quantized_without_and_refused_with(
 
 
 GENERATING = [
-    "mamba", "mamba2", "rwkv", "recurrent-gemma", "xglm", "minimax", "jamba", "llama4", "gemma3n", "qwen2.5-vl",
-    *(pytest.param(name, marks=pytest.mark.full) for name in ("bamba", "falcon-h1", "qwen3-next", "gpt-oss", "gemma4", "deepseek-v3")),
+    "mamba", "rwkv", "recurrent-gemma", "minimax", "llama4",
+    *(
+        pytest.param(name, marks=pytest.mark.full)
+        for name in ("mamba2", "xglm", "jamba", "gemma3n", "qwen2.5-vl", "bamba", "falcon-h1", "qwen3-next", "gpt-oss", "gemma4", "deepseek-v3")
+    ),
 ]  # fmt: skip
 
 
