@@ -71,10 +71,10 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3n": ("Gemma3nForCausalLM", {**DECODER, **SLIDING, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32, "laurel_rank": 16, "altup_num_inputs": 2, "pad_token_id": 0}),
     # state spaces, linear attention and blocks of several classes
     "mamba": ("MambaForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 32}),
-    "mamba2": ("Mamba2ForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1}),
+    "mamba2": ("Mamba2ForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
     "jamba": ("JambaForCausalLM", {**TWO, **EXPERTS, "mamba_d_state": 8, "mamba_dt_rank": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False, "pad_token_id": 0}),
-    "bamba": ("BambaForCausalLM", {**TWO, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "pad_token_id": 0}),
-    "falcon-h1": ("FalconH1ForCausalLM", {**TWO, "head_dim": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "pad_token_id": 0}),
+    "bamba": ("BambaForCausalLM", {**TWO, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8, "pad_token_id": 0}),
+    "falcon-h1": ("FalconH1ForCausalLM", {**TWO, "head_dim": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8, "pad_token_id": 0}),
     "rwkv": ("RwkvForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 64, "intermediate_size": 96}),
     "recurrent-gemma": ("RecurrentGemmaForCausalLM", {**DECODER, "intermediate_size": 128, "lru_width": 64, "attention_window_size": 16, "pad_token_id": 0}),
     "xglm": ("XGLMForCausalLM", {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 128}),

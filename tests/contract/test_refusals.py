@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from arrondi.checkpoint import readers
 from arrondi.formats import parse_scheme
 from arrondi.pipeline import Recipe, Rule, TextOptions, quantize_model
+from tests.contract.cases import OTHER_INPUTS
 from tests.contract.measures import IDS, SUMS, distance, loaded, loaded_by_transformers, products, quiet, wrong_product
+from tests.contract.test_inputs import run as run_on_its_own
 from tests.zoo import outputs
 
 
@@ -26,6 +29,7 @@ REFUSALS: dict[str, tuple[str, Recipe, str]] = {
     "_unread_experts": ("qwen3-moe", rules("w=int4/g32/asym"), "cannot read experts stored as"),
     "_mixed_experts": ("mixtral", rules("w=int4/g32", "w=int8/g32", second=r"re:.*w2"), "all experts by one scheme"),
     "_mixed_dequantized": ("gpt2", MIXED, "cannot read this mix"),
+    "_split_dequantized": ("dinov2-swiglu", rules("w=int8/g16"), "splits stored tensors"),
     "_inputs_left": ("gpt2", rules("w=int8/channel,a=int8/token"), "leaves the inputs of Conv1D layers unrounded"),
     "_one_scale_for_all_tokens": ("opt", rules("w=int8/channel,a=int8/token"), "one scale for all tokens"),
     "_mx_inputs": ("llama", rules("MXFP8"), "power-of-two scales"),
@@ -40,13 +44,14 @@ def test_what_is_refused_is_not_computed(rule: str, models: Callable[..., Path],
     report = quantize_model(models(name), tmp_path / "out", recipe)
     said = [r for r in report["readers"] if r["reader"] == readers.TRANSFORMERS]
     assert [r["ok"] for r in said] == [False] and words in said[0]["sentence"]
-    computed, calls = products(loaded(tmp_path / "out", "reference", fuse=False), lambda m: outputs(m, IDS))
+    run = partial(run_on_its_own, name) if name in OTHER_INPUTS else partial(outputs, ids=IDS)
+    computed, calls = products(loaded(tmp_path / "out", "reference", fuse=False), run)
     theirs = loaded_by_transformers(name, tmp_path / "out")
     if isinstance(theirs, Exception):
         return
     try:
         with quiet():
-            found = outputs(theirs, IDS)
+            found = run(theirs)
         wrong = wrong_product(theirs, calls)
     except (RuntimeError, AttributeError):
         return
@@ -58,7 +63,7 @@ def test_every_refusal_has_its_case() -> None:
 
 
 @pytest.mark.parametrize("name", ["nomic-bert", "gte", "jina-v3"])
-def test_models_whose_stored_tensors_are_split_are_read_when_they_are_turned_back(
+def test_models_whose_other_tensors_are_split_are_read_when_they_are_turned_back(
     name: str, models: Callable[..., Path], tmp_path: Path
 ) -> None:
     report = quantize_model(models(name), tmp_path / "out", rules("w=int4/g32/asym"))

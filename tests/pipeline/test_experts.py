@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.measure.compare import compare_models
+from arrondi.model import Facts
 from arrondi.nn import QStack
 from arrondi.pipeline import TextOptions, dequantize_model, quantize_model
 from tests.zoo import of_transformers
@@ -76,6 +79,23 @@ def test_a_stack_on_disk_is_quantized_and_loads_here(
     if with_text:  # `quantize` followed the same weights that it wrote
         again = compare_models(out, source, text, seq_len=32, samples=2)
         assert report["evaluation"]["kl_mean"] == again["kl_mean"] > 0
+
+
+@pytest.mark.parametrize(("name", "stripped"), [("gpt-oss", False), ("gpt-oss", True), ("llama4", False)])
+def test_the_file_says_how_a_stack_lies(
+    name: str, stripped: bool, fused: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that could not run the model once loads the same matrices, square ones too, whatever they are called."""
+    source = fused[name]
+    if stripped:
+        source = Path(shutil.copytree(source, tmp_path / "bare"))
+        tensors = load_file(source / "model.safetensors")
+        bare = {n.removeprefix("model."): t for n, t in tensors.items()}
+        save_file(bare, source / "model.safetensors", {"format": "pt"})
+    quantize_model(source, tmp_path / "out", arrondi.Recipe.simple("w=int4/g16"))
+    expected = logits(arrondi.load(tmp_path / "out"))
+    monkeypatch.setattr("arrondi.model.source.probe", lambda source, lists: (lists[0], Facts()))
+    assert torch.equal(logits(arrondi.load(tmp_path / "out")), expected)
 
 
 def test_calibration_lowers_the_error_of_stacked_experts(fused: dict[str, Path], text: Path, tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ def _mixed_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} cannot read this mix of schemes; arrondi can."
 
 
+def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if not facts.splits or not dequantized_by_transformers(placed, facts):
+        return None
+    return f"{TRANSFORMERS} cannot load this model quantized: it splits stored tensors and would have to turn them back as well; arrondi can."
+
+
 def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not dequantized_by_transformers(placed, facts) or not any(p.scheme.inputs for p in placed):
         return None
@@ -182,7 +188,7 @@ def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
 
 _Rule = Callable[[list[Placed], ModelFacts], str | None]
 _REFUSALS: Final[tuple[_Rule, ...]] = (
-    _unread_experts, _mixed_experts, _mixed_dequantized, _inputs_left, _one_scale_for_all_tokens,
+    _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _inputs_left, _one_scale_for_all_tokens,
     _mx_inputs,
 )  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (

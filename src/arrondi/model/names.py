@@ -48,13 +48,27 @@ class Piece:
 
 @dataclass
 class Group:
-    """Stored tensors that are converted together, and the parameters (or buffers) that they fill."""
+    """Stored tensors that are converted together, and the parameters (or buffers) that they fill.
+
+    Attributes:
+        sources, targets: names of the tensors, and of what they fill.
+        convert: what turns ones into the others, None where they are equal.
+        patterns: by which transformers knows each source, where it converts.
+        key: equal for groups whose pieces lie alike.
+        pieces: where stored matrices lie, once it was looked for.
+    """
 
     sources: list[str]
     targets: list[str]
     convert: Convert | None = None
+    patterns: tuple[str, ...] = ()
     key: tuple[Any, ...] = ()
     pieces: list[Piece] | None = field(default=None)
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether transformers makes several parameters of one stored tensor that it knows by the name of its weight."""
+        return len(self.targets) > 1 and all(p.endswith(".weight") for p in self.patterns)
 
 
 class Names:
@@ -167,8 +181,9 @@ class Names:
                 raise FileFormatError(
                     f"{self.where}: {len(sources)} stored tensors such as {sources[0]} give {name} the shape {tuple(value.shape)}, config.json says {tuple(self.params[name].shape)}. Is a tensor missing?"
                 )
-        key = (id(converter), tuple(self.shapes[s] for s in sources), tuple(p for _, p in found), len(made))
-        return Group(sources, list(made), convert, key)
+        patterns = tuple(p for _, p in found)
+        key = (id(converter), tuple(self.shapes[s] for s in sources), patterns, len(made))
+        return Group(sources, list(made), convert, patterns, key)
 
     def _check_shapes(self) -> None:
         state = {**self.params, **dict(self.model.named_buffers(remove_duplicate=False))}

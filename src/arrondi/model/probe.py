@@ -163,15 +163,14 @@ def _others(chain: Chain, i: int, structure: Any) -> list[str]:
 
 def _look_up(module: Any) -> Any:
     """Make an embedding give random rows, without its weight; returns what undoes it."""
-    forward = module.forward
+    forward, kept = module.forward, module._parameters["weight"]
 
     def rows(*args: Any, **kwargs: Any) -> torch.Tensor:
         """As many rows as the first tensor has numbers: ids, or of tables of positions the mask."""
         ids = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-        return torch.randn(*ids.shape, module.embedding_dim)
+        return torch.randn(*ids.shape, module.embedding_dim, dtype=kept.dtype)
 
     module.forward = rows
-    kept = module._parameters["weight"]
     module._parameters["weight"] = torch.nn.Parameter(torch.zeros(1, 1).expand(kept.shape), requires_grad=False)
 
     def undo() -> None:

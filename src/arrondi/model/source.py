@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,15 @@ class OnDisk:
 
     @cached_property
     def facts(self) -> Facts:
-        """What running the units once, with made-up weights, says of the parameters."""
-        return self._probed[1]
+        """What running the units once, with made-up weights, says of the parameters; a quantized file says itself how its stacks lie."""
+        placed, known = self.checkpoint.placed, dict[str, bool]()
+        for group in self.names.groups:
+            own = placed.get(group.sources[0])
+            if own is not None and len(own.shape) == 3 and group.convert is None:
+                known |= dict.fromkeys(group.targets, own.transposed)
+        facts = self._probed[1]
+        flipped = {n for n in facts.flipped if n not in known} | {n for n, turned in known.items() if turned}
+        return replace(facts, flipped=frozenset(flipped))
 
     @cached_property
     def _probed(self) -> tuple[str, Facts]:

@@ -170,6 +170,7 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         dtype=_dtype(source.config),
         fused_experts=any(s.param_index is not None for s in source.sites),
         whole=not source.starts_without(modules),
+        splits=any(g.splits_weights for g in source.names.groups),
         flat=frozenset(m for s in source.sites if s.param in source.facts.flat for m in s.modules),
     )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]

@@ -101,12 +101,14 @@ class ModelFacts:
         dtype: the element type in which a reader loads the model unless told otherwise: the one that config.json names.
         fused_experts: transformers keeps the experts of a mixture in one parameter.
         whole: transformers can build the model's class only around whole weights, not around packed ones.
+        splits: transformers makes several parameters of one stored tensor of this model, which it knows by the name of its weight.
         flat: paths of modules that get a matrix (tokens, in), without an axis of windows.
     """
 
     dtype: str = "float32"
     fused_experts: bool = False
     whole: bool = False
+    splits: bool = False
     flat: frozenset[str] = frozenset()
 
 
