@@ -326,12 +326,13 @@ def _show_plan(
     source = OnDisk(checkpoint)
     resolved = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
-    windows = (samples, 32) if resolved.calibrated else (0, 0)
-    cost = estimate(resolved, *(n * seq_len for n in windows), seq_len)
+    tokens = (samples * seq_len, 32 * seq_len) if resolved.calibrated else (0, 0)
+    cost = estimate(resolved, *tokens, seq_len)
     document = {
         "model": model,
         **resolved.to_dict(),
         "peak_memory_bytes": cost.bytes,
+        "peak_moment": cost.moment,
         "seconds": round(cost.seconds, 1),
     }
     if note and resolved.calibrated:
