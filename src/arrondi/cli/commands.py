@@ -326,8 +326,9 @@ def _show_plan(
     source = OnDisk(checkpoint)
     resolved = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
-    tokens = (samples * seq_len, 32 * seq_len) if resolved.calibrated else (0, 0)
-    cost = estimate(resolved, *tokens, seq_len)
+    windows = (samples, 32) if resolved.calibrated else (0, 0)
+    tokens, eval_tokens = (n * seq_len for n in windows)
+    cost = estimate(resolved, tokens, eval_tokens, seq_len)
     document = {
         "model": model,
         **resolved.to_dict(),
