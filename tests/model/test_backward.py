@@ -21,7 +21,7 @@ from tests.conftest import ARCHITECTURES
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama-tied", {}),
-    "qwen3-moe": ("qwen3-moe", {"num_experts": 6}),
+    "qwen3-moe": ("qwen3-moe", {"num_local_experts": 6}),
     "gemma2": ("gemma2", {"tie_word_embeddings": True}),
 }
 

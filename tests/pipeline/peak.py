@@ -1,8 +1,11 @@
-"""Prints how much memory `quantize_model` needs at its peak, beyond what the imported libraries take. A script, not a test.
+"""Prints how much memory runs need at their peak beyond what the imported libraries take, and what the plan had said. A script.
 
 Every run is a forked process: its peak begins at what its parent holds, and no run inherits another's free heap.
 
-    python -m tests.pipeline.peak WORK TEXT SMALL MODEL…    →  one JSON document, {model: {method: bytes}}
+    python -m tests.pipeline.peak WORK '{"name": {"model": DIR, "method": "rtn", …}, …}'
+        →  one JSON document, {name: [measured bytes, estimated bytes]}
+
+A case has: model, method, scheme, head (the head is quantized too), samples and eval_samples (windows; 0: none), seq_len.
 """
 
 from __future__ import annotations
@@ -11,46 +14,73 @@ import json
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import arrondi
-from arrondi.pipeline import TextOptions, quantize_model
+from arrondi.model import OnDisk
+from arrondi.pipeline import Recipe, TextOptions, make_plan, quantize_model
+from arrondi.pipeline.estimate import BASE_BYTES, estimate
 from tests.pipeline.killer import child
 
-METHODS = ("rtn", "gptq")
+DEFAULTS: dict[str, Any] = {"method": "rtn", "scheme": "w=int4/g32", "head": False, "samples": 0, "eval_samples": 0, "seq_len": 32}  # fmt: skip
 
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def quantize(model: str, out: Path, text: str, method: str) -> None:
-    recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
-    options = None if method == "rtn" else TextOptions(Path(text), samples=2, seq_len=32, eval_samples=1)
-    quantize_model(model, out, recipe, options)
+def recipe_of(case: dict[str, Any]) -> Recipe:
+    return Recipe.simple(case["scheme"], case["method"], ignore=() if case["head"] else None)
 
 
-def main(work: str, text: str, small: str, *models: str) -> None:
+def ids(count: int, length: int) -> torch.Tensor | None:
+    return torch.randint(0, 2048, (count, length), generator=torch.Generator().manual_seed(count)) if count else None
+
+
+def run(case: dict[str, Any], out: Path) -> None:
+    length = case["seq_len"]
+    evaluation = ids(case["eval_samples"], length)
+    texts = TextOptions(ids(case["samples"], length), eval_text=evaluation, evaluate=evaluation is not None)
+    quantize_model(case["model"], out, recipe_of(case), texts)
+
+
+def planned(case: dict[str, Any]) -> int:
+    """What the plan says of it, beyond the libraries."""
+    plan = make_plan(OnDisk.open(case["model"]), recipe_of(case))
+    tokens = [case[n] * case["seq_len"] for n in ("samples", "eval_samples")]
+    return estimate(plan, *tokens, case["seq_len"]).bytes - BASE_BYTES
+
+
+def measured(job: Any) -> int:
+    """What a forked process needs at its peak beyond what this one holds."""
+    start, end = os.pipe()
+
+    def measure() -> None:
+        before = peak()
+        try:
+            job()
+        except BaseException:
+            traceback.print_exc()
+            raise
+        os.write(end, str(peak() - before).encode())
+
+    assert child(measure) == 0
+    os.close(end)
+    with os.fdopen(start) as pipe:
+        return int(pipe.read())
+
+
+def main(work: str, cases: str) -> None:
     torch.set_num_threads(1)
-    for method in METHODS:
-        quantize(small, Path(work) / "warm" / method, text, method)
-    found: dict[str, dict[str, int]] = {}
-    for model in models:
-        for method in METHODS:
-            start, end = os.pipe()
-
-            def job(model: str = model, method: str = method, end: int = end) -> None:
-                before = peak()
-                quantize(model, Path(work) / Path(model).name / method, text, method)
-                os.write(end, str(peak() - before).encode())
-
-            assert child(job) == 0
-            os.close(end)
-            with os.fdopen(start) as pipe:
-                found.setdefault(model, {})[method] = int(pipe.read())
-    print(json.dumps(found))
+    asked = {name: {**DEFAULTS, **case} for name, case in json.loads(cases).items()}
+    small = next(iter(asked.values()))["model"]
+    for name, warm in {"rtn": {}, "gptq": {"method": "gptq", "samples": 2, "eval_samples": 1}}.items():
+        run({**DEFAULTS, "model": small, **warm}, Path(work) / "warm" / name)
+    peaks = {n: measured(lambda c=c, n=n: run(c, Path(work) / n)) for n, c in asked.items()}
+    print(json.dumps({name: [peaks[name], planned(case)] for name, case in asked.items()}))
 
 
 if __name__ == "__main__":

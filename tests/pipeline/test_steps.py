@@ -241,7 +241,7 @@ def test_experts_that_the_original_does_not_choose_have_no_pairs(models: Callabl
 
 def test_a_rule_names_what_stands_in_for_its_method(models: Callable[..., Path], tmp_path: Path) -> None:
     """Experts that no token reaches."""
-    model, texts = models("qwen3-moe", num_experts=48), TextOptions(data(2, 12, 1), evaluate=False)
+    model, texts = models("qwen3-moe", num_local_experts=48), TextOptions(data(2, 12, 1), evaluate=False)
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({"rules": [{"scheme": "w=int4/channel", "method": "gptq", "fallback": "hqq"}]}))
     for name, asked in {"rtn": Recipe.simple("w=int4/channel", "gptq"), "hqq": Recipe.read(path)}.items():

@@ -327,11 +327,13 @@ def _show_plan(
     resolved = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
     windows = (samples, 32) if resolved.calibrated else (0, 0)
-    cost = estimate(resolved, *(n * seq_len for n in windows))
+    tokens, eval_tokens = (n * seq_len for n in windows)
+    cost = estimate(resolved, tokens, eval_tokens, seq_len)
     document = {
         "model": model,
         **resolved.to_dict(),
         "peak_memory_bytes": cost.bytes,
+        "peak_moment": cost.moment,
         "seconds": round(cost.seconds, 1),
     }
     if note and resolved.calibrated:

@@ -1,6 +1,6 @@
 """What running a model's units once says of their weights: `probe`, with made-up weights.
 
-No file is read: parameters are random numbers in bfloat16, a stack is one matrix seen many times, and an embedding gives random
+No file is read: parameters are random numbers, a stack is one matrix seen many times, and an embedding gives random
 rows. One unit of every structure is run, on a few tokens.
 """
 

@@ -30,7 +30,7 @@ from arrondi.pipeline.work import Work
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
 
-_HIDDEN_LIMIT = 512 << 20
+HIDDEN_LIMIT = 512 << 20
 """Bytes of hidden states and arguments kept in memory; more goes to a file in the output directory."""
 _GROUP_BYTES = 256 << 20
 """Tensors of a run without data are written in groups of this size between two journal lines."""
@@ -140,7 +140,7 @@ class Run:
 
     def _with_data(self) -> dict[str, Any] | None:
         self._open()
-        budget, folder = Budget(_HIDDEN_LIMIT), self.journal.work
+        budget, folder = Budget(HIDDEN_LIMIT), self.journal.work
         calibration, evaluation = self.texts.calibration_batches, self.texts.evaluation_batches
         followed = calibration if any(s.needs & OF_ORIGINAL for s in self.plan.steps()) else []
         total = len(self.units) + 2
