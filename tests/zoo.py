@@ -92,6 +92,7 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-masked": ("BertForMaskedLM", ENCODER),
     "bert-classifier": ("BertForSequenceClassification", ENCODER),
     "albert": ("AlbertModel", {**ENCODER, "embedding_size": 32}),
+    "hrm": ("HrmTextForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_layers_per_stack": 2, "max_position_embeddings": 128}),
     # other inputs than token ids alone
     "t5": ("T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "d_kv": 16, "decoder_start_token_id": 0}),
     "whisper": ("WhisperForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_source_positions": 32, "max_target_positions": 64, "num_mel_bins": 8, "pad_token_id": 0, "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 1}),

@@ -18,7 +18,7 @@ from tests.zoo import of_transformers, outputs
 
 Models = Callable[..., Path]
 IDS = torch.randint(3, 2000, (3, 23), generator=torch.Generator().manual_seed(5))
-WHOLE = ["rwkv", "albert"]
+WHOLE = ["rwkv", "albert", "hrm"]
 """Weights that change as the model runs; blocks that run more than once."""
 NO_TEXT = ["t5", "whisper", "vit", "clip"]
 

@@ -103,8 +103,12 @@ def _compare(chain: Chain, inputs: Inputs) -> torch.Tensor:
     with chain.outer_loaded():
         _, calls = chain.begin(inputs)
     final: list[torch.Tensor] = []
+    seen: list[int] = []
 
     def see(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append(i)
+        if seen != list(range(len(seen))) or len(seen) > len(chain):
+            raise SchemeError(f"The blocks {chain.prefix}.* are not run once each in order.")
         hidden = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs["hidden_states"]
         try:
             ours = hidden_of(chain.call(i, hidden.clone(), calls[i]), hidden)
