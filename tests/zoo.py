@@ -80,6 +80,9 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "xglm": ("XGLMForCausalLM", {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 128}),
     "minimax": ("MiniMaxForCausalLM", {**TWO, **EXPERTS, "head_dim": 16, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]}),
     "qwen3-next": ("Qwen3NextForCausalLM", {**TWO, **EXPERTS, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 64}),
+    # stored convolutions that transformers joins; positions that are looked up by their number alone
+    "olmo-hybrid": ("OlmoHybridForCausalLM", {**TWO, "num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "pad_token_id": 0}),
+    "roformer": ("RoFormerModel", ENCODER),
     # a model of text inside one of images
     "gemma3-vlm": ("Gemma3ForConditionalGeneration", {"text_config": {**TWO, **SLIDING, "pad_token_id": 0}, "vision_config": {**VISION, "num_hidden_layers": 2}, "mm_tokens_per_image": 4, "image_token_index": 2047}),
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", {"text_config": {**TWO, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}, "vision_config": {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "fullatt_block_indexes": [1]}, "image_token_id": 2040, "video_token_id": 2041, "vision_start_token_id": 2042, "vision_end_token_id": 2043}),

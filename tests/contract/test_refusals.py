@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,14 @@ def rules(*schemes: str, second: str = "") -> Recipe:
     return Recipe((Rule(first), *(Rule(s, targets=(second,)) for s in others)))
 
 
+KEEPING = Recipe.simple("w=int4/g32", ignore=["lm_head", "re:.*experts"])
 MIXED = rules("w=int4/g32", "w=int8/channel,a=int8/token", second=r"re:.*\.1\.")
 REFUSALS: dict[str, tuple[str, Recipe, str]] = {
     "_unread_experts": ("qwen3-moe", rules("w=int4/g32/asym"), "cannot read experts stored as"),
     "_mixed_experts": ("mixtral", rules("w=int4/g32", "w=int8/g32", second=r"re:.*w2"), "all experts by one scheme"),
     "_mixed_dequantized": ("gpt2", MIXED, "cannot read this mix"),
     "_split_dequantized": ("dinov2-swiglu", rules("w=int8/g16"), "splits stored tensors"),
+    "_joined_plain": ("mixtral", KEEPING, "takes all weights that it joins"),
     "_inputs_left": ("gpt2", rules("w=int8/channel,a=int8/token"), "leaves the inputs of Conv1D layers unrounded"),
     "_one_scale_for_all_tokens": ("opt", rules("w=int8/channel,a=int8/token"), "one scale for all tokens"),
     "_mx_inputs": ("llama", rules("MXFP8"), "power-of-two scales"),
@@ -56,6 +59,22 @@ def test_what_is_refused_is_not_computed(rule: str, models: Callable[..., Path],
     except (RuntimeError, AttributeError):
         return
     assert wrong or distance(found, computed) > 100 * SUMS
+
+
+@pytest.mark.parametrize("scheme", ["w=int4/g32", "w=fp8_e4m3/channel"])
+@pytest.mark.parametrize("kept", ["experts", "experts.1.", "self_attn"])
+def test_experts_are_read_all_quantized_or_in_floats_of_eight_bits_not_at_all(
+    kept: str, scheme: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What is said of a model of which a part is kept is what happens."""
+    recipe = Recipe.simple(scheme, ignore=["lm_head", f"re:.*{re.escape(kept)}"])
+    report = quantize_model(models("qwen3-moe"), tmp_path / "out", recipe)
+    ok = next(r["ok"] for r in report["readers"] if r["reader"] == readers.TRANSFORMERS)
+    assert ok == (kept == "self_attn" or (kept == "experts" and "fp8" in scheme))
+    theirs = loaded_by_transformers("qwen3-moe", tmp_path / "out")
+    computed = outputs(loaded(tmp_path / "out", "reference", fuse=False), IDS)
+    read = not isinstance(theirs, Exception) and distance(outputs(theirs, IDS), computed) <= 100 * SUMS
+    assert read == ok
 
 
 def test_every_refusal_has_its_case() -> None:

@@ -105,6 +105,14 @@ def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} cannot load this model quantized: it splits stored tensors and would have to turn them back as well; arrondi can."
 
 
+def _joined_plain(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if facts.parted:
+        return f"{TRANSFORMERS} cannot join weights (experts of a layer) of which some are quantized and some are not; arrondi can."
+    if not facts.plain or all(storage_name(stored_form(p)) == "float-quantized" for p in placed):
+        return None
+    return f"{TRANSFORMERS} takes all weights that it joins (experts, convolutions) for quantized, and some are not; arrondi tells them apart."
+
+
 def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not dequantized_by_transformers(placed, facts) or not any(p.scheme.inputs for p in placed):
         return None
@@ -188,8 +196,8 @@ def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
 
 _Rule = Callable[[list[Placed], ModelFacts], str | None]
 _REFUSALS: Final[tuple[_Rule, ...]] = (
-    _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _inputs_left, _one_scale_for_all_tokens,
-    _mx_inputs,
+    _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _joined_plain, _inputs_left,
+    _one_scale_for_all_tokens, _mx_inputs,
 )  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (
     _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16,

@@ -70,6 +70,11 @@ class Group:
         """Whether transformers makes several parameters of one stored tensor that it knows by the name of its weight."""
         return len(self.targets) > 1 and all(p.endswith(".weight") for p in self.patterns)
 
+    @property
+    def joins_weights(self) -> bool:
+        """Whether transformers makes one parameter of stored tensors that it knows by the names of their weights."""
+        return len(self.targets) == 1 and bool(self.patterns) and all(p.endswith(".weight") for p in self.patterns)
+
 
 class Names:
     """The way from the tensors of a checkpoint to a model's parameters.

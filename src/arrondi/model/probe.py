@@ -166,8 +166,10 @@ def _look_up(module: Any) -> Any:
     forward, kept = module.forward, module._parameters["weight"]
 
     def rows(*args: Any, **kwargs: Any) -> torch.Tensor:
-        """As many rows as the first tensor has numbers: ids, or of tables of positions the mask."""
-        ids = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        """As many rows as the first tensor has numbers: ids, or of tables of positions the mask. One that gets no tensor gives zeros."""
+        ids = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
+        if ids is None:
+            return forward(*args, **kwargs)
         return torch.randn(*ids.shape, module.embedding_dim, dtype=kept.dtype)
 
     module.forward = rows

@@ -166,11 +166,15 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     problems += unreadable(source, declared)
     bare = [t for t in tensors if t.status == "quantized" and not _keeps_its_name(resolver.layout, t)]
     modules = [m for t in bare for s in t.sites for m in s.modules]
+    names = {t.name for t in tensors if t.status == "quantized"}
+    joined = [len(names & {*g.sources}) / len(g.sources) for g in source.names.groups if g.joins_weights]
     facts = ModelFacts(
         dtype=_dtype(source.config),
         fused_experts=any(s.param_index is not None for s in source.sites),
         whole=not source.starts_without(modules),
         splits=any(g.splits_weights for g in source.names.groups),
+        plain=0.0 in joined,
+        parted=any(0 < share < 1 for share in joined),
         flat=frozenset(m for s in source.sites if s.param in source.facts.flat for m in s.modules),
     )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]

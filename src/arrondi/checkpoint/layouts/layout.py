@@ -102,6 +102,8 @@ class ModelFacts:
         fused_experts: transformers keeps the experts of a mixture in one parameter.
         whole: transformers can build the model's class only around whole weights, not around packed ones.
         splits: transformers makes several parameters of one stored tensor of this model, which it knows by the name of its weight.
+        plain: of a parameter that transformers joins from weights no part is quantized.
+        parted: of such a parameter a part is quantized.
         flat: paths of modules that get a matrix (tokens, in), without an axis of windows.
     """
 
@@ -109,6 +111,8 @@ class ModelFacts:
     fused_experts: bool = False
     whole: bool = False
     splits: bool = False
+    plain: bool = False
+    parted: bool = False
     flat: frozenset[str] = frozenset()
 
 
