@@ -257,7 +257,7 @@ def test_hidden_states_in_a_file_change_nothing(
     for module in (texts, comparing):
         monkeypatch.setattr(module, "BATCH_TOKENS", 24)  # one window at a time
     for name, limit in (("memory", 1 << 30), ("file", 3000), ("all in the file", 0)):
-        monkeypatch.setattr(running, "_HIDDEN_LIMIT", limit)
+        monkeypatch.setattr(running, "HIDDEN_LIMIT", limit)
         quantize_model(models("llama"), tmp_path / name, GPTQ, options(text))
     assert digest(tmp_path / "memory") == digest(tmp_path / "file") == digest(tmp_path / "all in the file")
 

@@ -358,7 +358,7 @@ def test_a_full_disk_under_the_hidden_states_is_the_same_sentence(
     def full(*args: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pipeline, "_HIDDEN_LIMIT", 0)
+    monkeypatch.setattr(pipeline, "HIDDEN_LIMIT", 0)
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="the disk is full"):
         gptq(models, text, tmp_path / "out")
