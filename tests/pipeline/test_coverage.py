@@ -52,7 +52,7 @@ def test_what_is_written_loads_in_transformers_and_here_with_the_same_outputs(
     source, out = models(name), tmp_path / "out"
     options = TextOptions(text, samples=4, seq_len=33, eval_text=text, eval_samples=3)
     report = quantize_model(source, out, GPTQ, options)
-    assert report["layout"] == "compressed-tensors" and read_by_transformers(report)
+    assert report["layout"] == "compressed-tensors" and read_by_transformers(report) == (name != "olmo-hybrid")
 
     # Every tensor of the file has one class, with a reason; what was quantized says how, and whether it was done blindly.
     layers, kept = {r["name"]: r for r in report["layers"]}, {k["name"]: k for k in report["kept"]}
@@ -61,8 +61,9 @@ def test_what_is_written_loads_in_transformers_and_here_with_the_same_outputs(
     for row in layers.values():
         assert (row["method"] == "gptq" and row["calibration_tokens"]) or (row["method"] == "rtn" and row["why"])
 
-    ours, theirs = outputs(arrondi.load(out), IDS), outputs(of_transformers(name, out), IDS)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5 * float(theirs.abs().max()))
+    if read_by_transformers(report):
+        ours, theirs = outputs(arrondi.load(out), IDS), outputs(of_transformers(name, out), IDS)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5 * float(theirs.abs().max()))
 
     # What `quantize` followed is what it wrote.
     again = compare_models(out, source, text, seq_len=33, samples=3)
