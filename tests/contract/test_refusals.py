@@ -81,6 +81,13 @@ def test_every_refusal_has_its_case() -> None:
     assert {rule.__name__ for rule in readers._REFUSALS} == REFUSALS.keys() - {"another layout"}
 
 
+def test_a_rule_that_splits_hinders_models_that_do_not_need_it_too(models: Callable[..., Path], tmp_path: Path) -> None:
+    report = quantize_model(models("dinov2-swiglu", use_swiglu_ffn=False), tmp_path / "out", rules("w=int8/g16"))
+    said = next(r for r in report["readers"] if r["reader"] == readers.TRANSFORMERS)
+    assert not said["ok"] and "splits stored tensors" in said["sentence"]
+    assert isinstance(loaded_by_transformers("dinov2-swiglu", tmp_path / "out"), Exception)
+
+
 @pytest.mark.parametrize("name", ["nomic-bert", "gte", "jina-v3"])
 def test_models_whose_other_tensors_are_split_are_read_when_they_are_turned_back(
     name: str, models: Callable[..., Path], tmp_path: Path

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from arrondi.measure.text import load_tokenizer, special_tokens
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, TextOptions, dequantize_model, make_plan, quantize_model
 from arrondi.runtime.generate import generate
-from tests.zoo import ARCHITECTURES, ZOO, of_transformers, outputs
+from tests.zoo import ARCHITECTURES, VISION, ZOO, of_transformers, outputs
 
 Models = Callable[..., Path]
 IDS = torch.randint(3, 2000, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -245,3 +246,15 @@ def test_what_is_written_continues_a_text_as_transformers_does(name: str, models
 def test_what_is_no_decoder_is_said_to_be_none(name: str, models: Models) -> None:
     with pytest.raises(arrondi.SchemeError, match="Use a decoder-only language model"):
         generate(models(name), "Return", max_new_tokens=2)
+
+
+def test_a_matrix_of_the_model_itself_is_no_module_to_be_ignored(tmp_path: Path) -> None:
+    """What lies in no module inside has no path, and a config that names an empty one is no config."""
+    config = transformers.MLCDVisionConfig(**VISION, num_hidden_layers=2, num_key_value_groups=1)
+    model = transformers.MLCDVisionModel(config)
+    assert any("." not in name and parameter.ndim > 1 for name, parameter in model.named_parameters())
+    model.save_pretrained(tmp_path / "model")
+    quantize_model(tmp_path / "model", tmp_path / "out", Recipe.simple("W8A16", group_size=16))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] and all(config["ignore"])
+    arrondi.load(tmp_path / "out")

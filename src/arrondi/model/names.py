@@ -66,11 +66,6 @@ class Group:
     pieces: list[Piece] | None = field(default=None)
 
     @property
-    def splits_weights(self) -> bool:
-        """Whether transformers makes several parameters of one stored tensor that it knows by the name of its weight."""
-        return len(self.targets) > 1 and all(p.endswith(".weight") for p in self.patterns)
-
-    @property
     def joins_weights(self) -> bool:
         """Whether transformers makes one parameter of stored tensors that it knows by the names of their weights."""
         return len(self.targets) == 1 and bool(self.patterns) and all(p.endswith(".weight") for p in self.patterns)
@@ -83,6 +78,8 @@ class Names:
         groups: what is converted together.
         unused: stored tensors that are no parameter or buffer of this model.
         group_of: parameter or buffer → its group.
+        splits_weights: transformers has a rule for this class, used or not, that makes several parameters of one stored tensor
+            that it knows by the name of its weight.
     """
 
     def __init__(self, model: Any, shapes: Shapes, where: object, *, converted: bool = True) -> None:
@@ -102,6 +99,7 @@ class Names:
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.params.items():
             self.aliases.setdefault(id(parameter), []).append(name)
+        self.splits_weights = False
         if converted:
             self.groups, self.unused = self._grouped()
         else:
@@ -149,6 +147,9 @@ class Names:
         renamings = [r for r in rules if isinstance(r, WeightRenaming)]
         converters = [r for r in rules if isinstance(r, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
+        self.splits_weights = any(
+            len(c.target_patterns) > 1 and all(p.endswith(".weight") for p in c.source_patterns) for c in converters
+        )
         state = {**self.params, **dict(self.model.named_buffers(remove_duplicate=False))}
         prefix = self.model.base_model_prefix
         plain: list[Group] = []

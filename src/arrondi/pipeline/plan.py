@@ -62,7 +62,7 @@ class Plan:
         """Paths of modules with a matrix that stays as it is, also of those that the model does not build."""
         quantized = {m for t in self.quantized for s in t.sites for m in s.modules}
         kept = [m for t in self.tensors if t.status != "quantized" for m in _paths(t)]
-        return sorted(set(kept) - quantized)
+        return sorted(set(kept) - quantized - {""})  # a matrix of the model itself belongs to no module inside
 
     def config(self) -> dict[str, Any]:
         """The `quantization_config` of the output."""
@@ -172,7 +172,7 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         dtype=_dtype(source.config),
         fused_experts=any(s.param_index is not None for s in source.sites),
         whole=not source.starts_without(modules),
-        splits=any(g.splits_weights for g in source.names.groups),
+        splits=source.names.splits_weights,
         plain=0.0 in joined,
         parted=any(0 < share < 1 for share in joined),
         flat=frozenset(m for s in source.sites if s.param in source.facts.flat for m in s.modules),
