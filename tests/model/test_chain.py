@@ -121,6 +121,18 @@ def test_a_visitor_changes_a_unit_before_it_runs(models: Models, tmp_path: Path)
             close(stream.output(2), outputs(other, BATCHES[2]))
 
 
+def test_the_last_unit_is_not_run_where_nobody_reads_what_leaves_it(models: Models, tmp_path: Path) -> None:
+    source = OnDisk.open(models("llama"))
+    chain = source.units_of(source.instance())
+    with Stream(chain, BATCHES, Budget(1 << 30), tmp_path) as stream:
+        stream.to_the_end = False
+        stream.begin()
+        entering = {}
+        for i in walk([[stream]], lambda i, _: entering.update({i: stream.hidden(i, 2).clone()})):
+            last = i
+        assert last == len(chain) - 1 and torch.equal(stream.hidden(len(chain), 2), entering[last])
+
+
 def test_what_does_not_fit_in_memory_changes_nothing_and_gives_its_file_back(models: Models, tmp_path: Path) -> None:
     import psutil
 

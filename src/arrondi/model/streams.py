@@ -36,6 +36,7 @@ class Stream:
         batches: how the model is called on each batch.
         bfloat16: whether products are computed in bfloat16.
         keeps_inputs: whether what entered earlier units can still be read.
+        to_the_end: whether anybody reads what leaves the last unit; where nobody does, it is not run.
         budget, folder: see `__init__`.
     """
 
@@ -56,6 +57,7 @@ class Stream:
             keep_inputs: keep what enters every unit, so that the way can be gone back.
         """
         self.units, self.bfloat16, self.keeps_inputs = units, bfloat16, keep_inputs
+        self.to_the_end = True
         self.batches = [Inputs.of(b) for b in batches]
         self.budget, self.folder = budget, folder
         self._hidden, self._calls = TreeStore(budget, folder), TreeStore(budget, folder)
@@ -107,6 +109,8 @@ class Stream:
 
     def advance(self, i: int) -> None:
         """Take every batch through unit i."""
+        if i == len(self.units) - 1 and not self.to_the_end:
+            return
         for j in range(len(self)):
             leaving = self.run(i, j).cpu()
             if self.keeps_inputs:

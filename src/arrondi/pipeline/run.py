@@ -159,11 +159,12 @@ class Run:
                 self._outside("front", front, *begun)
                 learning.begin()
                 measured.begin()
+            rest = [t for t in self.plan.tensors if t.block is None and t not in front]
+            learning.to_the_end = floats.to_the_end = bool(self._wanted(rest))
             groups = [[s for s in group if len(s)] for group in ([learning, measured], [reference, floats])]
             for i in walk(groups, self._visit):
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
             self.progress(len(self.units), total, "outside the blocks")
-            rest = [t for t in self.plan.tensors if t.block is None and t not in front]
             ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (learning, floats)]
             self._outside("outside", rest, *ends)
             if not evaluation:
@@ -210,7 +211,7 @@ class Run:
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
     ) -> None:
         """What lies outside the units; a head or a pooler is calibrated on what the quantized units give."""
-        wanted = [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
+        wanted = self._wanted(members)
 
         def work() -> list[dict[str, Any]]:
             with ExitStack() as loaded:
@@ -221,6 +222,10 @@ class Run:
                 return self._work(members, forwards if wanted else (), originals if wanted else ())
 
         self._step(name, members, work)
+
+    def _wanted(self, members: list[PlannedTensor]) -> list[str]:
+        """The parameters that steps look at or change."""
+        return [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
 
     def _front(self) -> list[PlannedTensor]:
         """Tensors that work before the first unit and that a step changes: projections of narrow embeddings."""
