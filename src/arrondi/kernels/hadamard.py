@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -242,13 +242,13 @@ def _transform_fake(x: torch.Tensor, scale: float | None, transposed: bool = Fal
 _Inputs = tuple[torch.Tensor, float | None, bool]
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: _Inputs, output: torch.Tensor) -> None:
-    _, ctx.scale, ctx.transposed = inputs  # type: ignore[attr-defined]
+def _remember(ctx: Any, inputs: _Inputs, output: torch.Tensor) -> None:
+    _, ctx.scale, ctx.transposed = inputs
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
     """Linear: the gradient goes back through the transpose."""
-    return torch.ops.arrondi.hadamard(grad, ctx.scale, not ctx.transposed), None, None  # type: ignore[attr-defined]
+    return torch.ops.arrondi.hadamard(grad, ctx.scale, not ctx.transposed), None, None
 
 
 _library: Final = torch.library.Library("arrondi", "FRAGMENT")

@@ -19,6 +19,7 @@ from arrondi.model.overlay import Overlay
 from arrondi.tensor.qtensor import Grid, fake_quantize
 
 if TYPE_CHECKING:
+    from arrondi.model.in_memory import InMemory
     from arrondi.model.source import OnDisk
 
 
@@ -42,7 +43,8 @@ class Instance:
         self, source: OnDisk, overlay: Overlay | None = None, device: torch.device = torch.device("cpu")
     ) -> None:
         self.device = device
-        self.source, self.names, self.overlay = source, source.names, overlay or Overlay()
+        self.source: OnDisk | InMemory = source
+        self.checkpoint, self.names, self.overlay = source.checkpoint, source.names, overlay or Overlay()
         self.model: Any = copy.deepcopy(source.model)
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.lender: Instance | None = None
@@ -90,7 +92,7 @@ class Instance:
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor of the file, as it is now."""
         changed = self.overlay.changed.get(name)
-        return changed() if changed is not None else self.source.checkpoint.dense(name, dtype)
+        return changed() if changed is not None else self.checkpoint.dense(name, dtype)
 
     def is_empty(self, param: str) -> bool:
         return self.parameter(param).is_meta
@@ -145,7 +147,7 @@ class Instance:
                     module, leaf = self._owner(target)
                     exact = any(n in target for n in self.model._keep_in_fp32_modules_strict or ())
                     kind = torch.float32 if exact else module._buffers[leaf].dtype
-                    module._buffers[leaf] = self.source.checkpoint.dense(group.sources[0]).to(kind)
+                    module._buffers[leaf] = self.checkpoint.dense(group.sources[0]).to(kind)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device and not buffer.is_meta:

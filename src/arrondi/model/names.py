@@ -230,11 +230,12 @@ class Names:
         return Piece(source, index, rows, columns, target, index, rows, columns)
 
     def _marked(self, group: Group) -> list[Piece]:
-        assert group.convert is not None
+        convert = group.convert
+        assert convert is not None
         shapes = [self.shapes[s] for s in group.sources]
 
         def sent(values: Callable[[int, tuple[int, ...]], torch.Tensor]) -> dict[str, torch.Tensor]:
-            made = group.convert([values(i, shape).expand(shape) for i, shape in enumerate(shapes)])  # type: ignore[misc]
+            made = convert([values(i, shape).expand(shape) for i, shape in enumerate(shapes)])
             return {n: v if v.ndim == 3 else v.unsqueeze(0) for n, v in made.items()}
 
         def along(axis: int) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +102,7 @@ def _observe(chain: Chain) -> Facts:
             seen.add(structure)
             chain.fill(i)
             params = {n: chain.instance.parameter(n) for n in chain.params(i)}
-            flow = trace(block, params, lambda i=i: chain.call(i, hidden.clone(), calls[i]))  # type: ignore[misc]
+            flow = trace(block, params, partial(chain.call, i, hidden.clone(), calls[i]))
             chain.drop(i)
             own = f"{chain.prefix}.{i}."
             like = _others(chain, i, structure)
@@ -134,7 +135,8 @@ def _called(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> tuple[frozens
                 setattr(module, "forward", _blank(module.out_features))  # noqa: B010
         for handle in handles:
             undo.callback(handle.remove)
-        chain.instance.weightless = True  # type: ignore[attr-defined]
+        assert isinstance(chain.instance, _MadeUp)
+        chain.instance.weightless = True
         with chain.outer_loaded():
             chain.finish(inputs, hidden)
     owners = {n: n.rpartition(".")[0] for n in chain.instance.empty if not n.startswith(f"{chain.prefix}.")}

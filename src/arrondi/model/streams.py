@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,7 +106,7 @@ class Stream:
 
     def forwards(self, i: int) -> list[Callable[[], object]]:
         """Unit i on every batch, to be run as often as needed; nothing moves on."""
-        return [lambda j=j: self.run(i, j) for j in range(len(self))]  # type: ignore[misc]
+        return [partial(self.run, i, j) for j in range(len(self))]
 
     def advance(self, i: int) -> None:
         """Take every batch through unit i."""

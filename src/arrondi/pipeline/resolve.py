@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -21,6 +21,11 @@ from arrondi.pipeline.step import get_step
 
 Status = Literal["quantized", "kept by rule", "kept because impossible"]
 
+_SCALES: Final[dict[torch.dtype, Literal["float16", "bfloat16"]]] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+"""The type of scales beside weights of a type; float32 beside all others."""
 _SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
 _SMALLEST_GROUP = 16
@@ -136,8 +141,7 @@ class Resolver:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
         rule, site = plain.rule, plain.sites[0]
         assert rule is not None and rule.scheme is not None
-        scale = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(plain.dtype, "float32")
-        wanted = rule.scheme.with_scale(scale)  # type: ignore[arg-type]
+        wanted = rule.scheme.with_scale(_SCALES.get(plain.dtype, "float32"))
         step = get_step(rule.method)
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""

@@ -173,8 +173,8 @@ def _values(model: nn.Module, name: str) -> LayerValues:
     if scale is None:
         return LayerValues(weight)
     zero, offset = (held._buffers.get(f"input_{part}") for part in ("zero_point", "offset"))
-    parts = (None if p is None else p.reshape(1, 1) for p in (scale, zero, offset))
-    return LayerValues(weight, Grid(*parts))  # type: ignore[arg-type]
+    zero, offset = (None if p is None else p.reshape(1, 1) for p in (zero, offset))
+    return LayerValues(weight, Grid(scale.reshape(1, 1), zero, offset))
 
 
 def _plain(model: nn.Module) -> dict[str, torch.Tensor]:

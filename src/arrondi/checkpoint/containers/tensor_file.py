@@ -169,7 +169,7 @@ def _read(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:
 def as_memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     raw = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(raw)  # type: ignore[arg-type]
+    return raw.data
 
 
 def encode_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
