@@ -144,4 +144,4 @@ def _follow(
         with units[0].outer_loaded(), units[1].outer_loaded():
             for j, rows in first.pieces():
                 comparison.add(first.output(j, rows), second.output(j, rows), ids[j][rows])
-            confirm(first)
+            confirm(sources[0], first)

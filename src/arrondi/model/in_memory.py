@@ -111,7 +111,7 @@ class Held(Instance):
     """The instance of a model in memory: filling and dropping do nothing."""
 
     def __init__(self, source: InMemory) -> None:
-        self.source, self.names, self.overlay = source, source.names, Overlay()
+        self.names, self.where, self.overlay = source.names, source.where, Overlay()
         self.model = source.model
         self.empty = dict(source.names.params)
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))

@@ -8,30 +8,44 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
 from arrondi.model.memory import release
+from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.tensor.qtensor import Grid, fake_quantize
 
-if TYPE_CHECKING:
-    from arrondi.model.in_memory import InMemory
-    from arrondi.model.source import OnDisk
-
-
 Rounding = dict[str, tuple[ActivationScheme, Grid | None]]
 """Module → how its input is rounded, and the static grid if there is one."""
+
+
+class Origin(Protocol):
+    """Where an instance gets its values.
+
+    Attributes:
+        model: the model on the meta device.
+        names: its parameters, and the stored tensors that fill them.
+        checkpoint: the files.
+        where: for messages.
+    """
+
+    model: Any
+    names: Names
+    checkpoint: Checkpoint
+    where: Path
 
 
 class Instance:
     """One model of a source.
 
     Attributes:
-        source: where weights come from.
+        names, where: of the source.
         model: the transformers model; what is not filled lies on the meta device.
         overlay: what differs from the source.
         lender: another instance of the same source, whose weights this one takes where they are the same, instead of its own
@@ -40,11 +54,11 @@ class Instance:
     """
 
     def __init__(
-        self, source: OnDisk, overlay: Overlay | None = None, device: torch.device = torch.device("cpu")
+        self, source: Origin, overlay: Overlay | None = None, device: torch.device = torch.device("cpu")
     ) -> None:
         self.device = device
-        self.source: OnDisk | InMemory = source
-        self.checkpoint, self.names, self.overlay = source.checkpoint, source.names, overlay or Overlay()
+        self.names, self.where, self.overlay = source.names, str(source.where), overlay or Overlay()
+        self._checkpoint = source.checkpoint
         self.model: Any = copy.deepcopy(source.model)
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.lender: Instance | None = None
@@ -81,7 +95,7 @@ class Instance:
         if own is not None and (group is None or own not in group.sources):
             return {param: self.overlay.changed[own]()}
         if group is None:
-            raise FileFormatError(f"{self.source.where}: no stored tensor fills {param}.")
+            raise FileFormatError(f"{self.where}: no stored tensor fills {param}.")
         tensors = [self.tensor(s, dtype) for s in group.sources]
         if group.convert is None:
             return {param: tensors[0]}
@@ -92,7 +106,7 @@ class Instance:
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor of the file, as it is now."""
         changed = self.overlay.changed.get(name)
-        return changed() if changed is not None else self.checkpoint.dense(name, dtype)
+        return changed() if changed is not None else self._checkpoint.dense(name, dtype)
 
     def is_empty(self, param: str) -> bool:
         return self.parameter(param).is_meta
@@ -147,7 +161,7 @@ class Instance:
                     module, leaf = self._owner(target)
                     exact = any(n in target for n in self.model._keep_in_fp32_modules_strict or ())
                     kind = torch.float32 if exact else module._buffers[leaf].dtype
-                    module._buffers[leaf] = self.checkpoint.dense(group.sources[0]).to(kind)
+                    module._buffers[leaf] = self._checkpoint.dense(group.sources[0]).to(kind)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device and not buffer.is_meta:
@@ -161,7 +175,7 @@ class Instance:
         wanted = self.empty[param]
         if tuple(value.shape) != tuple(wanted.shape):
             raise FileFormatError(
-                f"{self.source.where}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}."
+                f"{self.where}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}."
             )
         if value.dtype.is_floating_point:
             value = value.to(dtype)

@@ -10,18 +10,15 @@ import contextlib
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from arrondi.errors import ArrondiError
 from arrondi.model.chain import REFUSALS, Chain, Inputs
 from arrondi.model.flow import trace
-from arrondi.model.instance import Instance
+from arrondi.model.instance import Instance, Origin
 from arrondi.model.site import Facts, is_stack
-
-if TYPE_CHECKING:
-    from arrondi.model.source import OnDisk
 
 _TOKENS = 8
 _REPEATED = 1 << 16
@@ -49,7 +46,7 @@ class _MadeUp(Instance):
             module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
 
 
-def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
+def probe(source: Origin, lists: Sequence[str]) -> tuple[str, Facts]:
     """Which list of blocks runs on token ids, and what its weights do.
 
     Args:

@@ -73,16 +73,20 @@ def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
 
 
 @torch.no_grad()
-def confirm(stream: Stream) -> None:
+def confirm(source: OnDisk | InMemory, stream: Stream) -> None:
     """Compare the first batch of the original, after its last unit, with what the model itself computed for it.
 
     Call it inside `stream.units.outer_loaded()`.
 
+    Args:
+        source: which was settled on that batch.
+        stream: of the original.
+
     Raises:
         SchemeError: they differ.
     """
-    source, device = stream.units.instance.source, stream.units.instance.device
-    if source.whole or source.settled is None or device.type != "cpu":  # other devices sum in another order
+    elsewhere = stream.units.instance.device.type != "cpu"  # where sums have another order
+    if source.whole or source.settled is None or elsewhere:
         return
     ends = [stream.output(j, rows)[:, -_ENDS:] for j, rows in stream.pieces() if j == 0]
     if not _close(torch.cat(ends), source.settled):

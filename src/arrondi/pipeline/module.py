@@ -14,8 +14,7 @@ from arrondi.model import Budget, Chain, InMemory, Inputs, Site, Stream, Whole, 
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.statistics import Forward, Side
-from arrondi.pipeline.step import OF_ORIGINAL
+from arrondi.pipeline.statistics import OF_ORIGINAL, Forward, Side
 from arrondi.pipeline.unit import carry_out
 from arrondi.pipeline.work import Work
 from arrondi.runtime.install import install

@@ -23,8 +23,8 @@ from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of
-from arrondi.pipeline.statistics import Forward, Side
-from arrondi.pipeline.step import OF_ORIGINAL, Added
+from arrondi.pipeline.statistics import OF_ORIGINAL, Forward, Side
+from arrondi.pipeline.step import Added
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.unit import carry_out, stackable
 from arrondi.pipeline.work import Work
@@ -250,7 +250,7 @@ class Run:
             for j, rows in reference.pieces():
                 ids = ids_of(reference.batches[j])[rows]
                 comparison.add(reference.output(j, rows), measured.output(j, rows), ids)
-            confirm(reference)
+            confirm(self.source, reference)
         return {
             **comparison.summary().to_dict(),
             "text": self.texts.evaluation_source,

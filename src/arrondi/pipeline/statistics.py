@@ -1,4 +1,4 @@
-"""What calibration says of the inputs of sites: `Seen` and `collect`.
+"""What calibration says of the inputs of sites: `Need`, `Seen` and `collect`.
 
 Inputs that several sites read are counted once. Nothing raw is kept beyond one batch but a sample of bounded size.
 """
@@ -8,13 +8,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from arrondi.calibration import Reservoir, SecondMoment, span_of
 from arrondi.model.flow import Use, watch
-from arrondi.pipeline.step import OF_ORIGINAL, Need
+
+Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
+"""What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original.
+
+    moment        Σ x xᵀ
+    mean          Σ x
+    range         the least and the largest number
+    absmax        max |x| of every column
+    sample        rows, each as likely as every other
+    float moment  Σ f fᵀ
+    cross moment  Σ x fᵀ, of the same tokens
+"""
+
+OF_ORIGINAL: Final = frozenset({"float moment", "cross moment"})
+"""Needs for which the original is followed on the calibration data too."""
 
 Key = tuple[str, int | None]
 """A parameter, and which matrix of it."""

@@ -17,7 +17,7 @@ from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Site
 from arrondi.pipeline.rounded import round_alone, round_together, rowwise
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.step import Need
+from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.work import Stage, Work
 from arrondi.tensor.ranges.observed import static_grid
 

@@ -6,6 +6,7 @@ copy of the model never exists.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def load(
         model.generation_config = read_generation_config(source.where) or model.generation_config
     model.config.dtype = kind
     if source.checkpoint.quantized:
-        options = {"dtype": dtype, "activations": activations}
-        model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), options)
+        again = partial(load, source.where, dtype=dtype, activations=activations, fuse=False)
+        model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), again)
     return model
 
 
