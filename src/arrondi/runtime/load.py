@@ -15,7 +15,7 @@ from arrondi.checkpoint import Checkpoint
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import ActivationScheme
 from arrondi.model import DTYPES, OnDisk, Site, configs_in
-from arrondi.nn import DenseLinear
+from arrondi.nn import DenseLinear, QConv, QLinear, RoundedInputs
 from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
@@ -49,11 +49,7 @@ def load(
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     source = OnDisk(Checkpoint.open(path).rounding(activations), kind)
-    for name, placed in source.checkpoint.placed.items():
-        if placed.scheme.outputs is not None or placed.scheme.kv is not None:
-            raise SchemeError(
-                f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
-            )
+    _check_computed(source)
     instance = source.instance()
     model = instance.model
     gone: set[str] = set()
@@ -64,6 +60,9 @@ def load(
         layers = {n: (source.checkpoint.layer(n), source.checkpoint.inputs_of(n)) for n in names}
         gone |= install(model, source.names, sites, layers, kind)
     instance.fill([n for n in instance.empty if n not in gone], kind)
+    packed = {name for name, module in model.named_modules() if isinstance(module, (QLinear, QConv))}
+    for name, how in source.rounded_inputs(packed).items():  # of a router, or where the model reads the weight itself
+        model.get_submodule(name).register_forward_pre_hook(RoundedInputs(*how), with_kwargs=True)
     DenseLinear.adopt(model)
     if fuse:
         fuse_blocks(model)
@@ -76,6 +75,21 @@ def load(
         options = {"dtype": dtype, "activations": activations}
         model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), options)
     return model
+
+
+def _check_computed(source: OnDisk) -> None:
+    """Refuse what a scheme asks for and no module here does."""
+    for name, placed in source.checkpoint.placed.items():
+        if placed.scheme.outputs is not None or placed.scheme.kv is not None:
+            raise SchemeError(
+                f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
+            )
+    for site in source.sites:
+        placed_there = source.checkpoint.placed.get(site.tensor)
+        if site.kind == "embedding" and placed_there is not None and placed_there.scheme.inputs is not None:
+            raise SchemeError(
+                f"{site.tensor}: {placed_there.scheme} rounds the inputs of an embedding, which are token ids. Give embeddings a group of their own."
+            )
 
 
 def _packed(source: OnDisk) -> list[list[Site]]:

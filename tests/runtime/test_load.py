@@ -1,0 +1,48 @@
+"""What `load` computes is what the file says, also where no packed module can hold a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import arrondi
+from arrondi.errors import SchemeError
+from arrondi.formats import parse_scheme
+from tests.checkpoint.copies import distance, linears, logits, quantized_copy, reference
+
+STATIC = parse_scheme("w=int8/channel,a=int8/tensor/static")
+
+
+@pytest.mark.parametrize(
+    ("model", "kept"), [("hunyuan", "gate.wg"), ("llama4", "router"), ("rwkv", "attention.output")]
+)
+def test_inputs_are_rounded_also_where_the_weight_stays_dense(
+    model: str, kept: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Files of other tools quantize routers, and weights that the model reads itself."""
+    pick = linears(STATIC)
+    made = quantized_copy(models(model), tmp_path / "out", lambda n, s: STATIC if kept in n else pick(n, s))
+    assert any(kept in name for name in made)
+    loaded, wanted = arrondi.load(tmp_path / "out"), logits(reference(models(model), tmp_path / "reference", made))
+    assert distance(logits(loaded), wanted) < 1e-5
+    unrounded = logits(reference(models(model), tmp_path / "again", made, rounded=False))
+    assert distance(unrounded, wanted) > 1e-3, "the rounding of inputs must show"
+    loaded.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+
+
+def test_inputs_of_embeddings_cannot_be_rounded(models: Callable[..., Path], tmp_path: Path) -> None:
+    quantized_copy(
+        models("llama"), tmp_path / "out", lambda n, s: STATIC if "embed_tokens" in n else None, kind="Embedding"
+    )
+    with pytest.raises(SchemeError, match="token ids"):
+        arrondi.load(tmp_path / "out")
+    weights = parse_scheme("w=int8/channel")
+    made = quantized_copy(
+        models("llama"), tmp_path / "dense", lambda n, s: weights if "embed_tokens" in n else None, kind="Embedding"
+    )
+    wanted = logits(reference(models("llama"), tmp_path / "reference", made))
+    assert distance(logits(arrondi.load(tmp_path / "dense")), wanted) < 1e-5
