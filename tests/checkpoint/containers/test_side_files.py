@@ -31,7 +31,16 @@ def folder(tmp_path: Path) -> Path:
     for name in [*TAKEN, *LEFT]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(f"{{{name}}}")
-    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../elsewhere"}, {"path": "."}, {"path": "./"}, {"path": 3}, None]
+    modules = [
+        {"path": ""},
+        {"path": "1_Pooling"},
+        {"path": "2_Dense"},
+        {"path": "../elsewhere"},
+        {"path": "."},
+        {"path": "./"},
+        {"path": 3},
+        None,
+    ]
     (source / "modules.json").write_text(json.dumps(modules))
     (source / "a folder.json").mkdir()
     return source
