@@ -197,7 +197,7 @@ def test_files_that_are_no_text_by_their_name(name: str, words: str, tmp_path: P
 
 def test_text_in_two_bytes_a_character_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("abcdef".encode("utf-16-le"))
-    with pytest.raises(FileFormatError, match="NUL characters.* UTF-16"):
+    with pytest.raises(FileFormatError, match=r"NUL characters.* UTF-16"):
         read_windows(tmp_path / "a.txt", Letters(), 2)
 
 

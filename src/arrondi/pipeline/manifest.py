@@ -35,7 +35,8 @@ class Manifest:
     Attributes:
         run: the key of the run.
         files: name in the output → `bytes` and, of a file of tensors, `digest` (see `shard_digest`), of another `sha256`. Of the
-            report there is the `content`, without how long the run took: the same run gives the same manifest.
+            report there is the `content`, without how long the run took and where the model lay: the same run gives the same
+            manifest.
         tensors: stored tensor of the source → digest of the bytes that were read.
         machine: what the run's bytes depended on besides its inputs.
     """
@@ -70,8 +71,8 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content(report: Mapping[str, Any]) -> str:
-    """The digest of what a report says, whatever time the run took."""
-    return _digest({k: v for k, v in report.items() if k != "seconds"})
+    """The digest of what a report says, whatever time the run took, and wherever the model lay."""
+    return _digest({k: v for k, v in report.items() if k not in ("seconds", "model")})
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -86,3 +87,16 @@ def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "here").symlink_to(folder)
     (folder / "lost.json").symlink_to(tmp_path / "nowhere")
     assert [str(p) for p in side_files(folder)] == sorted(TAKEN)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refused(path: str) -> object:
+        if Path(path).name == "1_Pooling":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):
+        side_files(folder)

@@ -32,10 +32,14 @@ _WEIGHTS: Final = frozenset(
 
 
 def side_files(folder: Path) -> list[Path]:
-    """The paths, relative to the folder, in order."""
+    """The paths, relative to the folder, in order.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
     parts = _sentence_transformer_parts(folder)
     found: list[Path] = []
-    for here, directories, files in os.walk(folder, followlinks=True):
+    for here, directories, files in os.walk(folder, onerror=_raise, followlinks=True):
         where = Path(here).relative_to(folder)
         part = any(where == p or p in where.parents for p in parts)
         linked = [d for d in directories if (Path(here) / d).is_symlink() and where / d not in parts]
@@ -54,6 +58,10 @@ def copy_side_files(folder: Path, out: Path) -> list[Path]:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / path, out / path)
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _taken(name: str, top: bool, part: bool) -> bool:
