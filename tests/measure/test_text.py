@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,14 @@ def test_a_model_without_a_tokenizer_is_refused(models: Callable[..., Path], tmp
     with pytest.raises(FileFormatError, match="the tokenizer cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "x"), ("eos_token", ["a"])])
+def test_a_tokenizer_that_breaks_when_it_is_used_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(sample_path() / name, tmp_path / name)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(FileFormatError, match="the tokenizer cannot be loaded") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 
+from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.errors import DataError, FileFormatError
 
 _PACKED: Final = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".lz4"})
@@ -37,9 +38,15 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer files. Copy tokenizer.json and tokenizer_config.json there; text cannot be read without them."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.decode(encode(["One text, ", "and another."], tokenizer))  # some errors show only now
+        return tokenizer
     except Exception as error:  # whatever a broken tokenizer raises, it is the file that is wrong
-        raise FileFormatError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
+        reraise_exhaustion(error)
+        reason = str(error).strip().partition("\n")[0]
+        raise FileFormatError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}). Take its files from the original model."
+        ) from error
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
