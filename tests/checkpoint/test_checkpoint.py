@@ -284,6 +284,9 @@ def test_groups_of_several_classes_go_by_the_class_of_the_module(quantized: dict
     found = Checkpoint.open(copied(quantized[CT], tmp_path / "copy", two_classes))
     assert found.placed == Checkpoint.open(quantized[CT]).placed
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    # transformers writes the type of the first parameter, which is one of packed weights
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "dtype": "float8_e4m3fn"}))
+    assert Checkpoint.open(tmp_path / "copy").placed == found.placed
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     with pytest.raises(FileFormatError, match=r"class of .* is not known"):
         Checkpoint.open(tmp_path / "copy")
