@@ -10,7 +10,8 @@ import pytest
 
 import arrondi
 from arrondi.errors import SchemeError
-from arrondi.formats import parse_scheme
+from arrondi.formats import LayerScheme, parse_scheme
+from arrondi.measure.compare import compare_models
 from tests.checkpoint.copies import distance, linears, logits, quantized_copy, reference
 
 STATIC = parse_scheme("w=int8/channel,a=int8/tensor/static")
@@ -34,15 +35,22 @@ def test_inputs_are_rounded_also_where_the_weight_stays_dense(
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
 
 
-def test_inputs_of_embeddings_cannot_be_rounded(models: Callable[..., Path], tmp_path: Path) -> None:
-    quantized_copy(
-        models("llama"), tmp_path / "out", lambda n, s: STATIC if "embed_tokens" in n else None, kind="Embedding"
-    )
-    with pytest.raises(SchemeError, match="token ids"):
-        arrondi.load(tmp_path / "out")
-    weights = parse_scheme("w=int8/channel")
-    made = quantized_copy(
-        models("llama"), tmp_path / "dense", lambda n, s: weights if "embed_tokens" in n else None, kind="Embedding"
-    )
-    wanted = logits(reference(models("llama"), tmp_path / "reference", made))
-    assert distance(logits(arrondi.load(tmp_path / "dense")), wanted) < 1e-5
+@pytest.mark.parametrize(
+    ("scheme", "which", "words"),
+    [
+        (STATIC, "embed_tokens", "token ids"),
+        (parse_scheme("w=int8/channel,o=int8/token"), "up_proj", "rounds outputs"),
+    ],
+)
+def test_what_is_not_computed_is_refused_and_not_left_out(
+    scheme: LayerScheme, which: str, words: str, models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source, out = models("llama"), tmp_path / "out"
+    quantized_copy(source, out, lambda n, s: scheme if which in n else None)
+    with pytest.raises(SchemeError, match=words):
+        arrondi.load(out)
+    with pytest.raises(SchemeError, match=words):
+        compare_models(out, source, text, seq_len=24, samples=1)
+    made = quantized_copy(source, tmp_path / "plain", lambda n, s: LayerScheme(scheme.weights) if which in n else None)
+    wanted = logits(reference(source, tmp_path / "reference", made))
+    assert distance(logits(arrondi.load(tmp_path / "plain")), wanted) < 1e-5

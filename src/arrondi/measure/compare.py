@@ -84,9 +84,12 @@ def compare_models(
     Raises:
         FileFormatError: a directory is no model, tensors are missing, or the two are not of one shape.
         DataError: the text is shorter than one window.
-        SchemeError: there are no activations that can be rounded so, or the model does not run on text.
+        SchemeError: there are no activations that can be rounded so, the model does not run on text, or a file asks for what is
+            not computed here.
     """
     sources = [OnDisk.open(reference), OnDisk(Checkpoint.open(quantized).rounding(activations))]
+    for source in sources:
+        source.check_computed()
     shapes = [{n: tuple(p.shape) for n, p in s.names.params.items()} for s in sources]
     added = shapes[1].keys() - shapes[0].keys()  # biases that a repair gave it
     same = all(shapes[1].get(n) == shape for n, shape in shapes[0].items()) and all(

@@ -16,7 +16,7 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.tensor_file import read_bytes
-from arrondi.errors import FileFormatError
+from arrondi.errors import FileFormatError, SchemeError
 from arrondi.model.build import build_model
 from arrondi.model.chain import Chain
 from arrondi.model.instance import Instance, Rounding
@@ -112,6 +112,25 @@ class OnDisk:
     def sites(self) -> list[Site]:
         """Everything that multiplies, in the order of the files."""
         return [s for t in self.tensors for s in t.sites]
+
+    def check_computed(self) -> None:
+        """Refuse what the schemes of a quantized checkpoint ask for and nothing here does.
+
+        Raises:
+            SchemeError: outputs, the key/value cache, or the inputs of an embedding are to be rounded.
+        """
+        for name, placed in self.checkpoint.placed.items():
+            if placed.scheme.outputs is not None or placed.scheme.kv is not None:
+                raise SchemeError(
+                    f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
+                )
+        embeddings = {s.tensor for s in self.sites if s.kind == "embedding"} & self.checkpoint.placed.keys()
+        for name in sorted(embeddings):
+            scheme = self.checkpoint.placed[name].scheme
+            if scheme.inputs is not None:
+                raise SchemeError(
+                    f"{name}: {scheme} rounds the inputs of an embedding, which are token ids. Give embeddings a group of their own."
+                )
 
     def rounded_inputs(self, without: Container[str] = ()) -> Rounding:
         """Module → how its input is rounded, of a checkpoint that is quantized; but of modules `without`."""

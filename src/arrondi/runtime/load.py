@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import Checkpoint
-from arrondi.errors import SchemeError, unknown
+from arrondi.errors import unknown
 from arrondi.formats import ActivationScheme
 from arrondi.model import DTYPES, OnDisk, Site, configs_in
 from arrondi.nn import DenseLinear, QConv, QLinear, RoundedInputs
@@ -43,13 +43,13 @@ def load(
 
     Raises:
         FileFormatError: not a model directory, tensors are missing, or a layout that is not known.
-        SchemeError: there is no such dtype, or no activations that can be rounded so.
+        SchemeError: there is no such dtype, no activations that can be rounded so, or the file asks for what is not computed here.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     source = OnDisk(Checkpoint.open(path).rounding(activations), kind)
-    _check_computed(source)
+    source.check_computed()
     instance = source.instance()
     model = instance.model
     gone: set[str] = set()
@@ -75,21 +75,6 @@ def load(
         options = {"dtype": dtype, "activations": activations}
         model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), options)
     return model
-
-
-def _check_computed(source: OnDisk) -> None:
-    """Refuse what a scheme asks for and no module here does."""
-    for name, placed in source.checkpoint.placed.items():
-        if placed.scheme.outputs is not None or placed.scheme.kv is not None:
-            raise SchemeError(
-                f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
-            )
-    for site in source.sites:
-        placed_there = source.checkpoint.placed.get(site.tensor)
-        if site.kind == "embedding" and placed_there is not None and placed_there.scheme.inputs is not None:
-            raise SchemeError(
-                f"{site.tensor}: {placed_there.scheme} rounds the inputs of an embedding, which are token ids. Give embeddings a group of their own."
-            )
 
 
 def _packed(source: OnDisk) -> list[list[Site]]:
