@@ -60,6 +60,7 @@ def find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]:
             raise FileFormatError(f"module {path!r} is in ignore, but it is stored quantized.")
         found = _place(prefix, path, group, names, read, known.version)
         placed.append(original_form(found) if prefix in known.transposed else found)
+        _check_groups(placed[-1])
     _check_plain(known, names, set(prefixes))
     _check_neighbours(placed, names)
     return placed
@@ -81,11 +82,6 @@ def _place(prefix: str, path: str, group: Group, names: Names, read: Reader, ver
         outputs=_with_stored_scale(scheme.outputs, f"{prefix}.output_scale", names),
     )
     shape = _shape(prefix, group, names, read)
-    granularity = scheme.weights.granularity
-    if isinstance(granularity, PerGroup) and shape[1] % granularity.size:
-        raise FileFormatError(
-            f"{prefix}.weight has {shape[1]} columns, which groups of {granularity.size} do not divide."
-        )
     return Placed(
         f"{prefix}.weight",
         shape,
@@ -94,6 +90,16 @@ def _place(prefix: str, path: str, group: Group, names: Names, read: Reader, ver
         indexed=group.indexed,
         storage="" if group.format == format_of(scheme) else group.format,
     )
+
+
+def _check_groups(placed: Placed) -> None:
+    """Refuse groups, of columns or of the inputs that they multiply, that do not divide the weight."""
+    width, inputs = placed.matrix_shape[1], placed.scheme.inputs
+    for one in (placed.scheme.weights, *([inputs.scheme] if inputs else [])):
+        if isinstance(one.granularity, PerGroup) and width % one.granularity.size:
+            raise FileFormatError(
+                f"{placed.name} has {width} columns, which groups of {one.granularity.size} do not divide."
+            )
 
 
 def _with_stored_scale(side: ActivationScheme | None, name: str, names: Names) -> ActivationScheme | None:
