@@ -337,6 +337,7 @@ FILES: dict[str, tuple[str, Change, str]] = {
     "no codes": (CT, without("up_proj.weight_packed"), "up_proj.weight_packed"),
     "no scale": (CT, without("up_proj.weight_scale"), "up_proj.weight_scale"),
     "no scale of bytes": ("static", without("up_proj.weight_scale"), "up_proj"),
+    "truth values without a scale": ("static", lambda t: changed("up_proj.weight", lambda w: w > 0)({n: v for n, v in t.items() if "up_proj.weight_scale" not in n and "up_proj.input_scale" not in n}), "BOOL without a scale"),
     "scale too long": (CT, changed("up_proj.weight_scale", lambda t: torch.cat([t, t])), "up_proj.weight_scale"),
     "scale of integers": (CT, changed("up_proj.weight_scale", lambda t: t.view(torch.int32)), "up_proj.weight_scale"),
     "scale NaN": (CT, changed("up_proj.weight_scale", first(float("nan"))), "up_proj"),

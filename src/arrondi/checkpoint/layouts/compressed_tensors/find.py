@@ -30,6 +30,7 @@ _SUSPICIOUS: Final = re.compile(
     r"weight|(weight|input|output|q|k|v|kv|prob)_.*|.*(scale|scales|scale_inv|zero_point|zeros|g_idx|perm)$"
 )
 _CACHE: Final = frozenset({"k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "kv_scale"})
+_PLAIN: Final = frozenset({"F64", "F32", "BF16", "F16"})
 _FLOATS: Final[Mapping[str, ScaleType]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -173,7 +174,8 @@ def _check_neighbours(placed: list[Placed], names: Names) -> None:
         layer = layers.get(prefix)
         if leaf in _CACHE:
             raise FileFormatError(f"{name} is the scale of a rounded key/value cache, which is not read here.")
-        if layer is None and (dtype == "I8" or dtype.startswith("F8_")):
+        whole = leaf == "weight" and dtype not in _PLAIN
+        if layer is None and (whole or dtype == "I8" or dtype.startswith("F8_")):
             raise FileFormatError(f"{name} is stored as {dtype} without a scale. Is a tensor missing, or misnamed?")
         if layer is None or name in consumed:
             continue
