@@ -272,3 +272,14 @@ def test_a_manifest_that_was_changed_is_none(change: str, finished: Path) -> Non
         document[f"{change}s"] = document.pop(change)
     (finished / MANIFEST).write_text(json.dumps(document))
     assert finished_key(finished) is None
+
+
+def test_a_link_in_the_place_of_the_working_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / WORK).symlink_to(tmp_path / "mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"in the way \(a link\)"):
+            Journal(tmp_path / "out", "one", overwrite=overwrite)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
