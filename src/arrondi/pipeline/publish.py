@@ -23,7 +23,7 @@ from arrondi.checkpoint import (
     write_json,
 )
 from arrondi.documents import finite
-from arrondi.errors import FileFormatError
+from arrondi.errors import FileFormatError, OutputError
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.manifest import CONFIG, MANIFEST, content, sealed
 
@@ -57,7 +57,7 @@ def publish(
     writer.publish()
     with guard_disk(out):
         for name, path in travelling.items():
-            _copy(path, out / name, manifest["model"]["files"].get(name))
+            _copy(path, out, name, manifest["model"]["files"].get(name))
     for name, document in (documents or {}).items():
         write_json(out / name, document)
     last = journal.work / CONFIG
@@ -77,9 +77,14 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def _copy(path: Path, target: Path, sha256: str | None) -> None:
-    """Copy a file that had this hash when the run began."""
+def _copy(path: Path, out: Path, name: str, sha256: str | None) -> None:
+    """Copy a file that had this hash when the run began, into `out` and not to where a link leads."""
+    target = out / name
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.resolve().is_relative_to(out.resolve()):
+        raise OutputError(f"{target.parent}: is in the way (a link). Remove it, and run the same command again.")
+    if target.is_symlink():
+        target.unlink()
     if path.is_file():
         shutil.copyfile(path, target)
     if not path.is_file() or file_sha256(target) != sha256:
