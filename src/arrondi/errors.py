@@ -26,7 +26,14 @@ INPUT, DEFECT, STOPPED = 2, 1, 130
 
 
 class ArrondiError(Exception):
-    """Base of all errors below; catching it catches whatever a user can set right."""
+    """Base of all errors below; catching it catches whatever a user can set right.
+
+    As text it is one line that a terminal prints as it is, whatever names a file put into it.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class ShapeError(ArrondiError, ValueError):

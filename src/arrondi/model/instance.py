@@ -19,7 +19,8 @@ from arrondi.formats import ActivationScheme
 from arrondi.model.memory import release
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
-from arrondi.tensor.qtensor import Grid, fake_quantize
+from arrondi.nn import RoundedInputs
+from arrondi.tensor.ranges.grid import Grid
 
 Rounding = dict[str, tuple[ActivationScheme, Grid | None]]
 """Module → how its input is rounded, and the static grid if there is one."""
@@ -190,15 +191,6 @@ def _rounder(inputs: Rounding, name: str) -> Any:
         scheme, grid = inputs[name]
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
-        if args:
-            return (_rounded(args[0], scheme, grid), *args[1:]), kwargs
-        first = next(iter(kwargs))
-        return args, {**kwargs, first: _rounded(kwargs[first], scheme, grid)}
+        return RoundedInputs(scheme, grid)(module, args, kwargs)
 
     return hook
-
-
-def _rounded(x: torch.Tensor, scheme: ActivationScheme, grid: Grid | None) -> torch.Tensor:
-    """An input as the packed model sees it; gradients pass as if it were not rounded."""
-    rounded = fake_quantize(x.detach(), scheme.scheme, grid=grid, name="activation")
-    return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded

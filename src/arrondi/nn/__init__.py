@@ -1,9 +1,10 @@
 """Modules that hold packed weights (`QLinear`, `QConv`, `QStack`, `QEmbedding`), and the ordinary ones beside them
-(`DenseLinear`)."""
+(`DenseLinear`, `RoundedInputs`)."""
 
 from arrondi.nn.conv import QConv, conv_matrix, conv_weight
 from arrondi.nn.dense import DenseLinear
 from arrondi.nn.embedding import QEmbedding
+from arrondi.nn.inputs import RoundedInputs
 from arrondi.nn.linear import QLinear, joined_product
 from arrondi.nn.packed import PackedWeight
 from arrondi.nn.stack import QStack, replace_parameter
@@ -15,6 +16,7 @@ __all__ = [
     "QEmbedding",
     "QLinear",
     "QStack",
+    "RoundedInputs",
     "conv_matrix",
     "conv_weight",
     "joined_product",

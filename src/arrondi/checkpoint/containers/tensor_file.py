@@ -81,7 +81,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         reraise_exhaustion(error)
         raise FileFormatError(f"{path}: cannot be read ({error.strerror}). Give a safetensors file.") from error
     try:
-        table = parse_json(text)
+        table = parse_json(text.decode("utf-8"))  # of bytes, Python would guess the encoding
         if not isinstance(table, dict):
             raise TypeError("it is not a JSON object")
         metadata = table.pop("__metadata__", None)
@@ -117,6 +117,8 @@ def _entry(path: Path, name: str, facts: object, base: int) -> Entry:
         raise FileFormatError(
             f"{path}: tensor {name!r} lacks dtype, shape or data_offsets. The header lies; download it again."
         )
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        raise FileFormatError(f"{path}: the name {name!r} holds half a character. The header lies; download it again.")
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileFormatError(f"{path}: tensor {name!r} has the element type {dtype!r}. Known: {', '.join(DTYPES)}.")
