@@ -120,10 +120,14 @@ class ActivationScheme:
                 f"Local scales are quantized by a stored outer scale, and those of {self.scheme} are not quantized. "
                 "Use 'dynamic' or 'static'."
             )
-        if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock):
+        if self.dynamic is False and not isinstance(self.scheme.granularity, PerTensor):
             raise SchemeError(
-                f"Static scales are known before the tensors are, so they cannot follow single tokens, got {self.scheme}. "
+                f"A static scale is known before the tensors are, so it is one for all of them, got {self.scheme}. "
                 "Use 'tensor' (one scale) or 'dynamic'."
+            )
+        if self.dynamic is False and (isinstance(self.scheme.scale, Scheme) or isinstance(self.scheme.offset, Scheme)):
+            raise SchemeError(
+                f"A static scale is one number, and those of {self.scheme} are quantized together. Use 'local' or 'dynamic'."
             )
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from arrondi.model.flow_ops import PRODUCTS
+from arrondi.model.flow_own import COPIES, Beside
 from arrondi.model.flow_regions import Regions, storage_key
 from arrondi.model.flow_routers import tensors_of
 
@@ -28,20 +29,6 @@ _FACTS = {
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
     *(_T.new_empty, _T.new_zeros, _T.new_ones, _T.new_full, _T.new_tensor),
 }
-_COPIES = {
-    _T.to,
-    _T.type,
-    _T.float,
-    _T.half,
-    _T.bfloat16,
-    _T.double,
-    _T.clone,
-    _T.contiguous,
-    _T.cpu,
-    _T.cuda,
-    _T.type_as,
-}
-_COPIES |= {torch.clone}
 _DATA = attrgetter("data.__get__")(_T)
 
 
@@ -50,10 +37,12 @@ class Bare:
 
     Attributes:
         reasons: parameter → the first other use: the function, and the module that called it.
+        beside: what layers with a program of their own compute beside their product.
     """
 
     def __init__(self, regions: Regions) -> None:
         self.reasons: dict[str, str] = {}
+        self.beside = Beside()
         self._regions = regions
         self._running: list[nn.Module] = []
         self._paths: dict[int, str] = {}
@@ -74,6 +63,7 @@ class Bare:
                 for param in held.parameters(recurse=False):
                     for name in self._regions.names(param):
                         self._owners.setdefault(name, set()).add(id(module))
+        self.beside.look_at(model, self._regions.names)
         entered = register_module_forward_pre_hook(lambda module, args: self._running.append(module))
         left = register_module_forward_hook(lambda module, args, result: self._leave(module), always_call=True)
         try:
@@ -92,6 +82,8 @@ class Bare:
         """A function was called; `multiplied` are the parameters that it was a product with."""
         if func in _FACTS:
             return
+        if self._running:
+            self.beside.called(self._running[-1], func, args, kwargs, list(tensors_of([result])), multiplied)
         name = getattr(func, "__name__", str(func))
         getter = name == "__get__"
         touched = [t for t in tensors_of((args, kwargs)) if t in self._regions]
@@ -102,7 +94,7 @@ class Bare:
         keys = {storage_key(t) for t in touched}
         view = func is _T.__iter__ or (bool(results) and all(storage_key(t) in keys for t in results) and func != _DATA)
         view = view and all(t._version == version for t, version in self._versions)
-        if func in _COPIES and len(results) == 1:
+        if func in COPIES and len(results) == 1:
             self._regions.copied(touched[0], results[0])
         for tensor in touched:
             for param in self._regions.names(tensor):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from arrondi.model.chain import Chain
+from arrondi.model.chain import Chain, Inputs
 from arrondi.model.flow import trace
+from arrondi.model.flow_own import has_own_program
 from arrondi.model.instance import Instance
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
@@ -97,13 +98,22 @@ class InMemory:
         """Nothing is built anew."""
         return True
 
-    def learn(self, run: Any) -> None:
+    def learn_nothing(self) -> None:
+        """No batch is there to run: layers whose class has a program of its own stay as they are."""
+        own = [m for m in self.model.modules() if has_own_program(m)]
+        weights = {id(m._parameters.get("weight")) for m in own}
+        unknown = {n: "which batches would tell" for n, p in self.names.params.items() if id(p) in weights}
+        self.run_as_whole(Facts(beside=unknown))
+
+    def learn(self, batch: Inputs) -> None:
         """Take from one run which weights choose experts, and which are read otherwise than in products.
 
-        Args:
-            run: sends one batch through the model.
+        Raises:
+            SchemeError: the model does not run on this batch.
         """
-        self.facts = Facts.of(trace(self.model, self.names.params, run))
+        whole = Whole(self.instance())
+        _, (call,) = whole.begin(batch)
+        self.facts = Facts.of(trace(self.model, self.names.params, lambda: whole.run(0, torch.zeros(0), call)))
         self.__dict__.pop("tensors", None)
 
 
@@ -115,7 +125,7 @@ class Held(Instance):
         self.model = source.model
         self.empty = dict(source.names.params)
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._inputs = {}
+        self._inputs, self._rounders = {}, []
 
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
         """Nothing to do."""

@@ -5,7 +5,7 @@ from arrondi.nn.conv import QConv, conv_matrix, conv_weight
 from arrondi.nn.dense import DenseLinear
 from arrondi.nn.embedding import QEmbedding
 from arrondi.nn.linear import QLinear, joined_product
-from arrondi.nn.packed import PackedWeight
+from arrondi.nn.packed import PackedWeight, keep_hooks
 from arrondi.nn.stack import QStack, replace_parameter
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "conv_matrix",
     "conv_weight",
     "joined_product",
+    "keep_hooks",
     "replace_parameter",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from arrondi.checkpoint import LayerValues
 from arrondi.formats import ActivationScheme
 from arrondi.model import Names, Site
-from arrondi.nn import QConv, QLinear, QStack
+from arrondi.nn import QConv, QLinear, QStack, keep_hooks
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.rows import rows_of
 
@@ -64,6 +64,7 @@ def _modules(
                 bias = getattr(module, "bias", None)
                 kept = None if bias is None else bias.detach()
                 made[module] = QLinear(weight, kept, inputs=inputs, input_grid=values.inputs, dtype=dtype)
+        keep_hooks(module, made[module])
         gone |= {f"{path}.{leaf}" for leaf in module._parameters}
         model.set_submodule(path, made[module])
     return gone
