@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
@@ -86,6 +87,7 @@ def compare_models(
         DataError: the text is shorter than one window.
         SchemeError: there are no activations that can be rounded so, or the model does not run on text.
     """
+    check_arguments(compare_models, locals())
     sources = [OnDisk.open(reference), OnDisk(Checkpoint.open(quantized).rounding(activations))]
     shapes = [{n: tuple(p.shape) for n, p in s.names.params.items()} for s in sources]
     added = shapes[1].keys() - shapes[0].keys()  # biases that a repair gave it

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
@@ -158,7 +158,7 @@ def _check(model: torch.nn.Module) -> None:
             f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Wrap it: torch.nn.Sequential(layer)."
         )
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise DataError(f"{name} has no shape yet. Run the module once on a batch first.")
         if parameter.is_meta:
             raise DataError(f"{name} is on the meta device and has no numbers. Load the weights first.")
@@ -180,6 +180,8 @@ def _batches(model: torch.nn.Module, calibration: Any) -> list[Inputs]:
 def _inputs(model: torch.nn.Module, batch: Any) -> Inputs:
     if not isinstance(batch, (torch.Tensor, tuple, list, Mapping, Inputs)):
         raise DataError(f"{_KINDS}, got one of the type {type(batch).__name__}.")
+    if isinstance(batch, torch.Tensor) and batch.is_meta:
+        raise DataError(f"{_KINDS}, got one on the meta device, which has no numbers.")
     if isinstance(batch, torch.Tensor) and "input_ids" not in inspect.signature(model.forward).parameters:
         return Inputs((batch,))
     return Inputs.of(batch)

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import (
     LAYOUTS,
     Checkpoint,
@@ -76,6 +77,7 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
         SchemeError: the model holds nothing quantized, or the layout cannot hold it.
         OutputError: a model is there already, or it cannot be written.
     """
+    check_arguments(save, locals())
     out = Path(out)
     layers: dict[str, _Layer] | None = getattr(model, _LAYERS, None)
     if layers is None:
@@ -83,6 +85,8 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
         if isinstance(own, SavePretrained):
             return own(out)
         raise SchemeError("Nothing in this model is quantized. Quantize it first.")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no directory. Name another one.")
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
         raise OutputError(f"{out}: a model is there already. Name another directory.")
     chosen = _layout(layout, [layer.placed for layer in layers.values()])
