@@ -65,7 +65,7 @@ def quantize_module(
             source.learn(batches[0])
             settle(source, batches[0])
         else:
-            source.learn_nothing()
+            source.learn_alone()
         plan = make_plan(source, recipe, keep_misfits=keep_misfits)
         check(plan)
         for site in [s for t in plan.quantized for s in t.sites]:
@@ -77,7 +77,7 @@ def quantize_module(
             done = _rounded(source, instance, plan, batches, progress or (lambda done, total, what: None))
         finally:
             instance.leave_inputs()
-        _install(source, plan.quantized, done)
+        _install(source, plan, done)
     finally:
         model.train(training)
     return model
@@ -135,11 +135,12 @@ def _copy(source: InMemory) -> Chain | Whole:
     return copied.units_of(copied.instance())
 
 
-def _install(source: InMemory, planned: Sequence[PlannedTensor], values: dict[str, LayerValues]) -> None:
+def _install(source: InMemory, plan: Plan, values: dict[str, LayerValues]) -> None:
+    planned = plan.quantized
     by_param: dict[str, list[Site]] = {}
     inputs = {}
     placed = {t.name: t.placed for t in planned}
-    loose: dict[str, LayerValues] = {}
+    loose: set[str] = set()
     for t in planned:
         inputs[t.name] = t.scheme.inputs if t.scheme else None
         for site in t.sites:
@@ -147,8 +148,8 @@ def _install(source: InMemory, planned: Sequence[PlannedTensor], values: dict[st
     for param, sites in by_param.items():
         layers = {s.tensor: (values[s.tensor], inputs[s.tensor]) for s in sites}
         if not install(source.model, source.names, sites, layers, source.names.params[param].dtype):
-            loose |= {name: found for name, (found, _) in layers.items()}
-    remember(source.model, placed, loose)
+            loose |= layers.keys()
+    remember(source.model, placed, values, loose, plan.facts)
 
 
 def _check(model: torch.nn.Module) -> None:

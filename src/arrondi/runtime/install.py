@@ -78,6 +78,8 @@ def _stack(model: Any, sites: Sequence[Site], weights: Sequence[QTensor], dtype:
     pieces: list[list[QTensor]] = [[] for _ in range(count)]
     for site, weight in zip(sites, weights, strict=True):
         pieces[site.param_index or 0].append(weight)
+    if hasattr(owner, "config"):
+        owner.config._experts_implementation = "eager"  # transformers' other ways multiply by the whole stack
     del owner._parameters[leaf]
     setattr(owner, leaf, QStack(pieces, transposed=sites[0].param_flipped, dtype=dtype))
     return {sites[0].param}
