@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import arrondi
 from arrondi.errors import ArrondiError, DataError, SchemeError
-from arrondi.nn import QConv, QLinear
+from arrondi.nn import QConv, QLinear, QStack
 
 D = 32
 GROUPS = "w=int4/g16"
@@ -220,6 +220,42 @@ def test_hooks_and_copies_live_on() -> None:
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         cast = run(copy.deepcopy(model).to(dtype), x.to(dtype))
         assert cast.dtype == dtype and (cast.float() - y).norm() < 0.03 * y.norm()
+
+
+class Experts(nn.Module):
+    """Matrices of which each token meets one, read in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.router, self.then, self.way = nn.Linear(D, 4), nn.Linear(D, 16), way
+        self.stack = nn.Module()
+        self.stack.num_experts = 4
+        self.stack.weights = nn.Parameter(0.2 * torch.randn(4, D, D))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen, w, token = self.router(x).argmax(-1), self.stack.weights, torch.arange(len(x))
+        match self.way:
+            case "einsum":
+                y = torch.einsum("ti,eoi->teo", x, w)[token, chosen]
+            case "bmm":
+                y = torch.bmm(x[None].expand(4, -1, -1), w.transpose(1, 2))[chosen, token]
+            case "unbind":
+                y = torch.stack([w.unbind(0)[int(e)] @ v for v, e in zip(x, chosen, strict=True)])
+            case _:
+                y = torch.stack([w[int(e)] @ v for v, e in zip(x, chosen, strict=True)])
+        return self.then(torch.relu(y))
+
+
+@pytest.mark.parametrize("way", ["one by one", "einsum", "bmm", "unbind"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_experts_that_are_not_read_one_by_one_are_kept(way: str, method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Experts(way).eval(), torch.randn(24, D)
+    expected = run(model, x)
+    arrondi.quantize(model, GROUPS, method=method, calibration=[x] if method == "gptq" else None)
+    packed_stack = isinstance(getattr(model.stack, "weights"), QStack)  # noqa: B009
+    assert packed_stack is (way == "one by one" and method == "gptq")
+    assert isinstance(model.then, QLinear) and (run(model, x) - expected).norm() < 0.2 * expected.norm()
 
 
 @pytest.mark.parametrize("inputs", ["int8/tensor/static", "uint8/tensor/asym/static", "int8/tensor/offset/static", "fp8_e4m3/tensor/static", "int8/tensor"])  # fmt: skip

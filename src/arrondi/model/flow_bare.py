@@ -29,6 +29,8 @@ _FACTS = {
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
     *(_T.new_empty, _T.new_zeros, _T.new_ones, _T.new_full, _T.new_tensor),
 }
+# What a packed stack of experts can do besides giving one matrix.
+_OF_STACKS = COPIES | {torch.bmm, _T.bmm, torch.matmul, _T.matmul, _T.__matmul__, _T.__iter__}
 _DATA = attrgetter("data.__get__")(_T)
 
 
@@ -47,6 +49,7 @@ class Bare:
         self._running: list[nn.Module] = []
         self._paths: dict[int, str] = {}
         self._owners: dict[str, set[int]] = {}
+        self._stacks: dict[int, str] = {}
         self._versions: list[tuple[torch.Tensor, int]] = []
 
     @contextlib.contextmanager
@@ -61,6 +64,8 @@ class Bare:
                 continue
             for held in [module, *(m for m in module.children() if not _runs(m))]:
                 for param in held.parameters(recurse=False):
+                    if param.ndim == 3 and getattr(held, "num_experts", None) == param.shape[0]:
+                        self._stacks |= dict.fromkeys([id(param)], next(iter(self._regions.names(param)), ""))
                     for name in self._regions.names(param):
                         self._owners.setdefault(name, set()).add(id(module))
         self.beside.look_at(model, self._regions.names)
@@ -97,6 +102,9 @@ class Bare:
         if func in COPIES and len(results) == 1:
             self._regions.copied(touched[0], results[0])
         for tensor in touched:
+            one = func is _T.__getitem__ and results and results[0].ndim == 2
+            if id(tensor) in self._stacks and not one and func not in _OF_STACKS:
+                self._note(self._stacks[id(tensor)], name)
             for param in self._regions.names(tensor):
                 if not self._owned(param):
                     self._note(param, name)

@@ -20,7 +20,7 @@ from arrondi.model.flow_own import has_own_program
 from arrondi.model.instance import Instance
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
-from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
+from arrondi.model.site import Facts, Site, StoredTensor, find_tensors, is_stack
 from arrondi.model.units import find_lists
 from arrondi.model.whole import Whole
 
@@ -123,7 +123,10 @@ class InMemory:
             beside |= (
                 dict.fromkeys(params, "its weight is not multiplied") if not flow.uses else {**flow.bare, **flow.beside}
             )
-        self.run_as_whole(Facts(beside=beside))
+        foreign = [m for m in self.model.modules() if not type(m).__module__.startswith("transformers.")]
+        stacks = {id(p) for m in foreign for p in m.parameters(recurse=False) if is_stack(m, p)}
+        unknown = {n: "how, only batches would tell" for n, p in self.names.params.items() if id(p) in stacks}
+        self.run_as_whole(Facts(bare=unknown, beside=beside))
 
     def learn(self, batch: Inputs) -> None:
         """Take from one run which weights choose experts, and which are read otherwise than in products.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
 from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
+from arrondi.nn import QStack
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
@@ -61,26 +63,43 @@ def quantize_module(
     training = model.training
     model.eval()
     try:
-        if batches:
-            source.learn(batches[0])
-            settle(source, batches[0])
-        else:
-            source.learn_alone()
-        plan = make_plan(source, recipe, keep_misfits=keep_misfits)
-        check(plan)
-        for site in [s for t in plan.quantized for s in t.sites]:
-            check_finite(site, site.region(source.names.params[site.param]))
-        if plan.calibrated and not batches:
-            raise DataError("The recipe needs calibration batches, and none were given. Pass calibration=[…].")
-        instance = source.instance()
-        try:
-            done = _rounded(source, instance, plan, batches, progress or (lambda done, total, what: None))
-        finally:
-            instance.leave_inputs()
-        _install(source, plan, done)
+        with _experts_one_by_one(model):
+            if batches:
+                source.learn(batches[0])
+                settle(source, batches[0])
+            else:
+                source.learn_alone()
+            plan = make_plan(source, recipe, keep_misfits=keep_misfits)
+            check(plan)
+            for site in [s for t in plan.quantized for s in t.sites]:
+                check_finite(site, site.region(source.names.params[site.param]))
+            if plan.calibrated and not batches:
+                raise DataError("The recipe needs calibration batches, and none were given. Pass calibration=[…].")
+            instance = source.instance()
+            try:
+                done = _rounded(source, instance, plan, batches, progress or (lambda done, total, what: None))
+            finally:
+                instance.leave_inputs()
+            _install(source, plan, done)
     finally:
         model.train(training)
     return model
+
+
+@contextmanager
+def _experts_one_by_one(model: torch.nn.Module) -> Iterator[None]:
+    """transformers' experts are multiplied one by one, as packed ones are; afterwards too, if they were packed."""
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_experts_implementation")}
+    before = [(c, c._experts_implementation) for c in configs.values()]
+    for config, _ in before:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        if not any(isinstance(m, QStack) for m in model.modules()):
+            for config, own in before:
+                config._experts_implementation = own
 
 
 def _rounded(
