@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from arrondi.errors import DataError, SchemeError
+from arrondi.arguments import check_arguments
+from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.measure.compare import compare_models
 from arrondi.measure.data import Data
@@ -79,15 +80,10 @@ def quantize(
     Raises:
         ArrondiError: see its sentence.
     """
-    if recipe is not None and scheme is not None:
-        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
-    rules = recipe or Recipe.simple(
-        scheme or "W4A16", method, group_size=group_size, targets=targets, ignore=ignore, options=options
-    )
+    check_arguments(quantize, locals())
+    rules = _rules(scheme, recipe, method, group_size, targets, ignore, options)
     if isinstance(model, torch.nn.Module):
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
-    if not isinstance(model, (str, Path)):
-        raise DataError(f"A model is a directory, a Hub name or a torch.nn.Module, got {type(model).__name__}.")
     if out is None:
         raise SchemeError('A model directory is quantized into another. Give out="DIRECTORY".')
     text = TextOptions(calibration, samples, seq_len, evaluation, evaluate, eval_samples, seed, limits or Limits())
@@ -95,6 +91,27 @@ def quantize(
         model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,
     )  # fmt: skip
+
+
+def _rules(
+    scheme: AnyScheme | None,
+    recipe: Recipe | None,
+    method: str,
+    group_size: int | None,
+    targets: Iterable[str],
+    ignore: Iterable[str] | None,
+    options: Mapping[str, Any] | None,
+) -> Recipe:
+    if recipe is not None and scheme is not None:
+        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
+    return recipe or Recipe.simple(
+        "W4A16" if scheme is None else scheme,
+        method,
+        group_size=group_size,
+        targets=targets,
+        ignore=ignore,
+        options=options,
+    )
 
 
 def plan(
@@ -114,11 +131,8 @@ def plan(
 
     Takes the arguments of `quantize`.
     """
-    if recipe is not None and scheme is not None:
-        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
-    rules = recipe or Recipe.simple(
-        scheme or "W4A16", method, group_size=group_size, targets=targets, ignore=ignore, options=options
-    )
+    check_arguments(plan, locals())
+    rules = _rules(scheme, recipe, method, group_size, targets, ignore, options)
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
 
 
@@ -133,6 +147,7 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
     Raises:
         ArrondiError: see its sentence.
     """
+    check_arguments(load, locals())
     if model is None:
         return load_model(path, **options)
     if options:

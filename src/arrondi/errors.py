@@ -82,6 +82,8 @@ def unknown(
     "Unknown method 'gptqq'. Did you mean 'gptq'? Known: gptq, rtn."
     """
     names = sorted(known)
+    if not isinstance(name, str):
+        return error(f"The {kind} is a word, got {type(name).__name__}. Known: {', '.join(names)}.")
     folded = {n.lower(): n for n in names}
     begun = [folded[n] for n in folded if name and n.startswith(name.lower())][:_NEAREST]
     near = begun or [folded[n] for n in difflib.get_close_matches(name.lower(), folded, n=1)]

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from arrondi.errors import ShapeError
-from arrondi.native import TYPES, available, native, operand, threads
+from arrondi.native import TYPES, available, check_ordinary, native, operand, threads
 
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -76,6 +76,7 @@ def hadamard_reference(x: torch.Tensor, *, scale: float | None = None, transpose
 
 
 def _check(x: torch.Tensor) -> int:
+    check_ordinary(x=x)
     """The length of the last axis, which is an order."""
     if x.dim() == 0 or x.dtype not in _FLOATS:
         raise ShapeError(

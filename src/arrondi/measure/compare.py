@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
@@ -87,6 +88,7 @@ def compare_models(
         SchemeError: there are no activations that can be rounded so, the model does not run on text, or a file asks for what is
             not computed here.
     """
+    check_arguments(compare_models, locals())
     sources = [OnDisk.open(reference), OnDisk(Checkpoint.open(quantized).rounding(activations))]
     for source in sources:
         source.check_computed()

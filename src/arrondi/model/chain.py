@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from arrondi.errors import ArrondiError, SchemeError
+from arrondi.model.flow_routers import tensors_of
 from arrondi.model.instance import Instance
 from arrondi.model.unloaded import NotLoaded, Unloaded
 
@@ -143,14 +144,14 @@ class Chain:
     def _learn(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> None:
         """What a block of this class returns: it is run once, on copies of what must not change."""
         self.fill(i)
-        output = self._forward[i](*_copied(args), **_copied(kwargs))
+        output = self._forward[i](*copied(args), **copied(kwargs))
         self._wrap[type(self.blocks[i])] = _wrapper(output, hidden)
         self.drop(i)
 
     def run(self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False) -> torch.Tensor:
-        """Hidden states after block i, whose weights must be filled; float32, with bfloat16 products if asked."""
+        """Hidden states after block i, whose weights must be filled, in the type in which they came; with bfloat16 products if asked."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=bfloat16):
-            return hidden_of(self.call(i, hidden.clone(), call), hidden).float()
+            return hidden_of(self.call(i, hidden.clone(), call), hidden).to(hidden.dtype)
 
     def call(self, i: int, hidden: torch.Tensor, call: Call) -> Any:
         """Block i as the model calls it."""
@@ -200,7 +201,7 @@ class Chain:
                 if i == 0 and not self._at_once:
                     self.instance.drop(self.early)  # what is needed again is loaded again
                 self.fill(i)
-                before = _copied(args), _copied(kwargs)
+                before = copied(args), copied(kwargs)
                 output = self._forward[i](*args, **kwargs)
                 see(i, *before, output)
                 self.drop(i)
@@ -222,11 +223,11 @@ class Chain:
             with Unloaded(self.instance.device) if self.strict else contextlib.nullcontext():
                 if not self._at_once:
                     with contextlib.suppress(NotLoaded):
-                        return self.model(*inputs.args, **inputs.kwargs)
+                        return self.model(*copied(inputs.args), **copied(inputs.kwargs))
                     self._at_once = True
                     self.instance.fill(self._outer)
                     before_again()
-                return self.model(*inputs.args, **inputs.kwargs)
+                return self.model(*copied(inputs.args), **copied(inputs.kwargs))
         except NotLoaded as error:
             raise SchemeError(
                 f"The model computes with weights of {self.prefix}.* outside of them ({error})."
@@ -240,7 +241,9 @@ class Chain:
             yield
         finally:
             for block, forward in zip(self.blocks, self._forward, strict=True):
-                block.forward = forward
+                del block.forward
+                if block.forward != forward:  # it had one of its own, beside that of its class
+                    block.forward = forward
 
     @contextlib.contextmanager
     def outer_loaded(self) -> Iterator[None]:
@@ -278,10 +281,16 @@ class Chain:
 
 
 def result_of(output: Any) -> torch.Tensor:
-    """What a model computes: its logits, or the first thing that it returns."""
-    if isinstance(output, torch.Tensor):
-        return output
-    found: torch.Tensor = output.logits if getattr(output, "logits", None) is not None else output[0]
+    """What a model computes: its logits, or the first tensor that it returns.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    logits = getattr(output, "logits", None)
+    parts = [output if logits is None else logits, getattr(output, "__dict__", {})]
+    found = next(iter(tensors_of(parts)), None)
+    if found is None:
+        raise SchemeError(f"The model returns {type(output).__name__}, in which there is no tensor.")
     return found
 
 
@@ -318,14 +327,14 @@ def _wrapper(output: Any, hidden: torch.Tensor) -> Callable[[torch.Tensor], Any]
     return lambda h: (h, *rest)
 
 
-def _copied(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
     """Arguments whose tensors and containers a block may change without touching the originals."""
     if isinstance(tree, torch.Tensor):
         return tree.clone()
     if type(tree) is dict:
-        return {k: _copied(v) for k, v in tree.items()}
+        return {k: copied(v) for k, v in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(_copied(v) for v in tree)
+        return type(tree)(copied(v) for v in tree)
     return tree
 
 

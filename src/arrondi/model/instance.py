@@ -64,6 +64,7 @@ class Instance:
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.lender: Instance | None = None
         self._inputs: Rounding = {}
+        self._rounders: list[Any] = []
         self._load_buffers()
 
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
@@ -151,8 +152,15 @@ class Instance:
         for name, how in inputs.items():
             if name not in self._inputs:
                 hook = _rounder(self._inputs, name)
-                self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+                module = self.model.get_submodule(name)
+                self._rounders.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._inputs[name] = how
+
+    def leave_inputs(self) -> None:
+        """From now on no inputs are rounded."""
+        for handle in self._rounders:
+            handle.remove()
+        self._rounders, self._inputs = [], {}
 
     def _load_buffers(self) -> None:
         """Buffers lie where the model runs. Stored buffers (running statistics, router biases, hash tables) hold what the checkpoint says."""

@@ -79,6 +79,7 @@ def _observe(chain: Chain) -> Facts:
     flipped: set[str] = set()
     leaders: dict[str, str] = {}
     flat: set[str] = set()
+    beside: dict[str, str] = {}
     with contextlib.ExitStack() as undo, torch.no_grad():
         for handle in handles:
             undo.callback(handle)
@@ -106,13 +107,14 @@ def _observe(chain: Chain) -> Facts:
             routers |= {p + n.removeprefix(own) for n in flow.routers for p in like}
             bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
             flat |= {p + n.removeprefix(own) for n in flow.flat for p in like}
+            beside |= {p + n.removeprefix(own): how for n, how in flow.beside.items() for p in like}
             leaders |= {p + n.removeprefix(own): p + leader.removeprefix(own) for s in flow.stages for n, leader in s.leaders.items() for p in like}  # fmt: skip
             flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
         unreached: frozenset[str] = frozenset()
         with contextlib.suppress(*REFUSALS):  # what follows the blocks may need more than shapes
             unreached, outside = _called(chain, Inputs.of(ids), hidden)
             flat |= outside
-    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders, frozenset(flat))
+    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders, frozenset(flat), beside)
 
 
 def _called(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> tuple[frozenset[str], frozenset[str]]:

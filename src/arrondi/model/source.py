@@ -17,7 +17,7 @@ import torch
 from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.tensor_file import read_bytes
 from arrondi.errors import FileFormatError, SchemeError
-from arrondi.model.build import build_model
+from arrondi.model.build import build_model, starts_without
 from arrondi.model.chain import Chain
 from arrondi.model.instance import Instance, Rounding
 from arrondi.model.names import Names
@@ -173,15 +173,7 @@ class OnDisk:
 
         transformers runs it before packed weights are put in, and some classes reach for the weight unasked.
         """
-        model = copy.deepcopy(self.model)  # initialising writes buffers
-        for module in {m for n, m in model.named_modules() if n in set(modules)}:
-            module._parameters.pop("weight", None)
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                _initialise(model, model)
-        except AttributeError:
-            return False
-        return True
+        return starts_without(copy.deepcopy(self.model), modules)
 
     def _untied(self) -> bool:
         """Whether parameters that the config ties had to be separated: both are stored, with different values."""
@@ -215,10 +207,3 @@ class OnDisk:
             raise FileFormatError(
                 f"{self.where}: no stored tensor fills {', '.join(missing[:_NAMED])}{more}. Is a shard missing, or does config.json belong to another model?"
             )
-
-
-def _initialise(module: Any, model: Any) -> None:
-    """What transformers does to the weights that a file lacks: every module is initialised by the innermost model around it."""
-    for child in module.children():
-        _initialise(child, child if hasattr(child, "_init_weights") else model)
-    model._init_weights(module)

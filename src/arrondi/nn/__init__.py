@@ -6,7 +6,7 @@ from arrondi.nn.dense import DenseLinear
 from arrondi.nn.embedding import QEmbedding
 from arrondi.nn.inputs import RoundedInputs
 from arrondi.nn.linear import QLinear, joined_product
-from arrondi.nn.packed import PackedWeight
+from arrondi.nn.packed import PackedWeight, keep_hooks
 from arrondi.nn.stack import QStack, replace_parameter
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "conv_matrix",
     "conv_weight",
     "joined_product",
+    "keep_hooks",
     "replace_parameter",
 ]

@@ -1,6 +1,7 @@
 """How a layer rounds what enters it.
 
-Owns: `keep_grid` and `round_inputs` for packed layers, and `RoundedInputs` for layers that keep ordinary numbers. Scales follow each tensor (dynamic), or are stored with the layer (static), or the outer
+Owns: `check_input`, `keep_grid` and `round_inputs` for packed layers, and `RoundedInputs` for layers that keep ordinary numbers. Scales
+follow each tensor (dynamic), or are stored with the layer (static), or the outer
 scale is stored and the inner ones follow (local: NVFP4). Stored numbers are buffers of the layer: `input_scale`,
 `input_zero_point` and `input_offset`, one number each.
 """
@@ -18,6 +19,17 @@ from arrondi.tensor.qtensor import fake_quantize
 from arrondi.tensor.ranges.grid import Grid
 
 _NAMES: Final = ("input_scale", "input_zero_point", "input_offset")
+
+
+def check_input(x: torch.Tensor) -> None:
+    """Refuse an input whose results would be cut to whole numbers.
+
+    Raises:
+        DataError: it is no tensor of floating-point numbers.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise DataError(f"A packed layer takes floating-point numbers, got {kind}. Convert them first (.float()).")
 
 
 def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | None) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import LayerScheme, Scheme, parse_scheme
 from arrondi.pipeline.step import check_fallback, check_step, get_step
@@ -38,6 +39,7 @@ class Rule:
     fallback: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_step(self.method, self.options)
         if self.fallback:
             check_fallback(self.method, self.fallback)
@@ -58,6 +60,9 @@ class Recipe:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @classmethod
     def simple(
         cls,
@@ -70,8 +75,10 @@ class Recipe:
         options: Mapping[str, Any] | None = None,
     ) -> Recipe:
         """One rule, as the command line gives it; the scheme is a word, a scheme of weights, or one of a layer."""
-        rule = Rule(_layer_scheme(scheme, group_size), method.lower(), _words(targets), dict(options or {}))
-        return cls((rule,), None if ignore is None else _words(ignore))
+        if not isinstance(method, str):
+            raise SchemeError(f"The method is a word, got {said(method)}.")
+        rule = Rule(_layer_scheme(scheme, group_size), method.lower(), _selectors(targets), dict(options or {}))
+        return cls((rule,), None if ignore is None else _selectors(ignore))
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -122,6 +129,8 @@ def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = N
     """A layer's scheme from a word or a value, with another group size if there is one."""
     layer = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     layer = LayerScheme(layer) if isinstance(layer, Scheme) else layer
+    if not isinstance(layer, LayerScheme):
+        raise SchemeError(f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {said(layer)}.")
     return layer if group_size is None else layer.with_group_size(group_size)
 
 
@@ -163,6 +172,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
         raise ValueError(f"the key {twice!r} is there twice")
     return found
+
+
+def _selectors(selectors: Any) -> tuple[str, ...]:
+    try:
+        return _words(selectors)
+    except TypeError:
+        raise SchemeError(f"Targets and ignores are words or lists of them, got {said(selectors)}.") from None
 
 
 def _words(selectors: Any) -> tuple[str, ...]:

@@ -165,19 +165,28 @@ def collect(
                 same = others.get(key)
                 found.add_pair(x, same.pop(0) if same else None, needs)
 
-        _pass(leaders, count, side, j, note)
+        _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"})
     return seen
 
 
 def _pass(
-    leaders: Collection[str], count: int, side: Side, j: int, note: Callable[[Key, torch.Tensor], object]
+    leaders: Collection[str],
+    count: int,
+    side: Side,
+    j: int,
+    note: Callable[[Key, torch.Tensor], object],
+    *,
+    grouped: bool = False,
 ) -> None:
-    """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end)."""
+    """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end).
+
+    `grouped`: also those of convolutions in groups, of which every row of the weight sees another part.
+    """
     reports = 0
 
     def report(use: Use) -> None:
         nonlocal reports
-        if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1):
+        if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1 or grouped):
             note((use.param, use.matrix), use.x)
         reports += 1
         if reports == count:

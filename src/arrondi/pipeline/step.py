@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from arrondi.arguments import check_fields
 from arrondi.checkpoint import TensorSpec
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
@@ -112,6 +113,7 @@ class Step:
     cost: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         strange = sorted(self.needs - set(get_args(Need)))
         if strange:
             raise unknown(f"need of the step {self.name}:", strange[0], get_args(Need))

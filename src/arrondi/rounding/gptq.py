@@ -17,13 +17,15 @@ from typing import Any, Literal
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, SchemeError, ShapeError
-from arrondi.formats import Scheme
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.search import check_power
 
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax"]
@@ -31,7 +33,7 @@ Range = Literal["search", "absmax"]
 
 def gptq(
     weight: torch.Tensor,
-    scheme: Scheme,
+    scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
     damping: float = 0.01,
@@ -63,6 +65,9 @@ def gptq(
         SchemeError: `order` does not fit the granularity, or an option is out of range.
         DataError: no moment, or NaN.
     """
+    with named(name):
+        check_arguments(gptq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
+    scheme = scheme_of(scheme)
     if weight.ndim != 2:
         raise ShapeError(f"{name}: gptq rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
     if moment is None:
@@ -71,6 +76,7 @@ def gptq(
         )
     if moment.n != weight.shape[1]:
         raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
+    check_power(power, name)
     if block_size < 1 or not damping >= 0:
         raise SchemeError(f"{name}: gptq needs block_size >= 1 and damping >= 0, got {block_size} and {damping}.")
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)

@@ -11,14 +11,16 @@ so on typical weights (|w| ≈ 0.02) it never fires; `normalize=True` measures e
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Final
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
-from arrondi.tensor.checks import named
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.quantizers import split as split_compiled
@@ -28,10 +30,12 @@ from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 18
 
+_MOST_ITERATIONS: Final = 1_000_000
+
 
 def hqq(
     weight: torch.Tensor,
-    scheme: Scheme,
+    scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
     p: float = 0.7,
@@ -59,6 +63,13 @@ def hqq(
         SchemeError: the format is not an integer one, or its scales are quantized or powers of two.
         DataError: NaN or infinity in the weight.
     """
+    with named(name):
+        check_arguments(hqq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
+    scheme = scheme_of(scheme)
+    if not (0 < p <= 1 and 0 < beta < math.inf and 0 < kappa < math.inf and 0 <= iterations <= _MOST_ITERATIONS):
+        raise SchemeError(
+            f"{name}: hqq needs 0 < p <= 1, beta and kappa above 0, and iterations up to {_MOST_ITERATIONS}, got p={p}, beta={beta}, kappa={kappa} and {iterations}."
+        )
     plain = scheme.scale in STORED and scheme.offset in STORED
     if scheme.format.kind != "integer" or not plain:
         raise SchemeError(

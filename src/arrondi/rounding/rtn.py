@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
-from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
-from arrondi.tensor.checks import named
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
-from arrondi.tensor.ranges.search import search_grid
+from arrondi.tensor.ranges.search import check_power, search_grid
 
 
 def rtn(
     weight: torch.Tensor,
-    scheme: Scheme,
+    scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
     range: Literal["auto", "absmax", "search"] = "auto",
@@ -44,8 +44,10 @@ def rtn(
         SchemeError: another `range`.
         DataError: NaN or infinity in the weight.
     """
-    if range not in ("auto", "absmax", "search"):
-        raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, auto, search.")
+    with named(name):
+        check_arguments(rtn, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
+    scheme = scheme_of(scheme)
+    check_power(power, name)
     if range == "auto":
         range = "search" if pays_to_search(scheme) else "absmax"
     if range == "absmax" or weight.numel() == 0:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import unknown
 from arrondi.formats import ActivationScheme
@@ -46,6 +47,7 @@ def load(
         FileFormatError: not a model directory, tensors are missing, or a layout that is not known.
         SchemeError: there is no such dtype, no activations that can be rounded so, or the file asks for what is not computed here.
     """
+    check_arguments(load, locals())
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype

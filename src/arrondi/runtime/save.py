@@ -52,6 +52,8 @@ class SavePretrained:
         model: Any = self.model()
         if model is None:
             raise ReferenceError("The model that this belongs to is gone. Call model.save_pretrained.")
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is no directory. Name another one.")
         if (out / "config.json").exists() or any(out.glob("*.safetensors")):
             raise OutputError(f"{out}: a model is there already. Name another directory.")
         checkpoint = Checkpoint.open(self.path)

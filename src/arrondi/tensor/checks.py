@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from arrondi.arguments import said
 from arrondi.errors import ArrondiError, DataError, SchemeError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme
 
@@ -29,9 +30,7 @@ def scheme_of(scheme: SchemeLike) -> Scheme:
             return inner
         case str():
             return parse_scheme(scheme).weights
-    raise SchemeError(
-        f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {type(scheme).__name__} {scheme!r}."
-    )
+    raise SchemeError(f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {said(scheme)}.")
 
 
 def check_tensor(x: object, name: str) -> torch.Tensor:
@@ -45,6 +44,9 @@ def check_tensor(x: object, name: str) -> torch.Tensor:
             raise DataError(
                 f"{name}: only floating-point numbers can be quantized, got {x.dtype}. Convert them to float32 first."
             )
+        if x.is_meta or x.layout is not torch.strided:
+            what = "is on the meta device and has no numbers" if x.is_meta else f"has the layout {x.layout}"
+            raise DataError(f"{name}: the tensor {what}. Give an ordinary one, with .to_dense() or from its file.")
         return x
     kind = type(x)
     if isinstance(x, torch.nn.Module):
