@@ -55,6 +55,26 @@ SOURCE = Path(arrondi.__file__).parent
         (("quantize", "m", "-o", "x", "--no-eval", "--eval-text", "t"), ["--no-eval", "--eval-text", "contradict"]),
         (("quantize", "m", "-o", "x", "--eval-text", "t", "--max-kl", "nan"), ["--max-kl", "nan"]),
         (("run", "m", "hello", "--temperature", "inf"), ["--temperature"]),
+        (("quantize", "m", "-o"), ["'-o' requires", "arrondi quantize --help"]),
+        (("quantize", "m", "-o", "x", "--output", "y"), ["--output is there twice"]),
+        (("plan", "m", "--scheme", "W4A16", "--scheme", "W8A16"), ["--scheme is there twice"]),
+        (("quantize", "m", "-o", ""), ["--output needs a value"]),
+        (("quantize", "m", "--output="), ["--output needs a value"]),
+        (("demo", "-o", ""), ["--output needs a value"]),
+        (("plan", "m", "--targets", ""), ["--targets needs a value"]),
+        (("plan", ""), ["name is empty"]),
+        (("plan", "m", "--recipe", "nowhere.json"), ["nowhere.json: no such file"]),
+        (("plan", "m", "--method", "hqq", "--scheme", "NF4"), ["hqq", "nf4", "rtn or gptq"]),
+        (("plan", "m", "--method", "gptq", "--scheme", "W8A8", "--option", "order=dynamic"), ["order=static"]),
+        (("plan", "m", "--method", "gptq", "--option", "damping=-1"), ["damping", "from 0 to", "-1"]),
+        (("plan", "m", "--method", "gptq", "--option", "damping=1e999"), ["damping", "inf"]),
+        (("plan", "m", "--method", "hqq", "--option", "iterations=-1"), ["iterations", "from 0 to"]),
+        (("plan", "m", "--option", "power=0"), ["power", "from 0.1 to"]),
+        (("eval", "m", "--against", "m", "--text", "t", "--max-kl", "-0.1"), ["--max-kl", "not negative"]),
+        (
+            ("eval", "m", "--against", "m", "--text", "t", "--max-ppl-increase", "-1"),
+            ["--max-ppl-increase", "above -1"],
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )
@@ -88,6 +108,37 @@ def test_an_option_without_effect_is_said(cli: Cli, models: Models, tmp_path: Pa
     assert "--samples changes nothing here: there is no calibration text." in done.err
     assert "--eval-samples changes nothing here: there is no measurement." in done.err
     assert cli(*start, "-o", tmp_path / "y").err == ""
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(cli: Cli, models: Models, text: Path, tmp_path: Path) -> None:
+    model, dry = models("llama", num_hidden_layers=1), ("-o", tmp_path / "x", "--group-size", 32, "--dry-run")
+    refused(cli("quantize", model, *dry, "--calibration", tmp_path / "nowhere"), "nowhere", "no such file")
+    refused(cli("quantize", model, *dry, "--method", "gptq"), "gptq", "--calibration")
+    refused(cli("quantize", model, "-o", tmp_path / "x", "--scheme", "FP8", "--dry-run"), "Static", "FP8_DYNAMIC")
+    refused(cli("quantize", model, "-o", model / "x", "--dry-run"), "inside the model's directory")
+    alone = cli("quantize", model, *dry, "--json").document
+    measured = cli("quantize", model, *dry, "--eval-text", text, "--seq-len", 32, "--json").document
+    assert measured["peak_moment"] != alone["peak_moment"], "the measurement takes memory, too"
+
+
+def test_measuring_on_what_was_calibrated_on_is_said(cli: Cli, models: Models, text: Path, tmp_path: Path) -> None:
+    model = models("llama", num_hidden_layers=1)
+    few = ("--group-size", 32, "--calibration", text, "--eval-text", text, "--seq-len", 16, "--samples", 10**6)
+    said = "2 of 2 evaluation windows were calibrated on"
+    notes = {m: cli("quantize", model, "-o", tmp_path / m, "--method", m, *few, "--eval-samples", 2, "--json").document["notes"] for m in ("gptq", "rtn")}  # fmt: skip
+    assert [said in n for n in notes["gptq"]].count(True) == 1
+    assert not any("calibrated on" in n for n in notes["rtn"]), "rtn learns nothing from the text"
+
+
+@pytest.mark.parametrize(
+    ("selector", "word"),
+    [("q_proj", "did you mean 're:.*q_proj'"), ("Linear,Conv1d", "--targets Linear --targets Conv1d"), ("model.layers.0.mlp.up_prj", "up_proj")],
+)  # fmt: skip
+def test_a_selector_that_matches_nothing_is_answered_with_one_that_does(
+    selector: str, word: str, cli: Cli, models: Models, tmp_path: Path
+) -> None:
+    model = models("llama", num_hidden_layers=1)
+    refused(cli("quantize", model, "-o", tmp_path / "x", "--targets", selector), selector, word)
 
 
 def test_windows_that_the_model_cannot_take_are_cut_and_said(

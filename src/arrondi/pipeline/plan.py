@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -211,10 +212,21 @@ def unmatched(source: Source, recipe: Recipe, used: set[str]) -> list[str]:
         there = option == "--ignore" and any(matches(selector, [n], [type(m).__name__]) for n, m in modules)
         if selector in used or there:
             continue
-        near = difflib.get_close_matches(selector.removeprefix("re:"), names, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = _selector_hint(option, selector, names)
         sentences.append(f"{option} {selector!r} matches nothing in this model.{hint} `arrondi plan` lists the names.")
     return sentences
+
+
+def _selector_hint(option: str, selector: str, names: set[str]) -> str:
+    """What the user of another tool may mean: a part of a name, a list with commas, a name that is misspelt."""
+    parts = [part.strip() for part in selector.split(",")]
+    if len(parts) > 1 and not selector.startswith("re:"):
+        return f" Give the option once for each: {' '.join(f'{option} {part}' for part in parts)}."
+    ends = [n for n in names if n.endswith(f".{selector}") or f".{selector}." in n]
+    if ends:
+        return f" Names are whole: did you mean 're:.*{re.escape(selector)}'?"
+    near = difflib.get_close_matches(selector.removeprefix("re:"), names - {""}, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _nothing(source: Source, tensors: list[PlannedTensor], refused: list[PlannedTensor], layout: str | None) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import LayerScheme, Scheme, parse_scheme
-from arrondi.pipeline.step import check_fallback, check_step, get_step
+from arrondi.pipeline.step import check_fallback, check_scheme, check_step, get_step
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Rule:
             raise SchemeError(
                 f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
             )
+        check_scheme(self.method, self.scheme, self.options)
+        if self.fallback:
+            check_scheme(self.fallback, self.scheme, {})
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ class Recipe:
             raise
         except KeyError as error:
             raise FileFormatError(f"{path}: not a recipe (it lacks {error}). Example: {_EXAMPLE}") from error
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise FileFormatError(f"{path}: {reason}. Give a recipe file as JSON. Example: {_EXAMPLE}") from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{path}: not a recipe ({error}). Example: {_EXAMPLE}") from error
         return cls(rules, ignore)
 

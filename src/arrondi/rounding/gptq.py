@@ -13,13 +13,15 @@ contiguous groups of the unrounded weight, columns visited by falling diagonal) 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, SchemeError, ShapeError
-from arrondi.formats import Scheme
+from arrondi.formats import PerGroup, Scheme
+from arrondi.rounding.bounds import Between
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
@@ -29,16 +31,23 @@ Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax"]
 
 
+def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
+    """Why no weight can be rounded so; None if it can."""
+    if options.get("order") == "dynamic" and not isinstance(scheme.granularity, PerGroup):
+        return f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static."
+    return None
+
+
 def gptq(
     weight: torch.Tensor,
     scheme: Scheme,
     moment: SecondMoment | None = None,
     *,
-    damping: float = 0.01,
-    block_size: int = 128,
+    damping: Annotated[float, Between(0, 1e6)] = 0.01,
+    block_size: Annotated[int, Between(1, 100_000)] = 128,
     order: Order = "static",
     range: Range = "search",
-    power: float = 4.0,
+    power: Annotated[float, Between(0.1, 100)] = 4.0,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:

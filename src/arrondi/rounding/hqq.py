@@ -11,13 +11,15 @@ so on typical weights (|w| ≈ 0.02) it never fires; `normalize=True` measures e
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
+from arrondi.rounding.bounds import Between
 from arrondi.tensor.checks import named
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
@@ -29,15 +31,23 @@ from arrondi.tensor.tiling import to_tiles
 _CHUNK = 1 << 18
 
 
+def refuse_hqq(scheme: Scheme, options: Mapping[str, Any] | None = None) -> str | None:
+    """Why no weight can be rounded so; None if it can."""
+    plain = scheme.scale in STORED and scheme.offset in STORED
+    if scheme.format.kind == "integer" and plain:
+        return None
+    return f"hqq optimises integer grids with plain scales and offsets, got {scheme}. Use rtn or gptq for this scheme."
+
+
 def hqq(
     weight: torch.Tensor,
     scheme: Scheme,
     moment: SecondMoment | None = None,
     *,
-    p: float = 0.7,
-    beta: float = 10.0,
-    kappa: float = 1.01,
-    iterations: int = 20,
+    p: Annotated[float, Between(0.01, 1)] = 0.7,
+    beta: Annotated[float, Between(1e-6, 1e6)] = 10.0,
+    kappa: Annotated[float, Between(1, 100)] = 1.01,
+    iterations: Annotated[int, Between(0, 100_000)] = 20,
     normalize: bool = False,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -59,11 +69,9 @@ def hqq(
         SchemeError: the format is not an integer one, or its scales are quantized or powers of two.
         DataError: NaN or infinity in the weight.
     """
-    plain = scheme.scale in STORED and scheme.offset in STORED
-    if scheme.format.kind != "integer" or not plain:
-        raise SchemeError(
-            f"{name}: hqq optimises integer grids with plain scales and offsets, got {scheme}. Use rtn or gptq for this scheme."
-        )
+    refusal = refuse_hqq(scheme)
+    if refusal:
+        raise SchemeError(f"{name}: {refusal}")
     if weight.numel() == 0:
         return quantize_tensor(weight, scheme, name=name)
     weight = weight.detach()

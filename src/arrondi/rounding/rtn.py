@@ -6,13 +6,14 @@ as in IEEE 754.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
+from arrondi.rounding.bounds import Between
 from arrondi.tensor.checks import named
 from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
 from arrondi.tensor.ranges.search import search_grid
@@ -24,7 +25,7 @@ def rtn(
     moment: SecondMoment | None = None,
     *,
     range: Literal["auto", "absmax", "search"] = "auto",
-    power: float = 2.5,
+    power: Annotated[float, Between(0.1, 100)] = 2.5,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
