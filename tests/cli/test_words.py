@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 
 import arrondi
 import arrondi.pipeline
+from arrondi.cli import main
 from arrondi.measure import Comparison
 from arrondi.report import sole_reader
 from arrondi.report.readers import readers_lines
@@ -206,6 +208,42 @@ def test_a_reader_of_the_output_that_goes_away_is_no_error(models: Models) -> No
     assert process.wait(120) == 0 and said == ""
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "--help")])
+def test_a_reader_of_the_help_that_goes_away_is_no_error(arguments: tuple[str, ...]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    command = [sys.executable, "-m", "arrondi", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(120) == 0 and said == ""
+
+
+def test_output_without_the_letters_or_closed(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "modèle"
+    os.symlink(models("llama", num_hidden_layers=1), model)
+
+    def printed(*more: str, closed: bool = False) -> bytes:
+        written = io.BytesIO()
+        stream = None if closed else io.TextIOWrapper(written, encoding="ascii", write_through=True)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "argv", ["arrondi", "inspect", str(model), *more])
+            try:
+                main()
+            finally:
+                if closed:
+                    sys.stdout.close()
+        assert end.value.code == 0
+        return written.getvalue()
+
+    assert b"mod?le" in printed()
+    document = json.loads(printed("--json").decode("ascii"))
+    assert document["path"] == str(model), "nothing is replaced in a document"
+    assert printed(closed=True) == b""
+
+
 # ── layout and readers ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -280,14 +318,44 @@ def test_limits_are_refused_before_the_work(
 # ── Ctrl-C ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ctrl_c_is_one_line_and_status_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("swallowed", [False, True], ids=["seen", "swallowed by a library"])
+@pytest.mark.parametrize("command", ["quantize", "dequantize", "inspect"])
+def test_ctrl_c_is_one_line_and_status_130(
+    command: str, swallowed: bool, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def pressed(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise
+        raise ModuleNotFoundError("could not import")
 
-    monkeypatch.setattr(arrondi.pipeline, "quantize_model", pressed)
-    result = cli("quantize", "m", "-o", "x")
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(arrondi.pipeline, f"{command}_model", pressed)
+    result = cli(command, "m", *(() if command == "inspect" else ("-o", "x")))
     assert result.code == 130
-    assert result.err == "arrondi: stopped. Run the same command again: quantize continues where it stopped.\n"
+    resumes = f" Run the same command again: {command} continues where it stopped."
+    assert result.err == f"arrondi: stopped.{'' if command == 'inspect' else resumes}\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_process_that_is_stopped_ends_with_130_whatever_it_was_doing(tmp_path: Path) -> None:
+    """CPython ends itself by the signal, not with a status, when an interrupt has once left an `exec` of a string."""
+    program = tmp_path / "stop.py"
+    program.write_text(
+        "import os, signal, sys, arrondi.pipeline\n"
+        "def pressed(*a, **k):\n"
+        "    exec('os.kill(os.getpid(), signal.SIGINT)\\nfor i in range(10**9): pass')\n"
+        "arrondi.pipeline.inspect_model = pressed\n"
+        "sys.argv = ['arrondi', 'inspect', 'm']\n"
+        "from arrondi.cli import main\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 130 and done.stderr == "arrondi: stopped.\n"
 
 
 def test_ctrl_c_in_a_real_run_and_the_same_command_finishes_it(models: Models, text: Path, tmp_path: Path) -> None:

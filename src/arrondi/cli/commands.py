@@ -262,7 +262,7 @@ def run(
         **where,
     )
     if json_:
-        typer.echo(to_json(result))
+        _print_json(result)
 
 
 @app.command(cls=Strict)
@@ -310,9 +310,19 @@ def bench(
 
 def _answer(document: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     if as_json:
-        typer.echo(to_json(document))
+        _print_json(document)
     else:
         show(document)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    """Letters as they are where stdout has them, else escaped: nothing may be replaced in a document."""
+    text = to_json(document)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = to_json(document, ascii_only=True)
+    typer.echo(text)
 
 
 def _note(sentence: str | None) -> None:
