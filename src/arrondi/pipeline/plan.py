@@ -156,12 +156,12 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         if not any(t.status == "kept because impossible" and t.rule for t in tensors):
             break
     most = max(weights for weights, _, _ in tried)
-    _, resolver, tensors = next(t for t in tried if t[0] >= _NEARLY_ALL * most)
+    _, resolver, tensors = next(t for t in tried if t[0] >= _NEARLY_ALL * most) if most else tried[-1]
     refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
     tensors = _as_stored(source, tensors)
     problems = unmatched(source, recipe, resolver.used)
     if not any(t.status == "quantized" for t in tensors) and not problems:
-        problems.append(f"Nothing would be quantized. {_nothing(source, tensors, refused, layout)}")
+        problems.append(f"Nothing would be quantized. {_nothing(source, tensors, refused, layout, keep_misfits)}")
     selected = select(source, recipe, tensors)
     declared = declared_by(source, selected, tensors)
     problems += unreadable(source, declared)
@@ -229,10 +229,14 @@ def _selector_hint(option: str, selector: str, names: set[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _nothing(source: Source, tensors: list[PlannedTensor], refused: list[PlannedTensor], layout: str | None) -> str:
+def _nothing(
+    source: Source, tensors: list[PlannedTensor], refused: list[PlannedTensor], layout: str | None, keep_misfits: bool
+) -> str:
     """Why nothing is quantized, and what to do."""
     if refused:
         other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
+        if keep_misfits and not other:
+            other = " Leave out --keep-misfits: groups that fit are then taken instead."
         return f"{refused[0].name}: {refused[0].reason}.{other}"
     if not any(s.kind == "linear" for s in source.sites):
         return "The model has no linear layer; name what else to quantize with --targets."
