@@ -130,7 +130,7 @@ def quantize(
             "--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval."
         )
     if calibration is None:
-        _useless(context, "calibration text", "samples", *([] if measured else ["seq_len"]))
+        _useless(context, "calibration text", "samples", "seed", *([] if measured else ["seq_len"]))
     if not measured:
         _useless(context, "a measurement", "eval_samples")
     where, shard_bytes = device_options(device), byte_count(shard_size)

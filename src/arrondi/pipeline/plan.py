@@ -236,7 +236,7 @@ def _nothing(
     if refused:
         other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
         if keep_misfits and not other:
-            other = " Leave out --keep-misfits: groups that fit are then taken instead."
+            other = " Leave out --keep-misfits to quantize such weights all the same."
         return f"{refused[0].name}: {refused[0].reason}.{other}"
     if not any(s.kind == "linear" for s in source.sites):
         return "The model has no linear layer; name what else to quantize with --targets."

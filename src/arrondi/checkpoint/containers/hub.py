@@ -73,7 +73,7 @@ def _complete(path: Path) -> bool:
         index = parse_json((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
         files = set(index["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return any(path.glob("*.safetensors"))
+        return any(shard.exists() for shard in path.glob("*.safetensors"))
     return (path / "model.safetensors").exists() or all((path / str(f)).exists() for f in files)
 
 
