@@ -79,12 +79,17 @@ def quantize(
     Raises:
         ArrondiError: see its sentence.
     """
-    if recipe is not None and scheme is not None:
-        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
-    rules = recipe or Recipe.simple(
-        scheme or "W4A16", method, group_size=group_size, targets=targets, ignore=ignore, options=options
-    )
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
     if isinstance(model, torch.nn.Module):
+        given = {
+            "out": out, "evaluation": evaluation, "limits": limits, "layout": layout,
+            "overwrite": overwrite or None, "device": None if device == "cpu" else device,
+        }  # fmt: skip
+        useless = [name for name, value in given.items() if value is not None]
+        if useless:
+            raise SchemeError(
+                f"A module is quantized where it is, so {' and '.join(useless)} would do nothing. Leave them out; arrondi.save writes the module."
+            )
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
     if not isinstance(model, (str, Path)):
         raise DataError(f"A model is a directory, a Hub name or a torch.nn.Module, got {type(model).__name__}.")
@@ -114,12 +119,33 @@ def plan(
 
     Takes the arguments of `quantize`.
     """
-    if recipe is not None and scheme is not None:
-        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
-    rules = recipe or Recipe.simple(
-        scheme or "W4A16", method, group_size=group_size, targets=targets, ignore=ignore, options=options
-    )
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
+
+
+def _rules(
+    recipe: Recipe | None,
+    scheme: AnyScheme | None,
+    method: str,
+    group_size: int | None,
+    targets: Iterable[str],
+    ignore: Iterable[str] | None,
+    options: Mapping[str, Any] | None,
+) -> Recipe:
+    """The recipe, or one rule; never of both."""
+    if recipe is None:
+        word = "W4A16" if scheme is None else scheme
+        return Recipe.simple(word, method, group_size=group_size, targets=targets, ignore=ignore, options=options)
+    given = {
+        "scheme": scheme, "method": None if method == "rtn" else method, "group_size": group_size,
+        "targets": None if tuple(targets) == ("Linear",) else targets, "ignore": ignore, "options": options,
+    }  # fmt: skip
+    beside = [name for name, value in given.items() if value is not None]
+    if beside:
+        raise SchemeError(
+            f"A recipe says {' and '.join(beside)} itself. Write it into its rules, or leave the recipe out."
+        )
+    return recipe
 
 
 def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: Any) -> Any:

@@ -174,8 +174,8 @@ def get_format(name: str) -> Format:
     >>> get_format("int4").qmin, get_format("fp8").largest
     (-8, 448.0)
     """
-    key = re.sub(r"^i(?=\d)", "int", name.lower())
+    key = re.sub(r"^i(?=\d)", "int", str(name).lower())
     key = _ALIASES.get(key, key)
     if key not in FORMATS:
-        raise unknown("number format", name, FORMATS)
+        raise unknown("number format", str(name), FORMATS)
     return FORMATS[key]

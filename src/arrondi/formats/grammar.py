@@ -46,6 +46,8 @@ def parse_scheme(text: str) -> LayerScheme:
     Raises:
         SchemeError: neither a preset nor the grammar; the message names the nearest preset.
     """
+    if not isinstance(text, str):
+        raise SchemeError(f"A scheme is a word such as W4A16, got {type(text).__name__} {str(text)[:60]}.")
     name = text.strip().upper().replace("-", "_")
     name = ALIASES.get(name, name)
     if name in PRESETS:

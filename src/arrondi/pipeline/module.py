@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +53,12 @@ def quantize_module(
         SchemeError: the recipe picks nothing, or the module does not run on the batches.
         DataError: a method needs calibration and there is none, or a weight is not finite.
     """
-    source, batches = InMemory(model), _batches(calibration)
+    source, batches = InMemory(model), _batches(model, calibration)
     training = model.training
     model.eval()
     try:
         if batches:
-            source.learn(lambda: model(*batches[0].args, **batches[0].kwargs))
+            source.learn(lambda: _call(model, batches[0]))
             settle(source, batches[0])
         plan = make_plan(source, recipe, keep_misfits=keep_misfits)
         check(plan)
@@ -137,14 +138,35 @@ def _install(source: InMemory, planned: Sequence[PlannedTensor], values: dict[st
     remember(source.model, placed, loose)
 
 
-def _batches(calibration: Any) -> list[Inputs]:
+def _call(model: torch.nn.Module, batch: Inputs) -> Any:
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The module does not run on its first calibration batch ({str(error).splitlines()[0]}). Give batches as it is called."
+        ) from error
+
+
+def _batches(model: torch.nn.Module, calibration: Any) -> list[Inputs]:
     if calibration is None:
         return []
     if isinstance(calibration, torch.Tensor):
         integers = not calibration.dtype.is_floating_point and calibration.ndim == 2
-        return [Inputs.of(b) for b in (calibration.split(_BATCH) if integers else [calibration])]
-    if isinstance(calibration, str) or not isinstance(calibration, Iterable):
-        raise DataError(
-            f"Calibration of a module is batches as it is called (tensors, tuples, dicts), got {type(calibration).__name__}."
-        )
-    return [Inputs.of(b) for b in calibration]
+        return [_inputs(model, b) for b in (calibration.split(_BATCH) if integers else [calibration])]
+    readable = isinstance(calibration, Iterable) and not isinstance(calibration, str)
+    found = list(calibration) if readable else [calibration]
+    for batch in found:
+        if not isinstance(batch, (Inputs, torch.Tensor, tuple, list, Mapping)):
+            raise DataError(
+                f"Calibration of a module is batches as it is called (tensors, tuples, dicts), got {type(batch).__name__}."
+            )
+    return [_inputs(model, b) for b in found]
+
+
+def _inputs(model: torch.nn.Module, batch: Any) -> Inputs:
+    """A batch as the module is called: token ids by their name only where it has that name."""
+    inputs = Inputs.of(batch)
+    named = inspect.signature(model.forward).parameters.values()
+    if isinstance(batch, torch.Tensor) and not any(p.name in inputs.kwargs or p.kind is p.VAR_KEYWORD for p in named):
+        return Inputs((batch,))
+    return inputs

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from arrondi.errors import FileFormatError, SchemeError
-from arrondi.formats import LayerScheme, Scheme, parse_scheme
+from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.step import check_fallback, check_scheme, check_step, get_step
+from arrondi.tensor.checks import layer_scheme_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Rule:
     """What is done to weights that match `targets`.
 
     Attributes:
-        scheme: what a round step makes of them; None leaves them alone. Rewrites and repairs have none.
+        scheme: what a round step makes of them, as a value or a word; None leaves them alone. Rewrites and repairs have none.
         method: name of a step.
         targets: selectors.
         options: of the step.
@@ -39,6 +40,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_step(self.method, self.options)
+        object.__setattr__(self, "targets", _words(self.targets))
+        if self.scheme is not None:
+            object.__setattr__(self, "scheme", layer_scheme_of(self.scheme))
         if self.fallback:
             check_fallback(self.method, self.fallback)
         if self.scheme is None:
@@ -61,6 +65,17 @@ class Recipe:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        rules = (self.rules,) if isinstance(self.rules, Rule) else tuple(self.rules)
+        strange = [r for r in rules if not isinstance(r, Rule)]
+        if strange:
+            raise SchemeError(
+                f"A recipe is made of rules, got {type(strange[0]).__name__} {str(strange[0])[:60]!r}. Example: Recipe([Rule('W4A16')])."
+            )
+        object.__setattr__(self, "rules", rules)
+        if self.ignore is not None:
+            object.__setattr__(self, "ignore", _words(self.ignore))
+
     @classmethod
     def simple(
         cls,
@@ -73,7 +88,7 @@ class Recipe:
         options: Mapping[str, Any] | None = None,
     ) -> Recipe:
         """One rule, as the command line gives it; the scheme is a word, a scheme of weights, or one of a layer."""
-        rule = Rule(_layer_scheme(scheme, group_size), method.lower(), _words(targets), dict(options or {}))
+        rule = Rule(_layer_scheme(scheme, group_size), get_step(method).name, _words(targets), dict(options or {}))
         return cls((rule,), None if ignore is None else _words(ignore))
 
     @classmethod
@@ -126,8 +141,7 @@ _EXAMPLE = '{"rules": [{"scheme": "W4A16", "method": "gptq"}, {"scheme": "W8A16"
 
 def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = None) -> LayerScheme:
     """A layer's scheme from a word or a value, with another group size if there is one."""
-    layer = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    layer = LayerScheme(layer) if isinstance(layer, Scheme) else layer
+    layer = layer_scheme_of(scheme)
     return layer if group_size is None else layer.with_group_size(group_size)
 
 

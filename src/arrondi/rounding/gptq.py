@@ -25,6 +25,7 @@ from arrondi.rounding.bounds import Between
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
+from arrondi.tensor.checks import SchemeLike, scheme_of
 from arrondi.tensor.qtensor import QTensor
 
 Order = Literal["static", "dynamic", "none"]
@@ -40,7 +41,7 @@ def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
 
 def gptq(
     weight: torch.Tensor,
-    scheme: Scheme,
+    scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
     damping: Annotated[float, Between(0, 1e6)] = 0.01,
@@ -72,6 +73,7 @@ def gptq(
         SchemeError: `order` does not fit the granularity, or an option is out of range.
         DataError: no moment, or NaN.
     """
+    scheme = scheme_of(scheme)
     if weight.ndim != 2:
         raise ShapeError(f"{name}: gptq rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
     if moment is None:

@@ -20,7 +20,7 @@ from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
 from arrondi.rounding.bounds import Between
-from arrondi.tensor.checks import named
+from arrondi.tensor.checks import SchemeLike, named, scheme_of
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.quantizers import split as split_compiled
@@ -41,7 +41,7 @@ def refuse_hqq(scheme: Scheme, options: Mapping[str, Any] | None = None) -> str 
 
 def hqq(
     weight: torch.Tensor,
-    scheme: Scheme,
+    scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
     p: Annotated[float, Between(0.01, 1)] = 0.7,
@@ -69,6 +69,7 @@ def hqq(
         SchemeError: the format is not an integer one, or its scales are quantized or powers of two.
         DataError: NaN or infinity in the weight.
     """
+    scheme = scheme_of(scheme)
     refusal = refuse_hqq(scheme)
     if refusal:
         raise SchemeError(f"{name}: {refusal}")

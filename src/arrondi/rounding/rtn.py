@@ -14,14 +14,14 @@ from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
 from arrondi.rounding.bounds import Between
-from arrondi.tensor.checks import named
+from arrondi.tensor.checks import SchemeLike, named, scheme_of
 from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
 from arrondi.tensor.ranges.search import search_grid
 
 
 def rtn(
     weight: torch.Tensor,
-    scheme: Scheme,
+    scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
     range: Literal["auto", "absmax", "search"] = "auto",
@@ -45,6 +45,7 @@ def rtn(
         SchemeError: another `range`.
         DataError: NaN or infinity in the weight.
     """
+    scheme = scheme_of(scheme)
     if range not in ("auto", "absmax", "search"):
         raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, auto, search.")
     if range == "auto":

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from arrondi.errors import FileFormatError
+from arrondi.errors import DataError, FileFormatError
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _WANTED: Final = [
@@ -29,6 +29,8 @@ def resolve(model: str | Path) -> Path:
     Raises:
         FileFormatError: nothing there, and no such model in the cache or on the Hub.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise DataError(f"A model directory or a name on the Hub is needed here, got {type(model).__name__}.")
     path = Path(model)
     name = str(model)
     if not name.strip():
