@@ -82,7 +82,7 @@ MEMORY, DESCRIPTORS = "out of memory. Use fewer --samples", "too many open files
 SAID: dict[str, tuple[Callable[[], BaseException], str, int]] = {
     "ours": (lambda: SchemeError("No.\nUse x."), "No. Use x.", 2),
     "our own system error": (lambda: OutputError("out: something is there."), "out: something is there.", 2),
-    "Ctrl-C": (KeyboardInterrupt, "stopped. Run the same command again: quantize continues where it stopped.", 130),
+    "Ctrl-C": (KeyboardInterrupt, "stopped.", 130),
     "memory": (MemoryError, MEMORY, 2),
     "memory, says torch": (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), MEMORY, 2),
     "memory of a GPU": (lambda: RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."), MEMORY, 2),

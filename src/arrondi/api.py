@@ -81,8 +81,17 @@ def quantize(
         ArrondiError: see its sentence.
     """
     check_arguments(quantize, locals())
-    rules = _rules(scheme, recipe, method, group_size, targets, ignore, options)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
     if isinstance(model, torch.nn.Module):
+        given = {
+            "out": out, "evaluation": evaluation, "limits": limits, "layout": layout,
+            "overwrite": overwrite or None, "device": None if device == "cpu" else device,
+        }  # fmt: skip
+        useless = [name for name, value in given.items() if value is not None]
+        if useless:
+            raise SchemeError(
+                f"A module is quantized where it is, so {' and '.join(useless)} would do nothing. Leave them out; arrondi.save writes the module."
+            )
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
     if out is None:
         raise SchemeError('A model directory is quantized into another. Give out="DIRECTORY".')
@@ -91,27 +100,6 @@ def quantize(
         model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,
     )  # fmt: skip
-
-
-def _rules(
-    scheme: AnyScheme | None,
-    recipe: Recipe | None,
-    method: str,
-    group_size: int | None,
-    targets: Iterable[str],
-    ignore: Iterable[str] | None,
-    options: Mapping[str, Any] | None,
-) -> Recipe:
-    if recipe is not None and scheme is not None:
-        raise SchemeError("A recipe has its own schemes. Give a scheme or a recipe, not both.")
-    return recipe or Recipe.simple(
-        "W4A16" if scheme is None else scheme,
-        method,
-        group_size=group_size,
-        targets=targets,
-        ignore=ignore,
-        options=options,
-    )
 
 
 def plan(
@@ -132,8 +120,33 @@ def plan(
     Takes the arguments of `quantize`.
     """
     check_arguments(plan, locals())
-    rules = _rules(scheme, recipe, method, group_size, targets, ignore, options)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
+
+
+def _rules(
+    recipe: Recipe | None,
+    scheme: AnyScheme | None,
+    method: str,
+    group_size: int | None,
+    targets: Iterable[str],
+    ignore: Iterable[str] | None,
+    options: Mapping[str, Any] | None,
+) -> Recipe:
+    """The recipe, or one rule; never of both."""
+    if recipe is None:
+        word = "W4A16" if scheme is None else scheme
+        return Recipe.simple(word, method, group_size=group_size, targets=targets, ignore=ignore, options=options)
+    given = {
+        "scheme": scheme, "method": None if method == "rtn" else method, "group_size": group_size,
+        "targets": None if tuple(targets) == ("Linear",) else targets, "ignore": ignore, "options": options,
+    }  # fmt: skip
+    beside = [name for name, value in given.items() if value is not None]
+    if beside:
+        raise SchemeError(
+            f"A recipe says {' and '.join(beside)} itself. Write it into its rules, or leave the recipe out."
+        )
+    return recipe
 
 
 def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a caller gave, held against what a function or a dataclass says that it takes.
 
-Owns: `check_arguments`, `check_fields` and `said`. The annotations are the only description of the kinds; ranges are checked where they
-are known.
+Owns: `check_arguments`, `check_fields`, `Between` and `said`. The annotations are the only description of kinds and of ranges:
+`damping: Annotated[float, Between(0, 1e6)] = 0.01`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from arrondi.errors import ArrondiError, SchemeError, unknown
 
@@ -21,6 +21,21 @@ _WORDS: Final = {
     type(None): "None", bool: "True or False", int: "a whole number", float: "a number", str: "a word",
     collections.abc.Callable: "a function", collections.abc.Mapping: "a dict", collections.abc.Iterable: "a list",
 }  # fmt: skip
+
+
+class Between(NamedTuple):
+    """The least and the largest number, both allowed."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"from {self.low:g} to {self.high:g}"
+
+
+def bounds_of(annotation: Any) -> Between | None:
+    """The bounds in an annotation, if it has some."""
+    return next((extra for extra in get_args(annotation)[1:] if isinstance(extra, Between)), None)
 
 
 def check_arguments(
@@ -64,13 +79,16 @@ def said(value: object) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _hints(owner: Any) -> dict[str, Any]:
-    return get_type_hints(owner)
+    return get_type_hints(owner, include_extras=True)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
+    if origin is Annotated:
+        bounds = bounds_of(hint)
+        return _fits(value, parts[0]) and (bounds is None or bounds.low <= value <= bounds.high)
     if hint is None or hint is type(None):
         return value is None
     if origin is Literal:
@@ -90,6 +108,8 @@ def _fits(value: object, hint: Any) -> bool:
 def _kind(hint: Any) -> str:
     """An annotation in words."""
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{_kind(parts[0])} {bounds_of(hint) or ''}".strip()
     if origin is Literal:
         return " or ".join(map(repr, parts))
     if origin in (Union, types.UnionType):

@@ -30,9 +30,9 @@ def finite(document: Any) -> Any:
     return _value(document, "", {})
 
 
-def to_json(document: Any) -> str:
-    """One line of JSON."""
-    return json.dumps(finite(document), ensure_ascii=False, allow_nan=False)
+def to_json(document: Any, *, ascii_only: bool = False) -> str:
+    """One line of JSON; letters beyond ASCII as they are, or escaped."""
+    return json.dumps(finite(document), ensure_ascii=ascii_only, allow_nan=False)
 
 
 def number(document: Mapping[str, Any], key: str) -> float | None:

@@ -98,8 +98,6 @@ class Said(NamedTuple):
     status: int
 
 
-_RESUMES: Final = "Run the same command again: quantize continues where it stopped."
-
 _SYSTEM: Final = {
     errno.EMFILE: "too many open files. Raise the limit (ulimit -n 4096) and run the same command again.",
     errno.ENFILE: "the system has too many open files. Close some programs and run the same command again.",
@@ -124,7 +122,7 @@ def say(error: BaseException) -> Said:
     Said(sentence="Unknown method 'x'. Known: rtn.", status=2)
     """
     if isinstance(error, KeyboardInterrupt):
-        return Said(f"stopped. {_RESUMES}", STOPPED)
+        return Said("stopped.", STOPPED)
     for cause in _behind(error):
         if isinstance(cause, MemoryError) or (
             isinstance(cause, RuntimeError) and any(words in str(cause) for words in _TORCH_MEMORY)

@@ -37,12 +37,44 @@ def test_single_files(name: str, word: str, tmp_path: Path) -> None:
         (["config.json", "pytorch_model.bin"], "pickled"),
         (["config.json", "tf_model.h5"], "TensorFlow"),
         (["config.json", "model.onnx"], "ONNX"),
+        (["saved_model.pb"], "TensorFlow"),
+        (["config.json"], "no *.safetensors"),
+        (["model.safetensors"], "Copy the model's config.json"),
+        (
+            ["modules.json", "0_Transformer/config.json", "0_Transformer/model.safetensors"],
+            "0_Transformer/. Give that folder",
+        ),
+        (["README.md"], "no config.json and no safetensors files"),
+        ([], "an empty directory"),
     ],
+    ids=lambda v: "+".join(v) if isinstance(v, list) else "",
 )
 def test_directories(files: list[str], word: str, tmp_path: Path) -> None:
     for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert word in refusal(tmp_path)
+
+
+def test_links_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert f"a link to {tmp_path / 'nowhere'}" in refusal(tmp_path / "gone")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").symlink_to(tmp_path / "blobs")
+    assert "model.safetensors is a link" in refusal(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("name", "word"), [("", "name is empty"), ("https://huggingface.co/org/model", "an address")])
+def test_words_that_are_no_path(name: str, word: str) -> None:
+    with pytest.raises(FileFormatError, match=word):
+        Checkpoint.open(name)
+
+
+def test_a_pointer_of_git_lfs_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refusal(tmp_path)
 
 
 def model(folder: Path, quantization: Any, tensors: dict[str, torch.Tensor]) -> Path:
@@ -57,7 +89,9 @@ def model(folder: Path, quantization: Any, tensors: dict[str, torch.Tensor]) -> 
     [
         ({"quant_method": "gptq", "bits": 4}, "GPTQ"), ({"quant_method": "awq"}, "AWQ"), ({"load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"), ({"quant_method": "fp8"}, "FP8"), ({"quant_method": "mxfp4"}, "MXFP4"),
-        ({"quant_method": "quanto"}, "Quanto"), ({"quant_method": "unheard"}, "Known: arrondi, compressed-tensors"),
+        ({"quant_method": "quanto"}, "Quanto"), ({"quant_method": "unheard"}, "unheard"),
+        ({"quant_method": "quark"}, "Quark"), ({"group_size": 64, "bits": 4}, "MLX"), ({"zzz": 4}, "without quant_method"),
+        ([4], "not an object"),
     ],
 )  # fmt: skip
 def test_quantizations_of_other_tools(quantization: Any, word: str, tmp_path: Path) -> None:
@@ -65,6 +99,12 @@ def test_quantizations_of_other_tools(quantization: Any, word: str, tmp_path: Pa
     with pytest.raises(FileFormatError) as caught:
         Checkpoint.open(folder)
     assert word in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_mlx_says_it_under_a_key_of_its_own(tmp_path: Path) -> None:
+    folder = model(tmp_path, None, {"a.weight": torch.zeros(2, 2, dtype=torch.int32), "a.scales": torch.zeros(2, 1)})
+    (folder / "config.json").write_text('{"model_type": "llama", "quantization": {"group_size": 64, "bits": 4}}')
+    assert "MLX" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_defect_is_not_hidden(cli: Cli, models: Models, tmp_path: Path, monkey
         (("--shard-size", "inf"), ["--shard-size", "'inf'"]),
         (("--shard-size", "nan"), ["--shard-size", "'nan'"]),
         (("--group-size", "0"), ["group_size=0"]),
-        (("--scheme", "w=int8/channel,a=int8/tensor/static"), ["static"]),
+        (("--scheme", "w=int8/channel,a=int8/tensor/static"), ["Static scales", "--calibration"]),
         (("--layout", "ggfu"), ["'ggfu'", "arrondi, compressed-tensors"]),
         (("--recipe", "nowhere.json"), ["nowhere.json", "recipe"]),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 
 import arrondi
 import arrondi.pipeline
+from arrondi.cli import main
 from arrondi.measure import Comparison
 from arrondi.report import sole_reader
 from arrondi.report.readers import readers_lines
@@ -55,6 +57,26 @@ SOURCE = Path(arrondi.__file__).parent
         (("quantize", "m", "-o", "x", "--no-eval", "--eval-text", "t"), ["--no-eval", "--eval-text", "contradict"]),
         (("quantize", "m", "-o", "x", "--eval-text", "t", "--max-kl", "nan"), ["--max-kl", "nan"]),
         (("run", "m", "hello", "--temperature", "inf"), ["--temperature"]),
+        (("quantize", "m", "-o"), ["'-o' requires", "arrondi quantize --help"]),
+        (("quantize", "m", "-o", "x", "--output", "y"), ["--output is there twice"]),
+        (("plan", "m", "--scheme", "W4A16", "--scheme", "W8A16"), ["--scheme is there twice"]),
+        (("quantize", "m", "-o", ""), ["--output needs a value"]),
+        (("quantize", "m", "--output="), ["--output needs a value"]),
+        (("demo", "-o", ""), ["--output needs a value"]),
+        (("plan", "m", "--targets", ""), ["--targets needs a value"]),
+        (("plan", ""), ["name is empty"]),
+        (("plan", "m", "--recipe", "nowhere.json"), ["nowhere.json: no such file"]),
+        (("plan", "m", "--method", "hqq", "--scheme", "NF4"), ["hqq", "nf4", "rtn or gptq"]),
+        (("plan", "m", "--method", "gptq", "--scheme", "W8A8", "--option", "order=dynamic"), ["order=static"]),
+        (("plan", "m", "--method", "gptq", "--option", "damping=-1"), ["damping", "from 0 to", "-1"]),
+        (("plan", "m", "--method", "gptq", "--option", "damping=1e999"), ["damping", "inf"]),
+        (("plan", "m", "--method", "hqq", "--option", "iterations=-1"), ["iterations", "from 0 to"]),
+        (("plan", "m", "--option", "power=0"), ["power", "from 0.1 to"]),
+        (("eval", "m", "--against", "m", "--text", "t", "--max-kl", "-0.1"), ["--max-kl", "not negative"]),
+        (
+            ("eval", "m", "--against", "m", "--text", "t", "--max-ppl-increase", "-1"),
+            ["--max-ppl-increase", "above -1"],
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )
@@ -88,6 +110,37 @@ def test_an_option_without_effect_is_said(cli: Cli, models: Models, tmp_path: Pa
     assert "--samples changes nothing here: there is no calibration text." in done.err
     assert "--eval-samples changes nothing here: there is no measurement." in done.err
     assert cli(*start, "-o", tmp_path / "y").err == ""
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(cli: Cli, models: Models, text: Path, tmp_path: Path) -> None:
+    model, dry = models("llama", num_hidden_layers=1), ("-o", tmp_path / "x", "--group-size", 32, "--dry-run")
+    refused(cli("quantize", model, *dry, "--calibration", tmp_path / "nowhere"), "nowhere", "no such file")
+    refused(cli("quantize", model, *dry, "--method", "gptq"), "gptq", "--calibration")
+    refused(cli("quantize", model, "-o", tmp_path / "x", "--scheme", "FP8", "--dry-run"), "Static", "FP8_DYNAMIC")
+    refused(cli("quantize", model, "-o", model / "x", "--dry-run"), "inside the model's directory")
+    alone = cli("quantize", model, *dry, "--json").document
+    measured = cli("quantize", model, *dry, "--eval-text", text, "--seq-len", 32, "--json").document
+    assert measured["peak_moment"] != alone["peak_moment"], "the measurement takes memory, too"
+
+
+def test_measuring_on_what_was_calibrated_on_is_said(cli: Cli, models: Models, text: Path, tmp_path: Path) -> None:
+    model = models("llama", num_hidden_layers=1)
+    few = ("--group-size", 32, "--calibration", text, "--eval-text", text, "--seq-len", 16, "--samples", 10**6)
+    said = "2 of 2 evaluation windows were calibrated on"
+    notes = {m: cli("quantize", model, "-o", tmp_path / m, "--method", m, *few, "--eval-samples", 2, "--json").document["notes"] for m in ("gptq", "rtn")}  # fmt: skip
+    assert [said in n for n in notes["gptq"]].count(True) == 1
+    assert not any("calibrated on" in n for n in notes["rtn"]), "rtn learns nothing from the text"
+
+
+@pytest.mark.parametrize(
+    ("selector", "word"),
+    [("q_proj", "did you mean 're:.*q_proj'"), ("Linear,Conv1d", "--targets Linear --targets Conv1d"), ("model.layers.0.mlp.up_prj", "up_proj")],
+)  # fmt: skip
+def test_a_selector_that_matches_nothing_is_answered_with_one_that_does(
+    selector: str, word: str, cli: Cli, models: Models, tmp_path: Path
+) -> None:
+    model = models("llama", num_hidden_layers=1)
+    refused(cli("quantize", model, "-o", tmp_path / "x", "--targets", selector), selector, word)
 
 
 def test_windows_that_the_model_cannot_take_are_cut_and_said(
@@ -153,6 +206,42 @@ def test_a_reader_of_the_output_that_goes_away_is_no_error(models: Models) -> No
     said = process.stderr.read()
     process.stderr.close()
     assert process.wait(120) == 0 and said == ""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "--help")])
+def test_a_reader_of_the_help_that_goes_away_is_no_error(arguments: tuple[str, ...]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    command = [sys.executable, "-m", "arrondi", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(120) == 0 and said == ""
+
+
+def test_output_without_the_letters_or_closed(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "modèle"
+    os.symlink(models("llama", num_hidden_layers=1), model)
+
+    def printed(*more: str, closed: bool = False) -> bytes:
+        written = io.BytesIO()
+        stream = None if closed else io.TextIOWrapper(written, encoding="ascii", write_through=True)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "argv", ["arrondi", "inspect", str(model), *more])
+            try:
+                main()
+            finally:
+                if closed:
+                    sys.stdout.close()
+        assert end.value.code == 0
+        return written.getvalue()
+
+    assert b"mod?le" in printed()
+    document = json.loads(printed("--json").decode("ascii"))
+    assert document["path"] == str(model), "nothing is replaced in a document"
+    assert printed(closed=True) == b""
 
 
 # ── layout and readers ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,14 +318,44 @@ def test_limits_are_refused_before_the_work(
 # ── Ctrl-C ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ctrl_c_is_one_line_and_status_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("swallowed", [False, True], ids=["seen", "swallowed by a library"])
+@pytest.mark.parametrize("command", ["quantize", "dequantize", "inspect"])
+def test_ctrl_c_is_one_line_and_status_130(
+    command: str, swallowed: bool, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def pressed(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise
+        raise ModuleNotFoundError("could not import")
 
-    monkeypatch.setattr(arrondi.pipeline, "quantize_model", pressed)
-    result = cli("quantize", "m", "-o", "x")
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(arrondi.pipeline, f"{command}_model", pressed)
+    result = cli(command, "m", *(() if command == "inspect" else ("-o", "x")))
     assert result.code == 130
-    assert result.err == "arrondi: stopped. Run the same command again: quantize continues where it stopped.\n"
+    resumes = f" Run the same command again: {command} continues where it stopped."
+    assert result.err == f"arrondi: stopped.{'' if command == 'inspect' else resumes}\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_process_that_is_stopped_ends_with_130_whatever_it_was_doing(tmp_path: Path) -> None:
+    """CPython ends itself by the signal, not with a status, when an interrupt has once left an `exec` of a string."""
+    program = tmp_path / "stop.py"
+    program.write_text(
+        "import os, signal, sys, arrondi.pipeline\n"
+        "def pressed(*a, **k):\n"
+        "    exec('os.kill(os.getpid(), signal.SIGINT)\\nfor i in range(10**9): pass')\n"
+        "arrondi.pipeline.inspect_model = pressed\n"
+        "sys.argv = ['arrondi', 'inspect', 'm']\n"
+        "from arrondi.cli import main\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 130 and done.stderr == "arrondi: stopped.\n"
 
 
 def test_ctrl_c_in_a_real_run_and_the_same_command_finishes_it(models: Models, text: Path, tmp_path: Path) -> None:

@@ -113,6 +113,37 @@ def test_the_report_on_disk_is_what_is_returned(models: Callable[..., Path], tex
         assert 5 <= row["bits_per_weight"] < 5.1
 
 
+@pytest.mark.parametrize("layout", ["compressed-tensors", "arrondi"])
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "w=int3/g40", "W8A8", "FP8_DYNAMIC", "w=int4/b32x32"])
+def test_plan_report_and_inspect_say_the_size_that_is_in_the_file(
+    scheme: str, layout: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Widths of 64 and 96, which no group of 40 or 128 divides: scales, zero points, padding and shapes are counted."""
+    recipe, out = arrondi.Recipe.simple(scheme, options={"range": "absmax"}), tmp_path / "out"
+    plan = make_plan(OnDisk.open(models("llama", num_hidden_layers=1)), recipe, layout=layout).to_dict()
+    report = quantize_model(models("llama", num_hidden_layers=1), out, recipe, layout=layout)
+    stored = load_file(out / "model.safetensors")
+    rows = {
+        "plan": {t["name"]: t for t in plan["tensors"] if t["status"] == "quantized"},
+        "report": {t["name"]: t for t in report["layers"]},
+        "inspect": {t["name"]: t for t in inspect_model(out)["tensors"] if t["quantized"]},
+    }
+    for name, row in rows["plan"].items():
+        stem = name.removesuffix("weight")
+        nbytes = sum(t.nbytes for n, t in stored.items() if n.startswith(stem))
+        bits = round(8 * nbytes / math.prod(row["shape"]), 4)
+        assert {where: table[name]["bits_per_weight"] for where, table in rows.items()} == dict.fromkeys(rows, bits)
+    assert rows["plan"].keys() == rows["report"].keys() == rows["inspect"].keys()
+    assert plan["output_bytes"] == report["output_bytes"] == sum(t.nbytes for t in stored.values())
+
+
+def test_a_last_group_that_is_shorter_is_said(models: Callable[..., Path]) -> None:
+    plan = make_plan(OnDisk.open(models("llama", num_hidden_layers=1)), arrondi.Recipe.simple("w=nf4/g40"))
+    assert any("does not divide 64 inputs; the last group of a row has 24" in n for n in plan.notes)
+    blocks = make_plan(OnDisk.open(models("llama", num_hidden_layers=1)), arrondi.Recipe.simple("w=nf4/b48x48"))
+    assert any("the last blocks are smaller than 48 × 48" in n for n in blocks.notes)
+
+
 def test_without_text_there_is_nothing_to_measure_and_the_report_says_null(
     models: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

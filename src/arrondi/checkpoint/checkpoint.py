@@ -17,7 +17,7 @@ from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.foreign import unlisted, what_method
 from arrondi.checkpoint.layouts import LAYOUTS
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, Placed
-from arrondi.errors import ArrondiError, FileFormatError, SchemeError, unknown
+from arrondi.errors import ArrondiError, FileFormatError, SchemeError
 from arrondi.formats import ActivationScheme, parse_activations
 from arrondi.tensor.qtensor import QTensor
 
@@ -46,13 +46,9 @@ class Checkpoint:
             FileFormatError: not a model, a file that lies, or a quantization that no layout here reads.
         """
         folder = ModelDir.open(path)
-        config = folder.config.get("quantization_config")
-        if config is None:
-            what = unlisted(folder.path, folder.entries)
-            if what:
-                raise FileFormatError(f"{folder.path}: {what}.")
+        layout = _layout(folder)
+        if layout is None:
             return cls(folder)
-        layout = _layout(folder, config)
         names = {n: (e.dtype, e.shape) for n, e in folder.entries.items()}
         with _described(folder):
             found = {p.name: p for p in layout.find(folder.config, names, folder.read)}
@@ -125,14 +121,16 @@ class Checkpoint:
             self.layer(name)
 
 
-def _layout(folder: ModelDir, config: object) -> Layout:
+def _layout(folder: ModelDir) -> Layout | None:
+    """The layout that config.json names; None for a directory that is not quantized."""
+    config = folder.config.get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
-    what = what_method(config)
+    if isinstance(method, str) and method in LAYOUTS:
+        return LAYOUTS[method]
+    what = what_method(folder.config) or unlisted(folder.path, folder.entries)
     if what:
         raise FileFormatError(f"{folder.path}: {what}.")
-    if not isinstance(method, str) or method not in LAYOUTS:
-        raise FileFormatError(str(unknown(f"quantization of {folder.path}:", str(method)[:60], LAYOUTS)))
-    return LAYOUTS[method]
+    return None
 
 
 @contextmanager

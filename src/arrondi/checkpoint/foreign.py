@@ -6,7 +6,7 @@ Owns: `what_file`, `what_directory` (not a model directory at all), `what_method
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -23,6 +23,10 @@ _FILES: Final[Mapping[str, str]] = MappingProxyType({
 })  # fmt: skip
 
 _ORIGINAL: Final = "Give the original, unquantized model"
+_NOT_READ: Final = "{}, a layout that is not read here. " + _ORIGINAL
+_OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
+    ".onnx": "ONNX graphs", ".h5": "TensorFlow weights", ".pb": "TensorFlow weights", ".msgpack": "Flax weights", ".npz": "NumPy arrays",
+})  # fmt: skip
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
     "gptq": "quantized by GPTQModel or AutoGPTQ (quant_method gptq)",
     "awq": "quantized by AutoAWQ (quant_method awq)",
@@ -36,6 +40,10 @@ _METHODS: Final[Mapping[str, str]] = MappingProxyType({
     "quanto": "quantized by Quanto",
     "torchao": "quantized by torchao",
     "modelopt": "quantized by NVIDIA ModelOpt",
+    "quark": "quantized by AMD Quark",
+    "fouroversix": "quantized by fouroversix",
+    "sinq": "quantized by SINQ",
+    "fp_quant": "quantized by FP-Quant",
     "aqlm": "quantized by AQLM",
     "vptq": "quantized by VPTQ",
     "spqr": "quantized by SpQR",
@@ -58,38 +66,81 @@ def what_file(path: Path) -> str | None:
     return _FILES.get(path.suffix.lower())
 
 
-def what_directory(path: Path) -> str | None:
-    """What a directory is that has no safetensors weights or no config.json; None if there is nothing to say."""
+def what_directory(path: Path) -> str:
+    """What a directory is that has no safetensors weights or no config.json."""
     names = sorted(p.name for p in path.iterdir() if p.is_file())
+    found = {Path(n).suffix.lower() for n in names}
+    lost = sorted(p.name for p in path.iterdir() if p.is_symlink() and not p.exists())
+    if lost:
+        return f"{lost[0]} is a link to a file that is not there. Download the model again"
     if "adapter_config.json" in names:
         return (
             "a PEFT adapter, not a model. Merge it into its base model first "
             "(peft: model.merge_and_unload().save_pretrained(DIR)) and give DIR"
         )
-    found = {Path(n).suffix.lower() for n in names}
     if ".gguf" in found:
         return "holds GGUF files, which llama.cpp runs. This program reads safetensors: give the original model"
     if "model_index.json" in names:
         return "a diffusers pipeline. Give the folder of one of its models, such as transformer/ or text_encoder/"
+    return _inner(path) or _other_weights(names, found) or _incomplete(names, found)
+
+
+def _inner(path: Path) -> str | None:
+    """Folders that are models themselves: of sentence-transformers, of a list of checkpoints."""
+    inner = sorted(p.parent.name for p in path.glob("*/config.json") if any(p.parent.glob("*.safetensors")))
+    return (
+        f"the model is not here but in {' or '.join(f'{name}/' for name in inner[:3])}. Give that folder"
+        if inner
+        else None
+    )
+
+
+def _other_weights(names: Sequence[str], suffixes: Collection[str]) -> str | None:
     pickles = [n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
         return (
             f"only pickled weights ({pickles[0]}), which can run code when loaded. Save the model as safetensors first: "
             "model.save_pretrained(DIR)"
         )
-    for suffix, kind in ((".onnx", "ONNX graphs"), (".h5", "TensorFlow weights"), (".msgpack", "Flax weights"), (".npz", "NumPy arrays")):  # fmt: skip
-        if suffix in found:
+    for suffix, kind in _OTHER_WEIGHTS.items():
+        if suffix in suffixes:
             return f"holds {kind}, not safetensors weights. Give the original model"
     return None
 
 
-def what_method(config: object) -> str | None:
-    """What another tool's `quantization_config` is."""
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if method is None and isinstance(config, dict) and {"load_in_4bit", "load_in_8bit"} & config.keys():
-        method = "bitsandbytes"
+def _incomplete(names: Sequence[str], suffixes: Collection[str]) -> str:
+    if "config.json" in names:
+        return "no *.safetensors file. Give a model directory that holds its weights"
+    if ".safetensors" in suffixes:
+        return "has safetensors files but no config.json. Copy the model's config.json there"
+    what = "no config.json and no safetensors files" if names else "an empty directory, or one of folders alone"
+    return f"{what}. Give a directory that holds config.json and safetensors files"
+
+
+def what_method(config: Mapping[str, Any]) -> str | None:
+    """What the config.json of another tool's quantized model says; None where nothing is quantized or the layout is ours.
+
+    The layouts that are read here are looked up by the caller: `quant_method` in `LAYOUTS`.
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        found = config.get("quantization")
+        return _NOT_READ.format("quantized by MLX") if _of_mlx(found) else None
+    if not isinstance(found, dict):
+        return "config.json has a quantization_config that is not an object. Download it again"
+    method = found.get("quant_method")
+    if method is None:
+        if {"load_in_4bit", "load_in_8bit"} & found.keys():
+            return _NOT_READ.format(_METHODS["bitsandbytes"])
+        if _of_mlx(found):
+            return _NOT_READ.format("quantized by MLX")
+        return _NOT_READ.format("config.json has a quantization_config without quant_method")
     known = _METHODS.get(method.lower()) if isinstance(method, str) else None
-    return None if known is None else f"{known}, a layout that is not read here. {_ORIGINAL}"
+    return _NOT_READ.format(known or f"quantized by another tool (quant_method {str(method)[:60]!r})")
+
+
+def _of_mlx(found: object) -> bool:
+    return isinstance(found, dict) and {"group_size", "bits"} <= found.keys() and "quant_method" not in found
 
 
 def unlisted(path: Path, entries: Mapping[str, Any]) -> str | None:

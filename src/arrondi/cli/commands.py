@@ -18,18 +18,20 @@ from arrondi.cli.parsing import (
     set_by_user,
     sizes,
 )
+from arrondi.cli.strict import Strict
 from arrondi.documents import to_json
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
     from arrondi.measure.limits import Limits
-    from arrondi.pipeline import Recipe
+    from arrondi.pipeline import Plan
 
 app = typer.Typer(
     name="arrondi",
     help="Quantize a trained neural network, measure what it cost, and run it in few bits.",
     add_completion=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 MISSED = 3
@@ -52,7 +54,7 @@ def _root(
 ) -> None: ...
 
 
-@app.command()
+@app.command(cls=Strict)
 def plan(
     model: opt.Model,
     scheme: opt.SchemeName = None,
@@ -70,10 +72,22 @@ def plan(
 ) -> None:
     """Print what `quantize` would do: every tensor, bytes, peak memory, rough time, readers, shapes that do not fit and the fix."""
     resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe)
-    _show_plan(model, resolved, layout, keep_misfits, samples, seq_len, json_)
+    from arrondi.checkpoint import Checkpoint
+    from arrondi.measure.text import fit_length, positions_of
+    from arrondi.model import OnDisk
+    from arrondi.pipeline import make_plan
+
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.quantized:
+        raise SchemeError(f"{model} is already quantized. Plan for the original model.")
+    source = OnDisk(checkpoint)
+    planned = make_plan(source, resolved, layout=layout, keep_misfits=keep_misfits)
+    seq_len, note = fit_length(seq_len, positions_of(source.model))
+    tokens, eval_tokens = (samples * seq_len, 32 * seq_len) if planned.calibrated else (0, 0)
+    _show_plan(model, planned, tokens, eval_tokens, seq_len, [note] if note and planned.calibrated else [], json_)
 
 
-@app.command()
+@app.command(cls=Strict)
 def quantize(
     context: typer.Context,
     model: opt.Model,
@@ -116,17 +130,21 @@ def quantize(
             "--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval."
         )
     if calibration is None:
-        _useless(context, "calibration text", "samples", *([] if measured else ["seq_len"]))
+        _useless(context, "calibration text", "samples", "seed", *([] if measured else ["seq_len"]))
     if not measured:
         _useless(context, "a measurement", "eval_samples")
     where, shard_bytes = device_options(device), byte_count(shard_size)
-    if dry_run:
-        _show_plan(model, resolved, layout, keep_misfits, samples if calibration else 0, seq_len, json_)
-        return
-    from arrondi.pipeline import TextOptions, quantize_model
+    from arrondi.pipeline import TextOptions, quantize_model, rehearse
     from arrondi.report import print_report, progress_bar, sole_reader
 
     text = TextOptions(calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits)
+    if dry_run:
+        planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
+        both = texts.calibration, texts.evaluation
+        tokens, eval_tokens = (0 if windows is None else windows.ids.numel() for windows in both)
+        seq_len = max((windows.seq_len for windows in both if windows is not None), default=seq_len)
+        _show_plan(model, planned, tokens, eval_tokens, seq_len, texts.notes, json_)
+        return
     with progress_bar("quantizing", quiet) as progress:
         report = quantize_model(
             model,
@@ -145,7 +163,7 @@ def quantize(
     _hold_to(report["evaluation"] or {}, limits, f"The files are in {output}.")
 
 
-@app.command("eval")
+@app.command("eval", cls=Strict)
 def evaluate(
     model: opt.Model,
     against: Annotated[str, typer.Option(help="Directory or Hub name of the original model.", show_default=False)],
@@ -182,7 +200,7 @@ def evaluate(
     _hold_to(result, limits, "")
 
 
-@app.command()
+@app.command(cls=Strict)
 def inspect(model: opt.Model, json_: opt.Json = False) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
     from arrondi.pipeline import inspect_model
@@ -191,7 +209,7 @@ def inspect(model: opt.Model, json_: opt.Json = False) -> None:
     _answer(inspect_model(model), json_, print_inspection)
 
 
-@app.command()
+@app.command(cls=Strict)
 def dequantize(
     model: opt.Model,
     output: opt.Out,
@@ -211,7 +229,7 @@ def dequantize(
     _answer(result, json_, print_facts)
 
 
-@app.command()
+@app.command(cls=Strict)
 def run(
     context: typer.Context,
     model: opt.Model,
@@ -244,10 +262,10 @@ def run(
         **where,
     )
     if json_:
-        typer.echo(to_json(result))
+        _print_json(result)
 
 
-@app.command()
+@app.command(cls=Strict)
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the results.")] = Path("arrondi-demo"),
     json_: opt.Json = False,
@@ -262,7 +280,7 @@ def demo(
     _answer(result, json_, print_demo)
 
 
-@app.command()
+@app.command(cls=Strict)
 def bench(
     shapes: Annotated[str, typer.Option(help="Shapes of weights, OUTxIN, with commas between.")] = "4096x4096",
     m: Annotated[str, typer.Option("--m", help="Numbers of tokens, with commas between.")] = "1,16,512",
@@ -292,9 +310,19 @@ def bench(
 
 def _answer(document: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     if as_json:
-        typer.echo(to_json(document))
+        _print_json(document)
     else:
         show(document)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    """Letters as they are where stdout has them, else escaped: nothing may be replaced in a document."""
+    text = to_json(document)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = to_json(document, ascii_only=True)
+    typer.echo(text)
 
 
 def _note(sentence: str | None) -> None:
@@ -311,34 +339,21 @@ def _useless(context: typer.Context, without: str, *names: str) -> None:
 
 
 def _show_plan(
-    model: str, recipe: Recipe, layout: str | None, keep_misfits: bool, samples: int, seq_len: int, as_json: bool
+    model: str, plan: Plan, tokens: int, eval_tokens: int, seq_len: int, notes: list[str], json_: bool
 ) -> None:
-    from arrondi.checkpoint import Checkpoint
-    from arrondi.measure.text import fit_length, positions_of
-    from arrondi.model import OnDisk
-    from arrondi.pipeline import make_plan
     from arrondi.pipeline.estimate import estimate
     from arrondi.report import print_plan
 
-    checkpoint = Checkpoint.open(model)
-    if checkpoint.quantized:
-        raise SchemeError(f"{model} is already quantized. Plan for the original model.")
-    source = OnDisk(checkpoint)
-    resolved = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
-    seq_len, note = fit_length(seq_len, positions_of(source.model))
-    windows = (samples, 32) if resolved.calibrated else (0, 0)
-    tokens, eval_tokens = (n * seq_len for n in windows)
-    cost = estimate(resolved, tokens, eval_tokens, seq_len)
+    cost = estimate(plan, tokens, eval_tokens, seq_len)
     document = {
         "model": model,
-        **resolved.to_dict(),
+        **plan.to_dict(),
         "peak_memory_bytes": cost.bytes,
         "peak_moment": cost.moment,
         "seconds": round(cost.seconds, 1),
     }
-    if note and resolved.calibrated:
-        document["notes"] = [*document["notes"], note]
-    _answer(document, as_json, print_plan)
+    document["notes"] = [*document["notes"], *notes]
+    _answer(document, json_, print_plan)
 
 
 def _limits(max_kl: float | None, max_ppl_increase: float | None) -> Limits:

@@ -42,14 +42,14 @@ def usage_sentence(error: Exception, arguments: Sequence[str]) -> str | None:
     if message is None or not hasattr(error, "exit_code"):
         return None
     context = getattr(error, "ctx", None)
-    help_ = f"See {context.command_path if context else 'arrondi'} --help."
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    help_ = f"See {context.command_path if context else f'arrondi {command}'.strip()} --help."
     option = getattr(error, "option_name", None)
     if isinstance(option, str) and hasattr(error, "possibilities"):
         return f"No such option: {option}. {_option_hint(option, context) or help_}"
     text = " ".join(str(message()).split()).rstrip(".")
     if text.startswith("No such command"):
-        word = next((a for a in arguments if not a.startswith("-")), "")
-        return f"No such command: {word}. {_command_hint(word, context) or help_}"
+        return f"No such command: {command}. {_command_hint(command, context) or help_}"
     return f"{text}. {help_}"
 
 

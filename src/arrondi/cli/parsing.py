@@ -33,8 +33,8 @@ def recipe_from(
 
     if file is None:
         return Recipe.simple(
-            scheme or "W4A16",
-            method or "rtn",
+            "W4A16" if scheme is None else scheme,
+            "rtn" if method is None else method,
             group_size=group_size,
             targets=targets or ["Linear"],
             ignore=None if ignore is None else [s for s in ignore if s],

@@ -183,5 +183,5 @@ def get_format(name: str) -> Format:
     key = re.sub(r"^i(?=\d)", "int", name.lower())
     key = _ALIASES.get(key, key)
     if key not in FORMATS:
-        raise unknown("number format", name, FORMATS)
+        raise unknown("number format", str(name), FORMATS)
     return FORMATS[key]

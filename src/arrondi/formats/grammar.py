@@ -10,7 +10,7 @@ from typing import Any
 
 from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
-from arrondi.formats.format import get_format
+from arrondi.formats.format import Format, get_format
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from arrondi.formats.hints import unknown_scheme
 from arrondi.formats.presets import ALIASES, PRESETS
@@ -53,7 +53,7 @@ def parse_scheme(text: str) -> LayerScheme:
     name = ALIASES.get(name, name)
     if name in PRESETS:
         return PRESETS[name]
-    if "=" not in text:
+    if "=" not in text.partition(",")[0]:
         raise unknown_scheme(text)
     items = [_item(item, text) for item in _split(text, ",")]
     parts = dict(items)
@@ -107,8 +107,13 @@ def _split(text: str, mark: str) -> list[str]:
 def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dynamic]:
     head, *parts = (part.strip() for part in _split(text, "/"))
     dynamic: Dynamic = True
-    found: dict[str, Any] = {"format": get_format(head), "granularity": granularity}
+    found: dict[str, Any] = {"format": _format(head, whole), "granularity": granularity}
+    said: dict[str, str] = {}
     for part in parts:
+        kind = _kind(part)
+        if kind in said:
+            raise SchemeError(f"{said[kind]!r} and {part!r} contradict each other in scheme {whole!r}. Leave one out.")
+        said[kind] = part
         if match := _SIZES.fullmatch(part):
             group, rows, columns, axis = match.groups()
             found["granularity"] = (
@@ -125,6 +130,27 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
             known = [*_WORDS, *_TIMES, "g128", "b128x128", "s:(fp8/tensor)", "o:float16"]
             raise unknown(f"word in scheme {whole!r}:", part, known)
     return Scheme(**found), dynamic
+
+
+def _format(head: str, whole: str) -> Format:
+    try:
+        return get_format(head)
+    except SchemeError:
+        preset = PRESETS.get(head.upper())
+        if preset is None:
+            raise
+        raise SchemeError(
+            f"{head.upper()} is a scheme, not a number format, got {whole!r}. Write {head.upper()} alone, or {preset}."
+        ) from None
+
+
+def _kind(part: str) -> str:
+    """What a part of the grammar is about; two parts about one thing contradict each other."""
+    if _SIZES.fullmatch(part):
+        return "granularity"
+    if match := _STORED.fullmatch(part):
+        return {"s": "scale", "o": "offset"}[match[1]]
+    return "time" if part in _TIMES else next(iter(_WORDS.get(part, {part: None})))
 
 
 def _nested(text: str, whole: str) -> Scheme:

@@ -36,6 +36,12 @@ class Limits:
         for option, _, limit in self:
             if math.isnan(limit):
                 raise SchemeError(f"{option} takes a number, got nan. Example: {option} 0.02.")
+        if self.kl is not None and self.kl < 0:
+            raise SchemeError(f"--max-kl takes a number that is not negative, got {self.kl:g}. Example: --max-kl 0.02.")
+        if self.ppl_increase is not None and self.ppl_increase <= -1:
+            raise SchemeError(
+                f"--max-ppl-increase takes a fraction above -1, got {self.ppl_increase:g}. Example: --max-ppl-increase 0.05."
+            )
 
     def __iter__(self) -> Iterator[tuple[str, str, float]]:
         """(option, key of the result, limit) of those that are set."""

@@ -43,7 +43,9 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
     names = plain.get("architectures") or []
     kind = plain.get("model_type")
     if not isinstance(kind, str):
-        raise FileFormatError(f"{folder}: config.json has no model_type. Is this a model of transformers?")
+        raise FileFormatError(
+            f"{folder}: config.json has no model_type. Only models of transformers are read: give a directory that save_pretrained wrote."
+        )
     if plain.get("auto_map") and kind not in transformers.CONFIG_MAPPING:
         raise FileFormatError(
             f"{folder}: this model needs code that comes with it, which is not run here. Use a model that transformers itself knows."

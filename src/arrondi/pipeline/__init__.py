@@ -2,7 +2,7 @@
 
 from arrondi.pipeline.inspect import inspect_model
 from arrondi.pipeline.plan import Plan, check, make_plan
-from arrondi.pipeline.quantize import quantize_model
+from arrondi.pipeline.quantize import quantize_model, rehearse
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.pipeline.restore import dequantize_model
 from arrondi.pipeline.step import STEPS, Step
@@ -20,4 +20,5 @@ __all__ = [
     "inspect_model",
     "make_plan",
     "quantize_model",
+    "rehearse",
 ]

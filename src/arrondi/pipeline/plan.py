@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -155,12 +156,12 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         if not any(t.status == "kept because impossible" and t.rule for t in tensors):
             break
     most = max(weights for weights, _, _ in tried)
-    _, resolver, tensors = next(t for t in tried if t[0] >= _NEARLY_ALL * most)
+    _, resolver, tensors = next(t for t in tried if t[0] >= _NEARLY_ALL * most) if most else tried[-1]
     refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
     tensors = _as_stored(source, tensors)
     problems = unmatched(source, recipe, resolver.used)
     if not any(t.status == "quantized" for t in tensors) and not problems:
-        problems.append(f"Nothing would be quantized. {_nothing(source, tensors, refused, layout)}")
+        problems.append(f"Nothing would be quantized. {_nothing(source, tensors, refused, layout, keep_misfits)}")
     selected = select(source, recipe, tensors)
     declared = declared_by(source, selected, tensors)
     problems += unreadable(source, declared)
@@ -211,16 +212,31 @@ def unmatched(source: Source, recipe: Recipe, used: set[str]) -> list[str]:
         there = option == "--ignore" and any(matches(selector, [n], [type(m).__name__]) for n, m in modules)
         if selector in used or there:
             continue
-        near = difflib.get_close_matches(selector.removeprefix("re:"), names, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = _selector_hint(option, selector, names)
         sentences.append(f"{option} {selector!r} matches nothing in this model.{hint} `arrondi plan` lists the names.")
     return sentences
 
 
-def _nothing(source: Source, tensors: list[PlannedTensor], refused: list[PlannedTensor], layout: str | None) -> str:
+def _selector_hint(option: str, selector: str, names: set[str]) -> str:
+    """What the user of another tool may mean: a part of a name, a list with commas, a name that is misspelt."""
+    parts = [part.strip() for part in selector.split(",")]
+    if len(parts) > 1 and not selector.startswith("re:"):
+        return f" Give the option once for each: {' '.join(f'{option} {part}' for part in parts)}."
+    ends = [n for n in names if n.endswith(f".{selector}") or f".{selector}." in n]
+    if ends:
+        return f" Names are whole: did you mean 're:.*{re.escape(selector)}'?"
+    near = difflib.get_close_matches(selector.removeprefix("re:"), names - {""}, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _nothing(
+    source: Source, tensors: list[PlannedTensor], refused: list[PlannedTensor], layout: str | None, keep_misfits: bool
+) -> str:
     """Why nothing is quantized, and what to do."""
     if refused:
         other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
+        if keep_misfits and not other:
+            other = " Leave out --keep-misfits to quantize such weights all the same."
         return f"{refused[0].name}: {refused[0].reason}.{other}"
     if not any(s.kind == "linear" for s in source.sites):
         return "The model has no linear layer; name what else to quantize with --targets."

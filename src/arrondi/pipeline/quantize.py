@@ -61,13 +61,7 @@ def quantize_model(
         FileFormatError, SchemeError, DataError, OutputError: see their sentences; nothing of the user's is lost.
     """
     text, out = text or TextOptions(), Path(out)
-    checkpoint = Checkpoint.open(model)
-    if checkpoint.quantized:
-        raise SchemeError(
-            f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
-        )
-    check_apart(checkpoint.folder.path, out)
-    checkpoint, ledger = recorded(checkpoint)
+    checkpoint, ledger = recorded(_original(model, out))
     source = OnDisk(checkpoint)
     texts = read_texts(source, text, recipe)
     texts.notes += _settled(source, texts)
@@ -75,8 +69,7 @@ def quantize_model(
     check(plan)
     if planned is not None:
         planned(plan.to_dict())
-    if plan.calibrated and texts.calibration is None:
-        raise SchemeError("Static scales of inputs need calibration text. Add --calibration FILE, or drop 'static'.")
+    _check_calibration(plan, texts)
     key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes, device)
     if not overwrite and finished(out, key, ledger):
         return read_report(out / "report.json")
@@ -88,6 +81,44 @@ def quantize_model(
         run = Run(plan, texts, journal, ledger, shard_bytes, say, torch.device(device))
         run.execute()
         return _publish(run, side_files, facts_of(checkpoint, plan, recipe, text, texts), key)
+
+
+def rehearse(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    text: TextOptions,
+    *,
+    layout: str | None = None,
+    keep_misfits: bool = False,
+) -> tuple[Plan, Texts]:
+    """The plan and the windows of a run that is not started; what `quantize_model` refuses before its work is refused here, too.
+
+    The problems of a plan are its own: they are left for the reader.
+    """
+    source = OnDisk(_original(model, Path(out)))
+    texts = read_texts(source, text, recipe)
+    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
+    _check_calibration(plan, texts)
+    return plan, texts
+
+
+def _original(model: str | Path, out: Path) -> Checkpoint:
+    """The model, which is not quantized and lies apart from the output."""
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.quantized:
+        raise SchemeError(
+            f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
+        )
+    check_apart(checkpoint.folder.path, out)
+    return checkpoint
+
+
+def _check_calibration(plan: Plan, texts: Texts) -> None:
+    if plan.calibrated and texts.calibration is None:
+        raise SchemeError(
+            "Static scales of inputs need calibration text. Add --calibration FILE, or choose a scheme without them: W8A8, FP8_DYNAMIC."
+        )
 
 
 def _settled(source: OnDisk, texts: Texts) -> list[str]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
-from arrondi.formats import LayerScheme, Scheme, parse_scheme
-from arrondi.pipeline.step import check_fallback, check_step, get_step
+from arrondi.formats import LayerScheme, Scheme
+from arrondi.pipeline.step import check_fallback, check_scheme, check_step, get_step
+from arrondi.tensor.checks import layer_scheme_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Rule:
     """What is done to weights that match `targets`.
 
     Attributes:
-        scheme: what a round step makes of them; None leaves them alone. Rewrites and repairs have none.
+        scheme: what a round step makes of them, as a value or a word; None leaves them alone. Rewrites and repairs have none.
         method: name of a step.
         targets: selectors.
         options: of the step.
@@ -39,6 +40,9 @@ class Rule:
     fallback: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", _words(self.targets))
+        if self.scheme is not None:
+            object.__setattr__(self, "scheme", layer_scheme_of(self.scheme))
         check_fields(self)
         check_step(self.method, self.options)
         if self.fallback:
@@ -51,6 +55,9 @@ class Rule:
             raise SchemeError(
                 f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
             )
+        check_scheme(self.method, self.scheme, self.options)
+        if self.fallback:
+            check_scheme(self.fallback, self.scheme, {})
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,13 @@ class Recipe:
     ignore: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        rules = self.rules if isinstance(self.rules, list | tuple) else (self.rules,)
+        strange = [r for r in rules if not isinstance(r, Rule)]
+        if strange:
+            raise SchemeError(f"A recipe is made of rules, got {said(strange[0])}. Example: Recipe([Rule('W4A16')]).")
+        object.__setattr__(self, "rules", tuple(rules))
+        if self.ignore is not None:
+            object.__setattr__(self, "ignore", _words(self.ignore))
         check_fields(self)
 
     @classmethod
@@ -77,8 +91,8 @@ class Recipe:
         """One rule, as the command line gives it; the scheme is a word, a scheme of weights, or one of a layer."""
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
-        rule = Rule(_layer_scheme(scheme, group_size), method.lower(), _selectors(targets), dict(options or {}))
-        return cls((rule,), None if ignore is None else _selectors(ignore))
+        rule = Rule(_layer_scheme(scheme, group_size), get_step(method).name, _words(targets), dict(options or {}))
+        return cls((rule,), None if ignore is None else _words(ignore))
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -101,7 +115,10 @@ class Recipe:
             raise
         except KeyError as error:
             raise FileFormatError(f"{path}: not a recipe (it lacks {error}). Example: {_EXAMPLE}") from error
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise FileFormatError(f"{path}: {reason}. Give a recipe file as JSON. Example: {_EXAMPLE}") from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{path}: not a recipe ({error}). Example: {_EXAMPLE}") from error
         return cls(rules, ignore)
 
@@ -127,10 +144,7 @@ _EXAMPLE = '{"rules": [{"scheme": "W4A16", "method": "gptq"}, {"scheme": "W8A16"
 
 def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = None) -> LayerScheme:
     """A layer's scheme from a word or a value, with another group size if there is one."""
-    layer = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    layer = LayerScheme(layer) if isinstance(layer, Scheme) else layer
-    if not isinstance(layer, LayerScheme):
-        raise SchemeError(f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {said(layer)}.")
+    layer = layer_scheme_of(scheme)
     return layer if group_size is None else layer.with_group_size(group_size)
 
 

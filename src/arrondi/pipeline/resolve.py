@@ -155,8 +155,8 @@ class Resolver:
             if not refusal and self.keep_misfits and _ragged(scheme.weights, site.matrix_shape):
                 refusal = f"{scheme.weights} does not divide its shape {site.matrix_shape}"
             if not refusal:
-                if scheme != wanted:
-                    note = f"{wanted.weights} does not divide {site.matrix_shape[1]} inputs; {scheme.weights} instead"
+                note = _unlike(wanted, scheme, site.matrix_shape)
+                if note:
                     self.notes.setdefault(note, []).append(plain.name)
                     reason += f", {note}"
                 return replace(plain, status="quantized", reason=reason, scheme=scheme)
@@ -187,6 +187,18 @@ def _unrounded(site: Site, scheme: LayerScheme) -> str | None:
     if site.kind == "convolution" and not isinstance(scheme.inputs.scheme.granularity, PerTensor):
         return f"inputs of convolutions are rounded with one scale for a tensor, not by {scheme.inputs}"
     return None
+
+
+def _unlike(wanted: LayerScheme, scheme: LayerScheme, shape: tuple[int, int]) -> str:
+    """What there is to know of a weight whose shape the wanted groups do not divide."""
+    if scheme != wanted:
+        return f"{wanted.weights} does not divide {shape[1]} inputs; {scheme.weights} instead"
+    match scheme.weights.granularity:
+        case PerGroup(size) if shape[1] % size and shape[1] > size:
+            return f"{wanted.weights} does not divide {shape[1]} inputs; the last group of a row has {shape[1] % size}"
+        case PerBlock(rows, columns) if _ragged(scheme.weights, shape):
+            return f"{wanted.weights} does not divide {shape[0]} × {shape[1]}; the last blocks are smaller than {rows} × {columns}"
+    return ""
 
 
 def _ragged(scheme: Scheme, shape: tuple[int, int]) -> bool:

@@ -53,7 +53,9 @@ def dequantize_model(
         raise SchemeError(f"Cannot write {dtype!r}. Use one of {', '.join(DTYPES)}.")
     checkpoint, out = Checkpoint.open(model), Path(out)
     if not checkpoint.quantized:
-        raise SchemeError(f"{checkpoint.folder.path} is not quantized: its config.json has no quantization_config.")
+        raise SchemeError(
+            f"{checkpoint.folder.path} is not quantized (its config.json has no quantization_config). Use it as it is."
+        )
     check_apart(checkpoint.folder.path, out)
     checkpoint, ledger = recorded(checkpoint)
     side_files = travelling(checkpoint.folder)

@@ -97,8 +97,8 @@ def round_together(
     return found
 
 
-def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded]) -> dict[str, Any]:
-    """A tensor's line in `report.json`; sums of its sites', never means of ratios."""
+def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int) -> dict[str, Any]:
+    """A tensor's line in `report.json`; sums of its sites', never means of ratios. `nbytes`: what it takes in the file."""
     error = sum((p.weight_error for p in parts), Loss())
     outputs = [p.output_error for p in parts if p.output_error is not None]
     output = sum(outputs, Loss())
@@ -111,7 +111,7 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded]) -> dict[str
         "name": name,
         "scheme": str(scheme),
         "method": "+".join(ways),
-        "bits_per_weight": round(sum(p.q.stored_bits for p in parts) / max(weights, 1), 4),
+        "bits_per_weight": round(8 * nbytes / max(weights, 1), 4),
         "sqnr_db": round(error.decibels, 3) if math.isfinite(error.decibels) else None,
         "output_error": output.ratio if outputs else None,
         "calibration_tokens": min(tokens) if tokens else None,

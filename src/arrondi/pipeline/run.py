@@ -302,7 +302,7 @@ class Run:
         values = LayerValues(stack_rows([p.q for p in parts]), inputs)
         for name, value in self.plan.layout.write(planned.placed, values).items():
             self.writer.put(name, value)
-        return row_of(planned.name, planned.scheme, parts)
+        return row_of(planned.name, planned.scheme, parts, self.plan.nbytes(planned))
 
     def _keep(self, planned: PlannedTensor, changed: dict[str, torch.Tensor]) -> None:
         if planned.name in changed:

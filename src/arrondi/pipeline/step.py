@@ -163,6 +163,18 @@ def check_step(name: str, options: Mapping[str, Any]) -> None:
     check_options(step.name, function, options)
 
 
+def check_scheme(name: str, scheme: LayerScheme, options: Mapping[str, Any]) -> None:
+    """Refuse a scheme that a method cannot make of any weight.
+
+    Raises:
+        SchemeError: says why, and what to use instead.
+    """
+    method = METHODS.get(get_step(name).name)
+    refusal = method.refuse(scheme.weights, options) if method else None
+    if refusal:
+        raise SchemeError(refusal)
+
+
 def check_fallback(method: str, fallback: str) -> None:
     """Refuse a fallback that is none.
 

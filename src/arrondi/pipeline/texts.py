@@ -1,7 +1,8 @@
 """The data of a run: which windows are calibrated on, which are held back and measured.
 
 Owns: `TextOptions` (what the user asks for) and `read_texts`, which gives the `Texts` that a run uses. What is measured was never
-calibrated on: it is another file, or the last tenth of the calibration data. What cannot be measured as asked is refused here,
+calibrated on: it is the last tenth of the calibration data, or what the user gives, and a note says where that was calibrated on
+after all. What cannot be measured as asked is refused here,
 before the work.
 """
 
@@ -80,6 +81,25 @@ class Texts:
         return [] if self.evaluation is None else self.evaluation.batches(self.batch_size)
 
 
+def _overlap(texts: Texts, recipe: Recipe) -> list[str]:
+    """Say it where the result is measured on what it was calibrated on."""
+    calibrated = any(
+        get_step(r.method).calibrated
+        or (r.scheme is not None and r.scheme.inputs is not None and r.scheme.inputs.dynamic is not True)
+        for r in recipe.rules
+    )
+    if not calibrated or texts.calibration is None or texts.evaluation is None:
+        return []
+    seen = {tuple(row) for row in texts.calibration.ids.tolist()}
+    shared = sum(tuple(row) in seen for row in texts.evaluation.ids.tolist())
+    if not shared:
+        return []
+    return [
+        f"{shared} of {len(texts.evaluation.ids)} evaluation windows were calibrated on, so the numbers flatter. "
+        "Measure on a text that calibration did not see."
+    ]
+
+
 def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
     """Tokenize, cut, hold back and choose.
 
@@ -124,6 +144,7 @@ def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
         measured = options.calibration if eval_data is None else eval_data
         by_text = measured is not None and reads_text(measured)
         texts.protocol = protocol(tokenizer if by_text else None, texts.evaluation.seq_len)
+    texts.notes += _overlap(texts, recipe)
     for read in (texts.calibration, texts.evaluation):
         if read is not None:
             check_windows(read, source.model)

@@ -108,7 +108,7 @@ def _stack(out: Console, headings: Sequence[str], rows: Sequence[Sequence[str]])
                 continue
             piece = f"{heading} {fact}"
             if line and cell_len(f"    {line} · {piece}") > out.width:
-                _indented(out, f"{line} ·")
+                _indented(out, line, " ·")
                 line = ""
             line = f"{line} · {piece}" if line else piece
         if line:
@@ -116,8 +116,9 @@ def _stack(out: Console, headings: Sequence[str], rows: Sequence[Sequence[str]])
     _line(out, Text(""))
 
 
-def _indented(out: Console, text: str) -> None:
-    for line in textwrap.wrap(text, out.width - 4, break_long_words=False, break_on_hyphens=False):
+def _indented(out: Console, text: str, end: str = "") -> None:
+    lines = textwrap.wrap(text, out.width - 4 - len(end), break_long_words=False, break_on_hyphens=False)
+    for line in [*lines[:-1], f"{lines[-1]}{end}"]:
         _line(out, Text(f"    {line}"))
 
 

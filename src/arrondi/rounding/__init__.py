@@ -15,11 +15,12 @@ from typing import Any, Final, NamedTuple, get_args, get_type_hints
 
 import torch
 
+from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
-from arrondi.rounding.gptq import gptq
-from arrondi.rounding.hqq import hqq
+from arrondi.rounding.gptq import gptq, refuse_gptq
+from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.rtn import rtn
 from arrondi.tensor.qtensor import QTensor
 
@@ -45,12 +46,14 @@ class Method:
         needs_moment: it cannot work without the second moment of the layer's inputs.
         source: where it comes from, for people.
         seconds_per_gigaweight: rough single-core cost of the method itself with the compiled kernels, for the plan's estimate.
+        refuse: (scheme of the weights, options) → None, or why the method cannot make it, as a sentence.
     """
 
     run: Callable[..., QTensor]
     needs_moment: bool
     source: str
     seconds_per_gigaweight: float
+    refuse: Callable[[Scheme, Mapping[str, Any]], str | None] = lambda scheme, options: None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,8 +71,8 @@ class Method:
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
-    "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 10.0),
-    "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 90.0),
+    "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
+    "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
 })  # fmt: skip
 
 
@@ -91,7 +94,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_options(method: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Refuse an option that a method's function does not have, or a value of the wrong kind.
+    """Refuse an option that a method's function does not have, a value of the wrong kind, or one that makes no sense.
 
     Raises:
         SchemeError: names the option and lists those that exist, or the value and what it should be.
@@ -99,6 +102,7 @@ def check_options(method: str, function: Callable[..., Any], options: Mapping[st
     if not options:
         return
     known, hints = options_of(function), get_type_hints(function)
+    bounds = {name: bounds_of(hint) for name, hint in get_type_hints(function, include_extras=True).items()}
     for option, value in options.items():
         if option not in known:
             raise unknown(f"option of {method}", option, known)
@@ -109,6 +113,11 @@ def check_options(method: str, function: Callable[..., Any], options: Mapping[st
         if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
             raise SchemeError(
                 f"Option {option} of {method} takes {_KINDS[type(default)]} such as {default!r}, got {value!r}."
+            )
+        allowed = bounds[option]
+        if allowed is not None and not allowed.low <= value <= allowed.high:
+            raise SchemeError(
+                f"Option {option} of {method} takes {_KINDS[type(default)]} {allowed}, such as {default!r}, got {value!r}."
             )
 
 

@@ -13,22 +13,30 @@ contiguous groups of the unrounded weight, columns visited by falling diagonal) 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 
-from arrondi.arguments import check_arguments
+from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
-from arrondi.errors import DataError, SchemeError, ShapeError
+from arrondi.errors import DataError, ShapeError
+from arrondi.formats import PerGroup, Scheme
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.ranges.search import check_power
 
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax"]
+
+
+def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
+    """Why no weight can be rounded so; None if it can."""
+    if options.get("order") == "dynamic" and not isinstance(scheme.granularity, PerGroup):
+        return f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static."
+    return None
 
 
 def gptq(
@@ -36,11 +44,11 @@ def gptq(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
-    damping: float = 0.01,
-    block_size: int = 128,
+    damping: Annotated[float, Between(0, 1e6)] = 0.01,
+    block_size: Annotated[int, Between(1, 100_000)] = 128,
     order: Order = "static",
     range: Range = "search",
-    power: float = 4.0,
+    power: Annotated[float, Between(0.1, 16)] = 4.0,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -76,9 +84,6 @@ def gptq(
         )
     if moment.n != weight.shape[1]:
         raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
-    check_power(power, name)
-    if block_size < 1 or not damping >= 0:
-        raise SchemeError(f"{name}: gptq needs block_size >= 1 and damping >= 0, got {block_size} and {damping}.")
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     # The extremes of a NaN are NaN; a mask of the whole weight would cost ten times as much.
     if work.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(work))).all()):

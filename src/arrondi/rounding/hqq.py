@@ -11,12 +11,12 @@ so on typical weights (|w| ≈ 0.02) it never fires; `normalize=True` measures e
 
 from __future__ import annotations
 
-import math
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 
-from arrondi.arguments import check_arguments
+from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
@@ -30,7 +30,13 @@ from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 18
 
-_MOST_ITERATIONS: Final = 1_000_000
+
+def refuse_hqq(scheme: Scheme, options: Mapping[str, Any] | None = None) -> str | None:
+    """Why no weight can be rounded so; None if it can."""
+    plain = scheme.scale in STORED and scheme.offset in STORED
+    if scheme.format.kind == "integer" and plain:
+        return None
+    return f"hqq optimises integer grids with plain scales and offsets, got {scheme}. Use rtn or gptq for this scheme."
 
 
 def hqq(
@@ -38,10 +44,10 @@ def hqq(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
-    p: float = 0.7,
-    beta: float = 10.0,
-    kappa: float = 1.01,
-    iterations: int = 20,
+    p: Annotated[float, Between(0.01, 1)] = 0.7,
+    beta: Annotated[float, Between(1e-6, 1e6)] = 10.0,
+    kappa: Annotated[float, Between(1, 100)] = 1.01,
+    iterations: Annotated[int, Between(0, 100_000)] = 20,
     normalize: bool = False,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -66,15 +72,9 @@ def hqq(
     with named(name):
         check_arguments(hqq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
-    if not (0 < p <= 1 and 0 < beta < math.inf and 0 < kappa < math.inf and 0 <= iterations <= _MOST_ITERATIONS):
-        raise SchemeError(
-            f"{name}: hqq needs 0 < p <= 1, beta and kappa above 0, and iterations up to {_MOST_ITERATIONS}, got p={p}, beta={beta}, kappa={kappa} and {iterations}."
-        )
-    plain = scheme.scale in STORED and scheme.offset in STORED
-    if scheme.format.kind != "integer" or not plain:
-        raise SchemeError(
-            f"{name}: hqq optimises integer grids with plain scales and offsets, got {scheme}. Use rtn or gptq for this scheme."
-        )
+    refusal = refuse_hqq(scheme)
+    if refusal:
+        raise SchemeError(f"{name}: {refusal}")
     if weight.numel() == 0:
         return quantize_tensor(weight, scheme, name=name)
     weight = weight.detach()

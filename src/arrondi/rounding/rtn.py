@@ -6,16 +6,16 @@ as in IEEE 754.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
-from arrondi.arguments import check_arguments
+from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.formats import Scheme
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
-from arrondi.tensor.ranges.search import check_power, search_grid
+from arrondi.tensor.ranges.search import search_grid
 
 
 def rtn(
@@ -24,7 +24,7 @@ def rtn(
     moment: SecondMoment | None = None,
     *,
     range: Literal["auto", "absmax", "search"] = "auto",
-    power: float = 2.5,
+    power: Annotated[float, Between(0.1, 16)] = 2.5,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -47,7 +47,6 @@ def rtn(
     with named(name):
         check_arguments(rtn, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
-    check_power(power, name)
     if range == "auto":
         range = "search" if pays_to_search(scheme) else "absmax"
     if range == "absmax" or weight.numel() == 0:

@@ -30,7 +30,27 @@ def scheme_of(scheme: SchemeLike) -> Scheme:
             return inner
         case str():
             return parse_scheme(scheme).weights
-    raise SchemeError(f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {said(scheme)}.")
+    raise _no_scheme(scheme)
+
+
+def layer_scheme_of(scheme: Scheme | LayerScheme | str) -> LayerScheme:
+    """The scheme of a layer: itself, one of weights alone, or what a word means.
+
+    Raises:
+        SchemeError: something else, or a word that is no scheme.
+    """
+    match scheme:
+        case LayerScheme():
+            return scheme
+        case Scheme():
+            return LayerScheme(scheme)
+        case str():
+            return parse_scheme(scheme)
+    raise _no_scheme(scheme)
+
+
+def _no_scheme(found: object) -> SchemeError:
+    return SchemeError(f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {said(found)}.")
 
 
 def check_tensor(x: object, name: str) -> torch.Tensor:

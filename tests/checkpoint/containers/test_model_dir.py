@@ -125,7 +125,7 @@ def truncated_shard(folder: Path) -> None:
 
 
 BROKEN: list[tuple[Callable[[Path], None], list[str]]] = [
-    (no_config, ["config.json", "no such file"]),
+    (no_config, ["config.json", "Give a directory"]),
     (broken_config, ["config.json", "JSON"]),
     (deep_config, ["config.json", "JSON"]),
     (list_config, ["config.json", "list"]),

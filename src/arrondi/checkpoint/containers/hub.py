@@ -6,16 +6,21 @@ Hub. Only what a model directory needs is downloaded: JSON, tokenizer files and 
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 from typing import Final
 
-from arrondi.errors import FileFormatError
+from arrondi.errors import DataError, FileFormatError
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _WANTED: Final = [
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "*.py", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
+
+_OURS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE)
+"""What this machine refuses, and not the Hub."""
 
 
 def resolve(model: str | Path) -> Path:
@@ -24,10 +29,20 @@ def resolve(model: str | Path) -> Path:
     Raises:
         FileFormatError: nothing there, and no such model in the cache or on the Hub.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise DataError(f"A model directory or a name on the Hub is needed here, got {type(model).__name__}.")
     path = Path(model)
     name = str(model)
+    if not name.strip():
+        raise FileFormatError("The model's name is empty. Give the path of a model directory, or a name on the Hub.")
     if path.exists():
         return path
+    if path.is_symlink():
+        raise FileFormatError(f"{path}: a link to {os.readlink(path)}, where nothing is. Give the directory itself.")
+    if "://" in name:
+        raise FileFormatError(
+            f"{name}: an address. Give the path of a model directory, or a name on the Hub such as org/model."
+        )
     missing = f"{path}: no such directory. Give the path of a model directory with config.json and safetensors files"
     if not _NAME.fullmatch(name) or ".." in name or "--" in name:
         raise FileFormatError(f"{missing}.")
@@ -60,7 +75,7 @@ def _complete(path: Path) -> bool:
         index = parse_json((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
         files = set(index["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return any(path.glob("*.safetensors"))
+        return any(shard.exists() for shard in path.glob("*.safetensors"))
     return (path / "model.safetensors").exists() or all((path / str(f)).exists() for f in files)
 
 
@@ -77,6 +92,8 @@ def _downloaded(name: str, missing: str) -> Path:
             f"{missing}, or the name of a model on the Hugging Face Hub: {known.get(status, 'the Hub refused')}."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in _OURS:
+            raise
         raise FileFormatError(
             f"{missing}, or the name of a model on the Hugging Face Hub: this one is not complete in the local cache, "
             "and the Hub cannot be reached. Go online, or check the name."

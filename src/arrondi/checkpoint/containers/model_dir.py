@@ -51,10 +51,9 @@ class ModelDir:
                 "a file, but a model is a directory with config.json and safetensors files. Give its directory"
             )
             raise FileFormatError(f"{path}: {what}.")
-        foreign = None if (path / "config.json").exists() else what_directory(path)
-        if foreign:
-            raise FileFormatError(f"{path}: {foreign}.")
-        config = read_json(path / "config.json", "Is this a model directory?")
+        if not (path / "config.json").exists():
+            raise FileFormatError(f"{path}: {what_directory(path)}.")
+        config = read_json(path / "config.json", "Download it again.")
         check_config(config, path / "config.json")
         check_generation(path)
         entries = _entries(path)
@@ -138,9 +137,6 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _weight_files(path: Path) -> list[Path]:
     files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
-    if files:
-        return files
-    what = what_directory(path)
-    if what:
-        raise FileFormatError(f"{path}: {what}.")
-    raise FileFormatError(f"{path}: no *.safetensors file. Give a model directory that holds its weights.")
+    if not files:
+        raise FileFormatError(f"{path}: {what_directory(path)}.")
+    return files

@@ -36,6 +36,9 @@ DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 """The package's own limit: a longer header is hostile."""
 
+_LFS_POINTER: Final = b"version "
+"""How a clone without Git LFS begins every large file: `version https://git-lfs…`."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -71,6 +74,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(8)
+            if head == _LFS_POINTER:
+                raise FileFormatError(f"{path}: a pointer of Git LFS, not the file itself. Fetch it: git lfs pull.")
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
                 raise FileFormatError(
