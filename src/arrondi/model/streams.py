@@ -120,7 +120,7 @@ class Stream:
         for j, batch in enumerate(self.batches):
             ids = batch.kwargs.get("input_ids")
             alone = not batch.args and len(batch.kwargs) == 1 and ids is not None and isinstance(self.units, Chain)
-            if alone and ids is not None and len(self.hidden(len(self.units), j)) == len(ids):
+            if alone and ids is not None and _windows_first(self.hidden(len(self.units), j), ids):
                 found += [(j, slice(k, k + 1)) for k in range(len(ids))]
             else:
                 found.append((j, slice(None)))
@@ -201,6 +201,15 @@ def walk(groups: Sequence[Sequence[Stream]], visit: Visit | None = None) -> Iter
 
 _KEPT = "arrondi: kept by reference"
 """Marks the place of a value that is no tree of tensors."""
+
+
+def _windows_first(hidden: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether the first axes of hidden states are surely those of the ids: windows, then tokens.
+
+    Some models have several streams of hidden states in front of them, or tokens before windows.
+    """
+    shape, wanted = tuple(hidden.shape), tuple(ids.shape)
+    return shape[:2] == wanted and shape[1:3] != wanted and wanted != wanted[::-1]
 
 
 def _shared(calls: list[Call]) -> set[int]:
