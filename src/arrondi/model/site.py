@@ -113,7 +113,7 @@ class Facts:
         flipped: stacks that are summed over their middle axis: they hold (in, out).
         unreached: parameters that the model does not use on token ids.
         leaders: parameters that multiply → the first one that reads the same activation.
-        flat: parameters of linear layers whose input is a matrix (tokens, in): it has no axis of windows.
+        reshaped: parameters of linear layers whose input does not come as (windows, tokens, n): two axes do not number its rows.
     """
 
     routers: frozenset[str] = frozenset()
@@ -121,14 +121,14 @@ class Facts:
     flipped: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
     leaders: Mapping[str, str] = field(default_factory=dict)
-    flat: frozenset[str] = frozenset()
+    reshaped: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, flow: Flow) -> Facts:
         """What a run of the whole model has shown."""
         flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
         leaders = {param: leader for stage in flow.stages for param, leader in stage.leaders.items()}
-        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders, flow.flat)
+        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders, flow.reshaped)
 
 
 @dataclass(frozen=True)
