@@ -101,7 +101,7 @@ def _observe(chain: Chain) -> Facts:
             seen.add(structure)
             chain.fill(i)
             params = {n: chain.instance.parameter(n) for n in chain.params(i)}
-            flow = trace(block, params, lambda i=i: chain.call(i, hidden.clone(), calls[i]))  # type: ignore[misc]
+            flow = trace(block, params, lambda i=i: chain.call(i, hidden.clone(), calls[i].filled(chain.likely)))  # type: ignore[misc]
             chain.drop(i)
             own = f"{chain.prefix}.{i}."
             like = _others(chain, i, structure)
