@@ -17,6 +17,7 @@ from arrondi.errors import ArrondiError
 from arrondi.model.chain import REFUSALS, Chain, Inputs
 from arrondi.model.flow import rows_on_two_axes, trace
 from arrondi.model.instance import Instance
+from arrondi.model.shapes import facts_by_shapes
 from arrondi.model.site import Facts, is_stack
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
     Returns:
         the name of the list, the likeliest where none runs on token ids alone, "" where the model changes weights as it runs;
         routers, weights that are read otherwise than in
-        products, and the orientation of stacks, as far as anything could be run.
+        products, and the orientation of stacks, as far as anything could be run. What runs on no ids is run on shapes.
     """
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -68,7 +69,7 @@ def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
                 return ("" if any(_in_place(how) for how in facts.bare.values()) else name), facts
     finally:
         torch.random.set_rng_state(state)
-    return (lists[0] if lists else ""), Facts()
+    return (lists[0] if lists else ""), facts_by_shapes(source.model)
 
 
 def _observe(chain: Chain) -> Facts:
