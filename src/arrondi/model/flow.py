@@ -12,6 +12,7 @@ functions (`torch.jit.script`, `torch.compile`) are not looked into.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,7 +58,7 @@ class Flow:
         bare: parameter → how it is read otherwise than as a whole operand of a product of its own module: such a weight
             cannot be replaced by packed codes.
         beside: weight of a layer whose class has a program of its own → what that computes besides the product.
-        flat: parameters of linear layers whose input is a matrix (tokens, n): it has no axis of windows.
+        reshaped: parameters of linear layers whose input does not come as (windows, tokens, n): two axes do not number its rows.
         stopped: why the run ended early (shapes alone did not tell how to go on), "" if it did not.
     """
 
@@ -67,7 +68,7 @@ class Flow:
     routers: frozenset[str]
     bare: dict[str, str]
     beside: Mapping[str, str] = field(default_factory=dict)
-    flat: frozenset[str] = frozenset()
+    reshaped: frozenset[str] = frozenset()
     stopped: str = ""
 
     @property
@@ -97,14 +98,14 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
             what a model does at its first run alone is only seen if this is its first.
     """
     uses: list[Use] = []
-    flat: set[str] = set()
+    reshaped: set[str] = set()
     regions = Regions(params)
     routers = Routers(Experts(params))
 
     def report(use: Use) -> None:
         routers.used(use, params[use.param])
-        if use.kind == "linear" and use.source is not None and use.source.ndim == 2:
-            flat.add(use.param)
+        if use.kind == "linear" and use.source is not None and not rows_on_two_axes(use.source):
+            reshaped.add(use.param)
         if use.kind in ("linear", "einsum") and not use.reduces_last:
             bare.beside.turned(use.param)
         uses.append(replace(use, source=None))
@@ -126,8 +127,13 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
     numbers = {param: tuple(dict.fromkeys(reads)) for param, reads in readers.items()}
     chosen = routers.found(not watcher.stopped)
     return Flow(
-        tuple(uses), _stages(uses), numbers, chosen, whole, bare.beside.reasons, frozenset(flat), watcher.stopped
+        tuple(uses), _stages(uses), numbers, chosen, whole, bare.beside.reasons, frozenset(reshaped), watcher.stopped
     )
+
+
+def rows_on_two_axes(x: torch.Tensor) -> bool:
+    """Whether the first two axes of an input number its rows, as in (windows, tokens, n)."""
+    return x.ndim > 2 and math.prod(x.shape[2:-1]) == 1
 
 
 def find_stages(params: Mapping[str, torch.Tensor], run: Callable[[], object]) -> list[Stage]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from arrondi.errors import ArrondiError, SchemeError
-from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, said
+from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, rest_of, said
 from arrondi.model.flow import trace
+from arrondi.model.handed import Handed, leaves
 from arrondi.model.in_memory import InMemory
 from arrondi.model.site import Facts
 from arrondi.model.source import OnDisk
@@ -108,6 +109,7 @@ def _compare(chain: Chain, inputs: Inputs) -> torch.Tensor:
         _, calls = chain.begin(inputs)
     final: list[torch.Tensor] = []
     seen: list[int] = []
+    handed: dict[Handed, torch.Tensor] = {}
 
     def see(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen.append(i)
@@ -115,13 +117,14 @@ def _compare(chain: Chain, inputs: Inputs) -> torch.Tensor:
             raise SchemeError(f"The blocks {chain.prefix}.* are not run once each in order.")
         hidden = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs["hidden_states"]
         try:
-            ours = hidden_of(chain.call(i, hidden.clone(), calls[i]), hidden)
+            ours = hidden_of(chain.call(i, hidden.clone(), calls[i].filled(handed.__getitem__)), hidden)
         except REFUSALS as error:
             raise SchemeError(f"{chain.prefix}.{i} needs what earlier blocks leave behind ({said(error)}).") from error
         theirs = hidden_of(output, hidden)
         if not _close(ours, theirs):
             raise SchemeError(f"{chain.prefix}.{i} computes something else when it is run by itself.")
         final[:] = [theirs]
+        handed.update({Handed(i, n): t for n, t in enumerate(leaves(rest_of(output)))})
 
     try:
         expected = chain.whole(inputs, see)

@@ -114,7 +114,7 @@ class Facts:
         flipped: stacks that are summed over their middle axis: they hold (in, out).
         unreached: parameters that the model does not use on token ids.
         leaders: parameters that multiply → the first one that reads the same activation.
-        flat: parameters of linear layers whose input is a matrix (tokens, in): it has no axis of windows.
+        reshaped: parameters of linear layers whose input does not come as (windows, tokens, n): two axes do not number its rows.
         beside: weights of layers whose class has a program of its own → what that computes besides the product.
     """
 
@@ -123,7 +123,7 @@ class Facts:
     flipped: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
     leaders: Mapping[str, str] = field(default_factory=dict)
-    flat: frozenset[str] = frozenset()
+    reshaped: frozenset[str] = frozenset()
     beside: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -131,7 +131,7 @@ class Facts:
         """What a run of the whole model has shown."""
         flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
         leaders = {param: leader for stage in flow.stages for param, leader in stage.leaders.items()}
-        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders, flow.flat, flow.beside)
+        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders, flow.reshaped, flow.beside)
 
 
 @dataclass(frozen=True)
