@@ -174,7 +174,7 @@ def _check(model: torch.nn.Module) -> None:
     """Refuse what cannot be changed in place, or has no numbers."""
     if any(name == "weight" for name, _ in model.named_parameters(recurse=False)) and not len(list(model.children())):
         raise SchemeError(
-            f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Wrap it: torch.nn.Sequential(layer)."
+            f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Put it into a torch.nn.Sequential and quantize that."
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):

@@ -71,7 +71,9 @@ class Recipe:
         rules = self.rules if isinstance(self.rules, list | tuple) else (self.rules,)
         strange = [r for r in rules if not isinstance(r, Rule)]
         if strange:
-            raise SchemeError(f"A recipe is made of rules, got {said(strange[0])}. Example: Recipe([Rule('W4A16')]).")
+            raise SchemeError(
+                f"A recipe is made of rules, got {said(strange[0])}. Each says a scheme and which weights get it."
+            )
         object.__setattr__(self, "rules", tuple(rules))
         if self.ignore is not None:
             object.__setattr__(self, "ignore", _words(self.ignore))
