@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from arrondi.checkpoint import Layout, Placed
-from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, Scheme
+from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.step import get_step
@@ -142,7 +142,12 @@ class Resolver:
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""
         for scheme in [wanted] if self.keep_misfits else _nearest(wanted, site.matrix_shape[1]):
-            refusal = step.refuse(site, scheme) or self.layout.refuse(placed_of(plain.tensor, scheme, rule)) or ""
+            refusal = (
+                step.refuse(site, scheme)
+                or _unfit_inputs(site, scheme)
+                or self.layout.refuse(placed_of(plain.tensor, scheme, rule))
+                or ""
+            )
             if not refusal and self.keep_misfits and _ragged(scheme.weights, site.matrix_shape):
                 refusal = f"{scheme.weights} does not divide its shape {site.matrix_shape}"
             if not refusal:
@@ -167,6 +172,15 @@ class Resolver:
 
     def _aliases(self, site: Site) -> list[str]:
         return self.source.names.names_of(site.param)
+
+
+def _unfit_inputs(site: Site, scheme: LayerScheme) -> str | None:
+    """Why the inputs of a site cannot be rounded so; a convolution has no rows that are tokens."""
+    if site.kind != "convolution" or scheme.inputs is None:
+        return None
+    if isinstance(scheme.inputs.scheme.granularity, PerTensor):
+        return None
+    return f"inputs of convolutions are rounded with one scale for a tensor, not {scheme.inputs}"
 
 
 def _ragged(scheme: Scheme, shape: tuple[int, int]) -> bool:
