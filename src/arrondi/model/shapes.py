@@ -53,7 +53,7 @@ def _usual_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     bins = _setting(model, ("num_mel_bins", "feature_size"), 80)
     frames = 2 * _setting(model, ("max_source_positions",), _FRAMES // 2)
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    first = {
+    first: dict[str, list[tuple[int, ...]]] = {
         "pixel_values": [
             (1, channels, height, width),
             (1, _setting(model, ("num_frames",), 4), channels, height, width),

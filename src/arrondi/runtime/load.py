@@ -15,7 +15,7 @@ from arrondi.checkpoint import Checkpoint
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import ActivationScheme
 from arrondi.model import DTYPES, OnDisk, Site, configs_in
-from arrondi.nn import DenseLinear
+from arrondi.nn import DenseLinear, QConv, QLinear
 from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
@@ -64,6 +64,8 @@ def load(
         layers = {n: (source.checkpoint.layer(n), source.checkpoint.inputs_of(n)) for n in names}
         gone |= install(model, source.names, sites, layers, kind)
     instance.fill([n for n in instance.empty if n not in gone], kind)
+    dense = {m for m in source.rounded_inputs if not isinstance(model.get_submodule(m), QLinear | QConv)}
+    instance.round_inputs({m: how for m, how in source.rounded_inputs.items() if m in dense})
     DenseLinear.adopt(model)
     if fuse:
         fuse_blocks(model)
