@@ -104,6 +104,10 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     # experts that are stored as one tensor
     "gpt-oss": ("GptOssForCausalLM", {**TWO, **SLIDING, **EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "llama4": ("Llama4ForCausalLM", {**TWO, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "attention_chunk_size": 32, "interleave_moe_layer_step": 1}),
+    # stored tensors of the tower for images that transformers splits
+    "qianfan-ocr": ("QianfanOCRForConditionalGeneration", {"text_config": {**TWO, "head_dim": 16, "model_type": "qwen3"}, "vision_config": {**VISION, "num_hidden_layers": 2, "image_size": [32, 32], "patch_size": [8, 8]}, "image_token_id": 2040}),
+    # stored matrices that transformers joins into one layer
+    "minimax-m3": ("MiniMaxM3SparseForConditionalGeneration", {"text_config": {**TWO, **EXPERTS, "head_dim": 16, "rotary_dim": 8, "dense_intermediate_size": 96, "shared_intermediate_size": 64, "index_n_heads": 2, "index_head_dim": 32, "index_block_size": 64, "mlp_layer_types": ["sparse"] * 2, "layer_types": ["full_attention"] * 2}, "vision_config": {**VISION, "num_hidden_layers": 2, "temporal_patch_size": 1}, "image_token_index": 2040, "video_token_index": 2041, "projector_hidden_size": 64, "merged_hidden_size": 64}),
     # blocks that hand their router's state to the next one
     "zaya": ("ZayaForCausalLM", {**DECODER, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, "router_hidden_size": 64}),
     # linears that read (windows, heads, tokens, n)

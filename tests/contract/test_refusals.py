@@ -32,6 +32,8 @@ REFUSALS: dict[str, tuple[str, Recipe, str]] = {
     "_mixed_experts": ("mixtral", rules("w=int4/g32", "w=int8/g32", second=r"re:.*w2"), "all experts by one scheme"),
     "_mixed_dequantized": ("gpt2", MIXED, "cannot read this mix"),
     "_split_dequantized": ("dinov2-swiglu", rules("w=int8/g16"), "splits stored tensors"),
+    "_split_plain": ("qianfan-ocr", rules("w=int4/g32"), "that it splits stay as they are"),
+    "_joined_packed": ("minimax-m3", rules("w=int4/g32"), "makes one weight of several stored ones"),
     "_joined_plain": ("mixtral", KEEPING, "takes all weights that it joins"),
     "_inputs_left": ("gpt2", rules("w=int8/channel,a=int8/token"), "leaves the inputs of Conv1D layers unrounded"),
     "_one_scale_for_several_rows": (

@@ -99,6 +99,12 @@ def _mixed_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} cannot read this mix of schemes; arrondi can."
 
 
+def _split_plain(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if not facts.split_plain or dequantized_by_transformers(placed, facts):
+        return None
+    return f"{TRANSFORMERS} cannot load this model while tensors that it splits stay as they are: it looks for their scales; arrondi can."
+
+
 def _split_dequantized(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not facts.splits or not dequantized_by_transformers(placed, facts):
         return None
@@ -111,6 +117,23 @@ def _joined_plain(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not facts.plain or all(storage_name(stored_form(p)) == "float-quantized" for p in placed):
         return None
     return f"{TRANSFORMERS} takes all weights that it joins (experts, convolutions) for quantized, and some are not; arrondi tells them apart."
+
+
+def _joined_packed(placed: list[Placed], facts: ModelFacts) -> str | None:
+    joined = [p for p in placed if p.path in facts.joined and not _can_be_joined(p)]
+    if not joined:
+        return None
+    return f"{TRANSFORMERS} makes one weight of several stored ones ({joined[0].path} among them), and cannot do so with {joined[0].scheme}; arrondi can."
+
+
+def _can_be_joined(placed: Placed) -> bool:
+    """Whether the tensors of two such layers, one after another, are those of the joined layer."""
+    plain = storage_name(stored_form(placed)) in ("float-quantized", "int-quantized")
+    return plain and isinstance(placed.scheme.weights.granularity, PerChannel) and not _static(placed)
+
+
+def _static(placed: Placed) -> bool:
+    return placed.scheme.inputs is not None and placed.scheme.inputs.dynamic is not True
 
 
 def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
@@ -196,7 +219,7 @@ def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
 
 _Rule = Callable[[list[Placed], ModelFacts], str | None]
 _REFUSALS: Final[tuple[_Rule, ...]] = (
-    _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _joined_plain, _inputs_left,
+    _unread_experts, _mixed_experts, _mixed_dequantized, _split_plain, _split_dequantized, _joined_plain, _joined_packed, _inputs_left,
     _one_scale_for_several_rows, _mx_inputs,
 )  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (

@@ -91,8 +91,10 @@ def starts_without(model: Any, modules: Iterable[str]) -> bool:
 
 def _initialise(module: Any, model: Any) -> None:
     """What transformers does to the weights that a file lacks: every module is initialised by the innermost model around it."""
+    from transformers import PreTrainedModel
+
     for child in module.children():
-        _initialise(child, child if hasattr(child, "_init_weights") else model)
+        _initialise(child, child if isinstance(child, PreTrainedModel) else model)
     model._init_weights(module)
 
 

@@ -78,8 +78,8 @@ class Names:
         groups: what is converted together.
         unused: stored tensors that are no parameter or stored buffer of this model.
         group_of: parameter or buffer → its group.
-        splits_weights: transformers has a rule for this class, used or not, that makes several parameters of one stored tensor
-            that it knows by the name of its weight.
+        split: the first part that each rule of transformers for this class gives, used or not, which makes several parameters of
+            one stored tensor that it knows by the name of its weight; patterns.
     """
 
     def __init__(self, model: Any, shapes: Shapes, where: object, *, converted: bool = True) -> None:
@@ -100,7 +100,7 @@ class Names:
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.params.items():
             self.aliases.setdefault(id(parameter), []).append(name)
-        self.splits_weights = False
+        self.split: list[str] = []
         if converted:
             self.groups, self.unused = self._grouped()
         else:
@@ -147,9 +147,11 @@ class Names:
         renamings = [r for r in rules if isinstance(r, WeightRenaming)]
         converters = [r for r in rules if isinstance(r, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
-        self.splits_weights = any(
-            len(c.target_patterns) > 1 and all(p.endswith(".weight") for p in c.source_patterns) for c in converters
-        )
+        self.split = [
+            c.target_patterns[0]
+            for c in converters
+            if len(c.target_patterns) > 1 and all(p.endswith(".weight") for p in c.source_patterns)
+        ]
         state = {**self.params, **self.buffers}
         prefix = self.model.base_model_prefix
         plain: list[Group] = []

@@ -15,10 +15,10 @@ from arrondi.measure.compare import BATCH_TOKENS, batch_size, is_causal
 from arrondi.model import OnDisk
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.rounded import rowwise
 from arrondi.pipeline.run import HIDDEN_LIMIT
 from arrondi.pipeline.statistics import OF_ORIGINAL
 from arrondi.pipeline.step import get_step
+from arrondi.tensor.rows import rowwise
 
 BASE_BYTES: Final = 430 << 20
 """Resident set of Python with torch and transformers loaded, and a model without its weights."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
-from arrondi.model import Source, StoredTensor
+from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
@@ -164,18 +164,28 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         problems.append(f"Nothing would be quantized. {_nothing(source, tensors, refused, layout, keep_misfits)}")
     selected = select(source, recipe, tensors)
     declared = declared_by(source, selected, tensors)
-    problems += unreadable(source, declared)
+    problems += unreadable(source, declared) + _joined_unlike(source, tensors)
     bare = [t for t in tensors if t.status == "quantized" and not _keeps_its_name(resolver.layout, t)]
     modules = [m for t in bare for s in t.sites for m in s.modules]
     names = {t.name for t in tensors if t.status == "quantized"}
+    packed = [m for t in tensors if t.status == "quantized" for s in t.sites for m in s.modules]
     joined = [len(names & {*g.sources}) / len(g.sources) for g in source.names.groups if g.joins_weights]
     facts = ModelFacts(
         dtype=_dtype(source.config),
         fused_experts=any(s.param_index is not None for s in source.sites),
         whole=not source.starts_without(modules),
-        splits=source.names.splits_weights,
+        splits=bool(source.names.split),
+        split_plain=any(not any(re.search(f"{p}$", f"{m}.weight") for m in packed) for p in source.names.split),
         plain=0.0 in joined,
         parted=any(0 < share < 1 for share in joined),
+        joined=frozenset(
+            m
+            for t in tensors
+            if t.status == "quantized"
+            for s in t.sites
+            if _is_joined(source, t, s)
+            for m in s.modules
+        ),
         reshaped=frozenset(m for s in source.sites if s.param in source.facts.reshaped for m in s.modules),
     )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]
@@ -253,8 +263,11 @@ def _as_stored(source: Source, tensors: list[PlannedTensor]) -> list[PlannedTens
             found[t.name] = t
             continue
         for name in t.tensor.sources:
-            whole = StoredTensor(name, tuple(source.names.shapes[name]), (name,), (), t.tensor.params, t.block)
-            found.setdefault(name, PlannedTensor(whole, source.dtype_of(whole), t.status, t.reason))
+            before = found[name].tensor.params if name in found else ()
+            whole = StoredTensor(
+                name, tuple(source.names.shapes[name]), (name,), (), (*before, *t.tensor.params), t.block
+            )
+            found[name] = PlannedTensor(whole, source.dtype_of(whole), t.status, t.reason)
     return list(found.values())
 
 
@@ -266,7 +279,30 @@ def _static(tensor: PlannedTensor) -> bool:
 def _paths(tensor: PlannedTensor) -> list[str]:
     if tensor.sites:
         return [m for s in tensor.sites for m in s.modules]
-    return [tensor.name.removesuffix(".weight")] if len(tensor.shape) > 1 else []
+    if len(tensor.shape) < 2:
+        return []
+    owners = dict.fromkeys(p.rpartition(".")[0] for p in tensor.tensor.params)
+    return list(owners) or [tensor.name.removesuffix(".weight")]
+
+
+def _joined_unlike(source: Source, tensors: Sequence[PlannedTensor]) -> list[str]:
+    """A sentence for every matrix of the model whose stored parts would be quantized by more than one scheme: a config names it once."""
+    parts: dict[str, list[PlannedTensor]] = {}
+    for t in tensors:
+        for site in t.sites:
+            if _is_joined(source, t, site):
+                parts.setdefault(site.modules[0], []).append(t)
+    return [
+        f"{_list([t.name for t in some])} are one weight of the model ({module}) and would not be quantized alike. Select them by one rule."
+        for module, some in parts.items()
+        if len({t.scheme for t in some}) > 1
+    ]
+
+
+def _is_joined(source: Source, tensor: PlannedTensor, site: Site) -> bool:
+    """Whether a matrix becomes a part of a parameter that is one matrix."""
+    group = source.names.group(site.param)
+    return site.param_index is None and group is not None and len(group.sources) > 1 and not tensor.tensor.converted
 
 
 def _keeps_its_name(layout: Layout, planned: PlannedTensor) -> bool:

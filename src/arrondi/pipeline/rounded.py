@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from arrondi.formats import LayerScheme, PerChannel, PerGroup, Scheme
+from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
 from arrondi.pipeline.step import get_step
 from arrondi.rounding.error import Loss, output_loss, weight_loss
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import knows
-from arrondi.tensor.rows import split_rows, stack_rows
+from arrondi.tensor.rows import rowwise, split_rows, stack_rows
 
 _CHUNK = 1 << 19
 """Elements of a weight that are rounded at a time when rows do not depend on each other."""
@@ -46,13 +46,6 @@ class Rounded:
     method: str
     why: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def rowwise(scheme: Scheme) -> bool:
-    """Whether each row of a matrix is rounded by itself."""
-    return scheme.granularity == PerChannel() or (
-        isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
-    )
 
 
 def round_alone(

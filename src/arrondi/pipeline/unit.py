@@ -15,11 +15,12 @@ import torch
 from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Site
-from arrondi.pipeline.rounded import round_alone, round_together, rowwise
+from arrondi.pipeline.rounded import round_alone, round_together
 from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.work import Stage, Work
 from arrondi.tensor.ranges.observed import static_grid
+from arrondi.tensor.rows import rowwise
 
 
 def carry_out(work: Work) -> None:

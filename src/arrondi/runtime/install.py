@@ -13,7 +13,8 @@ from arrondi.formats import ActivationScheme
 from arrondi.model import Names, Site
 from arrondi.nn import QConv, QLinear, QStack, keep_hooks
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.rows import rows_of
+from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.rows import rows_of, rowwise, stack_rows
 
 Layers = Mapping[str, tuple[LayerValues, ActivationScheme | None]]
 """Stored tensor → its numbers, and how inputs are rounded."""
@@ -31,17 +32,40 @@ def install(model: Any, names: Names, sites: Sequence[Site], layers: Layers, dty
 
     Returns:
         the parameters that are gone, the biases of replaced modules among them; none where no module can hold these codes, as
-        with recurrent cells or a parameter that is joined from tensors of other schemes.
+        with recurrent cells or a parameter that is joined from tensors of several schemes.
     """
     ordered = sorted(sites, key=lambda s: (s.param_index or 0, s.rows.start or 0, s.columns.start or 0))
     first = ordered[0]
     weights = [_codes(s, layers) for s in ordered]
     if first.param_index is not None:
         return _stack(model, ordered, weights, dtype)
-    values, inputs = layers[first.tensor if first.piece is None else first.piece.source]
-    if len(weights) > 1 or weights[0].shape != first.matrix_shape or first.kind not in ("linear", "convolution"):
+    held = [layers[s.tensor if s.piece is None else s.piece.source] for s in ordered]
+    weight = _below_each_other(ordered, weights, held)
+    if weight is None or first.kind not in ("linear", "convolution"):
         return set()
-    return _modules(model, names.names_of(first.param), weights[0], values, inputs, dtype)
+    parameter = names.params[first.param]
+    if weight.shape != (first.matrix_shape if len(weights) == 1 else tuple(parameter.shape)):
+        return set()
+    return _modules(model, names.names_of(first.param), weight, *held[0], dtype)
+
+
+def _below_each_other(
+    sites: Sequence[Site], weights: Sequence[QTensor], held: Sequence[tuple[LayerValues, ActivationScheme | None]]
+) -> QTensor | None:
+    """The matrices of one parameter as one, None where they do not lie so or are not rounded alike."""
+    if len(weights) == 1:
+        return weights[0]
+    (values, inputs), scheme = held[0], weights[0].scheme
+    alike = all(w.scheme == scheme and i == inputs and _same_grid(v.inputs, values.inputs) for w, (v, i) in zip(weights, held, strict=True))  # fmt: skip
+    rows = all(s.shape == w.shape and not s.param_flipped for s, w in zip(sites, weights, strict=True))
+    ordered = all(w.group_index is None for w in weights) and rowwise(scheme)
+    return stack_rows(weights) if alike and rows and ordered else None
+
+
+def _same_grid(one: Grid | None, two: Grid | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def _modules(

@@ -1,4 +1,4 @@
-"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`."""
+"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`; and `rowwise`, schemes of which every row is on its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from typing import Any
 
 import torch
 
-from arrondi.formats import tile_shape
+from arrondi.formats import PerChannel, PerGroup, Scheme, tile_shape
 from arrondi.tensor.qtensor import QTensor
+
+
+def rowwise(scheme: Scheme) -> bool:
+    """Whether each row of a matrix is rounded by itself."""
+    return scheme.granularity == PerChannel() or (
+        isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
+    )
 
 
 def rows_of(q: QTensor, start: int, count: int) -> QTensor:

@@ -102,8 +102,10 @@ class ModelFacts:
         fused_experts: transformers keeps the experts of a mixture in one parameter.
         whole: transformers can build the model's class only around whole weights, not around packed ones.
         splits: transformers makes several parameters of one stored tensor of this model, which it knows by the name of its weight.
+        split_plain: of what one such rule makes nothing is quantized.
         plain: of a parameter that transformers joins from weights no part is quantized.
         parted: of such a parameter a part is quantized.
+        joined: paths of modules whose weight transformers makes of several stored matrices, below each other.
         reshaped: paths of modules whose input does not come as (windows, tokens, n).
     """
 
@@ -111,8 +113,10 @@ class ModelFacts:
     fused_experts: bool = False
     whole: bool = False
     splits: bool = False
+    split_plain: bool = False
     plain: bool = False
     parted: bool = False
+    joined: frozenset[str] = frozenset()
     reshaped: frozenset[str] = frozenset()
 
 
