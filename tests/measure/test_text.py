@@ -183,14 +183,21 @@ def test_a_window_with_no_room_for_text_is_refused(abc: Path) -> None:
         read_windows(abc, Letters(cls=1, sep=2), 2)
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "binary"])
+@pytest.mark.parametrize("kind", ["missing", "directory", "binary", "utf-16"])
 def test_a_text_that_is_none_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "text"
     if kind == "directory":
         path.mkdir()
     elif kind == "binary":
         path.write_bytes(b"caf\xe9 \xff")
-    words = {"missing": "no such file", "directory": "a directory", "binary": r"not UTF-8 text \(byte 3\)"}[kind]
+    elif kind == "utf-16":
+        path.write_bytes("plain words".encode("utf-16-le"))
+    words = {
+        "missing": "no such file",
+        "directory": "a directory",
+        "binary": r"not UTF-8 text \(byte 3\)",
+        "utf-16": r"not UTF-8 text \(byte 1 is zero\)",
+    }[kind]
     with pytest.raises(FileFormatError, match=words) as caught:
         read_windows(path, Letters(), 3, "evaluation text")
     assert str(path) in str(caught.value) and "evaluation text" in str(caught.value)

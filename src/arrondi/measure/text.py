@@ -101,6 +101,10 @@ def read_documents(path: Path, purpose: str) -> tuple[list[str], bytes]:
         raise FileFormatError(
             f"{path}: not UTF-8 text (byte {error.start}). Give a plain text file as {purpose}."
         ) from error
+    if "\0" in text:  # a binary file, or UTF-16 without a mark
+        raise FileFormatError(
+            f"{path}: not UTF-8 text (byte {raw.index(0)} is zero). Give a plain text file as {purpose}."
+        )
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         documents = [_document(line, f"{path}, line {n}") for n, line in _lines(path, text)]
