@@ -70,7 +70,7 @@ class Recipe:
         strange = [r for r in rules if not isinstance(r, Rule)]
         if strange:
             raise SchemeError(
-                f"A recipe is made of rules, got {type(strange[0]).__name__} {str(strange[0])[:60]!r}. Example: Recipe([Rule('W4A16')])."
+                f"A recipe is made of rules, got {type(strange[0]).__name__} {str(strange[0])[:60]!r}. Give a list of Rule."
             )
         object.__setattr__(self, "rules", rules)
         if self.ignore is not None:
