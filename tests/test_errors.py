@@ -110,3 +110,11 @@ def test_what_was_hidden_on_purpose_is_not_looked_at() -> None:
     error = during(SchemeError("No."), MemoryError())
     error.__suppress_context__ = True
     assert say(error).sentence == "No."
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_a_message_is_one_printable_line_whatever_is_in_a_file(kind: str) -> None:
+    error = getattr(errors, kind)("tensor a\nb\r\nc \x1b[2Jd \u202e \udcff é: no.")
+    assert str(error) == r"tensor a b c \x1b[2Jd \u202e \udcff é: no."
+    str(error).encode()
+    assert str(getattr(errors, kind)("Plain – as ever.")) == "Plain – as ever."

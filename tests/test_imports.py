@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "arrondi"
 
 FLOORS = {
-    "errors": 0, "documents": 0, "_native": 0, "native": 0, "formats": 0, "tensor": 0, "sample": 0, "waiting": 0,
+    "errors": 0, "arguments": 0, "documents": 0, "_native": 0, "native": 0, "formats": 0, "tensor": 0, "sample": 0, "waiting": 0,
     "kernels": 1,
     "rounding": 2, "calibration": 2,
     "nn": 3,
@@ -29,6 +29,7 @@ FLOORS = {
 # Inside the ground floor there is an order, too: each may import what stands before it.
 GROUND = [
     "errors",
+    "arguments",
     "_native",
     "native",
     "formats",

@@ -104,6 +104,10 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     # experts that are stored as one tensor
     "gpt-oss": ("GptOssForCausalLM", {**TWO, **SLIDING, **EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "llama4": ("Llama4ForCausalLM", {**TWO, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "attention_chunk_size": 32, "interleave_moe_layer_step": 1}),
+    # blocks that hand their router's state to the next one
+    "zaya": ("ZayaForCausalLM", {**DECODER, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, "router_hidden_size": 64}),
+    # linears that read (windows, heads, tokens, n)
+    "minicpm3": ("MiniCPM3ForCausalLM", {**TWO, **LATENT, "num_key_value_heads": 4}),
 }  # fmt: skip
 """Models with something unusual."""
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from arrondi.errors import DataError, SchemeError
+from arrondi.arguments import check_arguments
+from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.measure.compare import compare_models
 from arrondi.measure.data import Data
@@ -79,6 +80,7 @@ def quantize(
     Raises:
         ArrondiError: see its sentence.
     """
+    check_arguments(quantize, locals())
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
     if isinstance(model, torch.nn.Module):
         given = {
@@ -91,8 +93,6 @@ def quantize(
                 f"A module is quantized where it is, so {' and '.join(useless)} would do nothing. Leave them out; arrondi.save writes the module."
             )
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
-    if not isinstance(model, (str, Path)):
-        raise DataError(f"A model is a directory, a Hub name or a torch.nn.Module, got {type(model).__name__}.")
     if out is None:
         raise SchemeError('A model directory is quantized into another. Give out="DIRECTORY".')
     text = TextOptions(calibration, samples, seq_len, evaluation, evaluate, eval_samples, seed, limits or Limits())
@@ -119,6 +119,7 @@ def plan(
 
     Takes the arguments of `quantize`.
     """
+    check_arguments(plan, locals())
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
 
@@ -159,6 +160,7 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
     Raises:
         ArrondiError: see its sentence.
     """
+    check_arguments(load, locals())
     if model is None:
         return load_model(path, **options)
     if options:

@@ -26,7 +26,14 @@ INPUT, DEFECT, STOPPED = 2, 1, 130
 
 
 class ArrondiError(Exception):
-    """Base of all errors below; catching it catches whatever a user can set right."""
+    """Base of all errors below; catching it catches whatever a user can set right.
+
+    As text it is one line that a terminal prints as it is, whatever names a file put into it.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class ShapeError(ArrondiError, ValueError):
@@ -75,6 +82,8 @@ def unknown(
     "Unknown method 'gptqq'. Did you mean 'gptq'? Known: gptq, rtn."
     """
     names = sorted(known)
+    if not isinstance(name, str):
+        return error(f"The {kind} is a word, got {type(name).__name__}. Known: {', '.join(names)}.")
     folded = {n.lower(): n for n in names}
     begun = [folded[n] for n in folded if name and n.startswith(name.lower())][:_NEAREST]
     near = begun or [folded[n] for n in difflib.get_close_matches(name.lower(), folded, n=1)]

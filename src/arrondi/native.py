@@ -142,6 +142,18 @@ def operand(
     raise ShapeError(_wrong(name, tensor, shape, dtypes, layout))
 
 
+def check_ordinary(**tensors: object) -> None:
+    """Refuse what is no strided tensor before its shape is asked for.
+
+    Raises:
+        ShapeError: names the first one.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            layout = f" with the layout {tensor.layout}" if isinstance(tensor, torch.Tensor) else ""
+            raise ShapeError(f"{name} must be an ordinary torch.Tensor, got {type(tensor).__name__}{layout}.")
+
+
 def _fits(tensor: torch.Tensor, layout: _Layout) -> bool:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return False

@@ -214,6 +214,9 @@ LIES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "inputs by channel": ("static", inputs(dynamic=True, strategy="channel"), "channel"),
     "inputs in an order": ("static", inputs(actorder="weight"), "actorder"),
     "asymmetric inputs without zero points": ("static", inputs(symmetric=False), "input_zero_point"),
+    "inputs in groups that do not divide them": (CT, in_group(input_activations={"strategy": "group", "group_size": 48, "dynamic": True}), "48"),
+    "dynamic scales of 16 bits": (CT, in_group(input_activations={"strategy": "token", "dynamic": True, "scale_dtype": "torch.bfloat16"}), "torch.bfloat16"),
+    "dynamic zero points that are none": (CT, in_group(input_activations={"strategy": "token", "dynamic": True, "symmetric": False, "zp_dtype": "torch.uint8"}), "torch.uint8"),
     "outputs without scales": ("static", in_group(output_activations={"num_bits": 8}), "output_scale"),
     "a later key of ours": (CT, put(arrondi={"new": 1}), "later release"),
     "a module path for nothing": (CT, put(arrondi={"module_names": {"x": "y"}}), "'x'"),
@@ -284,6 +287,9 @@ def test_groups_of_several_classes_go_by_the_class_of_the_module(quantized: dict
     found = Checkpoint.open(copied(quantized[CT], tmp_path / "copy", two_classes))
     assert found.placed == Checkpoint.open(quantized[CT]).placed
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    # transformers writes the type of the first parameter, which is one of packed weights
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "dtype": "float8_e4m3fn"}))
+    assert Checkpoint.open(tmp_path / "copy").placed == found.placed
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     with pytest.raises(FileFormatError, match=r"class of .* is not known"):
         Checkpoint.open(tmp_path / "copy")
@@ -331,6 +337,7 @@ FILES: dict[str, tuple[str, Change, str]] = {
     "no codes": (CT, without("up_proj.weight_packed"), "up_proj.weight_packed"),
     "no scale": (CT, without("up_proj.weight_scale"), "up_proj.weight_scale"),
     "no scale of bytes": ("static", without("up_proj.weight_scale"), "up_proj"),
+    "truth values without a scale": ("static", lambda t: changed("up_proj.weight", lambda w: w > 0)({n: v for n, v in t.items() if "up_proj.weight_scale" not in n and "up_proj.input_scale" not in n}), "BOOL without a scale"),
     "scale too long": (CT, changed("up_proj.weight_scale", lambda t: torch.cat([t, t])), "up_proj.weight_scale"),
     "scale of integers": (CT, changed("up_proj.weight_scale", lambda t: t.view(torch.int32)), "up_proj.weight_scale"),
     "scale NaN": (CT, changed("up_proj.weight_scale", first(float("nan"))), "up_proj"),

@@ -34,7 +34,11 @@ REFUSALS: dict[str, tuple[str, Recipe, str]] = {
     "_split_dequantized": ("dinov2-swiglu", rules("w=int8/g16"), "splits stored tensors"),
     "_joined_plain": ("mixtral", KEEPING, "takes all weights that it joins"),
     "_inputs_left": ("gpt2", rules("w=int8/channel,a=int8/token"), "leaves the inputs of Conv1D layers unrounded"),
-    "_one_scale_for_all_tokens": ("opt", rules("w=int8/channel,a=int8/token"), "one scale for all tokens"),
+    "_one_scale_for_several_rows": (
+        "opt",
+        rules("w=int8/channel,a=int8/token"),
+        "does not pass them as (windows, tokens",
+    ),
     "_mx_inputs": ("llama", rules("MXFP8"), "power-of-two scales"),
     "another layout": ("llama", rules("w=nf4/g32"), "do not read this layout"),
 }
@@ -59,6 +63,16 @@ def test_what_is_refused_is_not_computed(rule: str, models: Callable[..., Path],
     except (RuntimeError, AttributeError):
         return
     assert wrong or distance(found, computed) > 100 * SUMS
+
+
+def test_heads_before_tokens_are_no_tokens_either(models: Callable[..., Path], tmp_path: Path) -> None:
+    """compressed-tensors gives every index of the first two axes a scale, whatever they number."""
+    report = quantize_model(models("minicpm3"), tmp_path / "out", rules("w=int8/channel,a=int8/token"))
+    said = next(r for r in report["readers"] if r["reader"] == readers.TRANSFORMERS)
+    assert not said["ok"] and "kv_b_proj" in said["sentence"]
+    computed, calls = products(loaded(tmp_path / "out", "reference", fuse=False), partial(outputs, ids=IDS))
+    theirs = loaded_by_transformers("minicpm3", tmp_path / "out")
+    assert distance(outputs(theirs, IDS), computed) > 100 * SUMS and "kv_b_proj" in wrong_product(theirs, calls)
 
 
 @pytest.mark.parametrize("scheme", ["w=int4/g32", "w=fp8_e4m3/channel"])

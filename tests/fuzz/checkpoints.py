@@ -31,6 +31,7 @@ from arrondi.errors import ArrondiError
 from arrondi.formats import parse_scheme
 from arrondi.tensor.qtensor import QTensor, quantize_tensor
 from tests.checkpoint.copies import static_grid
+from tests.fuzz.inputs import inputs_apart
 from tests.fuzz.mutations import mutate_header, mutate_json, mutate_text
 
 READERS = {
@@ -159,7 +160,12 @@ def verdict(reader: str, of: Base, config: bytes, file: bytes, folder: Path) -> 
             return f"{name} has other numbers, and the package refuses: {type(error).__name__} {error}"
         if name not in theirs or not close(found, theirs[name]):
             return f"{name} has other numbers than the package gives"
-    return None
+    other = [
+        n
+        for n, p in of.placed.items()
+        if n in checkpoint.placed and checkpoint.placed[n].scheme.inputs != p.scheme.inputs
+    ]
+    return inputs_apart(package_schemes(json.loads(config), checkpoint), checkpoint, other) if other else None
 
 
 def package_numbers(config: dict[str, Any], file: bytes, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -167,13 +173,10 @@ def package_numbers(config: dict[str, Any], file: bytes, checkpoint: Checkpoint)
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import match_targets
 
     known = QuantizationConfig.model_validate(config["quantization_config"])
-    schemes = {target: scheme for scheme in known.config_groups.values() for target in scheme.targets}
-    tensors, linear, found = load(file), torch.nn.Linear(1, 1), {}
-    for name, placed in checkpoint.placed.items():
-        scheme = schemes[match_targets(placed.path, linear, schemes)[0]]
+    tensors, found = load(file), {}
+    for name, scheme in package_schemes(config, checkpoint).items():
         prefix = name.removesuffix("weight")
         state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         format = scheme.format or infer_module_format(torch.nn.Linear, scheme)
@@ -183,6 +186,17 @@ def package_numbers(config: dict[str, Any], file: bytes, checkpoint: Checkpoint)
             state, scheme
         )["weight"]
     return found
+
+
+def package_schemes(config: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The package's scheme of every quantized weight."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_targets
+
+    known = QuantizationConfig.model_validate(config["quantization_config"])
+    schemes = {target: scheme for scheme in known.config_groups.values() for target in scheme.targets}
+    linear = torch.nn.Linear(1, 1)
+    return {n: schemes[match_targets(p.path, linear, schemes)[0]] for n, p in checkpoint.placed.items()}
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -204,18 +218,18 @@ class Result:
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer."""
+    """Raise TimeoutError in what computes longer; the machine may have other things to do."""
 
     def ring(number: int, frame: object) -> None:
         raise TimeoutError(f"more than {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def run(readers: list[str], seed: int, mutants: int, seconds: float) -> Result:

@@ -14,7 +14,7 @@ WORDS = [
     "int", "float", "group", "channel", "tensor", "token", "block", "tensor_group", "attn_head", "pack-quantized", "int-quantized",
     "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
     "marlin-24", "compressed", "frozen", "initialized", "Linear", "Embedding", "re:.*", "re:(", "local", "static", "weight", "torch.uint8",
-    "torch.float8_e4m3fn", "torch.float32", "torch.int8", "minmax", "no", "true", "0", "4", "", "gptq", "arrondi", "compressed-tensors",
+    "torch.float8_e4m3fn", "torch.float32", "torch.bfloat16", "torch.float16", "torch.int8", "minmax", "no", "true", "0", "4", "", "gptq", "arrondi", "compressed-tensors",
     "w=int4/g32", "w=ternary/channel", "NF4", "W8A8", "lm_head", "model.layers.0.a", "0.9.0", "1.0",
 ]  # fmt: skip
 KEYS = [

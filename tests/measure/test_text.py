@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def letters(windows: Any) -> str:
 
 FILES = {
     "a byte-order mark": ("bom.txt", b"\xef\xbb\xbfabcdef", "abcdef"),
+    "lines that end as elsewhere": ("crlf.txt", b"a\r\nb\rc\n", "a\nb\nc\n"),
     "JSON lines of texts": ("a.jsonl", b'"abc"\n\n"def"\n', "abc|de"),
     "JSON lines of objects": ("a.JSONL", b'{"text": "abc", "id": 1}\r\n{"text": "def"}', "abc|de"),
     "a mark and a line separator": ("b.ndjson", b'\xef\xbb\xbf{"text": "ab\xe2\x80\xa8c"}\n"def"', "ab\u2028c|def"),
@@ -112,6 +114,7 @@ NO_DOCUMENTS = {
         "line 1: an object with the fields 'messages' .* field `text`. Write the conversation",
     ),
     "another field": ('"a"\n\n{"body": "x"}', "line 3: an object with the fields 'body'"),
+    "no text": ('{"text": "a"}\n{"text": null}', "line 2: the field `text` holds null"),
     "a number": ("3", "line 1: a number is no text"),
     "half a line": ('"a"\n{"text": "b', "line 2: not JSON"),
     "plain text": ("Once upon a time.", r"line 1: not JSON .* plain text belongs into a \.txt file"),
@@ -129,7 +132,7 @@ def test_lines_that_are_no_documents_are_named(kind: str, tmp_path: Path) -> Non
         read_windows(tmp_path / "x.json", Letters(), 1)
 
 
-@pytest.mark.parametrize("content", ["", " \n\t\n ", "\ufeff", "\u200b\u00a0\n" * 50], ids=repr)
+@pytest.mark.parametrize("content", ["", " \n\t\n ", "\ufeff", "\u200b\u00a0\x00\n" * 50], ids=repr)
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_nothing_but_white_space_is_no_text(content: str, name: str, tmp_path: Path) -> None:
     written = content if name == "a.txt" else f'{json.dumps(content)}\n{{"text": " "}}\n'
@@ -183,21 +186,37 @@ def test_a_window_with_no_room_for_text_is_refused(abc: Path) -> None:
         read_windows(abc, Letters(cls=1, sep=2), 2)
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "binary", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a.parquet", "a table.* .jsonl"), ("a.CSV", "a table"), ("a.jsonl.gz", "packed. Unpack"), ("a.zip", "packed"), ("a.pdf", "a document")],
+)  # fmt: skip
+def test_files_that_are_no_text_by_their_name(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("PAR1 could be read as text")
+    with pytest.raises(FileFormatError, match=words):
+        read_windows(tmp_path / name, Letters(), 2)
+
+
+def test_text_in_two_bytes_a_character_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("abcdef".encode("utf-16-le"))
+    with pytest.raises(FileFormatError, match=r"NUL characters.* UTF-16"):
+        read_windows(tmp_path / "a.txt", Letters(), 2)
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('"abc"\n"a\\ud800b"')
+    for data in (tmp_path / "a.jsonl", ["abc", "a\ud800b"]):
+        with pytest.raises(DataError, match=r"half of a surrogate pair \(\\ud800\)"):
+            read_windows(data, Letters(), 2)
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "binary"])
 def test_a_text_that_is_none_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "text"
     if kind == "directory":
         path.mkdir()
     elif kind == "binary":
         path.write_bytes(b"caf\xe9 \xff")
-    elif kind == "utf-16":
-        path.write_bytes("plain words".encode("utf-16-le"))
-    words = {
-        "missing": "no such file",
-        "directory": "a directory",
-        "binary": r"not UTF-8 text \(byte 3\)",
-        "utf-16": r"not UTF-8 text \(byte 1 is zero\)",
-    }[kind]
+    words = {"missing": "no such file", "directory": "a directory", "binary": r"not UTF-8 text \(byte 3\)"}[kind]
     with pytest.raises(FileFormatError, match=words) as caught:
         read_windows(path, Letters(), 3, "evaluation text")
     assert str(path) in str(caught.value) and "evaluation text" in str(caught.value)
@@ -216,3 +235,14 @@ def test_a_model_without_a_tokenizer_is_refused(models: Callable[..., Path], tmp
     with pytest.raises(FileFormatError, match="the tokenizer cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "x"), ("eos_token", ["a"])])
+def test_a_tokenizer_that_breaks_when_it_is_used_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(sample_path() / name, tmp_path / name)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(FileFormatError, match="the tokenizer cannot be loaded") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

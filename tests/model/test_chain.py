@@ -25,6 +25,8 @@ CHAINS = [
     "gemma3n",
     "llama4",
     "gpt-oss",
+    "zaya",
+    "t5-encoder",
 ]
 BATCHES = [torch.randint(3, 2000, size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(2, 23), (1, 23), (3, 17)])]  # fmt: skip
 """Of different tokens, sizes and lengths: what blocks are given belongs to the batch."""
@@ -36,7 +38,8 @@ def followed(units: Chain, batches: list[torch.Tensor], folder: Path, limit: int
         for _ in walk([[stream]]):
             pass
         with units.outer_loaded():
-            return [stream.output(j) for j in range(len(stream))]
+            parts = [(j, stream.output(j, rows)) for j, rows in stream.pieces()]
+    return [torch.cat([part for k, part in parts if k == j]) for j in range(len(batches))]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -119,6 +122,35 @@ def test_a_visitor_changes_a_unit_before_it_runs(models: Models, tmp_path: Path)
         with torch.no_grad(), chain.outer_loaded():
             other.model.layers[1].mlp.up_proj.weight.mul_(0.5)
             close(stream.output(2), outputs(other, BATCHES[2]))
+
+
+def test_the_last_unit_is_not_run_where_nobody_reads_what_leaves_it(models: Models, tmp_path: Path) -> None:
+    source = OnDisk.open(models("llama"))
+    chain = source.units_of(source.instance())
+    with Stream(chain, BATCHES, Budget(1 << 30), tmp_path) as stream:
+        stream.to_the_end = False
+        stream.begin()
+        entering = {}
+        for i in walk([[stream]], lambda i, _: entering.update({i: stream.hidden(i, 2).clone()})):
+            last = i
+        assert last == len(chain) - 1 and torch.equal(stream.hidden(len(chain), 2), entering[last])
+
+
+def test_what_a_block_hands_to_a_later_one_is_what_it_computes_after_a_change(models: Models, tmp_path: Path) -> None:
+    source, other = OnDisk.open(models("zaya")), of_transformers("zaya", models("zaya"))
+    chain = source.units_of(source.instance())
+
+    def halve(i: int, streams: object) -> None:
+        if i == 0:
+            chain.instance.parameter("model.layers.0.mlp.gate.down_proj.weight").mul_(0.5)
+
+    with Stream(chain, BATCHES, Budget(1 << 30), tmp_path) as stream:
+        stream.begin()
+        list(walk([[stream]], halve))
+        with torch.no_grad(), chain.outer_loaded():
+            other.model.layers[0].mlp.gate.down_proj.weight.mul_(0.5)
+            for j, batch in enumerate(BATCHES):
+                close(stream.output(j), outputs(other, batch))
 
 
 def test_what_does_not_fit_in_memory_changes_nothing_and_gives_its_file_back(models: Models, tmp_path: Path) -> None:

@@ -213,6 +213,16 @@ def test_what_may_be_absent_may_be_absent(models: Models, tmp_path: Path) -> Non
     assert next(t for t in source.tensors if t.name == "of.no.use").params == ()
 
 
+def test_a_buffer_that_the_model_computes_is_not_read(models: Models, tmp_path: Path) -> None:
+    """Old checkpoints hold the frequencies of positions, and transformers leaves them alone."""
+    name = "model.rotary_emb.inv_freq"
+    more = altered(models("llama"), tmp_path / "more", lambda t: t.update({name: torch.ones(8)}))
+    source = OnDisk.open(more)
+    assert source.names.unused == [name]
+    computed = source.instance().model.model.rotary_emb.inv_freq
+    assert torch.equal(computed, of_transformers("llama", more).model.rotary_emb.inv_freq)
+
+
 def test_a_tensor_of_another_shape_is_named(models: Models, tmp_path: Path) -> None:
     folder = altered(models("llama"), tmp_path / "odd", lambda t: t.update({"model.norm.weight": torch.ones(63)}))
     with pytest.raises(FileFormatError, match=r"model\.norm\.weight has shape \(63,\), config.json says \(64,\)"):

@@ -13,7 +13,7 @@ import pytest
 
 from arrondi.errors import OutputError
 from arrondi.pipeline.journal import Journal
-from arrondi.pipeline.manifest import MANIFEST, WORK
+from arrondi.pipeline.manifest import MANIFEST, WORK, finished_key, sealed
 
 STEPS = {"a": [1, {"x": None, "ü": "é"}], "b": 0.1 + 0.2, "c": {"infinite": math.inf}}
 
@@ -182,7 +182,8 @@ def finished(tmp_path: Path) -> Path:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
     table = {n: {"bytes": 1, "sha256": "0"} for n in files}
-    (out / MANIFEST).write_text(json.dumps({"run": "old", "files": table | {"report.json": {}}}))
+    document = {"run": "old", "model": {"tensors": {"w": "1"}}, "files": table | {"report.json": {"content": "0"}}}
+    (out / MANIFEST).write_text(json.dumps(sealed(document)))
     return out
 
 
@@ -234,8 +235,8 @@ def test_a_manifest_names_nothing_outside(name: str, finished: Path) -> None:
     victim.write_text("years of work")
     (finished / "link").symlink_to(finished.parent)
     document = json.loads((finished / MANIFEST).read_text())
-    document["files"][str(victim) if name == "ABSOLUTE" else name] = {}
-    (finished / MANIFEST).write_text(json.dumps(document))
+    document["files"][str(victim) if name == "ABSOLUTE" else name] = {"content": "0"}
+    (finished / MANIFEST).write_text(json.dumps(sealed(document)))
     try:
         with Journal(finished, "new", overwrite=True):
             pass
@@ -256,3 +257,29 @@ def test_a_manifest_that_is_none_makes_a_directory_nobodys(content: bytes, finis
     with pytest.raises(OutputError, match=r"already holds 1_Pooling and maybe more\. Nothing was touched"):
         Journal(finished, "old", overwrite=True)
     assert left(finished) == before
+
+
+@pytest.mark.parametrize("change", ["run", "files", "model", "sum", "one file", "unknown fact"])
+def test_a_manifest_that_was_changed_is_none(change: str, finished: Path) -> None:
+    """Also where what is left is well formed: a list of files that lost one would hide that the file is damaged."""
+    assert finished_key(finished) == "old"
+    document = json.loads((finished / MANIFEST).read_text())
+    if change == "one file":
+        del document["files"]["model.safetensors"]
+    elif change == "unknown fact":
+        document = sealed({**document, "files": {"model.safetensors": {"crc": "0"}}})
+    else:
+        document[f"{change}s"] = document.pop(change)
+    (finished / MANIFEST).write_text(json.dumps(document))
+    assert finished_key(finished) is None
+
+
+def test_a_link_in_the_place_of_the_working_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / WORK).symlink_to(tmp_path / "mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"in the way \(a link\)"):
+            Journal(tmp_path / "out", "one", overwrite=overwrite)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

@@ -19,7 +19,7 @@ import arrondi
 from arrondi.checkpoint import Entry, ShardWriter
 from arrondi.checkpoint.containers import disk
 from arrondi.checkpoint.containers.tensor_file import read_bytes
-from arrondi.errors import OutputError
+from arrondi.errors import FileFormatError, OutputError
 from arrondi.measure.comparison import Comparison
 from arrondi.model import OnDisk
 from arrondi.pipeline import TextOptions, make_plan, publish, quantize_model
@@ -69,6 +69,7 @@ FIRST = "model-00001-of-00003.safetensors"
         ("config.json", "one bit"),
         ("tokenizer.json", "cut"),
         ("tokenizer_config.json", "one bit"),
+        ("report.json", "one bit"),
         ("report.json", "deleted"),
         ("report.json", "cut"),
     ],
@@ -90,13 +91,51 @@ def test_a_finished_output_that_was_damaged_since_is_refused_and_made_again_when
 def test_the_manifest_lists_what_was_written(whole: Path) -> None:
     manifest = json.loads((whole / MANIFEST).read_text())
     found = {p.name: p.read_bytes() for p in whole.iterdir() if p.name not in (MANIFEST, "report.json")}
-    wanted: dict[str, Any] = {"report.json": {}}
+    report = json.loads((whole / "report.json").read_text())
+    said = json.dumps({k: v for k, v in report.items() if k not in ("seconds", "model")}, sort_keys=True)
+    wanted: dict[str, Any] = {"report.json": {"content": hashlib.sha256(said.encode()).hexdigest()}}
     for name, content in found.items():
         tensors = name.endswith(".safetensors")
         digest = {"digest": by_hand(content)} if tensors else {"sha256": hashlib.sha256(content).hexdigest()}
         wanted[name] = {"bytes": len(content)} | digest
     assert manifest["files"] == wanted
     assert FIRST in found and "tokenizer.json" in found
+
+
+def test_a_report_whose_numbers_were_changed_is_not_believed(
+    whole: Path, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same command would answer with them, and `--max-kl` would be held against them."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    report = json.loads((out / "report.json").read_text())
+    (out / "report.json").write_text(json.dumps({**report, "seconds": 1e-9}))
+    assert quantize(models, out)["seconds"] == 1e-9, "how long it took is nothing that the run promises"
+    report["layers"][0]["sqnr_db"] = 99.0
+    (out / "report.json").write_text(json.dumps(report))
+    with pytest.raises(OutputError, match=r"report\.json: holds other bytes"):
+        quantize(models, out)
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_a_tokenizer_that_changes_while_the_run_goes_on_is_noticed(
+    change: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The text was cut with the one, and the other would lie beside the weights."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(models("llama", num_hidden_layers=1), model)
+    tokenizer = model / "tokenizer.json"
+    before = tokenizer.read_bytes()
+
+    def progress(done: int, total: int, what: str) -> None:
+        tokenizer.write_bytes(before + b" ") if change == "changed" else tokenizer.unlink(missing_ok=True)
+
+    with pytest.raises(FileFormatError, match=r"tokenizer\.json: changed while the run was going on"):
+        quantize_model(model, out, RTN, progress=progress)
+    assert not (out / "config.json").exists()
+    tokenizer.write_bytes(before)
+    quantize_model(model, out, RTN)
+    assert (out / "tokenizer.json").read_bytes() == before
 
 
 def by_hand(content: bytes) -> str:

@@ -297,6 +297,29 @@ def test_another_tokenizer_makes_another_run(source: Path, text: Path, tmp_path:
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", f"{WORK}/model.safetensors.partial", "tokenizer.json", "1_Pooling"]
+)
+def test_a_run_that_goes_on_never_writes_through_a_link(name: str, source: Path, tmp_path: Path) -> None:
+    """Somebody saves space by links to the model: its files stay as they are."""
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    out = tmp_path / "out"
+    with stopped_after("tensors 0"):
+        quantize_model(source, out, RTN)
+    (out / WORK / "model.safetensors.partial").unlink()
+    (out / name).symlink_to(source / name.removeprefix(f"{WORK}/").removesuffix(".partial"))
+    before = digest(source)
+    try:
+        quantize_model(source, out, RTN)
+    except OSError:
+        (out / name).unlink()
+        quantize_model(source, out, RTN)
+    assert digest(source) == before
+    quantize_model(source, tmp_path / "whole", RTN)
+    assert digest(out) == digest(tmp_path / "whole") and not any(p.is_symlink() for p in out.rglob("*"))
+
+
 @pytest.mark.parametrize("change", ["path", "threads"])
 def test_a_run_that_goes_on_on_another_machine_is_one_of_that_machine(
     change: str, stopped: Path, models: Callable[..., Path], text: Path, tmp_path: Path

@@ -505,8 +505,22 @@ def test_refusals_say_what_to_do() -> None:
         (SchemeError, "Unknown order 'sideways'", {"order": "sideways"}, layer.weight, scheme, layer.moment),
         (SchemeError, "Unknown range 'wide'", {"range": "wide"}, layer.weight, scheme, layer.moment),
         (SchemeError, "Dynamic act-order", {"order": "dynamic"}, layer.weight, SCHEMES["int4-tensor"], layer.moment),
-        (SchemeError, "w: gptq needs block_size >= 1", {"block_size": 0}, layer.weight, scheme, layer.moment),
-        (SchemeError, "damping >= 0, got 128 and -0.1", {"damping": -0.1}, layer.weight, scheme, layer.moment),
+        (
+            SchemeError,
+            "w: block_size takes a whole number from 1",
+            {"block_size": 0},
+            layer.weight,
+            scheme,
+            layer.moment,
+        ),
+        (
+            SchemeError,
+            "w: damping takes a number from 0 to 1e+06, got -0.1",
+            {"damping": -0.1},
+            layer.weight,
+            scheme,
+            layer.moment,
+        ),
     ]
     for error, words, options, weight, wanted, moment in cases:
         with pytest.raises(error) as caught:

@@ -147,7 +147,7 @@ def test_refusals_carry_the_name() -> None:
     for range, scheme in itertools.product(("absmax", "search"), (SCHEMES["int4-g16"], SCHEMES["nvfp4"])):
         with pytest.raises(DataError, match=r"^w: .*NaN or infinity"):
             rtn(bad, scheme, range=range, name="w")  # type: ignore[arg-type]
-    with pytest.raises(SchemeError, match=r"^w: unknown range 'mean'\. Known: absmax, auto, search"):
+    with pytest.raises(SchemeError, match=r"^w: Unknown range 'mean'\. Known: absmax, auto, search"):
         rtn(heavy(), SCHEMES["int4-g16"], range="mean", name="w")  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ from typing import Final
 
 import torch
 
+from arrondi.arguments import check_arguments, said
 from arrondi.calibration.halfvectors import PANEL, row_start, unvech
 from arrondi.errors import DataError, ShapeError
 
@@ -32,6 +33,9 @@ CHUNK: Final = 1024
 
 SPANS: Final = 8
 """Into how many spans a stream is divided: the largest number of workers that can share it."""
+
+_WIDEST: Final = 1 << 24
+"""Features; a wider statistic would be of petabytes."""
 
 _FLOAT32_MAX: Final = float(torch.finfo(torch.float32).max)
 
@@ -73,14 +77,18 @@ class SecondMoment:
     """
 
     def __init__(self, n: int, *, first_span: int = 0, name: str = "input", device: torch.device | str = "cpu") -> None:
-        if n < 1:
+        check_arguments(SecondMoment.__init__, {"n": n, "first_span": first_span, "device": device}, ShapeError)
+        if not 0 < n <= _WIDEST:
             raise ShapeError(
-                f"{name}: a second moment needs at least one feature, got n={n}. Pass the size of the last axis."
+                f"{name}: a second moment needs at least one feature and at most {_WIDEST}, got n={n}. Pass the size of the last axis."
             )
         self.n = n
         self.name = name
         self.tokens = 0
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise DataError(f"{name}: there is no device {device!r}. Say cpu or cuda:0.") from None
         self._spans: dict[int, torch.Tensor] = {}
         """(n(n+1)/2,) float32 each, ascending; under 0 … k finished together, the sum is kept under k."""
         self._span = self._first = first_span
@@ -121,6 +129,8 @@ class SecondMoment:
             DataError: not floating, or the sum of squares is not finite in float32: a NaN, an infinity, or an overflow.
                 The statistic is then as it was before the call.
         """
+        if not isinstance(x, torch.Tensor):
+            raise DataError(f"{self.name}: second moments are of tensors, got {said(x)}. Convert it first.")
         if x.ndim == 0 or x.shape[-1] != self.n:
             raise ShapeError(f"{self.name}: the last axis must have {self.n} features, got shape {tuple(x.shape)}.")
         if not x.is_floating_point():

@@ -120,15 +120,15 @@ def _inputs_left(placed: list[Placed], facts: ModelFacts) -> str | None:
     return f"{TRANSFORMERS} leaves the inputs of {which} unrounded; arrondi rounds them."
 
 
-def _one_scale_for_all_tokens(placed: list[Placed], facts: ModelFacts) -> str | None:
+def _one_scale_for_several_rows(placed: list[Placed], facts: ModelFacts) -> str | None:
     if dequantized_by_transformers(placed, facts):
         return None
-    flat = sorted(p.path for p in placed if p.path in facts.flat and _by_token(p.scheme.inputs))
-    if not flat:
+    found = sorted(p.path for p in placed if p.path in facts.reshaped and _by_token(p.scheme.inputs))
+    if not found:
         return None
     return (
-        f"{TRANSFORMERS} gives the inputs of some layers ({len(flat)}, {flat[0]} among them) one scale for all tokens, because this model "
-        "passes them without an axis of windows; arrondi gives every token its own."
+        f"{TRANSFORMERS} gives several rows of the inputs of some layers ({len(found)}, {found[0]} among them) one scale, because this "
+        "model does not pass them as (windows, tokens, columns); arrondi gives every row its own."
     )
 
 
@@ -197,7 +197,7 @@ def _default_type(placed: list[Placed], facts: ModelFacts) -> str | None:
 _Rule = Callable[[list[Placed], ModelFacts], str | None]
 _REFUSALS: Final[tuple[_Rule, ...]] = (
     _unread_experts, _mixed_experts, _mixed_dequantized, _split_dequantized, _joined_plain, _inputs_left,
-    _one_scale_for_all_tokens, _mx_inputs,
+    _one_scale_for_several_rows, _mx_inputs,
 )  # fmt: skip
 _REMARKS: Final[tuple[_Rule, ...]] = (
     _nvfp4_inputs, _small_floats_with_inputs, _rounded_again, _experts_in_bfloat16,

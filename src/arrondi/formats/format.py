@@ -20,6 +20,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Final, Literal
 
+from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
 
 
@@ -91,7 +92,10 @@ def codebook(name: str, values: Iterable[float]) -> Format:
     Raises:
         SchemeError: not sorted, repeated, not finite, fewer than two or more than 256 levels.
     """
-    levels = tuple(float(v) for v in values)
+    try:
+        levels = tuple(float(v) for v in values)
+    except (TypeError, ValueError, OverflowError):
+        raise SchemeError(f"The levels of codebook {name!r} are numbers, got {said(values)}.") from None
     if not 2 <= len(levels) <= 256:
         raise SchemeError(f"Codebook {name!r} needs 2 to 256 levels, got {len(levels)}.")
     if not all(math.isfinite(v) for v in levels) or any(a >= b for a, b in itertools.pairwise(levels)):
@@ -174,7 +178,9 @@ def get_format(name: str) -> Format:
     >>> get_format("int4").qmin, get_format("fp8").largest
     (-8, 448.0)
     """
-    key = re.sub(r"^i(?=\d)", "int", str(name).lower())
+    if not isinstance(name, str):
+        raise unknown("number format", name, FORMATS)
+    key = re.sub(r"^i(?=\d)", "int", name.lower())
     key = _ALIASES.get(key, key)
     if key not in FORMATS:
         raise unknown("number format", str(name), FORMATS)

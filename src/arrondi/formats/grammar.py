@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats.format import Format, get_format
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
@@ -47,7 +48,7 @@ def parse_scheme(text: str) -> LayerScheme:
         SchemeError: neither a preset nor the grammar; the message names the nearest preset.
     """
     if not isinstance(text, str):
-        raise SchemeError(f"A scheme is a word such as W4A16, got {type(text).__name__} {str(text)[:60]}.")
+        raise SchemeError(f"A scheme is said by a word such as 'W4A16', got {said(text)}. {_EXAMPLE}")
     name = text.strip().upper().replace("-", "_")
     name = ALIASES.get(name, name)
     if name in PRESETS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arrondi.arguments import check_fields
 from arrondi.errors import ShapeError
 
 
@@ -22,6 +23,9 @@ class PerChannel:
 
     axis: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class PerGroup:
@@ -30,6 +34,7 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.size < 1:
             raise ShapeError(
                 f"A group has at least one element, got group_size={self.size}. For one scale a row use 'channel'."
@@ -44,6 +49,7 @@ class PerBlock:
     columns: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rows < 1 or self.columns < 1:
             raise ShapeError(f"A block has at least one element, got {self.rows} × {self.columns}.")
 

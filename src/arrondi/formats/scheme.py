@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
 from arrondi.formats.format import Format
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
@@ -48,6 +49,7 @@ class Scheme:
     signed: bool | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.zero_point == "integer" and self.format.kind != "integer":
             raise SchemeError(
                 f"A zero point needs an integer format, got {self.format} with a zero point ('asym'). "
@@ -115,6 +117,7 @@ class ActivationScheme:
     dynamic: Dynamic = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dynamic == "local" and not isinstance(self.scheme.scale, Scheme):
             raise SchemeError(
                 f"Local scales are quantized by a stored outer scale, and those of {self.scheme} are not quantized. "
@@ -124,6 +127,10 @@ class ActivationScheme:
             raise SchemeError(
                 f"Static scales are known before the tensors are, so they cannot follow single tokens, got {self.scheme}. "
                 "Use 'tensor' (one scale) or 'dynamic'."
+            )
+        if self.dynamic is False and (isinstance(self.scheme.scale, Scheme) or isinstance(self.scheme.offset, Scheme)):
+            raise SchemeError(
+                f"A static scale is one number, and those of {self.scheme} are quantized together. Use 'local' or 'dynamic'."
             )
 
     def __str__(self) -> str:
@@ -138,6 +145,14 @@ class LayerScheme:
     inputs: ActivationScheme | None = None
     outputs: ActivationScheme | None = None
     kv: ActivationScheme | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        static = self.inputs is not None and self.inputs.dynamic is False
+        if static and self.inputs is not None and not isinstance(self.inputs.scheme.granularity, PerTensor):
+            raise SchemeError(
+                f"A static scale of inputs is one scale for a whole tensor, got {self.inputs}. Use 'tensor' or 'dynamic'."
+            )
 
     def with_scale(self, scale: ScaleType) -> LayerScheme:
         """The same scheme with its plain floating-point scales, those of weights and of static inputs, stored in another type."""

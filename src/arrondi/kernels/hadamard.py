@@ -13,12 +13,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from arrondi.errors import ShapeError
-from arrondi.native import TYPES, available, native, operand, threads
+from arrondi.native import TYPES, available, check_ordinary, native, operand, threads
 
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -76,6 +76,7 @@ def hadamard_reference(x: torch.Tensor, *, scale: float | None = None, transpose
 
 
 def _check(x: torch.Tensor) -> int:
+    check_ordinary(x=x)
     """The length of the last axis, which is an order."""
     if x.dim() == 0 or x.dtype not in _FLOATS:
         raise ShapeError(
@@ -242,13 +243,13 @@ def _transform_fake(x: torch.Tensor, scale: float | None, transposed: bool = Fal
 _Inputs = tuple[torch.Tensor, float | None, bool]
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: _Inputs, output: torch.Tensor) -> None:
-    _, ctx.scale, ctx.transposed = inputs  # type: ignore[attr-defined]
+def _remember(ctx: Any, inputs: _Inputs, output: torch.Tensor) -> None:
+    _, ctx.scale, ctx.transposed = inputs
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
     """Linear: the gradient goes back through the transpose."""
-    return torch.ops.arrondi.hadamard(grad, ctx.scale, not ctx.transposed), None, None  # type: ignore[attr-defined]
+    return torch.ops.arrondi.hadamard(grad, ctx.scale, not ctx.transposed), None, None
 
 
 _library: Final = torch.library.Library("arrondi", "FRAGMENT")

@@ -61,11 +61,15 @@ class Product:
         self.rows, self.columns = (weight.rows if gate is None else weight.rows // 2), weight.columns
         assert native is not None
         *of_weight, input_scale, input_zero = addresses
-        self.run = native.Product(
-            list(weight), *of_weight, digits, list(rounded or ()), input_scale if rounded else 0, input_zero if rounded else 0,
-            operand("bias", real, (weight.rows,), torch.float32), operand("norm", weights, (weight.columns,), torch.float32),
-            eps, GATES[gate],
-        )  # fmt: skip
+        bias_at = operand("bias", real, (weight.rows,), torch.float32)
+        norm_at = operand("norm", weights, (weight.columns,), torch.float32)
+        scales = (input_scale, input_zero) if rounded else (0, 0)
+        try:
+            self.run = native.Product(
+                list(weight), *of_weight, digits, list(rounded or ()), *scales, bias_at, norm_at, eps, GATES[gate]
+            )
+        except ValueError as error:  # what depends on several facts at once is checked there
+            raise ShapeError(f"A compiled product of shape {self.shape} cannot be: {error}.") from None
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, *, integers: bool = False

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from arrondi.errors import SchemeError, ShapeError
-from arrondi.native import TYPES, native, operand, threads
+from arrondi.native import TYPES, check_ordinary, native, operand, threads
 
 FEW: Final = 4
 """Rows up to which `dense_linear` is faster than PyTorch."""
@@ -53,6 +53,7 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     Raises:
         ShapeError: shapes, types or devices do not go together, or x has more rows.
     """
+    check_ordinary(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     n, k = weight.shape if weight.dim() == 2 else (0, 0)
     if x.dim() == 0 or not k or x.shape[-1] != k or x.dtype != weight.dtype or n > _LARGEST or k > _LARGEST:
         raise ShapeError(
@@ -113,6 +114,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     Raises:
         ShapeError: shapes, types or devices do not go together.
     """
+    check_ordinary(query=query, key=key, value=value)
     asked, kept = query.shape, key.shape
     if len(asked) != 4 or len(kept) != 4 or asked[0] != 1 or asked[2] != 1 or kept[0] != 1:
         raise ShapeError(
@@ -156,6 +158,7 @@ def rotate(
     Raises:
         ShapeError: an odd width or one above 256, or tensors that do not fit it.
     """
+    check_ordinary(x=x, cos=cos, sin=sin)
     angles, found = cos.shape, x.shape
     if len(angles) == len(found) == 2:
         width, columns = angles[1], found[1]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
@@ -84,9 +85,13 @@ def compare_models(
     Raises:
         FileFormatError: a directory is no model, tensors are missing, or the two are not of one shape.
         DataError: the text is shorter than one window.
-        SchemeError: there are no activations that can be rounded so, or the model does not run on text.
+        SchemeError: there are no activations that can be rounded so, the model does not run on text, or a file asks for what is
+            not computed here.
     """
+    check_arguments(compare_models, locals())
     sources = [OnDisk.open(reference), OnDisk(Checkpoint.open(quantized).rounding(activations))]
+    for source in sources:
+        source.check_computed()
     shapes = [{n: tuple(p.shape) for n, p in s.names.params.items()} for s in sources]
     added = shapes[1].keys() - shapes[0].keys()  # biases that a repair gave it
     same = all(shapes[1].get(n) == shape for n, shape in shapes[0].items()) and all(
@@ -132,7 +137,7 @@ def _follow(
     """Send both models through all batches and collect what they compute."""
     instances = [s.instance(device=device) for s in sources]
     for source, instance in zip(sources, instances, strict=True):
-        instance.round_inputs(source.rounded_inputs)
+        instance.round_inputs(source.rounded_inputs())
     units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
     total, budget, folder = len(units[0]) + 1, Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
     with Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:
@@ -144,4 +149,4 @@ def _follow(
         with units[0].outer_loaded(), units[1].outer_loaded():
             for j, rows in first.pieces():
                 comparison.add(first.output(j, rows), second.output(j, rows), ids[j][rows])
-            confirm(first)
+            confirm(sources[0], first)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from arrondi.arguments import check_fields
 from arrondi.documents import number
 from arrondi.errors import SchemeError
 
@@ -31,6 +32,7 @@ class Limits:
     ppl_increase: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for option, _, limit in self:
             if math.isnan(limit):
                 raise SchemeError(f"{option} takes a number, got nan. Example: {option} 0.02.")

@@ -16,8 +16,12 @@ from typing import Any, Final
 
 import torch
 
+from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.errors import DataError, FileFormatError
 
+_PACKED: Final = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".lz4"})
+_TABLES: Final = frozenset({".parquet", ".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".npy", ".npz", ".pkl", ".pt"})
+_DOCUMENTS: Final = frozenset({".pdf", ".docx", ".odt", ".epub", ".rtf", ".doc"})
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -34,9 +38,15 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer files. Copy tokenizer.json and tokenizer_config.json there; text cannot be read without them."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.decode(encode(["One text, ", "and another."], tokenizer))  # some errors show only now
+        return tokenizer
     except Exception as error:  # whatever a broken tokenizer raises, it is the file that is wrong
-        raise FileFormatError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
+        reraise_exhaustion(error)
+        reason = str(error).strip().partition("\n")[0]
+        raise FileFormatError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}). Take its files from the original model."
+        ) from error
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -84,15 +94,16 @@ def read_documents(path: Path, purpose: str) -> tuple[list[str], bytes]:
     """The texts of a file, and its bytes: one text, or those of a `.jsonl` or `.json` file.
 
     A line of JSON lines, like an item of a JSON list, is a string or an object with the field `text`. A byte-order mark is not
-    text. Documents of nothing but white space are left out.
+    text, and lines end as in Python's text files, however they were written. Documents of nothing but white space are left out.
 
     Raises:
-        FileFormatError: the file is missing, is not UTF-8, or is JSON of another shape.
+        FileFormatError: the file is missing, is not UTF-8, is none of text, or is JSON of another shape.
         DataError: it holds no text.
     """
+    _check_name(path, purpose)
     try:
         raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError as error:
         raise FileFormatError(f"{path}: no such file. Give a UTF-8 text file as {purpose}.") from error
     except IsADirectoryError as error:
@@ -101,10 +112,6 @@ def read_documents(path: Path, purpose: str) -> tuple[list[str], bytes]:
         raise FileFormatError(
             f"{path}: not UTF-8 text (byte {error.start}). Give a plain text file as {purpose}."
         ) from error
-    if "\0" in text:  # a binary file, or UTF-16 without a mark
-        raise FileFormatError(
-            f"{path}: not UTF-8 text (byte {raw.index(0)} is zero). Give a plain text file as {purpose}."
-        )
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         documents = [_document(line, f"{path}, line {n}") for n, line in _lines(path, text)]
@@ -112,15 +119,40 @@ def read_documents(path: Path, purpose: str) -> tuple[list[str], bytes]:
         documents = [_document(item, f"{path}, item {n}") for n, item in enumerate(_list(path, text), 1)]
     else:
         documents = [text]
-    return with_text(documents, f"{path}: this {purpose}"), raw
+    found = with_text(documents, f"{path}: this {purpose}")
+    if documents == [text] and "\0" in text:
+        raise FileFormatError(
+            f"{path}: holds NUL characters, so it is no UTF-8 text. Give a plain text file as {purpose}; UTF-16 must be converted."
+        )
+    return found, raw
+
+
+def _check_name(path: Path, purpose: str) -> None:
+    """Refuse what is no text by its name: its bytes may still be characters."""
+    kind = path.suffix.lower()
+    if kind in _PACKED:
+        raise FileFormatError(f"{path}: packed. Unpack it, and give the text file in it as {purpose}.")
+    if kind in _TABLES:
+        raise FileFormatError(
+            f"{path}: a table, which is not read as text. Write its texts into a .jsonl file, one object with a field `text` a line, and give that as {purpose}."
+        )
+    if kind in _DOCUMENTS:
+        raise FileFormatError(f"{path}: a document with a layout. Give a plain text file as {purpose}.")
 
 
 def with_text(documents: Sequence[str], what: str) -> list[str]:
     """The documents that have something to read in them.
 
     Raises:
-        DataError: none has.
+        DataError: none has, or one holds half a character.
     """
+    for document in documents:
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{what} holds half of a surrogate pair (\\u{ord(document[error.start]):04x}), which is no character. Remove it."
+            ) from error
     found = [d for d in documents if any(c.isprintable() and not c.isspace() for c in d)]
     if not found:
         raise DataError(f"{what} holds no text, only white space. Give a text of some thousand words.")
@@ -184,6 +216,8 @@ def _document(item: Any, place: str) -> str:
     text = item.get("text") if isinstance(item, dict) else item
     if isinstance(text, str):
         return text
+    if isinstance(item, dict) and "text" in item:
+        raise FileFormatError(f"{place}: the field `text` holds {_named(text)}. Give a string.")
     chat = " Write the conversation out as one text first." if isinstance(item, dict) and "messages" in item else ""
     raise FileFormatError(f"{place}: {_named(item)} is no text. Give a string, or an object with a field `text`.{chat}")
 

@@ -75,7 +75,7 @@ def walk_back(stream: Stream, loss: Loss, *, params: Choice = _none, modules: Ch
         raise SchemeError("Gradients need what entered every unit. Make the stream with keep_inputs=True.")
     if stream.shares_state:
         raise SchemeError(
-            "The model's units change objects that other units read, so gradients cannot be followed unit by unit. Use a method that needs no gradients."
+            "The model's units hand each other more than hidden states, so gradients cannot be followed unit by unit. Use a method that needs no gradients."
         )
     units = stream.units
     with TreeStore(stream.budget, stream.folder) as leaving:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +71,29 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
         ) from error
     _empty_parameters(model)
     return model.eval()
+
+
+def starts_without(model: Any, modules: Iterable[str]) -> bool:
+    """Whether a model of transformers gets through its own initialisation while these modules have no `weight`.
+
+    Args:
+        model: on the meta device; it is changed.
+    """
+    for module in {m for n, m in model.named_modules() if n in set(modules)}:
+        module._parameters.pop("weight", None)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            _initialise(model, model)
+    except AttributeError:
+        return False
+    return True
+
+
+def _initialise(module: Any, model: Any) -> None:
+    """What transformers does to the weights that a file lacks: every module is initialised by the innermost model around it."""
+    for child in module.children():
+        _initialise(child, child if hasattr(child, "_init_weights") else model)
+    model._init_weights(module)
 
 
 def configs_in(config: Any) -> list[Any]:

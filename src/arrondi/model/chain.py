@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from arrondi.errors import ArrondiError, SchemeError
+from arrondi.model.flow_routers import tensors_of
+from arrondi.model.handed import Handed, StandIns, filled, leaves
 from arrondi.model.instance import Instance
 from arrondi.model.unloaded import NotLoaded, Unloaded
 
@@ -47,11 +49,18 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one block: everything but the hidden states, which go first or under `key`."""
+    """How the model calls one block: everything but the hidden states, which go first or under `key`.
+
+    What an earlier block hands to this one is named, and has to be filled in.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     key: str | None
+
+    def filled(self, give: Callable[[Handed], Any]) -> Call:
+        """The same call with what earlier blocks have handed on."""
+        return Call(filled(self.args, give), filled(self.kwargs, give), self.key)
 
 
 class Chain:
@@ -71,7 +80,7 @@ class Chain:
         self.early: set[str] = set()
         self.strict = True
         self._forward = [block.forward for block in self.blocks]
-        self._wrap: dict[type, Callable[[torch.Tensor], Any]] = {}
+        self._returned: dict[type, tuple[Any, ...] | None] = {}
         self._outer = [n for n in instance.empty if self._is_outer(n)]
         self._at_once = False
         self._skipped: set[str] = set()
@@ -107,21 +116,21 @@ class Chain:
         """
         calls: list[Call] = []
         entered: list[torch.Tensor] = []
+        stand_ins = StandIns()
 
         def recorder(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 call, hidden = _split(args, kwargs)
                 if i != len(calls):
                     raise SchemeError(f"The blocks {self.prefix}.* are not run once each in order.")
-                calls.append(call)
+                calls.append(Call(stand_ins.marked(call.args), stand_ins.marked(call.kwargs), call.key))
                 if not entered:
                     entered.append(hidden.clone())
                     self._entering = False
-                kind = type(self.blocks[i])
-                if kind not in self._wrap:
+                if type(self.blocks[i]) not in self._returned:
                     self._learn(i, args, kwargs, hidden)
                 self._past_blocks = i + 1 == len(self.blocks)  # the next module outside ends it
-                return self._wrap[kind](hidden)
+                return self._as_returned(i, hidden, stand_ins)
 
             return forward
 
@@ -143,14 +152,27 @@ class Chain:
     def _learn(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> None:
         """What a block of this class returns: it is run once, on copies of what must not change."""
         self.fill(i)
-        output = self._forward[i](*_copied(args), **_copied(kwargs))
-        self._wrap[type(self.blocks[i])] = _wrapper(output, hidden)
+        output = self._forward[i](*copied(args), **copied(kwargs))
+        hidden_of(output, hidden)
+        self._returned[type(self.blocks[i])] = rest_of(output)
         self.drop(i)
 
-    def run(self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False) -> torch.Tensor:
-        """Hidden states after block i, whose weights must be filled; float32, with bfloat16 products if asked."""
+    def _as_returned(self, i: int, hidden: torch.Tensor, stand_ins: StandIns) -> Any:
+        """Hidden states in the structure that block i returns."""
+        rest = self._returned[type(self.blocks[i])]
+        return hidden if rest is None else (hidden, *stand_ins.of(i, rest))
+
+    def likely(self, which: Handed) -> torch.Tensor:
+        """A tensor like one that a block hands on: what the first block of its class returned."""
+        return leaves(self._returned[type(self.blocks[which.block])])[which.number]
+
+    def run(
+        self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hidden states after block i, whose weights must be filled, in the type in which they came; with bfloat16 products if asked. And what else it returns."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=bfloat16):
-            return hidden_of(self.call(i, hidden.clone(), call), hidden).float()
+            output = self.call(i, hidden.clone(), call)
+            return hidden_of(output, hidden).to(hidden.dtype), leaves(rest_of(output))
 
     def call(self, i: int, hidden: torch.Tensor, call: Call) -> Any:
         """Block i as the model calls it."""
@@ -161,10 +183,12 @@ class Chain:
     def finish(self, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         """What follows the last block: logits, or the last hidden state of an encoder. Call it inside `outer_loaded`."""
 
+        stand_ins = StandIns()
+
         def passing(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 own = _split(args, kwargs)[1]
-                return self._wrap[type(self.blocks[i])](hidden if i + 1 == len(self.blocks) else own)
+                return self._as_returned(i, hidden if i + 1 == len(self.blocks) else own, stand_ins)
 
             return forward
 
@@ -200,7 +224,7 @@ class Chain:
                 if i == 0 and not self._at_once:
                     self.instance.drop(self.early)  # what is needed again is loaded again
                 self.fill(i)
-                before = _copied(args), _copied(kwargs)
+                before = copied(args), copied(kwargs)
                 output = self._forward[i](*args, **kwargs)
                 see(i, *before, output)
                 self.drop(i)
@@ -222,11 +246,11 @@ class Chain:
             with Unloaded(self.instance.device) if self.strict else contextlib.nullcontext():
                 if not self._at_once:
                     with contextlib.suppress(NotLoaded):
-                        return self.model(*inputs.args, **inputs.kwargs)
+                        return self.model(*copied(inputs.args), **copied(inputs.kwargs))
                     self._at_once = True
                     self.instance.fill(self._outer)
                     before_again()
-                return self.model(*inputs.args, **inputs.kwargs)
+                return self.model(*copied(inputs.args), **copied(inputs.kwargs))
         except NotLoaded as error:
             raise SchemeError(
                 f"The model computes with weights of {self.prefix}.* outside of them ({error})."
@@ -240,7 +264,9 @@ class Chain:
             yield
         finally:
             for block, forward in zip(self.blocks, self._forward, strict=True):
-                block.forward = forward
+                del block.forward
+                if block.forward != forward:  # it had one of its own, beside that of its class
+                    block.forward = forward
 
     @contextlib.contextmanager
     def outer_loaded(self) -> Iterator[None]:
@@ -278,10 +304,16 @@ class Chain:
 
 
 def result_of(output: Any) -> torch.Tensor:
-    """What a model computes: its logits, or the first thing that it returns."""
-    if isinstance(output, torch.Tensor):
-        return output
-    found: torch.Tensor = output.logits if getattr(output, "logits", None) is not None else output[0]
+    """What a model computes: its logits, or the first tensor that it returns.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    logits = getattr(output, "logits", None)
+    parts = [output if logits is None else logits, getattr(output, "__dict__", {})]
+    found = next(iter(tensors_of(parts)), None)
+    if found is None:
+        raise SchemeError(f"The model returns {type(output).__name__}, in which there is no tensor.")
     return found
 
 
@@ -309,23 +341,19 @@ def hidden_of(output: Any, like: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _wrapper(output: Any, hidden: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-    """Put other hidden states into the same structure that a block returned."""
-    hidden_of(output, hidden)
-    if isinstance(output, torch.Tensor):
-        return lambda h: h
-    rest = tuple(output[1:])
-    return lambda h: (h, *rest)
+def rest_of(output: Any) -> tuple[Any, ...] | None:
+    """What a block returned beside the hidden states, None if nothing but these."""
+    return None if isinstance(output, torch.Tensor) else tuple(output[1:])
 
 
-def _copied(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
     """Arguments whose tensors and containers a block may change without touching the originals."""
     if isinstance(tree, torch.Tensor):
         return tree.clone()
     if type(tree) is dict:
-        return {k: _copied(v) for k, v in tree.items()}
+        return {k: copied(v) for k, v in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(_copied(v) for v in tree)
+        return type(tree)(copied(v) for v in tree)
     return tree
 
 

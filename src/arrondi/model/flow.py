@@ -12,6 +12,7 @@ functions (`torch.jit.script`, `torch.compile`) are not looked into.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from arrondi.model.flow_bare import Bare
 from arrondi.model.flow_ops import ATEN, INSIDE, PRODUCTS, RECURRENT, Call
+from arrondi.model.flow_own import changes_in_place
 from arrondi.model.flow_regions import Reads, Regions
 from arrondi.model.flow_routers import Experts, Routers, tensors_of
 from arrondi.model.flow_uses import Use, uses_of
@@ -55,7 +57,8 @@ class Flow:
         routers: parameters that choose experts.
         bare: parameter → how it is read otherwise than as a whole operand of a product of its own module: such a weight
             cannot be replaced by packed codes.
-        flat: parameters of linear layers whose input is a matrix (tokens, n): it has no axis of windows.
+        beside: weight of a layer whose class has a program of its own → what that computes besides the product.
+        reshaped: parameters of linear layers whose input does not come as (windows, tokens, n): two axes do not number its rows.
         stopped: why the run ended early (shapes alone did not tell how to go on), "" if it did not.
     """
 
@@ -64,7 +67,8 @@ class Flow:
     readers: dict[str, tuple[int, ...]]
     routers: frozenset[str]
     bare: dict[str, str]
-    flat: frozenset[str] = frozenset()
+    beside: Mapping[str, str] = field(default_factory=dict)
+    reshaped: frozenset[str] = frozenset()
     stopped: str = ""
 
     @property
@@ -94,14 +98,16 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
             what a model does at its first run alone is only seen if this is its first.
     """
     uses: list[Use] = []
-    flat: set[str] = set()
+    reshaped: set[str] = set()
     regions = Regions(params)
     routers = Routers(Experts(params))
 
     def report(use: Use) -> None:
         routers.used(use, params[use.param])
-        if use.kind == "linear" and use.source is not None and use.source.ndim == 2:
-            flat.add(use.param)
+        if use.kind == "linear" and use.source is not None and not rows_on_two_axes(use.source):
+            reshaped.add(use.param)
+        if use.kind in ("linear", "einsum") and not use.reduces_last:
+            bare.beside.turned(use.param)
         uses.append(replace(use, source=None))
 
     bare = Bare(regions)
@@ -120,7 +126,14 @@ def trace(model: nn.Module | None, params: Mapping[str, torch.Tensor], run: Call
             whole.setdefault(use.param, f"a part of it ({use.kind})")
     numbers = {param: tuple(dict.fromkeys(reads)) for param, reads in readers.items()}
     chosen = routers.found(not watcher.stopped)
-    return Flow(tuple(uses), _stages(uses), numbers, chosen, whole, frozenset(flat), watcher.stopped)
+    return Flow(
+        tuple(uses), _stages(uses), numbers, chosen, whole, bare.beside.reasons, frozenset(reshaped), watcher.stopped
+    )
+
+
+def rows_on_two_axes(x: torch.Tensor) -> bool:
+    """Whether the first two axes of an input number its rows, as in (windows, tokens, n)."""
+    return x.ndim > 2 and math.prod(x.shape[2:-1]) == 1
 
 
 def find_stages(params: Mapping[str, torch.Tensor], run: Callable[[], object]) -> list[Stage]:
@@ -244,10 +257,3 @@ def _unfused() -> Iterator[None]:
             yield
     finally:
         torch._C._set_mkldnn_enabled(before)
-
-
-def changes_in_place(name: str) -> bool:
-    """Whether a function of this name writes into its first argument."""
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
-    return name.endswith("_")

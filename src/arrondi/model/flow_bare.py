@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from arrondi.model.flow_ops import PRODUCTS
+from arrondi.model.flow_own import COPIES, Beside
 from arrondi.model.flow_regions import Regions, storage_key
 from arrondi.model.flow_routers import tensors_of
 
@@ -28,20 +29,8 @@ _FACTS = {
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
     *(_T.new_empty, _T.new_zeros, _T.new_ones, _T.new_full, _T.new_tensor),
 }
-_COPIES = {
-    _T.to,
-    _T.type,
-    _T.float,
-    _T.half,
-    _T.bfloat16,
-    _T.double,
-    _T.clone,
-    _T.contiguous,
-    _T.cpu,
-    _T.cuda,
-    _T.type_as,
-}
-_COPIES |= {torch.clone}
+# What a packed stack of experts can do besides giving one matrix.
+_OF_STACKS = COPIES | {torch.bmm, _T.bmm, torch.matmul, _T.matmul, _T.__matmul__, _T.__iter__}
 _DATA = attrgetter("data.__get__")(_T)
 
 
@@ -50,14 +39,17 @@ class Bare:
 
     Attributes:
         reasons: parameter → the first other use: the function, and the module that called it.
+        beside: what layers with a program of their own compute beside their product.
     """
 
     def __init__(self, regions: Regions) -> None:
         self.reasons: dict[str, str] = {}
+        self.beside = Beside()
         self._regions = regions
         self._running: list[nn.Module] = []
         self._paths: dict[int, str] = {}
         self._owners: dict[str, set[int]] = {}
+        self._stacks: dict[int, str] = {}
         self._versions: list[tuple[torch.Tensor, int]] = []
 
     @contextlib.contextmanager
@@ -72,8 +64,11 @@ class Bare:
                 continue
             for held in [module, *(m for m in module.children() if not _runs(m))]:
                 for param in held.parameters(recurse=False):
+                    if param.ndim == 3 and getattr(held, "num_experts", None) == param.shape[0]:
+                        self._stacks |= dict.fromkeys([id(param)], next(iter(self._regions.names(param)), ""))
                     for name in self._regions.names(param):
                         self._owners.setdefault(name, set()).add(id(module))
+        self.beside.look_at(model, self._regions.names)
         entered = register_module_forward_pre_hook(lambda module, args: self._running.append(module))
         left = register_module_forward_hook(lambda module, args, result: self._leave(module), always_call=True)
         try:
@@ -92,6 +87,8 @@ class Bare:
         """A function was called; `multiplied` are the parameters that it was a product with."""
         if func in _FACTS:
             return
+        if self._running:
+            self.beside.called(self._running[-1], func, args, kwargs, list(tensors_of([result])), multiplied)
         name = getattr(func, "__name__", str(func))
         getter = name == "__get__"
         touched = [t for t in tensors_of((args, kwargs)) if t in self._regions]
@@ -102,9 +99,12 @@ class Bare:
         keys = {storage_key(t) for t in touched}
         view = func is _T.__iter__ or (bool(results) and all(storage_key(t) in keys for t in results) and func != _DATA)
         view = view and all(t._version == version for t, version in self._versions)
-        if func in _COPIES and len(results) == 1:
+        if func in COPIES and len(results) == 1:
             self._regions.copied(touched[0], results[0])
         for tensor in touched:
+            one = func is _T.__getitem__ and results and results[0].ndim == 2
+            if id(tensor) in self._stacks and not one and func not in _OF_STACKS:
+                self._note(self._stacks[id(tensor)], name)
             for param in self._regions.names(tensor):
                 if not self._owned(param):
                     self._note(param, name)

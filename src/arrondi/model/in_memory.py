@@ -5,18 +5,22 @@ It answers like `OnDisk`; its one instance is the module itself, whose weights n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from arrondi.model.chain import Chain
+from arrondi.errors import FileFormatError
+from arrondi.model.build import build_model, starts_without
+from arrondi.model.chain import REFUSALS, Chain, Inputs, said
 from arrondi.model.flow import trace
+from arrondi.model.flow_own import has_own_program
 from arrondi.model.instance import Instance
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
-from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
+from arrondi.model.site import Facts, Site, StoredTensor, find_tensors, is_stack
 from arrondi.model.units import find_lists
 from arrondi.model.whole import Whole
 
@@ -94,16 +98,45 @@ class InMemory:
         return self.stored_dtype(tensor.name)
 
     def starts_without(self, modules: Iterable[str]) -> bool:
-        """Nothing is built anew."""
-        return True
+        """Whether transformers can build a model of this config around packed weights; other modules are not built anew."""
+        import transformers
 
-    def learn(self, run: Any) -> None:
+        if not isinstance(self.model, transformers.PreTrainedModel):
+            return True
+        config = {**self.config, "architectures": [type(self.model).__name__]}
+        try:
+            return starts_without(build_model(config, self.where), modules)
+        except FileFormatError:  # a class that transformers does not have
+            return True
+
+    def learn_alone(self) -> None:
+        """No batch is there to run: layers whose class has a program of its own are run alone."""
+        beside: dict[str, str] = {}
+        for layer in [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and has_own_program(m)]:
+            params = {n: p for n, p in self.names.params.items() if p is layer._parameters.get("weight")}
+            x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+            try:
+                flow = trace(layer, params, functools.partial(layer, x))
+            except REFUSALS as error:
+                beside |= dict.fromkeys(params, f"alone it does not run: {said(error)}")
+                continue
+            beside |= (
+                dict.fromkeys(params, "its weight is not multiplied") if not flow.uses else {**flow.bare, **flow.beside}
+            )
+        foreign = [m for m in self.model.modules() if not type(m).__module__.startswith("transformers.")]
+        stacks = {id(p) for m in foreign for p in m.parameters(recurse=False) if is_stack(m, p)}
+        unknown = {n: "how, only batches would tell" for n, p in self.names.params.items() if id(p) in stacks}
+        self.run_as_whole(Facts(bare=unknown, beside=beside))
+
+    def learn(self, batch: Inputs) -> None:
         """Take from one run which weights choose experts, and which are read otherwise than in products.
 
-        Args:
-            run: sends one batch through the model.
+        Raises:
+            SchemeError: the model does not run on this batch.
         """
-        self.facts = Facts.of(trace(self.model, self.names.params, run))
+        whole = Whole(self.instance())
+        _, (call,) = whole.begin(batch)
+        self.facts = Facts.of(trace(self.model, self.names.params, lambda: whole.run(0, torch.zeros(0), call)))
         self.__dict__.pop("tensors", None)
 
 
@@ -111,11 +144,11 @@ class Held(Instance):
     """The instance of a model in memory: filling and dropping do nothing."""
 
     def __init__(self, source: InMemory) -> None:
-        self.source, self.names, self.overlay = source, source.names, Overlay()  # type: ignore[assignment]
+        self.names, self.where, self.overlay = source.names, source.where, Overlay()
         self.model = source.model
         self.empty = dict(source.names.params)
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._inputs = {}
+        self._inputs, self._rounders = {}, []
 
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
         """Nothing to do."""

@@ -8,29 +8,45 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
 from arrondi.model.memory import release
+from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
-from arrondi.tensor.qtensor import Grid, fake_quantize
-
-if TYPE_CHECKING:
-    from arrondi.model.source import OnDisk
-
+from arrondi.nn import RoundedInputs
+from arrondi.tensor.ranges.grid import Grid
 
 Rounding = dict[str, tuple[ActivationScheme, Grid | None]]
 """Module → how its input is rounded, and the static grid if there is one."""
+
+
+class Origin(Protocol):
+    """Where an instance gets its values.
+
+    Attributes:
+        model: the model on the meta device.
+        names: its parameters, and the stored tensors that fill them.
+        checkpoint: the files.
+        where: for messages.
+    """
+
+    model: Any
+    names: Names
+    checkpoint: Checkpoint
+    where: Path
 
 
 class Instance:
     """One model of a source.
 
     Attributes:
-        source: where weights come from.
+        names, where: of the source.
         model: the transformers model; what is not filled lies on the meta device.
         overlay: what differs from the source.
         lender: another instance of the same source, whose weights this one takes where they are the same, instead of its own
@@ -39,14 +55,16 @@ class Instance:
     """
 
     def __init__(
-        self, source: OnDisk, overlay: Overlay | None = None, device: torch.device = torch.device("cpu")
+        self, source: Origin, overlay: Overlay | None = None, device: torch.device = torch.device("cpu")
     ) -> None:
         self.device = device
-        self.source, self.names, self.overlay = source, source.names, overlay or Overlay()
+        self.names, self.where, self.overlay = source.names, str(source.where), overlay or Overlay()
+        self._checkpoint = source.checkpoint
         self.model: Any = copy.deepcopy(source.model)
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.lender: Instance | None = None
         self._inputs: Rounding = {}
+        self._rounders: list[Any] = []
         self._load_buffers()
 
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
@@ -79,7 +97,7 @@ class Instance:
         if own is not None and (group is None or own not in group.sources):
             return {param: self.overlay.changed[own]()}
         if group is None:
-            raise FileFormatError(f"{self.source.where}: no stored tensor fills {param}.")
+            raise FileFormatError(f"{self.where}: no stored tensor fills {param}.")
         tensors = [self.tensor(s, dtype) for s in group.sources]
         if group.convert is None:
             return {param: tensors[0]}
@@ -90,7 +108,7 @@ class Instance:
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor of the file, as it is now."""
         changed = self.overlay.changed.get(name)
-        return changed() if changed is not None else self.source.checkpoint.dense(name, dtype)
+        return changed() if changed is not None else self._checkpoint.dense(name, dtype)
 
     def is_empty(self, param: str) -> bool:
         return self.parameter(param).is_meta
@@ -134,8 +152,15 @@ class Instance:
         for name, how in inputs.items():
             if name not in self._inputs:
                 hook = _rounder(self._inputs, name)
-                self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+                module = self.model.get_submodule(name)
+                self._rounders.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._inputs[name] = how
+
+    def leave_inputs(self) -> None:
+        """From now on no inputs are rounded."""
+        for handle in self._rounders:
+            handle.remove()
+        self._rounders, self._inputs = [], {}
 
     def _load_buffers(self) -> None:
         """Buffers lie where the model runs. Stored buffers (running statistics, router biases, hash tables) hold what the checkpoint says."""
@@ -145,7 +170,7 @@ class Instance:
                     module, leaf = self._owner(target)
                     exact = any(n in target for n in self.model._keep_in_fp32_modules_strict or ())
                     kind = torch.float32 if exact else module._buffers[leaf].dtype
-                    module._buffers[leaf] = self.source.checkpoint.dense(group.sources[0]).to(kind)
+                    module._buffers[leaf] = self._checkpoint.dense(group.sources[0]).to(kind)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device and not buffer.is_meta:
@@ -159,7 +184,7 @@ class Instance:
         wanted = self.empty[param]
         if tuple(value.shape) != tuple(wanted.shape):
             raise FileFormatError(
-                f"{self.source.where}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}."
+                f"{self.where}: {param} should have shape {tuple(wanted.shape)}, the file has {tuple(value.shape)}."
             )
         if value.dtype.is_floating_point:
             value = value.to(dtype)
@@ -174,15 +199,6 @@ def _rounder(inputs: Rounding, name: str) -> Any:
         scheme, grid = inputs[name]
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
-        if args:
-            return (_rounded(args[0], scheme, grid), *args[1:]), kwargs
-        first = next(iter(kwargs))
-        return args, {**kwargs, first: _rounded(kwargs[first], scheme, grid)}
+        return RoundedInputs(scheme, grid)(module, args, kwargs)
 
     return hook
-
-
-def _rounded(x: torch.Tensor, scheme: ActivationScheme, grid: Grid | None) -> torch.Tensor:
-    """An input as the packed model sees it; gradients pass as if it were not rounded."""
-    rounded = fake_quantize(x.detach(), scheme.scheme, grid=grid, name="activation")
-    return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded

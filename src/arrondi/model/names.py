@@ -76,7 +76,7 @@ class Names:
 
     Attributes:
         groups: what is converted together.
-        unused: stored tensors that are no parameter or buffer of this model.
+        unused: stored tensors that are no parameter or stored buffer of this model.
         group_of: parameter or buffer → its group.
         splits_weights: transformers has a rule for this class, used or not, that makes several parameters of one stored tensor
             that it knows by the name of its weight.
@@ -95,7 +95,8 @@ class Names:
         """
         self.model, self.shapes, self.where = model, shapes, where
         self.params: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self.buffers = {n for n, _ in model.named_buffers(remove_duplicate=False)}
+        stored = model.state_dict(keep_vars=True)  # without buffers that are computed: transformers reads none of them
+        self.buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in stored}
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in self.params.items():
             self.aliases.setdefault(id(parameter), []).append(name)
@@ -123,8 +124,7 @@ class Names:
         Buffers of whole numbers (counters, positions) have the values that the model starts with.
         """
         patterns = list(getattr(self.model, "_keys_to_ignore_on_load_missing", None) or [])
-        state = self.model.state_dict(keep_vars=True)  # without buffers that are computed
-        buffers = [[n] for n in self.buffers if n in state and state[n].is_floating_point()]
+        buffers = [[n] for n, b in self.buffers.items() if b.is_floating_point()]
         return [
             names[0]
             for names in (*self.aliases.values(), *sorted(buffers))
@@ -150,7 +150,7 @@ class Names:
         self.splits_weights = any(
             len(c.target_patterns) > 1 and all(p.endswith(".weight") for p in c.source_patterns) for c in converters
         )
-        state = {**self.params, **dict(self.model.named_buffers(remove_duplicate=False))}
+        state = {**self.params, **self.buffers}
         prefix = self.model.base_model_prefix
         plain: list[Group] = []
         converted: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
@@ -192,7 +192,7 @@ class Names:
         return Group(sources, list(made), convert, patterns, key)
 
     def _check_shapes(self) -> None:
-        state = {**self.params, **dict(self.model.named_buffers(remove_duplicate=False))}
+        state = {**self.params, **self.buffers}
         for group in self.groups:
             if group.convert is not None:
                 continue
@@ -230,11 +230,12 @@ class Names:
         return Piece(source, index, rows, columns, target, index, rows, columns)
 
     def _marked(self, group: Group) -> list[Piece]:
-        assert group.convert is not None
+        convert = group.convert
+        assert convert is not None
         shapes = [self.shapes[s] for s in group.sources]
 
         def sent(values: Callable[[int, tuple[int, ...]], torch.Tensor]) -> dict[str, torch.Tensor]:
-            made = group.convert([values(i, shape).expand(shape) for i, shape in enumerate(shapes)])  # type: ignore[misc]
+            made = convert([values(i, shape).expand(shape) for i, shape in enumerate(shapes)])
             return {n: v if v.ndim == 3 else v.unsqueeze(0) for n, v in made.items()}
 
         def along(axis: int) -> dict[str, torch.Tensor]:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 
 from arrondi.errors import ArrondiError
 from arrondi.model.chain import REFUSALS, Chain, Inputs
-from arrondi.model.flow import trace
-from arrondi.model.instance import Instance
+from arrondi.model.flow import rows_on_two_axes, trace
+from arrondi.model.instance import Instance, Origin
+from arrondi.model.shapes import facts_by_shapes
 from arrondi.model.site import Facts, is_stack
-
-if TYPE_CHECKING:
-    from arrondi.model.source import OnDisk
 
 _TOKENS = 8
 _REPEATED = 1 << 16
@@ -48,7 +47,7 @@ class _MadeUp(Instance):
             module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
 
 
-def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
+def probe(source: Origin, lists: Sequence[str]) -> tuple[str, Facts]:
     """Which list of blocks runs on token ids, and what its weights do.
 
     Args:
@@ -57,7 +56,7 @@ def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
     Returns:
         the name of the list, the likeliest where none runs on token ids alone, "" where the model changes weights as it runs;
         routers, weights that are read otherwise than in
-        products, and the orientation of stacks, as far as anything could be run.
+        products, and the orientation of stacks, as far as anything could be run. What runs on no ids is run on shapes.
     """
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -68,7 +67,7 @@ def probe(source: OnDisk, lists: Sequence[str]) -> tuple[str, Facts]:
                 return ("" if any(_in_place(how) for how in facts.bare.values()) else name), facts
     finally:
         torch.random.set_rng_state(state)
-    return (lists[0] if lists else ""), Facts()
+    return (lists[0] if lists else ""), facts_by_shapes(source.model)
 
 
 def _observe(chain: Chain) -> Facts:
@@ -80,7 +79,8 @@ def _observe(chain: Chain) -> Facts:
     bare: dict[str, str] = {}
     flipped: set[str] = set()
     leaders: dict[str, str] = {}
-    flat: set[str] = set()
+    beside: dict[str, str] = {}
+    reshaped: set[str] = set()
     with contextlib.ExitStack() as undo, torch.no_grad():
         for handle in handles:
             undo.callback(handle)
@@ -92,7 +92,7 @@ def _observe(chain: Chain) -> Facts:
         hidden, calls = entered[0]
         # What the model does to the weights of blocks before these run; all else is seen in the blocks.
         bare |= {n: how for n, how in before.bare.items() if n.startswith(f"{chain.prefix}.") and _in_place(how)}
-        flat |= before.flat
+        reshaped |= before.reshaped
         seen: set[Any] = set()
         for i, block in enumerate(chain.blocks):
             structure = (type(block), tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
@@ -101,29 +101,32 @@ def _observe(chain: Chain) -> Facts:
             seen.add(structure)
             chain.fill(i)
             params = {n: chain.instance.parameter(n) for n in chain.params(i)}
-            flow = trace(block, params, lambda i=i: chain.call(i, hidden.clone(), calls[i]))  # type: ignore[misc]
+            flow = trace(block, params, partial(chain.call, i, hidden.clone(), calls[i].filled(chain.likely)))
             chain.drop(i)
             own = f"{chain.prefix}.{i}."
             like = _others(chain, i, structure)
             routers |= {p + n.removeprefix(own) for n in flow.routers for p in like}
             bare |= {p + n.removeprefix(own): how for n, how in flow.bare.items() for p in like}
-            flat |= {p + n.removeprefix(own) for n in flow.flat for p in like}
+            reshaped |= {p + n.removeprefix(own) for n in flow.reshaped for p in like}
+            beside |= {p + n.removeprefix(own): how for n, how in flow.beside.items() for p in like}
             leaders |= {p + n.removeprefix(own): p + leader.removeprefix(own) for s in flow.stages for n, leader in s.leaders.items() for p in like}  # fmt: skip
             flipped |= {p + u.param.removeprefix(own) for u in flow.uses if u.matrix is not None and not u.reduces_last for p in like}  # fmt: skip
         unreached: frozenset[str] = frozenset()
         with contextlib.suppress(*REFUSALS):  # what follows the blocks may need more than shapes
             unreached, outside = _called(chain, Inputs.of(ids), hidden)
-            flat |= outside
-    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders, frozenset(flat))
+            reshaped |= outside
+    return Facts(frozenset(routers), bare, frozenset(flipped), unreached, leaders, frozenset(reshaped), beside)
 
 
 def _called(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> tuple[frozenset[str], frozenset[str]]:
     """Of the parameters outside the blocks: those of modules that the model does not call on token ids (towers for images
-    and sound), and those whose module gets a matrix (tokens, in)."""
+    and sound), and those of linear layers whose input does not come as (windows, tokens, n)."""
     called: dict[str, bool] = {}
 
     def note(name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        called[name] = isinstance(module, torch.nn.Linear) and isinstance(args[0], torch.Tensor) and args[0].ndim == 2
+        called[name] = (
+            isinstance(module, torch.nn.Linear) and isinstance(args[0], torch.Tensor) and not rows_on_two_axes(args[0])
+        )
 
     handles = []
     with contextlib.ExitStack() as undo:
@@ -134,7 +137,8 @@ def _called(chain: Chain, inputs: Inputs, hidden: torch.Tensor) -> tuple[frozens
                 setattr(module, "forward", _blank(module.out_features))  # noqa: B010
         for handle in handles:
             undo.callback(handle.remove)
-        chain.instance.weightless = True  # type: ignore[attr-defined]
+        assert isinstance(chain.instance, _MadeUp)
+        chain.instance.weightless = True
         with chain.outer_loaded():
             chain.finish(inputs, hidden)
     owners = {n: n.rpartition(".")[0] for n in chain.instance.empty if not n.startswith(f"{chain.prefix}.")}

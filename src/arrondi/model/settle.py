@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from arrondi.errors import ArrondiError, SchemeError
-from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, said
+from arrondi.model.chain import REFUSALS, Chain, Inputs, hidden_of, rest_of, said
 from arrondi.model.flow import trace
+from arrondi.model.handed import Handed, leaves
 from arrondi.model.in_memory import InMemory
 from arrondi.model.site import Facts
 from arrondi.model.source import OnDisk
@@ -73,16 +74,20 @@ def settle(source: OnDisk | InMemory, batch: Any) -> list[str]:
 
 
 @torch.no_grad()
-def confirm(stream: Stream) -> None:
+def confirm(source: OnDisk | InMemory, stream: Stream) -> None:
     """Compare the first batch of the original, after its last unit, with what the model itself computed for it.
 
     Call it inside `stream.units.outer_loaded()`.
 
+    Args:
+        source: which was settled on that batch.
+        stream: of the original.
+
     Raises:
         SchemeError: they differ.
     """
-    source, device = stream.units.instance.source, stream.units.instance.device
-    if source.whole or source.settled is None or device.type != "cpu":  # other devices sum in another order
+    elsewhere = stream.units.instance.device.type != "cpu"  # where sums have another order
+    if source.whole or source.settled is None or elsewhere:
         return
     ends = [stream.output(j, rows)[:, -_ENDS:] for j, rows in stream.pieces() if j == 0]
     if not _close(torch.cat(ends), source.settled):
@@ -104,6 +109,7 @@ def _compare(chain: Chain, inputs: Inputs) -> torch.Tensor:
         _, calls = chain.begin(inputs)
     final: list[torch.Tensor] = []
     seen: list[int] = []
+    handed: dict[Handed, torch.Tensor] = {}
 
     def see(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen.append(i)
@@ -111,13 +117,14 @@ def _compare(chain: Chain, inputs: Inputs) -> torch.Tensor:
             raise SchemeError(f"The blocks {chain.prefix}.* are not run once each in order.")
         hidden = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs["hidden_states"]
         try:
-            ours = hidden_of(chain.call(i, hidden.clone(), calls[i]), hidden)
+            ours = hidden_of(chain.call(i, hidden.clone(), calls[i].filled(handed.__getitem__)), hidden)
         except REFUSALS as error:
             raise SchemeError(f"{chain.prefix}.{i} needs what earlier blocks leave behind ({said(error)}).") from error
         theirs = hidden_of(output, hidden)
         if not _close(ours, theirs):
             raise SchemeError(f"{chain.prefix}.{i} computes something else when it is run by itself.")
         final[:] = [theirs]
+        handed.update({Handed(i, n): t for n, t in enumerate(leaves(rest_of(output)))})
 
     try:
         expected = chain.whole(inputs, see)

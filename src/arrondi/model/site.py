@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from arrondi.model.flow import Flow
+from arrondi.model.flow_own import has_own_program
 from arrondi.model.names import Group, Names, Piece
 
 Kind = Literal["linear", "convolution", "embedding", "recurrent", "other"]
@@ -68,7 +69,7 @@ class Site:
     @property
     def rounds_inputs(self) -> tuple[str, ...]:
         """Modules whose input is rounded where the scheme rounds inputs; those of fused experts never are."""
-        return self.modules if self.kind == "linear" and self.param_index is None else ()
+        return self.modules if self.kind in ("linear", "convolution") and self.param_index is None else ()
 
     @property
     def name(self) -> str:
@@ -113,7 +114,8 @@ class Facts:
         flipped: stacks that are summed over their middle axis: they hold (in, out).
         unreached: parameters that the model does not use on token ids.
         leaders: parameters that multiply → the first one that reads the same activation.
-        flat: parameters of linear layers whose input is a matrix (tokens, in): it has no axis of windows.
+        reshaped: parameters of linear layers whose input does not come as (windows, tokens, n): two axes do not number its rows.
+        beside: weights of layers whose class has a program of its own → what that computes besides the product.
     """
 
     routers: frozenset[str] = frozenset()
@@ -121,14 +123,15 @@ class Facts:
     flipped: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
     leaders: Mapping[str, str] = field(default_factory=dict)
-    flat: frozenset[str] = frozenset()
+    reshaped: frozenset[str] = frozenset()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, flow: Flow) -> Facts:
         """What a run of the whole model has shown."""
         flipped = {u.param for u in flow.uses if u.matrix is not None and not u.reduces_last}
         leaders = {param: leader for stage in flow.stages for param, leader in stage.leaders.items()}
-        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders, flow.flat)
+        return cls(flow.routers, flow.bare, frozenset(flipped), frozenset(), leaders, flow.reshaped, flow.beside)
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class _Maker:
         return Site(
             tensor, index, shape, kind, place.param, place.index, place.rows, place.columns, flipped, file_flipped, piece,
             paths, classes, self.block(aliases),
-            self._reads(aliases, place.index), self._unfit(aliases, kind, classes), not all(a in self.facts.unreached for a in aliases),
+            self._reads(aliases, place.index), self._unfit(aliases, kind, classes, modules), not all(a in self.facts.unreached for a in aliases),
         )  # fmt: skip
 
     def _path(self, tensor: str, owner: str) -> str:
@@ -283,17 +286,24 @@ class _Maker:
         leader = next((self.facts.leaders[a] for a in aliases if a in self.facts.leaders), None)
         return leader if index is None or leader is None else f"{leader}[{index}]"
 
-    def _unfit(self, aliases: list[str], kind: Kind, classes: tuple[str, ...]) -> str | None:
+    def _unfit(self, aliases: list[str], kind: Kind, classes: tuple[str, ...], modules: list[Any]) -> str | None:
         if any(a in self.facts.routers for a in aliases):
             return "a router: its output chooses experts, and runtimes want it plain"
+        if kind == "recurrent":
+            return None  # its cells read the weight themselves, and keep rounded numbers instead of codes
         bare = next((self.facts.bare[a] for a in aliases if a in self.facts.bare), None)
         if bare is not None:
             return f"the model reads the weight itself ({bare}), not only its products"
+        beside = next((self.facts.beside[a] for a in aliases if a in self.facts.beside), None)
+        if beside is not None:
+            return f"its class computes more than the product ({beside})"
         if kind == "embedding":
             others = f", tied to {aliases[1]}" if len(aliases) > 1 else ""
             return f"an embedding is looked up, not multiplied{others}"
         if kind == "convolution" and any("Transpose" in c for c in classes):
             return "a transposed convolution"
+        if kind == "convolution" and any(has_own_program(m) for m in modules):
+            return f"a convolution that computes in a way of its own ({classes[0]})"
         if kind == "other":
             return f"not a matrix product ({'/'.join(classes)})"
         return None
@@ -302,11 +312,12 @@ class _Maker:
 def kind_of(module: torch.nn.Module, parameter: torch.Tensor) -> Kind:
     """What a module does with one of its parameters."""
     nn = torch.nn
-    if isinstance(module, nn.Linear) or _is_conv1d(module) or is_stack(module, parameter):
+    own = module._parameters.get("weight") is parameter  # a subclass may have matrices besides
+    if is_stack(module, parameter) or (own and (isinstance(module, nn.Linear) or _is_conv1d(module))):
         return "linear"
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if own and isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
     if isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__:
         return "embedding"

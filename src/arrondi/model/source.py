@@ -6,7 +6,7 @@ A source gives sites, tensors and the config; `instance()` gives a model that ca
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,8 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.tensor_file import read_bytes
-from arrondi.errors import FileFormatError
-from arrondi.model.build import build_model
+from arrondi.errors import FileFormatError, SchemeError
+from arrondi.model.build import build_model, starts_without
 from arrondi.model.chain import Chain
 from arrondi.model.instance import Instance, Rounding
 from arrondi.model.names import Names
@@ -113,17 +113,34 @@ class OnDisk:
         """Everything that multiplies, in the order of the files."""
         return [s for t in self.tensors for s in t.sites]
 
-    @property
-    def rounded_inputs(self) -> Rounding:
-        """Module → how its input is rounded, of a checkpoint that is quantized."""
+    def check_computed(self) -> None:
+        """Refuse what the schemes of a quantized checkpoint ask for and nothing here does.
+
+        Raises:
+            SchemeError: outputs, the key/value cache, or the inputs of an embedding are to be rounded.
+        """
+        for name, placed in self.checkpoint.placed.items():
+            if placed.scheme.outputs is not None or placed.scheme.kv is not None:
+                raise SchemeError(
+                    f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
+                )
+        embeddings = {s.tensor for s in self.sites if s.kind == "embedding"} & self.checkpoint.placed.keys()
+        for name in sorted(embeddings):
+            scheme = self.checkpoint.placed[name].scheme
+            if scheme.inputs is not None:
+                raise SchemeError(
+                    f"{name}: {scheme} rounds the inputs of an embedding, which are token ids. Give embeddings a group of their own."
+                )
+
+    def rounded_inputs(self, without: Container[str] = ()) -> Rounding:
+        """Module → how its input is rounded, of a checkpoint that is quantized; but of modules `without`."""
         found: Rounding = {}
         for tensor in self.tensors:
-            if tensor.name not in self.checkpoint.placed:
-                continue
-            scheme = self.checkpoint.inputs_of(tensor.name)
-            if scheme is not None:
+            scheme = self.checkpoint.inputs_of(tensor.name) if tensor.name in self.checkpoint.placed else None
+            modules = [m for site in tensor.sites for m in site.rounds_inputs if m not in without]
+            if scheme is not None and modules:
                 grid = None if scheme.dynamic is True else self.checkpoint.layer(tensor.name).inputs
-                found |= {m: (scheme, grid) for site in tensor.sites for m in site.rounds_inputs}
+                found |= dict.fromkeys(modules, (scheme, grid))
         return found
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -156,15 +173,7 @@ class OnDisk:
 
         transformers runs it before packed weights are put in, and some classes reach for the weight unasked.
         """
-        model = copy.deepcopy(self.model)  # initialising writes buffers
-        for module in {m for n, m in model.named_modules() if n in set(modules)}:
-            module._parameters.pop("weight", None)
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                _initialise(model, model)
-        except AttributeError:
-            return False
-        return True
+        return starts_without(copy.deepcopy(self.model), modules)
 
     def _untied(self) -> bool:
         """Whether parameters that the config ties had to be separated: both are stored, with different values."""
@@ -198,10 +207,3 @@ class OnDisk:
             raise FileFormatError(
                 f"{self.where}: no stored tensor fills {', '.join(missing[:_NAMED])}{more}. Is a shard missing, or does config.json belong to another model?"
             )
-
-
-def _initialise(module: Any, model: Any) -> None:
-    """What transformers does to the weights that a file lacks: every module is initialised by the innermost model around it."""
-    for child in module.children():
-        _initialise(child, child if hasattr(child, "_init_weights") else model)
-    model._init_weights(module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from arrondi.model.chain import Call, Chain, Inputs
+from arrondi.model.handed import Handed, named_in
 from arrondi.model.store import Budget, TreeStore
 from arrondi.model.whole import Whole
 
@@ -36,6 +38,7 @@ class Stream:
         batches: how the model is called on each batch.
         bfloat16: whether products are computed in bfloat16.
         keeps_inputs: whether what entered earlier units can still be read.
+        to_the_end: whether anybody reads what leaves the last unit; where nobody does, it is not run.
         budget, folder: see `__init__`.
     """
 
@@ -56,32 +59,36 @@ class Stream:
             keep_inputs: keep what enters every unit, so that the way can be gone back.
         """
         self.units, self.bfloat16, self.keeps_inputs = units, bfloat16, keep_inputs
+        self.to_the_end = True
         self.batches = [Inputs.of(b) for b in batches]
         self.budget, self.folder = budget, folder
-        self._hidden, self._calls = TreeStore(budget, folder), TreeStore(budget, folder)
+        self._hidden, self._calls, self._handed = (TreeStore(budget, folder) for _ in range(3))
         self._kept: list[Any] = []
+        self._wanted: dict[Handed, int] = {}
+        self._places: dict[tuple[int, Handed], int] = {}
 
     @torch.no_grad()
     def begin(self) -> None:
         """Run what comes before the first unit, for every batch. No unit may be filled."""
         self.close()
-        self._hidden, self._calls = (TreeStore(self.budget, self.folder) for _ in range(2))
-        self._kept = []
+        self._hidden, self._calls, self._handed = (TreeStore(self.budget, self.folder) for _ in range(3))
+        self._kept, self._wanted, self._places = [], {}, {}
         with self.units.outer_loaded():
             for batch in self.batches:
                 hidden, calls = self.units.begin(_moved(batch, self.units.instance.device))
                 self._hidden.append(hidden.cpu())
                 shared = _shared(calls)
-                for call in calls:
+                for i, call in enumerate(calls):
                     self._calls.append(self._hide(call, shared))
+                    self._wanted |= dict.fromkeys(named_in([call.args, call.kwargs]), i)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     @property
     def shares_state(self) -> bool:
-        """Whether units hand each other more than hidden states, through objects that they change."""
-        return bool(self._kept)
+        """Whether units hand each other more than hidden states."""
+        return bool(self._kept or self._wanted)
 
     def hidden(self, i: int, j: int) -> torch.Tensor:
         """What enters unit i on batch j, on the device where units run; after the last unit, what leaves it.
@@ -98,21 +105,39 @@ class Stream:
 
     def run_on(self, i: int, j: int, hidden: torch.Tensor) -> torch.Tensor:
         """Unit i, called as on batch j, on other hidden states; gradients are recorded where they are wanted."""
-        call = _moved(self._show(self._calls[j * len(self.units) + i]), self.units.instance.device)
-        return self.units.run(i, hidden, call, bfloat16=self.bfloat16)
+        return self._run_all(i, j, hidden)[0]
+
+    def _run_all(self, i: int, j: int, hidden: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        call = self._show(self._calls[j * len(self.units) + i]).filled(lambda h: self._handed[self._places[j, h]])
+        return self.units.run(i, hidden, _moved(call, self.units.instance.device), bfloat16=self.bfloat16)
 
     def forwards(self, i: int) -> list[Callable[[], object]]:
         """Unit i on every batch, to be run as often as needed; nothing moves on."""
-        return [lambda j=j: self.run(i, j) for j in range(len(self))]  # type: ignore[misc]
+        return [partial(self.run, i, j) for j in range(len(self))]
 
     def advance(self, i: int) -> None:
         """Take every batch through unit i."""
+        if i == len(self.units) - 1 and not self.to_the_end:
+            return
         for j in range(len(self)):
-            leaving = self.run(i, j).cpu()
+            output, rest = self._run_all(i, j, self.hidden(i, j))
+            self._hand_on(i, j, rest)
+            leaving = output.cpu()
             if self.keeps_inputs:
                 self._hidden.append(leaving)
             else:
                 self._hidden[j] = leaving
+
+    @torch.no_grad()
+    def _hand_on(self, i: int, j: int, rest: Sequence[torch.Tensor]) -> None:
+        """Keep what unit i returned for later units, and forget what none needs any more."""
+        for number, tensor in enumerate(rest):
+            if (which := Handed(i, number)) in self._wanted:
+                self._places[j, which] = len(self._handed)
+                self._handed.append(tensor)
+        for which, last in self._wanted.items():
+            if last == i and (j, which) in self._places:
+                self._handed[self._places.pop((j, which))] = None
 
     def pieces(self) -> list[tuple[int, slice]]:
         """All batches in parts whose outputs fit in memory, each with its rows: single windows, where a batch is token ids alone."""
@@ -120,7 +145,7 @@ class Stream:
         for j, batch in enumerate(self.batches):
             ids = batch.kwargs.get("input_ids")
             alone = not batch.args and len(batch.kwargs) == 1 and ids is not None and isinstance(self.units, Chain)
-            if alone and ids is not None and len(self.hidden(len(self.units), j)) == len(ids):
+            if alone and ids is not None and _windows_first(self.hidden(len(self.units), j), ids):
                 found += [(j, slice(k, k + 1)) for k in range(len(ids))]
             else:
                 found.append((j, slice(None)))
@@ -171,8 +196,8 @@ class Stream:
 
     def close(self) -> None:
         """Give memory and files back."""
-        self._hidden.close()
-        self._calls.close()
+        for store in (self._hidden, self._calls, self._handed):
+            store.close()
 
 
 def walk(groups: Sequence[Sequence[Stream]], visit: Visit | None = None) -> Iterator[int]:
@@ -203,6 +228,15 @@ _KEPT = "arrondi: kept by reference"
 """Marks the place of a value that is no tree of tensors."""
 
 
+def _windows_first(hidden: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether the first axes of hidden states are surely those of the ids: windows, then tokens.
+
+    Some models have several streams of hidden states in front of them, or tokens before windows.
+    """
+    shape, wanted = tuple(hidden.shape), tuple(ids.shape)
+    return shape[:2] == wanted and shape[1:3] != wanted and wanted != wanted[::-1]
+
+
 def _shared(calls: list[Call]) -> set[int]:
     """Identities of the containers that more than one unit is given, to be changed by one and read by another."""
     seen: set[int] = set()
@@ -220,7 +254,7 @@ def _is_tree(value: Any) -> bool:
         return all(map(_is_tree, value))
     if type(value) is dict:
         return all(map(_is_tree, value.values()))
-    return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
+    return value is None or isinstance(value, (torch.Tensor, Handed, bool, int, float, str))
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 
 _SHARE = 16
 """A list that holds less than the largest one's share of parameters by this factor is no chain of blocks."""
@@ -12,7 +13,10 @@ _SHARE = 16
 
 def find_lists(model: torch.nn.Module) -> list[str]:
     """Names of the outermost module lists, those with most parameters first; blocks of several classes are a list too."""
-    lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    lists = [
+        n for n, m in model.named_modules()
+        if isinstance(m, torch.nn.ModuleList) and not isinstance(m, ParametrizationList) and len(m)
+    ]  # fmt: skip
     sizes: dict[str, int] = {}
     for name in lists:
         if not any(name.startswith(other + ".") for other in lists if other != name):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from arrondi.errors import ArrondiError, SchemeError
-from arrondi.model.chain import REFUSALS, Call, Inputs, result_of, said
+from arrondi.model.chain import REFUSALS, Call, Inputs, copied, result_of, said
 from arrondi.model.instance import Instance
 
 
@@ -48,8 +48,10 @@ class Whole:
         """Nothing is run; the inputs are the arguments of the unit."""
         return torch.zeros(0), [Call(inputs.args, inputs.kwargs, None)]
 
-    def run(self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False) -> torch.Tensor:
-        """What the model computes.
+    def run(
+        self, i: int, hidden: torch.Tensor, call: Call, *, bfloat16: bool = False
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What the model computes, and nothing else.
 
         Raises:
             SchemeError: it does not run on these inputs.
@@ -57,7 +59,7 @@ class Whole:
         device = next((p.device.type for p in self.model.parameters()), "cpu")
         try:
             with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-                return result_of(self.model(*call.args, **call.kwargs)).float()
+                return result_of(self.model(*copied(call.args), **copied(call.kwargs))).float(), []
         except ArrondiError:
             raise
         except REFUSALS as error:

@@ -1,11 +1,12 @@
 """Modules that hold packed weights (`QLinear`, `QConv`, `QStack`, `QEmbedding`), and the ordinary ones beside them
-(`DenseLinear`)."""
+(`DenseLinear`, `RoundedInputs`)."""
 
 from arrondi.nn.conv import QConv, conv_matrix, conv_weight
 from arrondi.nn.dense import DenseLinear
 from arrondi.nn.embedding import QEmbedding
+from arrondi.nn.inputs import RoundedInputs
 from arrondi.nn.linear import QLinear, joined_product
-from arrondi.nn.packed import PackedWeight
+from arrondi.nn.packed import PackedWeight, keep_hooks
 from arrondi.nn.stack import QStack, replace_parameter
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "QEmbedding",
     "QLinear",
     "QStack",
+    "RoundedInputs",
     "conv_matrix",
     "conv_weight",
     "joined_product",
+    "keep_hooks",
     "replace_parameter",
 ]

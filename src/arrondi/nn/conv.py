@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.formats import ActivationScheme, PerTensor
 from arrondi.kernels import decoded, pack_weight, unpack_weight
-from arrondi.nn.inputs import keep_grid, round_inputs
+from arrondi.nn.inputs import check_input, keep_grid, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
@@ -101,6 +101,7 @@ class QConv(nn.Module):
 
     def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """x (batch, in, …) or (in, …) → (batch, out, …), same dtype; `output_size` as in PyTorch's transposed convolutions."""
+        check_input(x)
         values = x.to(self.dtype)
         if self.inputs is not None:
             values = round_inputs(values, self.inputs, self)

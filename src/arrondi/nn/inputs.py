@@ -1,13 +1,14 @@
 """How a layer rounds what enters it.
 
-Owns: `keep_grid` and `round_inputs`. Scales follow each tensor (dynamic), or are stored with the layer (static), or the outer
+Owns: `check_input`, `keep_grid` and `round_inputs` for packed layers, and `RoundedInputs` for layers that keep ordinary numbers. Scales
+follow each tensor (dynamic), or are stored with the layer (static), or the outer
 scale is stored and the inner ones follow (local: NVFP4). Stored numbers are buffers of the layer: `input_scale`,
 `input_zero_point` and `input_offset`, one number each.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,6 +19,17 @@ from arrondi.tensor.qtensor import fake_quantize
 from arrondi.tensor.ranges.grid import Grid
 
 _NAMES: Final = ("input_scale", "input_zero_point", "input_offset")
+
+
+def check_input(x: torch.Tensor) -> None:
+    """Refuse an input whose results would be cut to whole numbers.
+
+    Raises:
+        DataError: it is no tensor of floating-point numbers.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise DataError(f"A packed layer takes floating-point numbers, got {kind}. Convert them first (.float()).")
 
 
 def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | None) -> None:
@@ -75,6 +87,33 @@ def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -
         return fake_quantize(x, inputs.scheme, name="inputs")
     stored = Grid(module.get_buffer("input_scale"), *(module._buffers.get(name) for name in _NAMES[1:]))
     return fake_quantize(x, inputs.scheme, stored, name="inputs")
+
+
+class RoundedInputs:
+    """A forward pre-hook, registered `with_kwargs=True`, that rounds the first argument of a module.
+
+    Gradients pass as if it were not rounded.
+
+    Args:
+        inputs: how.
+        grid: the stored part of the grid; None where scales are dynamic.
+    """
+
+    def __init__(self, inputs: ActivationScheme, grid: Grid | None) -> None:
+        self.inputs, self.grid = inputs, grid
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the first one rounded."""
+        if args:
+            return (self._rounded(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: self._rounded(kwargs[first])}
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        rounded = fake_quantize(x.detach(), self.inputs.scheme, grid=self.grid, name="activation")
+        return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 def _outer(inputs: ActivationScheme) -> Scheme:

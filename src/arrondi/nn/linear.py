@@ -18,7 +18,7 @@ from arrondi.formats import ActivationScheme, PerTensor, PerToken
 from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, scattered_groups
 from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
-from arrondi.nn.inputs import keep_grid, round_inputs
+from arrondi.nn.inputs import check_input, keep_grid, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
@@ -103,6 +103,7 @@ class QLinear(nn.Module):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """The whole of it: casts, inputs that the kernel does not round itself, columns in the kernel's order."""
+        check_input(x)
         values = x.to(self.meta.dtype)
         if self.inputs is not None and self.meta.inputs is None:
             values = round_inputs(values, self.inputs, self)

@@ -1,13 +1,13 @@
 """Packed buffers under `nn.Module`'s own machinery, and under code that asks a layer for its weight.
 
-Owns: `keep_types` and `PackedWeight`.
+Owns: `keep_types`, `keep_hooks` and `PackedWeight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -26,6 +26,20 @@ def keep_types(module: nn.Module, change: Callable[[], object]) -> None:
         new = module._buffers[name]
         if new is not None and new.dtype != old.dtype:
             module._buffers[name] = old.to(new.device)
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """What was registered to run before and after a layer runs with the one in its place, and its handles still remove it."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    new.train(old.training)
+
+
+_HOOKS: Final = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 class _NoTensor(SchemeError, AttributeError):
@@ -68,10 +82,10 @@ class PackedWeight:
         return self.shape.numel()
 
     def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
-        return self.decode() @ other
+        return self._in(other.dtype) @ other
 
     def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
-        return other @ self.decode()
+        return other @ self._in(other.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,9 +93,15 @@ class PackedWeight:
         found = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, PackedWeight)]
         if found and ((name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})):
             raise found[0]._lacks(name)
-        dense = [a.decode() if isinstance(a, PackedWeight) else a for a in args]
-        named = {k: v.decode() if isinstance(v, PackedWeight) else v for k, v in (kwargs or {}).items()}
+        values = [*args, *(kwargs or {}).values()]
+        kind = next((v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
+        dense = [a._in(kind) if isinstance(a, PackedWeight) else a for a in args]
+        named = {k: v._in(kind) if isinstance(v, PackedWeight) else v for k, v in (kwargs or {}).items()}
         return func(*dense, **named)
+
+    def _in(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """The numbers in the type of what they meet: a model that was cast after it was packed has another than this layer."""
+        return self.decode().to(dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # protocols of Python that ask first

@@ -17,7 +17,8 @@ from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import rowwise
 from arrondi.pipeline.run import HIDDEN_LIMIT
-from arrondi.pipeline.step import OF_ORIGINAL, get_step
+from arrondi.pipeline.statistics import OF_ORIGINAL
+from arrondi.pipeline.step import get_step
 
 BASE_BYTES: Final = 430 << 20
 """Resident set of Python with torch and transformers loaded, and a model without its weights."""

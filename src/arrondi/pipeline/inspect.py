@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, Entry, readers_of
 
 
@@ -21,6 +22,7 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     Raises:
         FileFormatError: not a model directory, or a layout that is not known.
     """
+    check_arguments(inspect_model, locals())
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     parts = _stored_parts(checkpoint)

@@ -77,6 +77,8 @@ class Journal:
         out = self.out
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: a file. Give a directory that does not exist yet.")
+        if self.work.is_symlink():  # what it leads to is not ours to clear
+            raise OutputError(f"{self.work}: is in the way (a link). Choose a new directory.")
         finished = finished_key(out) is not None
         if finished and not overwrite:
             manifest = Manifest.read(out)

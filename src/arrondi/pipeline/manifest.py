@@ -1,19 +1,21 @@
 """`manifest.json`: what a finished run was, and every file that it wrote, with its size and digest.
 
-Owns: `Manifest`, and the questions that it answers: whether a directory holds the finished output of a run (`finished`), whether
+Owns: `Manifest`, `sealed` and `content`, and the questions that it answers: whether a directory holds the finished output of a run (`finished`), whether
 its bytes are still those that were written, and which files an `--overwrite` removes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, Final
 
-from arrondi.checkpoint import file_sha256, shard_digest
+from arrondi.checkpoint import file_sha256, read_report, shard_digest
 from arrondi.errors import OutputError
 from arrondi.pipeline.ledger import Ledger
 
@@ -22,7 +24,7 @@ WORK: Final = ".arrondi"
 MANIFEST: Final = "manifest.json"
 CONFIG: Final = "config.json"
 """Written last: without it a directory is no model."""
-_FACTS: Final[tuple[set[str], ...]] = (set(), {"bytes", "sha256"}, {"bytes", "digest"})
+_FACTS: Final[tuple[set[str], ...]] = ({"content"}, {"bytes", "sha256"}, {"bytes", "digest"})
 """What may be said of a file."""
 
 
@@ -32,8 +34,9 @@ class Manifest:
 
     Attributes:
         run: the key of the run.
-        files: name in the output → `bytes` and, of a file of tensors, `digest` (see `shard_digest`), of another `sha256`. The
-            report, which says how long the run took, is named without them: the same run gives the same manifest.
+        files: name in the output → `bytes` and, of a file of tensors, `digest` (see `shard_digest`), of another `sha256`. Of the
+            report there is the `content`, without how long the run took and where the model lay: the same run gives the same
+            manifest.
         tensors: stored tensor of the source → digest of the bytes that were read.
         machine: what the run's bytes depended on besides its inputs.
     """
@@ -48,6 +51,8 @@ class Manifest:
         """The manifest of a directory; None if there is none, or none that a run of ours wrote."""
         try:
             document = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+            if document.pop("sum") != _digest(document):
+                return None
             run, files = document["run"], document.get("files", {})
             model, machine = document.get("model", {}), document.get("machine", {})
             tensors = model.get("tensors", {})
@@ -57,6 +62,21 @@ class Manifest:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
         return cls(run, files, tensors, machine)
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum by which `Manifest.read` knows that nothing in it was changed."""
+    plain = {k: v for k, v in document.items() if k != "sum"}
+    return {**plain, "sum": _digest(plain)}
+
+
+def content(report: Mapping[str, Any]) -> str:
+    """The digest of what a report says, whatever time the run took, and wherever the model lay."""
+    return _digest({k: v for k, v in report.items() if k not in ("seconds", "model")})
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def words(table: object) -> bool:
@@ -111,14 +131,20 @@ def faults(out: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[
         path = out / name
         if not path.is_file():
             yield name, "is missing"
-        elif wanted and path.stat().st_size != wanted["bytes"]:
+        elif "bytes" in wanted and path.stat().st_size != wanted["bytes"]:
             yield name, f"has {path.stat().st_size} bytes, {wanted['bytes']} were written"
-        elif wanted:
+        else:
             same_size.append(name)
     for name in same_size:
-        found = shard_digest(out / name) if "digest" in files[name] else file_sha256(out / name)
-        if found not in files[name].values():
+        (kind,) = files[name].keys() - {"bytes"}
+        if _FOUND[kind](out / name) != files[name][kind]:
             yield name, "holds other bytes than were written"
+
+
+_FOUND: Final[Mapping[str, Callable[[Path], str | None]]] = MappingProxyType({
+    "digest": shard_digest, "sha256": file_sha256, "content": lambda path: content(read_report(path)),
+})  # fmt: skip
+"""What is said of a file → what it is now."""
 
 
 def check_apart(model: Path, out: Path) -> None:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 from arrondi.checkpoint import LayerValues
-from arrondi.errors import DataError
-from arrondi.model import Budget, Chain, InMemory, Inputs, Site, Stream, Whole, settle, walk
+from arrondi.errors import DataError, SchemeError
+from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
+from arrondi.nn import QStack
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.statistics import Forward, Side
-from arrondi.pipeline.step import OF_ORIGINAL
-from arrondi.pipeline.unit import carry_out
+from arrondi.pipeline.statistics import OF_ORIGINAL, Forward, Side
+from arrondi.pipeline.unit import carry_out, check_finite
 from arrondi.pipeline.work import Work
 from arrondi.runtime.install import install
 from arrondi.runtime.modules import remember
 from arrondi.tensor.rows import stack_rows
+
+_KINDS: Final = "Calibration of a module is batches as it is called (tensors, tuples, dicts)"
 
 _BATCH = 8
 """Windows of token ids that are sent through a model together."""
@@ -53,32 +57,59 @@ def quantize_module(
         SchemeError: the recipe picks nothing, or the module does not run on the batches.
         DataError: a method needs calibration and there is none, or a weight is not finite.
     """
+    _check(model)
     source, batches = InMemory(model), _batches(model, calibration)
     training = model.training
     model.eval()
     try:
-        if batches:
-            source.learn(lambda: _call(model, batches[0]))
-            settle(source, batches[0])
-        plan = make_plan(source, recipe, keep_misfits=keep_misfits)
-        check(plan)
-        if plan.calibrated and not batches:
-            raise DataError("The recipe needs calibration batches, and none were given. Pass calibration=[…].")
-        done = _rounded(source, plan, batches, progress or (lambda done, total, what: None))
-        _install(source, plan.quantized, done)
+        with _experts_one_by_one(model):
+            if batches:
+                source.learn(batches[0])
+                settle(source, batches[0])
+            else:
+                source.learn_alone()
+            plan = make_plan(source, recipe, keep_misfits=keep_misfits)
+            check(plan)
+            for site in [s for t in plan.quantized for s in t.sites]:
+                check_finite(site, site.region(source.names.params[site.param]))
+            if plan.calibrated and not batches:
+                raise DataError("The recipe needs calibration batches, and none were given. Pass calibration=[…].")
+            instance = source.instance()
+            try:
+                done = _rounded(source, instance, plan, batches, progress or (lambda done, total, what: None))
+            finally:
+                instance.leave_inputs()
+            _install(source, plan, done)
     finally:
         model.train(training)
     return model
 
 
+@contextmanager
+def _experts_one_by_one(model: torch.nn.Module) -> Iterator[None]:
+    """transformers' experts are multiplied one by one, as packed ones are; afterwards too, if they were packed."""
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_experts_implementation")}
+    before = [(c, c._experts_implementation) for c in configs.values()]
+    for config, _ in before:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        if not any(isinstance(m, QStack) for m in model.modules()):
+            for config, own in before:
+                config._experts_implementation = own
+
+
 def _rounded(
     source: InMemory,
+    instance: Instance,
     plan: Plan,
     batches: list[Inputs],
     progress: Callable[[int, int, str], None],
 ) -> dict[str, LayerValues]:
     """Tensor → its codes. The module's parameters hold the rounded values afterwards."""
-    instance, tensors = source.instance(), plan.tensors
+    tensors = plan.tensors
     units = source.units_of(instance)
     found: dict[str, LayerValues] = {}
 
@@ -122,11 +153,12 @@ def _copy(source: InMemory) -> Chain | Whole:
     return copied.units_of(copied.instance())
 
 
-def _install(source: InMemory, planned: Sequence[PlannedTensor], values: dict[str, LayerValues]) -> None:
+def _install(source: InMemory, plan: Plan, values: dict[str, LayerValues]) -> None:
+    planned = plan.quantized
     by_param: dict[str, list[Site]] = {}
     inputs = {}
     placed = {t.name: t.placed for t in planned}
-    loose: dict[str, LayerValues] = {}
+    loose: set[str] = set()
     for t in planned:
         inputs[t.name] = t.scheme.inputs if t.scheme else None
         for site in t.sites:
@@ -134,17 +166,21 @@ def _install(source: InMemory, planned: Sequence[PlannedTensor], values: dict[st
     for param, sites in by_param.items():
         layers = {s.tensor: (values[s.tensor], inputs[s.tensor]) for s in sites}
         if not install(source.model, source.names, sites, layers, source.names.params[param].dtype):
-            loose |= {name: found for name, (found, _) in layers.items()}
-    remember(source.model, placed, loose)
+            loose |= layers.keys()
+    remember(source.model, placed, values, loose, plan.facts)
 
 
-def _call(model: torch.nn.Module, batch: Inputs) -> Any:
-    try:
-        return model(*batch.args, **batch.kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"The module does not run on its first calibration batch ({str(error).splitlines()[0]}). Give batches as it is called."
-        ) from error
+def _check(model: torch.nn.Module) -> None:
+    """Refuse what cannot be changed in place, or has no numbers."""
+    if any(name == "weight" for name, _ in model.named_parameters(recurse=False)) and not len(list(model.children())):
+        raise SchemeError(
+            f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Put it into a torch.nn.Sequential and quantize that."
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise DataError(f"{name} has no shape yet. Run the module once on a batch first.")
+        if parameter.is_meta:
+            raise DataError(f"{name} is on the meta device and has no numbers. Load the weights first.")
 
 
 def _batches(model: torch.nn.Module, calibration: Any) -> list[Inputs]:
@@ -152,21 +188,19 @@ def _batches(model: torch.nn.Module, calibration: Any) -> list[Inputs]:
         return []
     if isinstance(calibration, torch.Tensor):
         integers = not calibration.dtype.is_floating_point and calibration.ndim == 2
-        return [_inputs(model, b) for b in (calibration.split(_BATCH) if integers else [calibration])]
-    readable = isinstance(calibration, Iterable) and not isinstance(calibration, str)
-    found = list(calibration) if readable else [calibration]
-    for batch in found:
-        if not isinstance(batch, (Inputs, torch.Tensor, tuple, list, Mapping)):
-            raise DataError(
-                f"Calibration of a module is batches as it is called (tensors, tuples, dicts), got {type(batch).__name__}."
-            )
-    return [_inputs(model, b) for b in found]
+        calibration = calibration.split(_BATCH) if integers else [calibration]
+    elif isinstance(calibration, Mapping):
+        calibration = [calibration]
+    elif isinstance(calibration, str) or not isinstance(calibration, Iterable):
+        raise DataError(f"{_KINDS}, got {type(calibration).__name__}.")
+    return [_inputs(model, batch) for batch in calibration]
 
 
 def _inputs(model: torch.nn.Module, batch: Any) -> Inputs:
-    """A batch as the module is called: token ids by their name only where it has that name."""
-    inputs = Inputs.of(batch)
-    named = inspect.signature(model.forward).parameters.values()
-    if isinstance(batch, torch.Tensor) and not any(p.name in inputs.kwargs or p.kind is p.VAR_KEYWORD for p in named):
+    if not isinstance(batch, (torch.Tensor, tuple, list, Mapping, Inputs)):
+        raise DataError(f"{_KINDS}, got one of the type {type(batch).__name__}.")
+    if isinstance(batch, torch.Tensor) and batch.is_meta:
+        raise DataError(f"{_KINDS}, got one on the meta device, which has no numbers.")
+    if isinstance(batch, torch.Tensor) and "input_ids" not in inspect.signature(model.forward).parameters:
         return Inputs((batch,))
-    return inputs
+    return Inputs.of(batch)

@@ -176,7 +176,7 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         splits=source.names.splits_weights,
         plain=0.0 in joined,
         parted=any(0 < share < 1 for share in joined),
-        flat=frozenset(m for s in source.sites if s.param in source.facts.flat for m in s.modules),
+        reshaped=frozenset(m for s in source.sites if s.param in source.facts.reshaped for m in s.modules),
     )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]

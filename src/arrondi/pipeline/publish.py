@@ -17,12 +17,15 @@ from arrondi.checkpoint import (
     ShardWriter,
     file_sha256,
     guard_disk,
+    read_report,
     sync_folder,
     write_config,
     write_json,
 )
+from arrondi.documents import finite
+from arrondi.errors import FileFormatError, OutputError
 from arrondi.pipeline.journal import Journal
-from arrondi.pipeline.manifest import CONFIG, MANIFEST
+from arrondi.pipeline.manifest import CONFIG, MANIFEST, content, sealed
 
 
 def planned_files(shards: ShardPlan, travelling: Iterable[str] = (), documents: Iterable[str] = ()) -> list[str]:
@@ -48,21 +51,22 @@ def publish(
 
     Raises:
         OutputError: the disk is full; the same command goes on.
+        FileFormatError: what travels with the model was changed while the run was going on.
     """
     out = journal.out
     writer.publish()
     with guard_disk(out):
         for name, path in travelling.items():
-            _copy(path, out / name)
+            _copy(path, out, name, manifest["model"]["files"].get(name))
     for name, document in (documents or {}).items():
         write_json(out / name, document)
     last = journal.work / CONFIG
     write_config(last, config)
     files: dict[str, Any] = writer.described(journal.wrote)
     files |= {name: _described(out / name) for name in {*travelling, *writer.plan.names} - files.keys()}
-    files |= {name: {} for name in documents or ()}  # they say how long it took
+    files |= {name: {"content": content(read_report(out / name))} for name in documents or ()}
     files[CONFIG] = _described(last)
-    write_json(out / MANIFEST, {**manifest, "files": dict(sorted(files.items()))})
+    write_json(out / MANIFEST, sealed(finite({**manifest, "files": dict(sorted(files.items()))})))
     with guard_disk(out):
         os.replace(last, out / CONFIG)
         sync_folder(out)
@@ -73,8 +77,17 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def _copy(path: Path, target: Path) -> None:
+def _copy(path: Path, out: Path, name: str, sha256: str | None) -> None:
+    """Copy a file that had this hash when the run began, into `out` and not to where a link leads."""
+    target = out / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
+    if not target.parent.resolve().is_relative_to(out.resolve()):
+        raise OutputError(f"{target.parent}: is in the way (a link). Remove it, and run the same command again.")
+    if target.is_symlink():
+        target.unlink()
+    if path.is_file():
+        shutil.copyfile(path, target)
+    if not path.is_file() or file_sha256(target) != sha256:
+        raise FileFormatError(f"{path}: changed while the run was going on. Run the same command again.")
     with target.open("rb") as file:
         os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,14 @@ def quantize_model(
     key = quantize_key(checkpoint, ledger, plan, recipe, text, texts, shard_bytes, device)
     if not overwrite and finished(out, key, ledger):
         return read_report(out / "report.json")
-    files = planned_files(plan.shards(shard_bytes), travelling(checkpoint.folder), ["report.json"])
+    side_files = travelling(checkpoint.folder)
+    files = planned_files(plan.shards(shard_bytes), side_files, ["report.json"])
     with Journal(out, key, files, machine(), overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
         say = progress or (lambda done, total, what: None)
         run = Run(plan, texts, journal, ledger, shard_bytes, say, torch.device(device))
         run.execute()
-        return _publish(run, facts_of(checkpoint, plan, recipe, text, texts), key)
+        return _publish(run, side_files, facts_of(checkpoint, plan, recipe, text, texts), key)
 
 
 def rehearse(
@@ -126,9 +127,9 @@ def _settled(source: OnDisk, texts: Texts) -> list[str]:
     return settle(source, batches[0]) if batches else []
 
 
-def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:
+def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], key: str) -> dict[str, Any]:
     """The files get their names; config.json comes last."""
-    source, done = run.source.checkpoint.folder, run.journal.steps["measured"]
+    done = run.journal.steps["measured"]
     report: dict[str, Any] = finite(
         {
             **facts,
@@ -138,9 +139,12 @@ def _publish(run: Run, facts: dict[str, Any], key: str) -> dict[str, Any]:
             "kept": kept_of(run.plan),
         }
     )
-    config = {**merged(source.config, run.overlay.config), "quantization_config": run.plan.config()}
+    config = {
+        **merged(run.source.checkpoint.folder.config, run.overlay.config),
+        "quantization_config": run.plan.config(),
+    }
     manifest = manifest_of(key, run.ledger, facts)
-    publish(run.journal, run.writer, travelling(source), config, manifest, {"report.json": report})
+    publish(run.journal, run.writer, side_files, config, manifest, {"report.json": report})
     return report
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.step import check_fallback, check_scheme, check_step, get_step
@@ -39,10 +40,11 @@ class Rule:
     fallback: str = ""
 
     def __post_init__(self) -> None:
-        check_step(self.method, self.options)
         object.__setattr__(self, "targets", _words(self.targets))
         if self.scheme is not None:
             object.__setattr__(self, "scheme", layer_scheme_of(self.scheme))
+        check_fields(self)
+        check_step(self.method, self.options)
         if self.fallback:
             check_fallback(self.method, self.fallback)
         if self.scheme is None:
@@ -66,15 +68,16 @@ class Recipe:
     ignore: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        rules = (self.rules,) if isinstance(self.rules, Rule) else tuple(self.rules)
+        rules = self.rules if isinstance(self.rules, list | tuple) else (self.rules,)
         strange = [r for r in rules if not isinstance(r, Rule)]
         if strange:
             raise SchemeError(
-                f"A recipe is made of rules, got {type(strange[0]).__name__} {str(strange[0])[:60]!r}. Give a list of Rule."
+                f"A recipe is made of rules, got {said(strange[0])}. Each says a scheme and which weights get it."
             )
-        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "rules", tuple(rules))
         if self.ignore is not None:
             object.__setattr__(self, "ignore", _words(self.ignore))
+        check_fields(self)
 
     @classmethod
     def simple(
@@ -88,6 +91,8 @@ class Recipe:
         options: Mapping[str, Any] | None = None,
     ) -> Recipe:
         """One rule, as the command line gives it; the scheme is a word, a scheme of weights, or one of a layer."""
+        if not isinstance(method, str):
+            raise SchemeError(f"The method is a word, got {said(method)}.")
         rule = Rule(_layer_scheme(scheme, group_size), get_step(method).name, _words(targets), dict(options or {}))
         return cls((rule,), None if ignore is None else _words(ignore))
 
@@ -183,6 +188,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
         raise ValueError(f"the key {twice!r} is there twice")
     return found
+
+
+def _selectors(selectors: Any) -> tuple[str, ...]:
+    try:
+        return _words(selectors)
+    except TypeError:
+        raise SchemeError(f"Targets and ignores are words or lists of them, got {said(selectors)}.") from None
 
 
 def _words(selectors: Any) -> tuple[str, ...]:

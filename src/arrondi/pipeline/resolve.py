@@ -9,18 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
 from arrondi.checkpoint import Layout, Placed
-from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, Scheme
+from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.step import get_step
 
 Status = Literal["quantized", "kept by rule", "kept because impossible"]
 
+_SCALES: Final[dict[torch.dtype, Literal["float16", "bfloat16"]]] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+"""The type of scales beside weights of a type; float32 beside all others."""
 _SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
 _SMALLEST_GROUP = 16
@@ -136,13 +141,17 @@ class Resolver:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
         rule, site = plain.rule, plain.sites[0]
         assert rule is not None and rule.scheme is not None
-        scale = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(plain.dtype, "float32")
-        wanted = rule.scheme.with_scale(scale)  # type: ignore[arg-type]
+        wanted = rule.scheme.with_scale(_SCALES.get(plain.dtype, "float32"))
         step = get_step(rule.method)
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""
         for scheme in [wanted] if self.keep_misfits else _nearest(wanted, site.matrix_shape[1]):
-            refusal = step.refuse(site, scheme) or self.layout.refuse(placed_of(plain.tensor, scheme, rule)) or ""
+            refusal = (
+                _unrounded(site, scheme)
+                or step.refuse(site, scheme)
+                or self.layout.refuse(placed_of(plain.tensor, scheme, rule))
+                or ""
+            )
             if not refusal and self.keep_misfits and _ragged(scheme.weights, site.matrix_shape):
                 refusal = f"{scheme.weights} does not divide its shape {site.matrix_shape}"
             if not refusal:
@@ -167,6 +176,17 @@ class Resolver:
 
     def _aliases(self, site: Site) -> list[str]:
         return self.source.names.names_of(site.param)
+
+
+def _unrounded(site: Site, scheme: LayerScheme) -> str | None:
+    """Why inputs cannot be rounded so by what stands in for the layer, None if they can."""
+    if scheme.inputs is None:
+        return None
+    if site.kind == "recurrent":
+        return "inputs of recurrent cells are not rounded"
+    if site.kind == "convolution" and not isinstance(scheme.inputs.scheme.granularity, PerTensor):
+        return f"inputs of convolutions are rounded with one scale for a tensor, not by {scheme.inputs}"
+    return None
 
 
 def _unlike(wanted: LayerScheme, scheme: LayerScheme, shape: tuple[int, int]) -> str:

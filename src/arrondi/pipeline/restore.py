@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, TensorSpec
 from arrondi.errors import SchemeError
 from arrondi.model import DTYPES
@@ -47,6 +48,7 @@ def dequantize_model(
         SchemeError: the model is not quantized, or the dtype is not one of the three.
         OutputError: the output holds something else, or the disk is full.
     """
+    check_arguments(dequantize_model, locals())
     if dtype not in DTYPES:
         raise SchemeError(f"Cannot write {dtype!r}. Use one of {', '.join(DTYPES)}.")
     checkpoint, out = Checkpoint.open(model), Path(out)

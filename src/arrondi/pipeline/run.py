@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of
-from arrondi.pipeline.statistics import Forward, Side
-from arrondi.pipeline.step import OF_ORIGINAL, Added
+from arrondi.pipeline.statistics import OF_ORIGINAL, Forward, Side
+from arrondi.pipeline.step import Added
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.unit import carry_out, stackable
 from arrondi.pipeline.work import Work
@@ -87,7 +88,10 @@ class Run:
         groups = _grouped(self.plan.tensors)
         for i, group in enumerate(groups):
             self.progress(i, len(groups), f"tensors {i + 1} of {len(groups)}")
-            self._step(f"tensors {i}", group, lambda group=group: [r for t in group for r in self._alone(t)])  # type: ignore[misc]
+            self._step(f"tensors {i}", group, partial(self._all_alone, group))
+
+    def _all_alone(self, group: list[PlannedTensor]) -> list[dict[str, Any]]:
+        return [row for planned in group for row in self._alone(planned)]
 
     def _alone(self, planned: PlannedTensor) -> list[dict[str, Any]]:
         """Round one tensor by itself, or copy it."""
@@ -134,7 +138,7 @@ class Run:
             if i in blocks:
                 self.units.fill(i)
                 members = [t for t in self.plan.tensors if t.block == i]
-                self._step(f"unit {i}", members, lambda members=members: self._work(members, ()))  # type: ignore[misc]
+                self._step(f"unit {i}", members, partial(self._work, members, ()))
                 self.units.drop(i)
         self._outside("outside", [t for t in self.plan.tensors if t.block is None], (), ())
 
@@ -159,11 +163,12 @@ class Run:
                 self._outside("front", front, *begun)
                 learning.begin()
                 measured.begin()
+            rest = [t for t in self.plan.tensors if t.block is None and t not in front]
+            learning.to_the_end = floats.to_the_end = bool(self._wanted(rest))
             groups = [[s for s in group if len(s)] for group in ([learning, measured], [reference, floats])]
             for i in walk(groups, self._visit):
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
             self.progress(len(self.units), total, "outside the blocks")
-            rest = [t for t in self.plan.tensors if t.block is None and t not in front]
             ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (learning, floats)]
             self._outside("outside", rest, *ends)
             if not evaluation:
@@ -210,7 +215,7 @@ class Run:
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
     ) -> None:
         """What lies outside the units; a head or a pooler is calibrated on what the quantized units give."""
-        wanted = [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
+        wanted = self._wanted(members)
 
         def work() -> list[dict[str, Any]]:
             with ExitStack() as loaded:
@@ -221,6 +226,10 @@ class Run:
                 return self._work(members, forwards if wanted else (), originals if wanted else ())
 
         self._step(name, members, work)
+
+    def _wanted(self, members: list[PlannedTensor]) -> list[str]:
+        """The parameters that steps look at or change."""
+        return [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
 
     def _front(self) -> list[PlannedTensor]:
         """Tensors that work before the first unit and that a step changes: projections of narrow embeddings."""
@@ -241,7 +250,7 @@ class Run:
             for j, rows in reference.pieces():
                 ids = ids_of(reference.batches[j])[rows]
                 comparison.add(reference.output(j, rows), measured.output(j, rows), ids)
-            confirm(reference)
+            confirm(self.source, reference)
         return {
             **comparison.summary().to_dict(),
             "text": self.texts.evaluation_source,
@@ -265,21 +274,24 @@ class Run:
         """From now on the quantized model has the values that the file holds."""
         for planned in members:
             if planned.status == "quantized":
-                self.overlay.changed[planned.name] = lambda t=planned: self._restored(t)  # type: ignore[misc]
+                self.overlay.changed[planned.name] = partial(self._restored, planned)
                 inputs = planned.scheme.inputs if planned.scheme else None
                 if inputs is not None and inputs.dynamic is not True:
                     grid = self.plan.layout.read(planned.placed, self.writer.get).inputs
                     modules = [m for s in planned.sites for m in s.rounds_inputs]
                     self.instance.round_inputs(dict.fromkeys(modules, (inputs, grid)))
             elif planned.name in self.plan.declared.changed:
-                self.overlay.changed[planned.name] = lambda n=planned.name: self.writer.get(n).float()  # type: ignore[misc]
+                self.overlay.changed[planned.name] = partial(self._written, planned.name)
         for added in self._added(members):
-            self.overlay.added[added.param] = lambda n=added.name: self.writer.get(n).float()  # type: ignore[misc]
+            self.overlay.added[added.param] = partial(self._written, added.name)
 
     def _added(self, members: Sequence[PlannedTensor]) -> list[Added]:
         """What steps add for these tensors."""
         names = {t.name for t in members}
         return [a for a in self.plan.declared.added if a.tensor in names]
+
+    def _written(self, name: str) -> torch.Tensor:
+        return self.writer.get(name).float()
 
     def _restored(self, planned: PlannedTensor) -> torch.Tensor:
         values = self.plan.layout.read(planned.placed, self.writer.get)

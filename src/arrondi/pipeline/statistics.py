@@ -1,4 +1,4 @@
-"""What calibration says of the inputs of sites: `Seen` and `collect`.
+"""What calibration says of the inputs of sites: `Need`, `Seen` and `collect`.
 
 Inputs that several sites read are counted once. Nothing raw is kept beyond one batch but a sample of bounded size.
 """
@@ -8,13 +8,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from arrondi.calibration import Reservoir, SecondMoment, span_of
 from arrondi.model.flow import Use, watch
-from arrondi.pipeline.step import OF_ORIGINAL, Need
+
+Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
+"""What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original.
+
+    moment        Σ x xᵀ
+    mean          Σ x
+    range         the least and the largest number
+    absmax        max |x| of every column
+    sample        rows, each as likely as every other
+    float moment  Σ f fᵀ
+    cross moment  Σ x fᵀ, of the same tokens
+"""
+
+OF_ORIGINAL: Final = frozenset({"float moment", "cross moment"})
+"""Needs for which the original is followed on the calibration data too."""
 
 Key = tuple[str, int | None]
 """A parameter, and which matrix of it."""
@@ -151,19 +165,28 @@ def collect(
                 same = others.get(key)
                 found.add_pair(x, same.pop(0) if same else None, needs)
 
-        _pass(leaders, count, side, j, note)
+        _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"})
     return seen
 
 
 def _pass(
-    leaders: Collection[str], count: int, side: Side, j: int, note: Callable[[Key, torch.Tensor], object]
+    leaders: Collection[str],
+    count: int,
+    side: Side,
+    j: int,
+    note: Callable[[Key, torch.Tensor], object],
+    *,
+    grouped: bool = False,
 ) -> None:
-    """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end)."""
+    """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end).
+
+    `grouped`: also those of convolutions in groups, of which every row of the weight sees another part.
+    """
     reports = 0
 
     def report(use: Use) -> None:
         nonlocal reports
-        if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1):
+        if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1 or grouped):
             note((use.param, use.matrix), use.x)
         reports += 1
         if reports == count:

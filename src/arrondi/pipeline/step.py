@@ -11,35 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from arrondi.arguments import check_fields
 from arrondi.checkpoint import TensorSpec
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, Source
+from arrondi.pipeline.statistics import Need, Seen
 from arrondi.rounding import METHODS, Method, Rounding, check_options
 
-if TYPE_CHECKING:
-    from arrondi.pipeline.statistics import Seen
-
 Kind = Literal["rewrite", "round", "repair"]
-
-Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
-"""What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original.
-
-    moment        Σ x xᵀ
-    mean          Σ x
-    range         the least and the largest number
-    absmax        max |x| of every column
-    sample        rows, each as likely as every other
-    float moment  Σ f fᵀ
-    cross moment  Σ x fᵀ, of the same tokens
-"""
-
-OF_ORIGINAL: Final = frozenset({"float moment", "cross moment"})
-"""Needs for which the original is followed on the calibration data too."""
 
 Scope = Literal["site", "reads", "unit", "model"]
 """What is done together or not at all: one site, all sites that read the same input, all that were selected in a unit, or in the
@@ -129,6 +113,7 @@ class Step:
     cost: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         strange = sorted(self.needs - set(get_args(Need)))
         if strange:
             raise unknown(f"need of the step {self.name}:", strange[0], get_args(Need))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from arrondi.arguments import check_fields
 from arrondi.errors import DataError
 from arrondi.measure.compare import BATCH_TOKENS, batch_size, comparison_for
 from arrondi.measure.data import Data, Windows, check_windows, read_windows, reads_text
@@ -46,6 +47,12 @@ class TextOptions:
     eval_samples: int = 32
     seed: int = 0
     limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("samples", "seq_len", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is 1 or more, got {getattr(self, name)}.")
 
 
 @dataclass

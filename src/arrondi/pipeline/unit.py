@@ -17,7 +17,7 @@ from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Site
 from arrondi.pipeline.rounded import round_alone, round_together, rowwise
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.step import Need
+from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.work import Stage, Work
 from arrondi.tensor.ranges.observed import static_grid
 
@@ -29,10 +29,7 @@ def carry_out(work: Work) -> None:
         DataError: a weight is not finite.
     """
     for site in work.sites:
-        if not bool(torch.isfinite(work.weight(site)).all()):
-            raise DataError(
-                f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
-            )
+        check_finite(site, work.weight(site))
     for one in work.of_kind("rewrite"):
         _apply(work, one)
     _keep_rewritten(work)
@@ -44,6 +41,9 @@ def carry_out(work: Work) -> None:
     reached = {p for stage in stages for p in stage.leaders}
     rest = [s for s in work.sites if s.param not in reached]
     why = "no calibration data reaches it" if work.forwards else ""
+    unknown = next((s for s in rest if _static(work.scheme(s))), None)
+    if unknown is not None:
+        raise _unknown_range(unknown)
     with _repaired(work, rest):
         for site in rest:
             _round_blindly(work, site, why)
@@ -51,6 +51,18 @@ def carry_out(work: Work) -> None:
     for one in late:
         _apply(work, one)
     work.before = {}
+
+
+def check_finite(site: Site, weight: torch.Tensor) -> None:
+    """Refuse a weight that cannot be rounded.
+
+    Raises:
+        DataError: it is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise DataError(
+            f"{site.name}: the weights hold NaN or infinity. Repair the checkpoint, or leave the tensor out with --ignore."
+        )
 
 
 def _stages(work: Work) -> list[Stage]:
@@ -124,11 +136,22 @@ def _fix_ranges(work: Work, sites: Sequence[Site], stage: Stage) -> None:
     leaders = {stage.leaders[s.param] for s in static}
     seen = work.by_site(static, stage, work.collected(leaders, stage, {"range"}))
     for site in static:
-        found, inputs = seen.get(site.name), work.scheme(site).inputs
+        inputs = work.scheme(site).inputs
         assert inputs is not None
-        low, high = (found.low, found.high) if found is not None else (0.0, 0.0)
+        # A tensor of several experts has one scale, and an expert that no token reached that of the others.
+        own = [seen[s.name] for s in static if s.tensor == site.tensor and s.name in seen]
+        found = own or [seen[s.name] for s in static if s.param == site.param and s.name in seen]
+        if not found:
+            raise _unknown_range(site)
+        low, high = min(f.low for f in found), max(f.high for f in found)
         work.grids[site.tensor] = static_grid(torch.tensor([[low]]), torch.tensor([[high]]), inputs)
         work.instance.round_inputs(dict.fromkeys(site.rounds_inputs, (inputs, work.grids[site.tensor])))
+
+
+def _unknown_range(site: Site) -> DataError:
+    return DataError(
+        f"{site.name}: no calibration data reaches it, so the static scale of its inputs is not known. Leave it out with --ignore, or use dynamic scales."
+    )
 
 
 def _together(work: Work, sites: Sequence[Site], stage: Stage) -> list[list[Site]]:

@@ -19,8 +19,8 @@ from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.statistics import Forward, Key, Seen, Side, collect
-from arrondi.pipeline.step import Need, Step, get_step
+from arrondi.pipeline.statistics import Forward, Key, Need, Seen, Side, collect
+from arrondi.pipeline.step import Step, get_step
 from arrondi.tensor.ranges.grid import Grid
 
 
@@ -88,7 +88,7 @@ class Work:
 
     def change(self, name: str, value: torch.Tensor) -> None:
         """Give a tensor of the file another value, which the step declared. It counts in its stored type."""
-        kept = value.to(self.instance.source.stored_dtype(name))
+        kept = value.to(self.plan.source.stored_dtype(name))
         self.tensor(name).copy_(kept)
         self.changed[name] = kept.cpu()
 

@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple, get_args, get_type_hints
 
 import torch
 
+from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
-from arrondi.rounding.bounds import bounds_of
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.rtn import rtn

@@ -18,14 +18,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
-from arrondi.errors import DataError, SchemeError, ShapeError
+from arrondi.errors import DataError, ShapeError
 from arrondi.formats import PerGroup, Scheme
-from arrondi.rounding.bounds import Between
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
-from arrondi.tensor.checks import SchemeLike, scheme_of
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 
 Order = Literal["static", "dynamic", "none"]
@@ -48,7 +48,7 @@ def gptq(
     block_size: Annotated[int, Between(1, 100_000)] = 128,
     order: Order = "static",
     range: Range = "search",
-    power: Annotated[float, Between(0.1, 100)] = 4.0,
+    power: Annotated[float, Between(0.1, 16)] = 4.0,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -73,6 +73,8 @@ def gptq(
         SchemeError: `order` does not fit the granularity, or an option is out of range.
         DataError: no moment, or NaN.
     """
+    with named(name):
+        check_arguments(gptq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
     if weight.ndim != 2:
         raise ShapeError(f"{name}: gptq rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
@@ -82,8 +84,6 @@ def gptq(
         )
     if moment.n != weight.shape[1]:
         raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
-    if block_size < 1 or not damping >= 0:
-        raise SchemeError(f"{name}: gptq needs block_size >= 1 and damping >= 0, got {block_size} and {damping}.")
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     # The extremes of a NaN are NaN; a mask of the whole weight would cost ten times as much.
     if work.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(work))).all()):

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 import torch
 
+from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
-from arrondi.rounding.bounds import Between
-from arrondi.tensor.checks import SchemeLike, named, scheme_of
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
 from arrondi.tensor.quantizers import split as split_compiled
@@ -69,6 +69,8 @@ def hqq(
         SchemeError: the format is not an integer one, or its scales are quantized or powers of two.
         DataError: NaN or infinity in the weight.
     """
+    with named(name):
+        check_arguments(hqq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
     refusal = refuse_hqq(scheme)
     if refusal:

@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
-from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
-from arrondi.rounding.bounds import Between
-from arrondi.tensor.checks import SchemeLike, named, scheme_of
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
 from arrondi.tensor.ranges.search import search_grid
 
@@ -25,7 +24,7 @@ def rtn(
     moment: SecondMoment | None = None,
     *,
     range: Literal["auto", "absmax", "search"] = "auto",
-    power: Annotated[float, Between(0.1, 100)] = 2.5,
+    power: Annotated[float, Between(0.1, 16)] = 2.5,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -45,9 +44,9 @@ def rtn(
         SchemeError: another `range`.
         DataError: NaN or infinity in the weight.
     """
+    with named(name):
+        check_arguments(rtn, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
-    if range not in ("auto", "absmax", "search"):
-        raise SchemeError(f"{name}: unknown range {range!r}. Known: absmax, auto, search.")
     if range == "auto":
         range = "search" if pays_to_search(scheme) else "absmax"
     if range == "absmax" or weight.numel() == 0:

@@ -11,7 +11,7 @@ from torch import nn
 from arrondi.checkpoint import LayerValues
 from arrondi.formats import ActivationScheme
 from arrondi.model import Names, Site
-from arrondi.nn import QConv, QLinear, QStack
+from arrondi.nn import QConv, QLinear, QStack, keep_hooks
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.rows import rows_of
 
@@ -64,6 +64,7 @@ def _modules(
                 bias = getattr(module, "bias", None)
                 kept = None if bias is None else bias.detach()
                 made[module] = QLinear(weight, kept, inputs=inputs, input_grid=values.inputs, dtype=dtype)
+        keep_hooks(module, made[module])
         gone |= {f"{path}.{leaf}" for leaf in module._parameters}
         model.set_submodule(path, made[module])
     return gone
@@ -77,6 +78,8 @@ def _stack(model: Any, sites: Sequence[Site], weights: Sequence[QTensor], dtype:
     pieces: list[list[QTensor]] = [[] for _ in range(count)]
     for site, weight in zip(sites, weights, strict=True):
         pieces[site.param_index or 0].append(weight)
+    if hasattr(owner, "config"):
+        owner.config._experts_implementation = "eager"  # transformers' other ways multiply by the whole stack
     del owner._parameters[leaf]
     setattr(owner, leaf, QStack(pieces, transposed=sites[0].param_flipped, dtype=dtype))
     return {sites[0].param}

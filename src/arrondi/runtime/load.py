@@ -6,16 +6,18 @@ copy of the model never exists.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
-from arrondi.errors import SchemeError, unknown
+from arrondi.errors import unknown
 from arrondi.formats import ActivationScheme
 from arrondi.model import DTYPES, OnDisk, Site, configs_in
-from arrondi.nn import DenseLinear
+from arrondi.nn import DenseLinear, QConv, QLinear, RoundedInputs
 from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
@@ -43,17 +45,14 @@ def load(
 
     Raises:
         FileFormatError: not a model directory, tensors are missing, or a layout that is not known.
-        SchemeError: there is no such dtype, or no activations that can be rounded so.
+        SchemeError: there is no such dtype, no activations that can be rounded so, or the file asks for what is not computed here.
     """
+    check_arguments(load, locals())
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     source = OnDisk(Checkpoint.open(path).rounding(activations), kind)
-    for name, placed in source.checkpoint.placed.items():
-        if placed.scheme.outputs is not None or placed.scheme.kv is not None:
-            raise SchemeError(
-                f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
-            )
+    source.check_computed()
     instance = source.instance()
     model = instance.model
     gone: set[str] = set()
@@ -64,6 +63,9 @@ def load(
         layers = {n: (source.checkpoint.layer(n), source.checkpoint.inputs_of(n)) for n in names}
         gone |= install(model, source.names, sites, layers, kind)
     instance.fill([n for n in instance.empty if n not in gone], kind)
+    packed = {name for name, module in model.named_modules() if isinstance(module, (QLinear, QConv))}
+    for name, how in source.rounded_inputs(packed).items():  # of a router, or where the model reads the weight itself
+        model.get_submodule(name).register_forward_pre_hook(RoundedInputs(*how), with_kwargs=True)
     DenseLinear.adopt(model)
     if fuse:
         fuse_blocks(model)
@@ -73,8 +75,8 @@ def load(
         model.generation_config = read_generation_config(source.where) or model.generation_config
     model.config.dtype = kind
     if source.checkpoint.quantized:
-        options = {"dtype": dtype, "activations": activations}
-        model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), options)
+        again = partial(load, source.where, dtype=dtype, activations=activations, fuse=False)
+        model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), again)
     return model
 
 

@@ -6,7 +6,8 @@ shape, which the caller makes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from arrondi.arguments import check_arguments
 from arrondi.checkpoint import (
     LAYOUTS,
     Checkpoint,
@@ -36,6 +38,9 @@ from arrondi.tensor.rows import stack_rows
 _LAYERS: Final = "arrondi_layers"
 """Attribute of a quantized module: what `save` must know of its layers."""
 
+_FACTS: Final = "arrondi_facts"
+"""Attribute of a quantized module: its `ModelFacts`."""
+
 _SHARD_BYTES: Final = 5_000_000_000
 
 
@@ -46,21 +51,55 @@ class _Layer:
     Attributes:
         placed: how a file holds it.
         values: its numbers, where no module holds packed codes (recurrent cells); else None.
+        inputs: the static grid of its inputs, which stacks do not hold.
     """
 
     placed: Placed
     values: LayerValues | None
+    inputs: Grid | None
 
 
-def remember(model: nn.Module, placed: Mapping[str, Placed], loose: Mapping[str, LayerValues]) -> None:
+def remember(
+    model: nn.Module,
+    placed: Mapping[str, Placed],
+    values: Mapping[str, LayerValues],
+    loose: Collection[str],
+    facts: ModelFacts,
+) -> None:
     """Note on a module which of its tensors are quantized, so that it can be saved.
 
     Args:
         placed: every quantized tensor by its name.
-        loose: the numbers of those that no module holds packed.
+        values: the numbers of each.
+        loose: those that no module holds packed.
+        facts: what a layout must know of the module.
     """
-    layers = {name: _Layer(p, loose.get(name)) for name, p in placed.items()}
+    layers = {n: _Layer(p, values[n] if n in loose else None, values[n].inputs) for n, p in placed.items()}
     setattr(model, _LAYERS, {**getattr(model, _LAYERS, {}), **layers})
+    setattr(model, _FACTS, facts)
+    if hasattr(model, "save_pretrained"):
+        own: Any = model
+        own.save_pretrained = _SavePretrained(model)
+
+
+class _SavePretrained:
+    """What `save_pretrained` of a transformers model that was quantized in memory is: its own would drop every packed weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SavePretrained, (self.model(),)
+
+    def __call__(self, save_directory: str | Path, **options: Any) -> None:
+        if options:
+            raise SchemeError(
+                f"save_pretrained of a quantized model takes no {', '.join(sorted(options))}. Give the directory alone, or use arrondi.save."
+            )
+        model: Any = self.model()
+        if model is None:
+            raise ReferenceError("The model that this belongs to is gone. Call model.save_pretrained.")
+        save(model, save_directory)
 
 
 @torch.no_grad()
@@ -76,6 +115,7 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
         SchemeError: the model holds nothing quantized, or the layout cannot hold it.
         OutputError: a model is there already, or it cannot be written.
     """
+    check_arguments(save, locals())
     out = Path(out)
     layers: dict[str, _Layer] | None = getattr(model, _LAYERS, None)
     if layers is None:
@@ -83,12 +123,14 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
         if isinstance(own, SavePretrained):
             return own(out)
         raise SchemeError("Nothing in this model is quantized. Quantize it first.")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no directory. Name another one.")
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
         raise OutputError(f"{out}: a model is there already. Name another directory.")
     chosen = _layout(layout, [layer.placed for layer in layers.values()])
     files: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        files |= chosen.write(layer.placed, layer.values or _values(model, name))
+        files |= chosen.write(layer.placed, layer.values or _values(model, name, layer.inputs))
     files |= {n: t for n, t in _plain(model).items() if n not in layers}
     plan = ShardPlan.split([(n, t.dtype, tuple(t.shape)) for n, t in files.items()], _SHARD_BYTES)
     writer = ShardWriter(out, plan)
@@ -98,7 +140,10 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
     config: Any = getattr(model, "config", None)
     facts = config.to_dict() if hasattr(config, "to_dict") else {"architectures": [type(model).__name__]}
     kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    described = chosen.config([layer.placed for layer in layers.values()], kept, ModelFacts())
+    described = chosen.config([layer.placed for layer in layers.values()], kept, getattr(model, _FACTS))
+    known: Any = model
+    if hasattr(model, "can_generate") and known.can_generate():
+        known.generation_config.save_pretrained(out)
     write_config(out / "config.json", {**facts, "quantization_config": described})
 
 
@@ -137,12 +182,15 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     for site in source.sites:
         if site.tensor in checkpoint.placed:
             by_param.setdefault(site.param, []).append(site)
-    loose: dict[str, LayerValues] = {}
+    found: dict[str, LayerValues] = {}
+    loose: set[str] = set()
     for param, sites in by_param.items():
         layers = {s.tensor: (checkpoint.layer(s.tensor), checkpoint.inputs_of(s.tensor)) for s in sites}
+        found |= {name: values for name, (values, _) in layers.items()}
         if not install(model, source.names, sites, layers, source.names.params[param].dtype):
-            loose |= {name: values for name, (values, _) in layers.items()}
-    remember(model, checkpoint.placed, loose)
+            loose |= layers.keys()
+    described = checkpoint.folder.config.get("quantization_config") or {}
+    remember(model, checkpoint.placed, found, loose, ModelFacts(whole=described.get("dequantize") is True))
     return model
 
 
@@ -159,13 +207,13 @@ def _layout(name: str | None, placed: list[Placed]) -> Any:
     )
 
 
-def _values(model: nn.Module, name: str) -> LayerValues:
+def _values(model: nn.Module, name: str, inputs: Grid | None) -> LayerValues:
     """The numbers of a layer, unpacked from the module that holds it."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     held: Any = getattr(owner, leaf) if isinstance(getattr(owner, leaf, None), QStack) else owner
     if isinstance(held, QStack):
-        return LayerValues(stack_rows([piece for pieces in held.unpack() for piece in pieces]))
+        return LayerValues(stack_rows([piece for pieces in held.unpack() for piece in pieces]), inputs)
     if not isinstance(held, (QLinear, QConv, QEmbedding)):
         raise SchemeError(f"{name} was replaced after it was quantized. Quantize the model again.")
     weight: QTensor = held.unpack()
@@ -173,8 +221,8 @@ def _values(model: nn.Module, name: str) -> LayerValues:
     if scale is None:
         return LayerValues(weight)
     zero, offset = (held._buffers.get(f"input_{part}") for part in ("zero_point", "offset"))
-    parts = (None if p is None else p.reshape(1, 1) for p in (scale, zero, offset))
-    return LayerValues(weight, Grid(*parts))  # type: ignore[arg-type]
+    zero, offset = (None if p is None else p.reshape(1, 1) for p in (zero, offset))
+    return LayerValues(weight, Grid(scale.reshape(1, 1), zero, offset))
 
 
 def _plain(model: nn.Module) -> dict[str, torch.Tensor]:

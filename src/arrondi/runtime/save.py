@@ -7,6 +7,7 @@ from: the same codes to the bit, under the same names. It does so only while it 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ class SavePretrained:
         model: which it belongs to; not kept alive by it.
         path: the directory from which it was loaded.
         fingerprint: of that directory.
-        options: with which it was loaded, but `fuse`.
+        again: loads it again, with nothing fused.
     """
 
-    def __init__(self, model: nn.Module, path: Path, fingerprint: str, options: dict[str, Any]) -> None:
-        self.model, self.path, self.fingerprint, self.options = weakref.ref(model), path, fingerprint, options
+    def __init__(self, model: nn.Module, path: Path, fingerprint: str, again: Callable[[], Any]) -> None:
+        self.model, self.path, self.fingerprint, self.again = weakref.ref(model), path, fingerprint, again
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SavePretrained, (self.model(), self.path, self.fingerprint, self.options)
+        return SavePretrained, (self.model(), self.path, self.fingerprint, self.again)
 
     def __call__(self, save_directory: str | Path, **options: Any) -> None:
         """Write the checkpoint into a directory that holds no model yet.
@@ -51,14 +52,14 @@ class SavePretrained:
         model: Any = self.model()
         if model is None:
             raise ReferenceError("The model that this belongs to is gone. Call model.save_pretrained.")
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is no directory. Name another one.")
         if (out / "config.json").exists() or any(out.glob("*.safetensors")):
             raise OutputError(f"{out}: a model is there already. Name another directory.")
         checkpoint = Checkpoint.open(self.path)
         if checkpoint.folder.fingerprint() != self.fingerprint:
             raise FileFormatError(f"{self.path}: it was changed since the model was loaded. Load it again.")
-        from arrondi.runtime.load import load
-
-        fresh = load(self.path, fuse=False, **self.options)
+        fresh = self.again()
         other = _difference(model, fresh)
         if other:
             raise SchemeError(

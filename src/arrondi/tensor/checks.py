@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from arrondi.arguments import said
 from arrondi.errors import ArrondiError, DataError, SchemeError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme
 
@@ -49,9 +50,7 @@ def layer_scheme_of(scheme: Scheme | LayerScheme | str) -> LayerScheme:
 
 
 def _no_scheme(found: object) -> SchemeError:
-    return SchemeError(
-        f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {type(found).__name__} {str(found)[:60]}."
-    )
+    return SchemeError(f"A scheme is a word such as 'W4A16', a Scheme or a LayerScheme, got {said(found)}.")
 
 
 def check_tensor(x: object, name: str) -> torch.Tensor:
@@ -64,6 +63,11 @@ def check_tensor(x: object, name: str) -> torch.Tensor:
         if not x.dtype.is_floating_point:
             raise DataError(
                 f"{name}: only floating-point numbers can be quantized, got {x.dtype}. Convert them to float32 first."
+            )
+        if x.is_meta or x.layout is not torch.strided:
+            what = "is on the meta device and has no numbers" if x.is_meta else f"has the layout {x.layout}"
+            raise DataError(
+                f"{name}: the tensor {what}. Give an ordinary one: make it dense, or read it from its file."
             )
         return x
     kind = type(x)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import torch
 
+from arrondi.arguments import check_arguments
 from arrondi.errors import ShapeError
 from arrondi.native import native, operand, threads
 
+_LARGEST_WORD = 1024
 _LANES = 8
 """Codes handled at a time: 8 codes of b bits fill exactly b bytes."""
 
@@ -45,6 +47,11 @@ def pack(codes: torch.Tensor, bits: int, *, word_bytes: int = 1, lowest: int = 0
     >>> pack(torch.tensor([[1, 8, 15, 7]], dtype=torch.uint8), 4).tolist()
     [[129, 127]]
     """
+    check_arguments(pack, locals(), ShapeError)
+    if word_bytes not in range(1, _LARGEST_WORD + 1) or lowest not in range(-128, 1):
+        raise ShapeError(
+            f"Words have 1 to {_LARGEST_WORD} bytes and the lowest code is -128 to 0, got {word_bytes} and {lowest}."
+        )
     if lowest >= 0 or codes.dtype != torch.int8:
         _check(codes, bits)
     else:
@@ -101,6 +108,9 @@ def unpack(packed: torch.Tensor, bits: int, columns: int, *, lowest: int = 0) ->
     Raises:
         ShapeError: not uint8, or the rows are too short for `columns` codes.
     """
+    check_arguments(unpack, locals(), ShapeError)
+    if columns < 0 or lowest not in range(-128, 1):
+        raise ShapeError(f"Rows have 0 or more codes, the lowest of which is -128 to 0, got {columns} and {lowest}.")
     _check(packed, bits)
     need = packed_width(columns, bits)
     if packed.shape[-1] < need:

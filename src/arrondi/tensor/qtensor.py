@@ -9,18 +9,20 @@ covers one tile of codes. Products and sums are computed in float32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from arrondi.arguments import said
 from arrondi.errors import DataError, ShapeError
 from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import code_dtype, decode, encode
 from arrondi.tensor.packing import packed_width
 from arrondi.tensor.quantizers import restore, round_groups, round_on
-from arrondi.tensor.ranges.fits import fit
+from arrondi.tensor.ranges.fits import check_rule, fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids
 from arrondi.tensor.tiling import from_tiles, to_tiles
 
@@ -53,9 +55,15 @@ class QTensor:
     group_index: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.codes, torch.Tensor) or not isinstance(self.scheme, Scheme):
+            raise ShapeError(
+                f"Codes are a tensor and go with a Scheme, got {said(self.codes)} and {said(self.scheme)}."
+            )
         wanted = scale_shape(self.scheme.granularity, tuple(self.codes.shape))
         parts = {"scale": self.scale, "zero_point": self.zero_point, "offset": self.offset}
         for name, part in parts.items():
+            if not isinstance(part, torch.Tensor | QTensor | None):
+                raise ShapeError(f"{name} of {self.scheme} is a tensor or a QTensor, got {said(part)}.")
             if part is not None and tuple(part.shape) != wanted:
                 raise ShapeError(
                     f"{name} of {self.scheme} must have shape {wanted} for codes {self.shape}, got {tuple(part.shape)}."
@@ -188,11 +196,12 @@ def quantize_tensor(
     with named(name):
         scheme = scheme_of(scheme)
         x = check_tensor(x, name).detach()
+        check_rule(rule)
         shape = tuple(x.shape)
         tile = tile_shape(scheme.granularity, shape)
         if x.numel() == 0:
             return _empty(x, scheme)
-        factor = shrink.reshape(-1, 1) if isinstance(shrink, torch.Tensor) else shrink
+        factor = _factor(shrink, scale_shape(scheme.granularity, shape))
         if isinstance(scheme.scale, Scheme) or isinstance(scheme.offset, Scheme):
             grid = fit(to_tiles(x, tile).float(), scheme, rule, factor)
             return quantize_with(x, scheme, store_grid(grid, scheme, shape, name=name), name=name)
@@ -208,6 +217,15 @@ def quantize_tensor(
             codes[start : start + step] = _encode_tiles(part, scheme, grid)
             grids.append(grid)
         return _assemble(from_tiles(codes, tile, shape), cat_grids(grids), scheme)
+
+
+def _factor(shrink: torch.Tensor | float, wanted: tuple[int, ...]) -> torch.Tensor | float:
+    """A factor on every range, or one for each tile."""
+    if isinstance(shrink, float | int) and math.isfinite(shrink) and shrink > 0:
+        return float(shrink)
+    if not isinstance(shrink, torch.Tensor) or tuple(shrink.shape) != wanted or not shrink.is_floating_point():
+        raise ShapeError(f"shrink is a positive number or a tensor of shape {wanted}, got {said(shrink)}.")
+    return shrink.reshape(-1, 1)
 
 
 def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid | Parts, *, name: str = "tensor") -> QTensor:
@@ -250,6 +268,8 @@ def fake_quantize(
             turn (NVFP4), this is the grid of the scales: it holds the outer scale, and the inner ones follow `x`.
     """
     scheme = scheme_of(scheme)
+    if grid is not None and not isinstance(grid, Grid):
+        raise DataError(f"{name}: the stored scales are a Grid, got {said(grid)}.")
     if grid is None or x.numel() == 0:
         return quantize_tensor(x, scheme, rule=rule, name=name).dequantize(x.dtype)
     check_tensor(x, name)

@@ -2,10 +2,11 @@
 
 Owns: `side_files` and `copy_side_files`. The rule:
 
-* by suffix: `.json .jinja .model .txt .tiktoken .spm .bpe .vocab .py`, and any LICENSE, NOTICE or COPYING;
+* by suffix, in capitals or not: `.json .jinja .model .txt .tiktoken .spm .bpe .codes .vocab .tokenizer .tsv .yaml .yml .py`, every version of
+  `tokenizer.model`, and any LICENSE, NOTICE, COPYING or USE_POLICY;
 * also in subfolders (`1_Pooling/config.json`, `additional_chat_templates/*.jinja`), unless the folder holds weights of another
   form of the model (`onnx/`, `original/`, a training checkpoint); a folder that `modules.json` of sentence-transformers names is
-  part of the model, and its safetensors come along;
+  part of the model, its weights come along, and it may be a link;
 * never hidden files, images, weights, indexes of weights, config.json (it is written anew) or what this program itself wrote.
 """
 
@@ -18,8 +19,11 @@ from typing import Any, Final
 
 from arrondi.checkpoint.containers.json_file import parse_json
 
-_SUFFIXES: Final = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".vocab", ".py"})
-_LEGAL: Final = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_SUFFIXES: Final = frozenset({
+    ".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab", ".tokenizer", ".tsv", ".yaml", ".yml", ".py",
+})  # fmt: skip
+_LEGAL: Final = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+_OF_PARTS: Final = frozenset({".safetensors", ".bin"})
 _WRITTEN_ANEW: Final = frozenset({"config.json", "report.json", "manifest.json"})
 _OF_QUANTIZERS: Final = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
 _WEIGHTS: Final = frozenset(
@@ -28,14 +32,19 @@ _WEIGHTS: Final = frozenset(
 
 
 def side_files(folder: Path) -> list[Path]:
-    """The paths, relative to the folder, in order."""
+    """The paths, relative to the folder, in order.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
     parts = _sentence_transformer_parts(folder)
     found: list[Path] = []
-    for here, directories, files in os.walk(folder):
+    for here, directories, files in os.walk(folder, onerror=_raise, followlinks=True):
         where = Path(here).relative_to(folder)
-        directories[:] = sorted(d for d in directories if not d.startswith("."))
         part = any(where == p or p in where.parents for p in parts)
-        if where != Path() and not part and any(Path(f).suffix in _WEIGHTS for f in files):
+        linked = [d for d in directories if (Path(here) / d).is_symlink() and where / d not in parts]
+        directories[:] = sorted(d for d in directories if not d.startswith(".") and d not in linked)
+        if where != Path() and not part and any(Path(f).suffix.lower() in _WEIGHTS for f in files):
             directories.clear()
             continue
         found += [where / f for f in files if _taken(f, where == Path(), part) and (Path(here) / f).is_file()]
@@ -51,14 +60,18 @@ def copy_side_files(folder: Path, out: Path) -> list[Path]:
     return found
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _taken(name: str, top: bool, part: bool) -> bool:
     if name.startswith(".") or name.endswith((".index.json", ".partial")):
         return False
     if top and name in _WRITTEN_ANEW | _OF_QUANTIZERS:
         return False
-    suffix = Path(name).suffix
-    legal = name.upper().startswith(_LEGAL) and suffix in ("", ".md")
-    return suffix in _SUFFIXES or legal or (part and suffix == ".safetensors")
+    suffix = Path(name).suffix.lower()
+    named = name.upper().startswith(_LEGAL) or name.startswith("tokenizer.model.")
+    return suffix in _SUFFIXES or (named and suffix not in _WEIGHTS) or (part and suffix in _OF_PARTS)
 
 
 def _sentence_transformer_parts(folder: Path) -> list[Path]:
@@ -68,4 +81,5 @@ def _sentence_transformer_parts(folder: Path) -> list[Path]:
     except (OSError, ValueError, RecursionError):
         return []
     paths = [m.get("path") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-    return [Path(p) for p in paths if isinstance(p, str) and p and ".." not in Path(p).parts]
+    named = [Path(p) for p in paths if isinstance(p, str) and "\0" not in p]
+    return [p for p in named if p.parts and ".." not in p.parts]  # "" and "." are the model itself

@@ -86,7 +86,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         reraise_exhaustion(error)
         raise FileFormatError(f"{path}: cannot be read ({error.strerror}). Give a safetensors file.") from error
     try:
-        table = parse_json(text)
+        table = parse_json(text.decode("utf-8"))  # of bytes, Python would guess the encoding
         if not isinstance(table, dict):
             raise TypeError("it is not a JSON object")
         metadata = table.pop("__metadata__", None)
@@ -122,6 +122,8 @@ def _entry(path: Path, name: str, facts: object, base: int) -> Entry:
         raise FileFormatError(
             f"{path}: tensor {name!r} lacks dtype, shape or data_offsets. The header lies; download it again."
         )
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        raise FileFormatError(f"{path}: the name {name!r} holds half a character. The header lies; download it again.")
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileFormatError(f"{path}: tensor {name!r} has the element type {dtype!r}. Known: {', '.join(DTYPES)}.")
@@ -174,7 +176,7 @@ def _read(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:
 def as_memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     raw = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(raw)  # type: ignore[arg-type]
+    return raw.data
 
 
 def encode_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:

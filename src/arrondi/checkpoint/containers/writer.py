@@ -115,11 +115,11 @@ class ShardWriter:
     def path(self, file: str) -> Path:
         """Where a file lies: beside its final name until it is published."""
         partial, final = self.folder / f"{file}.partial", self.target / file
-        return final if not partial.exists() and final.exists() else partial
+        return final if not partial.exists() and final.exists() and not final.is_symlink() else partial
 
     @contextmanager
     def _open(self, file: str, flags: int = 0) -> Iterator[int]:
-        handle = os.open(self.path(file), os.O_RDWR | flags, 0o644)
+        handle = os.open(self.path(file), os.O_RDWR | os.O_NOFOLLOW | flags, 0o644)  # never what a link leads to
         try:
             yield handle
         finally:

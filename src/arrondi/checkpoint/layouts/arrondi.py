@@ -3,7 +3,7 @@
 Owns: `LAYOUT`. A tensor `N` becomes `N.codes` (uint8, one little-endian bit stream a row, `arrondi.tensor.packing`), `N.scale`, and,
 where the scheme asks for them, `N.zero_point` (uint8, code - qmin), `N.offset` and `N.group_index` (int32). Scales and offsets that
 are quantized in turn are `N.scale.codes`, `N.scale.scale` and so on. Static scales of inputs and outputs are `N.input_scale`,
-`N.input_zero_point`, `N.output_scale`, `N.output_zero_point`. Weights are always stored as the matrix (out, in); a stack (E, a, b) is
+`N.input_zero_point`, `N.input_offset`, and the same of outputs. Weights are always stored as the matrix (out, in); a stack (E, a, b) is
 the matrix (E·a, b). The `quantization_config` lists every tensor with the shape of its plain form and its scheme in the compact
 grammar, and says where it is stored transposed, under another module path, or of another kind than Linear; a digest guards it.
 """
@@ -116,8 +116,12 @@ def _specs(placed: Placed) -> list[TensorSpec]:
         specs.append((f"{name}.group_index", torch.int32, (placed.matrix_shape[1],)))
     for side, activations, storage in _sides(placed.scheme):
         specs += _grid_specs(f"{name}.{side}_scale", (1, 1), storage)
+        if activations.dynamic == "local":
+            continue
         if activations.scheme.zero_point == "integer":
             specs.append((f"{name}.{side}_zero_point", torch.uint8, (1, 1)))
+        if activations.scheme.zero_point == "float":
+            specs += _grid_specs(f"{name}.{side}_offset", (1, 1), activations.scheme.offset)
     return specs
 
 
@@ -134,6 +138,8 @@ def _write(placed: Placed, values: LayerValues) -> dict[str, torch.Tensor]:
         if grid.zero_point is not None:
             zero = grid.zero_point.reshape(1, 1) - activations.scheme.format.qmin
             tensors[f"{name}.{side}_zero_point"] = zero.to(torch.uint8)
+        if grid.offset is not None:
+            tensors |= _grid_write(f"{name}.{side}_offset", grid.offset.reshape(1, 1), activations.scheme.offset)
     return tensors
 
 
@@ -144,10 +150,12 @@ def _read(placed: Placed, read: Reader) -> LayerValues:
         q = QTensor(q.codes, q.scale, q.zero_point, q.offset, q.scheme, read(f"{name}.group_index"))
     grids = {}
     for side, activations, _ in _sides(placed.scheme):
-        low, zero = activations.scheme.format.qmin, None
-        if activations.scheme.zero_point == "integer":
+        low, zero, offset = activations.scheme.format.qmin, None, None
+        if activations.dynamic is False and activations.scheme.zero_point == "integer":
             zero = read(f"{name}.{side}_zero_point").int() + low
-        grid = Grid(load_scale(read(f"{name}.{side}_scale")), zero, None)
+        if activations.dynamic is False and activations.scheme.zero_point == "float":
+            offset = load_scale(read(f"{name}.{side}_offset"))
+        grid = Grid(load_scale(read(f"{name}.{side}_scale")), zero, offset)
         grids[side] = checked_grid(f"{name}.{side}_scale", grid, activations.scheme.format)
     return LayerValues(checked(name, q), grids.get("input"), grids.get("output"))
 

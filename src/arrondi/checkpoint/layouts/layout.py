@@ -104,7 +104,7 @@ class ModelFacts:
         splits: transformers makes several parameters of one stored tensor of this model, which it knows by the name of its weight.
         plain: of a parameter that transformers joins from weights no part is quantized.
         parted: of such a parameter a part is quantized.
-        flat: paths of modules that get a matrix (tokens, in), without an axis of windows.
+        reshaped: paths of modules whose input does not come as (windows, tokens, n).
     """
 
     dtype: str = "float32"
@@ -113,7 +113,7 @@ class ModelFacts:
     splits: bool = False
     plain: bool = False
     parted: bool = False
-    flat: frozenset[str] = frozenset()
+    reshaped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

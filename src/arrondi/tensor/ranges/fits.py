@@ -55,9 +55,8 @@ def fit(tiles: torch.Tensor, scheme: Scheme, rule: str = "auto", shrink: torch.T
                 f"Fit {rule!r} is for symmetric schemes, got {scheme}. An asymmetric grid spans min … max."
             )
         return _affine(tiles, scheme, shrink)
+    check_rule(rule)
     name = default_rule(scheme) if rule == "auto" else rule
-    if name not in FITS:
-        raise unknown("fit", name, FITS)
     powers = name in EXPONENT_RULES
     if powers != (scheme.scale == "e8m0"):
         raise SchemeError(f"Fit {name!r} does not go with {scheme.scale} scales of {scheme}. Use 'auto'.")
@@ -74,6 +73,16 @@ def fit(tiles: torch.Tensor, scheme: Scheme, rule: str = "auto", shrink: torch.T
     if not bool(torch.isfinite(absmax(tiles) if powers else scale).all()):
         raise DataError("The values hold NaN or infinity. Repair or exclude the tensor.")
     return Grid(scale if powers else round_scale(scale, scheme.scale))
+
+
+def check_rule(rule: str) -> None:
+    """Refuse a rule that does not exist.
+
+    Raises:
+        SchemeError: names those that do.
+    """
+    if not isinstance(rule, str) or (rule != "auto" and rule not in FITS):
+        raise unknown("fit", rule, ["auto", *FITS])
 
 
 def default_rule(scheme: Scheme) -> str:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from arrondi.arguments import said
+from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
 from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.quantizers import search as search_compiled
@@ -27,8 +29,21 @@ _COARSE = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51, 0.44)
 """Factors on the widest range that are tried first."""
 _FINE = (-0.035, -0.0175, 0.0175, 0.035)
 """Steps around the best of them."""
+_LARGEST_POWER = 16
 _NEIGHBOURS = (1.0, 2.0, 0.5)
 """What there is to try for scales that are powers of two."""
+
+
+def check_power(power: float, name: str) -> None:
+    """Refuse an exponent for which no error can be computed.
+
+    Raises:
+        SchemeError: it is not positive, or too large for float32.
+    """
+    if not 0 < power <= _LARGEST_POWER:
+        raise SchemeError(
+            f"{name}: the exponent of the error is above 0 and up to {_LARGEST_POWER}, got {said(power)}. Leave power out."
+        )
 
 
 def search_grid(

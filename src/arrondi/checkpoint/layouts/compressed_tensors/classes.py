@@ -27,7 +27,7 @@ def module_classes(config: Mapping[str, Any]) -> dict[str, list[str]]:
         found = [getattr(transformers, name, None) for name in plain.get("architectures") or []]
         cls = next((c for c in found if c is not None), None) or transformers.MODEL_MAPPING[type(parsed)]
         with torch.device("meta"):
-            model = cls._from_config(parsed)
+            model = cls._from_config(parsed, dtype=torch.float32)  # its own may be float8: that of the first weight
     except Exception:  # whatever a class of transformers raises: its modules stay unknown
         return {}
     return {name: [c.__name__ for c in type(module).__mro__] for name, module in model.named_modules()}

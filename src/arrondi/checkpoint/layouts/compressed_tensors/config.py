@@ -8,6 +8,7 @@ with a matrix that is kept, also those that no reader builds.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, Final
 
 from arrondi.checkpoint.layouts.compressed_tensors.args import NESTED, args_of, read_args
@@ -165,7 +166,8 @@ def _sayable(activations: ActivationScheme) -> bool:
         back = read_args(args_of(scheme, activations.dynamic), "activations").scheme
     except FileFormatError:
         return False
-    return back == scheme or (activations.dynamic is False and back.scale == "float32" and scheme.scale != "e8m0")
+    static = activations.dynamic is False and scheme.scale != "e8m0"  # the file decides the type of a stored scale
+    return back == (replace(scheme, scale="float32") if static else scheme)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

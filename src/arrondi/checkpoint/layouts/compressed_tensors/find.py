@@ -30,6 +30,7 @@ _SUSPICIOUS: Final = re.compile(
     r"weight|(weight|input|output|q|k|v|kv|prob)_.*|.*(scale|scales|scale_inv|zero_point|zeros|g_idx|perm)$"
 )
 _CACHE: Final = frozenset({"k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "kv_scale"})
+_PLAIN: Final = frozenset({"F64", "F32", "BF16", "F16"})
 _FLOATS: Final[Mapping[str, ScaleType]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -60,6 +61,7 @@ def find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]:
             raise FileFormatError(f"module {path!r} is in ignore, but it is stored quantized.")
         found = _place(prefix, path, group, names, read, known.version)
         placed.append(original_form(found) if prefix in known.transposed else found)
+        _check_groups(placed[-1])
     _check_plain(known, names, set(prefixes))
     _check_neighbours(placed, names)
     return placed
@@ -81,11 +83,6 @@ def _place(prefix: str, path: str, group: Group, names: Names, read: Reader, ver
         outputs=_with_stored_scale(scheme.outputs, f"{prefix}.output_scale", names),
     )
     shape = _shape(prefix, group, names, read)
-    granularity = scheme.weights.granularity
-    if isinstance(granularity, PerGroup) and shape[1] % granularity.size:
-        raise FileFormatError(
-            f"{prefix}.weight has {shape[1]} columns, which groups of {granularity.size} do not divide."
-        )
     return Placed(
         f"{prefix}.weight",
         shape,
@@ -94,6 +91,16 @@ def _place(prefix: str, path: str, group: Group, names: Names, read: Reader, ver
         indexed=group.indexed,
         storage="" if group.format == format_of(scheme) else group.format,
     )
+
+
+def _check_groups(placed: Placed) -> None:
+    """Refuse groups, of columns or of the inputs that they multiply, that do not divide the weight."""
+    width, inputs = placed.matrix_shape[1], placed.scheme.inputs
+    for one in (placed.scheme.weights, *([inputs.scheme] if inputs else [])):
+        if isinstance(one.granularity, PerGroup) and width % one.granularity.size:
+            raise FileFormatError(
+                f"{placed.name} has {width} columns, which groups of {one.granularity.size} do not divide."
+            )
 
 
 def _with_stored_scale(side: ActivationScheme | None, name: str, names: Names) -> ActivationScheme | None:
@@ -167,7 +174,8 @@ def _check_neighbours(placed: list[Placed], names: Names) -> None:
         layer = layers.get(prefix)
         if leaf in _CACHE:
             raise FileFormatError(f"{name} is the scale of a rounded key/value cache, which is not read here.")
-        if layer is None and (dtype == "I8" or dtype.startswith("F8_")):
+        whole = leaf == "weight" and dtype not in _PLAIN
+        if layer is None and (whole or dtype == "I8" or dtype.startswith("F8_")):
             raise FileFormatError(f"{name} is stored as {dtype} without a scale. Is a tensor missing, or misnamed?")
         if layer is None or name in consumed:
             continue

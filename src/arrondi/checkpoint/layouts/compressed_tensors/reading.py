@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from arrondi.checkpoint.layouts.compressed_tensors.args import read_args
+from arrondi.checkpoint.layouts.compressed_tensors.args import Args, read_args
 from arrondi.checkpoint.layouts.compressed_tensors.storage import STORAGE, inferred_format
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, PerBlock, PerChannel, Scheme
@@ -144,7 +144,18 @@ def _read_side(args: object, where: str) -> ActivationScheme | None:
         raise FileFormatError(f"{where}: strategy {found.strategy!r} with dynamic {dynamic!r} is not known here.")
     if dynamic is False and found.strategy != "tensor":
         raise FileFormatError(f"{where}: static scales are known for strategy 'tensor' only, got {found.strategy!r}.")
+    if isinstance(args, Mapping):
+        _check_dynamic_types(args, found, where)
     return ActivationScheme(scheme, dynamic)
+
+
+def _check_dynamic_types(args: Mapping[str, Any], found: Args, where: str) -> None:
+    """Refuse types in which the package would round scales and zero points that are found at run time, and nothing here does."""
+    scale, zero = args.get("scale_dtype"), args.get("zp_dtype")
+    if found.dynamic is True and scale in ("torch.bfloat16", "torch.float16"):
+        raise FileFormatError(f"{where}: dynamic scales in {scale} are not computed here.")
+    if found.dynamic is True and not found.scheme.symmetric and zero not in (None, "torch.int8"):
+        raise FileFormatError(f"{where}: dynamic zero points in {zero} are not computed here.")
 
 
 def _check_left_out(config: Mapping[str, Any]) -> None:

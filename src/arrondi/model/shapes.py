@@ -1,0 +1,85 @@
+"""What running a model on images, sound or pairs of texts says of its weights, told by shapes alone: `facts_by_shapes`.
+
+Models that do not run on token ids alone are run on the meta device, where nothing is computed and nothing takes memory. Which inputs
+they want is not asked of their class: of a few usual ones, those are taken that their forward pass names and gets through.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from arrondi.model.build import configs_in
+from arrondi.model.flow import trace
+from arrondi.model.site import Facts
+
+_TOKENS = 8
+_SAMPLES = 16_000
+"""Of a second of sound."""
+_FRAMES = 3_000
+"""Of half a minute of sound, as Whisper reads it."""
+
+
+@torch.no_grad()
+def facts_by_shapes(model: Any) -> Facts:
+    """What weights do, as far as one of the usual inputs takes the model; empty where none does.
+
+    Args:
+        model: of transformers, its parameters on the meta device; it is not changed.
+    """
+    shadow = copy.deepcopy(model).to("meta")
+    params = dict(shadow.named_parameters(remove_duplicate=False))
+    best = Facts()
+    for inputs in _usual_inputs(shadow):
+        try:
+            flow = trace(shadow, params, partial(shadow, **inputs))
+        except Exception:  # it wants other inputs, and says so in its own way
+            continue
+        if flow.complete:
+            return Facts.of(flow)
+        best = best if best.leaders else Facts.of(flow)
+    return best
+
+
+def _usual_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Images, films, sound and texts of the sizes that the config gives, for what the forward pass names."""
+    known = inspect.signature(model.forward).parameters
+    height, width = _pair(_setting(model, ("image_size",), 224))
+    channels = _setting(model, ("num_channels", "in_channels"), 3)
+    bins = _setting(model, ("num_mel_bins", "feature_size"), 80)
+    frames = 2 * _setting(model, ("max_source_positions",), _FRAMES // 2)
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    first: dict[str, list[tuple[int, ...]]] = {
+        "pixel_values": [
+            (1, channels, height, width),
+            (1, _setting(model, ("num_frames",), 4), channels, height, width),
+        ],
+        "input_features": [(1, bins, frames), (1, frames, bins)],
+        "input_values": [(1, _SAMPLES), (1, _setting(model, ("max_length",), 1024), bins), (1, 1, _SAMPLES)],
+    }
+    for name, sizes in first.items():
+        for size in sizes if name in known else ():
+            one = {name: torch.zeros(size, device="meta")}
+            yield one
+            for other in ("input_ids", "decoder_input_ids"):
+                if other in known:
+                    yield {**one, other: ids}
+    texts = [n for n in ("input_ids", "decoder_input_ids") if n in known]
+    if texts:
+        yield dict.fromkeys(texts, ids)
+
+
+def _setting(model: Any, names: tuple[str, ...], usual: Any) -> Any:
+    """The first of these that the config, or one inside it, gives a value."""
+    parts = configs_in(model.config)
+    found = (vars(part).get(name) for name in names for part in parts)
+    return next((value for value in found if value), usual)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
