@@ -42,6 +42,16 @@ SOURCE = Path(arrondi.__file__).parent
         (("quantize", "m", "-o", "x", "--nsamples", "4"), ["--samples"]),
         (("quantize", "m", "-o", "x", "--dataset", "wikitext2"), ["--calibration FILE"]),
         (("plan", "m", "--group_size", "4"), ["Did you mean --group-size?"]),
+        (("plan", "m", "--load_in_4bit"), ["--scheme"]),
+        (("quantize", "m", "-o", "x", "--force"), ["--overwrite"]),
+        (("quantize", "m", "-o", "x", "--resume"), ["the same command continues"]),
+        (("quantize", "m", "-o", "x", "--exclude-layers", "lm_head"), ["--ignore"]),
+        (("quantize", "m", "-o", "x", "--max_seq_length", "512"), ["--seq-len"]),
+        (("quantize", "m", "-o", "x", "--threads", "2"), ["OMP_NUM_THREADS"]),
+        (("run", "m", "--prompt", "hello"), ["arrondi run MODEL"]),
+        (("run", "m", "hello", "--max-tokens", "3"), ["--max-new-tokens"]),
+        (("plan", "m", "--dataset", "wikitext2"), ["No such option: --dataset", "arrondi plan --help"]),
+        (("bench", "--ignor", "x"), ["No such option: --ignor", "arrondi bench --help"]),
         (("plan", "m", "--zzz"), ["No such option: --zzz", "arrondi plan --help"]),
         (("plan", "m", "--samples", "many"), ["--samples", "integer"]),
         (("run", "m"), ["prompt", "arrondi run --help"]),
@@ -82,6 +92,15 @@ SOURCE = Path(arrondi.__file__).parent
 )
 def test_wrong_usage_is_one_sentence_with_a_way_out(arguments: tuple[str, ...], words: list[str], cli: Cli) -> None:
     refused(cli(*arguments), *words)
+
+
+def test_an_advice_names_an_option_only_where_the_command_has_it(cli: Cli) -> None:
+    help_text = {c: cli(c, "--help").out for c in ("plan", "quantize", "eval", "run", "inspect", "dequantize", "bench")}
+    for command in help_text:
+        for word in ("bits", "dataset", "nsamples", "max-length", "exclude", "force", "desc-act", "gpu", "torch-dtype"):
+            said = cli(command, f"--{word}", "4").err.partition(f"--{word}. ")[2]
+            for option in re.findall(r"--[a-z-]+", said.replace(f"arrondi {command} --help", "")):
+                assert option in help_text[command], (command, word, said)
 
 
 RECIPE = '{"rules": [{"scheme": "W8A16", "group_size": 32}]}'

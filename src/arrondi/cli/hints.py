@@ -10,30 +10,10 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, Final
 
-_ELSEWHERE: Final = {
-    "--bits": "The scheme says the bits: --scheme W4A16 is 4 bits for weights, --scheme w=int3/g64 is 3 in groups of 64.",
-    "--out": "The output is named with -o DIR.",
-    "--gguf": "No GGUF files are written yet. `arrondi plan` says what is written and who reads it.",
-    "--dataset": "Calibration text is a file: --calibration FILE.",
-    "--nsamples": "Windows of calibration text are --samples N.",
-    "--model": "The model is an argument without an option: arrondi COMMAND MODEL.",
-    "--sym": "The scheme says it: --scheme W4A16 is symmetric, W4A16_ASYM is not.",
-    "--desc-act": "Act-order is --option order=static (or none).",
-    "--damp": "Damping is --option damping=0.01 with --method gptq.",
-    "--dtype": "This command has no --dtype: `dequantize` and `run` do.",
-    "--gpu": "A GPU is named with --device cuda:0.",
-}
-"""Options of other tools, each with what says the same here."""
+from arrondi.cli.other_tools import meaning_of
 
-_SAME: Final = {
-    "--wbits": "--bits", "--w-bits": "--bits", "--weight-bits": "--bits", "--num-bits": "--bits", "--bit": "--bits", "-b": "--bits",
-    "--output-dir": "--out", "--out-dir": "--out", "--save-dir": "--out", "--save": "--out", "--output-path": "--out",
-    "--outtype": "--gguf", "--data": "--dataset", "--calib": "--dataset", "--calibration-data": "--dataset",
-    "--calib-data": "--dataset", "--calibration-dataset": "--dataset", "--num-samples": "--nsamples", "--n-samples": "--nsamples",
-    "--num-calibration-samples": "--nsamples", "--model-path": "--model", "--model-id": "--model", "-m": "--model",
-    "--asym": "--sym", "--symmetric": "--sym", "--zero-point": "--sym", "--act-order": "--desc-act", "--actorder": "--desc-act",
-    "--damping": "--damp", "--damp-percent": "--damp", "--percdamp": "--damp", "--cuda": "--gpu",
-}  # fmt: skip
+_ALIKE: Final = 0.75
+"""How like a known option an unknown one must be spelt to be taken for it: --force is no --ignore."""
 
 
 def usage_sentence(error: Exception, arguments: Sequence[str]) -> str | None:
@@ -56,10 +36,12 @@ def usage_sentence(error: Exception, arguments: Sequence[str]) -> str | None:
 def _option_hint(option: str, context: Any) -> str:
     key = option.lower().replace("_", "-")
     known = [] if context is None else [o for p in context.command.params for o in getattr(p, "opts", [])]
-    elsewhere = _ELSEWHERE.get(_SAME.get(key, key))
+    if key in known:
+        return f"Did you mean {key}?"
+    elsewhere = meaning_of(option, known)
     if elsewhere:
         return elsewhere
-    near = difflib.get_close_matches(key, [o for o in known if o.startswith("--")], n=1)
+    near = difflib.get_close_matches(key, [o for o in known if o.startswith("--")], n=1, cutoff=_ALIKE)
     return f"Did you mean {near[0]}?" if near else ""
 
 
