@@ -175,6 +175,8 @@ def test_quantized_scales_are_shown_in_parentheses() -> None:
         ("w=int4/grp128", "'grp128'"),
         ("w=int4/g-1", "'g-1'"),
         ("w=int4/g", "'g'"),
+        ("w=int4/g" + "1" * 5000, "Unknown word in scheme"),
+        ("w=int4/g٣٢", "Unknown word in scheme"),
         ("w=itn4/g128", "Unknown number format 'itn4'. Did you mean 'int4'"),
         ("w=", "Cannot read 'w='"),
         ("w=int4,", "Cannot read ''"),

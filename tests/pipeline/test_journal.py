@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from arrondi.checkpoint import write_json
 from arrondi.errors import OutputError
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.manifest import MANIFEST, WORK, finished_key, sealed
@@ -183,7 +184,7 @@ def finished(tmp_path: Path) -> Path:
         (out / name).write_text(name)
     table = {n: {"bytes": 1, "sha256": "0"} for n in files}
     document = {"run": "old", "model": {"tensors": {"w": "1"}}, "files": table | {"report.json": {"content": "0"}}}
-    (out / MANIFEST).write_text(json.dumps(sealed(document)))
+    write_json(out / MANIFEST, sealed(document))
     return out
 
 
@@ -236,7 +237,7 @@ def test_a_manifest_names_nothing_outside(name: str, finished: Path) -> None:
     (finished / "link").symlink_to(finished.parent)
     document = json.loads((finished / MANIFEST).read_text())
     document["files"][str(victim) if name == "ABSOLUTE" else name] = {"content": "0"}
-    (finished / MANIFEST).write_text(json.dumps(sealed(document)))
+    write_json(finished / MANIFEST, sealed(document))
     try:
         with Journal(finished, "new", overwrite=True):
             pass
@@ -259,7 +260,7 @@ def test_a_manifest_that_is_none_makes_a_directory_nobodys(content: bytes, finis
     assert left(finished) == before
 
 
-@pytest.mark.parametrize("change", ["run", "files", "model", "sum", "one file", "unknown fact"])
+@pytest.mark.parametrize("change", ["run", "files", "model", "sum", "one file", "unknown fact", "the order"])
 def test_a_manifest_that_was_changed_is_none(change: str, finished: Path) -> None:
     """Also where what is left is well formed: a list of files that lost one would hide that the file is damaged."""
     assert finished_key(finished) == "old"
@@ -268,9 +269,11 @@ def test_a_manifest_that_was_changed_is_none(change: str, finished: Path) -> Non
         del document["files"]["model.safetensors"]
     elif change == "unknown fact":
         document = sealed({**document, "files": {"model.safetensors": {"crc": "0"}}})
+    elif change == "the order":
+        document = {**document, "files": dict(reversed(document["files"].items()))}
     else:
         document[f"{change}s"] = document.pop(change)
-    (finished / MANIFEST).write_text(json.dumps(document))
+    write_json(finished / MANIFEST, document)
     assert finished_key(finished) is None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,14 @@ def test_generation_ends_where_the_context_does(models: Callable[..., Path]) -> 
     assert found["tokens"] < 128
     with pytest.raises(DataError, match=r"context ends there. Shorten"):
         generate(models("llama"), " ".join(["word"] * 200))
+
+
+def test_a_tokenizer_of_another_model_is_named(models: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(models("llama"), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token": "a word that is in no vocabulary"}))
+    with pytest.raises(DataError, match="The prompt has token 2048, but the model knows 2048"):
+        generate(tmp_path / "model", "Hello")
 
 
 def test_an_encoder_does_not_speak(models: Callable[..., Path]) -> None:

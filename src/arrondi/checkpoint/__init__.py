@@ -9,7 +9,7 @@ from arrondi.checkpoint.containers.disk import (
     side_by_side,
     sync_folder,
 )
-from arrondi.checkpoint.containers.json_file import read_report, write_config, write_json
+from arrondi.checkpoint.containers.json_file import read_report, write_config, write_json, written
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
 from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec, shard_digest
@@ -43,4 +43,5 @@ __all__ = [
     "sync_folder",
     "write_config",
     "write_json",
+    "written",
 ]

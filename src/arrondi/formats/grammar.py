@@ -17,7 +17,7 @@ from arrondi.formats.presets import ALIASES, PRESETS
 from arrondi.formats.scheme import ActivationScheme, Dynamic, LayerScheme, Scheme
 
 _EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
-_SIZES = re.compile(r"g(\d+)|b(\d+)x(\d+)|channel(\d+)")
+_SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})")
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
 _WORDS: dict[str, dict[str, Any]] = {
     "channel": {"granularity": PerChannel()}, "tensor": {"granularity": PerTensor()}, "token": {"granularity": PerToken()},

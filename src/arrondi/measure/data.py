@@ -89,14 +89,24 @@ def check_windows(windows: Windows, model: Any) -> None:
     Raises:
         DataError: says which, and how many the model has.
     """
-    vocabulary, positions = getattr(model.config.get_text_config(), "vocab_size", None), positions_of(model)
-    if vocabulary and int(windows.ids.max()) >= vocabulary:
-        raise DataError(
-            f"{windows.source} has token {int(windows.ids.max())}, but the model knows {vocabulary}. Tokenizer and model do not belong together."
-        )
+    check_vocabulary(int(windows.ids.max()), windows.source, model)
+    positions = positions_of(model)
     if positions is not None and windows.seq_len > positions:
         raise DataError(
             f"{windows.source}: windows of {windows.seq_len} tokens, but the model has {positions} positions. Give shorter windows."
+        )
+
+
+def check_vocabulary(token: int, source: str, model: Any) -> None:
+    """Refuse the largest token id of a text that a transformers model does not have.
+
+    Raises:
+        DataError: says how many it has.
+    """
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if vocabulary and token >= vocabulary:
+        raise DataError(
+            f"{source} has token {token}, but the model knows {vocabulary}. Tokenizer and model do not belong together."
         )
 
 

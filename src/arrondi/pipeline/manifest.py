@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, Final
 
-from arrondi.checkpoint import file_sha256, read_report, shard_digest
+from arrondi.checkpoint import file_sha256, read_report, shard_digest, written
 from arrondi.errors import OutputError
 from arrondi.pipeline.ledger import Ledger
 
@@ -50,8 +50,9 @@ class Manifest:
     def read(cls, out: Path) -> Manifest | None:
         """The manifest of a directory; None if there is none, or none that a run of ours wrote."""
         try:
-            document = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-            if document.pop("sum") != _digest(document):
+            text = (out / MANIFEST).read_bytes()
+            document = json.loads(text.decode("utf-8"))
+            if text != written(sealed(document)):
                 return None
             run, files = document["run"], document.get("files", {})
             model, machine = document.get("model", {}), document.get("machine", {})
@@ -67,16 +68,13 @@ class Manifest:
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest with the checksum by which `Manifest.read` knows that nothing in it was changed."""
     plain = {k: v for k, v in document.items() if k != "sum"}
-    return {**plain, "sum": _digest(plain)}
+    return {**plain, "sum": hashlib.sha256(written(plain)).hexdigest()}
 
 
 def content(report: Mapping[str, Any]) -> str:
     """The digest of what a report says, whatever time the run took, and wherever the model lay."""
-    return _digest({k: v for k, v in report.items() if k not in ("seconds", "model")})
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    said = {k: v for k, v in report.items() if k not in ("seconds", "model")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def words(table: object) -> bool:

@@ -22,7 +22,6 @@ from arrondi.checkpoint import (
     write_config,
     write_json,
 )
-from arrondi.documents import finite
 from arrondi.errors import FileFormatError, OutputError
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.manifest import CONFIG, MANIFEST, content, sealed
@@ -66,7 +65,7 @@ def publish(
     files |= {name: _described(out / name) for name in {*travelling, *writer.plan.names} - files.keys()}
     files |= {name: {"content": content(read_report(out / name))} for name in documents or ()}
     files[CONFIG] = _described(last)
-    write_json(out / MANIFEST, sealed(finite({**manifest, "files": dict(sorted(files.items()))})))
+    write_json(out / MANIFEST, sealed({**manifest, "files": dict(sorted(files.items()))}))
     with guard_disk(out):
         os.replace(last, out / CONFIG)
         sync_folder(out)

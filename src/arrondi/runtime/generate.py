@@ -10,6 +10,7 @@ import torch
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, SchemeError
+from arrondi.measure.data import check_vocabulary
 from arrondi.measure.text import load_tokenizer, special_tokens
 from arrondi.model import stored_in_16_bits
 from arrondi.native import multiplies_bfloat16
@@ -49,7 +50,7 @@ def generate(
     Raises:
         SchemeError: the model does not generate text, or `load` refuses dtype or activations.
         FileFormatError: not a model directory, or its generation_config.json is none.
-        DataError: the prompt leaves no room in the model's context.
+        DataError: the prompt leaves no room in the model's context, or has tokens that the model does not know.
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
@@ -61,6 +62,7 @@ def generate(
     ids = special_tokens(tokenizer)[0] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise DataError("The prompt is empty and the tokenizer has no start token. Give a prompt.")
+    check_vocabulary(max(ids), "The prompt", model)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     room = (context or len(ids) + max_new_tokens) - len(ids)
     if room < 1:

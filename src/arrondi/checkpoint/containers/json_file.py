@@ -1,7 +1,7 @@
 """JSON documents beside the weights: read strictly, and written whole or not at all.
 
 Owns: `read_json`, and `parse_json`, which refuses an object that has a key twice (the plain decoder keeps the last in silence);
-`write_json` and `read_report` for our own documents, whose numbers that are none `arrondi.documents` writes; and `write_config` for
+`write_json`, `written` and `read_report` for our own documents, whose numbers that are none `arrondi.documents` writes; and `write_config` for
 config.json, where they are what transformers makes of them: `{"__float__": "Infinity"}`.
 """
 
@@ -50,7 +50,15 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 
 def write_json(path: Path, document: Any) -> None:
     """Write a document so that a reader sees the old file or the new one, never a half, and never NaN or Infinity."""
-    _write(path, finite(document))
+    _write(path, document)
+
+
+def written(document: Any) -> bytes:
+    """The bytes that `write_json` makes of a document."""
+    # Names of files may hold bytes that are no characters; as escapes they are JSON all the same.
+    return (json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        errors="backslashreplace"
+    )
 
 
 def write_config(path: Path, config: Any) -> None:
@@ -76,10 +84,8 @@ def read_report(path: Path) -> dict[str, Any]:
 def _write(path: Path, document: Any) -> None:
     temporary = path.with_name(path.name + ".partial")
     with guard_disk(path.parent):
-        # Names of files may hold bytes that are no characters; as escapes they are JSON all the same.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+        with temporary.open("wb") as file:
+            file.write(written(document))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -8,6 +8,7 @@ Source: compressed_tensors/quantization/quant_args.py of version 0.20.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -165,7 +166,8 @@ def _granularity(args: Mapping[str, Any], where: str) -> tuple[str, Granularity]
     if (strategy == "block") != (block is not None):
         raise FileFormatError(f"{where}: block_structure {block!r} contradicts strategy {strategy!r}.")
     if strategy == "block":
-        sizes = [int(n) for n in block.split("x") if n.isdigit()] if isinstance(block, str) else block
+        said = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", block) if isinstance(block, str) else None
+        sizes = block if said is None else [int(n) for n in said.groups()]
         if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
             raise _wrong(f"{where}.block_structure", block, "two whole numbers from 1")
         return strategy, PerBlock(*sizes)

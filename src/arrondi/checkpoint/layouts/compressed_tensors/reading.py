@@ -78,8 +78,8 @@ def read_config(config: Mapping[str, Any]) -> Config:
         if not isinstance(config.get(key, False), bool):
             raise FileFormatError(f"{key} should be true or false, found {config[key]!r}.")
     version = config.get("version", "0.18")
-    if not isinstance(version, str) or not re.match(r"\d+\.\d+", version):
-        raise FileFormatError(f"version should be a version of compressed-tensors, found {version!r}.")
+    if not isinstance(version, str) or not re.match(r"\d{1,6}\.\d{1,6}(?!\d)", version):
+        raise FileFormatError(f"version should be a version of compressed-tensors, found {str(version)[:60]!r}.")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise FileFormatError(f"config_groups should be an object with a group, found {type(groups).__name__}.")
