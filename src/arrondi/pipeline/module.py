@@ -179,7 +179,7 @@ def _check(model: torch.nn.Module) -> None:
         )
     if any(name == "weight" for name, _ in model.named_parameters(recurse=False)) and not len(list(model.children())):
         raise SchemeError(
-            f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Wrap it: torch.nn.Sequential(layer)."
+            f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Wrap it in an nn.Sequential."
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
