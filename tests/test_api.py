@@ -53,7 +53,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "batches as it is called .*ndarray",
     ),
     "an empty text": (lambda: arrondi.quantize(net(), "w=int4/g32", calibration=""), "got str"),
-    "an output of a module": (lambda: arrondi.quantize(net(), out="x"), "out would do nothing"),
+    "an output of a module": (lambda: arrondi.quantize(net(), out="x"), "it takes no out"),
     "a recipe and a method": (
         lambda: arrondi.quantize(net(), method="gptq", recipe=arrondi.Recipe((arrondi.Rule("W4A16"),))),
         "A recipe says method itself",

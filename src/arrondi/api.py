@@ -6,9 +6,10 @@ are a path, texts, token ids, or batches of them.
 
 from __future__ import annotations
 
+import inspect as inspect_module
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -27,6 +28,11 @@ from arrondi.runtime.load import load as load_model
 from arrondi.runtime.modules import load_into, save
 
 AnyScheme = str | Scheme | LayerScheme
+_OF_DIRECTORIES: Final = (
+    "out", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed",
+)  # fmt: skip
+"""Arguments of `quantize` that are for model directories alone."""
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -80,18 +86,11 @@ def quantize(
     Raises:
         ArrondiError: see its sentence.
     """
-    check_arguments(quantize, locals())
+    given = dict(locals())
+    check_arguments(quantize, given)
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
     if isinstance(model, torch.nn.Module):
-        given = {
-            "out": out, "evaluation": evaluation, "limits": limits, "layout": layout,
-            "overwrite": overwrite or None, "device": None if device == "cpu" else device,
-        }  # fmt: skip
-        useless = [name for name, value in given.items() if value is not None]
-        if useless:
-            raise SchemeError(
-                f"A module is quantized where it is, so {' and '.join(useless)} would do nothing. Leave them out; arrondi.save writes the module."
-            )
+        _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
     if out is None:
         raise SchemeError('A model directory is quantized into another. Give out="DIRECTORY".')
@@ -100,6 +99,18 @@ def quantize(
         model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,
     )  # fmt: skip
+
+
+def _refuse_unused(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that say nothing of a module in memory."""
+    defaults = {name: p.default for name, p in inspect_module.signature(quantize).parameters.items()}
+    plain = (int, str, type(None))  # whatever else was given is no default
+    kept = {n for n in _OF_DIRECTORIES if isinstance(given[n], plain) and given[n] == defaults[n]}
+    used = [name for name in _OF_DIRECTORIES if name not in kept]
+    if used:
+        raise SchemeError(
+            f"A module is changed in place and not measured, so it takes no {', '.join(used)}. Leave that out; arrondi.save writes files."
+        )
 
 
 def plan(

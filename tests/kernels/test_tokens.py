@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,16 @@ def test_rotary_positions_of_heads_that_are_too_wide_or_odd():
     for width in (15, 258):
         with pytest.raises(ShapeError, match="even width of up to 256"):
             rotate(random(1, width), 1, 0, random(1, width), random(1, width))
+
+
+@pytest.mark.parametrize("strange", [None, "x", [1.0], torch.ones(1, 2, 1, 16).to_sparse()], ids=str)
+def test_what_is_no_ordinary_tensor_is_named(strange: Any) -> None:
+    q, x, angles = torch.ones(1, 2, 1, 16), torch.ones(1, 64), torch.ones(1, 16)
+    with pytest.raises(ShapeError, match="query must be"):
+        attend(strange, q, q, 1.0)
+    with pytest.raises(ShapeError, match="value must be"):
+        attend(q, q, strange, 1.0)
+    with pytest.raises(ShapeError, match="sin must be"):
+        rotate(x, 2, 2, angles, strange)
+    with pytest.raises(ShapeError, match="weight must be"):
+        dense_linear(x, strange, None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,35 @@ def test_a_copy_saves_itself_and_options_are_refused(models: Any, tmp_path: Path
     assert apart(logits(arrondi.load(tmp_path / "other")), logits(other)) < 1e-5 < apart(logits(other), found)
     with pytest.raises(SchemeError, match="takes no max_shard_size"):
         model.save_pretrained(tmp_path / "third", max_shard_size="1GB")
+
+
+def test_a_model_that_nobody_holds_is_saved_and_then_freed(models: Any, tmp_path: Path) -> None:
+    quantized = tmp_path / "quantized"
+    arrondi.quantize(models("llama"), "w=int4/g16", out=quantized, evaluate=False)
+    found = logits(arrondi.load(quantized))
+    arrondi.load(quantized).save_pretrained(tmp_path / "again")
+    copy.deepcopy(arrondi.load(quantized)).save_pretrained(tmp_path / "copy")
+    fresh = of_transformers("llama", models("llama"))
+    arrondi.load(quantized, model=fresh).save_pretrained(tmp_path / "filled")
+    for name in ("again", "copy", "filled"):
+        assert torch.equal(logits(arrondi.load(tmp_path / name)), found), name
+
+    model = arrondi.load(quantized)
+    gone = weakref.ref(model.model.layers[0].mlp.down_proj)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None, "no cycle keeps a model alive"
+    finally:
+        gc.enable()
+
+
+def test_what_was_quantized_after_it_was_loaded_is_not_written_by_halves(models: Any, tmp_path: Path) -> None:
+    quantized = tmp_path / "quantized"
+    arrondi.quantize(models("llama"), "w=int4/g16", out=quantized, evaluate=False)
+    model = arrondi.load(quantized)
+    arrondi.quantize(model, "w=int8/channel", targets=["lm_head"], ignore=[])
+    for save in (model.save_pretrained, lambda out: arrondi.save(model, out)):
+        with pytest.raises(SchemeError, match="Quantize the original model"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

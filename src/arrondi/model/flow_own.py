@@ -19,6 +19,8 @@ _T = torch.Tensor
 COPIES: Final = frozenset({_T.to, _T.type, _T.float, _T.half, _T.bfloat16, _T.double, _T.clone, _T.contiguous, _T.cpu, _T.cuda, _T.type_as, torch.clone})  # fmt: skip
 """Functions that give the same numbers again, or rounded to another type."""
 _SUMS: Final = frozenset({torch.add, _T.add, _T.add_, _T.__add__, _T.__radd__, _T.__iadd__})
+_KNOWN: Final = ("torch.nn.modules.", "arrondi.nn.")
+"""Where programs are at home that compute the product and nothing else."""
 _PROGRAM: Final = ("forward", "_conv_forward")
 
 
@@ -28,7 +30,7 @@ def has_own_program(module: nn.Module) -> bool:
         return False
     found = [getattr(module, name) for name in _PROGRAM if hasattr(module, name)]
     programs = [getattr(method, "__func__", method) for method in found]
-    return not all(getattr(p, "__module__", "").startswith("torch.nn.modules.") for p in programs)
+    return not all(getattr(p, "__module__", "").startswith(_KNOWN) for p in programs)
 
 
 def changes_in_place(name: str) -> bool:

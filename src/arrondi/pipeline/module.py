@@ -172,9 +172,13 @@ def _install(source: InMemory, plan: Plan, values: dict[str, LayerValues]) -> No
 
 def _check(model: torch.nn.Module) -> None:
     """Refuse what cannot be changed in place, or has no numbers."""
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise SchemeError(
+            f"{type(model).__name__} is compiled, and its layers cannot be replaced. Quantize the module that it was made of."
+        )
     if any(name == "weight" for name, _ in model.named_parameters(recurse=False)) and not len(list(model.children())):
         raise SchemeError(
-            f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Put it into a torch.nn.Sequential and quantize that."
+            f"{type(model).__name__} is a layer itself, and layers are replaced inside of a module. Wrap it in an nn.Sequential."
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):

@@ -21,7 +21,7 @@ from arrondi.nn import DenseLinear, QConv, QLinear, RoundedInputs
 from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
-from arrondi.runtime.save import SavePretrained
+from arrondi.runtime.save import Held, SavePretrained
 
 
 def load(
@@ -76,7 +76,7 @@ def load(
     model.config.dtype = kind
     if source.checkpoint.quantized:
         again = partial(load, source.where, dtype=dtype, activations=activations, fuse=False)
-        model.save_pretrained = SavePretrained(model, source.where, source.checkpoint.folder.fingerprint(), again)
+        model.save_pretrained = SavePretrained(Held(model), source.where, source.checkpoint.folder.fingerprint(), again)
     return model
 
 

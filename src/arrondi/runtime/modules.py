@@ -6,7 +6,6 @@ shape, which the caller makes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from arrondi.errors import FileFormatError, OutputError, SchemeError, unknown
 from arrondi.model import InMemory, Site
 from arrondi.nn import QConv, QEmbedding, QLinear, QStack
 from arrondi.runtime.install import install
-from arrondi.runtime.save import SavePretrained
+from arrondi.runtime.save import Held, SavePretrained
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
@@ -79,27 +78,24 @@ def remember(
     setattr(model, _FACTS, facts)
     if hasattr(model, "save_pretrained"):
         own: Any = model
-        own.save_pretrained = _SavePretrained(model)
+        own.save_pretrained = _SavePretrained(Held(model))
 
 
 class _SavePretrained:
     """What `save_pretrained` of a transformers model that was quantized in memory is: its own would drop every packed weight."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
+    def __init__(self, model: Held) -> None:
+        self.model = model
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _SavePretrained, (self.model(),)
+        return _SavePretrained, (self.model,)
 
     def __call__(self, save_directory: str | Path, **options: Any) -> None:
         if options:
             raise SchemeError(
                 f"save_pretrained of a quantized model takes no {', '.join(sorted(options))}. Give the directory alone, or use arrondi.save."
             )
-        model: Any = self.model()
-        if model is None:
-            raise ReferenceError("The model that this belongs to is gone. Call model.save_pretrained.")
-        save(model, save_directory)
+        save(self.model(), save_directory)
 
 
 @torch.no_grad()
@@ -127,6 +123,7 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
         raise OutputError(f"{out} is no directory. Name another one.")
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
         raise OutputError(f"{out}: a model is there already. Name another directory.")
+    _refuse_unknown(model, layers)
     chosen = _layout(layout, [layer.placed for layer in layers.values()])
     files: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
@@ -192,6 +189,17 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     described = checkpoint.folder.config.get("quantization_config") or {}
     remember(model, checkpoint.placed, found, loose, ModelFacts(whole=described.get("dequantize") is True))
     return model
+
+
+def _refuse_unknown(model: nn.Module, layers: Mapping[str, _Layer]) -> None:
+    """Refuse packed layers of which nothing is remembered: they came with a model that was loaded, before others were quantized."""
+    known = {n.rpartition(".")[0] for n in layers} | set(layers)
+    for name, module in model.named_modules():
+        alike = {n for n, m in model.named_modules(remove_duplicate=False) if m is module}
+        if isinstance(module, (QLinear, QConv, QEmbedding, QStack)) and not alike & known:
+            raise SchemeError(
+                f"{name} was quantized before {next(iter(layers))}, in a model that was loaded. Quantize the original model as a whole."
+            )
 
 
 def _layout(name: str | None, placed: list[Placed]) -> Any:

@@ -18,6 +18,30 @@ from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, write_config
 from arrondi.errors import FileFormatError, OutputError, SchemeError
 
 
+class Held:
+    """A model that is not kept alive, but whose parts are: in `load(…).save_pretrained(…)` it is gone before the call begins."""
+
+    def __init__(self, model: nn.Module, parts: dict[str, Any] | None = None) -> None:
+        self._model, self._kind = weakref.ref(model), type(model)
+        self._parts = _parts(model) if parts is None else parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        model = self()
+        return Held, (model, _parts(model))  # a copy of the model has its parts later than this
+
+    def __call__(self) -> Any:
+        """The model, or another one of its parts."""
+        model = self._model()
+        if model is None:
+            model = self._kind.__new__(self._kind)
+            vars(model).update(self._parts)
+        return model
+
+
+def _parts(model: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(model).items() if name != "save_pretrained"}
+
+
 class SavePretrained:
     """What `save_pretrained` of a loaded quantized model is.
 
@@ -28,11 +52,11 @@ class SavePretrained:
         again: loads it again, with nothing fused.
     """
 
-    def __init__(self, model: nn.Module, path: Path, fingerprint: str, again: Callable[[], Any]) -> None:
-        self.model, self.path, self.fingerprint, self.again = weakref.ref(model), path, fingerprint, again
+    def __init__(self, model: Held, path: Path, fingerprint: str, again: Callable[[], Any]) -> None:
+        self.model, self.path, self.fingerprint, self.again = model, path, fingerprint, again
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SavePretrained, (self.model(), self.path, self.fingerprint, self.again)
+        return SavePretrained, (self.model, self.path, self.fingerprint, self.again)
 
     def __call__(self, save_directory: str | Path, **options: Any) -> None:
         """Write the checkpoint into a directory that holds no model yet.
@@ -49,9 +73,7 @@ class SavePretrained:
                 f"save_pretrained of a quantized model writes the checkpoint as it was loaded and takes no {', '.join(sorted(options))}. Give the directory alone."
             )
         out = Path(save_directory)
-        model: Any = self.model()
-        if model is None:
-            raise ReferenceError("The model that this belongs to is gone. Call model.save_pretrained.")
+        model = self.model()
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is no directory. Name another one.")
         if (out / "config.json").exists() or any(out.glob("*.safetensors")):

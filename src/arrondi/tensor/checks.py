@@ -66,9 +66,7 @@ def check_tensor(x: object, name: str) -> torch.Tensor:
             )
         if x.is_meta or x.layout is not torch.strided:
             what = "is on the meta device and has no numbers" if x.is_meta else f"has the layout {x.layout}"
-            raise DataError(
-                f"{name}: the tensor {what}. Give an ordinary one: make it dense, or read it from its file."
-            )
+            raise DataError(f"{name}: the tensor {what}. Give a dense one with numbers.")
         return x
     kind = type(x)
     if isinstance(x, torch.nn.Module):
