@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from arrondi.checkpoint import write_json
+from arrondi.checkpoint import WORK, write_json
 from arrondi.errors import OutputError
 from arrondi.pipeline.journal import Journal
-from arrondi.pipeline.manifest import MANIFEST, WORK, finished_key, sealed
+from arrondi.pipeline.manifest import MANIFEST, finished_key, sealed
 
 STEPS = {"a": [1, {"x": None, "ü": "é"}], "b": 0.1 + 0.2, "c": {"infinite": math.inf}}
 

@@ -13,10 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import arrondi
-from arrondi.checkpoint import Checkpoint, ShardWriter
+from arrondi.checkpoint import WORK, Checkpoint, ShardWriter
 from arrondi.errors import OutputError, SchemeError
 from arrondi.pipeline import dequantize_model, inspect_model, quantize_model, restore
-from arrondi.pipeline.manifest import WORK
 from arrondi.tensor.qtensor import QTensor
 from tests.pipeline.killer import digest
 from tests.pipeline.stopping import DAMAGES, stopped_after

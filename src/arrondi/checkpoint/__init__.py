@@ -2,6 +2,7 @@
 
 from arrondi.checkpoint.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.disk import (
+    WORK,
     digest_of,
     digest_pieces,
     file_sha256,
@@ -19,6 +20,7 @@ from arrondi.checkpoint.readers import Verdict, readers_of
 
 __all__ = [
     "LAYOUTS",
+    "WORK",
     "Checkpoint",
     "Entry",
     "LayerValues",

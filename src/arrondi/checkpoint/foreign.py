@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from arrondi.checkpoint.containers.disk import WORK
+
 _FILES: Final[Mapping[str, str]] = MappingProxyType({
     ".gguf": "a GGUF file, which llama.cpp runs. This program reads safetensors directories: give the original model",
     ".safetensors": "one safetensors file. A model is the directory that holds it, with config.json: give that directory",
@@ -73,6 +75,8 @@ def what_directory(path: Path) -> str:
     lost = sorted(p.name for p in path.iterdir() if p.is_symlink() and not p.exists())
     if lost:
         return f"{lost[0]} is a link to a file that is not there. Download the model again"
+    if "config.json" not in names and (path / WORK).is_dir():
+        return "a run that has not ended yet. Run its command again, which completes it"
     if "adapter_config.json" in names:
         return (
             "a PEFT adapter, not a model. Merge it into its base model first "

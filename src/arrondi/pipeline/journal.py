@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from arrondi.checkpoint import guard_disk, sync_folder
+from arrondi.checkpoint import WORK, guard_disk, sync_folder
 from arrondi.errors import OutputError
 from arrondi.pipeline.lines import VERSION, Digests, line_of, read_lines, seal
-from arrondi.pipeline.manifest import CONFIG, MANIFEST, WORK, Manifest, finished_key, inside
+from arrondi.pipeline.manifest import CONFIG, MANIFEST, Manifest, finished_key, inside
 
 _WEIGHTS: Final = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 """What a run whose journal cannot be read has published at most, besides what is listed somewhere."""

@@ -15,12 +15,10 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, Final
 
-from arrondi.checkpoint import file_sha256, read_report, shard_digest, written
+from arrondi.checkpoint import WORK, file_sha256, read_report, shard_digest, written
 from arrondi.errors import OutputError
 from arrondi.pipeline.ledger import Ledger
 
-WORK: Final = ".arrondi"
-"""The folder of a run that is going on, inside its output."""
 MANIFEST: Final = "manifest.json"
 CONFIG: Final = "config.json"
 """Written last: without it a directory is no model."""

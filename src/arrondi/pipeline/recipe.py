@@ -40,7 +40,7 @@ class Rule:
     fallback: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", _words(self.targets))
+        object.__setattr__(self, "targets", _selectors(self.targets))
         if self.scheme is not None:
             object.__setattr__(self, "scheme", layer_scheme_of(self.scheme))
         check_fields(self)
@@ -76,7 +76,7 @@ class Recipe:
             )
         object.__setattr__(self, "rules", tuple(rules))
         if self.ignore is not None:
-            object.__setattr__(self, "ignore", _words(self.ignore))
+            object.__setattr__(self, "ignore", _selectors(self.ignore))
         check_fields(self)
 
     @classmethod
@@ -93,8 +93,8 @@ class Recipe:
         """One rule, as the command line gives it; the scheme is a word, a scheme of weights, or one of a layer."""
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
-        rule = Rule(_layer_scheme(scheme, group_size), get_step(method).name, _words(targets), dict(options or {}))
-        return cls((rule,), None if ignore is None else _words(ignore))
+        rule = Rule(_layer_scheme(scheme, group_size), get_step(method).name, _selectors(targets), dict(options or {}))
+        return cls((rule,), None if ignore is None else _selectors(ignore))
 
     @classmethod
     def read(cls, path: Path) -> Recipe:

@@ -1,6 +1,6 @@
 """What every writer and every check of files shares: a full disk as a sentence, digests of bytes, renames that last.
 
-Owns: `guard_disk`, `sync_folder`, `digest_pieces` (the digest of a tensor's bytes, computed on all cores) and `file_sha256`.
+Owns: `guard_disk`, `sync_folder`, `digest_pieces` (the digest of a tensor's bytes, computed on all cores) and `file_sha256`, and `WORK`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from arrondi.errors import OutputError
 
 PIECE: Final = 4 << 20
 """Bytes that are hashed, read or written at a time. A digest depends on it: changing it changes every digest."""
+
+WORK: Final = ".arrondi"
+"""The folder of a run that is going on, inside its output."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _Item = TypeVar("_Item")
