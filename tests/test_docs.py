@@ -45,7 +45,7 @@ def test_the_commands_of_the_readme_exist_with_their_options() -> None:
 
     from arrondi.cli.commands import app
 
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app).commands
     lines = re.findall(r"^arrondi (\w+) (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {name for name, _ in lines} >= {"plan", "quantize", "eval", "inspect", "run", "dequantize"}
     for name, rest in lines:

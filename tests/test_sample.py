@@ -71,7 +71,7 @@ def test_loads_with_plain_transformers_in_silence() -> None:
     """Tied weights stored once are easy to get wrong, and then show up as a 'missing key' nobody reads."""
     heard: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = heard.append  # type: ignore[method-assign]
+    handler.emit = heard.append
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:

@@ -64,11 +64,11 @@ def test_names_and_shapes_are_those_of_the_original(
         value = packed.read(name)
         assert isinstance(value, QTensor) == (name in packed.placed)
         dense = packed.dense(name)
-        assert dense.shape == original.read(name).shape  # type: ignore[union-attr]
+        assert dense.shape == original.read(name).shape
         if isinstance(value, QTensor):
             assert torch.equal(dense, value.dequantize())
         else:
-            assert torch.equal(dense, original.read(name))  # type: ignore[arg-type]
+            assert torch.equal(dense, original.read(name))
 
 
 def test_inputs_are_static_dynamic_or_the_users(quantized: dict[str, Path]) -> None:
@@ -115,7 +115,7 @@ def test_a_lack_of_descriptors_is_not_blamed_on_the_file(quantized: dict[str, Pa
 
 
 def group(config: dict[str, Any]) -> dict[str, Any]:
-    return config["config_groups"]["group_0"]  # type: ignore[no-any-return]
+    return config["config_groups"]["group_0"]
 
 
 def put(**facts: Any) -> Callable[[dict[str, Any]], object]:

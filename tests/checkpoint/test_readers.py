@@ -210,5 +210,5 @@ def test_every_verdict_is_a_sentence(scheme: str) -> None:
     readers = {v.reader: v.ok for v in readers_of([Placed("a.weight", (128, 128), parse_scheme(scheme))], CT)}
     assert readers["vLLM"] == (scheme != "W3A16")
     assert readers["SGLang"] == (scheme in ("W4A16", "W8A8", "FP8"))
-    said = verdict({"a.weight": (Placed("a.weight", (128, 128), parse_scheme(scheme)), None)}, ModelFacts("bfloat16"))  # type: ignore[dict-item]
+    said = verdict({"a.weight": (Placed("a.weight", (128, 128), parse_scheme(scheme)), None)}, ModelFacts("bfloat16"))
     assert "By default it computes in bfloat16" in said.sentence or not said.ok

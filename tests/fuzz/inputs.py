@@ -42,5 +42,5 @@ def package_rounding(x: torch.Tensor, args: Any, grid: Any) -> torch.Tensor:
         zero = None if grid.zero_point is None else grid.zero_point.reshape(1)
         return packages_fake_quantize(x, grid.scale.reshape(1), zero, args)
     outer = None if grid is None else 1 / grid.scale.reshape(1)
-    scale, zero = compute_dynamic_scales_and_zp(x, args, module=None, global_scale=outer)  # type: ignore[arg-type]
+    scale, zero = compute_dynamic_scales_and_zp(x, args, module=None, global_scale=outer)
     return packages_fake_quantize(x, scale, zero, args, global_scale=outer)

@@ -330,7 +330,7 @@ def test_the_sentence_names_the_operand_and_what_was_found():
     ):
         operand("bias", torch.zeros(4, dtype=torch.float64), (3,), (torch.float32, torch.bfloat16))
     with pytest.raises(ShapeError, match=r"got str\. Pass a torch\.Tensor"):
-        operand("bias", "zeros", (3,), torch.float32)  # type: ignore[arg-type]
+        operand("bias", "zeros", (3,), torch.float32)
     with pytest.raises(ShapeError, match="a negated view"):
         operand("bias", torch._neg_view(torch.zeros(3)), (3,), torch.float32)
     assert operand("bias", None, (3,), torch.float32) == 0

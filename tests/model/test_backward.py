@@ -102,7 +102,7 @@ def ordinary(
             hook.remove()
     total.backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    return {k: t.grad for k, t in outputs.items()}, grads, {k: t.grad for k, t in inner.items()}  # type: ignore[misc]
+    return {k: t.grad for k, t in outputs.items()}, grads, {k: t.grad for k, t in inner.items()}
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_an_ordinary_backward_pass(
     logits = [torch.randn(*b.shape, 2048, generator=generator) for b in batches()]
     loss = next_token_loss(batches()) if which == "next token" else kl_loss(batches(), logits.__getitem__)
     with walked(path, tmp_path, keep_inputs=True) as stream:
-        prefix = stream.units.prefix  # type: ignore[union-attr]
+        prefix = stream.units.prefix
         projections = [f"{prefix}.{i}.self_attn.{n}" for i in range(len(stream.units)) for n in ("q_proj", "o_proj")]
         found: list[Gradients] = []
         params: dict[str, torch.Tensor] = {}

@@ -82,7 +82,7 @@ def test_two_models_on_two_sets_of_batches_do_not_meet(name: str, models: Models
     changed = {
         s.tensor: s for s in source.sites if any(w in s.tensor for w in ("k_proj", "v_proj", "per_layer", "embed"))
     }
-    overlay = Overlay({n: lambda n=n: 1.5 * source.checkpoint.dense(n) for n in changed})  # type: ignore[misc]
+    overlay = Overlay({n: lambda n=n: 1.5 * source.checkpoint.dense(n) for n in changed})
     other = of_transformers(name, models(name))
     with torch.no_grad():
         for parameter in {dict(other.named_parameters(remove_duplicate=False))[s.param] for s in changed.values()}:
@@ -198,7 +198,7 @@ def test_a_batch_is_given_as_the_model_is_called(batch: str, models: Models, tmp
     mask[0, 15:] = 0
     given = {"tensor": ids, "mapping": {"input_ids": ids, "attention_mask": mask}, "inputs": Inputs((ids, mask))}[batch]
     source = OnDisk.open(models("bert"))
-    (found,) = followed(source.units_of(source.instance()), [given], tmp_path)  # type: ignore[list-item]
+    (found,) = followed(source.units_of(source.instance()), [given], tmp_path)
     with torch.no_grad():
         expected = of_transformers("bert", models("bert"))(ids, None if batch == "tensor" else mask)[0]
     close(found, expected)

@@ -92,7 +92,7 @@ def test_a_product_with_a_parameter_is_reported_with_its_input(call: str, infere
 def test_one_matrix_of_a_stack_is_told_from_the_others() -> None:
     params = {"stack": STACK}
     for e in range(3):
-        for call in (lambda e=e: X[0] @ STACK[e], lambda e=e: functional.linear(X[0], STACK[torch.tensor(e)].T)):  # type: ignore[misc]
+        for call in (lambda e=e: X[0] @ STACK[e], lambda e=e: functional.linear(X[0], STACK[torch.tensor(e)].T)):
             ((use, x),) = seen(call, params)
             assert (use.matrix, use.reduces_last) == (e, False)
             torch.testing.assert_close(x @ matrix(use, params), call())
@@ -164,7 +164,7 @@ def test_parameters_that_share_storage_are_told_apart() -> None:
     buffer = random(24, 8)
     params = {"q": buffer[:8], "k": buffer[8:16], "v": buffer[16:], "t": buffer[:8].T}
     for name in "qkv":
-        ((use, _),) = seen(lambda name=name: functional.linear(X, params[name]), params)  # type: ignore[misc]
+        ((use, _),) = seen(lambda name=name: functional.linear(X, params[name]), params)
         assert (use.param, use.rows) == (name, None)
     params["all"] = buffer
     assert [use.param for use, _ in seen(lambda: functional.linear(X, buffer), params)] == ["all"]

@@ -330,7 +330,7 @@ def test_exactly_the_bare_linears_cannot_be_packed(kind: str) -> None:
     assert {name.rpartition(".")[2] for name in bare} == expected
     for name in sorted(linears):
         other = copy.deepcopy(model)
-        other.set_submodule(name, Opaque(other.get_submodule(name)))  # type: ignore[arg-type]
+        other.set_submodule(name, Opaque(other.get_submodule(name)))
         if name in bare:
             with pytest.raises((AttributeError, TypeError)):
                 runner(other)()

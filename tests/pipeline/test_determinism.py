@@ -149,7 +149,7 @@ def test_each_of_these_makes_another_run(models: Callable[..., Path], text: Path
         keys.append(key_of(source, tmp_path / "threads", recipe, base))
         torch.set_num_threads(threads)
         for other in others:
-            native.use_path(other)  # type: ignore[union-attr]
+            native.use_path(other)
             keys.append(key_of(source, tmp_path / other, recipe, base))
     finally:
         torch.set_num_threads(threads)

@@ -330,7 +330,7 @@ def test_a_run_that_goes_on_on_another_machine_is_one_of_that_machine(
     path, threads = native and native.path(), torch.get_num_threads()
     try:
         if change == "path":
-            native.use_path("portable")  # type: ignore[union-attr]
+            native.use_path("portable")
         else:
             torch.set_num_threads(threads + 1)
         if change == "path" and path == "portable":

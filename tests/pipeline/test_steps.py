@@ -200,7 +200,7 @@ def test_statistics_of_both_models_are_those_of_a_plain_loop(llama: Path, tmp_pa
         found[sites[0].name] = copy.deepcopy(work.seen[sites[0].name])
 
     needs = frozenset({"moment", "mean", "range", "absmax", "sample", "float moment", "cross moment"})
-    with toys_known(Step("note", "repair", apply=note, needs=needs)):  # type: ignore[arg-type]
+    with toys_known(Step("note", "repair", apply=note, needs=needs)):
         rules = (*Recipe.simple("w=int3/channel").rules, Rule(None, "note", targets=("re:.*1.mlp.(up|down)_proj",)))
         batches = [data(100, 30, 1)[:70], data(100, 30, 1)[70:]]  # more than is sent through at once
         quantize_model(llama, tmp_path / "out", Recipe(rules), TextOptions(torch.cat(batches), evaluate=False))
@@ -279,7 +279,7 @@ def test_a_wrong_rule_is_refused(rule: dict[str, Any], said: str, llama: Path, t
 
 def test_a_step_names_only_what_calibration_collects() -> None:
     with pytest.raises(SchemeError, match="need of the step curvature: 'gradient'"):
-        Step("curvature", "repair", apply=lambda work, sites: None, needs=frozenset({"gradient"}))  # type: ignore[arg-type]
+        Step("curvature", "repair", apply=lambda work, sites: None, needs=frozenset({"gradient"}))
     with pytest.raises(SchemeError, match="`apply` of all others"):
         Step("nothing", "rewrite")
 

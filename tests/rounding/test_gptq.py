@@ -101,7 +101,7 @@ def swept(
     work = layer.weight.double()
     hessian = layer.moment.matrix(torch.float64)
     permutation = None if order == "none" else torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    grids = ColumnGrids(work, scheme, "absmax", 4.0, order, permutation, "w")  # type: ignore[arg-type]
+    grids = ColumnGrids(work, scheme, "absmax", 4.0, order, permutation, "w")
     factor, _ = root_factor(hessian, damping, permutation)
     codes, loss = sweep(work.clone(), factor, grids, block_size, permutation)
     return grids.assemble(codes), loss
@@ -194,8 +194,8 @@ def test_a_diagonal_h_gives_round_to_nearest(name: str, order: str, range: str) 
     scheme = SCHEMES[name]
     weight = torch.randn(12, 50, generator=torch.Generator().manual_seed(2)) * 0.02
     moment = diagonal_moment(torch.arange(1.0, 51.0).flip(0))
-    q = gptq(weight, scheme, moment, order=order, range=range)  # type: ignore[arg-type]
-    nearest = rtn(weight, scheme, range=range, power=4.0)  # type: ignore[arg-type]
+    q = gptq(weight, scheme, moment, order=order, range=range)
+    nearest = rtn(weight, scheme, range=range, power=4.0)
     assert torch.equal(q.codes, nearest.codes)
     assert torch.equal(q.dequantize(), nearest.dequantize())
 
@@ -207,8 +207,8 @@ def test_a_diagonal_h_with_dynamic_groups_rounds_the_sorted_columns(name: str) -
     weight, power = torch.randn(12, 50, generator=generator), torch.rand(50, generator=generator) + 0.1
     order = torch.argsort(power, descending=True)
     for range in RANGES:
-        q = gptq(weight, scheme, diagonal_moment(power), order="dynamic", range=range)  # type: ignore[arg-type]
-        nearest = rtn(weight[:, order], scheme, range=range, power=4.0)  # type: ignore[arg-type]
+        q = gptq(weight, scheme, diagonal_moment(power), order="dynamic", range=range)
+        nearest = rtn(weight[:, order], scheme, range=range, power=4.0)
         assert torch.equal(q.codes[:, order], nearest.codes)
         assert torch.equal(q.dequantize()[:, order], nearest.dequantize())
 
@@ -237,7 +237,7 @@ def eliminated(
 def test_the_result_is_that_of_explicit_elimination(name: str, order: str) -> None:
     layer = make_layer(n=32)
     scheme = SCHEMES[name]
-    q = gptq(layer.weight.double(), scheme, layer.moment, order=order, range="absmax", block_size=8)  # type: ignore[arg-type]
+    q = gptq(layer.weight.double(), scheme, layer.moment, order=order, range="absmax", block_size=8)
     hessian = layer.moment.matrix(torch.float64)
     scale = q.real_scale.expand(12, 1).flatten()
     visited = torch.argsort(hessian.diagonal(), descending=True).tolist() if order == "static" else list(range(32))
@@ -276,7 +276,7 @@ def test_the_block_size_changes_nothing(name: str, order: str) -> None:
     layer = make_layer(n=50)
     weight = layer.weight.double()
     results = [
-        gptq(weight, SCHEMES[name], layer.moment, order=order, range="absmax", block_size=b)  # type: ignore[arg-type]
+        gptq(weight, SCHEMES[name], layer.moment, order=order, range="absmax", block_size=b)
         for b in (1, 7, 16, 32, 50, 1000)
     ]
     for q in results[1:]:
@@ -302,7 +302,7 @@ def test_the_loss_counted_on_the_way_is_the_loss(name: str, order: str, damping:
     inner = damped(layer.moment.matrix(torch.float64), damping)
     direct = 0.5 * float(torch.trace(difference @ inner @ difference.T))
     assert loss == pytest.approx(direct, rel=1e-6 if SCHEMES[name].zero_point == "float" else 1e-9)
-    public = gptq(layer.weight.double(), SCHEMES[name], layer.moment, order=order, range="absmax", damping=damping)  # type: ignore[arg-type]
+    public = gptq(layer.weight.double(), SCHEMES[name], layer.moment, order=order, range="absmax", damping=damping)
     assert torch.equal(public.codes, q.codes)
 
 
@@ -314,8 +314,8 @@ def test_the_order_of_the_columns_in_memory_does_not_matter(order: str) -> None:
     moved.update(layer.inputs[:, shuffle])
     # Dynamic groups follow the visiting order, static ones the memory: there, one scale a row.
     scheme = Scheme(INT4, PerGroup(16)) if order == "dynamic" else Scheme(INT4, PerChannel())
-    here = gptq(layer.weight.double(), scheme, layer.moment, order=order)  # type: ignore[arg-type]
-    there = gptq(layer.weight.double()[:, shuffle], scheme, moved, order=order)  # type: ignore[arg-type]
+    here = gptq(layer.weight.double(), scheme, layer.moment, order=order)
+    there = gptq(layer.weight.double()[:, shuffle], scheme, moved, order=order)
     assert torch.equal(there.codes, here.codes[:, shuffle])
     assert torch.equal(there.dequantize(), here.dequantize()[:, shuffle])
 
@@ -323,8 +323,8 @@ def test_the_order_of_the_columns_in_memory_does_not_matter(order: str) -> None:
 def test_rows_are_independent() -> None:
     layer = make_layer()
     for name, order in itertools.product(["int4-g16", "uint4-g16-offset", "mxfp4"], ORDERS):
-        whole = gptq(layer.weight.double(), SCHEMES[name], layer.moment, order=order)  # type: ignore[arg-type]
-        some = gptq(layer.weight.double()[3:7], SCHEMES[name], layer.moment, order=order)  # type: ignore[arg-type]
+        whole = gptq(layer.weight.double(), SCHEMES[name], layer.moment, order=order)
+        some = gptq(layer.weight.double()[3:7], SCHEMES[name], layer.moment, order=order)
         assert torch.equal(some.codes, whole.codes[3:7])
 
 
@@ -346,7 +346,7 @@ def test_dynamic_groups_are_formed_in_visiting_order(name: str) -> None:
     q = gptq(layer.weight, scheme, layer.moment, order="dynamic")
     assert q.group_index is not None
     assert q.group_index.dtype == torch.int32
-    size = scheme.granularity.size  # type: ignore[union-attr]
+    size = scheme.granularity.size
     visited = torch.argsort(layer.moment.diagonal(), descending=True)
     assert q.group_index[visited].tolist() == [i // size for i in range(50)]
     for c in (0, 17, 49):  # by hand, column by column
@@ -363,14 +363,14 @@ def test_dynamic_groups_are_formed_in_visiting_order(name: str) -> None:
 @pytest.mark.parametrize("order", ["static", "none"])
 def test_other_orders_keep_contiguous_groups(order: str) -> None:
     layer = make_layer()
-    assert gptq(layer.weight, SCHEMES["int4-g16"], layer.moment, order=order).group_index is None  # type: ignore[arg-type]
+    assert gptq(layer.weight, SCHEMES["int4-g16"], layer.moment, order=order).group_index is None
 
 
 @pytest.mark.parametrize(("name", "range"), each_once(SCHEMES, RANGES))
 def test_static_scales_are_those_of_the_unrounded_weight(name: str, range: str) -> None:
     layer = make_layer(n=50)
-    q = gptq(layer.weight, SCHEMES[name], layer.moment, order="static", range=range)  # type: ignore[arg-type]
-    nearest = rtn(layer.weight, SCHEMES[name], range=range, power=4.0)  # type: ignore[arg-type]
+    q = gptq(layer.weight, SCHEMES[name], layer.moment, order="static", range=range)
+    nearest = rtn(layer.weight, SCHEMES[name], range=range, power=4.0)
     assert torch.equal(q.real_scale, nearest.real_scale)
 
 
@@ -385,7 +385,7 @@ def test_columns_whose_input_is_always_zero_become_zero(name: str, order: str) -
     inputs[:, dead] = 0
     moment = SecondMoment(48)
     moment.update(inputs)
-    q = gptq(layer.weight, SCHEMES[name], moment, order=order)  # type: ignore[arg-type]
+    q = gptq(layer.weight, SCHEMES[name], moment, order=order)
     assert bool((q.dequantize()[:, dead] == 0).all())
     assert bool((q.dequantize() != 0).any())
     alive = torch.ones(48, dtype=torch.bool)
@@ -397,8 +397,8 @@ def test_columns_whose_input_is_always_zero_become_zero(name: str, order: str) -
         without = SecondMoment(45)
         without.update(inputs[:, alive])
         # The mean of the diagonal, hence λ, is over all columns.
-        alone = gptq(layer.weight.double()[:, alive], SCHEMES[name], without, order=order, damping=0.01 * 45 / 48)  # type: ignore[arg-type]
-        both = gptq(layer.weight.double(), SCHEMES[name], moment, order=order)  # type: ignore[arg-type]
+        alone = gptq(layer.weight.double()[:, alive], SCHEMES[name], without, order=order, damping=0.01 * 45 / 48)
+        both = gptq(layer.weight.double(), SCHEMES[name], moment, order=order)
         assert torch.equal(both.codes[:, alive], alone.codes)
 
 
@@ -410,7 +410,7 @@ def test_no_input_at_all() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_fine_grid_returns_the_weight(order: str) -> None:
     layer = make_layer()
-    q = gptq(layer.weight, Scheme(integer(8), PerGroup(4)), layer.moment, order=order, range="absmax")  # type: ignore[arg-type]
+    q = gptq(layer.weight, Scheme(integer(8), PerGroup(4)), layer.moment, order=order, range="absmax")
     # Steps of absmax/127.5: the error of a repaired weight stays a few steps.
     assert float((q.dequantize() - layer.weight).norm() / layer.weight.norm()) < 0.01
 
@@ -433,8 +433,8 @@ def test_scales_of_every_kind_are_stored_values() -> None:
 @pytest.mark.parametrize(("name", "order", "range"), some([(*c, r) for r in RANGES for c in BY_ORDER], 4))
 def test_the_output_error_is_below_that_of_round_to_nearest(name: str, order: str, range: str) -> None:
     layer = make_layer(m=24, n=96, tokens=400, rank=12)
-    q = gptq(layer.weight, SCHEMES[name], layer.moment, order=order, range=range)  # type: ignore[arg-type]
-    nearest = rtn(layer.weight, SCHEMES[name], range=range, power=4.0)  # type: ignore[arg-type]
+    q = gptq(layer.weight, SCHEMES[name], layer.moment, order=order, range=range)
+    nearest = rtn(layer.weight, SCHEMES[name], range=range, power=4.0)
     assert layer.error(q) < 0.75 * layer.error(nearest)
 
 
@@ -453,7 +453,7 @@ def test_the_gains_are_the_published_ones(bits: int) -> None:
     scheme = Scheme(integer(bits), PerGroup(128), "integer")
     nearest = layer.error(rtn(layer.weight, scheme, range="absmax"))
     plain, dynamic, static = (
-        layer.error(gptq(layer.weight, scheme, layer.moment, order=order, range="absmax"))  # type: ignore[arg-type]
+        layer.error(gptq(layer.weight, scheme, layer.moment, order=order, range="absmax"))
         for order in ("none", "dynamic", "static")
     )
     wanted = PUBLISHED[bits]
@@ -524,7 +524,7 @@ def test_refusals_say_what_to_do() -> None:
     ]
     for error, words, options, weight, wanted, moment in cases:
         with pytest.raises(error) as caught:
-            gptq(weight, wanted, moment, name="w", **options)  # type: ignore[arg-type]
+            gptq(weight, wanted, moment, name="w", **options)
         assert words in str(caught.value)
 
 
@@ -532,7 +532,7 @@ def test_the_moment_is_left_as_it_was() -> None:
     layer = make_layer()
     before = layer.moment.packed.clone()
     for order in ORDERS:
-        gptq(layer.weight, SCHEMES["int4-g16"], layer.moment, order=order)  # type: ignore[arg-type]
+        gptq(layer.weight, SCHEMES["int4-g16"], layer.moment, order=order)
     assert torch.equal(layer.moment.packed, before)
 
 
@@ -542,7 +542,7 @@ def test_codes_are_those_of_the_grid_that_is_returned() -> None:
     for name, order in BY_ORDER:
         if order == "dynamic":
             continue
-        q = gptq(layer.weight, SCHEMES[name], layer.moment, order=order)  # type: ignore[arg-type]
+        q = gptq(layer.weight, SCHEMES[name], layer.moment, order=order)
         again = quantize_with(q.dequantize(), q.scheme, q.grid)
         assert torch.equal(again.dequantize(), q.dequantize()), name
 

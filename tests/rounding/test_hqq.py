@@ -24,7 +24,7 @@ def drawn(source: str, std: float = 0.02, rows: int = 64, columns: int = 2048) -
 
 
 def scheme(bits: int, zero: str, size: int = 64, scale: str = "float32") -> Scheme:
-    return Scheme(integer(bits, signed=zero == "none"), PerGroup(size), zero, scale)  # type: ignore[arg-type]
+    return Scheme(integer(bits, signed=zero == "none"), PerGroup(size), zero, scale)
 
 
 def group_errors(q: QTensor, weight: torch.Tensor, size: int = 64) -> torch.Tensor:

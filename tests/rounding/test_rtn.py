@@ -90,7 +90,7 @@ def test_what_the_search_gains_on_gaussian_weights(text: str, absmax: float, sea
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
     scheme = parse_scheme(text).weights
     for range, wanted in (("absmax", absmax), ("search", searched)):
-        back = rtn(weight, scheme, range=range).dequantize()  # type: ignore[arg-type]
+        back = rtn(weight, scheme, range=range).dequantize()
         assert float((back - weight).square().sum() / weight.square().sum()) == pytest.approx(wanted, rel=0.02)
 
 
@@ -117,7 +117,7 @@ def test_scales_without_a_sign_stay_positive(name: str) -> None:
 
 def test_quantized_scales_gain_on_the_whole() -> None:
     scheme, weight = SCHEMES["nvfp4"], heavy(seed=4)
-    errors = [float((rtn(weight, scheme, range=r).dequantize() - weight).square().sum()) for r in ("absmax", "search")]  # type: ignore[arg-type]
+    errors = [float((rtn(weight, scheme, range=r).dequantize() - weight).square().sum()) for r in ("absmax", "search")]
     assert errors[1] < errors[0]
 
 
@@ -146,14 +146,14 @@ def test_refusals_carry_the_name() -> None:
     bad[3, 3] = torch.nan
     for range, scheme in itertools.product(("absmax", "search"), (SCHEMES["int4-g16"], SCHEMES["nvfp4"])):
         with pytest.raises(DataError, match=r"^w: .*NaN or infinity"):
-            rtn(bad, scheme, range=range, name="w")  # type: ignore[arg-type]
+            rtn(bad, scheme, range=range, name="w")
     with pytest.raises(SchemeError, match=r"^w: Unknown range 'mean'\. Known: absmax, auto, search"):
-        rtn(heavy(), SCHEMES["int4-g16"], range="mean", name="w")  # type: ignore[arg-type]
+        rtn(heavy(), SCHEMES["int4-g16"], range="mean", name="w")
 
 
 def test_any_number_of_axes_and_none_at_all() -> None:
     for shape in ((5, 3, 16), (16,), (0, 16), (4, 0)):
         for range in ("absmax", "search"):
-            q = rtn(torch.ones(shape), Scheme(integer(4), PerGroup(8)), range=range)  # type: ignore[arg-type]
+            q = rtn(torch.ones(shape), Scheme(integer(4), PerGroup(8)), range=range)
             assert q.shape == shape
             torch.testing.assert_close(q.dequantize(), torch.ones(shape), rtol=0.08, atol=0)

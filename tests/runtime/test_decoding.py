@@ -67,7 +67,7 @@ PROMPT = torch.arange(11) * 31 % 95 + 2
 def generated(model: Any, count: int) -> list[int]:
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count}
     found = model.generate(PROMPT[None], attention_mask=torch.ones_like(PROMPT[None]), **options)
-    return found[0, len(PROMPT) :].tolist()  # type: ignore[no-any-return]
+    return found[0, len(PROMPT) :].tolist()
 
 
 def ours(model: Any, count: int) -> list[int]:

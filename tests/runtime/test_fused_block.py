@@ -209,7 +209,7 @@ def test_an_exported_block_is_made_of_operators_that_can_be_traced():
             self.block = block
 
         def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-            return self.block(x, position_embeddings=(cos, sin))  # type: ignore[no-any-return]
+            return self.block(x, position_embeddings=(cos, sin))
 
     model = fused("llama")
     called = Called(model.model.layers[0])
@@ -232,7 +232,7 @@ class Doubled(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * self.inner(x)  # type: ignore[no-any-return]
+        return 2 * self.inner(x)
 
 
 @pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.act_fn", "mlp", "post_attention_layernorm"])

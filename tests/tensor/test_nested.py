@@ -143,10 +143,10 @@ def test_gptq_keeps_scales_and_offsets_as_the_scheme_stores_them(scheme: Scheme,
     x = weight()
     moment = SecondMoment(512)
     moment.update(torch.randn(600, 512, generator=torch.Generator().manual_seed(3)) @ torch.randn(512, 512) * 0.1)
-    q = gptq(x, scheme, moment, order=order, range="absmax")  # type: ignore[arg-type]
+    q = gptq(x, scheme, moment, order=order, range="absmax")
     assert isinstance(q.scale, QTensor) and isinstance(q.offset, QTensor) == (scheme is Q4)
     if order != "dynamic":
-        grid = fit(to_tiles(x, (1, scheme.granularity.size)), scheme)  # type: ignore[union-attr]
+        grid = fit(to_tiles(x, (1, scheme.granularity.size)), scheme)
         parts = store_grid(grid, scheme, (6, 512))
         assert torch.equal(parts.grid.scale, q.real_scale), (
             "the unrounded weight's grid: all scales of a block are needed at once"

@@ -250,7 +250,7 @@ def test_rounding_straight_to_packed_bits(path: str, text: str) -> None:
 
 def loss_of(x: torch.Tensor, plan: Scheme, grid: Grid, importance: torch.Tensor | None, power: float) -> torch.Tensor:
     """(tiles,) float64; what a ragged tile is filled up with does not count."""
-    tiles = to_tiles(x, (*(1 for _ in x.shape[:-1]), min(plan.granularity.size, x.shape[-1])))  # type: ignore[union-attr]
+    tiles = to_tiles(x, (*(1 for _ in x.shape[:-1]), min(plan.granularity.size, x.shape[-1])))
     error = (on_grid(tiles, plan, grid) - tiles).abs().double().pow(power)
     return (error if importance is None else error * to_tiles(importance.expand_as(x), (1, tiles.shape[1]))).sum(dim=-1)
 

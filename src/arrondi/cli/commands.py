@@ -12,7 +12,6 @@ import typer
 from arrondi.cli import options as opt
 from arrondi.cli.parsing import (
     byte_count,
-    device_options,
     recipe_from,
     scheme_names,
     set_by_user,
@@ -133,10 +132,12 @@ def quantize(
         _useless(context, "calibration text", "samples", "seed", *([] if measured else ["seq_len"]))
     if not measured:
         _useless(context, "a measurement", "eval_samples")
-    where, shard_bytes = device_options(device), byte_count(shard_size)
+    shard_bytes = byte_count(shard_size)
+    from arrondi.model import device_named
     from arrondi.pipeline import TextOptions, quantize_model, rehearse
     from arrondi.report import print_report, progress_bar, sole_reader
 
+    device_named(device)
     text = TextOptions(calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits)
     if dry_run:
         planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
@@ -157,7 +158,7 @@ def quantize(
             overwrite=overwrite,
             planned=lambda plan: _note(sole_reader(plan)),
             progress=progress,
-            **where,
+            device=device,
         )
     _answer(report, json_, print_report)
     _hold_to(report["evaluation"] or {}, limits, f"The files are in {output}.")
@@ -180,7 +181,7 @@ def evaluate(
     quiet: opt.Quiet = False,
 ) -> None:
     """Perplexity, KL divergence to the original and top-1 agreement, each with a 95 % interval."""
-    limits, where = _limits(max_kl, max_ppl_increase), device_options(device)
+    limits = _limits(max_kl, max_ppl_increase)
     from arrondi.measure.compare import compare_models
     from arrondi.report import print_evaluation, progress_bar
 
@@ -194,7 +195,7 @@ def evaluate(
             activations=activations,
             limits=limits,
             progress=progress,
-            **where,
+            device=device,
         )
     _answer(result, json_, print_evaluation)
     _hold_to(result, limits, "")
@@ -239,7 +240,6 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed when temperature is above 0.", min=0, max=2**63 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     activations: opt.Activations = None,
-    device: opt.Device = "cpu",
     json_: opt.Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -247,7 +247,6 @@ def run(
         raise SchemeError(f"--temperature takes a number such as 0.8, got {temperature}.")
     if temperature == 0:
         _useless(context, "--temperature above 0", "seed")
-    where = device_options(device)
     from arrondi.runtime.generate import generate
 
     result = generate(
@@ -259,7 +258,6 @@ def run(
         dtype=dtype,
         activations=activations,
         stream=None if json_ else sys.stdout,
-        **where,
     )
     if json_:
         _print_json(result)

@@ -111,29 +111,6 @@ def scheme_names(texts: Sequence[str]) -> list[str]:
     return found
 
 
-def device_options(device: str) -> dict[str, str]:
-    """The keyword by which the library is told of a device other than the CPU.
-
-    Raises:
-        SchemeError: no such device, or none on this machine.
-    """
-    import torch
-
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise SchemeError(f"--device takes cpu, cuda or cuda:0, got {device!r}.") from None
-    if found.type == "cpu":
-        return {}
-    if found.type != "cuda":
-        raise SchemeError(f"--device takes cpu, cuda or cuda:0, got {device!r}.")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (found.index or 0) >= count:
-        has = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device that PyTorch can use"
-        raise SchemeError(f"--device {device}: this machine has {has}. Use --device cpu.")
-    return {"device": device}
-
-
 def set_by_user(context: typer.Context, *names: str) -> list[str]:
     """Those of these parameters that stand on the command line, as options."""
     found = []

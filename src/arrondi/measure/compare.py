@@ -21,7 +21,7 @@ from arrondi.measure.comparison import Comparison, EncoderComparison
 from arrondi.measure.data import Data, check_windows, read_windows, reads_text
 from arrondi.measure.limits import Limits, check_limits
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol
-from arrondi.model import Budget, OnDisk, Stream, confirm, settle, walk
+from arrondi.model import Budget, OnDisk, Stream, confirm, device_named, settle, walk
 
 BATCH_TOKENS = 2048
 """Tokens sent through a unit at once."""
@@ -89,6 +89,7 @@ def compare_models(
             not computed here.
     """
     check_arguments(compare_models, locals())
+    where = device_named(device)
     sources = [OnDisk.open(reference), OnDisk(Checkpoint.open(quantized).rounding(activations))]
     for source in sources:
         source.check_computed()
@@ -115,7 +116,7 @@ def compare_models(
         sources[1].run_as_whole(sources[0].facts)
     report = progress or (lambda done, total, what: None)
     comparison = comparison_for(model)
-    _follow(sources, ids, comparison, torch.device(device), report)
+    _follow(sources, ids, comparison, where, report)
     return {
         **comparison.summary().to_dict(),
         "text": windows.source,

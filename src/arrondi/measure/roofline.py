@@ -99,6 +99,11 @@ def bench(
     if not all(size > 0 for size in (*itertools.chain(*shapes), *tokens)):
         raise SchemeError(f"Sizes must be positive, got shapes {list(shapes)} and tokens {list(tokens)}.")
     chosen = {name: None if name in OPERATORS else parse_scheme(name) for name in names or (*SCHEMES, *OPERATORS)}
+    for name, scheme in chosen.items():
+        if scheme is not None and (scheme.outputs is not None or scheme.kv is not None):
+            raise SchemeError(
+                f"{name}: products are timed, and outputs and caches are no part of them. Drop 'o' and 'kv'."
+            )
     report = progress or (lambda done, total, what: None)
     total = len(shapes) * len(chosen) * len(DTYPES) * len(tokens)
     report(0, total, "this machine")

@@ -3,6 +3,7 @@
 from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
 from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs
+from arrondi.model.device import device_named
 from arrondi.model.in_memory import InMemory
 from arrondi.model.instance import Instance, Rounding
 from arrondi.model.memory import release
@@ -42,6 +43,7 @@ __all__ = [
     "build_model",
     "configs_in",
     "confirm",
+    "device_named",
     "find_tensors",
     "kl_loss",
     "next_token_loss",

@@ -60,6 +60,9 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
         cls = next((c for c in found if c is not None), None)
         if cls is None:
             cls = transformers.MODEL_MAPPING[type(parsed)]
+        own = getattr(cls, "config_class", None)
+        if own is not None and not isinstance(parsed, own) and isinstance(parsed.get_text_config(), own):
+            parsed = parsed.get_text_config()  # the language model of a larger one, stored with the config of the whole
         for part in configs_in(parsed):
             part.use_cache = False
             part._experts_implementation = "eager"

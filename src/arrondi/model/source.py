@@ -74,6 +74,15 @@ class OnDisk:
         return self.checkpoint.folder.config
 
     @property
+    def config_key(self) -> str:
+        """Key of the part of config.json that is the model's own config; "" where that is all of it."""
+        kind = self.model.config.model_type
+        if self.config["model_type"] == kind:
+            return ""
+        parts = {k: v for k, v in self.config.items() if isinstance(v, dict)}
+        return next((k for k, v in parts.items() if v.get("model_type") == kind), "")
+
+    @property
     def to_load(self) -> int:
         """Bytes that all weights take in float32."""
         return 4 * sum(p.numel() for p in self.model.parameters())

@@ -189,6 +189,8 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         reshaped=frozenset(m for s in source.sites if s.param in source.facts.reshaped for m in s.modules),
     )
     notes = [f"{n}: {_list(names)}." for n, names in resolver.notes.items()]
+    if resolver is not tried[0][1]:
+        notes.insert(0, _why_not(tried[0][1].layout, tried[0][2]))
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
     notes += [
         f"{one.step.name} is not done, {why}: {_list(names)}."
@@ -198,6 +200,16 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
     return Plan(source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts)
+
+
+def _why_not(layout: Layout, tensors: list[PlannedTensor]) -> str:
+    """Why the most widely read layout was not taken."""
+    lost: dict[str, list[str]] = {}
+    for t in tensors:
+        if t.status == "kept because impossible" and t.rule:
+            lost.setdefault(t.reason, []).append(t.name)
+    why = "; ".join(f"{reason} ({_list(names)})" for reason, names in list(lost.items())[:_NAMED])
+    return f"Not stored as {layout.name}, which more programs read: {why}."
 
 
 def check(plan: Plan) -> None:

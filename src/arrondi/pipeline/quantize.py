@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arrondi.checkpoint import Checkpoint, read_report
 from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
-from arrondi.model import OnDisk, settle
+from arrondi.model import OnDisk, device_named, settle
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
@@ -60,7 +58,7 @@ def quantize_model(
     Raises:
         FileFormatError, SchemeError, DataError, OutputError: see their sentences; nothing of the user's is lost.
     """
-    text, out = text or TextOptions(), Path(out)
+    text, out, where = text or TextOptions(), Path(out), device_named(device)
     checkpoint, ledger = recorded(_original(model, out))
     source = OnDisk(checkpoint)
     texts = read_texts(source, text, recipe)
@@ -78,7 +76,7 @@ def quantize_model(
     with Journal(out, key, files, machine(), overwrite=overwrite) as journal:
         _check_space(out, plan, bool(journal.steps))
         say = progress or (lambda done, total, what: None)
-        run = Run(plan, texts, journal, ledger, shard_bytes, say, torch.device(device))
+        run = Run(plan, texts, journal, ledger, shard_bytes, say, where)
         run.execute()
         return _publish(run, side_files, facts_of(checkpoint, plan, recipe, text, texts), key)
 
@@ -139,10 +137,10 @@ def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], ke
             "kept": kept_of(run.plan),
         }
     )
-    config = {
-        **merged(run.source.checkpoint.folder.config, run.overlay.config),
-        "quantization_config": run.plan.config(),
-    }
+    described = {"quantization_config": run.plan.config()}
+    config = {**merged(run.source.config, run.overlay.config), **described}
+    if part := run.source.config_key:  # transformers looks for it where the model's own config is
+        config[part] = {**config[part], **described}
     manifest = manifest_of(key, run.ledger, facts)
     publish(run.journal, run.writer, side_files, config, manifest, {"report.json": report})
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def dequantize_model(
                     writer.put(name, _plain(checkpoint, name, kind))
                 journal.record(f"tensors {i}", None, wrote=writer.sync(), read=ledger.taken())
             done += len(group)
-        config = {k: v for k, v in checkpoint.folder.config.items() if k != "quantization_config"}
+        config = _unquantized(checkpoint.folder.config)
         for name in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             config[name] = dtype
         facts = {"dtype": dtype, "versions": versions()}
@@ -112,3 +112,8 @@ def _grouped(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
         groups[-1].append(spec)
         used += size
     return groups
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what it, or a part of it, says of a quantization."""
+    return {k: _unquantized(v) if isinstance(v, dict) else v for k, v in config.items() if k != "quantization_config"}

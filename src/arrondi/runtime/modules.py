@@ -7,7 +7,7 @@ shape, which the caller makes.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,10 +19,12 @@ from arrondi.checkpoint import (
     LAYOUTS,
     Checkpoint,
     LayerValues,
+    Layout,
     ModelFacts,
     Placed,
     ShardPlan,
     ShardWriter,
+    readers_of,
     write_config,
 )
 from arrondi.errors import FileFormatError, OutputError, SchemeError, unknown
@@ -99,13 +101,16 @@ class _SavePretrained:
 
 
 @torch.no_grad()
-def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> None:
+def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> dict[str, Any]:
     """Write a quantized module into a directory, with the codes that it holds.
 
     Args:
         model: what `arrondi.quantize` or `arrondi.load` gave.
         out: directory to write; it may hold no model.
         layout: a name of `LAYOUTS`; None takes the most widely read that holds every layer.
+
+    Returns:
+        `layout`, its name, and `readers`: who reads the files, as in the report of `arrondi.quantize`.
 
     Raises:
         SchemeError: the model holds nothing quantized, or the layout cannot hold it.
@@ -117,7 +122,10 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
     if layers is None:
         own = getattr(model, "save_pretrained", None)
         if isinstance(own, SavePretrained):
-            return own(out)
+            own(out)
+            written = Checkpoint.open(out)
+            assert written.layout is not None
+            return _said(written.layout, list(written.placed.values()), ModelFacts())
         raise SchemeError("Nothing in this model is quantized. Quantize it first.")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is no directory. Name another one.")
@@ -137,11 +145,17 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> Non
     config: Any = getattr(model, "config", None)
     facts = config.to_dict() if hasattr(config, "to_dict") else {"architectures": [type(model).__name__]}
     kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    described = chosen.config([layer.placed for layer in layers.values()], kept, getattr(model, _FACTS))
+    placed, known_facts = [layer.placed for layer in layers.values()], getattr(model, _FACTS)
+    described = chosen.config(placed, kept, known_facts)
     known: Any = model
     if hasattr(model, "can_generate") and known.can_generate():
         known.generation_config.save_pretrained(out)
     write_config(out / "config.json", {**facts, "quantization_config": described})
+    return _said(chosen, placed, known_facts)
+
+
+def _said(layout: Layout, placed: list[Placed], facts: ModelFacts) -> dict[str, Any]:
+    return {"layout": layout.name, "readers": [asdict(verdict) for verdict in readers_of(placed, layout, facts)]}
 
 
 @torch.no_grad()

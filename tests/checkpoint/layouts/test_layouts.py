@@ -102,7 +102,7 @@ def same_values(a: LayerValues, b: LayerValues) -> None:
             assert isinstance(one.scale, torch.Tensor) and isinstance(two.scale, torch.Tensor)
             assert torch.equal(one.scale, two.scale)
             assert (one.zero_point is None) == (two.zero_point is None)
-            assert one.zero_point is None or torch.equal(one.zero_point, two.zero_point)  # type: ignore[arg-type]
+            assert one.zero_point is None or torch.equal(one.zero_point, two.zero_point)
 
 
 def find(layout: Layout, config: dict[str, object], written: Mapping[str, torch.Tensor]) -> list[Placed]:
@@ -137,8 +137,9 @@ def test_what_is_promised_is_written_and_read_again(layout: str, scheme: str, sh
     p = placed(SCHEMES[scheme], SHAPES[shape])
     size = p.scheme.weights.granularity
     if LAYOUTS[layout].refuse(p):
-        fits = isinstance(size, PerGroup) and 100 % size.size == 0
-        assert shape == "ragged" and isinstance(size, PerGroup | PerBlock) and not fits, "nothing else may be refused"
+        sizes = [size] if p.scheme.inputs is None else [size, p.scheme.inputs.scheme.granularity]
+        misfits = [s for s in sizes if isinstance(s, PerBlock) or (isinstance(s, PerGroup) and 100 % s.size)]
+        assert shape == "ragged" and misfits, "nothing else may be refused"
         return
     values = rounded(p)
     before = values.weight.codes.clone()

@@ -54,7 +54,7 @@ def compressor(scheme: QuantizationScheme) -> Any:
 
 
 def layer(scheme: str, stored: str = "float32", **facts: Any) -> tuple[Placed, LayerValues]:
-    placed = Placed("layer.weight", (128, 256), parse_scheme(scheme).with_scale(stored), **facts)  # type: ignore[arg-type]
+    placed = Placed("layer.weight", (128, 256), parse_scheme(scheme).with_scale(stored), **facts)
     weight = torch.randn(placed.matrix_shape, generator=torch.Generator().manual_seed(0)) * 0.02
     return placed, LayerValues(quantize_tensor(weight, placed.scheme.weights), static_grid(placed.scheme, 3.0))
 
@@ -238,8 +238,8 @@ def test_activations_are_rounded_as_the_package_rounds_them(text: str) -> None:
         stored = local(LAYOUT.write(placed, values))
         scale, zero = stored["input_scale"], stored.get("input_zero_point")
     else:
-        scale, zero = compute_dynamic_scales_and_zp(x, known, module=None)  # type: ignore[arg-type]
-    found = packages_fake_quantize(x, scale, zero, known)  # type: ignore[arg-type]
+        scale, zero = compute_dynamic_scales_and_zp(x, known, module=None)
+    found = packages_fake_quantize(x, scale, zero, known)
     # The package adds the zero point before it rounds, so a tie may fall to the other side: one code, seldom.
     apart = (fake_quantize(x, inputs.scheme, values.inputs) - found).abs() > 1e-5 * found.abs()
     assert float(apart.float().mean()) <= (0.005 if "asym" in text else 0)
@@ -254,8 +254,8 @@ def test_the_reference_of_local_inputs_is_the_packages_rounding() -> None:
     known = packages_scheme(LAYOUT.config([placed], [])).input_activations
     outer = local(LAYOUT.write(placed, values))["input_global_scale"]
     x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
-    scale, zero = compute_dynamic_scales_and_zp(x, known, module=None, global_scale=outer)  # type: ignore[arg-type]
-    found = packages_fake_quantize(x, scale, zero, known, global_scale=outer)  # type: ignore[arg-type]
+    scale, zero = compute_dynamic_scales_and_zp(x, known, module=None, global_scale=outer)
+    found = packages_fake_quantize(x, scale, zero, known, global_scale=outer)
     assert placed.scheme.inputs is not None
     assert torch.allclose(local_rounding(x, placed.scheme.inputs.scheme, values.inputs), found, rtol=1e-6, atol=0)
 

@@ -95,7 +95,7 @@ def test_scales_by_hand(rule: str, name: str, row: list[float], scale: float) ->
     ],
 )
 def test_the_automatic_rule(name: str, storage: str, rule: str) -> None:
-    scheme = Scheme(FORMATS[name], GROUP, scale=storage)  # type: ignore[arg-type]
+    scheme = Scheme(FORMATS[name], GROUP, scale=storage)
     tiles = gaussian(50)
     assert torch.equal(fit(tiles, scheme).scale, fit(tiles, scheme, rule).scale)
 
@@ -398,7 +398,7 @@ def test_nan_and_infinity_are_refused(bad: float, zero: str) -> None:
     tiles = gaussian(3)
     tiles[1, 5] = bad
     with pytest.raises(DataError, match="NaN or infinity"):
-        fit(tiles, Scheme(integer(4), GROUP, zero))  # type: ignore[arg-type]
+        fit(tiles, Scheme(integer(4), GROUP, zero))
 
 
 @pytest.mark.parametrize("rule", FITS)
