@@ -47,7 +47,10 @@ peers: $(STAMP)
 # DATA as above; PEER_PYTHON is the interpreter of an environment with llm-compressor (leave it out to time only arrondi).
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rtn_speed.py
-	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/quality.py --samples 64
+	$(if $(DATA),$(BIN)/python benchmarks/quality.py --model $(DATA)/books-llama-6m \
+		--calibration $(DATA)/text/emma.txt --evaluation $(DATA)/text/the_time_machine.txt)
+	$(if $(DATA),$(BIN)/python benchmarks/quality.py --model $(DATA)/tinystories-656k --split $(DATA)/text/tinystories_val_a.txt)
 	$(BIN)/python benchmarks/gptq_speed.py $(if $(DATA),--data $(DATA)) $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 
 # Products beside other libraries; PEERS is `--peer torch=PYTHON --peer ggml=PYTHON …`, an interpreter for each.

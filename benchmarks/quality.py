@@ -21,7 +21,7 @@ import arrondi
 
 ABSMAX = {"range": "absmax"}
 Settings = list[tuple[str, dict[str, Any]]]
-METHODS: Settings = [("rtn", ABSMAX), ("rtn", {}), ("hqq", {}), ("gptq", {})]
+METHODS: Settings = [("rtn", ABSMAX), ("rtn", {}), ("hqq", {}), ("gptq", ABSMAX), ("gptq", {})]
 TEXTBOOK: Settings = [("rtn", ABSMAX), ("gptq", ABSMAX)]
 
 

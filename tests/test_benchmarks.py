@@ -57,6 +57,16 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
 """Script → its arguments for a tiny model, and what it prints. Peers are left out: they have environments of their own."""
 
 
+def test_make_gives_scripts_options_that_they_have() -> None:
+    makefile = (BENCHMARKS.parent / "Makefile").read_text().replace("\\\n", " ")
+    lines = [line for line in makefile.splitlines() if "benchmarks/" in line and not line.startswith("#")]
+    assert lines
+    for line in lines:
+        script = BENCHMARKS.parent / str(re.search(r"benchmarks/\w+\.py", line)[0])
+        for option in re.findall(r"--[\w-]+", line):
+            assert f'"{option}"' in script.read_text(), f"{script.name} has no {option}"
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with the sample's tokenizer."""

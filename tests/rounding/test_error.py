@@ -43,7 +43,7 @@ def outputs(x: torch.Tensor, w: torch.Tensor, back: torch.Tensor) -> tuple[float
 def test_the_output_loss_is_that_of_the_inputs(m: int, dtype: torch.dtype) -> None:
     x, w = inputs(96), weight(m, 96).to(dtype)
     q = rtn(w, parse_scheme("w=int3/g32/asym").weights)
-    found = output_loss(w, q.dequantize(), moment_of(x))
+    found = output_loss(w, q.dequantize(), moment_of(x).matrix())
     noise, signal = outputs(x, w, q.dequantize())
     assert found.noise == pytest.approx(noise, rel=1e-4)
     assert found.signal == pytest.approx(signal, rel=1e-4)
@@ -59,7 +59,7 @@ def test_each_of_several_matrices_that_read_the_same_has_its_own() -> None:
     ratios = []
     for w, back in zip(parts, q.dequantize().split(16), strict=True):
         noise, signal = outputs(x, w, back)
-        ratios.append(output_loss(w, back, moment_of(x)).ratio)
+        ratios.append(output_loss(w, back, moment_of(x).matrix()).ratio)
         assert ratios[-1] == pytest.approx(noise / signal, rel=1e-3)
     assert max(ratios) > 3 * min(ratios), "or the test shows nothing"
 
@@ -76,7 +76,8 @@ def test_the_loss_of_a_stack_is_that_of_all_its_numbers() -> None:
     x = [inputs(64, seed=s) for s in range(3)]
     sums = [outputs(*part) for part in zip(x, matrices, [q.dequantize() for q in rounded], strict=True)]
     total = sum(
-        (output_loss(m, q.dequantize(), moment_of(i)) for m, q, i in zip(matrices, rounded, x, strict=True)), Loss()
+        (output_loss(m, q.dequantize(), moment_of(i).matrix()) for m, q, i in zip(matrices, rounded, x, strict=True)),
+        Loss(),
     )
     assert total.ratio == pytest.approx(sum(s[0] for s in sums) / sum(s[1] for s in sums), rel=1e-3)
 
@@ -114,4 +115,4 @@ def test_other_shapes_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"got \(4, 64\) and \(4, 32\)"):
         weight_loss(weight(4, 64), q)
     with pytest.raises(ShapeError, match=r"two matrices \(out, 64\), got \(4, 32\)"):
-        output_loss(weight(4, 32), q.dequantize(), moment_of(inputs(64)))
+        output_loss(weight(4, 32), q.dequantize(), moment_of(inputs(64)).matrix())

@@ -82,9 +82,10 @@ def round_together(
     q, facts = run(joined, scheme, seen, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
+    hessian = None if seen.moment is None else seen.moment.matrix()
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):
         restored = part.dequantize()
-        error = output_loss(weight, restored, seen.moment) if seen.moment is not None else None
+        error = None if hessian is None else output_loss(weight, restored, hessian)
         found.append(Rounded(part, weight_loss(weight, part), error, seen.tokens, method, facts=facts))
     release()
     return found

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from arrondi.calibration import SecondMoment
 from arrondi.errors import ShapeError
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import lost
@@ -63,21 +62,21 @@ def weight_loss(weight: torch.Tensor, q: QTensor) -> Loss:
     return _sums(weight, q.dequantize()) if found is None else Loss(*found)
 
 
-def output_loss(weight: torch.Tensor, restored: torch.Tensor, moment: SecondMoment) -> Loss:
-    """‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² on the inputs X of which `moment` is the second moment, without X.
+def output_loss(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.Tensor) -> Loss:
+    """‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² on the inputs X, of which XᵀX is all that is needed.
 
     Args:
         weight, restored: (out, n), any float dtype. For one matrix of several that were rounded together, pass its rows.
-        moment: of size n; that of the inputs of this matrix.
+        hessian: (n, n) float32, XᵀX: the `matrix` of the second moment of this matrix's inputs.
 
     Raises:
-        ShapeError: the shapes differ, or the moment has another size.
+        ShapeError: the shapes differ, or the inputs have another size.
     """
-    if weight.shape != restored.shape or weight.ndim != 2 or weight.shape[1] != moment.n:
+    if weight.shape != restored.shape or weight.ndim != 2 or hessian.shape != (weight.shape[1],) * 2:
         raise ShapeError(
-            f"An output error is of two matrices (out, {moment.n}), got {tuple(weight.shape)} and {tuple(restored.shape)}."
+            f"An output error is of two matrices (out, {len(hessian)}), got {tuple(weight.shape)} and {tuple(restored.shape)}."
         )
-    hessian = moment.matrix().to(weight.device)
+    hessian = hessian.to(weight.device)
     total = Loss()
     for rows, back in zip(weight.split(_ROWS), restored.split(_ROWS), strict=True):
         rows = rows.float()
