@@ -44,7 +44,7 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         r"(?s)4  rtn .*4  hqq .*4  gptq .*%",
     ),
     "quantizer_speed.py": (lambda _: ["--repeat", 1, "--rows", 64], r"round and pack, GB/s +compiled \d.* reference \d(?s:.*)hqq, s "),
-    "rtn_speed.py": (lambda tiny: ["--model", tiny, "--repeat", 1], r"RTN W4A16, all of it.*GB/s a core(?s:.*)a plain copy"),
+    "rtn_speed.py": (lambda tiny: ["--model", tiny, "--repeat", 1], r"RTN W4A16, range searched.*GB/s a core(?s:.*)widest range .*GB/s a core(?s:.*)a plain copy"),
     "tokens.py": (
         lambda tiny: [quantized(tiny), "--activations", "int8/g128", "--plain", tiny, "--prompt", 8, "--decode", 3, "--rounds", 1],
         r"arrondi int8/g128 +prompt(?s:.*)transformers .* decode +\d",
