@@ -131,7 +131,7 @@ class OnDisk:
         for name, placed in self.checkpoint.placed.items():
             if placed.scheme.outputs is not None or placed.scheme.kv is not None:
                 raise SchemeError(
-                    f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here."
+                    f"{name}: {placed.scheme} rounds outputs or the key/value cache, which is not computed here. Give the original model, or run it elsewhere."
                 )
         embeddings = {s.tensor for s in self.sites if s.kind == "embedding"} & self.checkpoint.placed.keys()
         for name in sorted(embeddings):

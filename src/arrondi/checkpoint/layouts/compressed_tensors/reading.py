@@ -153,9 +153,9 @@ def _check_dynamic_types(args: Mapping[str, Any], found: Args, where: str) -> No
     """Refuse types in which the package would round scales and zero points that are found at run time, and nothing here does."""
     scale, zero = args.get("scale_dtype"), args.get("zp_dtype")
     if found.dynamic is True and scale in ("torch.bfloat16", "torch.float16"):
-        raise FileFormatError(f"{where}: dynamic scales in {scale} are not computed here.")
+        raise FileFormatError(f"{where}: dynamic scales in {scale} are not computed here. Give the original model.")
     if found.dynamic is True and not found.scheme.symmetric and zero not in (None, "torch.int8"):
-        raise FileFormatError(f"{where}: dynamic zero points in {zero} are not computed here.")
+        raise FileFormatError(f"{where}: dynamic zero points in {zero} are not computed here. Give the original model.")
 
 
 def _check_left_out(config: Mapping[str, Any]) -> None:
