@@ -14,7 +14,7 @@ from arrondi.model.chain import Inputs, said
 from arrondi.model.fold import Fold, Producer, apply_fold
 from arrondi.model.folds_follow import Followed, follow
 from arrondi.model.folds_judge import Modelled, judge
-from arrondi.model.skeleton import Skeleton
+from arrondi.model.skeleton import FEW, MANY, Skeleton
 
 __all__ = ["Fold", "Producer", "apply_fold", "find_folds"]
 
@@ -29,13 +29,14 @@ def find_folds(source: Modelled, inputs: Inputs | None = None) -> list[Fold]:
     Raises:
         SchemeError: the model does not run.
     """
-    return judge(source, _run(source, inputs))
+    folds, misses = judge(source, _run(source, inputs, FEW))
+    return judge(source, _run(source, inputs, MANY))[0] if misses and inputs is None else folds
 
 
-def _run(source: Modelled, inputs: Inputs | None) -> Followed:
+def _run(source: Modelled, inputs: Inputs | None, tokens: int) -> Followed:
     first: Exception | None = None
     skeleton = Skeleton(source.model)
-    for batch in [inputs] if inputs is not None else skeleton.inputs():
+    for batch in [inputs] if inputs is not None else skeleton.inputs(tokens):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

@@ -6,10 +6,11 @@ order of channels, and nothing else reads the parameters that are changed.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Final, Literal, Protocol, cast
 
 import torch
 
@@ -19,7 +20,7 @@ from arrondi.model.folds_shadow import FIRST, Origin
 from arrondi.model.names import Names
 from arrondi.model.site import Site
 
-_NOTES = {
+_NOTES: Final = {
     "": "it comes from outside of what was run",
     "add": "it is a sum, as residual streams are",
     "add_": "it is a sum, as residual streams are",
@@ -42,6 +43,9 @@ class Modelled(Protocol):
     def block_of(self, param: str) -> int | None: ...
 
 
+_NUMBER: Final = re.compile(r"\d+")
+
+
 @dataclass(frozen=True)
 class _Reading:
     """One reading of a site, its columns in the order of the site."""
@@ -54,9 +58,10 @@ class _Reading:
         return None if seen is None else seen[self.site.rows if self.site.param_flipped else self.site.columns]
 
 
-def judge(source: Modelled, followed: Followed) -> list[Fold]:
-    """Every activation that sites read, in the order of the sites."""
-    return _Judge(source, followed).folds()
+def judge(source: Modelled, followed: Followed) -> tuple[list[Fold], bool]:
+    """Every activation that sites read, in the order of the sites; and whether some of several experts were not reached."""
+    judge = _Judge(source, followed)
+    return judge.folds(), judge.misses_experts()
 
 
 class _Judge:
@@ -64,6 +69,12 @@ class _Judge:
         self.source, self.followed = source, followed
         self.first = {n: names[0] for names in source.names.aliases.values() for n in names}
         self.bare = {self.first.get(n, n): how for n, how in followed.bare.items()}
+        self.lost = {self.first.get(n, n) for n in followed.lost}
+        self.multiplied = {r.use.param for r in followed.reads}
+        self.norms: dict[str, list[Origin]] = defaultdict(list)
+        for origin in followed.origins.values():
+            if origin.kind == "norm":
+                self.norms[origin.param].append(origin)
         self.sites = list(source.sites)
         self.readings: dict[str, list[_Reading]] = {s.name: [] for s in self.sites}
         by_matrix: dict[tuple[str, int | None], list[Site]] = defaultdict(list)
@@ -73,7 +84,7 @@ class _Judge:
             for site in by_matrix.get((self.first[read.use.param], read.use.matrix), ()):
                 if _overlap(site, read):
                     self.readings[site.name].append(_Reading(read, site))
-        self.unread = [s for s in self.sites if s.kind == "linear" and not self.readings[s.name]]
+        self.unread = [s for s in self.sites if not self.readings[s.name] and self.first[s.param] not in self.bare]
 
     def folds(self) -> list[Fold]:
         """The folds that can be made, those with fewer consumers first where a site could be in several; then the rest."""
@@ -96,23 +107,26 @@ class _Judge:
         ordered = (taken[s.name] for s in self.sites if s.name in taken)
         return list({id(fold): fold for fold in ordered}.values())
 
+    def misses_experts(self) -> bool:
+        """Whether a site was not reached though one like it, with another number in its name, was."""
+        read = {_NUMBER.sub("#", s.param) for s in self.sites if self.readings[s.name]}
+        return any(_NUMBER.sub("#", s.param) in read for s in self.unread)
+
     # ── experts that no token has reached ─────────────────────────────────────────────────────────────────────────────
 
     def _all_reads(self, by_matrix: dict[tuple[str, int | None], list[Site]]) -> Iterator[Read]:
         """What was read; matrices of a stack that no token has reached read as the others do."""
         reads = self.followed.reads
         yield from reads
-        like: dict[str, int] = {}
+        stacks: dict[str, dict[int, list[Read]]] = defaultdict(lambda: defaultdict(list))
         for read in reads:
             if read.use.matrix is not None:
-                like.setdefault(read.use.param, read.use.matrix)
-        seen = {(r.use.param, r.use.matrix) for r in reads}
+                stacks[self.first[read.use.param]][read.use.matrix].append(read)
         made: dict[tuple[int, int], Origin] = {}
-        for param, index in like.items():
-            first = [r for r in reads if r.use.param == param and r.use.matrix == index]
-            for other in [e for name, e in by_matrix if name == self.first[param] and e is not None]:
-                if (param, other) not in seen:
-                    yield from (self._as(r, index, other, made) for r in first)
+        for param, other in by_matrix:
+            if other is not None and param in stacks and other not in stacks[param]:
+                index, first = next(iter(stacks[param].items()))
+                yield from (self._as(r, index, other, made) for r in first)
 
     def _as(self, read: Read, index: int, other: int, made: dict[tuple[int, int], Origin]) -> Read:
         columns = {}
@@ -158,11 +172,13 @@ class _Judge:
 
     def _elsewhere(self, origin: Origin) -> str | None:
         """Whether the parameters that would be changed are read for another purpose."""
-        known = self.followed.origins.values()
         if origin.kind == "linear" and (how := self.bare.get(self.first[origin.param])) is not None:
             return f"{origin.param} is read otherwise than in products: {how}"
-        same = [o for o in known if o.kind == "norm" and o.param == origin.param and o is not origin]
-        if origin.kind == "norm" and any(o.offset or o.reads for o in same):
+        if self.first[origin.param] in self.lost:
+            return f"not all that {origin.param} gives is followed"
+        if origin.kind == "norm" and origin.param in self.multiplied:
+            return f"{origin.param} is also multiplied as a matrix"
+        if origin.kind == "norm" and any(o.offset or o.reads for o in self.norms[origin.param] if o is not origin):
             return f"{origin.param} is read in two ways"
         if len(origin.biases) > 1:
             return "several biases are added to it"

@@ -19,8 +19,8 @@ from arrondi.model.chain import Inputs
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.shapes import usual_inputs
 
-TOKENS = 24
-"""In each of two windows: enough that most experts are chosen."""
+FEW, MANY = 4, 48
+"""Tokens in each of two windows: enough to tell rows from columns, and enough that most of some experts are chosen."""
 
 
 class Skeleton:
@@ -48,13 +48,13 @@ class Skeleton:
         self.model.eval()
         self.params: dict[str, torch.Tensor] = dict(self.model.named_parameters())
 
-    def inputs(self) -> Iterator[Inputs]:
+    def inputs(self, tokens: int = FEW) -> Iterator[Inputs]:
         """What the model may want to be called with, the likeliest first."""
         config = getattr(self.model, "config", None)
         if config is None:
             return
         size = int(getattr(config.get_text_config(), "vocab_size", 0) or 1000)
-        ids = torch.randint(0, size, (2, TOKENS), generator=self._made)
+        ids = torch.randint(0, size, (2, tokens), generator=self._made)
         yield Inputs.of(ids)
         for usual in usual_inputs(self.model, torch.device("cpu")):
             yield Inputs((), {name: ids if value.dtype == torch.long else value for name, value in usual.items()})
