@@ -34,7 +34,7 @@ def find_folds(source: Modelled, inputs: Inputs | None = None) -> list[Fold]:
 
 
 def _run(source: Modelled, inputs: Inputs | None, tokens: int) -> Followed:
-    first: Exception | None = None
+    errors: dict[str, Exception] = {}
     skeleton = Skeleton(source.model)
     for batch in [inputs] if inputs is not None else skeleton.inputs(tokens):
         try:
@@ -42,8 +42,10 @@ def _run(source: Modelled, inputs: Inputs | None, tokens: int) -> Followed:
                 torch.manual_seed(0)
                 return follow(skeleton.model, skeleton.params, lambda: skeleton.model(*batch.args, **batch.kwargs))  # noqa: B023
         except Exception as error:  # it wants other inputs, and says so in its own way
-            first = first or error
-    tried = f" ({said(first)})" if first is not None else ""
+            errors |= {name: error for name in ("", *batch.kwargs) if name not in errors}
+    own = str(getattr(source.model, "main_input_name", ""))
+    reason = errors.get(own, errors.get(""))
+    tried = f" ({said(reason)})" if reason is not None else ""
     raise SchemeError(
         f"{type(source.model).__name__} does not run on inputs made up from its config{tried}. Call find_folds with inputs that it takes."
-    ) from first
+    ) from reason

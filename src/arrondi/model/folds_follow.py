@@ -21,7 +21,7 @@ from arrondi.model.flow_ops import ATEN, Call
 from arrondi.model.flow_regions import Reads, Regions, storage_key
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.flow_uses import Use, uses_of
-from arrondi.model.folds_ops import MAKES, RULES, ZEROS, added, constant, origins, spoiled
+from arrondi.model.folds_ops import MAKES, MOVES, RULES, ZEROS, added, constant, origins, spoiled
 from arrondi.model.folds_shadow import FIRST, OTHER, Origin, Shadows, Tags
 from arrondi.model.skeleton import compute
 
@@ -136,9 +136,10 @@ class _Follower(TorchDispatchMode):
         zero = name in ZEROS or (
             name in ("full", "scalar_tensor", "new_full", "full_like", "fill_") and not _number(args)
         )
+        note = self.shadows.note(given[0]) if name in MOVES and given else name
         for i, tensor in enumerate(dict.fromkeys([*results, *tensors_of(written)])):
             if not tensor.is_meta:
-                self.shadows.write(tensor, tags if i == 0 else {}, name, zero=zero)
+                self.shadows.write(tensor, tags if i == 0 else {}, note, zero=zero)
         if name in _COPIES and results:
             self._copied(args[0], results[0])
         return result

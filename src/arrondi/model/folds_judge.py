@@ -80,11 +80,28 @@ class _Judge:
         by_matrix: dict[tuple[str, int | None], list[Site]] = defaultdict(list)
         for site in self.sites:
             by_matrix[self.first[site.param], site.param_index].append(site)
+        self.homeless: dict[Origin, str] = {}
         for read in self._all_reads(by_matrix):
-            for site in by_matrix.get((self.first[read.use.param], read.use.matrix), ()):
-                if _overlap(site, read):
-                    self.readings[site.name].append(_Reading(read, site))
-        self.unread = [s for s in self.sites if not self.readings[s.name] and self.first[s.param] not in self.bare]
+            sites = [s for s in by_matrix.get((self.first[read.use.param], read.use.matrix), ()) if _overlap(s, read)]
+            for site in sites:
+                self.readings[site.name].append(_Reading(read, site))
+            if not sites or not self._covered(read, sites):
+                self.homeless |= dict.fromkeys(read.columns, read.use.param)
+        self.unread = [
+            s for s in self.sites
+            if not self.readings[s.name] and not {self.first[s.param], s.param} & (self.bare.keys() | self.multiplied)
+        ]  # fmt: skip
+
+    def _covered(self, read: Read, sites: list[Site]) -> bool:
+        """Whether all rows of a matrix belong to sites."""
+        param = self.source.names.params[sites[0].param]
+        outputs = [s.columns if s.param_flipped else s.rows for s in sites]
+        whole = (
+            param.shape[-1 if sites[0].param_flipped else -2] if param.ndim == 2 or read.use.matrix is not None else 0
+        )
+        part = _outputs_of(read)
+        wanted = whole if part is None else part.stop - part.start
+        return sum(s.stop - s.start for s in outputs) >= wanted
 
     def folds(self) -> list[Fold]:
         """The folds that can be made, those with fewer consumers first where a site could be in several; then the rest."""
@@ -180,6 +197,8 @@ class _Judge:
             return f"{origin.param} is also multiplied as a matrix"
         if origin.kind == "norm" and any(o.offset or o.reads for o in self.norms[origin.param] if o is not origin):
             return f"{origin.param} is read in two ways"
+        if origin in self.homeless:
+            return f"{self.homeless[origin]} reads it, which is no layer with one weight"
         if len(origin.biases) > 1:
             return "several biases are added to it"
         for bias, count in origin.biases.items():
@@ -200,9 +219,10 @@ class _Judge:
         return None
 
     def _unseen(self, origin: Origin, sites: list[Site]) -> str | None:
-        """A site of the same unit that was not reached may read it too."""
+        """A site of the same block that was not reached may read it too."""
         for site in self.unread:
-            if site.block == sites[0].block and site.shape[-1] == sites[0].shape[-1] and _near(site, sites[0]):
+            near = _block(site) is not None and _block(site) == _block(sites[0])
+            if near and site.shape[-1] == sites[0].shape[-1]:
                 return f"{site.name} was not reached, and may read it too"
         return None
 
@@ -219,11 +239,10 @@ class _Judge:
             yield Fold(tuple(s.name for s in group), None, (), reason, tuple(group))
 
 
-def _near(one: Site, other: Site) -> bool:
-    """Whether two sites of a unit are near enough to read the same: all in a block, else in one module below the model."""
-    if one.block is not None:
-        return True
-    return "." in one.param and one.param.split(".")[:2] == other.param.split(".")[:2]
+def _block(site: Site) -> str | None:
+    """The path up to the first number, which tells one block of several from another."""
+    found = re.match(r"(.*?\.)?\d+\.", site.param)
+    return None if found is None else found.group()
 
 
 def _outputs_of(reading: Read) -> slice | None:

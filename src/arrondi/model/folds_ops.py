@@ -45,7 +45,13 @@ def _moved(shadows: Shadows, func: Any, args: Any, kwargs: Any, *, value: int | 
         seen = tree_map(partial(shadow, origin), given)
         if func._schema.is_mutable:
             seen[0] = seen[0].clone()
-        found[origin] = func(*seen, **kwargs)
+        try:
+            found[origin] = func(*seen, **kwargs)
+        except NotImplementedError:  # for whole numbers
+            exact = tree_map(
+                lambda x: x.double() if isinstance(x, torch.Tensor) and x.dtype == torch.int32 else x, seen
+            )
+            found[origin] = func(*exact, **kwargs).to(torch.int32)
     return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_map
 
 from arrondi.model.build import configs_in
@@ -34,8 +35,10 @@ class Skeleton:
     def __init__(self, model: Any) -> None:
         self._made = torch.Generator().manual_seed(0)
         memo: dict[int, Any] = {}
+        made_of = {id(p) for m in model.modules() if isinstance(m, ParametrizationList) for p in m.parameters()}
         for parameter in model.parameters():
-            memo[id(parameter)] = torch.nn.Parameter(self._empty(parameter), requires_grad=False)
+            empty = self._empty(parameter, whole=id(parameter) in made_of)
+            memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
         self.model: Any = copy.deepcopy(model, memo)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
@@ -59,9 +62,10 @@ class Skeleton:
         for usual in usual_inputs(self.model, torch.device("cpu")):
             yield Inputs((), {name: ids if value.dtype == torch.long else value for name, value in usual.items()})
 
-    def _empty(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _empty(self, parameter: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """A vector or, on the meta device, a matrix; `whole`: of a weight that is computed from several, never a vector."""
         shape = tuple(parameter.shape)
-        if sum(n > 1 for n in shape) > 1:
+        if whole or sum(n > 1 for n in shape) > 1:
             return torch.empty(shape, dtype=torch.float32, device="meta")
         return torch.rand(shape, generator=self._made) + 0.5
 
