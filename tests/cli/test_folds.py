@@ -59,7 +59,7 @@ def test_the_table(cli: Cli, models: Models) -> None:
     ):
         assert words in shown.out
     experts = cli("inspect", models("mixtral"), "--folds").out
-    assert "block_sparse_moe.experts.1.w1.weight, 4 more" in experts
+    assert "block_sparse_moe.experts.2.w1.weight, 4 more" in experts
 
 
 def test_what_has_no_folds_says_why(cli: Cli, models: Models, tmp_path: Path) -> None:
