@@ -28,7 +28,7 @@ class Plain(nn.Module):
         self.shift, self.factor, self.table = (nn.Parameter(torch.zeros(n)) for n in (M, M, (M, M)))
         self.wide, self.narrow = nn.Linear(2 * M, N), nn.Linear(M - 4, N)
         self.stack = nn.Parameter(torch.zeros(2, N, M))
-        self.other, self.down2 = nn.Linear(N, N), nn.Linear(M, N)
+        self.other, self.down2, self.both = nn.Linear(N, N), nn.Linear(M, N), nn.Linear(N, 2 * M)
         made = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
             parameter.data.add_(torch.randn(parameter.shape, generator=made))
@@ -101,6 +101,22 @@ def flipped(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.down(m.up(x)) + m.down2(m.up(x).flip(-1))
 
 
+def parts(m: Any, x: torch.Tensor) -> torch.Tensor:
+    first, second = m.both(x).chunk(2, -1)
+    return m.down(first) + m.down2(second.exp() * x.mean() + torch.relu(second) * 0)
+
+
+def two_parts(m: Any, x: torch.Tensor) -> torch.Tensor:
+    first, second = m.both(x).chunk(2, -1)
+    return m.down(first) + m.down2(torch.relu(second))
+
+
+def added_in_place(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.norm.weight.sub_(1)
+    m.norm.weight.add_(1)
+    return m.up(m.norm(x))
+
+
 def rows_differ(m: Any, x: torch.Tensor) -> torch.Tensor:
     y = m.up(x)
     return m.down(torch.stack([y[:, t].roll(t, -1) for t in range(y.shape[1])], 1))
@@ -140,6 +156,8 @@ FOLDS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, st
     "written piece by piece": (stored, {"down": "up"}),
     "masked": (lambda m, x: m.down(m.up(x).masked_fill(x[..., :1] > 0, 0.0)), {"down": "up"}),
     "summed over tokens": (lambda m, x: m.down(m.up(x).mean(1)), {"down": "up"}),
+    "two parts of one": (two_parts, {"down": "both", "down2": "both"}),
+    "a part of one": (parts, {"down": "both"}),
     "values of attention": (own_values, {"down": "up"}),
     "twice": (lambda m, x: m.down(m.up(x)) + m.down(m.up(x + 1)), {"down": "up"}),
     "values that are queries too": (attention, {}),
@@ -167,6 +185,7 @@ FOLDS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, st
     "two offsets": (both_offsets, {}),
     "a weight elsewhere": (lambda m, x: m.down(m.up(x)) * m.up.weight.norm(), {}),
     "a consumer elsewhere": (lambda m, x: m.down(m.up(x)) + m.down.weight.sum(), {}),
+    "a weight that is changed": (added_in_place, {}),
     "a scaled weight": (lambda m, x: functional.linear(m.up(x), m.down.weight * m.factor), {}),
     "matrices of no layer": (matrices, {}),
     "a table": (lambda m, x: m.down(m.up(x)) + m.other((m.up(x) @ m.table.exp())[..., :N]), {}),

@@ -26,7 +26,6 @@ from arrondi.model.folds_shadow import FIRST, OTHER, Origin, Shadows, Tags
 from arrondi.model.skeleton import compute
 
 _COPIES: Final = {"clone", "_to_copy"}
-_SUMS: Final = {"add", "add_", "rsub"}
 _ADDMM: Final = {"addmm", "baddbmm", "addmv", "addmm_", "baddbmm_", "addmv_"}
 _MIXED: Final = "its channels are mixed by a product of two activations"
 
@@ -165,10 +164,10 @@ class _Follower(TorchDispatchMode):
 
     def _shifted(self, name: str, args: Any) -> Tags | None:
         """A number plus a parameter: what is multiplied by the sum is scaled by another parameter."""
-        if name not in _SUMS or len(args) < 2 or not isinstance(args[1], int | float) or not args[1]:
+        if name != "add" or len(args) < 2 or not isinstance(args[1], int | float) or not args[1]:
             return None
         held = self.shadows.bare(args[0]) if isinstance(args[0], torch.Tensor) else None
-        if held is None or name == "rsub":
+        if held is None:
             return None
         origin = self._origin("norm", held.param, None, held.count, offset=float(args[1]))
         return {origin: self.shadows.seen_as(args[0], held)}
@@ -262,7 +261,7 @@ class _Follower(TorchDispatchMode):
             if not stacked:
                 found[origin] = shadow
                 continue
-            of = torch.arange(weight.shape[stacked[0]]) == (use.matrix or 0)
+            of = torch.arange(weight.shape[stacked[0]]) * region.steps[0] + region.starts[0] == (use.matrix or 0)
             place = [1] * result.ndim
             place[letters.index(axes[stacked[0]])] = -1
             found[origin] = torch.where(of.reshape(place), shadow, OTHER)

@@ -16,7 +16,7 @@ import torch
 
 from arrondi.model.fold import Fold, Producer
 from arrondi.model.folds_follow import Followed, Read
-from arrondi.model.folds_shadow import FIRST, Origin
+from arrondi.model.folds_shadow import FIRST, OTHER, ZERO, Origin
 from arrondi.model.names import Names
 from arrondi.model.site import Site
 
@@ -109,7 +109,7 @@ class _Judge:
         for site in self.sites:
             for origin in dict.fromkeys(o for r in self.readings[site.name] for o in r.read.columns):
                 readers[origin].append(site)
-        found = [self._fold(origin, sites) for origin, sites in readers.items()]
+        found = [self._fold(o, group) for o, sites in readers.items() for group in self._groups(o, sites)]
         found.sort(
             key=lambda fold: (fold.reason is not None, len(fold.sites) if fold.reason is None else -len(fold.sites))
         )
@@ -165,6 +165,18 @@ class _Judge:
             reason = self._unseen(origin, sites)
         producer, channels = _producer(origin, columns)
         return Fold(names, producer, channels if reason is None else (), reason, tuple(sites))
+
+    def _groups(self, origin: Origin, sites: list[Site]) -> list[list[Site]]:
+        """Sites that read some of the same channels, apart from those that read others of the same origin."""
+        groups: list[tuple[set[int], list[Site]]] = []
+        for site in sites:
+            seen = [c for r in self.readings[site.name] if (c := r.columns(origin)) is not None]
+            channels, members = set(torch.cat(seen).tolist()) - {OTHER, ZERO}, [site]
+            for known in [g for g in groups if g[0] & channels]:
+                groups.remove(known)
+                channels, members = known[0] | channels, [*known[1], *members]
+            groups.append((channels, members))
+        return [members for _, members in groups]
 
     def _columns(self, origin: Origin, sites: list[Site]) -> tuple[torch.Tensor, str | None]:
         """The channel of every column, the same for all sites; or why there is none."""
