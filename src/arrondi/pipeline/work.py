@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from arrondi.formats import LayerScheme
 from arrondi.model import Instance, Site
 from arrondi.model.flow import trace
-from arrondi.pipeline.plan import Plan
-from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.rounded import Rounded
-from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Forward, Key, Need, Seen, Side, collect
 from arrondi.pipeline.step import Step
-from arrondi.pipeline.steps import get_step
 from arrondi.tensor.ranges.grid import Grid
+
+if TYPE_CHECKING:  # steps import this file, and these look steps up
+    from arrondi.pipeline.plan import Plan
+    from arrondi.pipeline.resolve import PlannedTensor
+    from arrondi.pipeline.rounded import Rounded
+    from arrondi.pipeline.select import Selected
 
 
 @dataclass
@@ -147,6 +149,8 @@ class Work:
 
     def step(self, site: Site) -> Step:
         """The step that rounds a site."""
+        from arrondi.pipeline.steps import get_step
+
         rule = self.planned[site.name].rule
         assert rule is not None
         return get_step(rule.method)

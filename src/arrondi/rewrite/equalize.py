@@ -26,15 +26,14 @@ class Link:
     """A producer and its consumers.
 
     Attributes:
-        producer: name of the matrix whose rows make the channels, or (channels,) the reach of a norm.
-        rows: the part of that matrix.
+        producer: (channels,) the reach of a norm, or the rows that make the channels, in their order: names of matrices with a
+            part of their rows.
         consumers: names of the matrices that read them.
         channels: (n,) int64, the channel of every column of the consumers.
         count: channels.
     """
 
-    producer: str | torch.Tensor
-    rows: slice
+    producer: torch.Tensor | tuple[tuple[str, slice], ...]
     consumers: tuple[str, ...]
     channels: torch.Tensor
     count: int
@@ -60,14 +59,16 @@ def equalize(weights: Mapping[str, torch.Tensor], links: Sequence[Link]) -> list
             read = torch.stack([_column_reach(weights[c], rows[c]) * columns[c] for c in link.consumers]).amax(0)
             read = reduce_columns(read, link.channels, link.count, "amax")
             step = torch.where((made > 0) & (read > 0), (made / read).sqrt(), 1.0)
-            if not isinstance(link.producer, str):
+            if isinstance(link.producer, torch.Tensor):
                 step = centred(step)
             total = usable(scales[k] * step)
             step, scales[k] = total / scales[k], total
             for name in link.consumers:
                 columns[name] *= step[link.channels]
-            if isinstance(link.producer, str):
-                rows[link.producer][link.rows] /= step
+            if not isinstance(link.producer, torch.Tensor):
+                parts = step.split([part.stop - part.start for _, part in link.producer])
+                for (name, part), own in zip(link.producer, parts, strict=True):
+                    rows[name][part] /= own
             farthest = max(farthest, float((step - 1).abs().max()) if len(step) else 0.0)
         if farthest < _SETTLED:
             break
@@ -82,15 +83,13 @@ def _made(
     scale: torch.Tensor,
 ) -> torch.Tensor:
     """How far each channel reaches as it is made now."""
-    if not isinstance(link.producer, str):
+    if isinstance(link.producer, torch.Tensor):
         return link.producer.abs().float() / scale
-    part = weights[link.producer][link.rows]
-    return _column_reach(part.T, columns[link.producer]) * rows[link.producer][link.rows]
+    made = [_column_reach(weights[name][part].T, columns[name]) * rows[name][part] for name, part in link.producer]
+    return torch.cat(made)
 
 
 def _column_reach(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """(n,) the largest |w| · rows of every column."""
     parts = zip(weight.split(1024), rows.split(1024), strict=True)
     return torch.stack([(w.abs().float() * r[:, None]).amax(0) for w, r in parts]).amax(0)
-
-

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-Rounded = Callable[[torch.Tensor], torch.Tensor]
-"""A tensor → the same as it reads back after rounding."""
+Rounded = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(a tensor, what its columns were multiplied or divided by) → the tensor as it reads back after rounding."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Reader:
         if self.rounds is None and self.rounds_inputs is None:
             return 0.0
         scaled = self.weight * columns
-        restored = scaled if self.rounds is None else self.rounds(scaled)
+        restored = scaled if self.rounds is None else self.rounds(scaled, columns)
         if self.rounds_inputs is None:
             assert self.hessian is not None
             lost = self.weight - restored / columns
             found = float((lost @ self.hessian).mul_(lost).sum(dtype=torch.float64))
         else:
             assert self.sample is not None
-            given = self.rounds_inputs(self.sample / columns) @ restored.T
+            given = self.rounds_inputs(self.sample / columns, columns) @ restored.T
             off = given.sub_(self.sample @ self.weight.T).square_().sum(dtype=torch.float64)
             found = float(off) * self.tokens / max(len(self.sample), 1)
         return max(found, 0.0) * self.share

@@ -19,6 +19,7 @@ from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
+from arrondi.rounding.awq import awq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.rtn import rtn
@@ -85,6 +86,7 @@ MOMENT: Final = frozenset({"moment"})
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
+    "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, rewrites=("awq-scale",)),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
 })  # fmt: skip
 
@@ -138,4 +140,4 @@ def check_options(method: str, function: Callable[..., Any], options: Mapping[st
 _KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptq", "hqq", "rtn"]
+__all__ = ["METHODS", "Method", "Rounding", "awq", "check_options", "get_method", "gptq", "hqq", "rtn"]
