@@ -13,6 +13,8 @@ class Producer:
     offset: float
     bias: str | None
     rows: slice | None
+    count: int = 0
+    index: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from arrondi.formats import LayerScheme
 from arrondi.model import Site, Source
-from arrondi.model.folds import Fold, Producer, find_folds
+from arrondi.model.folds import Fold, Producer
 from arrondi.pipeline.step import Declared
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ class Joint:
         norm: the tensor of the file that is the norm's weight, "" where rows make it.
         bias: the tensor of the file that is scaled along, "" if there is none.
         channels: column of the readers → channel of the producer.
-        count: channels.
     """
 
     readers: tuple[Site, ...]
@@ -41,12 +40,16 @@ class Joint:
     norm: str
     bias: str
     channels: tuple[int, ...]
-    count: int
 
     @property
     def sites(self) -> tuple[Site, ...]:
         by_name = {s.name: s for s in (*self.readers, *(site for site, _ in self.rows))}
         return tuple(by_name.values())
+
+    @property
+    def count(self) -> int:
+        """Channels."""
+        return self.producer.count
 
     @property
     def block(self) -> int | None:
@@ -59,11 +62,12 @@ class Joint:
 
 
 def joints_of(
-    source: Source, picked: Sequence[Site], schemes: Mapping[str, LayerScheme | None]
+    source: Source, folds: Sequence[Fold], picked: Sequence[Site], schemes: Mapping[str, LayerScheme | None]
 ) -> tuple[list[Joint], dict[str, list[str]]]:
     """What can be scaled for some sites, and why not → the other sites.
 
     Args:
+        folds: of the source.
         picked: sites that a step was asked to treat. Whatever else reads the same activation is changed along.
         schemes: of all sites that are planned; None for those that are kept.
     """
@@ -71,7 +75,7 @@ def joints_of(
     sites = {s.name: s for s in source.sites}
     joints: list[Joint] = []
     refusals: dict[str, list[str]] = {}
-    for found in find_folds(source):
+    for found in folds:
         own = [name for name in found.consumers if name in wanted]
         if not own:
             continue
@@ -106,20 +110,20 @@ def _joint(
         if group is not None and (group.convert is not None or len(source.names.names_of(str(param))) > 1):
             return f"{param} is stored together with others"
         names.append("" if group is None else group.sources[0])
-    if len({s.block for s in whole} | {source.block_of(producer.param)}) > 1:
-        return f"{producer.param}, which makes its input, lies in another unit"
-    count = sum(part.stop - part.start for _, part in rows) or len(source.names.params[producer.param])
-    return Joint(readers, rows, producer, names[0], names[1], found.channels, count)
+    if producer.kind == "linear" and sum(part.stop - part.start for _, part in rows) != producer.count:
+        return f"{producer.param}, which makes its input, is no matrix of a layer"
+    return Joint(readers, rows, producer, names[0], names[1], found.channels)
 
 
 def _rows(source: Source, producer: Producer) -> tuple[tuple[Site, slice], ...]:
     """The sites of a parameter with those of their rows that are the producer's, in order."""
     found = []
-    for site in (s for s in source.sites if s.param == producer.param):
+    for site in source.sites:
+        if (site.param, site.param_index) != (producer.param, producer.index):
+            continue
         axis = site.columns if site.param_flipped else site.rows
-        wanted = producer.rows or slice(axis.start, None)
-        low, high = max(axis.start, wanted.start or 0), axis.stop
-        high = high if wanted.stop is None else min(high, wanted.stop)
+        wanted = producer.rows or slice(axis.start, axis.stop)
+        low, high = max(axis.start, wanted.start), min(axis.stop, wanted.stop)
         if low < high:
             found.append((low, site, slice(low - axis.start, high - axis.start)))
     return tuple((site, part) for _, site, part in sorted(found, key=lambda one: one[0]))
@@ -139,6 +143,9 @@ def fold(work: Work, joint: Joint, scale: torch.Tensor) -> None:
     Args:
         scale: (channels,) float32, positive.
     """
+    columns = joint.columns(scale.device)
+    read = torch.zeros_like(scale, dtype=torch.bool).index_fill_(0, columns, True)
+    scale = torch.where(read, scale, 1.0)
     if joint.norm:
         scale = _divide_norm(work, joint, scale)
     else:
@@ -147,17 +154,15 @@ def fold(work: Work, joint: Joint, scale: torch.Tensor) -> None:
             work.weight(site)[part].div_(own[:, None])
     if joint.bias:
         bias = work.tensor(joint.bias).clone()
-        part = bias if joint.producer.rows is None else bias[joint.producer.rows]
-        part.div_(scale)
+        bias.view(-1)[joint.producer.rows or slice(None)] /= scale
         work.change(joint.bias, bias)
-    columns = scale[joint.columns(scale.device)]
     for site in joint.readers:
-        work.weight(site).mul_(columns)
+        work.weight(site).mul_(scale[columns])
 
 
 def gain_of(work: Work, joint: Joint) -> torch.Tensor:
     """(channels,) float32, what a norm multiplies by."""
-    return work.tensor(joint.norm).float() + joint.producer.offset
+    return work.tensor(joint.norm).float().view(-1) + joint.producer.offset
 
 
 def _divide_norm(work: Work, joint: Joint, scale: torch.Tensor) -> torch.Tensor:
@@ -167,6 +172,6 @@ def _divide_norm(work: Work, joint: Joint, scale: torch.Tensor) -> torch.Tensor:
     # Where the stored type has no number for it, the channel stays as it is.
     lost = ~torch.isfinite(kept) | ((kept == 0) & (before != 0))
     scale = torch.where(lost, 1.0, scale)
-    work.change(joint.norm, before / scale - offset)
+    work.change(joint.norm, (before / scale - offset).view_as(work.tensor(joint.norm)))
     after = gain_of(work, joint)
     return torch.where(before == 0, scale, before / torch.where(after == 0, 1.0, after))

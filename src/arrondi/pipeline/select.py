@@ -13,6 +13,7 @@ from typing import Any
 from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme
 from arrondi.model import Names, OnDisk, Site, Source, build_model
+from arrondi.model.folds import find_folds
 from arrondi.pipeline.folding import Joint, joints_of
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
@@ -57,7 +58,7 @@ class Selected:
 def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[Selected]:
     """The rewrites and repairs of a recipe in its order, resolved on a model whose tensors are planned."""
     schemes = {s.name: t.scheme for t in tensors for s in t.sites}
-    found = []
+    found, folds = [], None
     for number, rule in enumerate(recipe.rules):
         step = get_step(rule.method)
         if step.kind == "round":
@@ -68,7 +69,8 @@ def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> 
         refusals: dict[str, list[str]] = {}
         joints: list[Joint] = []
         if step.scope == "fold":
-            joints, refusals = joints_of(source, sites, schemes)
+            folds = find_folds(source) if folds is None else folds
+            joints, refusals = joints_of(source, folds, sites, schemes)
             sites = list({s.name: s for j in joints for s in j.sites}.values())
         for group in _groups(step, sites, source.sites):
             reason = next((why for s in group if (why := _refusal(step, s, schemes))), None)

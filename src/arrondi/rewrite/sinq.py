@@ -65,7 +65,7 @@ def sinkhorn(
         rows = torch.where(alive_rows, rows * by_row, 1.0)
         _, by_column = _widths(squares, means, rows, columns, channels)
         columns = torch.where(alive, columns * by_column, 1.0)
-    found = usable(centred(best[1]))
+    found = usable(centred(best[1], alive))
     return Dual(list(best[0].split([len(w) for w in weights])), found, tuple(history))
 
 
