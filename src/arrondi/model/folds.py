@@ -1,70 +1,48 @@
-"""Stub until the real one lands."""
+"""Which operation makes what sites read, and whether scales can be folded into it: `find_folds`.
+
+An activation X that several sites multiply can be scaled channel by channel without changing the model: X / s, and the sites' columns
+times s. Where X is made by a norm or by the rows of a matrix, these take 1 / s, and nothing is left to do at run time. Whether they do
+is seen by running a skeleton of the model once and following its tensors (`folds_follow`); no family of models is named.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import torch
+
+from arrondi.errors import SchemeError
+from arrondi.model.chain import Inputs, said
+from arrondi.model.fold import Fold, Producer, apply_fold
+from arrondi.model.folds_follow import Followed, follow
+from arrondi.model.folds_judge import Modelled, judge
+from arrondi.model.skeleton import Skeleton
+
+__all__ = ["Fold", "Producer", "apply_fold", "find_folds"]
 
 
-@dataclass(frozen=True)
-class Producer:
-    kind: Literal["norm", "linear"]
-    param: str
-    offset: float
-    bias: str | None
-    rows: slice | None
-    count: int = 0
-    index: int | None = None
+def find_folds(source: Modelled, inputs: Inputs | None = None) -> list[Fold]:
+    """Every activation that sites read, in the order of the sites; each site is in one fold at most.
+
+    Args:
+        source: a model; none of its weights is read.
+        inputs: what to call it with. Default: token ids, images or sound of the sizes that its config gives.
+
+    Raises:
+        SchemeError: the model does not run.
+    """
+    return judge(source, _run(source, inputs))
 
 
-@dataclass(frozen=True)
-class Fold:
-    consumers: tuple[str, ...]
-    producer: Producer | None
-    channels: tuple[int, ...]
-    reason: str | None
-
-
-def find_folds(source: Any) -> list[Fold]:
-    c = source.model.config
-    params = dict(source.model.named_parameters(remove_duplicate=False))
-    name_of = {s.param: s.name for s in source.sites}
-    out = []
-    lead = "model." if any(n.startswith("model.") for n in params) else ""
-    for i in range(c.num_hidden_layers):
-        b = f"{lead}layers.{i}"
-        a, m = f"{b}.self_attn", f"{b}.mlp"
-        site = lambda *n: tuple(name_of[f"{x}.weight"] for x in n)
-        hidden = tuple(range(c.hidden_size))
-        out.append(
-            Fold(
-                site(f"{a}.q_proj", f"{a}.k_proj", f"{a}.v_proj"),
-                Producer("norm", f"{b}.input_layernorm.weight", 0.0, None, None),
-                hidden,
-                None,
-            )
-        )
-        d = params[f"{a}.v_proj.weight"].shape[0] // c.num_key_value_heads
-        n = params[f"{a}.o_proj.weight"].shape[1]
-        rep = c.num_attention_heads // c.num_key_value_heads
-        ch = tuple((j // d // rep) * d + j % d for j in range(n))
-        bias = f"{a}.v_proj.bias" if f"{a}.v_proj.bias" in params else None
-        out.append(Fold(site(f"{a}.o_proj"), Producer("linear", f"{a}.v_proj.weight", 0.0, bias, None), ch, None))
-        out.append(
-            Fold(
-                site(f"{m}.gate_proj", f"{m}.up_proj"),
-                Producer("norm", f"{b}.post_attention_layernorm.weight", 0.0, None, None),
-                hidden,
-                None,
-            )
-        )
-        out.append(
-            Fold(
-                site(f"{m}.down_proj"),
-                Producer("linear", f"{m}.up_proj.weight", 0.0, None, None),
-                tuple(range(params[f"{m}.up_proj.weight"].shape[0])),
-                None,
-            )
-        )
-    out.append(Fold(("lm_head.weight",), None, (), "what makes its input is not known to the stub"))
-    return out
+def _run(source: Modelled, inputs: Inputs | None) -> Followed:
+    first: Exception | None = None
+    skeleton = Skeleton(source.model)
+    for batch in [inputs] if inputs is not None else skeleton.inputs():
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return follow(skeleton.model, skeleton.params, lambda: skeleton.model(*batch.args, **batch.kwargs))  # noqa: B023
+        except Exception as error:  # it wants other inputs, and says so in its own way
+            first = first or error
+    tried = f" ({said(first)})" if first is not None else ""
+    raise SchemeError(
+        f"{type(source.model).__name__} does not run on inputs made up from its config{tried}. Call find_folds with inputs that it takes."
+    ) from first
