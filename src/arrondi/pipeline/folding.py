@@ -84,7 +84,8 @@ def joints_of(
             joints.append(made)
         else:
             refusals.setdefault(made, []).extend(own)
-    return joints, refusals
+    # Norms first: what a matrix reads is scaled before its rows are, so that errors of rows weigh what they do in the original.
+    return sorted(joints, key=lambda joint: bool(joint.rows)), refusals
 
 
 def _joint(
@@ -102,7 +103,7 @@ def _joint(
             return f"{site.name} is a part of a stored tensor that stays as it is"
         if len(source.names.names_of(site.param)) > 1:
             return f"{site.name} is tied to another parameter"
-        if site.kind != "linear":
+        if len(site.shape) != 2 or site.kind in ("embedding", "recurrent"):
             return f"{site.name} is no linear layer"
     names = []
     for param in (producer.param if producer.kind == "norm" else None, producer.bias):
