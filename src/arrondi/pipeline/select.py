@@ -12,7 +12,7 @@ from typing import Any
 
 from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme
-from arrondi.model import Names, OnDisk, Site, Source, build_model
+from arrondi.model import InMemory, Names, OnDisk, Site, Source, build_model
 from arrondi.model.folds import find_folds
 from arrondi.pipeline.folding import Joint, joints_of
 from arrondi.pipeline.recipe import Recipe
@@ -69,7 +69,9 @@ def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> 
         refusals: dict[str, list[str]] = {}
         joints: list[Joint] = []
         if step.scope == "fold":
-            folds = find_folds(source) if folds is None else folds
+            folds = (
+                find_folds(source, source.example if isinstance(source, InMemory) else None) if folds is None else folds
+            )
             joints, refusals = joints_of(source, folds, sites, schemes)
             sites = list({s.name: s for j in joints for s in j.sites}.values())
         for group in _groups(step, sites, source.sites):

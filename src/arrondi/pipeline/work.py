@@ -78,6 +78,7 @@ class Work:
         done: site → rewrites and repairs that were done to it.
         before: site → its weight before it was rounded; for repairs, during their stage.
         seen: site → what is known of its input; for repairs, during their stage.
+        facts: tensor → what steps say of it, for the report.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Work:
         self.done: dict[str, list[str]] = {}
         self.before: dict[str, torch.Tensor] = {}
         self.seen: dict[str, Seen] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
 
     # ── for steps ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

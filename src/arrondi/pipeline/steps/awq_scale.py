@@ -8,8 +8,9 @@ from typing import Annotated
 from arrondi.arguments import Between
 from arrondi.formats import PerBlock, PerGroup
 from arrondi.pipeline.folding import Joint, changed_by, fold
+from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Step
-from arrondi.pipeline.steps.scales import readers_of, seen_by, shared
+from arrondi.pipeline.steps.scales import needs_of_search, readers_of, say, seen_by, shared
 from arrondi.pipeline.work import Work
 from arrondi.rewrite.awq import awq_scales, mean_share
 from arrondi.rewrite.channels import reduce_columns
@@ -25,7 +26,8 @@ def scale_by_activations(
         grid: ratios that are tried.
         duo: look at the weights too.
     """
-    seen = seen_by(work, joints, {"absmean", "absmax", "moment", "sample"})
+    needs: set[Need] = {"absmean", *needs_of_search(work, joints)}
+    seen = seen_by(work, joints, needs)
     for joint in joints:
         one, readers = shared(joint, seen), readers_of(work, joint, seen)
         if one is None or not readers:
@@ -38,6 +40,7 @@ def scale_by_activations(
             by_column = mean_share(weights, _group(work, joint))
             shares = reduce_columns(by_column, channels, joint.count, "mean")
         found = best_scale(awq_scales(inputs, shares, grid), readers, channels, joint.count)
+        say(work, joint, awq_ratio=found.chosen, awq_error=min(found.history) / max(found.history[0], 1e-30))
         if found.chosen is not None:
             fold(work, joint, found.scale)
 
@@ -56,7 +59,7 @@ STEP = Step(
     "rewrite",
     "Lin et al. 2023, arXiv:2306.00978",
     apply=scale_by_activations,
-    needs=frozenset({"absmean", "absmax", "moment", "sample"}),
+    needs=frozenset({"absmean", "moment"}),
     scope="fold",
     declare=changed_by,
     cost=600.0,

@@ -33,6 +33,19 @@ def seen_by(work: Work, joints: Sequence[Joint], needs: Collection[Need]) -> dic
         return work.statistics(readers, needs)
 
 
+def needs_of_search(work: Work, joints: Sequence[Joint]) -> set[Need]:
+    """What has to be known to judge scales: second moments, and a sample where inputs are rounded too."""
+    planned = [work.planned[s.name] for joint in joints for s in joint.readers]
+    rounded = any(t.scheme is not None and t.scheme.inputs is not None for t in planned)
+    return {"moment", "sample", "absmax"} if rounded else {"moment"}
+
+
+def say(work: Work, joint: Joint, **facts: object) -> None:
+    """What the report says of every reader."""
+    for site in joint.readers:
+        work.facts.setdefault(site.tensor, {}).update(facts)
+
+
 def shared(joint: Joint, seen: dict[str, Seen]) -> Seen | None:
     """What is known of an activation: by the reader that most tokens reach. Experts see a part of them."""
     known = [seen[s.name] for s in joint.readers if s.name in seen]

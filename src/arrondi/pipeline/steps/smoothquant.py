@@ -7,8 +7,9 @@ from typing import Annotated
 
 from arrondi.arguments import Between
 from arrondi.pipeline.folding import Joint, changed_by, fold
+from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Step
-from arrondi.pipeline.steps.scales import largest_weights, readers_of, seen_by, shared
+from arrondi.pipeline.steps.scales import largest_weights, needs_of_search, readers_of, say, seen_by, shared
 from arrondi.pipeline.work import Work
 from arrondi.rewrite.channels import reduce_columns
 from arrondi.rewrite.search import best_scale
@@ -25,7 +26,8 @@ def smooth(
         search: try several for each activation, and none, and take the one with which the rounded layers give what they
             should; `alpha` is then not used.
     """
-    seen = seen_by(work, joints, {"absmax", "moment", "sample"} if search else {"absmax"})
+    needs: set[Need] = {"absmax", *(needs_of_search(work, joints) if search else ())}
+    seen = seen_by(work, joints, needs)
     for joint in joints:
         one = shared(joint, seen)
         if one is None or one.absmax is None:
@@ -36,7 +38,9 @@ def smooth(
         scale = smoothing(inputs, weights, alpha)
         if search:
             readers = readers_of(work, joint, seen)
-            scale = best_scale(smoothings(inputs, weights), readers, channels, joint.count).scale
+            found = best_scale(smoothings(inputs, weights), readers, channels, joint.count)
+            scale = found.scale
+            say(work, joint, alpha=found.chosen)
         fold(work, joint, scale)
 
 
