@@ -173,7 +173,7 @@ def test_a_module_in_memory() -> None:
         quantize_module(copied, recipe, [x])
         errors.append(float((copied(x) - expected).norm() / expected.norm()))
         assert torch.equal(copied.norm.weight, net.norm.weight) is not bool(rewrites)
-    assert errors[1] < 0.8 * errors[0] < 0.2
+    assert errors[1] < 0.95 * errors[0] < 0.1
 
 
 # ── what cannot be done ───────────────────────────────────────────────────────────────────────────────────────────────
