@@ -16,7 +16,7 @@ from arrondi.calibration import Reservoir, SecondMoment, span_of
 from arrondi.model.flow import Use, watch
 
 Need = Literal[
-    "moment", "mean", "range", "absmax", "absmean", "sample", "float moment", "cross moment", "float outputs"
+    "moment", "mean", "range", "absmax", "absmean", "sample", "float moment", "cross moment", "float outputs", "batches"
 ]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original, which is
 rewritten as the quantized model is, but not rounded.
@@ -30,6 +30,7 @@ rewritten as the quantized model is, but not rounded.
     float moment  Σ f fᵀ
     cross moment  Σ x fᵀ, of the same tokens
     float outputs what the unit gives in the original: nothing of one input, see `Work.targets`
+    batches       the batches themselves: the unit is run on them
 """
 
 OF_ORIGINAL: Final = frozenset({"float moment", "cross moment", "float outputs"})

@@ -127,13 +127,17 @@ class Work:
         self.instance.put(own.param, kept.float())
 
     def targets(self) -> TreeStore:
-        """What the original's unit gives for every batch, to be closed after use.
+        """What the original's unit gives for every batch, on what the original has there; to be closed after use."""
+        assert self.original is not None, "a step that needs float outputs says so"
+        return self.outputs(self.original.forwards)
+
+    def outputs(self, forwards: Sequence[Forward]) -> TreeStore:
+        """What a unit gives now for every batch, to be closed after use.
 
         Raises:
-            SchemeError: there is no data, or the unit is not one of a chain's.
+            SchemeError: it is not one of a chain's.
         """
-        assert self.original is not None, "a step that needs float outputs says so"
-        passages = [forward for forward in self.original.forwards if isinstance(forward, Passage)]
+        passages = [forward for forward in forwards if isinstance(forward, Passage)]
         if not passages:
             raise SchemeError("What lies outside the blocks has no outputs to be held to. Leave it out of the step.")
         stream = passages[0].stream
