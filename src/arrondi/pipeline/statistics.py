@@ -16,7 +16,16 @@ from arrondi.calibration import Reservoir, SecondMoment, span_of
 from arrondi.model.flow import Use, watch
 
 Need = Literal[
-    "moment", "mean", "range", "absmax", "absmean", "sample", "float moment", "cross moment", "float outputs", "batches"
+    "moment",
+    "mean",
+    "range",
+    "absmax",
+    "absmean",
+    "sample",
+    "float moment",
+    "cross moment",
+    "float outputs",
+    "batches",
 ]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original, which is
 rewritten as the quantized model is, but not rounded.

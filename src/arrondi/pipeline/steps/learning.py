@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from arrondi.model import Passage, Site, Source
+from arrondi.pipeline.work import Work
 from arrondi.repair.soft import Soft
-
-if TYPE_CHECKING:
-    from arrondi.pipeline.work import Work
 
 Rule = Literal["adam", "sign"]
 """Adam, or the sign of the gradient alone."""

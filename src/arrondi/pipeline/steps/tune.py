@@ -7,7 +7,7 @@ all calibration batches has fallen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from arrondi.arguments import Between
 from arrondi.formats import LayerScheme
@@ -15,10 +15,8 @@ from arrondi.model import Site, Source, TreeStore
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
 from arrondi.pipeline.steps.learning import Learner, Rule, Targets, norms_and_biases
+from arrondi.pipeline.work import Work
 from arrondi.repair.soft import Soft, SoftRounding, SoftScale, learns_rounding, learns_scales
-
-if TYPE_CHECKING:
-    from arrondi.pipeline.work import Work
 
 
 def tune(
