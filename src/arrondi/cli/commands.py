@@ -94,6 +94,7 @@ def quantize(
     scheme: opt.SchemeName = None,
     method: opt.MethodName = None,
     calibration: opt.Calibration = None,
+    column: opt.Column = None,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
     eval_text: opt.EvalText = None,
@@ -138,7 +139,7 @@ def quantize(
     from arrondi.report import print_report, progress_bar, sole_reader
 
     device_named(device)
-    text = TextOptions(calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits)
+    text = TextOptions(calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits, column)
     if dry_run:
         planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
         both = texts.calibration, texts.evaluation
@@ -169,8 +170,10 @@ def evaluate(
     model: opt.Model,
     against: Annotated[str, typer.Option(help="Directory or Hub name of the original model.", show_default=False)],
     text: Annotated[
-        Path, typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl or .json.", show_default=False)
+        Path,
+        typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl, .json or .parquet.", show_default=False),
     ],
+    column: opt.Column = None,
     seq_len: opt.SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
     activations: opt.Activations = None,
@@ -192,6 +195,7 @@ def evaluate(
             text,
             seq_len=seq_len,
             samples=samples,
+            column=column,
             activations=activations,
             limits=limits,
             progress=progress,

@@ -9,13 +9,15 @@ before the work.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from arrondi.arguments import check_fields
 from arrondi.errors import DataError
 from arrondi.measure.compare import BATCH_TOKENS, batch_size, comparison_for
-from arrondi.measure.data import Data, Windows, check_windows, read_windows, reads_text
+from arrondi.measure.data import Data, Windows, check_windows, read_windows, reads_text, vocabulary_of
+from arrondi.measure.describe import describe
 from arrondi.measure.limits import Limits, check_limits
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.model import OnDisk
@@ -37,6 +39,7 @@ class TextOptions:
         eval_samples: windows measured at most.
         seed: chooses the calibration windows.
         limits: what the result will be held to; refused before the work where the model has no such measure.
+        column: the field of records (`.jsonl`, `.json`, `.parquet`) that holds text; None: `text`, or else a conversation.
     """
 
     calibration: Data | None = None
@@ -47,6 +50,7 @@ class TextOptions:
     eval_samples: int = 32
     seed: int = 0
     limits: Limits = Limits()
+    column: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,7 +61,7 @@ class TextOptions:
 
 @dataclass
 class Texts:
-    """The windows of a run."""
+    """The windows of a run; `described` are facts about what is calibrated on."""
 
     calibration: Windows | None = None
     evaluation: Windows | None = None
@@ -65,6 +69,7 @@ class Texts:
     protocol: str = ""
     notes: list[str] = field(default_factory=list)
     batch_size: int = 1
+    described: dict[str, Any] = field(default_factory=dict)
 
     @property
     def calibration_batches(self) -> list[torch.Tensor]:
@@ -122,7 +127,7 @@ def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
     seq_len, note = fit_length(options.seq_len, positions_of(source.model))
     texts = Texts(notes=[note] if note and tokenizer is not None else [])
     if options.calibration is not None:
-        windows = read_windows(options.calibration, tokenizer, seq_len, "calibration text")
+        windows = read_windows(options.calibration, tokenizer, seq_len, "calibration text", options.column)
         held = max(len(windows) // 10, 1) if options.evaluate and eval_data is None and len(windows) > 1 else 0
         pool = windows.ids[: len(windows) - held]
         generator = torch.Generator().manual_seed(options.seed)
@@ -135,8 +140,10 @@ def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
         if held:
             texts.evaluation = replace(windows, ids=windows.ids[len(pool) :][: options.eval_samples])
             texts.evaluation_source = f"last tenth of {windows.source}, not calibrated on"
+        words = tokenizer if reads_text(options.calibration) else None
+        texts.described = describe(texts.calibration, vocabulary_of(source.model), words)
     if eval_data is not None:
-        windows = read_windows(eval_data, tokenizer, seq_len, "evaluation text")
+        windows = read_windows(eval_data, tokenizer, seq_len, "evaluation text", options.column)
         texts.evaluation = replace(windows, ids=windows.ids[: options.eval_samples])
         texts.evaluation_source = windows.source
     if texts.evaluation is not None:
