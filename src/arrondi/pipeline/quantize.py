@@ -11,6 +11,7 @@ from arrondi.checkpoint import Checkpoint, read_report
 from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
 from arrondi.model import OnDisk, device_named, settle
+from arrondi.pipeline.coverage import coverage
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
@@ -128,9 +129,12 @@ def _settled(source: OnDisk, texts: Texts) -> list[str]:
 def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], key: str) -> dict[str, Any]:
     """The files get their names; config.json comes last."""
     done = run.journal.steps["measured"]
+    learned, warnings = coverage(run.plan.quantized, done["rows"])
     report: dict[str, Any] = finite(
         {
             **facts,
+            "calibration": facts["calibration"] and {**facts["calibration"], **learned},
+            "notes": [*facts["notes"], *warnings],
             "seconds": done["seconds"],
             "evaluation": done["measured"],
             "layers": done["rows"],

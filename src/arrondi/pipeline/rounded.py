@@ -6,12 +6,14 @@ Owns: `Rounded`, `round_alone` (a weight of whose inputs nothing is known) and `
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from arrondi.calibration import Moved
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
@@ -34,6 +36,7 @@ class Rounded:
         weight_error: Σ (w - ŵ)² and Σ w².
         output_error: ‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² on the calibration inputs, if there were any.
         tokens: calibration tokens that reached it; None without calibration.
+        moved: how far what was seen of its input moves between two halves of the text, if that is known.
         method: what was done.
         why: why it is not what was asked for, "" if it is.
         facts: what the method says of its run.
@@ -45,6 +48,7 @@ class Rounded:
     tokens: int | None
     method: str
     why: str = ""
+    moved: Moved | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +68,7 @@ def round_alone(
         error += weight_loss(part, q)
         facts |= said
         parts.append(q)
-    return Rounded(stack_rows(parts), error, None, None, method, why, facts)
+    return Rounded(stack_rows(parts), error, None, None, method, why, facts=facts)
 
 
 def round_together(
@@ -82,11 +86,12 @@ def round_together(
     q, facts = run(joined, scheme, seen, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
+    moved = None if seen.energy is None else seen.energy.moved
     hessian = None if seen.moment is None else seen.moment.matrix()
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):
         restored = part.dequantize()
         error = None if hessian is None else output_loss(weight, restored, hessian)
-        found.append(Rounded(part, weight_loss(weight, part), error, seen.tokens, method, facts=facts))
+        found.append(Rounded(part, weight_loss(weight, part), error, seen.tokens, method, moved=moved, facts=facts))
     release()
     return found
 
@@ -101,6 +106,8 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int
     ways = sorted({p.method for p in parts})
     whys = sorted({p.why for p in parts if p.why})
     facts = {k: v for p in parts for k, v in p.facts.items()}
+    moved = [p.moved for p in parts if p.moved is not None]
+    middle = [round(statistics.median(m[i] for m in moved), 5) for i in range(len(Moved._fields))] if moved else []
     return {
         "name": name,
         "scheme": str(scheme),
@@ -109,6 +116,8 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int
         "sqnr_db": round(error.decibels, 3) if math.isfinite(error.decibels) else None,
         "output_error": output.ratio if outputs else None,
         "calibration_tokens": min(tokens) if tokens else None,
+        **({"expert_tokens": tokens} if len(tokens) > 1 else {}),
+        **({"moved": dict(zip(Moved._fields, middle, strict=True))} if middle else {}),
         **({"why": "; ".join(whys)} if whys else {}),
         **facts,
     }

@@ -12,13 +12,14 @@ from typing import Final, Literal
 
 import torch
 
-from arrondi.calibration import Reservoir, SecondMoment, span_of
+from arrondi.calibration import Energy, Reservoir, SecondMoment, half_of, span_of
 from arrondi.model.flow import Use, watch
 
-Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
+Need = Literal["moment", "energy", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original.
 
     moment        Σ x xᵀ
+    energy        Σ x² and max |x| of every column, in each half of the text
     mean          Σ x
     range         the least and the largest number
     absmax        max |x| of every column
@@ -47,6 +48,7 @@ class Seen:
     Attributes:
         tokens: rows of it.
         moment: Σ x xᵀ.
+        energy: Σ x² and max |x| of every column, in each half of the text.
         total: Σ x, float64 (n,).
         low, high: the least and the largest number, 0 included.
         absmax: max |x| of every column, float32 (n,).
@@ -58,6 +60,7 @@ class Seen:
 
     tokens: int = 0
     moment: SecondMoment | None = None
+    energy: Energy | None = None
     total: torch.Tensor | None = None
     low: float = 0.0
     high: float = 0.0
@@ -77,8 +80,8 @@ class Seen:
         """Whether all of this is known."""
         return self.tokens > 0 and (self.paired or not OF_ORIGINAL & set(needs))
 
-    def add(self, x: torch.Tensor, needs: Collection[Need], span: int = 0) -> None:
-        """Count one input (…, n), of a batch of this span (see `arrondi.calibration.span_of`)."""
+    def add(self, x: torch.Tensor, needs: Collection[Need], span: int = 0, half: int = 0) -> None:
+        """Count one input (…, n), of a batch of this span and half (see `arrondi.calibration`)."""
         rows = x.reshape(-1, x.shape[-1])
         if not len(rows):
             return
@@ -87,6 +90,9 @@ class Seen:
             if self.moment is None:
                 self.moment = SecondMoment(rows.shape[-1])
             self.moment.update(rows, span=span)
+        if "energy" in needs:
+            self.energy = self.energy or Energy(rows.shape[-1])
+            self.energy.add(rows, half)
         if "mean" in needs:
             total = rows.double().sum(0).cpu()
             self.total = total if self.total is None else self.total + total
@@ -156,11 +162,11 @@ def collect(
         if both and original is not None:
             _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()))  # noqa: B023
 
-        span = span_of(j, len(side.forwards))
+        span, half = span_of(j, len(side.forwards)), half_of(j, len(side.forwards))
 
-        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span) -> None:
+        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span, half: int = half) -> None:  # fmt: skip
             found = seen.setdefault(key, Seen())
-            found.add(x, needs, span)
+            found.add(x, needs, span, half)
             if both:
                 same = others.get(key)
                 found.add_pair(x, same.pop(0) if same else None, needs)

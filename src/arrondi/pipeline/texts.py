@@ -73,12 +73,10 @@ class Texts:
 
     @property
     def calibration_batches(self) -> list[torch.Tensor]:
-        """Windows that are sent through the model together."""
-        return (
-            []
-            if self.calibration is None
-            else self.calibration.batches(max(BATCH_TOKENS // self.calibration.seq_len, 1))
-        )
+        """Windows that are sent through the model together; two batches at least, so that halves of the text can be compared."""
+        if self.calibration is None:
+            return []
+        return self.calibration.batches(min(BATCH_TOKENS // self.calibration.seq_len, -(-len(self.calibration) // 2)))
 
     @property
     def evaluation_batches(self) -> list[torch.Tensor]:

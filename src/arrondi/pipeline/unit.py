@@ -83,7 +83,7 @@ def _round_stage(work: Work, stage: Stage) -> None:
     needs: set[Need] = {n for s in sites for n in work.step(s).needs}
     needs |= {n for one in _repairs(work, sites) for n in one.step.needs}
     # Without a need of its own a method still learns how far the layer's output moves.
-    work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment"}))
+    work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment", "energy"}))
     with _repaired(work, sites):
         for group in _together(work, sites, stage):
             _round(work, group)
