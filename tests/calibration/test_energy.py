@@ -13,7 +13,7 @@ def test_importance_is_the_diagonal_of_the_second_moment_over_tokens() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 2, 3, 100, 0.01, 0])
     energy, moment = Energy(6), SecondMoment(6)
     for j, rows in enumerate(x.split(7)):
-        energy.add(rows, half_of(j, 8))
+        energy.add(rows, half_of(j))
         moment.update(rows)
     torch.testing.assert_close(energy.importance, moment.matrix().diagonal() / 50, rtol=1e-5, atol=0)
     assert energy.tokens == [28, 22]

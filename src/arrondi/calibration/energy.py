@@ -1,7 +1,8 @@
-"""Σ x² and max |x| of every column of an input, for the first and the second half of a stream apart.
+"""Σ x² and max |x| of every column of an input, for two halves of a stream apart.
 
 Owns: `Energy`. The sum over both halves is the diagonal of the second moment (an importance matrix); how far the halves are from
-each other says how much what was calibrated depends on which text was taken.
+each other says how much what was calibrated depends on which text was taken. Batches go to the halves in turns, so that a text of two
+kinds, one after the other, is no cause for alarm: calibrating on both is better than on either.
 """
 
 from __future__ import annotations
@@ -78,10 +79,6 @@ class Energy:
         return Moved(apart, scales)
 
 
-def half_of(index: int, count: int) -> int:
-    """The half that batch `index` of `count` belongs to.
-
-    >>> [half_of(i, 5) for i in range(5)]
-    [0, 0, 0, 1, 1]
-    """
-    return int(2 * index >= count)
+def half_of(index: int) -> int:
+    """The half that batch `index` belongs to: they take turns."""
+    return index % HALVES

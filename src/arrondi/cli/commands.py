@@ -99,6 +99,7 @@ def quantize(
     repair: opt.Repairs = None,
     calibration: opt.Calibration = None,
     column: opt.Column = None,
+    imatrix: opt.Imatrix = None,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
     eval_text: opt.EvalText = None,
@@ -143,7 +144,9 @@ def quantize(
     from arrondi.report import print_report, progress_bar, sole_reader
 
     device_named(device)
-    text = TextOptions(calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits, column)
+    text = TextOptions(
+        calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits, column, imatrix
+    )
     if dry_run:
         planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
         both = texts.calibration, texts.evaluation
@@ -235,6 +238,38 @@ def dequantize(
 
     with progress_bar("dequantizing", quiet) as progress:
         result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
+    _answer(result, json_, print_facts)
+
+
+@app.command(cls=Strict)
+def imatrix(
+    model: opt.Model,
+    calibration: Annotated[Path, typer.Option(help="Text to read, as for quantize.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write: .gguf, or .dat for the legacy format.", show_default=False),
+    ],
+    samples: opt.Samples = 128,
+    seq_len: opt.SeqLen = 512,
+    column: opt.Column = None,
+    seed: opt.Seed = 0,
+    head: Annotated[bool, typer.Option("--process-output", help="The output head, too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    device: opt.Device = "cpu",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write llama.cpp's importance matrix of a model: how large the inputs of every linear layer are on a text."""
+    from arrondi.pipeline.importance import make_imatrix
+    from arrondi.report import print_facts, progress_bar
+
+    with progress_bar("reading", quiet) as progress:
+        result = make_imatrix(
+            model, calibration, output, samples=samples, seq_len=seq_len, seed=seed, column=column, head=head,
+            overwrite=overwrite, device=device, progress=progress,
+        )  # fmt: skip
+    for sentence in result.pop("notes"):
+        _note(sentence)
     _answer(result, json_, print_facts)
 
 

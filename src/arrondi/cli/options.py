@@ -67,6 +67,10 @@ SeqLen = Annotated[int, typer.Option(help="Tokens in a window; cut, and said, wh
 EvalText = Annotated[
     Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
 ]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(help="Importance matrix of this model (llama.cpp's .gguf or .dat), for methods that take one."),
+]
 Activations = Annotated[
     str | None,
     typer.Option(

@@ -1,6 +1,6 @@
 """Data → windows of token ids: a file, texts, token tensors, or whatever gives batches of them.
 
-Owns: `Windows`, `read_windows`, `reads_text` and `check_windows`. Text is cut as `arrondi.measure.text` says; token ids are taken as they are.
+Owns: `Windows`, `read_windows`, `chosen`, `reads_text` and `check_windows`. Text is cut as `arrondi.measure.text` says; token ids are taken as they are.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -92,6 +92,12 @@ def read_windows(data: Data, tokenizer: Any, seq_len: int, purpose: str = "text"
     ids = _token_ids(data, purpose)
     digest = hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.numpy().tobytes()).hexdigest()
     return Windows(ids, f"{len(ids)} windows of token ids", digest)
+
+
+def chosen(windows: Windows, samples: int, seed: int) -> Windows:
+    """At most so many windows, drawn without replacement, in their order."""
+    picked = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    return replace(windows, ids=windows.ids[picked])
 
 
 def check_windows(windows: Windows, model: Any) -> None:

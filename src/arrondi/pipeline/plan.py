@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
+from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
 from arrondi.pipeline.steps import get_step
 
@@ -96,7 +97,11 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether something cannot be done without calibration data."""
-        return any(s.calibrated for s in self.steps()) or any(_static(t) for t in self.quantized)
+        return self.needs_text()
+
+    def needs_text(self, given: Collection[Need] = ()) -> bool:
+        """Whether something cannot be done without calibration data, even if this is known already."""
+        return any(s.needs - set(given) for s in self.steps()) or any(_static(t) for t in self.quantized)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""

@@ -21,6 +21,7 @@ from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.record import facts_of, kept_of, machine, manifest_of, quantize_key
 from arrondi.pipeline.run import Progress, Run
 from arrondi.pipeline.select import merged
+from arrondi.pipeline.steps import STEPS
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
 
@@ -114,10 +115,22 @@ def _original(model: str | Path, out: Path) -> Checkpoint:
 
 
 def _check_calibration(plan: Plan, texts: Texts) -> None:
+    takes = any("importance" in step.needs for step in plan.steps())
+    if texts.importance is not None and not takes:
+        raise SchemeError(
+            f"The importance matrix changes nothing: no method here takes one. {_takers()} Or leave it out."
+        )
+    if texts.importance is not None and not plan.needs_text({"importance"}):
+        return
     if plan.calibrated and texts.calibration is None:
         raise SchemeError(
             "Static scales of inputs need calibration text. Add --calibration FILE, or choose a scheme without them: W8A8, FP8_DYNAMIC."
         )
+
+
+def _takers() -> str:
+    names = sorted(step.name for step in STEPS.values() if "importance" in step.needs)
+    return f"Use --method {' or '.join(names)}." if names else "No method does."
 
 
 def _settled(source: OnDisk, texts: Texts) -> list[str]:

@@ -83,7 +83,7 @@ def quantize_key(
     tensors = [(t.name, t.status, str(t.scheme)) for t in plan.tensors]
     asked = [text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes, device]
     windows = [_windows(texts.calibration), _windows(texts.evaluation)]
-    layout = [plan.layout.name, plan.config()]
+    layout = [plan.layout.name, plan.config(), texts.importance and texts.importance.facts["sha256"]]
     return run_key("quantize", ledger, source, layout, recipe.to_dict(), tensors, asked, windows)
 
 
@@ -98,6 +98,7 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
     """The part of the report that is known before the run."""
     summary = plan.to_dict()
     calibration = texts.calibration
+    told = [] if texts.importance is None else texts.importance.notes(s.name for t in plan.quantized for s in t.sites)
     return {
         "model": str(checkpoint.folder.path),
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
@@ -119,8 +120,9 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
             "seed": text.seed,
             **texts.described,
         },
+        "importance": texts.importance and {**texts.importance.facts, "lacking": sorted(texts.importance.lacking)},
         "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
-        "notes": [*plan.notes, *texts.notes],
+        "notes": [*plan.notes, *texts.notes, *told],
         "versions": versions(),
     }
 
@@ -130,7 +132,7 @@ def manifest_of(key: str, ledger: Ledger, facts: dict[str, Any]) -> dict[str, An
 
     `model` holds the SHA-256 of the model's small files, and the digest of every stored tensor that was read (`digest_pieces`).
     """
-    names = ("recipe", "layout", "calibration", "evaluation_text_sha256", "dtype", "versions")
+    names = ("recipe", "layout", "calibration", "importance", "evaluation_text_sha256", "dtype", "versions")
     return {
         "run": key,
         "model": {"files": ledger.files, "tensors": dict(sorted(ledger.digests.items()))},

@@ -75,7 +75,7 @@ class Run:
         with torch.no_grad():
             if self.texts.calibration or self.texts.evaluation:
                 measured = self._with_data()
-            elif self.touched:
+            elif self.touched or self.texts.importance:
                 self._unit_by_unit()
             else:
                 self._tensor_by_tensor()
@@ -196,7 +196,7 @@ class Run:
     ) -> list[dict[str, Any]]:
         """All steps on some tensors whose parameters are filled; everything is written."""
         side = Side(self.original.instance.parameter, originals) if originals else None
-        work = Work(self.plan, self.instance, members, forwards, side)
+        work = Work(self.plan, self.instance, members, forwards, side, self.texts.importance)
         carry_out(work)
         rows = []
         for planned in members:

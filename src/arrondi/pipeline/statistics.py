@@ -15,11 +15,12 @@ import torch
 from arrondi.calibration import Energy, Reservoir, SecondMoment, half_of, span_of
 from arrondi.model.flow import Use, watch
 
-Need = Literal["moment", "energy", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
+Need = Literal["moment", "energy", "importance", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original.
 
     moment        Σ x xᵀ
     energy        Σ x² and max |x| of every column, in each half of the text
+    importance    mean x² of every column; what an importance matrix says goes before what is seen
     mean          Σ x
     range         the least and the largest number
     absmax        max |x| of every column
@@ -49,6 +50,7 @@ class Seen:
         tokens: rows of it.
         moment: Σ x xᵀ.
         energy: Σ x² and max |x| of every column, in each half of the text.
+        given: what an importance matrix says of its columns, float32 (n,).
         total: Σ x, float64 (n,).
         low, high: the least and the largest number, 0 included.
         absmax: max |x| of every column, float32 (n,).
@@ -61,6 +63,7 @@ class Seen:
     tokens: int = 0
     moment: SecondMoment | None = None
     energy: Energy | None = None
+    given: torch.Tensor | None = None
     total: torch.Tensor | None = None
     low: float = 0.0
     high: float = 0.0
@@ -76,6 +79,13 @@ class Seen:
         assert self.total is not None and self.tokens
         return (self.total / self.tokens).float()
 
+    @property
+    def importance(self) -> torch.Tensor | None:
+        """Mean x² of every column, float32 (n,): from the importance matrix, or as it was seen."""
+        if self.given is not None:
+            return self.given
+        return None if self.energy is None else self.energy.importance
+
     def has(self, needs: Collection[Need]) -> bool:
         """Whether all of this is known."""
         return self.tokens > 0 and (self.paired or not OF_ORIGINAL & set(needs))
@@ -90,7 +100,7 @@ class Seen:
             if self.moment is None:
                 self.moment = SecondMoment(rows.shape[-1])
             self.moment.update(rows, span=span)
-        if "energy" in needs:
+        if "energy" in needs or "importance" in needs:
             self.energy = self.energy or Energy(rows.shape[-1])
             self.energy.add(rows, half)
         if "mean" in needs:
@@ -162,7 +172,7 @@ def collect(
         if both and original is not None:
             _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()))  # noqa: B023
 
-        span, half = span_of(j, len(side.forwards)), half_of(j, len(side.forwards))
+        span, half = span_of(j, len(side.forwards)), half_of(j)
 
         def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span, half: int = half) -> None:  # fmt: skip
             found = seen.setdefault(key, Seen())

@@ -9,6 +9,7 @@ before the work.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ import torch
 from arrondi.arguments import check_fields
 from arrondi.errors import DataError
 from arrondi.measure.compare import BATCH_TOKENS, batch_size, comparison_for
-from arrondi.measure.data import Data, Windows, check_windows, read_windows, reads_text, vocabulary_of
+from arrondi.measure.data import Data, Windows, check_windows, chosen, read_windows, reads_text, vocabulary_of
 from arrondi.measure.describe import describe
 from arrondi.measure.limits import Limits, check_limits
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.model import OnDisk
+from arrondi.pipeline.importance import Known, match_imatrix
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.steps import get_step
 
@@ -40,6 +42,7 @@ class TextOptions:
         seed: chooses the calibration windows.
         limits: what the result will be held to; refused before the work where the model has no such measure.
         column: the field of records (`.jsonl`, `.json`, `.parquet`) that holds text; None: `text`, or else a conversation.
+        imatrix: an importance matrix of this model, for methods that take importance.
     """
 
     calibration: Data | None = None
@@ -51,6 +54,7 @@ class TextOptions:
     seed: int = 0
     limits: Limits = Limits()
     column: str | None = None
+    imatrix: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,7 +65,8 @@ class TextOptions:
 
 @dataclass
 class Texts:
-    """The windows of a run; `described` are facts about what is calibrated on."""
+    """The windows of a run; `described` are facts about what is calibrated on, and `importance` what an
+    importance matrix says."""
 
     calibration: Windows | None = None
     evaluation: Windows | None = None
@@ -70,13 +75,17 @@ class Texts:
     notes: list[str] = field(default_factory=list)
     batch_size: int = 1
     described: dict[str, Any] = field(default_factory=dict)
+    importance: Known | None = None
 
     @property
     def calibration_batches(self) -> list[torch.Tensor]:
-        """Windows that are sent through the model together; two batches at least, so that halves of the text can be compared."""
+        """Windows that are sent through the model together: in turns windows of even and of odd number, so that the text falls
+        into two halves of one kind (see `arrondi.calibration.energy`)."""
         if self.calibration is None:
             return []
-        return self.calibration.batches(min(BATCH_TOKENS // self.calibration.seq_len, -(-len(self.calibration) // 2)))
+        size = max(BATCH_TOKENS // self.calibration.seq_len, 1)
+        pairs = self.calibration.batches(2 * size)
+        return [rows for pair in pairs for rows in (pair[0::2], pair[1::2]) if len(rows)]
 
     @property
     def evaluation_batches(self) -> list[torch.Tensor]:
@@ -110,7 +119,9 @@ def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
         DataError: a method needs calibration and there is none, or the data do not fit the model.
         SchemeError: the limits cannot be measured on this kind of model.
     """
-    needs = [r.method for r in recipe.rules if get_step(r.method).calibrated]
+    importance = None if options.imatrix is None else match_imatrix(Path(options.imatrix), source)
+    given_needs = set() if importance is None else {"importance"}
+    needs = [r.method for r in recipe.rules if get_step(r.method).needs - given_needs]
     if needs and options.calibration is None:
         raise DataError(
             f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq."
@@ -119,21 +130,19 @@ def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
         check_limits(comparison_for(source.model).kind, options.limits.kl, options.limits.ppl_increase)
     eval_data = options.eval_text if options.evaluate else None
     if options.calibration is None and eval_data is None:
-        return Texts()
+        return Texts(importance=importance)
     given = [data for data in (options.calibration, eval_data) if data is not None]
     tokenizer = load_tokenizer(source.where) if any(map(reads_text, given)) else None
     seq_len, note = fit_length(options.seq_len, positions_of(source.model))
-    texts = Texts(notes=[note] if note and tokenizer is not None else [])
+    texts = Texts(notes=[note] if note and tokenizer is not None else [], importance=importance)
     if options.calibration is not None:
         windows = read_windows(options.calibration, tokenizer, seq_len, "calibration text", options.column)
         held = max(len(windows) // 10, 1) if options.evaluate and eval_data is None and len(windows) > 1 else 0
-        pool = windows.ids[: len(windows) - held]
-        generator = torch.Generator().manual_seed(options.seed)
-        chosen = torch.randperm(len(pool), generator=generator)[: options.samples].sort().values
-        texts.calibration = replace(windows, ids=pool[chosen])
-        if len(chosen) < options.samples:
+        pool = replace(windows, ids=windows.ids[: len(windows) - held])
+        texts.calibration = chosen(pool, options.samples, options.seed)
+        if len(texts.calibration) < options.samples:
             texts.notes.append(
-                f"{windows.source} gave {len(chosen)} calibration windows of {windows.seq_len} tokens; {options.samples} were asked for."
+                f"{windows.source} gave {len(texts.calibration)} calibration windows of {windows.seq_len} tokens; {options.samples} were asked for."
             )
         if held:
             texts.evaluation = replace(windows, ids=windows.ids[len(pool) :][: options.eval_samples])

@@ -17,7 +17,7 @@ from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Site
 from arrondi.pipeline.rounded import round_alone, round_together
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.statistics import Need
+from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.work import Stage, Work
 from arrondi.tensor.ranges.observed import static_grid
 from arrondi.tensor.rows import rowwise
@@ -47,7 +47,11 @@ def carry_out(work: Work) -> None:
         raise _unknown_range(unknown)
     with _repaired(work, rest):
         for site in rest:
-            _round_blindly(work, site, why)
+            told = work.foretold(site)
+            if told is None:
+                _round_blindly(work, site, why)
+            else:
+                _round_foretold(work, site, told)
     work.before = before
     for one in late:
         _apply(work, one)
@@ -185,6 +189,13 @@ def _round(work: Work, sites: list[Site]) -> None:
     for site, weight, rounded in zip(sites, weights, done, strict=True):
         work.results[site.name] = rounded
         weight.copy_(rounded.q.dequantize())
+
+
+def _round_foretold(work: Work, site: Site, told: Seen) -> None:
+    """By what an importance matrix says, where no calibration data are or reach."""
+    work.seen[site.name] = told
+    _round(work, [site])
+    work.results[site.name].tokens = 0 if work.forwards else None
 
 
 def _round_blindly(work: Work, site: Site, why: str) -> None:

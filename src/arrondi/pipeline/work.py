@@ -7,7 +7,7 @@ inputs, and adds tensors; what becomes of the unit is then read off it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from arrondi.formats import LayerScheme
 from arrondi.model import Instance, Site
 from arrondi.model.flow import trace
+from arrondi.pipeline.importance import Known
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded
@@ -47,6 +48,7 @@ class Work:
         selected: the unit's rewrites and repairs.
         forwards: one for each calibration batch; empty without calibration.
         original: the same unit of the original on the same batches, if a step needs it; its forwards give float outputs.
+        importance: what an importance matrix says.
         results: site → what rounding gave.
         grids: tensor → the static grid of its inputs.
         changed: tensors of the file whose value a step changed, as they are written.
@@ -63,7 +65,9 @@ class Work:
         tensors: Sequence[PlannedTensor],
         forwards: Sequence[Forward],
         original: Side | None = None,
+        importance: Known | None = None,
     ) -> None:
+        self.importance = importance or Known()
         self.plan, self.instance, self.tensors, self.forwards = plan, instance, tensors, forwards
         self.original = original
         self.planned = {s.name: t for t in tensors for s in t.sites}
@@ -141,7 +145,16 @@ class Work:
     def by_site(self, sites: Sequence[Site], stage: Stage, seen: Mapping[Key, Seen]) -> dict[str, Seen]:
         """What was seen, for every site that a token reached."""
         keys = {s.name: (stage.leaders[s.param], s.param_index) for s in sites if s.param in stage.leaders}
-        return {name: seen[key] for name, key in keys.items() if key in seen and seen[key].tokens}
+        found = {name: seen[key] for name, key in keys.items() if key in seen and seen[key].tokens}
+        given = self.importance.columns
+        return {name: replace(one, given=given[name]) if name in given else one for name, one in found.items()}
+
+    def foretold(self, site: Site) -> Seen | None:
+        """What the importance matrix says of a site, where that is all that its step needs."""
+        known = self.importance
+        if site.name not in known.columns or not self.step(site).needs <= {"importance"}:
+            return None
+        return Seen(tokens=known.tokens[site.name], given=known.columns[site.name])
 
     # ── what is planned ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -41,6 +41,6 @@ def _moved(facts: Mapping[str, Any]) -> list[str]:
         return []
     second, largest = moved["second_moments"], moved["absmax"]
     return [
-        f"Between the halves of the text, second moments of inputs change by {100 * second['median']:.0f} % "
+        f"Between two halves of the text (every other batch), second moments of inputs change by {100 * second['median']:.0f} % "
         f"(worst {100 * second['worst']:.0f} %, {second['weight']}), largest values by {100 * largest['median']:.0f} % (worst {100 * largest['worst']:.0f} %)."
     ]
