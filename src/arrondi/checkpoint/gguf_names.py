@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import combinations
 from typing import Any, Final
 
@@ -24,18 +25,20 @@ class GGUFNames:
 
     Args:
         model_type: as config.json names the model.
-        blocks: how many blocks it has.
     """
 
-    def __init__(self, model_type: str, blocks: int) -> None:
+    def __init__(self, model_type: str) -> None:
         self.gguf = gguf_package("An importance matrix")
         known = self.gguf.MODEL_ARCH_NAMES
-        own = [arch for arch, name in known.items() if _plain(name) == _plain(model_type)]
-        # The package's tables of one architecture stay in the tables that are made after it, so that of the model comes first.
-        self._maps = [
-            self.gguf.get_tensor_name_map(arch, max(blocks, 1)) for arch in [*own, *(a for a in known if a not in own)]
-        ]
-        self._own = len(own)
+        self._own = [self._map(arch) for arch, name in known.items() if _plain(name) == _plain(model_type)]
+
+    @cached_property
+    def _all(self) -> list[Any]:
+        """The tables of every architecture. The package's tables of one stay in those made after it, so those of the model come first."""
+        return [self._map(arch) for arch in self.gguf.MODEL_ARCH_NAMES]
+
+    def _map(self, arch: Any) -> Any:
+        return self.gguf.get_tensor_name_map(arch, 1)  # of block 0; other numbers are put in afterwards
 
     def of(self, tensor: str) -> tuple[str, ...]:
         """What a weight may be called, the usual name first; () for weights that GGUF does not know."""
@@ -54,25 +57,28 @@ class GGUFNames:
         )
 
     def _spelled(self, tensor: str) -> Iterator[str]:
-        for key in _keys(tensor.removesuffix(".weight")):
-            named = [m.get_name(key) for m in self._maps]
-            best = next((n for n in named[: self._own] if n), None)
-            if best is None and any(named):
-                best = Counter(n for n in named if n).most_common(1)[0][0]
+        for key, block in _keys(tensor.removesuffix(".weight")):
+            best = next((n for m in self._own if (n := m.get_name(key))), None)
+            if best is None and (named := [n for m in self._all if (n := m.get_name(key))]):
+                best = Counter(named).most_common(1)[0][0]
             if best is not None:
-                yield best
+                yield re.sub(r"\d+", block, best, count=1)
                 return
 
 
-def _keys(stem: str) -> Iterator[str]:
-    """The names under which the tables may have a weight: without the number of an expert, and without leading parts that wrappers add."""
+def _keys(stem: str) -> Iterator[tuple[str, str]]:
+    """The names under which the tables may have a weight, as of block 0, and its block.
+
+    Without the number of an expert, and without leading parts that wrappers add.
+    """
     parts = stem.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-    parts = [part for i, part in enumerate(parts) if i not in numbers[1:]]
+    block = parts[numbers[0]] if numbers else ""
+    parts = ["0" if i in numbers else part for i, part in enumerate(parts) if i not in numbers[1:]]
     front = numbers[0] if numbers else max(len(parts) - 1, 0)
     for size in range(front, -1, -1):
         for kept in combinations(range(front), size):
-            yield ".".join([*(parts[i] for i in kept), *parts[front:]])
+            yield ".".join([*(parts[i] for i in kept), *parts[front:]]), block
 
 
 def _plain(name: str) -> str:

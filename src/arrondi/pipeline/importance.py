@@ -52,8 +52,8 @@ class Known:
     unused: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def notes(self, planned: Iterable[str]) -> list[str]:
-        """Sentences about the sites that will be rounded."""
+    def told(self, planned: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+        """Facts for the report, and sentences about the sites that will be rounded."""
         wanted = set(planned)
         found = []
         for names, what in (
@@ -64,7 +64,7 @@ class Known:
             if names:
                 more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
                 found.append(f"The importance matrix {what.format(', '.join(names[:_NAMED]) + more)}.")
-        return found
+        return {**self.facts, "lacking": sorted(self.lacking & wanted)}, found
 
 
 def match_imatrix(path: Path, source: Source) -> Known:
@@ -81,10 +81,9 @@ def match_imatrix(path: Path, source: Source) -> Known:
     columns: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = {}
     empty: list[str] = []
-    used: set[str] = set()
+    used = {name for spelled in _grouped(source.sites, names) for name in spelled}
     for spelled, sites in grouped.items():
         name = next((n for n in spelled if n in matrix.entries), None)
-        used |= set(spelled)
         if name is None:
             continue
         entry, count = matrix.entries[name], max(_place(s) or 0 for s in sites) + 1
@@ -249,7 +248,7 @@ def _names(source: Source) -> tuple[GGUFNames, int]:
     config = source.config
     blocks = blocks_of(config)
     kind = (config.get("text_config") or {}).get("model_type") or config.get("model_type", "")
-    return GGUFNames(kind.removesuffix("_text"), blocks), blocks
+    return GGUFNames(kind.removesuffix("_text")), blocks
 
 
 def _linear(source: Source) -> list[Site]:

@@ -21,7 +21,7 @@ from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.record import facts_of, kept_of, machine, manifest_of, quantize_key
 from arrondi.pipeline.run import Progress, Run
 from arrondi.pipeline.select import merged
-from arrondi.pipeline.steps import STEPS
+from arrondi.pipeline.steps import STEPS, get_step
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
 
@@ -120,12 +120,23 @@ def _check_calibration(plan: Plan, texts: Texts) -> None:
         raise SchemeError(
             f"The importance matrix changes nothing: no method here takes one. {_takers()} Or leave it out."
         )
+    changing = [one.step.name for one in plan.selected if one.step.kind == "rewrite" and one.groups]
+    if texts.importance is not None and changing:
+        raise SchemeError(
+            f"The importance matrix is of the model as it is, and {changing[0]} changes what its layers are given. Leave one of them out."
+        )
     if texts.importance is not None and not plan.needs_text({"importance"}):
         return
     if plan.calibrated and texts.calibration is None:
         raise SchemeError(
             "Static scales of inputs need calibration text. Add --calibration FILE, or choose a scheme without them: W8A8, FP8_DYNAMIC."
         )
+
+
+def _learning(plan: Plan) -> set[str]:
+    """Tensors whose method learns from second moments of inputs."""
+    moments = {"moment", "float moment", "cross moment"}
+    return {t.name for t in plan.quantized if t.rule and get_step(t.rule.method).needs & moments}
 
 
 def _takers() -> str:
@@ -142,7 +153,7 @@ def _settled(source: OnDisk, texts: Texts) -> list[str]:
 def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], key: str) -> dict[str, Any]:
     """The files get their names; config.json comes last."""
     done = run.journal.steps["measured"]
-    learned, warnings = coverage(run.plan.quantized, done["rows"])
+    learned, warnings = coverage(run.plan.quantized, done["rows"], _learning(run.plan))
     report: dict[str, Any] = finite(
         {
             **facts,

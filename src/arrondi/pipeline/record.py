@@ -98,7 +98,8 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
     """The part of the report that is known before the run."""
     summary = plan.to_dict()
     calibration = texts.calibration
-    told = [] if texts.importance is None else texts.importance.notes(s.name for t in plan.quantized for s in t.sites)
+    sites = [s.name for t in plan.quantized for s in t.sites]
+    importance, told = (None, []) if texts.importance is None else texts.importance.told(sites)
     return {
         "model": str(checkpoint.folder.path),
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
@@ -120,7 +121,7 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
             "seed": text.seed,
             **texts.described,
         },
-        "importance": texts.importance and {**texts.importance.facts, "lacking": sorted(texts.importance.lacking)},
+        "importance": importance,
         "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
         "notes": [*plan.notes, *texts.notes, *told],
         "versions": versions(),
