@@ -30,7 +30,12 @@ BOTH = {"q", "experts"}
 def test_experts_and_weights_that_few_tokens_reached() -> None:
     rows = [row("q", 512), row("experts", 0, None, [0, 127, 128, 400])]
     facts, warnings = coverage(PLANNED, rows, BOTH)
-    assert facts["experts"] == {"matrices": 4, "without": 1, "tokens": {"least": 0, "median": 127, "most": 400}}
+    assert facts["experts"] == {
+        "matrices": 4,
+        "without": 1,
+        "on_all_tokens": 0,
+        "tokens": {"least": 0, "median": 127, "most": 400},
+    }
     assert facts["thin"]["weights"] == 2
     assert facts["thin"]["named"] == [
         {"name": "experts[0]", "tokens": 0, "inputs": 32},

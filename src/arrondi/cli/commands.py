@@ -100,6 +100,7 @@ def quantize(
     calibration: opt.Calibration = None,
     column: opt.Column = None,
     imatrix: opt.Imatrix = None,
+    all_experts: opt.AllExperts = False,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
     eval_text: opt.EvalText = None,
@@ -125,7 +126,7 @@ def quantize(
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair)
+    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts)
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)

@@ -67,6 +67,9 @@ SeqLen = Annotated[int, typer.Option(help="Tokens in a window; cut, and said, wh
 EvalText = Annotated[
     Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
 ]
+AllExperts = Annotated[
+    bool, typer.Option("--all-experts", help="Calibrate experts that few tokens reach on all tokens of their block.")
+]
 Imatrix = Annotated[
     Path | None,
     typer.Option(help="Importance matrix of this model (llama.cpp's .gguf or .dat), for methods that take one."),

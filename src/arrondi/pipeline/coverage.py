@@ -11,14 +11,13 @@ from typing import Any, Final
 
 from arrondi.calibration import Moved
 from arrondi.pipeline.resolve import PlannedTensor
+from arrondi.pipeline.statistics import FEW
 
 _NAMED: Final = 20
 """Weights that the report names."""
 MOVES: Final = 0.1
 """Change of second moments between two halves of the text, median over weights, from which on the report warns. On a small language
 model GPTQ at 3 bits loses a third more than it must where it is 0.1, and nearly twice as much at 0.12."""
-FEW: Final = 4
-"""Tokens for every input of a weight below which its second moments are thin: the same loss there is a fifth to a third larger."""
 ENOUGH: Final = 10
 """Tokens for every input at which the loss is within some percent of that on as much text as one likes."""
 
@@ -34,7 +33,8 @@ def coverage(
         learning: names of those whose method learns from second moments of inputs; the others are told of, and not warned of.
 
     Returns:
-        experts: matrices of stacks, and how many tokens reached them (least, median, most); None where there are no stacks.
+        experts: matrices of stacks, how many tokens the model sent to them (least, median, most), and how many were calibrated on all
+            tokens instead; None where there are no stacks.
         thin: weights that fewer than `FEW` tokens for every input reached, so that their second moments say little; the worst named.
         moved: median and worst of `Moved` over weights, with the worst one's name; None without calibration.
     """
@@ -49,7 +49,7 @@ def coverage(
     )
     moved = {field: _spread(seen, field) for field in Moved._fields}
     facts = {
-        "experts": _counted(experts) if experts else None,
+        "experts": _counted(experts, sum(len(r.get("on_all_tokens", ())) for r in seen)) if experts else None,
         "thin": {"weights": len(thin), "named": thin[:_NAMED]},
         "moved": None if None in moved.values() else moved,
     }
@@ -61,18 +61,20 @@ def _thin(rows: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, int
     found = []
     for row in rows:
         name, inputs = row["name"], shapes[row["name"]][1]
-        each = row.get("expert_tokens")
-        reached = (
-            [(name, row["calibration_tokens"])] if each is None else [(f"{name}[{i}]", n) for i, n in enumerate(each)]
-        )
+        each, everywhere = row.get("expert_tokens"), row.get("on_all_tokens", ())
+        reached = [(name, row["calibration_tokens"])]
+        if each is not None:
+            spelled = [name] if len(each) == 1 else [f"{name}[{i}]" for i in range(len(each))]
+            reached = [(one, n) for i, (one, n) in enumerate(zip(spelled, each, strict=True)) if i not in everywhere]
         found += [{"name": n, "tokens": t, "inputs": inputs} for n, t in reached if t < FEW * inputs]
     return found
 
 
-def _counted(tokens: Sequence[int]) -> dict[str, Any]:
+def _counted(tokens: Sequence[int], everywhere: int) -> dict[str, Any]:
     return {
         "matrices": len(tokens),
         "without": sum(n == 0 for n in tokens),
+        "on_all_tokens": everywhere,
         "tokens": {"least": min(tokens), "median": int(statistics.median(tokens)), "most": max(tokens)},
     }
 

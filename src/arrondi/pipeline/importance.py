@@ -206,7 +206,9 @@ def _sums(
 
     def note(sites: Sequence[Site], forwards: Sequence[Forward]) -> None:
         params = {s.param for s in sites if not instance.is_empty(s.param)}
-        seen: Mapping[Key, Seen] = collect(params, {}, Side(instance.parameter, forwards), {"energy"}) if params else {}
+        seen: Mapping[Key, Seen] = (
+            collect(params, {}, Side(instance.parameter, forwards, instance.owner), {"energy"}) if params else {}
+        )
         for site in sites:
             one = seen.get((site.param, site.param_index))
             if one is not None and one.energy is not None and one.tokens:

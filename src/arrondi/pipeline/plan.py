@@ -44,6 +44,7 @@ class Plan:
         notes: things to know that stop nothing.
         readers: who reads the result, and who does not or computes something else.
         facts: what layouts and readers must know of the model.
+        all_experts: experts that few tokens reach are calibrated on all tokens of their block.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     readers: list[Verdict] = field(default_factory=list)
     facts: ModelFacts = ModelFacts()
+    all_experts: bool = False
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -205,7 +207,9 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     ]
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
-    return Plan(source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts)
+    return Plan(
+        source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
+    )
 
 
 def _why_not(layout: Layout, tensors: list[PlannedTensor]) -> str:

@@ -36,6 +36,7 @@ class Rounded:
         weight_error: Σ (w - ŵ)² and Σ w².
         output_error: ‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² on the calibration inputs, if there were any.
         tokens: calibration tokens that reached it; None without calibration.
+        routed: tokens that the model sent to an expert which was calibrated on all tokens instead; None for all others.
         moved: how far what was seen of its input moves between two halves of the text, if that is known.
         method: what was done.
         why: why it is not what was asked for, "" if it is.
@@ -49,6 +50,7 @@ class Rounded:
     method: str
     why: str = ""
     moved: Moved | None = None
+    routed: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,13 +93,29 @@ def round_together(
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):
         restored = part.dequantize()
         error = None if hessian is None else output_loss(weight, restored, hessian)
-        found.append(Rounded(part, weight_loss(weight, part), error, seen.tokens, method, moved=moved, facts=facts))
+        found.append(
+            Rounded(
+                part,
+                weight_loss(weight, part),
+                error,
+                seen.tokens,
+                method,
+                moved=moved,
+                routed=seen.routed,
+                facts=facts,
+            )
+        )
     release()
     return found
 
 
-def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int) -> dict[str, Any]:
-    """A tensor's line in `report.json`; sums of its sites', never means of ratios. `nbytes`: what it takes in the file."""
+def row_of(
+    name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int, *, experts: bool = False
+) -> dict[str, Any]:
+    """A tensor's line in `report.json`; sums of its sites', never means of ratios. `nbytes`: what it takes in the file.
+
+    `experts`: its sites are matrices of experts.
+    """
     error = sum((p.weight_error for p in parts), Loss())
     outputs = [p.output_error for p in parts if p.output_error is not None]
     output = sum(outputs, Loss())
@@ -107,6 +125,8 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int
     whys = sorted({p.why for p in parts if p.why})
     facts = {k: v for p in parts for k, v in p.facts.items()}
     moved = [p.moved for p in parts if p.moved is not None]
+    sent = [p.tokens if p.routed is None else p.routed for p in parts]
+    everywhere = [i for i, p in enumerate(parts) if p.routed is not None]
     middle = [round(statistics.median(m[i] for m in moved), 5) for i in range(len(Moved._fields))] if moved else []
     return {
         "name": name,
@@ -116,7 +136,8 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int
         "sqnr_db": round(error.decibels, 3) if math.isfinite(error.decibels) else None,
         "output_error": output.ratio if outputs else None,
         "calibration_tokens": min(tokens) if tokens else None,
-        **({"expert_tokens": tokens} if len(tokens) > 1 else {}),
+        **({"expert_tokens": sent} if experts and tokens else {}),
+        **({"on_all_tokens": everywhere} if everywhere else {}),
         **({"moved": dict(zip(Moved._fields, middle, strict=True))} if middle else {}),
         **({"why": "; ".join(whys)} if whys else {}),
         **facts,

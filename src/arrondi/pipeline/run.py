@@ -343,7 +343,13 @@ class Run:
         values = LayerValues(stack_rows([p.q for p in parts]), inputs)
         for name, value in self.plan.layout.write(planned.placed, values).items():
             self.writer.put(name, value)
-        return row_of(planned.name, planned.scheme, parts, self.plan.nbytes(planned))
+        return row_of(
+            planned.name,
+            planned.scheme,
+            parts,
+            self.plan.nbytes(planned),
+            experts=planned.sites[0].param_index is not None,
+        )
 
     def _keep(self, planned: PlannedTensor, changed: dict[str, torch.Tensor]) -> None:
         if planned.name in changed:

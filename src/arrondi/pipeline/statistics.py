@@ -13,6 +13,7 @@ from typing import Final, Literal
 import torch
 
 from arrondi.calibration import Energy, Reservoir, SecondMoment, half_of, span_of
+from arrondi.model.experts import every_token
 from arrondi.model.flow import Use, watch
 
 Need = Literal[
@@ -42,6 +43,9 @@ Key = tuple[str, int | None]
 Forward = Callable[[], object]
 """Sends one calibration batch through a unit."""
 
+FEW: Final = 4
+"""Tokens for every input of a weight below which its second moments are thin: at 3 bits GPTQ then loses a fifth to a third more."""
+
 SAMPLE: Final = 512
 """Rows of a sample."""
 
@@ -61,6 +65,7 @@ class Seen:
         sample: at most `SAMPLE` rows.
         float_moment: Σ f fᵀ.
         cross_moment: Σ x fᵀ, float32 (n, n).
+        routed: tokens that the model itself sent here, where more were counted.
         paired: the original sent the same tokens here. Where it did not (it chose other experts), nothing is known of both.
     """
 
@@ -75,6 +80,7 @@ class Seen:
     sample: Reservoir | None = None
     float_moment: SecondMoment | None = None
     cross_moment: torch.Tensor | None = None
+    routed: int | None = None
     paired: bool = True
 
     @property
@@ -144,10 +150,12 @@ class Side:
     Attributes:
         parameter: gives a parameter of the unit, filled.
         forwards: one for each batch.
+        owner: gives the module that has a parameter.
     """
 
     parameter: Callable[[str], torch.Tensor]
     forwards: Sequence[Forward]
+    owner: Callable[[str], torch.nn.Module]
 
 
 class _Enough(Exception):
@@ -155,7 +163,12 @@ class _Enough(Exception):
 
 
 def collect(
-    leaders: Collection[str], uses: Mapping[str, int], side: Side, needs: Collection[Need], original: Side | None = None
+    leaders: Collection[str],
+    uses: Mapping[str, int],
+    side: Side,
+    needs: Collection[Need],
+    original: Side | None = None,
+    experts: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[Key, Seen]:
     """Watch the inputs of some parameters while batches pass through a unit.
 
@@ -165,8 +178,10 @@ def collect(
         side: the unit.
         needs: what to collect.
         original: the same unit of the original; required for what is `OF_ORIGINAL`.
+        experts: stack → those of its matrices that shall see every token; nothing else is then counted.
     """
     seen: dict[Key, Seen] = {}
+    alike: dict[Key, Key] = {}
     # Which experts a batch reaches is not known beforehand, so stacks want the whole forward pass.
     count = sum(uses[p] for p in leaders) if all(p in uses for p in leaders) else 0
     both = bool(OF_ORIGINAL & set(needs))
@@ -174,19 +189,38 @@ def collect(
     for j in range(len(side.forwards)):
         others: dict[Key, list[torch.Tensor]] = {}
         if both and original is not None:
-            _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()))  # noqa: B023
+            _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()), experts=experts)  # noqa: B023  # fmt: skip
 
         span, half = span_of(j, len(side.forwards)), half_of(j)
 
-        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span, half: int = half) -> None:  # fmt: skip
+        first: dict[str, tuple[Key, torch.Tensor]] = {}
+
+        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span, half: int = half, first: dict[str, tuple[Key, torch.Tensor]] = first, j: int = j) -> None:  # fmt: skip
+            if experts and _alike(key, x, seen, alike, first, j):
+                return
             found = seen.setdefault(key, Seen())
             found.add(x, needs, span, half)
             if both:
                 same = others.get(key)
                 found.add_pair(x, same.pop(0) if same else None, needs)
 
-        _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"})
-    return seen
+        _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"}, experts=experts)
+    return {**seen, **{key: seen[same] for key, same in alike.items()}}
+
+
+def _alike(
+    key: Key,
+    x: torch.Tensor,
+    seen: Mapping[Key, Seen],
+    alike: dict[Key, Key],
+    first: dict[str, tuple[Key, torch.Tensor]],
+    j: int,
+) -> bool:
+    """Whether a matrix of a stack is given what the first one is given, as all are where every token goes to each: it is counted once."""
+    if j == 0 and key not in seen and key[0] in first and torch.equal(first[key[0]][1], x):
+        alike[key] = first[key[0]][0]
+    first.setdefault(key[0], (key, x))
+    return key in alike
 
 
 def _pass(
@@ -197,20 +231,33 @@ def _pass(
     note: Callable[[Key, torch.Tensor], object],
     *,
     grouped: bool = False,
+    experts: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end).
 
+    `experts`: stack → matrices that shall see every token; what the model sends there itself is not noted.
     `grouped`: also those of convolutions in groups, of which every row of the weight sees another part.
     """
-    reports = 0
+    reports, extra = 0, False
+
+    def switch() -> None:
+        nonlocal extra
+        extra = not extra
 
     def report(use: Use) -> None:
         nonlocal reports
+        if bool(experts) is not extra:
+            return
         if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1 or grouped):
             note((use.param, use.matrix), use.x)
         reports += 1
         if reports == count:
             raise _Enough
 
-    with watch({p: side.parameter(p) for p in leaders}, report), contextlib.suppress(_Enough):
+    modules = {id(m): (m, which) for p, which in (experts or {}).items() if (m := side.owner(p)) is not None}
+    with (
+        every_token(list(modules.values()), switch, switch),
+        watch({p: side.parameter(p) for p in leaders}, report),
+        contextlib.suppress(_Enough),
+    ):
         side.forwards[j]()

@@ -22,7 +22,7 @@ from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.statistics import Forward, Key, Need, Seen, Side, collect
+from arrondi.pipeline.statistics import FEW, Forward, Key, Need, Seen, Side, collect
 from arrondi.pipeline.step import Step
 from arrondi.pipeline.steps import get_step
 from arrondi.rounding.error import output_loss, weight_loss
@@ -59,7 +59,7 @@ class Original:
 
     @property
     def side(self) -> Side:
-        return Side(self.instance.parameter, self.forwards)
+        return Side(self.instance.parameter, self.forwards, self.instance.owner)
 
 
 class Work:
@@ -199,8 +199,27 @@ class Work:
 
     def collected(self, leaders: Collection[str], stage: Stage, needs: Collection[Need]) -> dict[Key, Seen]:
         """What is seen of inputs while all batches pass."""
-        side = Side(self.instance.parameter, self.forwards)
-        return collect(leaders, stage.uses, side, needs, self.original.side if self.original else None)
+        side = Side(self.instance.parameter, self.forwards, self.instance.owner)
+        original = self.original.side if self.original else None
+        found = collect(leaders, stage.uses, side, needs, original)
+        few = self._few(leaders, found) if self.plan.all_experts else {}
+        if few:
+            more = collect(few, {}, side, needs, original, few)
+            for key, one in more.items():
+                routed = found[key].tokens if key in found else 0
+                found[key] = replace(one, routed=routed)
+        return found
+
+    def _few(self, leaders: Collection[str], found: Mapping[Key, Seen]) -> dict[str, list[int]]:
+        """Stack → its matrices that fewer than `FEW` tokens for every input reached."""
+        few: dict[str, list[int]] = {}
+        for site in (s for t in self.tensors for s in t.sites if s.param in leaders):
+            if site.param_index is None:
+                continue
+            seen = found.get((site.param, site.param_index))
+            if seen is None or seen.tokens < FEW * site.matrix_shape[1]:
+                few.setdefault(site.param, []).append(site.param_index)
+        return {param: sorted(set(which)) for param, which in few.items()}
 
     def by_site(self, sites: Sequence[Site], stage: Stage, seen: Mapping[Key, Seen]) -> dict[str, Seen]:
         """What was seen, for every site that a token reached."""

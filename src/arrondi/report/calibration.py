@@ -31,8 +31,13 @@ def _experts(facts: Mapping[str, Any]) -> list[str]:
     tokens = experts["tokens"]
     return [
         f"{experts['matrices']:,} matrices of experts: {tokens['least']:,} to {tokens['most']:,} calibration tokens each, "
-        f"{tokens['median']:,} in the middle."
+        f"{tokens['median']:,} in the middle{_everywhere(experts)}."
     ]
+
+
+def _everywhere(experts: Mapping[str, Any]) -> str:
+    count = experts.get("on_all_tokens")
+    return f"; {count:,} that few tokens reached were calibrated on all tokens of their block" if count else ""
 
 
 def _moved(facts: Mapping[str, Any]) -> list[str]:
