@@ -85,8 +85,12 @@ def test_a_run_says_who_was_calibrated_on_all_tokens(method: str, models: Callab
     experts = report["calibration"]["experts"]
     assert without["calibration"]["experts"]["on_all_tokens"] == 0
     assert report["recipe"]["all_experts"] is True and "all_experts" not in without["recipe"]
-    thin = [one["name"] for one in without["calibration"]["thin"]["named"]]
     # Half of 480 tokens go to each of 4 experts, in the mean: about 4 × 64, and less than 4 × 96, which is what the last matrices want.
-    assert experts["on_all_tokens"] == without["calibration"]["thin"]["weights"] == len(thin) >= 1
+    # What is sent to whom in later blocks is not the same in both runs.
+    assert (
+        experts["on_all_tokens"] == pytest.approx(without["calibration"]["thin"]["weights"], abs=4)
+        and experts["on_all_tokens"] > 12
+    )
+    assert any("fewer than 4 calibration tokens" in n for n in without["notes"])
     assert report["calibration"]["thin"]["weights"] == 0
     assert report["evaluation"]["kl_mean"] != without["evaluation"]["kl_mean"] > 0
