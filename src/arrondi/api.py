@@ -29,7 +29,7 @@ from arrondi.runtime.modules import load_into, save
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix",
+    "out", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -58,6 +58,7 @@ def quantize(
     seed: int = 0,
     column: str | None = None,
     imatrix: str | Path | None = None,
+    images: str | Path | None = None,
     limits: Limits | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
@@ -80,7 +81,7 @@ def quantize(
         group_size, targets, ignore, options, rewrites, repairs: see `Recipe.simple`.
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
-        samples, seq_len, eval_samples, seed, column, imatrix: see `TextOptions`.
+        samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
         layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
@@ -109,6 +110,7 @@ def quantize(
         limits or Limits(),
         column,
         imatrix,
+        images,
     )
     return quantize_model(
         model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,

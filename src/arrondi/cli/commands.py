@@ -100,6 +100,7 @@ def quantize(
     calibration: opt.Calibration = None,
     column: opt.Column = None,
     imatrix: opt.Imatrix = None,
+    calibration_images: opt.CalibrationImages = None,
     all_experts: opt.AllExperts = False,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
@@ -130,12 +131,12 @@ def quantize(
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)
-    measured = not no_eval and (calibration or eval_text) is not None
+    measured = not no_eval and (calibration or eval_text or calibration_images) is not None
     if limits and not measured:
         raise SchemeError(
             "--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval."
         )
-    if calibration is None:
+    if calibration is None and calibration_images is None:
         _useless(context, "calibration text", "samples", "seed", *([] if measured else ["seq_len"]))
     if not measured:
         _useless(context, "a measurement", "eval_samples")
@@ -146,7 +147,17 @@ def quantize(
 
     device_named(device)
     text = TextOptions(
-        calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits, column, imatrix
+        calibration,
+        samples,
+        seq_len,
+        eval_text,
+        not no_eval,
+        eval_samples,
+        seed,
+        limits,
+        column,
+        imatrix,
+        calibration_images,
     )
     if dry_run:
         planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)

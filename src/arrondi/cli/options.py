@@ -67,6 +67,12 @@ SeqLen = Annotated[int, typer.Option(help="Tokens in a window; cut, and said, wh
 EvalText = Annotated[
     Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
 ]
+CalibrationImages = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of images to calibrate a vision-language model on, by its own processor; vision parts are then quantized, too."
+    ),
+]
 AllExperts = Annotated[
     bool, typer.Option("--all-experts", help="Calibrate experts that few tokens reach on all tokens of their block.")
 ]

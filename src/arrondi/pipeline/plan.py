@@ -18,7 +18,7 @@ from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpe
 from arrondi.errors import SchemeError, unknown
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
-from arrondi.pipeline.resolve import PlannedTensor, Resolver
+from arrondi.pipeline.resolve import UNREACHED, PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
@@ -145,7 +145,9 @@ class Plan:
         }
 
 
-def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep_misfits: bool = False) -> Plan:
+def make_plan(
+    source: Source, recipe: Recipe, *, layout: str | None = None, keep_misfits: bool = False, images: bool = False
+) -> Plan:
     """Resolve a recipe on a model.
 
     Args:
@@ -153,12 +155,13 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         recipe: the user's rules.
         layout: a name of `LAYOUTS`; None takes the most widely read one that holds nearly all of what any holds.
         keep_misfits: weights whose shape does not fit the scheme are kept; otherwise they take the nearest groups that fit.
+        images: the model will be run on images, so that what text alone does not reach is a target like any other.
     """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     tried: list[tuple[int, Resolver, list[PlannedTensor]]] = []
     for name in [layout] if layout else LAYOUTS:
-        resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits)
+        resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits, images)
         tensors = [resolver.resolve(t) for t in source.tensors]
         tried.append((sum(t.weights for t in tensors if t.status == "quantized"), resolver, tensors))
         if not any(t.status == "kept because impossible" and t.rule for t in tensors):
@@ -200,6 +203,7 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     if resolver is not tried[0][1]:
         notes.insert(0, _why_not(tried[0][1].layout, tried[0][2]))
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
+    notes += _unreached(tensors)
     notes += [
         f"{one.step.name} is not done, {why}: {_list(names)}."
         for one in selected
@@ -210,6 +214,17 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     return Plan(
         source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
     )
+
+
+def _unreached(tensors: Sequence[PlannedTensor]) -> list[str]:
+    """What is said of parts that text does not reach."""
+    kept = [t for t in tensors if t.status != "quantized" and t.reason.startswith(UNREACHED)]
+    if not kept:
+        return []
+    share = sum(t.weights for t in kept) / max(sum(t.weights for t in tensors), 1)
+    return [
+        f"{len(kept)} weights that text does not reach ({100 * share:.0f} % of all) are kept as they are: {_list([t.name for t in kept])}."
+    ]
 
 
 def _why_not(layout: Layout, tensors: list[PlannedTensor]) -> str:

@@ -65,7 +65,7 @@ def quantize_model(
     source = OnDisk(checkpoint)
     texts = read_texts(source, text, recipe)
     texts.notes += _settled(source, texts)
-    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
+    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits, images=texts.images is not None)
     check(plan)
     if planned is not None:
         planned(plan.to_dict())
@@ -98,7 +98,7 @@ def rehearse(
     """
     source = OnDisk(_original(model, Path(out)))
     texts = read_texts(source, text, recipe)
-    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
+    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits, images=texts.images is not None)
     _check_calibration(plan, texts)
     return plan, texts
 
@@ -127,7 +127,7 @@ def _check_calibration(plan: Plan, texts: Texts) -> None:
         )
     if texts.importance is not None and not plan.needs_text({"importance"}):
         return
-    if plan.calibrated and texts.calibration is None:
+    if plan.calibrated and not texts.calibrates:
         raise SchemeError(
             "Static scales of inputs need calibration text. Add --calibration FILE, or choose a scheme without them: W8A8, FP8_DYNAMIC."
         )
@@ -146,8 +146,15 @@ def _takers() -> str:
 
 def _settled(source: OnDisk, texts: Texts) -> list[str]:
     """Make sure that the model is run as it runs itself, on the first of what it will see."""
-    batches = texts.evaluation_batches or [b[:1] for b in texts.calibration_batches]
-    return settle(source, batches[0]) if batches else []
+    batches = texts.evaluation_batches or texts.calibration_batches
+    if not batches:
+        return []
+    if texts.images is not None and texts.eval_images is None and not source.whole:
+        notes = settle(source, texts.images.batches[0])  # text, which is looked at next, says nothing of images
+        if source.whole:
+            return notes
+    first = batches[0]
+    return settle(source, first if isinstance(first, dict) or texts.measures else first[:1])
 
 
 def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], key: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Run:
             return
         measured = None
         with torch.no_grad():
-            if self.texts.calibration or self.texts.evaluation:
+            if self.texts.calibrates or self.texts.measures:
                 measured = self._with_data()
             elif self.touched or self.texts.importance:
                 self._unit_by_unit()
@@ -289,8 +289,9 @@ class Run:
         self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, rows in reference.pieces():
-                ids = ids_of(reference.batches[j])[rows]
-                comparison.add(reference.output(j, rows), measured.output(j, rows), ids)
+                ids, start = ids_of(reference.batches[j])[rows], self.texts.measured_from(j)
+                expected = reference.output(j, rows)[:, start:]
+                comparison.add(expected, measured.output(j, rows)[:, start:], ids[:, start:])
             confirm(self.source, reference)
         return {
             **comparison.summary().to_dict(),

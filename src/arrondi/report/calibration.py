@@ -8,7 +8,7 @@ from typing import Any
 
 def calibration_lines(facts: Mapping[str, Any]) -> list[str]:
     """The text, how experts were reached, and how far statistics move inside it; see `arrondi.pipeline.coverage`."""
-    return [_text(facts), *_experts(facts), *_moved(facts)]
+    return [*([_text(facts)] if "text" in facts else []), *_images(facts), *_experts(facts), *_moved(facts)]
 
 
 def _text(facts: Mapping[str, Any]) -> str:
@@ -22,6 +22,15 @@ def _text(facts: Mapping[str, Any]) -> str:
         f"Calibrated on {facts['windows']:,} windows of {facts['window_tokens']:,} tokens of {facts['text']}{documents}: "
         f"{facts['tokens']:,} tokens, {facts['distinct_tokens']:,} distinct{known}{f'; script: {scripts}' if scripts else ''}."
     )
+
+
+def _images(facts: Mapping[str, Any]) -> list[str]:
+    images = facts.get("images")
+    if not images:
+        return []
+    return [
+        f"Calibrated on {images['count']:,} images of {images['folder']}, {images['tokens']:,} positions with their questions."
+    ]
 
 
 def _experts(facts: Mapping[str, Any]) -> list[str]:
