@@ -91,6 +91,6 @@ def test_a_run_says_who_was_calibrated_on_all_tokens(method: str, models: Callab
         experts["on_all_tokens"] == pytest.approx(without["calibration"]["thin"]["weights"], abs=4)
         and experts["on_all_tokens"] > 12
     )
-    assert any("fewer than 4 calibration tokens" in n for n in without["notes"])
+    assert any("fewer than 4 calibration tokens" in n for n in without["calibration"]["warnings"])
     assert report["calibration"]["thin"]["weights"] == 0
     assert report["evaluation"]["kl_mean"] != without["evaluation"]["kl_mean"] > 0

@@ -24,8 +24,8 @@ ENOUGH: Final = 10
 
 def coverage(
     planned: Sequence[PlannedTensor], rows: Sequence[Mapping[str, Any]], learning: Collection[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Facts about calibration for the report, and sentences of warning.
+) -> dict[str, Any]:
+    """Facts about calibration for the report.
 
     Args:
         planned: the quantized tensors.
@@ -36,11 +36,12 @@ def coverage(
         experts: matrices of stacks, how many tokens the model sent to them (least, median, most), and how many were calibrated on all
             tokens instead; None where there are no stacks.
         thin: weights that fewer than `FEW` tokens for every input reached, so that their second moments say little; the worst named.
-        moved: median and worst of `Moved` over weights, with the worst one's name; None without calibration.
+        moved: median and worst of `Moved` over weights, with the worst one's name; None where no halves were seen.
+        warnings: sentences about what matters of this.
     """
     seen = [row for row in rows if row["calibration_tokens"] is not None]
     if not seen:
-        return {}, []
+        return {}
     shapes = {t.name: t.sites[0].matrix_shape for t in planned}
     experts = [n for row in seen for n in row.get("expert_tokens", ())]
     thin = sorted(
@@ -53,7 +54,7 @@ def coverage(
         "thin": {"weights": len(thin), "named": thin[:_NAMED]},
         "moved": None if None in moved.values() else moved,
     }
-    return facts, _warnings(facts, thin) if learning else []
+    return {**facts, "warnings": _warnings(facts, thin) if learning else []}
 
 
 def _thin(rows: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:

@@ -160,12 +160,11 @@ def _settled(source: OnDisk, texts: Texts) -> list[str]:
 def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], key: str) -> dict[str, Any]:
     """The files get their names; config.json comes last."""
     done = run.journal.steps["measured"]
-    learned, warnings = coverage(run.plan.quantized, done["rows"], _learning(run.plan))
+    learned = coverage(run.plan.quantized, done["rows"], _learning(run.plan))
     report: dict[str, Any] = finite(
         {
             **facts,
             "calibration": facts["calibration"] and {**facts["calibration"], **learned},
-            "notes": [*facts["notes"], *warnings],
             "seconds": done["seconds"],
             "evaluation": done["measured"],
             "layers": done["rows"],

@@ -49,8 +49,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         say(out, f"{len(silent)} weights saw no calibration token and were rounded without it: {names}", warn=True)
     for note in report["notes"]:
         say(out, note, warn=True)
-    for line in calibration_lines(report["calibration"]) if report["calibration"] else ():
-        say(out, line)
+    if report["calibration"]:
+        for line in calibration_lines(report["calibration"]):
+            say(out, line)
+        for line in report["calibration"].get("warnings", ()):
+            say(out, line, warn=True)
     _counts(out, report["counts"])
     say(
         out,
