@@ -1,6 +1,6 @@
 """Hadamard matrices and the fast transform by them, which spreads outliers over a whole row before it is rounded.
 
-Owns: `hadamard_matrix`, `hadamard`, its slow reference `hadamard_reference`, and the operator `torch.ops.arrondi.hadamard`.
+Owns: `hadamard_matrix`, `is_order`, `hadamard`, its slow reference `hadamard_reference`, and the operator `torch.ops.arrondi.hadamard`.
 
 A matrix of order n = m · 2^k is K ⊗ S: S is Sylvester's matrix of order 2^k (1867, Phil. Mag. 34), K one of Paley's two
 of order m (1933, J. Math. and Phys. 12) with the smallest m there is; a power of two needs no K. With x as a matrix of
@@ -44,6 +44,11 @@ def hadamard_matrix(n: int) -> torch.Tensor:
     for _ in range((n // m).bit_length() - 1):
         matrix = torch.kron(matrix, torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu"))
     return matrix
+
+
+def is_order(n: int) -> bool:
+    """Whether `hadamard_matrix` has one of that order."""
+    return _find_base(n) is not None
 
 
 def hadamard(x: torch.Tensor, *, scale: float | None = None, transposed: bool = False) -> torch.Tensor:

@@ -70,7 +70,9 @@ class Instance:
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
         """Read these parameters (and whatever shares their conversion), floating ones in `dtype`."""
         for param in params:
-            if self.is_empty(param) and not self._borrows(param, dtype):
+            if param in self.overlay.added:
+                self.put_added(param.__eq__)
+            elif self.is_empty(param) and not self._borrows(param, dtype):
                 for name, value in self._values(param, dtype).items():
                     if name in self.empty and self.is_empty(name):
                         self._assign(name, value, dtype)
@@ -81,7 +83,7 @@ class Instance:
         if self.lender is None or names & self.overlay.changed.keys():
             return False
         self.lender.fill([param], dtype)
-        for name in self.names.names_of(param):
+        for name in self._shared(param):
             self.hold(name, self.lender.parameter(param))
         return True
 
@@ -116,10 +118,14 @@ class Instance:
     def drop(self, params: Iterable[str]) -> None:
         """Give the memory of these parameters back."""
         for param in params:
-            for name in self.names.names_of(param):
+            for name in self._shared(param):
                 module, leaf = self._owner(name)
                 module._parameters[leaf] = self.empty[name]
         release()
+
+    def _shared(self, param: str) -> list[str]:
+        """All names of a parameter, without those that the overlay gives a value of their own."""
+        return [n for n in self.names.names_of(param) if n == param or n not in self.overlay.added]
 
     def parameter(self, param: str) -> torch.Tensor:
         """The parameter as it is now."""
@@ -141,7 +147,8 @@ class Instance:
     def drop_added(self, mine: Callable[[str], bool]) -> None:
         """Give the memory of those parameters that the overlay adds back."""
         for name in filter(mine, self.overlay.added):
-            self.put(name, None)
+            module, leaf = self._owner(name)
+            module._parameters[leaf] = self.empty.get(name)
 
     def round_inputs(self, inputs: Rounding) -> None:
         """From now on the inputs of these modules are rounded, as they will be when the packed model runs.
@@ -189,7 +196,7 @@ class Instance:
         if value.dtype.is_floating_point:
             value = value.to(dtype)
         filled = torch.nn.Parameter(value.to(self.device).contiguous(), requires_grad=False)
-        for name in self.names.names_of(param):
+        for name in self._shared(param):
             module, leaf = self._owner(name)
             module._parameters[leaf] = filled
 

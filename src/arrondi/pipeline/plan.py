@@ -198,6 +198,7 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         for one in selected
         for why, names in one.refusals.items()
     ]
+    notes += declared.notes
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
     return Plan(source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts)

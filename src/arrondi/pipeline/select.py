@@ -15,7 +15,7 @@ from arrondi.formats import LayerScheme
 from arrondi.model import Names, OnDisk, Site, Source, build_model
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.step import Declared, Step
+from arrondi.pipeline.step import Choice, Declared, Step
 from arrondi.pipeline.steps import get_step
 
 
@@ -54,9 +54,11 @@ def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> 
         if step.kind == "round":
             continue
         picked = [t for t in tensors if number in t.picked and (step.kind == "rewrite" or t.status == "quantized")]
+        sites = [s for t in picked for s in t.sites]
+        chosen = step.choose(source, sites, **rule.options) if step.choose else Choice(_groups(step, sites, source.sites))
         groups: list[tuple[Site, ...]] = []
-        refusals: dict[str, list[str]] = {}
-        for group in _groups(step, [s for t in picked for s in t.sites], source.sites):
+        refusals = {why: list(names) for why, names in chosen.refusals.items()}
+        for group in chosen.groups:
             reason = next((why for s in group if (why := _refusal(step, s, schemes))), None)
             if reason is None:
                 groups.append(group)
@@ -66,17 +68,17 @@ def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> 
     return found
 
 
-def _groups(step: Step, sites: Sequence[Site], every: Sequence[Site]) -> list[tuple[Site, ...]]:
+def _groups(step: Step, sites: Sequence[Site], every: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
     """Sites that are done together; those that read the same are all of them, whether they were picked or not."""
     if step.scope == "reads":
         known = dict.fromkeys(s.reads for s in sites if s.reads is not None)
         together = [tuple(s for s in every if s.reads == reads) for reads in known]
-        return together + [(s,) for s in sites if s.reads is None]
+        return (*together, *((s,) for s in sites if s.reads is None))
     groups: dict[Any, list[Site]] = {}
     for site in sites:
         key = {"site": site.name, "unit": site.block, "model": None}[step.scope]
         groups.setdefault(key, []).append(site)
-    return [tuple(group) for group in groups.values()]
+    return tuple(tuple(group) for group in groups.values())
 
 
 def _refusal(step: Step, site: Site, schemes: Mapping[str, LayerScheme | None]) -> str | None:
@@ -108,7 +110,8 @@ def declared_by(source: Source, selected: Iterable[Selected], tensors: Sequence[
                 raise SchemeError(f"{one.step.name} would add {name}, which is there already. Leave the step out.")
         kept = [s.tensor for s in one.sites if one.step.kind == "rewrite" and status[s.tensor] != "quantized"]
         changed = tuple(dict.fromkeys((*whole.changed, *own.changed, *kept)))
-        whole = Declared(changed, (*whole.added, *own.added), merged(whole.config, own.config))
+        notes = (*whole.notes, *own.notes)
+        whole = Declared(changed, (*whole.added, *own.added), merged(whole.config, own.config), notes)
     return whole
 
 

@@ -15,9 +15,10 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.step import Kind, Step
+from arrondi.pipeline.steps.rotate import ROTATE
 from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_options
 
-REWRITES: Final[tuple[Step, ...]] = ()
+REWRITES: Final[tuple[Step, ...]] = (ROTATE,)
 REPAIRS: Final[tuple[Step, ...]] = ()
 
 
