@@ -19,6 +19,7 @@ from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
+from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.rtn import rtn
@@ -53,6 +54,7 @@ class Method:
         seconds_per_gigaweight: rough single-core cost of the method itself with the compiled kernels, for the plan's estimate.
         refuse: (scheme of the weights, options) → None, or why the method cannot make it, as a sentence.
         makes: (scheme of the weights, options) → the scheme that it makes of a weight for which that was asked.
+        unpaired: the method that is used instead where the original sends other tokens, as it may to an expert.
         rewrites, repairs: steps that come with it, before and after it, by name.
     """
 
@@ -62,6 +64,7 @@ class Method:
     seconds_per_gigaweight: float
     refuse: Callable[[Scheme, Mapping[str, Any]], str | None] = lambda scheme, options: None
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
+    unpaired: str = ""
     rewrites: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
 
@@ -81,11 +84,13 @@ class Method:
 
 NOTHING: Final[frozenset[str]] = frozenset()
 MOMENT: Final = frozenset({"moment"})
+PAIRS: Final = frozenset({"moment", "cross moment"})
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
+    "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
 })  # fmt: skip
 
 
@@ -138,4 +143,4 @@ def check_options(method: str, function: Callable[..., Any], options: Mapping[st
 _KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptq", "hqq", "rtn"]
+__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptaq", "gptq", "hqq", "rtn"]
