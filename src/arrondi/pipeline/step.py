@@ -111,11 +111,8 @@ class Step:
         fallback: the round step that a round step is replaced by where nothing is known of the inputs, unless the rule names
             another.
         declare: (source, all sites, **options) → what it changes and adds, known before it runs.
-<<<<<<< HEAD
         choose: (source, picked sites, **options) → what it takes, of steps that know more of the model than `scope` says.
-=======
         unpaired: the round step that a round step is replaced by where the original sends other tokens; "" is the fallback.
->>>>>>> core
         makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
         before, after: names of the rewrites and repairs that come with a round step.
         cost: rough single-core seconds for 10⁹ weights, without the forward passes.
@@ -131,11 +128,8 @@ class Step:
     refuse: Callable[[Site, LayerScheme | None], str | None] = lambda site, scheme: None
     fallback: str = ""
     declare: Callable[..., Declared] = _nothing
-<<<<<<< HEAD
     choose: Callable[..., Choice] | None = None
-=======
     unpaired: str = ""
->>>>>>> core
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
