@@ -42,7 +42,8 @@ class Selected:
         """The same for these sites alone; groups of the whole model are cut to them."""
         own = set(names)
         cut = [tuple(s for s in group if s.name in own) for group in self.groups]
-        return replace(self, groups=tuple(group for group in cut if group))
+        # What a step that chooses changes may be norms alone.
+        return replace(self, groups=tuple(group for group in cut if group or self.step.choose))
 
 
 def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[Selected]:
