@@ -1,13 +1,11 @@
 """What of a model can be turned: `find_turns`, by following every tensor of one pass.
 
-Owns: `Turn` and its parts. The model runs on shapes: parameters are zeros that take no memory and products with them are not
-computed, but all else is, so that models which choose experts by what they see run as well.
+Owns: `Turn` and its parts. A skeleton of the model is run, and every tensor followed by the rules of `bases_ops`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +21,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from arrondi.errors import SchemeError
 from arrondi.model.bases import Axis, Basis, Gain, Value, unify
 from arrondi.model.bases_ops import RULES, otherwise
-from arrondi.model.chain import REFUSALS, Inputs, said
+from arrondi.model.chain import said
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.in_memory import InMemory
+from arrondi.model.skeleton import Skeleton, compute
 from arrondi.model.source import OnDisk
 
-_TOKENS = 7
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,7 @@ class _Follower(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        result = self._shape(name, args) if name in _PRODUCTS else None
-        result = func(*args, **kwargs) if result is None else result
+        result = compute(func, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         if not results:
@@ -156,13 +152,6 @@ class _Follower(TorchDispatchMode):
             assert [a.size for a in value.axes] == list(tensor.shape), name
             self._values[tensor] = value
         return result
-
-    def _shape(self, name: str, args: Any) -> torch.Tensor | None:
-        """Instead of a product with a parameter, which is zero, zeros."""
-        *_, x, y = args[:3] if name in ("addmm", "baddbmm") else args[:2]
-        if self.value(x).param is None and self.value(y).param is None:
-            return None
-        return torch.zeros(*x.shape[:-1], y.shape[-1], dtype=x.dtype)
 
 
 _KNOWN: WeakKeyDictionary[Any, Turns] = WeakKeyDictionary()
@@ -181,20 +170,33 @@ def find_turns(source: OnDisk | InMemory) -> Turns:
 
 @torch.no_grad()
 def _find(source: OnDisk | InMemory) -> Turns:
-    model, params = _weightless(source.model)
+    skeleton = Skeleton(source.model)
+    model, params = skeleton.model, _apart(skeleton)
     follower = _Follower(params, dict(model.named_buffers()))
     entered: list[Value] = []
     blocks: Any = model.get_submodule(source.units) if source.units else None
-    ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
     if blocks is not None:
-        blocks[0].register_forward_pre_hook(lambda m, args, kwargs: entered.append(follower.value(_hidden(args, kwargs))), with_kwargs=True)
-    try:
-        with _seeded(), sdpa_kernel(SDPBackend.MATH), follower:
-            output = model(**Inputs.of(ids).kwargs)
-    except REFUSALS as error:
-        raise SchemeError(f"The model does not run on token ids alone ({said(error)}), so what can be rotated is not known.") from error
-    for tensor in tensors_of([output, getattr(output, "__dict__", {})]):
-        follower.value(tensor).fix("it is what the model gives")
+        blocks[0].register_forward_pre_hook(
+            lambda m, args, kwargs: entered.append(follower.value(_hidden(args, kwargs))), with_kwargs=True
+        )
+    first: Exception | None = None
+    ran = False
+    for inputs in skeleton.inputs():
+        if ran and all(follower.touched & set(source.names.names_of(n)) for n in params):
+            break
+        try:
+            with _seeded(), sdpa_kernel(SDPBackend.MATH), follower:
+                output = model(*inputs.args, **inputs.kwargs)
+        except Exception as error:  # it wants other inputs, and says so in its own way
+            first = first or error
+            continue
+        ran = True
+        for tensor in tensors_of([output, getattr(output, "__dict__", {})]):
+            follower.value(tensor).fix("it is what the model gives")
+    if not ran:
+        raise SchemeError(
+            f"The model does not run on inputs made up from its config ({said(first) if first else 'it has none'}), so what can be rotated is not known. Leave rotate out."
+        )
     _see_siblings(source, follower)
     stream = entered[0].axes[-1] if entered else _embedded(model, follower)
     unseen = next((n for n in params if not follower.touched & set(source.names.names_of(n))), None)
@@ -214,29 +216,18 @@ def _embedded(model: Any, follower: _Follower) -> Axis:
     return Axis() if weight is None else follower.value(weight).axes[-1]
 
 
-def _weightless(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The model with zeros that take no memory; parameters that are tied are apart."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = _zeros(parameter)
-    for buffer in model.buffers():
-        if buffer.is_meta:
-            memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    shadow = copy.deepcopy(model, memo).eval()
+def _apart(skeleton: Skeleton) -> dict[str, torch.Tensor]:
+    """The parameters by all their names; those that are tied are made several."""
     params: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for name, parameter in list(shadow.named_parameters(remove_duplicate=False)):
+    for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if id(parameter) in seen:
             path, _, leaf = name.rpartition(".")
-            parameter = shadow.get_submodule(path)._parameters[leaf] = _zeros(parameter)
+            parameter = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+            skeleton.model.get_submodule(path)._parameters[leaf] = parameter
         seen.add(id(parameter))
         params[name] = parameter
-    return shadow, params
-
-
-def _zeros(like: torch.Tensor) -> torch.nn.Parameter:
-    zero = torch.zeros((1,) * like.ndim, dtype=torch.float32 if like.is_floating_point() else like.dtype)
-    return torch.nn.Parameter(zero.expand(like.shape), requires_grad=False)
+    return params
 
 
 @contextlib.contextmanager
