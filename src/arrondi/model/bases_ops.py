@@ -36,7 +36,9 @@ def _name(value: Value, name: str) -> str:
     return f"{name} of {value.param}" if value.param else name
 
 
-def otherwise(follow: Follower, name: str, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> list[Value]:
+def otherwise(
+    follow: Follower, name: str, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
+) -> list[Value]:
     """An operator of which nothing is known."""
     for tensor in tensors:
         value = follow.value(tensor)
@@ -150,7 +152,9 @@ def _lost(axis: Axis, size: int, name: str) -> Axis:
     return Axis.new(size, name)
 
 
-def _split(follow: Follower, name: str, results: Sequence[torch.Tensor], x: torch.Tensor, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
+def _split(
+    follow: Follower, name: str, results: Sequence[torch.Tensor], x: torch.Tensor, sizes: Any, dim: int = 0
+) -> tuple[Value, ...]:
     value, start, found = follow.value(x), 0, []
     for result in results:
         n = result.shape[dim]
@@ -171,7 +175,9 @@ def _select(follow: Follower, name: str, result: Any, x: torch.Tensor, dim: int,
     return _without(follow.value(x), dim, name)
 
 
-def _unbind(follow: Follower, name: str, results: Sequence[torch.Tensor], x: torch.Tensor, dim: int = 0) -> tuple[Value, ...]:
+def _unbind(
+    follow: Follower, name: str, results: Sequence[torch.Tensor], x: torch.Tensor, dim: int = 0
+) -> tuple[Value, ...]:
     return tuple(_without(follow.value(x), dim, name) for _ in results)
 
 
@@ -181,7 +187,9 @@ def _cat(follow: Follower, name: str, result: Any, tensors: Sequence[torch.Tenso
         return None
     axes = list(values[0].axes)
     for other in values[1:]:
-        axes = [a if i == dim % len(axes) else a.be(b, name) for i, (a, b) in enumerate(zip(axes, other.axes, strict=True))]
+        axes = [
+            a if i == dim % len(axes) else a.be(b, name) for i, (a, b) in enumerate(zip(axes, other.axes, strict=True))
+        ]
     pieces: list[Basis] = []
     for axis in (v.axes[dim] for v in values):
         if axis.gain or len(axis.factors) != 1:
@@ -196,19 +204,28 @@ def _cat(follow: Follower, name: str, result: Any, tensors: Sequence[torch.Tenso
     return Value(tuple(axes))
 
 
-def _index(follow: Follower, name: str, result: Any, x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Value | None:
+def _index(
+    follow: Follower, name: str, result: Any, x: torch.Tensor, indices: Sequence[torch.Tensor | None]
+) -> Value | None:
     """Rows that are picked by their numbers; what they are made of keeps its basis."""
     value = follow.value(x)
     places = [i for i, index in enumerate(indices) if index is not None]
     if value.square or places != list(range(places[0], places[0] + len(places))):
         return None
-    new = result.ndim - (x.ndim - len(places)) if not any(i.dtype == torch.bool for i in indices if i is not None) else None
+    new = (
+        result.ndim - (x.ndim - len(places))
+        if not any(i.dtype == torch.bool for i in indices if i is not None)
+        else None
+    )
     if new is None:
         return None
     for i in places:
         value.axes[i].fix(name)
     rows = [Axis.new(n, name) for n in result.shape[places[0] : places[0] + new]]
-    return Value((*value.axes[: places[0]], *rows, *value.axes[places[-1] + 1 :]), value.param if value.param and len(value.axes) > 1 else None)
+    return Value(
+        (*value.axes[: places[0]], *rows, *value.axes[places[-1] + 1 :]),
+        value.param if value.param and len(value.axes) > 1 else None,
+    )
 
 
 def _index_select(follow: Follower, name: str, result: Any, x: torch.Tensor, dim: int, index: torch.Tensor) -> Value:
@@ -216,7 +233,9 @@ def _index_select(follow: Follower, name: str, result: Any, x: torch.Tensor, dim
     return _with_axis(value, dim, _lost(value.axes[dim], result.shape[dim], name))
 
 
-def _embedding(follow: Follower, name: str, result: Any, weight: torch.Tensor, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Value:
+def _embedding(
+    follow: Follower, name: str, result: Any, weight: torch.Tensor, ids: torch.Tensor, *args: Any, **kwargs: Any
+) -> Value:
     value = follow.value(weight)
     value.axes[0].fix(name)
     if value.param:
@@ -256,7 +275,9 @@ def _add(follow: Follower, name: str, result: torch.Tensor, x: Any, y: Any, *arg
     return Value(tuple(axes))
 
 
-def _multiply(follow: Follower, name: str, result: torch.Tensor, x: Any, y: Any, *args: Any, **kwargs: Any) -> Value | None:
+def _multiply(
+    follow: Follower, name: str, result: torch.Tensor, x: Any, y: Any, *args: Any, **kwargs: Any
+) -> Value | None:
     """A number for all channels changes no basis; one for each is a gain, if it is a parameter."""
     if not isinstance(y, torch.Tensor) or not isinstance(x, torch.Tensor):
         return follow.value(x if isinstance(x, torch.Tensor) else y).__class__(
@@ -276,7 +297,9 @@ def _multiply(follow: Follower, name: str, result: torch.Tensor, x: Any, y: Any,
     for i in range(-result.ndim, 0):
         a, b = (v.axes[i] if len(v.axes) >= -i else Axis() for v in (one, two))
         if b.bases and (a.bases or divides):
-            why = f"a product with {two.param or one.param}" if two.param or one.param else "a product channel by channel"
+            why = (
+                f"a product with {two.param or one.param}" if two.param or one.param else "a product channel by channel"
+            )
             a.fix(why)
             b.fix(why)
         axes.append(a if a.bases else b)
@@ -314,7 +337,9 @@ def _reduced(value: Value, dims: Sequence[int], result: torch.Tensor) -> Value:
     return Value(tuple(kept))
 
 
-def _mean(follow: Follower, name: str, result: torch.Tensor, x: torch.Tensor, dims: Any = None, *args: Any, **kwargs: Any) -> Value:
+def _mean(
+    follow: Follower, name: str, result: torch.Tensor, x: torch.Tensor, dims: Any = None, *args: Any, **kwargs: Any
+) -> Value:
     """Of squares: the length, which no turn changes. Of the numbers themselves: a turn must keep the ones."""
     value, over = follow.value(x), _dims(x, dims)
     for i, axis in enumerate(value.axes):
@@ -325,7 +350,16 @@ def _mean(follow: Follower, name: str, result: torch.Tensor, x: torch.Tensor, di
     return _reduced(value, over, result)
 
 
-def _length(follow: Follower, name: str, result: torch.Tensor, x: torch.Tensor, order: Any = 2, dims: Any = None, *args: Any, **kwargs: Any) -> Value | None:
+def _length(
+    follow: Follower,
+    name: str,
+    result: torch.Tensor,
+    x: torch.Tensor,
+    order: Any = 2,
+    dims: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Value | None:
     value, over = follow.value(x), _dims(x, dims)
     if order != 2 or value.square or any(value.axes[i].gain for i in over):
         return None
@@ -348,7 +382,15 @@ def _layer_norm(
     return (normed, rest, rest)
 
 
-def _rms_norm(follow: Follower, name: str, results: Any, x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, *args: Any) -> Any:
+def _rms_norm(
+    follow: Follower,
+    name: str,
+    results: Any,
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None,
+    *args: Any,
+) -> Any:
     if len(shape) != 1:
         return None
     value = follow.value(x)
@@ -383,20 +425,40 @@ def _contract(follow: Follower, x: Axis, y: Axis, one: Value, two: Value, name: 
     x.be(y, name)
 
 
-def _mm(follow: Follower, name: str, result: Any, x: torch.Tensor, y: torch.Tensor, *args: Any, bias: torch.Tensor | None = None, **kwargs: Any) -> Value | None:
+def _mm(
+    follow: Follower,
+    name: str,
+    result: Any,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *args: Any,
+    bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Value | None:
     one, two = follow.value(x), follow.value(y)
     if one.square or two.square:
         return None
     added = follow.value(bias).param if bias is not None else None
     _contract(follow, one.axes[-1], two.axes[-2], one, two, name, added)
-    batch = [a.be(b, name) if a.bases and b.bases else (a if a.bases else b) for a, b in zip(one.axes[:-2], two.axes[:-2], strict=True)]
+    batch = [
+        a.be(b, name) if a.bases and b.bases else (a if a.bases else b)
+        for a, b in zip(one.axes[:-2], two.axes[:-2], strict=True)
+    ]
     for value, axis in ((one, one.axes[-2]), (two, two.axes[-1])):
         if value.param:
             follow.produced(value.param, axis)
     return Value((*batch, one.axes[-2], two.axes[-1]))
 
 
-def _addmm(follow: Follower, name: str, result: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> Value | None:
+def _addmm(
+    follow: Follower,
+    name: str,
+    result: torch.Tensor,
+    bias: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    **kwargs: Any,
+) -> Value | None:
     product = _mm(follow, name, result, x, y, bias=bias)
     if product is None:
         return None
@@ -427,7 +489,9 @@ def _zeros(follow: Follower, name: str, result: torch.Tensor, *args: Any, **kwar
     return Value(tuple(Axis.new(n) for n in result.shape))
 
 
-def _index_add(follow: Follower, name: str, result: Any, x: torch.Tensor, dim: int, index: Any, source: torch.Tensor, **kwargs: Any) -> Value:
+def _index_add(
+    follow: Follower, name: str, result: Any, x: torch.Tensor, dim: int, index: Any, source: torch.Tensor, **kwargs: Any
+) -> Value:
     one, two = follow.value(x), follow.value(source)
     for i, (a, b) in enumerate(zip(one.axes, two.axes, strict=True)):
         if i == dim % x.ndim:

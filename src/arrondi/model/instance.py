@@ -7,7 +7,7 @@ back. Two instances of one source are two models, so that the original and the q
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from arrondi.model.memory import release
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.nn import RoundedInputs
+from arrondi.rewrite.spread import spread
 from arrondi.tensor.ranges.grid import Grid
 
 Rounding = dict[str, tuple[ActivationScheme, Grid | None]]
@@ -49,6 +50,7 @@ class Instance:
         names, where: of the source.
         model: the transformers model; what is not filled lies on the meta device.
         overlay: what differs from the source.
+        spread: modules whose inputs are spread, and the size of the blocks.
         lender: another instance of the same source, whose weights this one takes where they are the same, instead of its own
             copy. Only while neither changes any.
         device: where parameters are filled.
@@ -64,6 +66,7 @@ class Instance:
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.lender: Instance | None = None
         self._inputs: Rounding = {}
+        self.spread: dict[str, int] = {}
         self._rounders: list[Any] = []
         self._load_buffers()
 
@@ -163,11 +166,23 @@ class Instance:
                 self._rounders.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._inputs[name] = how
 
+    def spread_inputs(self, blocks: Mapping[str, int]) -> None:
+        """From now on the inputs of these modules are spread, before they are rounded; their weights must be made for it.
+
+        Args:
+            blocks: module → size of the blocks, see `arrondi.rewrite.spread`.
+        """
+        for name in blocks.keys() - self.spread.keys():
+            module = self.model.get_submodule(name)
+            hook = _spreader(self.spread, name)
+            self._rounders.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        self.spread.update(blocks)
+
     def leave_inputs(self) -> None:
-        """From now on no inputs are rounded."""
+        """From now on no inputs are spread or rounded."""
         for handle in self._rounders:
             handle.remove()
-        self._rounders, self._inputs = [], {}
+        self._rounders, self._inputs, self.spread = [], {}, {}
 
     def _load_buffers(self) -> None:
         """Buffers lie where the model runs. Stored buffers (running statistics, router biases, hash tables) hold what the checkpoint says."""
@@ -206,6 +221,16 @@ def _rounder(inputs: Rounding, name: str) -> Any:
         scheme, grid = inputs[name]
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
-        return RoundedInputs(scheme, grid)(module, args, kwargs)
+        return RoundedInputs(scheme.rounding, grid)(module, args, kwargs)
+
+    return hook
+
+
+def _spreader(blocks: Mapping[str, int], name: str) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (spread(args[0], blocks[name]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: spread(kwargs[first], blocks[name])}
 
     return hook

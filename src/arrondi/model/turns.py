@@ -28,7 +28,6 @@ from arrondi.model.skeleton import Skeleton, compute
 from arrondi.model.source import OnDisk
 
 
-
 @dataclass(frozen=True)
 class Part:
     """An axis of a parameter, or a part of it, that is written in a turn's basis.
@@ -242,7 +241,9 @@ def _see_siblings(source: OnDisk | InMemory, follower: _Follower) -> None:
     for name in [n for n in follower.params if n not in follower.touched]:
         start = f"{source.units}."
         inside = name.removeprefix(start).partition(".")[2] if source.units and name.startswith(start) else name
-        path = [i for i, word in enumerate(name.split(".")) if word.isdigit() and i >= name.count(".") - inside.count(".")]
+        path = [
+            i for i, word in enumerate(name.split(".")) if word.isdigit() and i >= name.count(".") - inside.count(".")
+        ]
         for place in path[::-1]:
             other = next((o for o in sorted(follower.touched) if _differ_at(name, o, place)), None)
             if other is None or follower.params[other].shape != follower.params[name].shape:
@@ -287,7 +288,12 @@ def _solved(source: OnDisk | InMemory, follower: _Follower, stream: Axis) -> Tur
     why = next((b.fixed for b in _leaves(stream.bases) if b.fixed), "")
     if not own & read:
         why = why or "no weight reads it"
-    return Turns(tuple(t for mine, t in turns if mine), why, tuple(t for mine, t in turns if not mine), _untied(source, [t for _, t in turns]))
+    return Turns(
+        tuple(t for mine, t in turns if mine),
+        why,
+        tuple(t for mine, t in turns if not mine),
+        _untied(source, [t for _, t in turns]),
+    )
 
 
 def _taken(follower: _Follower) -> list[tuple[Taken, Any]]:

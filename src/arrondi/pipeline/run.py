@@ -317,6 +317,9 @@ class Run:
             if planned.status == "quantized":
                 self.overlay.changed[planned.name] = partial(self._restored, planned)
                 inputs = planned.scheme.inputs if planned.scheme else None
+                if inputs is not None and inputs.spread:
+                    modules = [m for s in planned.sites for m in s.rounds_inputs]
+                    self.instance.spread_inputs(dict.fromkeys(modules, inputs.spread))
                 if inputs is not None and inputs.dynamic is not True:
                     grid = self.plan.layout.read(planned.placed, self.writer.get).inputs
                     modules = [m for s in planned.sites for m in s.rounds_inputs]

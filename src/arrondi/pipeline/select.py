@@ -56,7 +56,9 @@ def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> 
             continue
         picked = [t for t in tensors if number in t.picked and (step.kind == "rewrite" or t.status == "quantized")]
         sites = [s for t in picked for s in t.sites]
-        chosen = step.choose(source, sites, **rule.options) if step.choose else Choice(_groups(step, sites, source.sites))
+        chosen = (
+            step.choose(source, sites, **rule.options) if step.choose else Choice(_groups(step, sites, source.sites))
+        )
         groups: list[tuple[Site, ...]] = []
         refusals = {why: list(names) for why, names in chosen.refusals.items()}
         for group in chosen.groups:

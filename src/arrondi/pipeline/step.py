@@ -113,6 +113,8 @@ class Step:
         declare: (source, all sites, **options) → what it changes and adds, known before it runs.
         choose: (source, picked sites, **options) → what it takes, of steps that know more of the model than `scope` says.
         unpaired: the round step that a round step is replaced by where the original sends other tokens; "" is the fallback.
+        spreads: (source, site, **options) → the blocks in which the site's rounded inputs are spread while the model runs, 0 if
+            they are not.
         makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
         before, after: names of the rewrites and repairs that come with a round step.
         cost: rough single-core seconds for 10⁹ weights, without the forward passes.
@@ -130,6 +132,7 @@ class Step:
     declare: Callable[..., Declared] = _nothing
     choose: Callable[..., Choice] | None = None
     unpaired: str = ""
+    spreads: Callable[..., int] = lambda source, site, **options: 0
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()

@@ -73,6 +73,7 @@ def _copy_to(original: Instance, work: Work) -> None:
         for param in planned.tensor.params:
             if param in original.empty and not original.is_empty(param):
                 original.parameter(param).copy_(work.instance.parameter(param))
+    original.spread_inputs(work.instance.spread)
     for name, param in work.added_params.items():
         if name in work.added:
             original.put(param, work.added[name].float())

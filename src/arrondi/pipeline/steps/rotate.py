@@ -6,6 +6,7 @@ Everything is folded into weights, so that the model keeps its architecture. Wha
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from arrondi.model.turns import Taken, Turn, find_turns
 from arrondi.pipeline.step import Added, Choice, Declared, Step
 from arrondi.pipeline.work import Work
 from arrondi.rewrite.rotation import Rotation, factors_of, turn
+from arrondi.rewrite.spread import best_block, spread_weight
 
 _SMALLEST_GAIN = 1e-6
 """Of the largest of a norm: below it, a bias is not divided by it."""
@@ -63,11 +65,14 @@ def _params(one: Turn) -> list[str]:
 
 
 def choose(source: Source, sites: Sequence[Site], **options: Any) -> Choice:
-    """Every weight that has to be turned, if one of the sites reads what can be."""
+    """Every weight that has to be turned, if one of the sites reads what can be, and those whose inputs are spread."""
     able = _able(source, tuple(s.name for s in sites))
     picked = {a for s in sites for a in source.names.names_of(s.param)}
-    changed = {a for one in able.turns if picked & set(_params(one)) for p in _params(one) for a in source.names.names_of(p)}
-    group = tuple(s for s in source.sites if s.param in changed)
+    changed = {
+        a for one in able.turns if picked & set(_params(one)) for p in _params(one) for a in source.names.names_of(p)
+    }
+    spread = {s.name for s in sites if spreads(source, s, **options)}
+    group = tuple(s for s in source.sites if s.param in changed or s.name in spread)
     return Choice((group,) if group else (), able.refusals)
 
 
@@ -97,13 +102,29 @@ def _apart(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **parts}
 
 
-def apply(work: Work, sites: Sequence[Site], *, seed: int = 0) -> None:
+def spreads(source: Source, site: Site, *, seed: int = 0, online: bool = False) -> int:
+    """The blocks of inputs that are not in a turned basis as a whole: those of down projections, and of attention across heads."""
+    if not online or site.kind != "linear" or not site.rounds_inputs:
+        return 0
+    axis = 0 if site.param_flipped else 1
+    aliases = source.names.names_of(site.param)
+    parts = [p for one in _able(source).turns for p in one.parts if p.param in aliases and p.axis == axis]
+    return 0 if math.prod(p.channels.shape[1] for p in parts) == site.shape[1] else best_block(site.shape[1])
+
+
+def apply(work: Work, sites: Sequence[Site], *, seed: int = 0, online: bool = False) -> None:
     """Fold norms into the weights that read them and turn every weight, norm and bias of the unit.
 
     Args:
         seed: of the random signs.
+        online: spread the inputs that weights cannot be turned for while the model runs. Only arrondi runs such a model.
     """
     _Rotating(work, seed).run()
+    for site in work.sites if online else ():
+        inputs = work.scheme(site).inputs
+        if inputs is not None and inputs.spread:
+            spread_weight(work.weight(site), inputs.spread)
+            work.instance.spread_inputs(dict.fromkeys(site.rounds_inputs, inputs.spread))
 
 
 class _Rotating:
@@ -165,7 +186,9 @@ class _Rotating:
         if taken not in self.divided:
             gain = self._gain(taken)
             if float(gain.abs().min()) < _SMALLEST_GAIN * float(gain.abs().max()):
-                raise DataError(f"{taken.gain.weight} has a zero, so {taken.gain.bias} cannot be rotated. Leave the step rotate out.")
+                raise DataError(
+                    f"{taken.gain.weight} has a zero, so {taken.gain.bias} cannot be rotated. Leave the step rotate out."
+                )
             beta.div_(gain)
             self.divided.add(taken)
         param, axis = taken.readers[0]
@@ -207,4 +230,14 @@ def _into_biases(taken: Taken) -> bool:
     return all(taken.biases)
 
 
-ROTATE = Step("rotate", "rewrite", "Ashkboos et al. 2024, arXiv:2404.00456", apply=apply, scope="model", declare=declare, choose=choose, cost=20.0)
+ROTATE = Step(
+    "rotate",
+    "rewrite",
+    "Ashkboos et al. 2024, arXiv:2404.00456",
+    apply=apply,
+    scope="model",
+    declare=declare,
+    choose=choose,
+    spreads=spreads,
+    cost=20.0,
+)
