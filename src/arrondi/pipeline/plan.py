@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -92,6 +92,26 @@ class Plan:
         """Every step that will run."""
         rounds = {get_step(t.rule.method) for t in self.quantized if t.rule}
         return rounds | {one.step for one in self.selected if one.groups}
+
+    @property
+    def touched(self) -> set[str]:
+        """Tensors that a rewrite or a repair changes, or might."""
+        return {s.tensor for one in self.selected for s in one.sites} | set(self.declared.changed)
+
+    def front(self, early: Collection[str]) -> list[PlannedTensor]:
+        """Tensors that work before the first unit and that a step changes: embeddings that are rotated, projections of narrow ones.
+
+        Args:
+            early: parameters that are used there.
+        """
+        names, touched = self.source.names, self.touched
+        return [
+            t
+            for t in self.tensors
+            if t.block is None
+            and (t.status == "quantized" or t.name in touched)
+            and any(n in early for p in t.tensor.params if p in names.params for n in names.names_of(p))
+        ]
 
     @property
     def calibrated(self) -> bool:

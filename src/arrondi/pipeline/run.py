@@ -59,7 +59,7 @@ class Run:
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.overlay = Overlay(config=dict(plan.declared.config))
-        self.touched = {s.tensor for one in plan.selected for s in one.sites} | set(plan.declared.changed)
+        self.touched = plan.touched
         self.bfloat16 = bfloat16_pays(self.source.checkpoint)
 
     def execute(self) -> None:
@@ -169,7 +169,7 @@ class Run:
             self.floats, self.learning = floats, learning
             for stream in (reference, floats, learning, measured):
                 stream.begin()
-            if front := self._front():
+            if front := self.plan.front(self.units.early):
                 begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
                 self._outside("front", front, *begun)
                 learning.begin()
@@ -271,17 +271,6 @@ class Run:
     def _wanted(self, members: list[PlannedTensor]) -> list[str]:
         """The parameters that steps look at or change."""
         return [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
-
-    def _front(self) -> list[PlannedTensor]:
-        """Tensors that work before the first unit and that a step changes: projections of narrow embeddings."""
-        names = self.source.names
-        return [
-            t
-            for t in self.plan.tensors
-            if t.block is None
-            and (t.status == "quantized" or t.name in self.touched)
-            and any(n in self.units.early for p in t.tensor.params if p in names.params for n in names.names_of(p))
-        ]
 
     def _measure(self, reference: Stream, measured: Stream) -> dict[str, Any]:
         """Original against quantized, batch by batch."""

@@ -19,7 +19,7 @@ import torch
 from arrondi.errors import ShapeError
 from arrondi.kernels.hadamard import hadamard, is_order
 
-_NUMBERS = 1 << 22
+_NUMBERS = 1 << 19
 """Numbers that are turned at a time."""
 
 

@@ -68,7 +68,7 @@ def check_block(n: int, block: int) -> None:
         )
 
 
-_NUMBERS = 1 << 22
+_NUMBERS = 1 << 19
 """Numbers that are computed at a time."""
 
 
