@@ -192,8 +192,9 @@ class Axis:
     def be(self, other: Axis, why: str) -> Axis:
         """Unify with another of the same size."""
         if self.gain != other.gain:
-            for axis in sorted((self, other), key=lambda a: a.gain is None):
-                axis.fix(why)
+            gain = self.gain or other.gain
+            for basis in (*self.bases, *other.bases):
+                basis.fix(f"{gain.weight} scales its channels before {why}" if gain else why)
         unify(self.bases, other.bases, why)
         return Axis(self.bases, self.gain if self.gain == other.gain else None)
 

@@ -243,6 +243,9 @@ def _embedding(
     return Value((*(Axis.new(n, name) for n in ids.shape), value.axes[1]))
 
 
+_SUM: Final = "a sum"
+
+
 # ── sums and products number by number ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -254,7 +257,7 @@ def _add(follow: Follower, name: str, result: torch.Tensor, x: Any, y: Any, *arg
         if value.param and tensor.ndim <= 1 and kwargs.get("alpha", 1) == 1 and name.startswith("add"):
             return Value(value.axes, value.param, value.offset + float(number))
         for axis in value.axes:
-            axis.keep_ones(name)
+            axis.keep_ones(_SUM)
         return Value(tuple(a.plain() for a in value.axes))
     one, two = follow.value(x), follow.value(y)
     if one.square or two.square:
@@ -267,10 +270,10 @@ def _add(follow: Follower, name: str, result: torch.Tensor, x: Any, y: Any, *arg
     for i in range(-result.ndim, 0):
         a, b = (v.axes[i] if len(v.axes) >= -i else Axis() for v in (one, two))
         if a.bases and b.bases:
-            axes.append(a.be(b, name))
+            axes.append(a.be(b, _SUM))
         else:
             axis = a if a.bases else b
-            axis.keep_ones(name)
+            axis.keep_ones(_SUM)
             axes.append(axis.plain())
     return Value(tuple(axes))
 
@@ -315,8 +318,10 @@ def _is_gain(gain: Value, other: Value) -> bool:
 
 
 def _power(follow: Follower, name: str, result: Any, x: torch.Tensor, exponent: Any) -> Value | None:
+    if not isinstance(x, torch.Tensor) or isinstance(exponent, torch.Tensor) or exponent != 2:
+        return None
     value = follow.value(x)
-    if exponent != 2 or value.square or any(a.gain for a in value.axes):
+    if value.square or any(a.gain for a in value.axes):
         return None
     return Value(value.axes, square=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from arrondi.errors import SchemeError
 from arrondi.model.bases import Axis, Basis, Gain, Value, unify
 from arrondi.model.bases_ops import RULES, otherwise
-from arrondi.model.chain import said
+from arrondi.model.chain import Inputs, said
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.in_memory import InMemory
 from arrondi.model.skeleton import Skeleton, compute
@@ -85,12 +85,14 @@ class Turns:
         stream: hidden states that go from block to block; none if they cannot be turned, several if only factors of them can.
         why: why not.
         others: everything else that weights read and that can be turned, such as the values of attention, head by head.
+        whole: (parameter, axis) all of whose channels are in a basis that can be turned.
         untied: parameters that share their numbers with another one, which is stored, and must not any more.
     """
 
     stream: tuple[Turn, ...]
     why: str
     others: tuple[Turn, ...]
+    whole: frozenset[tuple[str, int]]
     untied: tuple[str, ...]
 
 
@@ -144,31 +146,44 @@ class _Follower(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         if not results:
             return result
-        rule = RULES.get(name)
-        given = rule(self, name, result, *args, **kwargs) if rule is not None else None
-        values = otherwise(self, name, tensors, results) if given is None else given
-        for tensor, value in zip(results, values if isinstance(values, (tuple, list)) else (values,), strict=True):
-            assert [a.size for a in value.axes] == list(tensor.shape), name
+        for tensor, value in zip(results, self._ruled(name, result, args, kwargs, tensors, results), strict=True):
             self._values[tensor] = value
         return result
+
+    def _ruled(self, name: str, result: Any, args: Any, kwargs: Any, tensors: Any, results: Any) -> Sequence[Value]:
+        """What the operator's rule says; the least that can be said where it is called in a way that its rule does not know."""
+        given: Any = None
+        if name in RULES:
+            with contextlib.suppress(AttributeError, TypeError, LookupError):
+                given = RULES[name](self, name, result, *args, **kwargs)
+        values = [given] if isinstance(given, Value) else list(given or ())
+        if [v.shape for v in values] != [list(t.shape) for t in results]:
+            return otherwise(self, name, tensors, results)
+        return values
 
 
 _KNOWN: WeakKeyDictionary[Any, Turns] = WeakKeyDictionary()
 
 
-def find_turns(source: OnDisk | InMemory) -> Turns:
+def find_turns(source: OnDisk | InMemory, inputs: Inputs | None = None) -> Turns:
     """What of a model can be turned.
 
+    Args:
+        source: a model; none of its weights is read.
+        inputs: what to call it with. Default: token ids, images or sound of the sizes that its config gives.
+
     Raises:
-        SchemeError: the model does not run on token ids alone.
+        SchemeError: the model does not run.
     """
+    if inputs is not None:
+        return _find(source, inputs)
     if source not in _KNOWN:
         _KNOWN[source] = _find(source)
     return _KNOWN[source]
 
 
 @torch.no_grad()
-def _find(source: OnDisk | InMemory) -> Turns:
+def _find(source: OnDisk | InMemory, given: Inputs | None = None) -> Turns:
     skeleton = Skeleton(source.model)
     model, params = skeleton.model, _apart(skeleton)
     follower = _Follower(params, dict(model.named_buffers()))
@@ -180,7 +195,7 @@ def _find(source: OnDisk | InMemory) -> Turns:
         )
     first: Exception | None = None
     ran = False
-    for inputs in skeleton.inputs():
+    for inputs in skeleton.inputs() if given is None else [given]:
         if ran and all(follower.touched & set(source.names.names_of(n)) for n in params):
             break
         try:
@@ -280,20 +295,19 @@ def _solved(source: OnDisk | InMemory, follower: _Follower, stream: Axis) -> Tur
                 parts.setdefault(id(basis), []).append(Part(name, i, channels))
     own = {id(b) for b in _leaves(stream.bases)}
     turns: list[tuple[bool, Turn]] = []
-    for key, basis in bases.items():
-        if basis.fixed or key not in read or basis.size < 2:
-            continue
+    turned = {key: basis for key, basis in bases.items() if not basis.fixed and key in read and basis.size > 1}
+    for key, basis in turned.items():
         gains = tuple(t for t, roots in taken if key in roots())
         turns.append((key in own, Turn(parts[key][0].param, basis.size, basis.ones, tuple(parts[key]), gains)))
     why = next((b.fixed for b in _leaves(stream.bases) if b.fixed), "")
     if not own & read:
         why = why or "no weight reads it"
-    return Turns(
-        tuple(t for mine, t in turns if mine),
-        why,
-        tuple(t for mine, t in turns if not mine),
-        _untied(source, [t for _, t in turns]),
-    )
+    places = [
+        (name, i, axis) for name, value in follower.params.items() for i, axis in enumerate(value.axes) if axis.bases
+    ]
+    whole = frozenset((n, i) for n, i, axis in places if {id(b) for b in _leaves(axis.bases)} <= turned.keys())
+    mine, others = (tuple(t for own, t in turns if own is one) for one in (True, False))
+    return Turns(mine, why, others, whole, _untied(source, [*mine, *others]))
 
 
 def _taken(follower: _Follower) -> list[tuple[Taken, Any]]:

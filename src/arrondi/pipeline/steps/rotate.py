@@ -6,7 +6,6 @@ Everything is folded into weights, so that the model keeps its architecture. Wha
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,8 +107,8 @@ def spreads(source: Source, site: Site, *, seed: int = 0, online: bool = False) 
         return 0
     axis = 0 if site.param_flipped else 1
     aliases = source.names.names_of(site.param)
-    parts = [p for one in _able(source).turns for p in one.parts if p.param in aliases and p.axis == axis]
-    return 0 if math.prod(p.channels.shape[1] for p in parts) == site.shape[1] else best_block(site.shape[1])
+    whole = any((name, axis) in find_turns(source).whole for name in aliases)
+    return 0 if whole else best_block(site.shape[1])
 
 
 def apply(work: Work, sites: Sequence[Site], *, seed: int = 0, online: bool = False) -> None:
@@ -191,9 +190,9 @@ class _Rotating:
                 )
             beta.div_(gain)
             self.divided.add(taken)
-        param, axis = taken.readers[0]
-        channels = next(p.channels for p in one.parts if (p.param, p.axis) == (param, axis))
-        turn(beta, 0, channels, rotation)
+        for part in one.parts:
+            if (part.param, part.axis) == taken.readers[0]:
+                turn(beta, 0, part.channels, rotation)
 
     def _settle(self, taken: Taken) -> None:
         """The norm multiplies by nothing any more."""
