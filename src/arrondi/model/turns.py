@@ -178,7 +178,7 @@ def find_turns(source: OnDisk | InMemory, inputs: Inputs | None = None) -> Turns
     if inputs is not None:
         return _find(source, inputs)
     if source not in _KNOWN:
-        _KNOWN[source] = _find(source)
+        _KNOWN[source] = _find(source, source.example if isinstance(source, InMemory) else None)
     return _KNOWN[source]
 
 

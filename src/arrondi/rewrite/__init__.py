@@ -1,1 +1,1 @@
-"""Rewrites: what a model computes stays the same, and its numbers become easier to round. Pure functions on tensors."""
+"""Rewrites: other numbers for the same function, easier to round. Pure functions on tensors; steps apply them."""
