@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -137,7 +138,7 @@ def _rounded(
         # Without rewrites nothing before the units is changed that the order of the work would matter for.
         front = plan.front(units.early) if any(one.step.kind == "rewrite" for one in plan.selected) else []
         if front:
-            work(front, [lambda b=b: units.begin(b) for b in stream.batches])
+            work(front, [partial(units.begin, b) for b in stream.batches])
             stream.begin()
             floats.begin()
 
