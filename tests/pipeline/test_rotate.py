@@ -137,6 +137,29 @@ def test_inputs_are_spread_while_the_model_runs(name: str, models: Callable[...,
         quantize_model(models(name), tmp_path / "no", Recipe((recipe.rules[0], Rule(recipe.rules[1].scheme, targets=("re:.*(o_proj|fc2)",)))), layout="compressed-tensors")  # fmt: skip
 
 
+def test_a_scheme_alone_spreads_inputs(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Also after scales were moved, beside the original that gptaq follows, and without data."""
+    ids = data(2, 19, 3)
+    expected = outputs(of_transformers("llama", models("llama")), ids)
+    texts = TextOptions(data(3, 24, 1), samples=3, eval_text=data(2, 24, 2))
+    scheme = "w=int8/g16,a=int8/token/h16"
+    smoothed = Recipe((*rotation(scheme).rules[:1], Rule(None, "smoothquant"), *Recipe.simple(scheme).rules))
+    for name, recipe, asked in (
+        ("alone", Recipe.simple(scheme), None),
+        ("paired", Recipe.simple(scheme, "gptaq"), texts),
+        ("smoothed", smoothed, texts),
+        ("online", rotation("w=int8/g16,a=int8/token", "gptaq", online=True), texts),
+    ):
+        quantize_model(models("llama"), tmp_path / name, recipe, asked)
+        assert close(logits(arrondi.load(tmp_path / name), ids), expected, 8e-2), name
+        facts = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["tensors"]
+        assert "/h" in facts["model.layers.0.mlp.down_proj.weight"]["scheme"]
+    with pytest.raises(SchemeError, match="64 channels cannot be spread in blocks of 48"):
+        quantize_model(
+            models("llama"), tmp_path / "no", Recipe.simple("w=int8/g16,a=int8/token/h48", targets=("re:.*q_proj",))
+        )
+
+
 def test_a_file_with_blocks_that_cannot_be_is_refused(models: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize_model(models("llama"), out, rotation("w=int8/channel,a=int8/token", online=True))

@@ -98,6 +98,13 @@ class Plan:
         """Tensors that a rewrite or a repair changes, or might."""
         return {s.tensor for one in self.selected for s in one.sites} | set(self.declared.changed)
 
+    @property
+    def spreads(self) -> bool:
+        """Whether inputs go through transforms for which weights are made."""
+        return any(
+            t.scheme is not None and t.scheme.inputs is not None and t.scheme.inputs.spread for t in self.quantized
+        )
+
     def front(self, early: Collection[str]) -> list[PlannedTensor]:
         """Tensors that work before the first unit and that a step changes: embeddings that are rotated, projections of narrow ones.
 

@@ -75,7 +75,7 @@ class Run:
         with torch.no_grad():
             if self.texts.calibration or self.texts.evaluation:
                 measured = self._with_data()
-            elif self.touched:
+            elif self.touched or self.plan.spreads:
                 self._unit_by_unit()
             else:
                 self._tensor_by_tensor()
@@ -134,7 +134,8 @@ class Run:
     def _rewrites_floats(self) -> bool:
         """Whether the original is followed on the calibration data, rewritten."""
         followed = any(s.needs & OF_ORIGINAL for s in self.plan.steps())
-        return followed and any(one.step.kind == "rewrite" and one.groups for one in self.plan.selected)
+        rewrites = any(one.step.kind == "rewrite" and one.groups for one in self.plan.selected)
+        return followed and (rewrites or self.plan.spreads)
 
     def _unit_by_unit(self) -> None:
         """Without data, where weights cannot be taken one by one."""

@@ -20,6 +20,7 @@ from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.steps import get_step, options_of_step
 from arrondi.pipeline.work import Stage, Work
+from arrondi.rewrite.spread import spread_weight
 from arrondi.tensor.ranges.observed import static_grid
 from arrondi.tensor.rows import rowwise
 
@@ -63,8 +64,18 @@ def rewrite(work: Work) -> None:
     for one in rewrites:
         _apply(work, one)
     _keep_rewritten(work)
-    if rewrites and work.original is not None and work.original.own:
+    _spread(work)
+    if (rewrites or work.plan.spreads) and work.original is not None and work.original.own:
         _copy_to(work.original.instance, work)
+
+
+def _spread(work: Work) -> None:
+    """From now on inputs are spread where schemes say so, and weights stand for inputs that are."""
+    for site in work.sites:
+        inputs = work.scheme(site).inputs
+        if inputs is not None and inputs.spread:
+            spread_weight(work.weight(site), inputs.spread)
+            work.instance.spread_inputs(dict.fromkeys(site.rounds_inputs, inputs.spread))
 
 
 def _copy_to(original: Instance, work: Work) -> None:

@@ -62,10 +62,16 @@ def check_block(n: int, block: int) -> None:
     Raises:
         SchemeError: there is no Hadamard matrix of that order, or it does not divide n.
     """
+    refusal = refuse_block(n, block)
+    if refusal:
+        raise SchemeError(f"{refusal}. The largest that can be is {block_of(n)}.")
+
+
+def refuse_block(n: int, block: int) -> str | None:
+    """Why n channels cannot be spread in such blocks, None if they can."""
     if block and (n % block or not is_order(block)):
-        raise SchemeError(
-            f"{n} channels cannot be spread in blocks of {block}. The largest that can be is {block_of(n)}."
-        )
+        return f"{n} channels cannot be spread in blocks of {block}"
+    return None
 
 
 _NUMBERS = 1 << 19

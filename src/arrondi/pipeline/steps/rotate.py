@@ -19,7 +19,7 @@ from arrondi.model.turns import Taken, Turn, find_turns
 from arrondi.pipeline.step import Added, Choice, Declared, Step
 from arrondi.pipeline.work import Work
 from arrondi.rewrite.rotation import Rotation, factors_of, turn
-from arrondi.rewrite.spread import best_block, spread_weight
+from arrondi.rewrite.spread import best_block
 
 _SMALLEST_GAIN = 1e-6
 """Of the largest of a norm: below it, a bias is not divided by it."""
@@ -64,14 +64,13 @@ def _params(one: Turn) -> list[str]:
 
 
 def choose(source: Source, sites: Sequence[Site], **options: Any) -> Choice:
-    """Every weight that has to be turned, if one of the sites reads what can be, and those whose inputs are spread."""
+    """Every weight that has to be turned, if one of the sites reads what can be."""
     able = _able(source, tuple(s.name for s in sites))
     picked = {a for s in sites for a in source.names.names_of(s.param)}
     changed = {
         a for one in able.turns if picked & set(_params(one)) for p in _params(one) for a in source.names.names_of(p)
     }
-    spread = {s.name for s in sites if spreads(source, s, **options)}
-    group = tuple(s for s in source.sites if s.param in changed or s.name in spread)
+    group = tuple(s for s in source.sites if s.param in changed)
     return Choice((group,) if group else (), able.refusals)
 
 
@@ -116,14 +115,10 @@ def apply(work: Work, sites: Sequence[Site], *, seed: int = 0, online: bool = Fa
 
     Args:
         seed: of the random signs.
-        online: spread the inputs that weights cannot be turned for while the model runs. Only arrondi runs such a model.
+        online: spread the inputs that weights cannot be turned for while the model runs (`spreads` has put it into the schemes).
+            Only arrondi runs such a model.
     """
     _Rotating(work, seed).run()
-    for site in work.sites if online else ():
-        inputs = work.scheme(site).inputs
-        if inputs is not None and inputs.spread:
-            spread_weight(work.weight(site), inputs.spread)
-            work.instance.spread_inputs(dict.fromkeys(site.rounds_inputs, inputs.spread))
 
 
 class _Rotating:
