@@ -143,14 +143,13 @@ class QLinear(nn.Module):
 
     @property
     def direct(self) -> bool:
-        """Whether the kernel's product is all that the layer does: it rounds x itself, as it comes."""
-        rounds = self.inputs is None or self.meta.inputs is not None
-        return rounds and self.order is None and not self.spread
+        """Whether the kernel's product is all that the layer does with x that has been spread: it rounds x itself, in its order."""
+        return (self.inputs is None or self.meta.inputs is not None) and self.order is None
 
     def _bind(self) -> Bound:
         """`_product` for x of the compute dtype, with what calls have in common worked out once where the kernel can."""
         bind = KERNELS[self.kernel].bind
-        if bind is None or not self.direct:
+        if bind is None or self.spread or not self.direct:
             return self._product
         return bind(self._tensors(), self.meta, self.bias)
 
@@ -202,14 +201,18 @@ def joined_product(
     Their packed weights move together in memory, and each layer keeps its own as a view.
 
     Args:
-        linears: of the same input width.
+        linears: of the same input width. If they spread x, it is given as it is afterwards.
         norm, eps, gate: see `arrondi.kernels.product.Product`.
     """
     for layer in linears:
         if layer.kernel != NATIVE.name:
             return f"A layer runs on the kernel {layer.kernel}, and only {NATIVE.name} computes norms, gates or more layers in the same call."
         if not layer.direct:
-            return "A layer spreads, rounds or reorders its activations before the compiled product."
+            return "A layer rounds or reorders its activations before the compiled product."
+        if layer.spread and norm is not None:
+            return "A layer spreads its activations between a norm and the compiled product."
+        if layer.spread != linears[0].spread:
+            return "Layers that read the same spread it in different ways."
     tensors, meta = linears[0]._tensors(), linears[0].meta
     if len(linears) > 1:
         found = join([(layer._tensors(), layer.meta) for layer in linears])
