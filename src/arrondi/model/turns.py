@@ -20,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from arrondi.errors import SchemeError
 from arrondi.model.bases import Axis, Basis, Gain, Value, unify
-from arrondi.model.bases_ops import RULES, otherwise
+from arrondi.model.bases_follow import otherwise
+from arrondi.model.bases_ops import RULES
 from arrondi.model.chain import Inputs, said
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.in_memory import InMemory
