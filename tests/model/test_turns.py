@@ -183,7 +183,7 @@ def test_models_whose_hidden_states_can_be_turned(
         ("bert", "embeddings.LayerNorm.weight scales its channels before a sum"),
         ("xglm", "the buffer model.embed_positions.weights is a part of it"),
         ("t5-encoder", "final_layer_norm.weight scales its channels before it is what the model gives"),
-        ("qwen2.5-vl", "do not reach model.visual.patch_embed.proj.weight"),
+        ("qwen2.5-vl", "no input that was tried reaches model.visual.patch_embed.proj.weight"),
     ],
 )
 def test_models_whose_hidden_states_stay(name: str, why: str, models: Callable[..., Path]) -> None:

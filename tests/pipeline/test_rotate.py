@@ -29,6 +29,7 @@ from tests.pipeline.toys import data
 from tests.zoo import TWO, make, of_transformers, outputs, perturb, save
 
 MORE: dict[str, dict[str, Any]] = {
+    "Mistral": {**TWO, "sliding_window": 8},
     "Phi": {**TWO, "partial_rotary_factor": 0.5, "qk_layernorm": True},  # LayerNorm, attention and MLP side by side
     "StableLm": TWO,  # LayerNorms with biases before layers without
     "Nemotron": {**TWO, "head_dim": 16},  # LayerNorms that multiply by 1 + γ

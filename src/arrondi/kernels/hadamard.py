@@ -69,6 +69,9 @@ def hadamard(x: torch.Tensor, *, scale: float | None = None, transposed: bool = 
     Raises:
         ShapeError: x has no axis, is not floating, or n is no order of `hadamard_matrix`.
     """
+    recorded = torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad
+    if type(x) is torch.Tensor and not recorded and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return _transform(x, scale, transposed)  # the way through PyTorch takes longer than the transform of a token
     return torch.ops.arrondi.hadamard(x, scale, transposed)
 
 

@@ -216,7 +216,7 @@ def _find(source: OnDisk | InMemory, given: Inputs | None = None) -> Turns:
     stream = entered[0].axes[-1] if entered else _embedded(model, follower)
     unseen = next((n for n in params if not follower.touched & set(source.names.names_of(n))), None)
     if unseen is not None:
-        stream.fix(f"token ids do not reach {unseen}, which may write to it")
+        stream.fix(f"no input that was tried reaches {unseen}, which may write to it")
     return _solved(source, follower, stream)
 
 

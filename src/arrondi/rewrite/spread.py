@@ -29,14 +29,14 @@ def spread(x: torch.Tensor, block: int) -> torch.Tensor:
         x: (…, n) float.
         block: an order of a Hadamard matrix that divides n.
     """
-    signed = x * _signs(x.shape[-1], block).to(x)
-    return hadamard(signed.unflatten(-1, (-1, block))).flatten(-2)
+    signed = x * _signs(x.shape[-1], block, x.dtype, x.device)
+    return hadamard(signed) if block == x.shape[-1] else hadamard(signed.reshape(-1, block)).view(x.shape)
 
 
 def unspread(x: torch.Tensor, block: int) -> torch.Tensor:
     """What `spread` made this of: x Sᵀ."""
-    plain = hadamard(x.unflatten(-1, (-1, block)), transposed=True).flatten(-2)
-    return plain * _signs(x.shape[-1], block).to(x)
+    plain = hadamard(x.reshape(-1, block), transposed=True).view(x.shape)
+    return plain * _signs(x.shape[-1], block, x.dtype, x.device)
 
 
 def spread_weight(weight: torch.Tensor, block: int) -> None:
@@ -79,10 +79,11 @@ _NUMBERS = 1 << 19
 
 
 @functools.lru_cache(maxsize=64)
-def _signs(n: int, block: int) -> torch.Tensor:
-    """r of every block, float32 (n,)."""
-    numbers = torch.arange(block)
+@torch.inference_mode(False)  # tensors made in inference mode could not be used outside
+def _signs(n: int, block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """r of every block, (n,)."""
+    numbers = torch.arange(block, device="cpu")
     pairs = numbers & (numbers >> 1)
     for shift in (16, 8, 4, 2, 1):
         pairs = pairs ^ (pairs >> shift)
-    return (1 - 2 * (pairs & 1)).float().repeat(n // block)
+    return (1 - 2 * (pairs & 1)).to(device, dtype).repeat(n // block)
