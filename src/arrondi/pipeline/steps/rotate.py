@@ -90,6 +90,8 @@ def declare(source: Source, sites: Sequence[Site], **options: Any) -> Declared:
         for n, rest in sizes.items()
         if rest > 1
     )
+    if options.get("online") and any(s.param_index is not None for s in source.sites):
+        notes += ("Inputs of fused experts are rounded nowhere, so they are not spread.",)
     return Declared(tuple(changed), tuple(added), _apart(source.config) if added else {}, notes)
 
 
