@@ -140,7 +140,9 @@ def _follow(
     """Send both models through all batches and collect what they compute."""
     instances = [s.instance(device=device) for s in sources]
     for source, instance in zip(sources, instances, strict=True):
-        instance.round_inputs(source.rounded_inputs())
+        rounding = source.rounded_inputs()
+        instance.round_inputs(rounding)
+        instance.spread_inputs({name: scheme.spread for name, (scheme, _) in rounding.items() if scheme.spread})
     units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
     total, budget, folder = len(units[0]) + 1, Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
     with Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:

@@ -97,6 +97,33 @@ class Plan:
         return rounds | {one.step for one in self.selected if one.groups}
 
     @property
+    def touched(self) -> set[str]:
+        """Tensors that a rewrite or a repair changes, or might."""
+        return {s.tensor for one in self.selected for s in one.sites} | set(self.declared.changed)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether inputs go through transforms for which weights are made."""
+        return any(
+            t.scheme is not None and t.scheme.inputs is not None and t.scheme.inputs.spread for t in self.quantized
+        )
+
+    def front(self, early: Collection[str]) -> list[PlannedTensor]:
+        """Tensors that work before the first unit and that a step changes: embeddings that are rotated, projections of narrow ones.
+
+        Args:
+            early: parameters that are used there.
+        """
+        names, touched = self.source.names, self.touched
+        return [
+            t
+            for t in self.tensors
+            if t.block is None
+            and (t.status == "quantized" or t.name in touched)
+            and any(n in early for p in t.tensor.params if p in names.params for n in names.names_of(p))
+        ]
+
+    @property
     def calibrated(self) -> bool:
         """Whether something cannot be done without calibration data."""
         return self.needs_text()
@@ -209,6 +236,7 @@ def make_plan(
         for one in selected
         for why, names in one.refusals.items()
     ]
+    notes += declared.notes
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
     return Plan(

@@ -18,6 +18,7 @@ from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTens
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.steps import get_step
+from arrondi.rewrite.spread import refuse_block
 
 Status = Literal["quantized", "kept by rule", "kept because impossible"]
 
@@ -148,7 +149,7 @@ class Resolver:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
         rule, site = plain.rule, plain.sites[0]
         assert rule is not None and rule.scheme is not None
-        wanted = rule.scheme.with_scale(_SCALES.get(plain.dtype, "float32"))
+        wanted = self._spread(plain, rule.scheme.with_scale(_SCALES.get(plain.dtype, "float32")))
         step = get_step(rule.method)
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""
@@ -168,6 +169,14 @@ class Resolver:
                     reason += f", {note}"
                 return replace(plain, status="quantized", reason=reason, scheme=scheme)
         return replace(plain, status="kept because impossible", reason=refusal)
+
+    def _spread(self, plain: PlannedTensor, scheme: LayerScheme) -> LayerScheme:
+        """The scheme with the transforms of inputs that rewrites ask for."""
+        if scheme.inputs is None:
+            return scheme
+        rules = [self.recipe.rules[number] for number in sorted(plain.picked)]
+        blocks = [get_step(r.method).spreads(self.source, plain.sites[0], **r.options) for r in rules]
+        return replace(scheme, inputs=replace(scheme.inputs, spread=max(blocks, default=0) or scheme.inputs.spread))
 
     def _rules(self, names: Sequence[str], classes: Sequence[str]) -> tuple[Rule | None, frozenset[int], bool]:
         """The last round rule that picks this, the numbers of all rewrites and repairs that do, and whether the rule names it."""
@@ -193,6 +202,10 @@ def _unrounded(site: Site, scheme: LayerScheme) -> str | None:
         return "inputs of recurrent cells are not rounded"
     if site.kind == "convolution" and not isinstance(scheme.inputs.scheme.granularity, PerTensor):
         return f"inputs of convolutions are rounded with one scale for a tensor, not by {scheme.inputs}"
+    if scheme.inputs.spread and (site.kind == "convolution" or not site.rounds_inputs):
+        return "inputs of convolutions and of fused experts are not spread"
+    if scheme.inputs.spread:
+        return refuse_block(site.shape[1], scheme.inputs.spread)
     return None
 
 

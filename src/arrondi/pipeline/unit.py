@@ -20,6 +20,7 @@ from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.steps import get_step, options_of_step
 from arrondi.pipeline.work import Stage, Work
+from arrondi.rewrite.spread import spread_weight
 from arrondi.tensor.ranges.observed import static_grid
 from arrondi.tensor.rows import rowwise
 
@@ -67,8 +68,18 @@ def rewrite(work: Work) -> None:
     for one in rewrites:
         _apply(work, one)
     _keep_rewritten(work)
-    if rewrites and work.original is not None and work.original.own:
+    _spread(work)
+    if (rewrites or work.plan.spreads) and work.original is not None and work.original.own:
         _copy_to(work.original.instance, work)
+
+
+def _spread(work: Work) -> None:
+    """From now on inputs are spread where schemes say so, and weights stand for inputs that are."""
+    for site in work.sites:
+        inputs = work.scheme(site).inputs
+        if inputs is not None and inputs.spread:
+            spread_weight(work.weight(site), inputs.spread)
+            work.instance.spread_inputs(dict.fromkeys(site.rounds_inputs, inputs.spread))
 
 
 def _copy_to(original: Instance, work: Work) -> None:
@@ -77,6 +88,7 @@ def _copy_to(original: Instance, work: Work) -> None:
         for param in planned.tensor.params:
             if param in original.empty and not original.is_empty(param):
                 original.parameter(param).copy_(work.instance.parameter(param))
+    original.spread_inputs(work.instance.spread)
     for name, param in work.added_params.items():
         if name in work.added:
             original.put(param, work.added[name].float())
