@@ -240,6 +240,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed when temperature is above 0.", min=0, max=2**63 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     activations: opt.Activations = None,
+    kv: opt.KV = None,
     json_: opt.Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -257,6 +258,7 @@ def run(
         seed=seed,
         dtype=dtype,
         activations=activations,
+        kv=kv,
         stream=None if json_ else sys.stdout,
     )
     if json_:

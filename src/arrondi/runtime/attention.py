@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from arrondi.kernels.tokens import attend, takes_attention
+from arrondi.runtime.kv.lazy import PackedStates
 
 NAME: Final = "arrondi"
 IMPLEMENTATIONS: Final = ("sdpa", NAME)
@@ -32,6 +33,8 @@ def attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers' attention functions: query, key, value (batch, heads, tokens, width) → (batch, tokens, heads, width)."""
+    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+        key, value = key.restored(), value.restored()
     plain = attention_mask is None and all(options.get(name) is None for name in _SPECIAL)
     if plain and not options.get("dropout") and takes_attention(query, key, value):
         scale = options.get("scaling")
@@ -41,6 +44,11 @@ def attention(
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def uses_own_attention(model: Any) -> bool:
+    """Whether `own_attention` changes anything for a model, or has done so."""
+    return model.config.get_text_config(decoder=True)._attn_implementation in IMPLEMENTATIONS
 
 
 @contextmanager
