@@ -151,7 +151,7 @@ def test_states_that_are_no_numbers_are_named():
     x = states(2, 32)
     x[0, 0, 0, 0] = float("nan")
     for how in (scheme_of("int4").keys, scheme_of("int8").values):
-        with pytest.raises(DataError, match="a key or value: .*NaN"):
+        with pytest.raises(DataError, match=r"a key or value: .*NaN"):
             round_states(x, how)
 
 

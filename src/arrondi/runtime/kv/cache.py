@@ -119,7 +119,7 @@ def _clip(scheme: CacheScheme, layer: int, clips: Clips | None) -> tuple[float, 
         return None
     if clips is None or layer not in clips:
         raise SchemeError(
-            f"Stored scales of keys and values come from calibration, and layer {layer} has none. Pass clips=calibrate_clips(model, batches), or use int8."
+            f"Stored scales of keys and values come from calibration, and layer {layer} has none. Use int8; in Python, arrondi.calibrate_clips measures them on text."
         )
     if not all(0 < c < float("inf") for c in clips[layer]):
         raise SchemeError(f"Clips are positive numbers, got {clips[layer]} for layer {layer}.")

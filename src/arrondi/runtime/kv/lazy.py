@@ -38,7 +38,7 @@ class PackedStates(_Tensor):
         if self.numbers is None:
             if self.side.length != self.at:
                 raise ShapeError(
-                    "These keys or values were read after the next tokens came. Copy them (.clone()) before."
+                    "These keys or values were read after the next tokens came. Read them before."
                 )
             self.numbers = self.side.read(self.tokens, self.dtype)
         return self.numbers
