@@ -50,7 +50,7 @@ def round_states(x: torch.Tensor, how: ActivationScheme, clip: float | None = No
     Source: Liu et al. 2024, arXiv:2402.02750 (codes of (x - min) / s with s = (max - min) / (2^b - 1), s = 1 where all are equal);
     LightSeq, Wang et al. 2022, arXiv:2110.05722 (clip(round(127 x / c), -127, 127)).
     """
-    scheme, batch = how.scheme, x.shape[:2]
+    scheme = how.scheme
     lowest = -scheme.format.qmin
     match scheme.granularity:
         case PerTensor():
@@ -67,7 +67,7 @@ def round_states(x: torch.Tensor, how: ActivationScheme, clip: float | None = No
         case _:
             q = quantize_tensor(x, scheme, name="a key or value")
             codes = q.codes
-            parts = [None if p is None else p.reshape(*batch, x.shape[2], -1) for p in (q.grid.scale, q.grid.offset)]
+            parts = [q.grid.scale, q.grid.offset]
     return Rounded(codes.view(torch.uint8) + lowest, *parts)
 
 
@@ -113,6 +113,11 @@ class Lanes:
     @property
     def per_byte(self) -> int:
         return 8 // self.bits
+
+    @property
+    def code_bytes(self) -> int:
+        """Of a block of one head."""
+        return self.width * self.block // self.per_byte
 
     def codes_shape(self, blocks: int) -> tuple[int, ...]:
         """Of the codes of one head."""

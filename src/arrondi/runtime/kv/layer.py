@@ -17,6 +17,7 @@ from arrondi.errors import SchemeError
 from arrondi.formats import ActivationScheme
 from arrondi.formats.kv import CacheScheme
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
+from arrondi.kernels.packed_states import Packed
 from arrondi.runtime.kv.lazy import PackedStates
 from arrondi.runtime.kv.store import Store, Window
 
@@ -73,6 +74,22 @@ class Side:
         if self.rotated:
             states = hadamard(states, transposed=True)
         return torch.cat([states.to(dtype), recent], dim=2)
+
+    def packed(self, tokens: int) -> Packed:
+        """The last `tokens` as the compiled attention takes them."""
+        store, recent = self.store, self.window.states
+        old = max(tokens - recent.shape[2], 0)
+        first, stop = store.stop - old - store.begin, store.stop - store.begin
+        return Packed(
+            store.lanes,
+            store.codes,
+            store.scale,
+            store.offset,
+            first,
+            stop,
+            store.unit,
+            recent[:, :, -(tokens - old) :],
+        )
 
     def cut(self, length: int) -> None:
         """Forget tokens from `length` on. What is left of a lot that was rounded together goes back to the window."""
