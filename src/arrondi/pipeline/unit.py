@@ -1,4 +1,4 @@
-"""All steps of a plan on one unit: `carry_out`.
+"""All steps of a plan on one unit: `carry_out`, and its first part alone, `rewrite`.
 
 Rewrites come first; then weights are rounded stage by stage, so that what is rounded later is calibrated on what earlier weights
 give ("true sequential" order); repairs follow the weights that they belong to. Weights that read the same input form a stage.
@@ -14,10 +14,11 @@ import torch
 
 from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
-from arrondi.model import Site
+from arrondi.model import Instance, Site
 from arrondi.pipeline.rounded import round_alone, round_together
 from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need
+from arrondi.pipeline.steps import get_step, options_of_step
 from arrondi.pipeline.work import Stage, Work
 from arrondi.tensor.ranges.observed import static_grid
 from arrondi.tensor.rows import rowwise
@@ -29,11 +30,7 @@ def carry_out(work: Work) -> None:
     Raises:
         DataError: a weight is not finite.
     """
-    for site in work.sites:
-        check_finite(site, work.weight(site))
-    for one in work.of_kind("rewrite"):
-        _apply(work, one)
-    _keep_rewritten(work)
+    rewrite(work)
     late = [one for one in work.of_kind("repair") if one.step.scope in ("unit", "model")]
     before = {s.name: work.weight(s).clone() for one in late for s in one.sites}
     stages = _stages(work)
@@ -52,6 +49,33 @@ def carry_out(work: Work) -> None:
     for one in late:
         _apply(work, one)
     work.before = {}
+
+
+def rewrite(work: Work) -> None:
+    """The rewrites alone, in the quantized model and in the original that it is compared with.
+
+    Raises:
+        DataError: a weight is not finite.
+    """
+    for site in work.sites:
+        check_finite(site, work.weight(site))
+    rewrites = work.of_kind("rewrite")
+    for one in rewrites:
+        _apply(work, one)
+    _keep_rewritten(work)
+    if rewrites and work.original is not None and work.original.own:
+        _copy_to(work.original.instance, work)
+
+
+def _copy_to(original: Instance, work: Work) -> None:
+    """Let another instance have the unit's parameters as they are now, and those that were added."""
+    for planned in work.tensors:
+        for param in planned.tensor.params:
+            if param in original.empty and not original.is_empty(param):
+                original.parameter(param).copy_(work.instance.parameter(param))
+    for name, param in work.added_params.items():
+        if name in work.added:
+            original.put(param, work.added[name].float())
 
 
 def check_finite(site: Site, weight: torch.Tensor) -> None:
@@ -169,7 +193,10 @@ def _together(work: Work, sites: Sequence[Site], stage: Stage) -> list[list[Site
 def _round(work: Work, sites: list[Site]) -> None:
     planned, seen, step = work.planned[sites[0].name], work.seen.get(sites[0].name), work.step(sites[0])
     assert planned.rule is not None
-    why = ""
+    options, why, unlike = planned.rule.options, "", ""
+    if seen is not None and step.unpaired and not seen.has(step.needs):
+        step, unlike = get_step(step.unpaired), "the original sends it other tokens"
+        options = {name: value for name, value in options.items() if name in options_of_step(step.name)}
     if seen is None:
         why = "no token reached it"
     elif not seen.has(step.needs):
@@ -181,8 +208,9 @@ def _round(work: Work, sites: list[Site]) -> None:
             _round_blindly(work, site, why)
         return
     weights = [work.weight(s) for s in sites]
-    done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, planned.rule.options, seen)
+    done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, options, seen)
     for site, weight, rounded in zip(sites, weights, done, strict=True):
+        rounded.why = unlike
         work.results[site.name] = rounded
         weight.copy_(rounded.q.dequantize())
 
