@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "append.h"
 #include "tokens.h"
 
 namespace arrondi {
@@ -40,6 +41,16 @@ void bind_tokens(nb::module_& m) {
                             static_cast<Type>(type), at<float>(norm), at<float>(key_norm), eps, threads});
         }
         if (wrong != nullptr) throw nb::value_error(wrong);
+    });
+    m.def("append_token", [](int rows, int width, uintptr_t x, int bits, int block, int groups, bool keys, int64_t place,
+                             uintptr_t codes, int64_t codes_stride, uintptr_t scale, uintptr_t offset, int type,
+                             int64_t scale_stride, float divisor, float lowest, float clip, float unit) {
+        bool fine = false;
+        const char* wrong =
+            append({rows, width, at<float>(x), bits, block, groups, keys, place, at<uint8_t>(codes), codes_stride, at<void>(scale),
+                    at<void>(offset), static_cast<Type>(type), scale_stride, divisor, lowest, clip, unit}, fine);
+        if (wrong != nullptr) throw nb::value_error(wrong);
+        return fine;
     });
     // What a side of the cache is, in the order of PackedStates.
     using Side = std::tuple<int, int, int, int, int, uintptr_t, int64_t, uintptr_t, uintptr_t, int, int64_t, float, float>;

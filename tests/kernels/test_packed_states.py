@@ -11,7 +11,15 @@ from arrondi.errors import ShapeError
 from arrondi.formats import ActivationScheme
 from arrondi.formats.kv import KV_KINDS, parse_kv
 from arrondi.kernels.hadamard import hadamard
-from arrondi.kernels.packed_states import Packed, attend_packed, attend_packed_reference, available, takes_packed
+from arrondi.kernels.packed_states import (
+    Packed,
+    append_token,
+    attend_packed,
+    attend_packed_reference,
+    available,
+    takes_packed,
+)
+from arrondi.native import native
 from arrondi.tensor.states import Lanes, round_states
 
 pytestmark = pytest.mark.skipif(not available(), reason="the compiled attention is not there")
@@ -132,3 +140,35 @@ def test_operands_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ShapeError):
             attend_packed(query, wrong, values, 0.2)
+
+
+@pytest.mark.skipif(not hasattr(native, "append_token"), reason="the compiled appending is not there")
+@pytest.mark.parametrize("text", ["int8", "int4", "int8-static", "k=uint2/token/offset/bfloat16,v=uint2/g32/offset", "k=int2/g8,v=int4/g16/float16", "k=uint8/token,v=uint8/token/offset/float16"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_is_appended_byte_for_byte_as_the_reference_does(text: str, dtype: torch.dtype):
+    scheme, _ = parse_kv(text)
+    assert scheme is not None
+    torch.manual_seed(0)
+    x = (torch.randn(2, 3, 45, 64) * torch.rand(2, 3, 45, 1) ** 8).to(dtype)  # small scales, too
+    x[0, 0, 3], x[1, 2, 7] = 0.0, 1.25
+    x[0, 1, 5] *= 1e-7
+    for how, keys in ((scheme.keys, True), (scheme.values, False)):
+        clip, lanes = 0.5 if how.dynamic is False else None, Lanes.of(how, 64, keys=keys)
+        whole, single = (
+            [torch.full((2, 3, *lanes.codes_shape(2)), 0x5A, dtype=torch.uint8)]
+            + [torch.zeros(2, 3, *(lanes.scale_shape(2) or (0,)), dtype=lanes.stored) for _ in range(1 + lanes.offsets)]
+            for _ in range(2)
+        )
+        if clip is not None:
+            whole, single = whole[:1], single[:1]
+        rounded = round_states(x, how, clip)
+        lanes.write(whole[0], rounded.codes, 11)
+        for buffer, part in zip(whole[1:], rounded[1:], strict=False):
+            assert part is not None
+            lanes.write_scale(buffer, part, 11)
+        buffers = (*single, None, None)[:3]
+        assert all(append_token(x[:, :, t : t + 1], how, lanes, buffers, 11 + t, clip) for t in range(45))
+        assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+        x[0, 0, 0, 0] = float("nan")
+        assert not append_token(x[:, :, :1], how, lanes, buffers, 11, clip)
+        x[0, 0, 0, 0] = 0.0

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from arrondi.errors import SchemeError
+from arrondi.formats import ActivationScheme
 from arrondi.native import TYPES, native, operand, threads
 from arrondi.tensor.states import Lanes, real_states
 
@@ -105,6 +106,47 @@ def attend_packed(
         y.data_ptr(), TYPES[dtype], scale, threads(),
     )  # fmt: skip
     return y
+
+
+def append_token(
+    x: torch.Tensor,
+    how: ActivationScheme,
+    lanes: Lanes,
+    buffers: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    at: int,
+    clip: float | None,
+) -> bool:
+    """Round one token and put it at place `at` of codes, scales and offsets, (batch, heads, …) each.
+
+    False where the kernel does not take it, or a number is not finite; then nothing counts that was written. The reference is
+    `round_states` with `Lanes.write` and `Lanes.write_scale`: the same bytes.
+
+    Args:
+        x: (batch, heads, 1, width).
+        how: what it becomes.
+        clip: as in `round_states`.
+    """
+    codes, scale, offset = buffers
+    if not hasattr(native, "append_token") or not x.is_cpu or not lanes.groups or torch.compiler.is_compiling():
+        return False
+    module: Any = native
+    rows, width, format = x.shape[0] * x.shape[1], lanes.width, how.scheme.format
+    real = x.detach().float().reshape(rows, width).contiguous()
+    blocks = codes.shape[2] if lanes.keys else codes.shape[2] * lanes.per_byte // lanes.block
+    if at >= blocks * lanes.block:
+        return False
+    codes_at = operand("codes", codes, (*x.shape[:2], *lanes.codes_shape(blocks)), torch.uint8)
+    shape, places, stride = lanes.scale_shape(blocks), [0, 0], 0
+    if shape is not None:
+        stride = shape[0] * shape[1] * shape[2]
+        places = [operand("scales", part, (*x.shape[:2], *shape), lanes.stored) for part in (scale, offset)]
+    found: bool = module.append_token(
+        rows, width, operand("x", real, (rows, width), torch.float32), lanes.bits, lanes.block, lanes.groups, lanes.keys, at,
+        codes_at, lanes.code_bytes * blocks, *places, TYPES[lanes.stored], stride,
+        (format.qmax - format.qmin) / 2 if format.qmin < 0 else float(format.qmax), float(lanes.lowest), clip or 0.0,
+        1.0 if clip is None else clip / format.qmax,
+    )  # fmt: skip
+    return found
 
 
 def attend_packed_reference(

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 
 from arrondi.formats import ActivationScheme
+from arrondi.kernels.packed_states import append_token
 from arrondi.tensor.states import Lanes, real_states, round_states
 
 _LEAST: Final = 8
@@ -56,9 +57,13 @@ class Store:
         count = x.shape[2]
         if not count:
             return
-        rounded = round_states(x, self.how, self.clip)
         at = self.stop - self.begin
         self._make_room(at + count)
+        buffers = self.codes, self.scale, self.offset
+        if count == 1 and append_token(x, self.how, self.lanes, buffers, at, self.clip):
+            self.stop += 1
+            return
+        rounded = round_states(x, self.how, self.clip)
         self.lanes.write(self.codes, rounded.codes, at)
         for buffer, part in ((self.scale, rounded.scale), (self.offset, rounded.offset)):
             if buffer is not None and part is not None:
