@@ -196,14 +196,21 @@ def evaluate(
     seq_len: opt.SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
     activations: opt.Activations = None,
+    kv: opt.KV = None,
     device: opt.Device = "cpu",
     max_kl: opt.MaxKl = None,
     max_ppl_increase: opt.MaxPpl = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Perplexity, KL divergence to the original and top-1 agreement, each with a 95 % interval."""
+    """Perplexity, KL divergence to the original and top-1 agreement, each with a 95 % interval.
+
+    With --kv both models are in memory, and the text is read in short pieces through the rounded cache.
+    """
     limits = _limits(max_kl, max_ppl_increase)
+    if kv is not None:
+        _evaluate_with_cache(model, against, text, kv, seq_len, samples, activations, device, limits, json_, quiet)
+        return
     from arrondi.measure.compare import compare_models
     from arrondi.report import print_evaluation, progress_bar
 
@@ -220,6 +227,32 @@ def evaluate(
             progress=progress,
             device=device,
         )
+    _answer(result, json_, print_evaluation)
+    _hold_to(result, limits, "")
+
+
+def _evaluate_with_cache(
+    model: str,
+    against: str,
+    text: Path,
+    kv: str,
+    seq_len: int,
+    samples: int | None,
+    activations: str | None,
+    device: str,
+    limits: Limits,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    if device != "cpu":
+        raise SchemeError(f"With --kv models are run on the CPU, got --device {device}. Leave it out.")
+    from arrondi.report import print_evaluation, progress_bar
+    from arrondi.runtime.kv.measure import compare_with_cache
+
+    with progress_bar("measuring", quiet) as progress:
+        result = compare_with_cache(
+            model, against, text, kv, seq_len=seq_len, samples=samples, activations=activations, limits=limits, progress=progress
+        )  # fmt: skip
     _answer(result, json_, print_evaluation)
     _hold_to(result, limits, "")
 
@@ -308,6 +341,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed when temperature is above 0.", min=0, max=2**63 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     activations: opt.Activations = None,
+    kv: opt.KV = None,
     json_: opt.Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -325,6 +359,7 @@ def run(
         seed=seed,
         dtype=dtype,
         activations=activations,
+        kv=kv,
         stream=None if json_ else sys.stdout,
     )
     if json_:

@@ -86,6 +86,14 @@ Activations = Annotated[
         help="Round the inputs of weight-only linears too, for speed: int8/g128, int8/token. Those of fused experts stay."
     ),
 ]
+KV = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi2; for some layers another: 'kivi2;0-1=int8'.",
+        show_default="as they are",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]
 Device = Annotated[str, typer.Option(help="Where the model is run: cpu, cuda or cuda:0.")]
 MaxKl = Annotated[
