@@ -1,5 +1,6 @@
 """Words and tables for people. Nothing here computes."""
 
+from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
 from arrondi.report.tables import (
@@ -14,10 +15,12 @@ from arrondi.report.tables import (
 
 __all__ = [
     "print_bench",
+    "print_comparison",
     "print_demo",
     "print_evaluation",
     "print_facts",
     "print_inspection",
+    "print_methods",
     "print_plan",
     "print_report",
     "progress_bar",
