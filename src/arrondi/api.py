@@ -193,7 +193,7 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
 def compare(
     model: str | Path,
     *,
-    schemes: Iterable[AnyScheme] = ("W4A16",),
+    schemes: Iterable[AnyScheme] | None = None,
     methods: Iterable[str] = ("rtn", "gptq"),
     calibration: Data | None = None,
     text: Data | None = None,
@@ -214,7 +214,7 @@ def compare(
 
     Args:
         model: a model directory or a Hub name.
-        schemes: words or values; each is tried with each method.
+        schemes: words or values, each tried with each method; "W4A16" if none are given.
         methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`.
         calibration, samples, seq_len, eval_samples, seed: see `TextOptions`.
         text: what to measure on; None takes the last tenth of the calibration data.
@@ -230,7 +230,7 @@ def compare(
     check_arguments(compare, locals())
     asked = TextOptions(calibration, samples, seq_len, text, True, eval_samples, seed)
     return compare_methods(
-        model, _several(schemes), _several(methods), asked, out=out, keep=keep, group_size=group_size, targets=targets,
+        model, None if schemes is None else _several(schemes), _several(methods), asked, out=out, keep=keep, group_size=group_size, targets=targets,
         ignore=ignore, options=options, device=device, progress=progress,
     )  # fmt: skip
 

@@ -55,8 +55,7 @@ def compare(
 ) -> None:
     """Quantize a model by several methods, measure each alike, and say which to take."""
     wanted = _named("--methods", words(methods or []) if methods else ["rtn", "gptq"])
-    files = all(m.lower().endswith(".json") for m in wanted)
-    named = _named("--schemes", scheme_names(schemes)) if schemes else [] if files else ["W4A16"]
+    named = _named("--schemes", scheme_names(schemes)) if schemes else None
     from arrondi.pipeline import TextOptions
     from arrondi.report import print_comparison, progress_bar
     from arrondi.search import compare_methods

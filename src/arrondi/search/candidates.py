@@ -55,7 +55,7 @@ class _Way:
 
 
 def candidates(
-    schemes: Sequence[str | Scheme | LayerScheme],
+    schemes: Sequence[str | Scheme | LayerScheme] | None,
     methods: Sequence[str],
     *,
     group_size: int | None = None,
@@ -66,7 +66,7 @@ def candidates(
     """All candidates, scheme by scheme, recipe files last.
 
     Args:
-        schemes: words or values; recipe files need none.
+        schemes: words or values; None is W4A16, or nothing where all methods are recipe files.
         methods: see above.
         group_size, targets, ignore: as of `Recipe.simple`, for all but recipe files, which say them themselves.
         options: STEP.NAME → value, given to every candidate with that step; NAME → value, to every method that has it.
@@ -78,6 +78,8 @@ def candidates(
     files = [m for m in methods if isinstance(m, str) and m.lower().endswith(".json")]
     ways = [_way(m) for m in methods if m not in files]
     _refuse_repeated("method", [w.text for w in ways] + files)
+    if schemes is None:
+        schemes = ["W4A16"] if ways else []
     if not ways and not files:
         raise SchemeError("There is no method to compare. Name some: rtn, gptq, rotate+gptq.")
     if ways and not schemes:

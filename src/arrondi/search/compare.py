@@ -38,7 +38,7 @@ _SHARE: Final = 0.4
 
 def compare_methods(
     model: str | Path,
-    schemes: Sequence[str | Scheme | LayerScheme],
+    schemes: Sequence[str | Scheme | LayerScheme] | None,
     methods: Sequence[str],
     text: TextOptions,
     *,

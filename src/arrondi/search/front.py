@@ -14,7 +14,7 @@ from arrondi.documents import number
 
 LOSSES: Final = {"kl_mean": "KL", "relative_error": "relative error"}
 """Key of what is lost → its name for people."""
-_SAME_SIZE: Final = 1.01
+_SAME_SIZE: Final = 1.001
 """Files that differ by less count as of one size."""
 
 
