@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from typer.main import get_command
 
+from arrondi.cli.commands import app
+from arrondi.cli.parsing import recipe_from
 from arrondi.errors import ArrondiError, SchemeError
 from arrondi.pipeline import Step, steps
 from arrondi.search.candidates import candidates
@@ -37,6 +41,22 @@ def test_every_scheme_by_every_method_then_recipes(table: None, tmp_path: Path) 
     ]  # fmt: skip
     assert len(found) == 5
     assert "int4/g128" in found[4].scheme and "int8" in found[4].scheme and found[4].method == str(file)
+
+
+def test_the_options_do_the_same(table: None, tmp_path: Path) -> None:
+    """What a row says of itself, given to `quantize`, is the same recipe."""
+    method = "turn:strength=0.25+gptq:order=dynamic+mend"
+    for more in ({}, {"group_size": 64, "targets": ["re:.*q_proj", "re:.*k_proj"], "ignore": []}):
+        (found,) = candidates(["w=int3/g32/asym"], [method], **more)
+        context = (
+            get_command(app)
+            .commands["quantize"]
+            .make_context("quantize", ["MODEL", "-o", "OUT", *shlex.split(found.options)])
+        )
+        given = {k: context.params[k] or None for k in ("scheme", "method", "group_size", "targets", "ignore")}
+        others = (context.params[k] for k in ("option", "recipe", "rewrite", "repair"))
+        again = recipe_from(*given.values(), *others)
+        assert again == found.recipe
 
 
 def test_options_go_to_those_that_have_them(table: None) -> None:
@@ -70,6 +90,7 @@ def test_what_a_method_cannot_make_has_a_reason() -> None:
         (["W4A16"], ["turn+turn+rtn"], "turn is there twice"),
         (["W4A16"], ["gptq:damp=1"], "damping"),
         (["W4A16"], ["gptq:damping"], "NAME=VALUE"),
+        (["W4A16"], ["gptq:damping=1:damping=2"], "damping is there twice"),
         (["W4A16"], ["gptq:damping=-1"], "damping"),
         (["W4A16"], [""], "got ''"),
         (None, ["nowhere.json"], "no such file"),

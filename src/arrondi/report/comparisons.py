@@ -43,15 +43,18 @@ def print_comparison(document: Mapping[str, Any]) -> None:
     plain += [f"{original['ms_per_token']:.2f} ms/token"] if original["ms_per_token"] is not None else []
     say(out, f"The original: {', '.join(plain)}.")
     say(out, f"{document['tokens']:,} tokens; {document['protocol']}. ● : no other is smaller and loses less.")
+    notes: dict[str, list[str]] = {}
     for row in document["rows"]:
-        if row["status"] != "done":
-            say(out, f"{row['scheme']} by {row['method']}: {row['reason']}", warn=True)
-        for note in row.get("notes", ()):
-            say(out, f"{row['scheme']} by {row['method']}: {note}", warn=True)
+        for note in row.get("notes", ()) if row["status"] == "done" else [row["reason"]]:
+            notes.setdefault(note, []).append(f"{row['scheme']} by {row['method']}")
+    for note, names in notes.items():
+        say(out, f"{', '.join(names)}: {note}", warn=True)
     for note in document["notes"]:
         say(out, note, warn=True)
     say(out, f"The rows are kept in {document['folder']}; the same call goes on from there.")
     say(out, document["answer"])
+    best = min(done, key=lambda row: (not row["pareto"], row["output_bytes"]))
+    say(out, f"To write one: arrondi quantize {document['model']} -o OUT {best['options']}, and the same text.")
 
 
 def print_methods(document: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ What is misspelt is refused here, before any work. What a method cannot make is 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,14 @@ class Candidate:
         scheme, method: as the user wrote them; the schemes of a recipe file are those of its rules.
         recipe: what is done; None where the method cannot make the scheme.
         reason: why it cannot.
+        options: with which `arrondi quantize` does the same.
     """
 
     scheme: str
     method: str
     recipe: Recipe | None
     reason: str = ""
+    options: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,22 @@ def candidates(
     if group_size is not None:
         layers = [layer.with_group_size(group_size) for layer in layers]
     ways = _with_options(ways, options or {})
-    targets, ignore = tuple(targets), None if ignore is None else tuple(ignore)
-    found = [
-        _candidate(word, layer, w, targets, ignore) for word, layer in zip(words, layers, strict=True) for w in ways
-    ]
+    picked = tuple(targets)
+    kept = None if ignore is None else tuple(ignore)
+    beside = _words({"group-size": group_size, "targets": () if picked == ("Linear",) else picked, "ignore": kept})
+    found = []
+    for word, layer in zip(words, layers, strict=True):
+        found += [_candidate(word, layer, way, picked, kept, beside) for way in ways]
     return found + [_of_file(file) for file in files]
 
 
 def _candidate(
-    word: str, layer: LayerScheme, way: _Way, targets: tuple[str, ...], ignore: tuple[str, ...] | None
+    word: str,
+    layer: LayerScheme,
+    way: _Way,
+    targets: tuple[str, ...],
+    ignore: tuple[str, ...] | None,
+    beside: list[str],
 ) -> Candidate:
     try:
         recipe = Recipe.simple(
@@ -108,13 +118,27 @@ def _candidate(
         )  # fmt: skip
     except SchemeError as error:  # names are known to exist: it is this scheme that does not go with this method
         return Candidate(word, way.text, None, str(error))
-    return Candidate(word, way.text, recipe)
+    steps = {"rewrite": ",".join(way.rewrites) or None, "repair": ",".join(way.repairs) or None}
+    options = tuple(f"{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in way.options.items())
+    same = _words({"scheme": word, "method": way.method, **steps, "option": options})
+    return Candidate(word, way.text, recipe, options=shlex.join(same + beside))
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Options as the command line takes them: None is left out, of several each stands alone, and an empty --ignore is an empty word."""
+    found = []
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            found += [word for one in values for word in (f"--{name}", str(one))]
+            found += ["--ignore", ""] if name == "ignore" and not values else []
+    return found
 
 
 def _of_file(file: str) -> Candidate:
     recipe = Recipe.read(Path(file))
     schemes = dict.fromkeys(str(rule.scheme) for rule in recipe.rules if rule.scheme is not None)
-    return Candidate(" + ".join(schemes) or "none", file, recipe)
+    return Candidate(" + ".join(schemes) or "none", file, recipe, options=shlex.join(["--recipe", file]))
 
 
 def _way(text: str) -> _Way:
@@ -130,7 +154,9 @@ def _way(text: str) -> _Way:
     for part in text.split("+"):
         name, *given = part.strip().split(":")
         step = get_step(name)
-        own = dict(_option(text, item) for item in given)
+        pairs = [_option(text, item) for item in given]
+        _refuse_repeated("option", [option for option, _ in pairs])
+        own = dict(pairs)
         check_step(step.name, own)
         names[step.kind].append(step.name)
         options |= {f"{step.name}.{option}": value for option, value in own.items()}
@@ -192,5 +218,5 @@ def _refuse_repeated(kind: str, words: Sequence[str], values: Sequence[object] |
         key = value.lower() if isinstance(value, str) else str(value)
         if key in seen:
             same = f"{word} is there twice" if seen[key] == word else f"{seen[key]} and {word} are the same"
-            raise SchemeError(f"Of each {kind} one is compared, and {same}. Leave one out.")
+            raise SchemeError(f"Every {kind} is named once, and {same}. Leave one out.")
         seen[key] = word

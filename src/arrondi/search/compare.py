@@ -64,6 +64,7 @@ def compare_methods(
 
     Returns:
         `rows` by size, then by loss; `answer`, a sentence; `original`; where and how it was measured. A row has `scheme`, `method`,
+        `options` (those of `arrondi quantize` that do the same),
         `status` ("done", "refused" where the method cannot make the scheme, "failed" where it could not with these data, both with a
         `reason` and null for every number), what `evaluate` gives (`kl_mean` with its interval, perplexity, agreement),
         `bits_per_weight` of what is quantized, `model_bits_per_weight` and `output_bytes` of the whole, `seconds` of the run
@@ -108,7 +109,7 @@ class _Work:
 
     def row(self, i: int, one: Candidate) -> dict[str, Any]:
         """The row of a candidate: taken over, or found."""
-        names = {"scheme": one.scheme, "method": one.method}
+        names = {"scheme": one.scheme, "method": one.method, "options": one.options}
 
         def said(done: int, of: int, what: str) -> None:
             step = i * _STEPS + _STEPS * done // max(of, 1)
