@@ -133,7 +133,7 @@ def _repairs(work: Work, sites: Sequence[Site]) -> list[Selected]:
 def _apply(work: Work, one: Selected) -> None:
     assert one.step.apply is not None
     for group in one.groups:
-        one.step.apply(work, group, **one.options)
+        one.step.apply(work, one.targets(group), **one.options)
         for site in group:
             work.done.setdefault(site.name, []).append(one.step.name)
 

@@ -1,6 +1,7 @@
 """Words and tables for people. Nothing here computes."""
 
 from arrondi.report.comparisons import print_comparison, print_methods
+from arrondi.report.folds import print_folds
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
 from arrondi.report.tables import (
@@ -19,6 +20,7 @@ __all__ = [
     "print_demo",
     "print_evaluation",
     "print_facts",
+    "print_folds",
     "print_inspection",
     "print_methods",
     "print_plan",
