@@ -68,6 +68,14 @@ def test_options_go_to_those_that_have_them(table: None) -> None:
     ]  # fmt: skip
 
 
+def test_options_of_a_step_that_comes_with_a_method() -> None:
+    (found,) = candidates(["W4A16"], ["awq:awq-scale.grid=5:grid=3"])
+    assert [(r.method, dict(r.options)) for r in found.recipe.rules] == [
+        ("awq-scale", {"grid": 5}),
+        ("awq", {"grid": 3}),
+    ]
+
+
 def test_what_a_method_cannot_make_has_a_reason() -> None:
     found = candidates(["NF4", "W4A16"], ["rtn", "hqq"], group_size=32)
     assert [c.recipe is None for c in found] == [False, True, False, False]
@@ -92,6 +100,7 @@ def test_what_a_method_cannot_make_has_a_reason() -> None:
         (["W4A16"], ["gptq:damping"], "NAME=VALUE"),
         (["W4A16"], ["gptq:damping=1:damping=2"], "damping is there twice"),
         (["W4A16"], ["gptq:damping=-1"], "damping"),
+        (["W4A16"], ["gptq:turn.strength=1+turn"], "Write its options behind turn"),
         (["W4A16"], [""], "got ''"),
         (None, ["nowhere.json"], "no such file"),
     ],

@@ -5,7 +5,8 @@ Owns: `Candidate`, `candidates`, and the grammar of a method with what goes with
     gptq                        one step that rounds
     rotate+gptq                 rewrites before it, repairs after it, in any order of writing
     gptq:damping=0.05           options of a step, each after a colon
-    awq+rtn:range=mse+bias      options belong to the step that they stand behind
+    rotate+gptq+tune:passes=2   they belong to the step that they stand behind,
+    awq:awq-scale.grid=10       or to one that comes with it
     recipe.json                 a recipe file, which says its own schemes
 
 What is misspelt is refused here, before any work. What a method cannot make is a candidate with the reason.
@@ -24,6 +25,7 @@ from arrondi.arguments import said
 from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.step import Step
 from arrondi.pipeline.steps import check_step, get_step, options_of_step
 from arrondi.tensor.checks import layer_scheme_of
 
@@ -154,12 +156,10 @@ def _way(text: str) -> _Way:
     for part in text.split("+"):
         name, *given = part.strip().split(":")
         step = get_step(name)
-        pairs = [_option(text, item) for item in given]
+        pairs = [_option(text, step, item) for item in given]
         _refuse_repeated("option", [option for option, _ in pairs])
-        own = dict(pairs)
-        check_step(step.name, own)
         names[step.kind].append(step.name)
-        options |= {f"{step.name}.{option}": value for option, value in own.items()}
+        options |= dict(pairs)
     _refuse_repeated("step", [n for kind in names.values() for n in kind])
     if len(names["round"]) != 1:
         found = " and ".join(names["round"]) or "none"
@@ -169,14 +169,21 @@ def _way(text: str) -> _Way:
     return _Way(text.strip(), names["round"][0], tuple(names["rewrite"]), tuple(names["repair"]), options)
 
 
-def _option(text: str, item: str) -> tuple[str, Any]:
-    name, equals, value = item.partition("=")
+def _option(text: str, step: Step, item: str) -> tuple[str, Any]:
+    """STEP.NAME and its value, of what stands behind a step."""
+    name, equals, word = item.partition("=")
     if not equals or not name:
         raise SchemeError(f"{text}: an option is NAME=VALUE behind a colon, got {item!r}. Example: gptq:damping=0.05.")
     try:
-        return name, json.loads(value)
+        value = json.loads(word)
     except ValueError:
-        return name, value
+        value = word
+    other, _, name = name.rpartition(".")
+    owner = get_step(other).name if other else step.name
+    if owner not in (step.name, *step.before, *step.after):
+        raise SchemeError(f"{text}: {owner} does not come with {step.name}. Write its options behind {owner}.")
+    check_step(owner, {name: value})
+    return f"{owner}.{name}", value
 
 
 def _with_options(ways: list[_Way], options: Mapping[str, Any]) -> list[_Way]:
