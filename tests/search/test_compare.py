@@ -168,6 +168,7 @@ def test_bad_input_is_refused_before_any_work(
     refused(cli("compare", model, "--methods", "rtn", *few), "--text")
     refused(cli("compare", model, "--methods", "rtn,gptq", "--text", text, *few), "'gptq' needs calibration text")
     refused(cli("compare", model, "--methods", "rtn", "--option", "damping=1", *given), "damping")
+    refused(cli("compare", model, "--methods", "rtn", "--text", tmp_path / "no.txt", *few), "no.txt")
     assert not out.exists() and not started
 
     out.mkdir()

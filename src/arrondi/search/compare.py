@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, FileFormatError, SchemeError
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import device_named
+from arrondi.model.memory import release
 from arrondi.pipeline.record import run_key
 from arrondi.pipeline.task import Opened, Task, followed, original
 from arrondi.pipeline.texts import TextOptions, check_needed
@@ -81,13 +81,14 @@ def compare_methods(
     for one in found:
         if one.recipe is not None:
             check_needed(text, one.recipe)
-    folder = Path(out) if out is not None else Path(f"arrondi-compare-{_name_of(Checkpoint.open(model))}")
+    folder = Path(out) if out is not None else Path(f"arrondi-compare-{_name_of(model)}")
     checkpoint = original(model, folder)
     say = progress or (lambda done, total, what: None)
+    RowStore.refuse(folder)
+    opened = Opened.read(checkpoint, text, device)
+    if opened.texts.evaluation is None:
+        raise DataError("The calibration text has one window, which leaves none to measure on. Give --text FILE.")
     with RowStore(folder) as store, ExitStack() as stack:
-        opened = Opened.read(checkpoint, text, device)
-        if opened.texts.evaluation is None:
-            raise DataError("The calibration text has one window, which leaves none to measure on. Give --text FILE.")
         work = _Work(store, opened, stack, keep, say, len(found) + 1)
         rows = [work.row(i, one) for i, one in enumerate(found)]
         done = [row for row in rows if row["status"] == "done"]
@@ -123,21 +124,17 @@ class _Work:
             return {**names, "status": "refused", "reason": str(error), **_nothing()}
         place = self.store.place(task.key, _slug(f"{one.scheme}-{one.method}"))
         known = self.store.rows.get(task.key)
+        if known is not None and not known["kept"]:
+            self.store.remove(place)  # a kill may have come before that
         if known is None or (self.keep and not (place / "config.json").is_file()):
             try:
                 known = self._found(task, place, said)
             except (SchemeError, DataError) as error:
                 self.store.remove(place)
                 return {**names, "status": "failed", "reason": str(error), **_nothing()}
-        kept = (place / "config.json").is_file()
-        return {
-            **names,
-            "status": "done",
-            "reason": None,
-            **known,
-            "run": task.key,
-            "path": str(place) if kept else None,
-        }
+        path = str(place) if (place / "config.json").is_file() else None
+        found = {name: value for name, value in known.items() if name != "kept"}
+        return {**names, "status": "done", "reason": None, **found, "run": task.key, "path": path}
 
     def _found(self, task: Task, place: Path, said: Progress) -> dict[str, Any]:
         """Quantize, measure, time, note, and remove the model."""
@@ -151,6 +148,7 @@ class _Work:
             **{name: report[name] for name in _NUMBERS},
             "ms_per_token": self.pace_of(place, report["output_bytes"]),
             "layout": report["layout"],
+            "kept": self.keep,
             "notes": [note for note in report["notes"] if note not in self.opened.texts.notes],
         }
         known = self.store.record(task.key, row)
@@ -168,6 +166,8 @@ class _Work:
             return pace(place, self.opened.texts.evaluation.ids[0].tolist())
         except (SchemeError, FileFormatError, DataError):
             return None
+        finally:
+            release()
 
 
 def _document(work: _Work, rows: list[dict[str, Any]], done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -214,5 +214,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:60]
 
 
-def _name_of(checkpoint: Checkpoint) -> str:
-    return _slug(checkpoint.folder.path.resolve().name) or "model"
+def _name_of(model: str | Path) -> str:
+    """The name of a directory, or the last part of a name on the Hub."""
+    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
+    return _slug(path.name) or "model"

@@ -35,7 +35,7 @@ class RowStore:
         """
         self.folder, self.path = folder, folder / FILE
         self.rows: dict[str, dict[str, Any]] = {}
-        self._refuse()
+        self.refuse(folder)
         with guard_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -45,13 +45,19 @@ class RowStore:
             os.close(self._lock)
             raise
 
-    def _refuse(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise OutputError(f"{self.folder}: a file. Give a directory that does not exist yet.")
-        if self.folder.exists() and not self.path.is_file() and any(self.folder.iterdir()):
-            first = min(p.name for p in self.folder.iterdir())
+    @staticmethod
+    def refuse(folder: Path) -> None:
+        """Refuse a directory in which something else is.
+
+        Raises:
+            OutputError: names it.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder}: a file. Give a directory that does not exist yet.")
+        if folder.exists() and not (folder / FILE).is_file() and any(folder.iterdir()):
+            first = min(p.name for p in folder.iterdir())
             raise OutputError(
-                f"{self.folder}: holds {first} and no comparison. Nothing was touched: choose a new directory with --output."
+                f"{folder}: holds {first} and no comparison. Nothing was touched: choose a new directory with --output."
             )
 
     def _open(self) -> None:
