@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 __version__ = "0.1.0"
 
 _HOME: Final = {
-    "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api",
+    "compare": "api", "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api",
     "Recipe": "pipeline", "Rule": "pipeline", "STEPS": "pipeline", "Step": "pipeline",
     "Limits": "measure.limits",
     "KV_KINDS": "formats.kv", "CacheScheme": "formats.kv", "QuantizedCache": "runtime.kv", "calibrate_clips": "runtime.kv", "kv_cache": "runtime.kv",
@@ -29,6 +29,7 @@ _HOME: Final = {
 """Public name → the module that owns it."""
 
 if TYPE_CHECKING:
+    from arrondi.api import compare as compare
     from arrondi.api import dequantize as dequantize
     from arrondi.api import evaluate as evaluate
     from arrondi.api import inspect as inspect

@@ -1,4 +1,4 @@
-"""What a user calls: `quantize`, `plan`, `evaluate`, `save`, `load`, `dequantize`, `inspect`.
+"""What a user calls: `quantize`, `plan`, `evaluate`, `compare`, `save`, `load`, `dequantize`, `inspect`.
 
 A model is a directory, the name of one on the Hub, or a module in memory. A scheme is a word ("W4A16", the grammar) or a value; data
 are a path, texts, token ids, or batches of them.
@@ -26,6 +26,7 @@ from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.runtime.load import load as load_model
 from arrondi.runtime.modules import load_into, save
+from arrondi.search import compare_methods
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
@@ -204,8 +205,58 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
     return load_into(model, path)
 
 
+def compare(
+    model: str | Path,
+    *,
+    schemes: Iterable[AnyScheme] | None = None,
+    methods: Iterable[str] = ("rtn", "gptq"),
+    calibration: Data | None = None,
+    text: Data | None = None,
+    out: str | Path | None = None,
+    keep: bool = False,
+    group_size: int | None = None,
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    eval_samples: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize a model directory by several methods, measure each alike, and say which to take.
+
+    Args:
+        model: a model directory or a Hub name.
+        schemes: words or values, each tried with each method; "W4A16" if none are given.
+        methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`.
+        calibration, samples, seq_len, eval_samples, seed: see `TextOptions`.
+        text: what to measure on; None takes the last tenth of the calibration data.
+        out, keep, device, progress: see `arrondi.search.compare_methods`.
+        group_size, targets, ignore, options: see `Recipe.simple`; for all candidates but recipe files.
+
+    Returns:
+        `rows`, `answer` and how it was measured; see `arrondi.search.compare_methods`.
+
+    Raises:
+        ArrondiError: see its sentence.
+    """
+    check_arguments(compare, locals())
+    asked = TextOptions(calibration, samples, seq_len, text, True, eval_samples, seed)
+    return compare_methods(
+        model, None if schemes is None else _several(schemes), _several(methods), asked, out=out, keep=keep, group_size=group_size, targets=targets,
+        ignore=ignore, options=options, device=device, progress=progress,
+    )  # fmt: skip
+
+
+def _several(items: Iterable[Any]) -> list[Any]:
+    """A list; one word is a list of one."""
+    return [items] if isinstance(items, str) else list(items)
+
+
 evaluate = compare_models
 dequantize = dequantize_model
 inspect = inspect_model
 
-__all__ = ["dequantize", "evaluate", "inspect", "load", "plan", "quantize", "save"]
+__all__ = ["compare", "dequantize", "evaluate", "inspect", "load", "plan", "quantize", "save"]

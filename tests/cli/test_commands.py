@@ -25,7 +25,9 @@ def quantized(
     return out
 
 
-@pytest.mark.parametrize("command", ["", "plan", "quantize", "eval", "inspect", "dequantize", "run", "demo", "bench"])
+@pytest.mark.parametrize(
+    "command", ["", "plan", "quantize", "compare", "methods", "eval", "inspect", "dequantize", "run", "demo", "bench"]
+)
 def test_help_of_every_command(command: str, cli: Cli) -> None:
     result = cli(*command.split(), "--help")
     assert result.code == 0

@@ -316,7 +316,7 @@ def test_limits_are_refused_before_the_work(
     def started(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("arrondi.pipeline.quantize.Journal", started)
+    monkeypatch.setattr("arrondi.pipeline.task.Journal", started)
     model = models("bert")
     for limit in ("--max-kl", "--max-ppl-increase"):
         done = cli("quantize", model, "-o", tmp_path / "x", "--group-size", 32, "--eval-text", text, limit, 1)

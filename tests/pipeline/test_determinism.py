@@ -171,6 +171,6 @@ def key_of(source: Path, out: Path, *what: Any, **more: Any) -> str:
         raise Known
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Known):
-        patch.setattr("arrondi.pipeline.quantize.finished", known)
+        patch.setattr("arrondi.pipeline.task.finished", known)
         quantize_model(source, out, *what, **more)
     return keys[0]

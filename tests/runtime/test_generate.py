@@ -51,7 +51,7 @@ def test_the_type_that_is_picked(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda: multiplies)
-    model = module._load_fast(Checkpoint.open(quantized(name, stored)), None)
+    model = module.load_fast(Checkpoint.open(quantized(name, stored)), None)
     assert is_fused(model) == (name == "llama")
     assert model.config.dtype == wanted
     assert {p.dtype for p in model.parameters()} == {wanted}
@@ -60,7 +60,7 @@ def test_the_type_that_is_picked(
 def test_a_plain_model_has_no_products_of_ours(models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     for multiplies, wanted in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
-        model = module._load_fast(Checkpoint.open(models("llama", torch.bfloat16)), None)
+        model = module.load_fast(Checkpoint.open(models("llama", torch.bfloat16)), None)
         assert {p.dtype for p in model.parameters()} == {wanted}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from arrondi.cli import options as opt
+from arrondi.cli import searching
+from arrondi.cli.answers import answer as _answer
+from arrondi.cli.answers import note as _note
+from arrondi.cli.answers import print_json as _print_json
 from arrondi.cli.parsing import (
     byte_count,
     recipe_from,
@@ -18,7 +21,6 @@ from arrondi.cli.parsing import (
     sizes,
 )
 from arrondi.cli.strict import Strict
-from arrondi.documents import to_json
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
@@ -182,6 +184,10 @@ def quantize(
         )
     _answer(report, json_, print_report)
     _hold_to(report["evaluation"] or {}, limits, f"The files are in {output}.")
+
+
+app.command(cls=Strict)(searching.compare)
+app.command(cls=Strict)(searching.methods)
 
 
 @app.command("eval", cls=Strict)
@@ -407,29 +413,6 @@ def bench(
     with progress_bar("measuring", quiet) as progress:
         result = measure([(n, k) for n, k in wanted], tokens, names, progress=progress)
     _answer(result, json_, print_bench)
-
-
-def _answer(document: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        _print_json(document)
-    else:
-        show(document)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    """Letters as they are where stdout has them, else escaped: nothing may be replaced in a document."""
-    text = to_json(document)
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        text = to_json(document, ascii_only=True)
-    typer.echo(text)
-
-
-def _note(sentence: str | None) -> None:
-    """Something to know, on stderr: it stops nothing and is no part of the answer."""
-    if sentence:
-        typer.echo(f"arrondi: {sentence}", err=True)
 
 
 def _useless(context: typer.Context, without: str, *names: str) -> None:

@@ -11,7 +11,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Final
 
-_RESUMABLE: Final = ("quantize", "dequantize")
+_RESUMABLE: Final = ("compare", "quantize", "dequantize")
 """Commands that keep what is finished."""
 
 

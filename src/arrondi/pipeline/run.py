@@ -52,8 +52,13 @@ class Run:
         shard_bytes: int,
         progress: Progress,
         device: torch.device,
+        reference: Stream | None = None,
     ) -> None:
-        self.ledger, self.device = ledger, device
+        """
+        Args:
+            reference: the original after its last unit on the evaluation data, where several runs share it.
+        """
+        self.ledger, self.device, self.reference = ledger, device, reference
         assert isinstance(plan.source, OnDisk)
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
@@ -121,7 +126,10 @@ class Run:
         """Two models: the original, and the quantized one as far as earlier runs have got."""
         self.instance = self.source.instance(self.overlay, self.device)
         self.units = self.source.units_of(self.instance)
-        self.original = self.source.units_of(self.source.instance(device=self.device))
+        shared = self.reference
+        self.original = (
+            self.source.units_of(self.source.instance(device=self.device)) if shared is None else shared.units
+        )
         self.floating = self.original
         if self._rewrites_floats():
             # What is measured against stays as it was.
@@ -162,13 +170,13 @@ class Run:
         total = len(self.units) + 2
         self.progress(0, total, "reading data")
         with (
-            Stream(self.original, evaluation, budget, folder) as reference,
+            Stream(self.original, evaluation if self.reference is None else (), budget, folder) as going,
             Stream(self.floating, followed, budget, folder) as floats,
             Stream(self.units, calibration, budget, folder, bfloat16=bfloat16) as learning,
             Stream(self.units, evaluation, budget, folder) as measured,
         ):
             self.floats, self.learning = floats, learning
-            for stream in (reference, floats, learning, measured):
+            for stream in (going, floats, learning, measured):
                 stream.begin()
             if front := self.plan.front(self.units.early):
                 begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
@@ -179,7 +187,7 @@ class Run:
                     floats.begin()
             rest = [t for t in self.plan.tensors if t.block is None and t not in front]
             learning.to_the_end = floats.to_the_end = bool(self._wanted(rest))
-            originals = [[reference, floats]] if self.floating is self.original else [[reference], [floats]]
+            originals = [[going, floats]] if self.floating is self.original else [[going], [floats]]
             groups = [[s for s in group if len(s)] for group in ([learning, measured], *originals)]
             for i in walk(groups, self._visit):
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
@@ -189,7 +197,7 @@ class Run:
             if not evaluation:
                 return None
             self.progress(len(self.units) + 1, total, "measuring")
-            return self._measure(reference, measured)
+            return self._measure(going if self.reference is None else self.reference, measured)
 
     def _visit(self, i: int, streams: Sequence[Stream]) -> None:
         """Do all steps on unit i of the quantized model, and let it go on with what the file holds."""

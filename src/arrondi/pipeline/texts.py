@@ -120,7 +120,7 @@ class Texts:
         return 0 if self.eval_images is None else self.eval_images.starts[batch]
 
 
-def _overlap(texts: Texts, recipe: Recipe) -> list[str]:
+def overlap(texts: Texts, recipe: Recipe) -> list[str]:
     """Say it where the result is measured on what it was calibrated on."""
     calibrated = any(
         get_step(r.method).calibrated
@@ -140,19 +140,35 @@ def _overlap(texts: Texts, recipe: Recipe) -> list[str]:
 
 
 def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
-    """Tokenize, cut, hold back and choose.
+    """`check_needed`, `read_data`, and what is to be said of this recipe on these data; raises as they do."""
+    check_needed(options, recipe)
+    texts = read_data(source, options)
+    texts.notes += overlap(texts, recipe)
+    return texts
+
+
+def check_needed(options: TextOptions, recipe: Recipe) -> None:
+    """Refuse a recipe that needs calibration data where there are none.
 
     Raises:
-        DataError: a method needs calibration and there is none, or the data do not fit the model.
-        SchemeError: the limits cannot be measured on this kind of model.
+        DataError: names the method.
     """
-    importance = None if options.imatrix is None else match_imatrix(Path(options.imatrix), source)
-    given_needs = set() if importance is None else {"importance"}
-    needs = [r.method for r in recipe.rules if get_step(r.method).needs - given_needs]
+    given = set() if options.imatrix is None else {"importance"}
+    needs = [r.method for r in recipe.rules if get_step(r.method).needs - given]
     if needs and options.calibration is None and options.images is None:
         raise DataError(
             f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq."
         )
+
+
+def read_data(source: OnDisk, options: TextOptions) -> Texts:
+    """Tokenize, cut, hold back and choose: what all recipes have in common.
+
+    Raises:
+        DataError: the data do not fit the model.
+        SchemeError: the limits cannot be measured on this kind of model.
+    """
+    importance = None if options.imatrix is None else match_imatrix(Path(options.imatrix), source)
     if options.limits:
         check_limits(comparison_for(source.model).kind, options.limits.kl, options.limits.ppl_increase)
     eval_data = options.eval_text if options.evaluate else None
@@ -187,7 +203,6 @@ def read_texts(source: OnDisk, options: TextOptions, recipe: Recipe) -> Texts:
         measured = options.calibration if eval_data is None else eval_data
         by_text = measured is not None and reads_text(measured)
         texts.protocol = protocol(tokenizer if by_text else None, texts.evaluation.seq_len)
-    texts.notes += _overlap(texts, recipe)
     for read in (texts.calibration, texts.evaluation):
         if read is not None:
             check_windows(read, source.model)

@@ -1,5 +1,6 @@
 """Words and tables for people. Nothing here computes."""
 
+from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.folds import print_folds
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
@@ -15,11 +16,13 @@ from arrondi.report.tables import (
 
 __all__ = [
     "print_bench",
+    "print_comparison",
     "print_demo",
     "print_evaluation",
     "print_facts",
     "print_folds",
     "print_inspection",
+    "print_methods",
     "print_plan",
     "print_report",
     "progress_bar",

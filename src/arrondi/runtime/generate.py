@@ -56,7 +56,7 @@ def generate(
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    model = _load_fast(checkpoint, activations) if dtype == "auto" else load(path, dtype=dtype, activations=activations)
+    model = load_fast(checkpoint, activations) if dtype == "auto" else load(path, dtype=dtype, activations=activations)
     reason = refuse_decoding(model)
     if reason:
         raise SchemeError(f"{path}: {reason}")
@@ -98,7 +98,7 @@ def generate(
     }
 
 
-def _load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
+def load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
     """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
     path = checkpoint.folder.path
     if stored_in_16_bits(checkpoint):

@@ -123,3 +123,19 @@ def check_fallback(method: str, fallback: str) -> None:
         raise SchemeError(
             f"{fallback} cannot stand in where nothing is known of the inputs. Name one of these as the fallback: {simple}."
         )
+
+
+def describe_steps() -> list[dict[str, Any]]:
+    """Every step as plain data: what it needs, what comes with it, its options with their defaults, where it comes from."""
+    return [
+        {
+            "name": step.name,
+            "kind": step.kind,
+            "source": step.source,
+            "needs": sorted(step.needs),
+            "brings": [*step.before, *step.after],
+            "fallback": step.fallback,
+            "options": options_of_step(step.name),
+        }
+        for step in STEPS.values()
+    ]
