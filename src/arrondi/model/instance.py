@@ -137,6 +137,10 @@ class Instance:
         found: torch.Tensor = module._parameters[leaf]
         return found
 
+    def owner(self, param: str) -> torch.nn.Module:
+        """The module that has the parameter."""
+        return self._owner(param)[0]
+
     def put(self, param: str, value: torch.Tensor | None) -> None:
         """Give a module a parameter that the source does not have, or take it away."""
         module, leaf = self._owner(param)

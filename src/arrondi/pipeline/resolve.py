@@ -27,6 +27,8 @@ _SCALES: Final[dict[torch.dtype, Literal["float16", "bfloat16"]]] = {
     torch.bfloat16: "bfloat16",
 }
 """The type of scales beside weights of a type; float32 beside all others."""
+UNREACHED: Final = "text does not reach it"
+"""How the reason begins for which towers of images and sound are kept."""
 _SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
 _SMALLEST_GROUP = 16
@@ -100,8 +102,11 @@ class Resolver:
         ignore: selectors of what is left alone.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, layout: Layout, keep_misfits: bool) -> None:
+    def __init__(
+        self, source: Source, recipe: Recipe, layout: Layout, keep_misfits: bool, images: bool = False
+    ) -> None:
         self.source, self.recipe, self.layout, self.keep_misfits = source, recipe, layout, keep_misfits
+        self.images = images
         self.used: set[str] = set()
         self.notes: dict[str, list[str]] = {}
         model = source.model
@@ -130,8 +135,10 @@ class Resolver:
         tied = f", tied to {others[0]}" if len(others) + 1 > 1 and len(self._aliases(site)) > 1 else ""
         if ignored:
             return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}")
-        if not site.reached and not named:
-            return replace(plain, reason="text does not reach it; name it in --targets to quantize it blindly")
+        if not site.reached and not named and not self.images:
+            return replace(
+                plain, reason=f"{UNREACHED}; name it in --targets to quantize it blindly, or give --calibration-images"
+            )
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit)
         if site.shape[0] < _SMALL_OUTPUT:

@@ -73,9 +73,9 @@ class Run:
             return
         measured = None
         with torch.no_grad():
-            if self.texts.calibration or self.texts.evaluation:
+            if self.texts.calibrates or self.texts.measures:
                 measured = self._with_data()
-            elif self.touched or self.plan.spreads:
+            elif self.touched or self.plan.spreads or self.texts.importance:
                 self._unit_by_unit()
             else:
                 self._tensor_by_tensor()
@@ -231,7 +231,7 @@ class Run:
     def _begun(self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]) -> Work:
         own = self.floating is not self.original
         original = Original(self.floating.instance, originals, own) if originals else None
-        return Work(self.plan, self.instance, members, forwards, original)
+        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance)
 
     def _outside(
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
@@ -279,8 +279,9 @@ class Run:
         self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, rows in reference.pieces():
-                ids = ids_of(reference.batches[j])[rows]
-                comparison.add(reference.output(j, rows), measured.output(j, rows), ids)
+                ids, start = ids_of(reference.batches[j])[rows], self.texts.measured_from(j)
+                expected = reference.output(j, rows)[:, start:]
+                comparison.add(expected, measured.output(j, rows)[:, start:], ids[:, start:])
             confirm(self.source, reference)
         return {
             **comparison.summary().to_dict(),
@@ -336,7 +337,13 @@ class Run:
         values = LayerValues(stack_rows([p.q for p in parts]), inputs)
         for name, value in self.plan.layout.write(planned.placed, values).items():
             self.writer.put(name, value)
-        return row_of(planned.name, planned.scheme, parts, self.plan.nbytes(planned))
+        return row_of(
+            planned.name,
+            planned.scheme,
+            parts,
+            self.plan.nbytes(planned),
+            experts=planned.sites[0].param_index is not None,
+        )
 
     def _keep(self, planned: PlannedTensor, changed: dict[str, torch.Tensor]) -> None:
         if planned.name in changed:

@@ -17,7 +17,7 @@ from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Instance, Site
 from arrondi.pipeline.rounded import round_alone, round_together
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.statistics import Need
+from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.steps import get_step, options_of_step
 from arrondi.pipeline.work import Stage, Work
 from arrondi.rewrite.spread import spread_weight
@@ -45,7 +45,11 @@ def carry_out(work: Work) -> None:
         raise _unknown_range(unknown)
     with _repaired(work, rest):
         for site in rest:
-            _round_blindly(work, site, why)
+            told = work.foretold(site)
+            if told is None:
+                _round_blindly(work, site, why)
+            else:
+                _round_foretold(work, site, told)
     work.before = before
     for one in late:
         _apply(work, one)
@@ -119,7 +123,7 @@ def _round_stage(work: Work, stage: Stage) -> None:
     needs: set[Need] = {n for s in sites for n in work.step(s).needs}
     needs |= {n for one in _repairs(work, sites) for n in one.step.needs}
     # Without a need of its own a method still learns how far the layer's output moves.
-    work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment"}))
+    work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment", "energy"}))
     with _repaired(work, sites):
         for group in _together(work, sites, stage):
             _round(work, group)
@@ -225,6 +229,13 @@ def _round(work: Work, sites: list[Site]) -> None:
         rounded.why = unlike
         work.results[site.name] = rounded
         weight.copy_(rounded.q.dequantize())
+
+
+def _round_foretold(work: Work, site: Site, told: Seen) -> None:
+    """By what an importance matrix says, where no calibration data are or reach."""
+    work.seen[site.name] = told
+    _round(work, [site])
+    work.results[site.name].tokens = 0 if work.forwards else None
 
 
 def _round_blindly(work: Work, site: Site, why: str) -> None:
