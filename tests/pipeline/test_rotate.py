@@ -245,6 +245,17 @@ def test_what_cannot_be_rotated_is_said(models: Callable[..., Path]) -> None:
     assert {s.tensor.rsplit(".", 2)[1] for s in plan.selected[0].sites} == {"v_proj", "o_proj"}, "values are"
 
 
+def test_only_what_was_picked_is_rotated(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Where hidden states stay, blocks are independent of each other."""
+    rules = (Rule(None, "rotate", targets=("re:.*layers.0.*",)), *Recipe.simple("w=int8/g16", targets=("re:.*2.mlp.*",)).rules)  # fmt: skip
+    quantize_model(models("gemma2"), tmp_path / "out", Recipe(rules))
+    before, after = (load_file(f / "model.safetensors") for f in (models("gemma2"), tmp_path / "out"))
+    changed = {n for n in before if n in after and not torch.equal(before[n], after[n])}
+    assert changed == {f"model.layers.0.self_attn.{n}_proj.weight" for n in "vo"}
+    ids = data(2, 19, 3)
+    assert close(logits(arrondi.load(tmp_path / "out"), ids), outputs(of_transformers("gemma2", models("gemma2")), ids), 2e-2)  # fmt: skip
+
+
 def test_a_norm_that_multiplies_by_zero(tmp_path: Path) -> None:
     """Its bias can go nowhere, where the layers behind it have none."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,9 +49,19 @@ def _able(source: Source, names: tuple[str, ...] = ()) -> _Able:
             refusals[f"{strange[0]} is stored in a way in which it cannot be rotated"] = names
         else:
             turns.append(one)
-    stored = {n: source.names.names_of(n) for n in found.untied}
+    changed = {p for one in turns for p in _params(one)}
+    stored = {n: source.names.names_of(n) for n in found.untied if n in changed}
     untied = {n: next(a for a in aliases if a in source.names.group_of) for n, aliases in stored.items()}
     return _Able(tuple(turns), refusals, vectors, untied)
+
+
+def _chosen(source: Source, sites: Sequence[Site]) -> _Able:
+    """The turns all of whose weights are among these sites."""
+    able = _able(source)
+    mine = {a for s in sites for a in source.names.names_of(s.param)}
+    turns = tuple(one for one in able.turns if mine >= {p for p in _params(one) if p not in able.vectors})
+    changed = {p for one in turns for p in _params(one)}
+    return replace(able, turns=turns, untied={n: s for n, s in able.untied.items() if n in changed})
 
 
 def _params(one: Turn) -> list[str]:
@@ -76,7 +86,7 @@ def choose(source: Source, sites: Sequence[Site], **options: Any) -> Choice:
 
 def declare(source: Source, sites: Sequence[Site], **options: Any) -> Declared:
     """Norms and biases change; heads that are tied to the embedding are stored apart."""
-    able = _able(source)
+    able = _chosen(source, sites)
     changed = dict.fromkeys(able.vectors[p] for one in able.turns for p in _params(one) if p in able.vectors)
     by_param = {s.param: s for s in source.sites}
     added = []
@@ -128,7 +138,8 @@ class _Rotating:
 
     def __init__(self, work: Work, seed: int) -> None:
         self.work, self.seed, self.source = work, seed, work.plan.source
-        self.able = _able(self.source)
+        selected = [s for one in work.plan.selected if one.step is ROTATE for s in one.sites]
+        self.able = _chosen(self.source, selected)
         names = self.source.names
         own = [p for t in work.tensors for p in t.tensor.params if p in names.params]
         self.added = {n: s for n, s in self.able.untied.items() if s in {a for p in own for a in names.names_of(p)}}
