@@ -21,7 +21,7 @@ from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.unit import rewrite
 from arrondi.pipeline.work import Work
 from arrondi.sample import sample_path
-from tests.zoo import ZOO, make, of_transformers, outputs
+from tests.zoo import ARCHITECTURES, ZOO, make, of_transformers, outputs
 
 REWRITES = ("smoothquant", "awq-scale", "equalize", "sinq")
 OTHERS = sorted(set(ZOO) - {"t5", "whisper", "vit", "clip", "dinov2-swiglu"})
@@ -71,7 +71,8 @@ def test_a_rewritten_model_computes_what_it_did(name: str) -> None:
     assert {s.param for joint in joints for s in joint.readers} <= changed
     assert {joint.producer.param for joint in joints} <= changed
     for ids, expected in zip(probes, before, strict=True):
-        assert close(outputs(model, ids), expected, 5e-5), name
+        # Of some unusual models the residual stream is so large that float32 itself has no more digits.
+        assert close(outputs(model, ids), expected, 1e-5 if name in ARCHITECTURES else 5e-5), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
