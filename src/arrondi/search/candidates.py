@@ -162,10 +162,9 @@ def _way(text: str) -> _Way:
         options |= dict(pairs)
     _refuse_repeated("step", [n for kind in names.values() for n in kind])
     if len(names["round"]) != 1:
-        found = " and ".join(names["round"]) or "none"
-        raise SchemeError(
-            f"{text}: one step of a method rounds, got {found}. Write, for example, {text.split('+')[0]}+rtn."
-        )
+        found = " and ".join(names["round"])
+        fix = f"got {found}. Leave one out" if found else f"got none. Write, for example, {text.strip()}+rtn"
+        raise SchemeError(f"{text}: one step of a method rounds, {fix}.")
     return _Way(text.strip(), names["round"][0], tuple(names["rewrite"]), tuple(names["repair"]), options)
 
 
