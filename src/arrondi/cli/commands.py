@@ -98,6 +98,10 @@ def quantize(
     rewrite: opt.Rewrites = None,
     repair: opt.Repairs = None,
     calibration: opt.Calibration = None,
+    column: opt.Column = None,
+    imatrix: opt.Imatrix = None,
+    calibration_images: opt.CalibrationImages = None,
+    all_experts: opt.AllExperts = False,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
     eval_text: opt.EvalText = None,
@@ -123,16 +127,16 @@ def quantize(
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair)
+    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts)
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)
-    measured = not no_eval and (calibration or eval_text) is not None
+    measured = not no_eval and (calibration or eval_text or calibration_images) is not None
     if limits and not measured:
         raise SchemeError(
             "--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval."
         )
-    if calibration is None:
+    if calibration is None and calibration_images is None:
         _useless(context, "calibration text", "samples", "seed", *([] if measured else ["seq_len"]))
     if not measured:
         _useless(context, "a measurement", "eval_samples")
@@ -142,7 +146,19 @@ def quantize(
     from arrondi.report import print_report, progress_bar, sole_reader
 
     device_named(device)
-    text = TextOptions(calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits)
+    text = TextOptions(
+        calibration,
+        samples,
+        seq_len,
+        eval_text,
+        not no_eval,
+        eval_samples,
+        seed,
+        limits,
+        column,
+        imatrix,
+        calibration_images,
+    )
     if dry_run:
         planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
         both = texts.calibration, texts.evaluation
@@ -173,8 +189,10 @@ def evaluate(
     model: opt.Model,
     against: Annotated[str, typer.Option(help="Directory or Hub name of the original model.", show_default=False)],
     text: Annotated[
-        Path, typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl or .json.", show_default=False)
+        Path,
+        typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl, .json or .parquet.", show_default=False),
     ],
+    column: opt.Column = None,
     seq_len: opt.SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
     activations: opt.Activations = None,
@@ -203,6 +221,7 @@ def evaluate(
             text,
             seq_len=seq_len,
             samples=samples,
+            column=column,
             activations=activations,
             limits=limits,
             progress=progress,
@@ -239,12 +258,25 @@ def _evaluate_with_cache(
 
 
 @app.command(cls=Strict)
-def inspect(model: opt.Model, json_: opt.Json = False) -> None:
+def inspect(
+    model: opt.Model,
+    folds: Annotated[
+        bool,
+        typer.Option(
+            "--folds",
+            help="Print instead which layers read the same activation, what makes it, and whether scales fold into that.",
+        ),
+    ] = False,
+    json_: opt.Json = False,
+) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
-    from arrondi.pipeline import inspect_model
-    from arrondi.report import print_inspection
+    from arrondi.pipeline import inspect_folds, inspect_model
+    from arrondi.report import print_folds, print_inspection
 
-    _answer(inspect_model(model), json_, print_inspection)
+    if folds:
+        _answer(inspect_folds(model), json_, print_folds)
+    else:
+        _answer(inspect_model(model), json_, print_inspection)
 
 
 @app.command(cls=Strict)
@@ -264,6 +296,38 @@ def dequantize(
 
     with progress_bar("dequantizing", quiet) as progress:
         result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
+    _answer(result, json_, print_facts)
+
+
+@app.command(cls=Strict)
+def imatrix(
+    model: opt.Model,
+    calibration: Annotated[Path, typer.Option(help="Text to read, as for quantize.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write: .gguf, or .dat for the legacy format.", show_default=False),
+    ],
+    samples: opt.Samples = 128,
+    seq_len: opt.SeqLen = 512,
+    column: opt.Column = None,
+    seed: opt.Seed = 0,
+    head: Annotated[bool, typer.Option("--process-output", help="The output head, too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    device: opt.Device = "cpu",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write llama.cpp's importance matrix of a model: how large the inputs of every linear layer are on a text."""
+    from arrondi.pipeline.importance import make_imatrix
+    from arrondi.report import print_facts, progress_bar
+
+    with progress_bar("reading", quiet) as progress:
+        result = make_imatrix(
+            model, calibration, output, samples=samples, seq_len=seq_len, seed=seed, column=column, head=head,
+            overwrite=overwrite, device=device, progress=progress,
+        )  # fmt: skip
+    for sentence in result.pop("notes"):
+        _note(sentence)
     _answer(result, json_, print_facts)
 
 

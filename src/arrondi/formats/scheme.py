@@ -111,10 +111,13 @@ class ActivationScheme:
         scheme: what each tensor becomes.
         dynamic: True: the scales follow each tensor. False: they are stored (static) and serve every tensor. "local": the
             outer scale of quantized scales is stored, the inner scales follow each tensor (NVFP4).
+        spread: size of the blocks of channels that go through a Hadamard transform before they are rounded, 0 without one;
+            the weight is stored for channels that have.
     """
 
     scheme: Scheme
     dynamic: Dynamic = True
+    spread: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -132,9 +135,17 @@ class ActivationScheme:
             raise SchemeError(
                 f"A static scale is one number, and those of {self.scheme} are quantized together. Use 'local' or 'dynamic'."
             )
+        if self.spread < 0:
+            raise SchemeError(f"Channels are spread in blocks of at least one, got {self.spread}. Use 0 to leave them.")
+
+    @property
+    def rounding(self) -> ActivationScheme:
+        """What becomes of channels that have been spread."""
+        return replace(self, spread=0) if self.spread else self
 
     def __str__(self) -> str:
-        return str(self.scheme) + {True: "", False: "/static", "local": "/local"}[self.dynamic]
+        when = {True: "", False: "/static", "local": "/local"}[self.dynamic]
+        return f"{self.scheme}{when}{f'/h{self.spread}' if self.spread else ''}"
 
 
 @dataclass(frozen=True)

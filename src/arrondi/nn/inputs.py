@@ -15,6 +15,7 @@ from torch import nn
 
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import ActivationScheme, PerTensor, Scheme
+from arrondi.rewrite.spread import spread
 from arrondi.tensor.qtensor import fake_quantize
 from arrondi.tensor.ranges.grid import Grid
 
@@ -90,7 +91,7 @@ def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -
 
 
 class RoundedInputs:
-    """A forward pre-hook, registered `with_kwargs=True`, that rounds the first argument of a module.
+    """A forward pre-hook, registered `with_kwargs=True`, that spreads and rounds the first argument of a module.
 
     Gradients pass as if it were not rounded.
 
@@ -112,6 +113,8 @@ class RoundedInputs:
         return args, {**kwargs, first: self._rounded(kwargs[first])}
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        if self.inputs.spread:
+            x = spread(x, self.inputs.spread)
         rounded = fake_quantize(x.detach(), self.inputs.scheme, grid=self.grid, name="activation")
         return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
 

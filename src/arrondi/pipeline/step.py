@@ -24,9 +24,10 @@ from arrondi.rounding import Rounding
 
 Kind = Literal["rewrite", "round", "repair"]
 
-Scope = Literal["site", "reads", "unit", "model"]
+Scope = Literal["site", "reads", "unit", "model", "fold"]
 """What is done together or not at all: one site, all sites that read the same input, all that were selected in a unit, or in the
-model. A step is never given more than one unit at a time."""
+model; or all that reads an activation with what makes it, where scales can be moved from one to the other. A step is never given
+more than one unit at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,26 @@ class Declared:
         changed: tensors of the file that get other values. Weights of the step's own sites are not listed.
         added: tensors that the file did not have.
         config: edits of config.json; dictionaries in it are merged.
+        notes: sentences for the plan.
     """
 
     changed: tuple[str, ...] = ()
     added: tuple[Added, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sites that a step takes.
+
+    Attributes:
+        groups: sites that are done together.
+        refusals: why not → sites where it is not done.
+    """
+
+    groups: tuple[tuple[Site, ...], ...]
+    refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _nothing(source: Source, sites: Sequence[Site], **options: Any) -> Declared:
@@ -88,15 +104,19 @@ class Step:
         name: what recipes call it.
         kind: rewrite steps run first in a unit, then round steps, each followed by the repair steps of what it rounded.
         source: where it comes from, for people.
-        apply: (work, sites, **options) of rewrites and repairs; the sites are one group of `scope`, within one unit.
+        apply: (work, sites, **options) of rewrites and repairs; the sites are one group of `scope`, within one unit. Steps of the
+            scope "fold" get the `Joint`s of the unit in place of sites.
         round: the function of round steps.
         needs: what has to be known of the inputs.
         scope: what is done together or not at all.
         refuse: (site, its scheme or None) → None, or why it cannot be done there, as the end of a sentence.
         fallback: the round step that a round step is replaced by where nothing is known of the inputs, unless the rule names
             another.
-        declare: (source, all sites, **options) → what it changes and adds, known before it runs.
+        declare: (source, all sites or joints, **options) → what it changes and adds, known before it runs.
+        choose: (source, picked sites, **options) → what it takes, of steps that know more of the model than `scope` says.
         unpaired: the round step that a round step is replaced by where the original sends other tokens; "" is the fallback.
+        spreads: (source, site, **options) → the blocks in which the site's rounded inputs are spread while the model runs, 0 if
+            they are not.
         makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
         before, after: names of the rewrites and repairs that come with a round step.
         cost: rough single-core seconds for 10⁹ weights, without the forward passes.
@@ -112,7 +132,9 @@ class Step:
     refuse: Callable[[Site, LayerScheme | None], str | None] = lambda site, scheme: None
     fallback: str = ""
     declare: Callable[..., Declared] = _nothing
+    choose: Callable[..., Choice] | None = None
     unpaired: str = ""
+    spreads: Callable[..., int] = lambda source, site, **options: 0
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()

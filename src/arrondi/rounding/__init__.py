@@ -19,6 +19,8 @@ from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
+from arrondi.rounding.autoround import autoround, refuse_autoround
+from arrondi.rounding.awq import awq
 from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
@@ -27,6 +29,7 @@ from arrondi.tensor.qtensor import QTensor
 
 STATISTICS: Final[Mapping[str, str]] = MappingProxyType({
     "moment": "moment", "cross moment": "cross_moment", "float moment": "float_moment", "absmax": "absmax", "sample": "sample",
+    "importance": "importance",
 })  # fmt: skip
 """What a method may need of a layer's inputs → the argument by which it takes it; see `arrondi.pipeline.statistics.Need`."""
 
@@ -88,7 +91,11 @@ PAIRS: Final = frozenset({"moment", "cross moment"})
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
+    "autoround": Method(
+        autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, repairs=("signround",)
+    ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
+    "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, rewrites=("awq-scale",)),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
     "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
 })  # fmt: skip
@@ -143,4 +150,16 @@ def check_options(method: str, function: Callable[..., Any], options: Mapping[st
 _KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptaq", "gptq", "hqq", "rtn"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Rounding",
+    "autoround",
+    "awq",
+    "check_options",
+    "get_method",
+    "gptaq",
+    "gptq",
+    "hqq",
+    "rtn",
+]

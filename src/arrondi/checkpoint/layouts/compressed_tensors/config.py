@@ -156,7 +156,7 @@ def _side(activations: ActivationScheme | None) -> dict[str, Any] | None:
 def _sayable(activations: ActivationScheme) -> bool:
     """Whether the package computes these activations from what the config says."""
     scheme = activations.scheme
-    if not isinstance(scheme.granularity, PerTensor | PerToken | PerGroup):
+    if activations.spread or not isinstance(scheme.granularity, PerTensor | PerToken | PerGroup):
         return False
     if activations.dynamic == "local":
         return scheme.scale == NESTED and scheme.granularity == PerGroup(16) and scheme.format.name == "fp4_e2m1"
