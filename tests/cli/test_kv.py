@@ -28,3 +28,14 @@ def test_what_does_not_go_is_said_in_one_sentence(cli: Cli, models: Models) -> N
     refused(cli("run", llama, "Once", "--kv", "int8-static"), "come from calibration")
     refused(cli("run", models("bert"), "Once", "--kv", "int8"), "does not generate text")
     refused(cli("run", llama, "Once", "--kv-bits", "4"), "--kv int8, int4 or kivi2")
+
+
+def test_eval_measures_what_a_cache_costs(cli: Cli, models: Models, text: Path) -> None:
+    llama, bert = models("llama"), models("bert")
+    asked = ("eval", llama, "--against", llama, "--text", text, "--seq-len", 48, "--samples", 3, "--kv")
+    found = cli(*asked, "int8", "--json").document
+    assert 0 < found["kl_mean"] < 0.01 and found["kv"] == "int8"
+    assert cli(*asked, "int8", "--max-kl", 1e-9).code == 3
+    refused(cli(*asked, "int7"), "Unknown kind", "Did you mean")
+    refused(cli(*asked, "int8", "--device", "cuda"), "Leave it out")
+    refused(cli("eval", bert, "--against", bert, "--text", text, "--kv", "int8"), "does not continue texts")

@@ -90,7 +90,7 @@ KV = Annotated[
     str | None,
     typer.Option(
         "--kv",
-        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi2; for some layers another: 'kivi2;0-1=int8'.",
+        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi-k4v2, kivi2; for some layers another: 'kivi2;0-1=int8'.",
         show_default="as they are",
     ),
 ]

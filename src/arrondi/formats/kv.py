@@ -167,6 +167,7 @@ KV_KINDS: Final[Mapping[str, Kind]] = MappingProxyType({
     "int4-rotated": Kind(CacheScheme(_part(4, _CHANNELS), _part(4, _CHANNELS), rotated=True), "Ashkboos et al. 2024, arXiv:2404.00456", "the same, keys after a Hadamard transform"),
     "kivi4": Kind(CacheScheme(_part(4, _TOKENS), _part(4, _CHANNELS), window=128), _KIVI, "keys by channel over 32 tokens, values by token; the newest 128 tokens stay"),
     "kivi2": Kind(CacheScheme(_part(2, _TOKENS), _part(2, _CHANNELS), window=128), _KIVI, "the same in 2 bits"),
+    "kivi-k4v2": Kind(CacheScheme(_part(4, _TOKENS), _part(2, _CHANNELS), window=128), _KIVI, "keys in 4 bits, values, which bear more, in 2"),
     "int8-static": Kind(CacheScheme(_STATIC, _STATIC), "LightSeq, Wang et al. 2022, arXiv:2110.05722", "one clip value of each layer for keys and for values, from calibration"),
 })  # fmt: skip
 """Every cache that has a name."""

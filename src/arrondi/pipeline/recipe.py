@@ -53,9 +53,11 @@ class Rule:
         step = get_step(self.method)
         if step.kind != "round":
             raise SchemeError(f"{self.method} rounds nothing, so it takes no scheme. Drop {self.scheme}.")
-        if self.scheme.outputs is not None or self.scheme.kv is not None:
+        if self.scheme.outputs is not None:
+            raise SchemeError(f"Scheme {self.scheme} rounds outputs, which is not done yet. Drop 'o'.")
+        if self.scheme.kv is not None:
             raise SchemeError(
-                f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
+                f"Keys and values are rounded when the model is run, not when it is written, got {self.scheme}. Drop 'kv' and give --kv int8 to `arrondi run`."
             )
         check_scheme(self.method, self.scheme, self.options)
         object.__setattr__(self, "scheme", replace(self.scheme, weights=step.makes(self.scheme.weights, self.options)))

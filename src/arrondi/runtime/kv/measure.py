@@ -122,7 +122,7 @@ def compare_with_cache(
         **found.summary().to_dict(),
         "text": windows.source,
         "windows": sum(len(b) for b in batches),
-        "protocol": f"{protocol(tokenizer, windows.seq_len)}, read {pace} at a time through a {kv} cache; the original reads each window at once",
+        "protocol": f"{protocol(tokenizer, windows.seq_len)}, read {pace} at a time through a cache of the kind {kv}; the original reads each window at once",
         "notes": [note] if note and tokenizer is not None else [],
         "activations": activations,
         "kv": kv,
