@@ -6,7 +6,7 @@ Owns: `parse_scheme` and `parse_activations`. The inverse is `str` of a scheme.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
@@ -14,11 +14,13 @@ from arrondi.formats.format import Format, get_format
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from arrondi.formats.hints import unknown_scheme
 from arrondi.formats.presets import ALIASES, PRESETS
-from arrondi.formats.scheme import ActivationScheme, Dynamic, LayerScheme, Scheme
+from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table, TableType
 
 _EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
 _SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})")
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
+_TABLE = re.compile(r"t:(int8|float16|bfloat16|float32)(?::([0-9]{1,9}|all))?")
+_APART = re.compile(r"(columns|elements):([0-9]{1,10})(?::(float32|bfloat16|float16))?")
 _WORDS: dict[str, dict[str, Any]] = {
     "channel": {"granularity": PerChannel()}, "tensor": {"granularity": PerTensor()}, "token": {"granularity": PerToken()},
     "sym": {"zero_point": "none"}, "asym": {"zero_point": "integer"}, "offset": {"zero_point": "float"},
@@ -39,6 +41,8 @@ def parse_scheme(text: str) -> LayerScheme:
         float32, bfloat16, float16, e8m0 or s:(SCHEME)                   storage of the scales
         o:float16 or o:(SCHEME)                                          storage of the offsets
         signed, unsigned                                                 whether scales may be negative
+        t:int8, t:float16:16, t:float32:all                              tables of lut2 … lut8: stored type, rows that share one
+        columns:8:float16, elements:1234                                 how many are kept apart, and their stored type
         dynamic, static, local                                           of a, o and kv: when the scales are known
 
     >>> str(parse_scheme("w4a16")), str(parse_scheme("w=int3/g64/asym,a=int8/token/dynamic"))
@@ -122,6 +126,11 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
         elif match := _STORED.fullmatch(part):
             key = {"s": "scale", "o": "offset"}[match[1]]
             found[key] = match[3] or _nested(match[2], whole)
+        elif match := _TABLE.fullmatch(part):
+            rows = 1 if match[2] is None else 0 if match[2] == "all" else int(match[2])
+            found["table"] = Table(rows, cast(TableType, match[1]))
+        elif match := _APART.fullmatch(part):
+            found["apart"] = Apart(cast(Any, match[1]), int(match[2]), cast(Any, match[3] or "float32"))
         elif part in _TIMES:
             dynamic = _TIMES[part]
         elif part in _WORDS:
@@ -150,6 +159,8 @@ def _kind(part: str) -> str:
         return "granularity"
     if match := _STORED.fullmatch(part):
         return {"s": "scale", "o": "offset"}[match[1]]
+    if _TABLE.fullmatch(part) or _APART.fullmatch(part):
+        return "table" if part.startswith("t:") else "apart"
     return "time" if part in _TIMES else next(iter(_WORDS.get(part, {part: None})))
 
 

@@ -1,8 +1,8 @@
 """Schemes: what one tensor becomes, what the inputs of a layer become, and what one layer becomes.
 
-Owns: `Scheme` (format + granularity + zero point + how scales and offsets are stored), `ActivationScheme` (a scheme with the
-moment at which its scales are known) and `LayerScheme` (weights, inputs, outputs, key/value cache). Their text form, `str`, is
-the grammar that `arrondi.formats.grammar` reads.
+Owns: `Scheme` (format + granularity + zero point + how scales and offsets are stored), its `Table` (learned values) and `Apart` (what
+stays out of the codes), `ActivationScheme` (a scheme with the moment at which its scales are known) and `LayerScheme` (weights, inputs,
+outputs, key/value cache). Their text form, `str`, is the grammar that `arrondi.formats.grammar` reads.
 
 A scheme says nothing of *how* its codes and scales are chosen: that is the method's business.
 """
@@ -26,6 +26,58 @@ PLAIN: Final = ("float32", "bfloat16", "float16")
 """Storage types that are ordinary floating-point numbers."""
 
 
+TableType = Literal["int8", "float16", "bfloat16", "float32"]
+"""How an entry of a table is stored; int8 counts in steps of 1/128."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tables of a look-up format.
+
+    Attributes:
+        rows: rows of the matrix that share a table; 0: all of them.
+        stored: type of an entry. An int8 entry t means t/128, so that products with a table are integer products.
+    """
+
+    rows: int = 1
+    stored: TableType = "int8"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.rows < 0:
+            raise SchemeError(f"A table serves some rows (1, 2, …) or all of them (0), got {self.rows}.")
+
+    def count(self, rows: int) -> int:
+        """How many tables a matrix of so many rows has."""
+        return -(-rows // self.rows) if self.rows else min(rows, 1)
+
+    def __str__(self) -> str:
+        return f"t:{self.stored}" + ("" if self.rows == 1 else f":{self.rows}" if self.rows else ":all")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Numbers that stay out of the codes of a matrix, because they would spoil the grid of the others.
+
+    Attributes:
+        what: "columns" (input features with outliers) or "elements" (single weights).
+        count: of columns, of each matrix; or of elements, of the tensor.
+        stored: type of their values.
+    """
+
+    what: Literal["columns", "elements"]
+    count: int
+    stored: OffsetType = "float32"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.count < 2**31:
+            raise SchemeError(f"1 to 2³¹ {self.what} are kept apart, got {self.count}. For none leave it out.")
+
+    def __str__(self) -> str:
+        return f"{self.what}:{self.count}" + ("" if self.stored == "float32" else f":{self.stored}")
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What one tensor becomes.
@@ -39,6 +91,8 @@ class Scheme:
         offset: storage type of the offsets, or a scheme by which they are quantized in turn; of zero_point="float" only.
         signed: whether a scale may be negative, which mirrors the grid. None is the usual answer for its storage: plain
             floating-point scales may, powers of two and quantized scales may not.
+        table: of a look-up format, who shares its tables and how they are stored; None for every other format.
+        apart: what is kept apart; None: nothing.
     """
 
     format: Format
@@ -47,9 +101,19 @@ class Scheme:
     scale: ScaleType | Scheme = "float32"
     offset: OffsetType | Scheme = "float32"
     signed: bool | None = None
+    table: Table | None = None
+    apart: Apart | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.format.learned and self.table is None:
+            object.__setattr__(self, "table", Table())
+        if self.table is not None and not self.format.learned:
+            raise SchemeError(f"{self.format} has values of its own and no table ('t:…'). Use lut{self.format.bits}, or drop it.")
+        if self.format.learned and (self.scale not in PLAIN or self.offset not in PLAIN or isinstance(self.granularity, PerBlock)):
+            raise SchemeError(
+                f"Look-up tables go with plain scales of groups, channels or tensors, got {self.granularity} and scales stored as {self.scale}."
+            )
         if self.zero_point == "integer" and self.format.kind != "integer":
             raise SchemeError(
                 f"A zero point needs an integer format, got {self.format} with a zero point ('asym'). "
@@ -100,7 +164,8 @@ class Scheme:
         if isinstance(self.offset, Scheme):
             offset = f"/o:({self.offset})"
         sign = {None: "", True: "/signed", False: "/unsigned"}[self.signed]
-        return f"{self.format}/{where}{zero}{scale}{offset}{sign}"
+        rest = "".join(f"/{part}" for part in (self.table, self.apart) if part is not None)
+        return f"{self.format}/{where}{zero}{scale}{offset}{sign}{rest}"
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class Placed:
         *lead, columns = self.shape
         return math.prod(lead), columns
 
+    @property
+    def matrices(self) -> int:
+        """How many matrices it holds: more than one of a stack."""
+        return 1 if self.kind in ("Conv1d", "Conv2d", "Conv3d") else math.prod(self.shape[:-2])
+
     def restored(self, matrix: torch.Tensor) -> torch.Tensor:
         """A dense matrix of `matrix_shape` in the shape and orientation of the plain tensor."""
         if not self.transposed:

@@ -34,6 +34,8 @@ def refuse(placed: Placed) -> str | None:
         return "compressed-tensors stores parameters named weight only"
     if placed.indexed:
         return "compressed-tensors gave up scattered groups (a group index) in its version 0.20"
+    if weights.apart is not None:
+        return "compressed-tensors keeps no columns or elements apart"
     if weights.zero_point == "float":
         return "compressed-tensors stores integer zero points only"
     if placed.transposed and (isinstance(weights.scale, Scheme) or weights.scale == "e8m0"):

@@ -1,0 +1,236 @@
+"""Learned tables: which values the codes of a group of rows should mean.
+
+Owns: `kmeans`, `any4`, what schemes they make (`make_kmeans`, `make_any4`), and `learn`, clustering in one dimension.
+
+A table is the set of levels t that minimises Σ h (u - t(u))² over the numbers u = w / scale of its rows, where h weighs each by
+what its error costs: h = scale² · E[x²] of its input. In one dimension clusters are intervals, so numbers are sorted once, and sums
+over a cluster are differences of running sums: an iteration costs a binary search for each level.
+
+Sources: Lloyd 1982, "Least squares quantization in PCM" (the iteration); Wang and Song 2011, "Ckmeans.1d.dp" (dynamic programming
+in one dimension); Kim et al. 2023, arXiv:2306.07629 (tables per output channel, weighted by sensitivity); Elhoushi and Johnson 2025,
+arXiv:2507.04610 (any4: tables over group-normalised rows, weighted by activations). Ours beyond the papers: entries of 8 bits, scales
+refitted to the table, and tables shared by several rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+
+from arrondi.arguments import Between, check_arguments
+from arrondi.calibration import SecondMoment
+from arrondi.errors import DataError, SchemeError, ShapeError
+from arrondi.formats import PerChannel, PerGroup, Scheme, Table, look_up
+from arrondi.formats.scheme import PLAIN, TableType
+from arrondi.rounding.clusters import learn
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import round_scale
+from arrondi.tensor.tables import STEP, nearest, round_table
+
+_CHUNK = 1 << 20
+"""Weights handled at a time: sorting takes some forty bytes for each."""
+
+_SILENT = 1e-6
+"""An input that was always zero weighs so much of the mean one, so that its weights are not rounded at random."""
+
+
+def make_kmeans(scheme: Scheme, options: Mapping[str, Any]) -> Scheme:
+    """The scheme that `kmeans` makes of the one asked for: its bits, one scale a row, learned tables."""
+    return scheme if scheme.format.learned else _made(replace(scheme, granularity=PerChannel()), options)
+
+
+def make_any4(scheme: Scheme, options: Mapping[str, Any]) -> Scheme:
+    """The scheme that `any4` makes of the one asked for: its bits and groups, learned tables."""
+    return scheme if scheme.format.learned else _made(scheme, options)
+
+
+def _made(scheme: Scheme, options: Mapping[str, Any]) -> Scheme:
+    table = Table(int(options.get("rows", 1)), options.get("entries", "int8"))
+    return replace(scheme, format=look_up(scheme.format.bits), table=table, signed=None)
+
+
+def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
+    """Why no tables can be learned for a scheme; None if they can."""
+    known = scheme.format.learned or (scheme.format.kind == "integer" and scheme.format.levels == 2**scheme.format.bits)
+    rows = isinstance(scheme.granularity, PerGroup) or scheme.granularity == PerChannel()
+    if known and rows and scheme.symmetric and scheme.scale in PLAIN and scheme.apart is None:
+        return None
+    return f"Tables are learned in place of symmetric integers with plain scales of rows or groups (W4A16, W3A16, W2A16), got {scheme}."
+
+
+Entries = TableType
+Rows = Annotated[int, Between(0, 1_000_000)]
+Iterations = Annotated[int, Between(0, 1000)]
+
+
+def kmeans(
+    weight: torch.Tensor,
+    scheme: SchemeLike,
+    moment: SecondMoment | None = None,
+    *,
+    rows: Rows = 1,
+    entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
+    iterations: Iterations = 100,
+    name: str = "weight",
+    facts: dict[str, Any] | None = None,
+) -> QTensor:
+    """Round to values that are learned for each row, or for some rows together.
+
+    Args:
+        weight: (m, n), any float dtype, finite.
+        scheme: symmetric integers, whose bits count and whose groups do not; or a look-up format.
+        moment: second moment of the inputs (n,); its diagonal weighs the columns. None: all columns weigh the same.
+        rows: rows that share a table; 0: all of them.
+        entries: type in which a table's entries are stored.
+        iterations: of Lloyd's algorithm at most, for each table.
+        name: for messages.
+        facts: not used; accepted so that every method is called alike.
+
+    Returns:
+        the weight with one scale a row and tables of 2^bits entries.
+
+    Raises:
+        SchemeError: no tables can be learned for the scheme.
+        ShapeError: the weight is no matrix, or the moment has another size.
+        DataError: NaN or infinity in the weight.
+    """
+    with named(name):
+        check_arguments(kmeans, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
+    wanted = _checked(weight, scheme_of(scheme), moment, name)
+    return _round(weight, make_kmeans(wanted, {"rows": rows, "entries": entries}), moment, iterations, 0, name)
+
+
+def any4(
+    weight: torch.Tensor,
+    scheme: SchemeLike,
+    moment: SecondMoment | None = None,
+    *,
+    rows: Rows = 1,
+    entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
+    iterations: Iterations = 100,
+    refits: Annotated[int, Between(0, 100)] = 4,
+    name: str = "weight",
+    facts: dict[str, Any] | None = None,
+) -> QTensor:
+    """Round to values that are learned for each row, in units of the scale of each group.
+
+    Args:
+        weight, moment, rows, entries, iterations, name, facts: as `kmeans` has them.
+        scheme: symmetric integers, whose bits and groups count; or a look-up format.
+        refits: how often scales and tables are fitted to each other after the first table (0: the published method).
+
+    Raises:
+        SchemeError, ShapeError, DataError: as `kmeans`.
+    """
+    with named(name):
+        check_arguments(any4, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
+    wanted = _checked(weight, scheme_of(scheme), moment, name)
+    return _round(weight, make_any4(wanted, {"rows": rows, "entries": entries}), moment, iterations, refits, name)
+
+
+def _checked(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str) -> Scheme:
+    if (reason := refuse_tables(scheme, {})) is not None:
+        raise SchemeError(f"{name}: {reason}")
+    if weight.ndim != 2:
+        raise ShapeError(f"{name}: tables belong to matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
+    if moment is not None and moment.n != weight.shape[1]:
+        raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
+    if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all()):
+        raise DataError(f"{name}: the weights hold NaN or infinity. Repair or exclude the tensor.")
+    return scheme
+
+
+def _round(
+    weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, iterations: int, refits: int, name: str
+) -> QTensor:
+    assert scheme.table is not None
+    weight = weight.detach()
+    m, n = weight.shape
+    importance = _importance(moment, n).to(weight.device)
+    size = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else n
+    tall = scheme.table.rows or m
+    step = max(_CHUNK // max(n * tall, 1), 1) * tall
+    parts = [_Part(weight[i : i + step].float(), importance, scheme, min(size, n)) for i in range(0, m, step)]
+    for part in parts:
+        part.fit(iterations, refits)
+    codes, scale, table = (torch.cat(found) for found in zip(*((p.codes, p.scale, p.table) for p in parts), strict=True))
+    return QTensor(codes, scale, None, None, scheme, None, table)
+
+
+def _importance(moment: SecondMoment | None, n: int) -> torch.Tensor:
+    """What an error of each column weighs, mean 1."""
+    if moment is None:
+        return torch.ones(n)
+    diagonal = moment.diagonal().double()
+    mean = float(diagonal.mean())
+    return (diagonal / mean).clamp(min=_SILENT).float() if mean > 0 else torch.ones(n)
+
+
+class _Part:
+    """Some rows with their scales, tables and codes."""
+
+    def __init__(self, rows: torch.Tensor, importance: torch.Tensor, scheme: Scheme, size: int) -> None:
+        assert scheme.table is not None
+        self.rows, self.importance, self.scheme, self.size = rows, importance, scheme, size
+        self.own = scheme.table
+        self.tall = min(self.own.rows or len(rows), len(rows))
+        self.missing = -rows.shape[1] % size
+        # The least table entry is -1 and the greatest 127/128: the extremes of a group stay inside.
+        reach = self._groups(rows).abs().amax(-1) / (1 - STEP)
+        self.scale = round_scale(reach, scheme.scale)
+
+    def fit(self, iterations: int, refits: int) -> None:
+        """Tables for these scales, then scales for these tables, and so on while the error falls."""
+        self._learn(None, iterations)
+        best, kept = self._error(), (self.scale, self.table, self.codes)
+        for _ in range(refits):
+            self._rescale()
+            self._learn(self.table, iterations)
+            error = self._error()
+            if not error < best:
+                break
+            best, kept = error, (self.scale, self.table, self.codes)
+        self.scale, self.table, self.codes = kept
+
+    def _learn(self, start: torch.Tensor | None, iterations: int) -> None:
+        each = self._each(self.scale)
+        units, weigh = self.rows / each, each.square() * self.importance
+        flat, weights = self._tabled(units), self._tabled(weigh)
+        weights[:, self._padding(flat)] = 0
+        levels = learn(flat, weights, 2**self.scheme.format.bits, iterations, start)
+        self.table = round_table(levels, self.own).sort(dim=1).values
+        self.codes = self._untabled(nearest(flat, self.table))
+
+    def _rescale(self) -> None:
+        """The scale of every group that fits its codes best; kept where that is not positive."""
+        values = self._untabled(self.table.gather(1, self._tabled(self.codes).long()))
+        weighed = values * self.importance
+        top = self._groups(weighed * self.rows).sum(-1)
+        bottom = self._groups(weighed * values).sum(-1)
+        found = round_scale(top / bottom.clamp(min=torch.finfo(torch.float32).tiny), self.scheme.scale)
+        self.scale = torch.where((top > 0) & (bottom > 0), found, self.scale)
+
+    def _error(self) -> float:
+        values = self._untabled(self.table.gather(1, self._tabled(self.codes).long()))
+        return float(((values * self._each(self.scale) - self.rows).square() * self.importance).sum(dtype=torch.float64))
+
+    def _groups(self, x: torch.Tensor) -> torch.Tensor:
+        """(m, n) → (m, groups, size), a short last group filled with zeros."""
+        return torch.nn.functional.pad(x, (0, self.missing)).reshape(len(x), -1, self.size)
+
+    def _each(self, scale: torch.Tensor) -> torch.Tensor:
+        return scale.repeat_interleave(self.size, dim=1)[:, : self.rows.shape[1]]
+
+    def _tabled(self, x: torch.Tensor) -> torch.Tensor:
+        """(m, n) → (tables, rows of a table · n); rows that are missing in the last one are filled with zeros."""
+        return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % self.tall)).reshape(-1, self.tall * x.shape[1])
+
+    def _untabled(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, self.rows.shape[1])[: len(self.rows)]
+
+    def _padding(self, flat: torch.Tensor) -> slice:
+        return slice(0, 0)
