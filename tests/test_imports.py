@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "arrondi"
 FLOORS = {
     "errors": 0, "arguments": 0, "documents": 0, "_native": 0, "native": 0, "formats": 0, "tensor": 0, "sample": 0, "waiting": 0,
     "kernels": 1,
-    "rounding": 2, "calibration": 2,
+    "rounding": 2, "rewrite": 2, "repair": 2, "calibration": 2,
     "nn": 3,
     "checkpoint": 4,
     "model": 5,

@@ -48,6 +48,8 @@ def quantize(
     targets: Iterable[str] = ("Linear",),
     ignore: Iterable[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    rewrites: Iterable[str] = (),
+    repairs: Iterable[str] = (),
     evaluation: Data | None = None,
     evaluate: bool = True,
     samples: int = 128,
@@ -72,8 +74,8 @@ def quantize(
         calibration: data for methods and static scales that need them. For a module, batches as it is called: tensors, tuples
             of positional arguments or dicts of keyword arguments.
         out: directory to write; needed for a directory, not for a module (see `save`).
-        recipe: rules instead of scheme, method, group_size, targets and options.
-        group_size, targets, ignore, options: see `Recipe.simple`.
+        recipe: rules instead of scheme, method, group_size, targets, options, rewrites and repairs.
+        group_size, targets, ignore, options, rewrites, repairs: see `Recipe.simple`.
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
         samples, seq_len, eval_samples, seed: see `TextOptions`.
@@ -88,7 +90,7 @@ def quantize(
     """
     given = dict(locals())
     check_arguments(quantize, given)
-    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
@@ -123,6 +125,8 @@ def plan(
     targets: Iterable[str] = ("Linear",),
     ignore: Iterable[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    rewrites: Iterable[str] = (),
+    repairs: Iterable[str] = (),
     layout: str | None = None,
     keep_misfits: bool = False,
 ) -> Plan:
@@ -131,7 +135,7 @@ def plan(
     Takes the arguments of `quantize`.
     """
     check_arguments(plan, locals())
-    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs)
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
 
 
@@ -143,14 +147,20 @@ def _rules(
     targets: Iterable[str],
     ignore: Iterable[str] | None,
     options: Mapping[str, Any] | None,
+    rewrites: Iterable[str],
+    repairs: Iterable[str],
 ) -> Recipe:
-    """The recipe, or one rule; never of both."""
+    """The recipe, or one method and what goes with it; never of both."""
     if recipe is None:
         word = "W4A16" if scheme is None else scheme
-        return Recipe.simple(word, method, group_size=group_size, targets=targets, ignore=ignore, options=options)
+        return Recipe.simple(
+            word, method, group_size=group_size, targets=targets, ignore=ignore, options=options, rewrites=rewrites,
+            repairs=repairs,
+        )  # fmt: skip
     given = {
         "scheme": scheme, "method": None if method == "rtn" else method, "group_size": group_size,
         "targets": None if tuple(targets) == ("Linear",) else targets, "ignore": ignore, "options": options,
+        "rewrites": tuple(rewrites) or None, "repairs": tuple(repairs) or None,
     }  # fmt: skip
     beside = [name for name, value in given.items() if value is not None]
     if beside:

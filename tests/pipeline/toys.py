@@ -20,7 +20,7 @@ import torch
 
 from arrondi.formats import LayerScheme
 from arrondi.model import Site, Source
-from arrondi.pipeline import Recipe, Rule, TextOptions, quantize_model, step
+from arrondi.pipeline import Recipe, Rule, TextOptions, quantize_model, steps
 from arrondi.pipeline.step import Added, Declared, Step
 from arrondi.pipeline.work import Work
 from tests.pipeline.killer import TAIL, Killer
@@ -84,8 +84,8 @@ TOYS: Mapping[str, Step] = {
 def toys_known(*more: Step) -> Iterator[None]:
     """Inside, recipes may name the toys."""
     with pytest.MonkeyPatch.context() as patch:
-        known = {**step.STEPS, **TOYS, **{s.name: s for s in more}}
-        patch.setattr(step, "STEPS", MappingProxyType(known))
+        known = {**steps.STEPS, **TOYS, **{s.name: s for s in more}}
+        patch.setattr(steps, "STEPS", MappingProxyType(known))
         yield
 
 

@@ -58,6 +58,8 @@ def plan(
     model: opt.Model,
     scheme: opt.SchemeName = None,
     method: opt.MethodName = None,
+    rewrite: opt.Rewrites = None,
+    repair: opt.Repairs = None,
     group_size: opt.GroupSize = None,
     targets: opt.Targets = None,
     ignore: opt.Ignore = None,
@@ -70,7 +72,7 @@ def plan(
     json_: opt.Json = False,
 ) -> None:
     """Print what `quantize` would do: every tensor, bytes, peak memory, rough time, readers, shapes that do not fit and the fix."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe)
+    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair)
     from arrondi.checkpoint import Checkpoint
     from arrondi.measure.text import fit_length, positions_of
     from arrondi.model import OnDisk
@@ -93,6 +95,8 @@ def quantize(
     output: opt.Out,
     scheme: opt.SchemeName = None,
     method: opt.MethodName = None,
+    rewrite: opt.Rewrites = None,
+    repair: opt.Repairs = None,
     calibration: opt.Calibration = None,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
@@ -119,7 +123,7 @@ def quantize(
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe)
+    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair)
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)

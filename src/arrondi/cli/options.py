@@ -20,7 +20,16 @@ SchemeName = Annotated[
         help="Preset (W4A16, W8A8, NF4, MXFP4A16, …) or grammar (w=int3/g64/asym).", show_default="W4A16"
     ),
 ]  # fmt: skip
-MethodName = Annotated[str | None, typer.Option(help="rtn, hqq or gptq.", show_default="rtn")]
+MethodName = Annotated[
+    str | None, typer.Option(help="How codes are chosen; `arrondi methods` lists all.", show_default="rtn")
+]
+Rewrites = Annotated[
+    list[str] | None,
+    typer.Option("--rewrite", help="What is done to the model before, its function unchanged: NAME,NAME. Repeatable."),
+]
+Repairs = Annotated[
+    list[str] | None, typer.Option("--repair", help="What makes up for the rounding afterwards: NAME,NAME. Repeatable.")
+]
 GroupSize = Annotated[
     int | None, typer.Option(help="Weights that share a scale; -1: a whole row. Default: the scheme's.")
 ]
@@ -33,7 +42,10 @@ Ignore = Annotated[
 ]
 Options = Annotated[
     list[str] | None,
-    typer.Option("--option", help="Option of the method as NAME=VALUE, e.g. damping=0.02. Repeatable."),
+    typer.Option(
+        "--option",
+        help="Option of the method as NAME=VALUE, e.g. damping=0.02; of another step as STEP.NAME=VALUE. Repeatable.",
+    ),
 ]
 RecipeFile = Annotated[
     Path | None,

@@ -23,8 +23,10 @@ def recipe_from(
     ignore: list[str] | None,
     options: list[str] | None,
     file: Path | None,
+    rewrite: list[str] | None = None,
+    repair: list[str] | None = None,
 ) -> Recipe:
-    """The recipe of a file, or of one rule; never of both.
+    """The recipe of a file, or of one method and what goes with it; never of both.
 
     Raises:
         SchemeError: `--recipe` stands beside an option that it would overrule, or a value makes no sense.
@@ -39,14 +41,24 @@ def recipe_from(
             targets=targets or ["Linear"],
             ignore=None if ignore is None else [s for s in ignore if s],
             options=method_options(options or []),
+            rewrites=words(rewrite or []),
+            repairs=words(repair or []),
         )
-    given = {"--scheme": scheme, "--method": method, "--group-size": group_size, "--targets": targets, "--ignore": ignore, "--option": options}  # fmt: skip
+    given = {
+        "--scheme": scheme, "--method": method, "--rewrite": rewrite, "--repair": repair, "--group-size": group_size,
+        "--targets": targets, "--ignore": ignore, "--option": options,
+    }  # fmt: skip
     beside = [option for option, value in given.items() if value is not None]
     if beside:
         raise SchemeError(
             f"--recipe and {' and '.join(beside)} say the same thing twice. Write it into {file}, or leave --recipe out."
         )
     return Recipe.read(file)
+
+
+def words(texts: Sequence[str]) -> list[str]:
+    """Words of a repeatable option, with commas between them."""
+    return [word for text in texts for word in map(str.strip, text.split(",")) if word]
 
 
 def method_options(items: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.quantize import quantize_model, rehearse
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.pipeline.restore import dequantize_model
-from arrondi.pipeline.step import STEPS, Step
+from arrondi.pipeline.step import Step
+from arrondi.pipeline.steps import STEPS
 from arrondi.pipeline.texts import TextOptions
 
 __all__ = [

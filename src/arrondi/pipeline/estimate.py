@@ -17,7 +17,7 @@ from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.run import HIDDEN_LIMIT
 from arrondi.pipeline.statistics import OF_ORIGINAL
-from arrondi.pipeline.step import get_step
+from arrondi.pipeline.steps import get_step
 from arrondi.tensor.rows import rowwise
 
 BASE_BYTES: Final = 430 << 20

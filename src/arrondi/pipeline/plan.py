@@ -20,7 +20,8 @@ from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
-from arrondi.pipeline.step import Declared, Step, get_step
+from arrondi.pipeline.step import Declared, Step
+from arrondi.pipeline.steps import get_step
 
 _NEARLY_ALL = 0.9
 """Share of the weights that one layout must hold of what another holds to be taken for its readers."""

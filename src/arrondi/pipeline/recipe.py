@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import LayerScheme, Scheme
-from arrondi.pipeline.step import check_fallback, check_scheme, check_step, get_step
+from arrondi.pipeline.steps import check_fallback, check_scheme, check_step, get_step, step_of_kind
 from arrondi.tensor.checks import layer_scheme_of
 
 
@@ -26,7 +26,8 @@ class Rule:
     """What is done to weights that match `targets`.
 
     Attributes:
-        scheme: what a round step makes of them, as a value or a word; None leaves them alone. Rewrites and repairs have none.
+        scheme: what a round step makes of them, as a value or a word; None leaves them alone. Rewrites and repairs have none. A
+            method that makes something else of it (a learned codebook of as many bits) says so here.
         method: name of a step.
         targets: selectors.
         options: of the step.
@@ -49,20 +50,25 @@ class Rule:
             check_fallback(self.method, self.fallback)
         if self.scheme is None:
             return
-        if get_step(self.method).kind != "round":
+        step = get_step(self.method)
+        if step.kind != "round":
             raise SchemeError(f"{self.method} rounds nothing, so it takes no scheme. Drop {self.scheme}.")
         if self.scheme.outputs is not None or self.scheme.kv is not None:
             raise SchemeError(
                 f"Scheme {self.scheme} rounds outputs or the key/value cache, which is not done yet. Drop 'o' and 'kv'."
             )
         check_scheme(self.method, self.scheme, self.options)
+        object.__setattr__(self, "scheme", replace(self.scheme, weights=step.makes(self.scheme.weights, self.options)))
         if self.fallback:
             check_scheme(self.fallback, self.scheme, {})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order, and what stays as it is whatever the rules say. `ignore=None` means the output head."""
+    """Rules in order, and what stays as it is whatever the rules say. `ignore=None` means the output head.
+
+    Rewrites and repairs that come with a method, and that no rule names, are put before and after its rule.
+    """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] | None = None
@@ -74,7 +80,7 @@ class Recipe:
             raise SchemeError(
                 f"A recipe is made of rules, got {said(strange[0])}. Each says a scheme and which weights get it."
             )
-        object.__setattr__(self, "rules", tuple(rules))
+        object.__setattr__(self, "rules", _completed(rules))
         if self.ignore is not None:
             object.__setattr__(self, "ignore", _selectors(self.ignore))
         check_fields(self)
@@ -89,12 +95,40 @@ class Recipe:
         targets: Iterable[str] = ("Linear",),
         ignore: Iterable[str] | None = None,
         options: Mapping[str, Any] | None = None,
+        rewrites: Iterable[str] = (),
+        repairs: Iterable[str] = (),
     ) -> Recipe:
-        """One rule, as the command line gives it; the scheme is a word, a scheme of weights, or one of a layer."""
+        """One rule that rounds, as the command line gives it, and what is done before and after it.
+
+        Args:
+            scheme: a word, a scheme of weights, or one of a layer.
+            method: name of a round step.
+            group_size: another than the scheme's; -1 is a whole row.
+            targets, ignore: selectors.
+            options: of the method; of another step under `STEP.OPTION`.
+            rewrites, repairs: names of steps.
+        """
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
-        rule = Rule(_layer_scheme(scheme, group_size), get_step(method).name, _selectors(targets), dict(options or {}))
-        return cls((rule,), None if ignore is None else _selectors(ignore))
+        step, picked, own = get_step(method), _selectors(targets), _by_step(options or {})
+        rounding = Rule(
+            _layer_scheme(scheme, group_size), step.name, picked, {**own.pop("", {}), **own.pop(step.name, {})}
+        )
+        before = [step_of_kind("rewrite", name) for name in _selectors(rewrites)]
+        after = [step_of_kind("repair", name) for name in _selectors(repairs)]
+        before += [name for name in step.before if name not in before]
+        after = [name for name in step.after if name not in after] + after
+        rules = [
+            *(Rule(None, name, picked, own.pop(name, {})) for name in before),
+            rounding,
+            *(Rule(None, name, picked, own.pop(name, {})) for name in after),
+        ]
+        if own:
+            stray = next(iter(own))
+            raise SchemeError(
+                f"Option {stray}.{next(iter(own[stray]))} is of the step {get_step(stray).name}, which is not part of this recipe. Leave it out."
+            )
+        return cls(tuple(rules), None if ignore is None else _selectors(ignore))
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -142,6 +176,31 @@ class Recipe:
 
 
 _EXAMPLE = '{"rules": [{"scheme": "W4A16", "method": "gptq"}, {"scheme": "W8A16", "targets": ["re:.*down_proj"]}]}'
+
+
+def _completed(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules, with those that come with a method and that nobody named."""
+    named = {rule.method for rule in rules}
+    found: list[Rule] = []
+    for rule in rules:
+        step = get_step(rule.method)
+        found += [Rule(None, name, rule.targets) for name in step.before if name not in named and rule.scheme]
+        found.append(rule)
+        found += [Rule(None, name, rule.targets) for name in step.after if name not in named and rule.scheme]
+    return tuple(found)
+
+
+def _by_step(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Step → its options; those without a step under "".
+
+    Raises:
+        SchemeError: there is no such step.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for option, value in options.items():
+        step, _, name = str(option).rpartition(".")
+        found.setdefault(get_step(step).name if step else "", {})[name] = value
+    return found
 
 
 def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = None) -> LayerScheme:

@@ -17,7 +17,7 @@ from arrondi.checkpoint import Layout, Placed
 from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, Rule, matches
-from arrondi.pipeline.step import get_step
+from arrondi.pipeline.steps import get_step
 
 Status = Literal["quantized", "kept by rule", "kept because impossible"]
 

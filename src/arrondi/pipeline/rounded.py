@@ -15,7 +15,7 @@ import torch
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
-from arrondi.pipeline.step import get_step
+from arrondi.pipeline.steps import get_step
 from arrondi.rounding.error import Loss, output_loss, weight_loss
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import knows

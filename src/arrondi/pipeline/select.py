@@ -15,7 +15,8 @@ from arrondi.formats import LayerScheme
 from arrondi.model import Names, OnDisk, Site, Source, build_model
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.step import Declared, Step, get_step
+from arrondi.pipeline.step import Declared, Step
+from arrondi.pipeline.steps import get_step
 
 
 @dataclass(frozen=True)

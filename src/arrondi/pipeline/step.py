@@ -1,8 +1,8 @@
 """Steps: what is done to a model, as data.
 
-Owns: `Step`, the table `STEPS`, and what a step declares. A step rewrites (the function stays the same, the numbers become easier
-to round), rounds, or repairs (what rounding did is made up for). What a method computes is a pure function in `rounding/` (later
-`rewrite/`, `repair/`); a step says what it needs, where it applies and what it adds to the files. A recipe is an ordered list of
+Owns: `Step` and what a step declares; the table of all is in `steps/`. A step rewrites (the function stays the same, the numbers become easier
+to round), rounds, or repairs (what rounding did is made up for). What a method computes is a pure function in `rounding/`,
+`rewrite/` or `repair/`; a step says what it needs, where it applies and what it adds to the files. A recipe is an ordered list of
 steps for selected sites.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,8 +19,8 @@ from arrondi.checkpoint import TensorSpec
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, Source
-from arrondi.pipeline.statistics import Need, Seen
-from arrondi.rounding import METHODS, Method, Rounding, check_options
+from arrondi.pipeline.statistics import Need
+from arrondi.rounding import Rounding
 
 Kind = Literal["rewrite", "round", "repair"]
 
@@ -97,6 +96,8 @@ class Step:
         fallback: the round step that a round step is replaced by where nothing is known of the inputs, unless the rule names
             another.
         declare: (source, all sites, **options) → what it changes and adds, known before it runs.
+        makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
+        before, after: names of the rewrites and repairs that come with a round step.
         cost: rough single-core seconds for 10⁹ weights, without the forward passes.
     """
 
@@ -110,6 +111,9 @@ class Step:
     refuse: Callable[[Site, LayerScheme | None], str | None] = lambda site, scheme: None
     fallback: str = ""
     declare: Callable[..., Declared] = _nothing
+    makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     cost: float = 0.0
 
     def __post_init__(self) -> None:
@@ -124,68 +128,3 @@ class Step:
     def calibrated(self) -> bool:
         """Whether it needs calibration data."""
         return bool(self.needs)
-
-
-def _round_step(name: str, method: Method) -> Step:
-    def run(weight: torch.Tensor, scheme: Scheme, seen: Seen | None, *, name: str, **options: Any) -> Rounding:
-        return method.round(weight, scheme, seen.moment if seen else None, name=name, **options)
-
-    needs: frozenset[Need] = frozenset({"moment"}) if method.needs_moment else frozenset()
-    fallback = "rtn" if method.needs_moment else ""
-    cost = method.seconds_per_gigaweight
-    return Step(name, "round", method.source, round=run, needs=needs, fallback=fallback, cost=cost)
-
-
-STEPS: Mapping[str, Step] = MappingProxyType({name: _round_step(name, method) for name, method in METHODS.items()})
-"""Every step by its name."""
-
-
-def get_step(name: str) -> Step:
-    """The step of that name.
-
-    Raises:
-        SchemeError: there is none; the message has the nearest name.
-    """
-    if not isinstance(name, str) or name.lower() not in STEPS:
-        raise unknown("method", str(name), STEPS)
-    return STEPS[name.lower()]
-
-
-def check_step(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that a step does not have, and values of the wrong kind.
-
-    Raises:
-        SchemeError: names the option and lists those that exist, or the value and what it should be.
-    """
-    step = get_step(name)
-    function = METHODS[step.name].run if step.name in METHODS else step.apply or step.round
-    assert function is not None
-    check_options(step.name, function, options)
-
-
-def check_scheme(name: str, scheme: LayerScheme, options: Mapping[str, Any]) -> None:
-    """Refuse a scheme that a method cannot make of any weight.
-
-    Raises:
-        SchemeError: says why, and what to use instead.
-    """
-    method = METHODS.get(get_step(name).name)
-    refusal = method.refuse(scheme.weights, options) if method else None
-    if refusal:
-        raise SchemeError(refusal)
-
-
-def check_fallback(method: str, fallback: str) -> None:
-    """Refuse a fallback that is none.
-
-    Raises:
-        SchemeError: the method needs none, or the fallback needs to know inputs itself.
-    """
-    step, other = get_step(method), get_step(fallback)
-    if not step.fallback:
-        raise SchemeError(f"{method} looks at no inputs, so it needs no fallback. Drop fallback={fallback!r}.")
-    if other.kind != "round" or other.calibrated:
-        simple = ", ".join(sorted(s.name for s in STEPS.values() if s.kind == "round" and not s.calibrated))
-        raise SchemeError(
-            f"{fallback} cannot stand in where nothing is known of the inputs. Name one of these as the fallback: {simple}."
-        )

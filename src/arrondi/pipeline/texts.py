@@ -20,7 +20,7 @@ from arrondi.measure.limits import Limits, check_limits
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of, protocol
 from arrondi.model import OnDisk
 from arrondi.pipeline.recipe import Recipe
-from arrondi.pipeline.step import get_step
+from arrondi.pipeline.steps import get_step
 
 
 @dataclass(frozen=True)

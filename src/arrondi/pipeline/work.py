@@ -20,7 +20,8 @@ from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded
 from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Forward, Key, Need, Seen, Side, collect
-from arrondi.pipeline.step import Step, get_step
+from arrondi.pipeline.step import Step
+from arrondi.pipeline.steps import get_step
 from arrondi.tensor.ranges.grid import Grid
 
 

@@ -1,8 +1,8 @@
 """Rounding methods: which code each weight gets. Pure functions on tensors, listed in one table.
 
 A method is a function `(weight, scheme, moment, *, name, facts, …options) -> QTensor`; `Method.round` calls it and gives what a
-report should say beside the codes. To add one: its file, a line in `METHODS`, its test. The command line, the plan and the
-contract tests read this table.
+report should say beside the codes. One that looks at more than the second moment takes it by the keyword that `STATISTICS` names.
+To add one: its file, a line in `METHODS`, its test. The command line, the plan and the contract tests read this table.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.rtn import rtn
 from arrondi.tensor.qtensor import QTensor
 
+STATISTICS: Final[Mapping[str, str]] = MappingProxyType({
+    "moment": "moment", "cross moment": "cross_moment", "float moment": "float_moment", "absmax": "absmax", "sample": "sample",
+})  # fmt: skip
+"""What a method may need of a layer's inputs → the argument by which it takes it; see `arrondi.pipeline.statistics.Need`."""
+
 
 class Rounding(NamedTuple):
     """What a method gives.
@@ -43,17 +48,22 @@ class Method:
 
     Attributes:
         run: the function.
-        needs_moment: it cannot work without the second moment of the layer's inputs.
+        needs: what it cannot work without, keys of `STATISTICS`. The second moment is given to every method where there is one.
         source: where it comes from, for people.
         seconds_per_gigaweight: rough single-core cost of the method itself with the compiled kernels, for the plan's estimate.
         refuse: (scheme of the weights, options) → None, or why the method cannot make it, as a sentence.
+        makes: (scheme of the weights, options) → the scheme that it makes of a weight for which that was asked.
+        rewrites, repairs: steps that come with it, before and after it, by name.
     """
 
     run: Callable[..., QTensor]
-    needs_moment: bool
+    needs: frozenset[str]
     source: str
     seconds_per_gigaweight: float
     refuse: Callable[[Scheme, Mapping[str, Any]], str | None] = lambda scheme, options: None
+    makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
+    rewrites: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,16 +73,19 @@ class Method:
     def round(
         self, weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None = None, *, name: str, **options: Any
     ) -> Rounding:
-        """Round a weight and learn what there is to say of it."""
+        """Round a weight and learn what there is to say of it. `options` hold what else it needs, too."""
         facts: dict[str, Any] = {}
         q = self.run(weight, scheme, moment, name=name, facts=facts, **options)
         return Rounding(q, facts)
 
 
+NOTHING: Final[frozenset[str]] = frozenset()
+MOMENT: Final = frozenset({"moment"})
+
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, False, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
-    "hqq": Method(hqq, False, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
-    "gptq": Method(gptq, True, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
+    "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
+    "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
+    "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
 })  # fmt: skip
 
 
@@ -88,9 +101,10 @@ def get_method(name: str) -> Method:
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Names and defaults of the options of a function: its keywords, without the name and the facts of a weight."""
+    """Names and defaults of the options of a function: its keywords, without the name, the facts and the statistics of a weight."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("name", "facts")}
+    given = {"name", "facts", *STATISTICS.values()}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given}
 
 
 def check_options(method: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -1,0 +1,112 @@
+"""Every step of the table: the rounding methods of `arrondi.rounding`, and rewrites and repairs, one file each.
+
+Owns: `STEPS`, and what is refused by a step's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, get_args
+
+import torch
+
+from arrondi.errors import SchemeError, unknown
+from arrondi.formats import LayerScheme, Scheme
+from arrondi.pipeline.statistics import Need, Seen
+from arrondi.pipeline.step import Kind, Step
+from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_options
+
+REWRITES: Final[tuple[Step, ...]] = ()
+REPAIRS: Final[tuple[Step, ...]] = ()
+
+
+def _round_step(name: str, method: Method) -> Step:
+    def run(weight: torch.Tensor, scheme: Scheme, seen: Seen | None, *, name: str, **options: Any) -> Rounding:
+        more = {keyword: getattr(seen, keyword, None) for need, keyword in STATISTICS.items() if need in method.needs}
+        more["moment"] = seen.moment if seen else None
+        return method.round(weight, scheme, name=name, **more, **options)
+
+    needs = frozenset(need for need in get_args(Need) if need in method.needs)
+    return Step(
+        name,
+        "round",
+        method.source,
+        round=run,
+        needs=needs,
+        fallback="rtn" if needs else "",
+        cost=method.seconds_per_gigaweight,
+        makes=method.makes,
+        before=method.rewrites,
+        after=method.repairs,
+    )
+
+
+STEPS: Mapping[str, Step] = MappingProxyType({
+    **{name: _round_step(name, method) for name, method in METHODS.items()},
+    **{step.name: step for step in (*REWRITES, *REPAIRS)},
+})  # fmt: skip
+"""Every step by its name."""
+
+
+def get_step(name: str) -> Step:
+    """The step of that name.
+
+    Raises:
+        SchemeError: there is none; the message has the nearest name.
+    """
+    if not isinstance(name, str) or name.lower() not in STEPS:
+        raise unknown("method", str(name), STEPS)
+    return STEPS[name.lower()]
+
+
+def step_of_kind(kind: Kind, name: str) -> str:
+    """The name of a step of that kind, as the table spells it.
+
+    Raises:
+        SchemeError: there is none; the message has the nearest name.
+    """
+    known = [step.name for step in STEPS.values() if step.kind == kind]
+    if name.lower() not in known:
+        raise unknown(kind, name, known)
+    return name.lower()
+
+
+def check_step(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a step does not have, and values of the wrong kind.
+
+    Raises:
+        SchemeError: names the option and lists those that exist, or the value and what it should be.
+    """
+    step = get_step(name)
+    function = METHODS[step.name].run if step.name in METHODS else step.apply or step.round
+    assert function is not None
+    check_options(step.name, function, options)
+
+
+def check_scheme(name: str, scheme: LayerScheme, options: Mapping[str, Any]) -> None:
+    """Refuse a scheme that a method cannot make of any weight.
+
+    Raises:
+        SchemeError: says why, and what to use instead.
+    """
+    method = METHODS.get(get_step(name).name)
+    refusal = method.refuse(scheme.weights, options) if method else None
+    if refusal:
+        raise SchemeError(refusal)
+
+
+def check_fallback(method: str, fallback: str) -> None:
+    """Refuse a fallback that is none.
+
+    Raises:
+        SchemeError: the method needs none, or the fallback needs to know inputs itself.
+    """
+    step, other = get_step(method), get_step(fallback)
+    if not step.fallback:
+        raise SchemeError(f"{method} looks at no inputs, so it needs no fallback. Drop fallback={fallback!r}.")
+    if other.kind != "round" or other.calibrated:
+        simple = ", ".join(sorted(s.name for s in STEPS.values() if s.kind == "round" and not s.calibrated))
+        raise SchemeError(
+            f"{fallback} cannot stand in where nothing is known of the inputs. Name one of these as the fallback: {simple}."
+        )
