@@ -21,7 +21,8 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
-from arrondi.rounding.rtn import rtn
+from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
+from arrondi.rounding.rtn import refuse_rtn, rtn
 from arrondi.tensor.qtensor import QTensor
 
 STATISTICS: Final[Mapping[str, str]] = MappingProxyType({
@@ -83,9 +84,11 @@ NOTHING: Final[frozenset[str]] = frozenset()
 MOMENT: Final = frozenset({"moment"})
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
+    "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0, refuse_rtn),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
+    "kmeans": Method(kmeans, NOTHING, "Kim et al. 2023, arXiv:2306.07629", 200.0, refuse_tables, make_kmeans),
+    "any4": Method(any4, NOTHING, "Elhoushi and Johnson 2025, arXiv:2507.04610", 400.0, refuse_tables, make_any4),
 })  # fmt: skip
 
 
@@ -138,4 +141,4 @@ def check_options(method: str, function: Callable[..., Any], options: Mapping[st
 _KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptq", "hqq", "rtn"]
+__all__ = ["METHODS", "Method", "Rounding", "any4", "check_options", "get_method", "gptq", "hqq", "kmeans", "rtn"]

@@ -1,13 +1,11 @@
 """Learned tables: which values the codes of a group of rows should mean.
 
-Owns: `kmeans`, `any4`, what schemes they make (`make_kmeans`, `make_any4`), and `learn`, clustering in one dimension.
+Owns: `kmeans`, `any4`, what schemes they make (`make_kmeans`, `make_any4`) and of which they cannot (`refuse_tables`).
 
 A table is the set of levels t that minimises Σ h (u - t(u))² over the numbers u = w / scale of its rows, where h weighs each by
-what its error costs: h = scale² · E[x²] of its input. In one dimension clusters are intervals, so numbers are sorted once, and sums
-over a cluster are differences of running sums: an iteration costs a binary search for each level.
+what its error costs: h = scale² · E[x²] of its input. The clusters are those of `arrondi.rounding.clusters`.
 
-Sources: Lloyd 1982, "Least squares quantization in PCM" (the iteration); Wang and Song 2011, "Ckmeans.1d.dp" (dynamic programming
-in one dimension); Kim et al. 2023, arXiv:2306.07629 (tables per output channel, weighted by sensitivity); Elhoushi and Johnson 2025,
+Sources: Kim et al. 2023, arXiv:2306.07629 (tables per output channel, weighted by sensitivity); Elhoushi and Johnson 2025,
 arXiv:2507.04610 (any4: tables over group-normalised rows, weighted by activations). Ours beyond the papers: entries of 8 bits, scales
 refitted to the table, and tables shared by several rows.
 """
@@ -24,7 +22,7 @@ from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import PerChannel, PerGroup, Scheme, Table, look_up
-from arrondi.formats.scheme import PLAIN, TableType
+from arrondi.formats.scheme import PLAIN
 from arrondi.rounding.clusters import learn
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
@@ -62,7 +60,6 @@ def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     return f"Tables are learned in place of symmetric integers with plain scales of rows or groups (W4A16, W3A16, W2A16), got {scheme}."
 
 
-Entries = TableType
 Rows = Annotated[int, Between(0, 1_000_000)]
 Iterations = Annotated[int, Between(0, 1000)]
 
@@ -163,11 +160,10 @@ def _round(
 
 def _importance(moment: SecondMoment | None, n: int) -> torch.Tensor:
     """What an error of each column weighs, mean 1."""
-    if moment is None:
+    if moment is None or moment.trace == 0:
         return torch.ones(n)
     diagonal = moment.diagonal().double()
-    mean = float(diagonal.mean())
-    return (diagonal / mean).clamp(min=_SILENT).float() if mean > 0 else torch.ones(n)
+    return (diagonal / diagonal.mean()).clamp(min=_SILENT).float()
 
 
 class _Part:
@@ -200,7 +196,6 @@ class _Part:
         each = self._each(self.scale)
         units, weigh = self.rows / each, each.square() * self.importance
         flat, weights = self._tabled(units), self._tabled(weigh)
-        weights[:, self._padding(flat)] = 0
         levels = learn(flat, weights, 2**self.scheme.format.bits, iterations, start)
         self.table = round_table(levels, self.own).sort(dim=1).values
         self.codes = self._untabled(nearest(flat, self.table))
@@ -231,6 +226,3 @@ class _Part:
 
     def _untabled(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, self.rows.shape[1])[: len(self.rows)]
-
-    def _padding(self, flat: torch.Tensor) -> slice:
-        return slice(0, 0)
