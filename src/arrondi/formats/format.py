@@ -179,11 +179,13 @@ _TABLE: Final = (
     codebook("binary", (-1.0, 1.0)),
     _dynamic8(),
     e8m0,
-    *(look_up(b) for b in range(2, 9)),
 )
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType({f.name: f for f in _TABLE})
-"""Every named format. Other codebooks are made with `codebook` and need no entry here."""
+"""Every named format that has values of its own. Other codebooks are made with `codebook` and need no entry here."""
+
+LOOK_UPS: Final[Mapping[str, Format]] = MappingProxyType({f.name: f for f in map(look_up, range(2, 9))})
+"""The formats whose values each tensor brings."""
 
 _ALIASES: Final = {"fp8": "fp8_e4m3", "fp4": "fp4_e2m1", "fp6": "fp6_e3m2"}
 
@@ -198,6 +200,6 @@ def get_format(name: str) -> Format:
         raise unknown("number format", name, FORMATS)
     key = re.sub(r"^i(?=\d)", "int", name.lower())
     key = _ALIASES.get(key, key)
-    if key not in FORMATS:
-        raise unknown("number format", str(name), FORMATS)
-    return FORMATS[key]
+    if key not in FORMATS and key not in LOOK_UPS:
+        raise unknown("number format", str(name), [*FORMATS, *LOOK_UPS])
+    return FORMATS.get(key) or LOOK_UPS[key]

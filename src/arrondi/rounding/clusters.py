@@ -28,7 +28,8 @@ class Line:
     """
 
     def __init__(self, x: torch.Tensor, weights: torch.Tensor) -> None:
-        self.x, order = x.sort(dim=1)
+        ordered, order = x.sort(dim=1)
+        self.x = ordered.contiguous()  # sorting keeps strides
         # Running sums lose digits, and their differences with them.
         mass = weights.gather(1, order).double()
         self.mass = _running(mass)

@@ -1,6 +1,6 @@
 """Where the grid of each column comes from while GPTQ goes through them.
 
-Owns: `ColumnGrids`: grids fixed beforehand, or fitted when the sweep reaches a group.
+Owns: `ColumnGrids`: grids fixed beforehand, or fitted when the sweep reaches a group; and `LearnedGrids`, scales with tables.
 """
 
 from __future__ import annotations
@@ -19,8 +19,30 @@ from arrondi.tensor.ranges.search import search_grid
 from arrondi.tensor.tiling import to_tiles
 
 
+class LearnedGrids:
+    """Scales and tables that were learned beforehand.
+
+    Args:
+        scheme: a look-up format.
+        scale: (m, groups) float32.
+        tables: (m, levels) float32, the table of every row.
+        columns: under one scale.
+    """
+
+    fitted_first = True
+
+    def __init__(self, scheme: Scheme, scale: torch.Tensor, tables: torch.Tensor, columns: int) -> None:
+        self.scheme, self.scale, self.tables, self.tile = scheme, scale, tables, (1, columns)
+
+    def column(self, position: int, original: int, current: Callable[[int], torch.Tensor]) -> Grid:
+        """The grid of a column; see `ColumnGrids.column`."""
+        return Grid(self.scale[:, original // self.tile[1]])
+
+
 class ColumnGrids:
     """Where each column's grid comes from: fixed beforehand, or fitted when the sweep reaches a group."""
+
+    tables: torch.Tensor | None = None
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ what its error costs: h = scale² · E[x²] of its input. The clusters are those
 
 Sources: Kim et al. 2023, arXiv:2306.07629 (tables per output channel, weighted by sensitivity); Elhoushi and Johnson 2025,
 arXiv:2507.04610 (any4: tables over group-normalised rows, weighted by activations). Ours beyond the papers: entries of 8 bits, scales
-refitted to the table, and tables shared by several rows.
+refitted to the table, tables shared by several rows, and codes that make up for each other's errors as GPTQ's do.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import PerChannel, PerGroup, Scheme, Table, look_up
 from arrondi.formats.scheme import PLAIN
 from arrondi.rounding.clusters import learn
+from arrondi.rounding.gptq_factor import root_factor
+from arrondi.rounding.gptq_grids import LearnedGrids
+from arrondi.rounding.gptq_sweep import sweep
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import round_scale
-from arrondi.tensor.tables import STEP, nearest, round_table
+from arrondi.tensor.tables import STEP, nearest, round_table, table_of_row
 
 _CHUNK = 1 << 20
 """Weights handled at a time: sorting takes some forty bytes for each."""
+
+_BLOCK = 128
+"""Columns between two updates of the far columns; changes speed, not results."""
 
 _SILENT = 1e-6
 """An input that was always zero weighs so much of the mean one, so that its weights are not rounded at random."""
@@ -62,6 +68,7 @@ def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
 
 Rows = Annotated[int, Between(0, 1_000_000)]
 Iterations = Annotated[int, Between(0, 1000)]
+Damping = Annotated[float, Between(0, 1e6)]
 
 
 def kmeans(
@@ -72,6 +79,8 @@ def kmeans(
     rows: Rows = 1,
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
+    feedback: bool = True,
+    damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -84,8 +93,11 @@ def kmeans(
         rows: rows that share a table; 0: all of them.
         entries: type in which a table's entries are stored.
         iterations: of Lloyd's algorithm at most, for each table.
+        feedback: with a moment, codes are chosen column by column, and later columns make up for the errors of earlier ones, as
+            `gptq` does; False: the nearest entry (the published methods).
+        damping: of that, as in `gptq`.
         name: for messages.
-        facts: not used; accepted so that every method is called alike.
+        facts: receives `damping` where it had to be raised.
 
     Returns:
         the weight with one scale a row and tables of 2^bits entries.
@@ -98,7 +110,8 @@ def kmeans(
     with named(name):
         check_arguments(kmeans, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
-    return _round(weight, make_kmeans(wanted, {"rows": rows, "entries": entries}), moment, iterations, 0, name)
+    scheme = make_kmeans(wanted, {"rows": rows, "entries": entries})
+    return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, facts)
 
 
 def any4(
@@ -110,13 +123,15 @@ def any4(
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
     refits: Annotated[int, Between(0, 100)] = 4,
+    feedback: bool = True,
+    damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
     """Round to values that are learned for each row, in units of the scale of each group.
 
     Args:
-        weight, moment, rows, entries, iterations, name, facts: as `kmeans` has them.
+        weight, moment, rows, entries, iterations, feedback, damping, name, facts: as `kmeans` has them.
         scheme: symmetric integers, whose bits and groups count; or a look-up format.
         refits: how often scales and tables are fitted to each other after the first table (0: the published method).
 
@@ -126,7 +141,8 @@ def any4(
     with named(name):
         check_arguments(any4, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
-    return _round(weight, make_any4(wanted, {"rows": rows, "entries": entries}), moment, iterations, refits, name)
+    scheme = make_any4(wanted, {"rows": rows, "entries": entries})
+    return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, facts)
 
 
 def _checked(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str) -> Scheme:
@@ -142,26 +158,40 @@ def _checked(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, 
 
 
 def _round(
-    weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, iterations: int, refits: int, name: str
+    weight: torch.Tensor,
+    scheme: Scheme,
+    moment: SecondMoment | None,
+    effort: tuple[int, int],
+    damping: float | None,
+    facts: dict[str, Any] | None,
 ) -> QTensor:
+    """Tables and scales for some rows at a time, then codes; `damping` None: the nearest ones."""
     assert scheme.table is not None
     weight = weight.detach()
     m, n = weight.shape
     importance = _importance(moment, n).to(weight.device)
-    size = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else n
+    size = min(scheme.granularity.size, n) if isinstance(scheme.granularity, PerGroup) else n
     tall = scheme.table.rows or m
     step = max(_CHUNK // max(n * tall, 1), 1) * tall
-    parts = [_Part(weight[i : i + step].float(), importance, scheme, min(size, n)) for i in range(0, m, step)]
+    parts = [_Part(weight[i : i + step].float(), importance, scheme, size) for i in range(0, m, step)]
     for part in parts:
-        part.fit(iterations, refits)
+        part.fit(*effort)
     codes, scale, table = (torch.cat(found) for found in zip(*((p.codes, p.scale, p.table) for p in parts), strict=True))
+    if moment is not None and damping is not None and moment.trace > 0:
+        tables = table[table_of_row(scheme.table, m, weight.device)]
+        grids = LearnedGrids(scheme, scale, tables, size)
+        order = torch.argsort(importance, descending=True, stable=True)
+        factor, needed = root_factor(moment.matrix().to(weight.device), damping, order)
+        codes, _ = sweep(weight.float(), factor, grids, _BLOCK, order)
+        if facts is not None and needed != damping:
+            facts["damping"] = needed
     return QTensor(codes, scale, None, None, scheme, None, table)
 
 
 def _importance(moment: SecondMoment | None, n: int) -> torch.Tensor:
     """What an error of each column weighs, mean 1."""
     if moment is None or moment.trace == 0:
-        return torch.ones(n)
+        return torch.ones(n, device="cpu")
     diagonal = moment.diagonal().double()
     return (diagonal / diagonal.mean()).clamp(min=_SILENT).float()
 
