@@ -105,6 +105,7 @@ class _Columns:
         for c in range(start, stop):
             grid = self.grids.column(c, state.order[c], partial(state.repaired, c, start=start))
             due = state.due(c, start)
+            self.grids.note(state.order[c], due)
             state.codes[state.order[c]] = chosen = _column_codes(due, grid, format, self.grids.tables)
             values = _column_values(chosen, grid, format, self.grids.tables)
             torch.sub(due, values, out=state.owed[c - start])

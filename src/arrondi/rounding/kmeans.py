@@ -68,6 +68,7 @@ def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
 
 Rows = Annotated[int, Between(0, 1_000_000)]
 Iterations = Annotated[int, Between(0, 1000)]
+Sweeps = Annotated[int, Between(1, 100)]
 Damping = Annotated[float, Between(0, 1e6)]
 
 
@@ -80,6 +81,7 @@ def kmeans(
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
     feedback: bool = True,
+    sweeps: Sweeps = 3,
     damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -95,6 +97,7 @@ def kmeans(
         iterations: of Lloyd's algorithm at most, for each table.
         feedback: with a moment, codes are chosen column by column, and later columns make up for the errors of earlier ones, as
             `gptq` does; False: the nearest entry (the published methods).
+        sweeps: how often; in between, tables and scales are fitted to what had to be rounded.
         damping: of that, as in `gptq`.
         name: for messages.
         facts: receives `damping` where it had to be raised.
@@ -111,7 +114,7 @@ def kmeans(
         check_arguments(kmeans, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_kmeans(wanted, {"rows": rows, "entries": entries})
-    return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, facts)
+    return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, sweeps, facts)
 
 
 def any4(
@@ -122,8 +125,9 @@ def any4(
     rows: Rows = 1,
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
-    refits: Annotated[int, Between(0, 100)] = 4,
+    refits: Annotated[int, Between(0, 100)] = 1,
     feedback: bool = True,
+    sweeps: Sweeps = 3,
     damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -131,7 +135,7 @@ def any4(
     """Round to values that are learned for each row, in units of the scale of each group.
 
     Args:
-        weight, moment, rows, entries, iterations, feedback, damping, name, facts: as `kmeans` has them.
+        weight, moment, rows, entries, iterations, feedback, sweeps, damping, name, facts: as `kmeans` has them.
         scheme: symmetric integers, whose bits and groups count; or a look-up format.
         refits: how often scales and tables are fitted to each other after the first table (0: the published method).
 
@@ -142,7 +146,7 @@ def any4(
         check_arguments(any4, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_any4(wanted, {"rows": rows, "entries": entries})
-    return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, facts)
+    return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, sweeps, facts)
 
 
 def _checked(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str) -> Scheme:
@@ -163,6 +167,7 @@ def _round(
     moment: SecondMoment | None,
     effort: tuple[int, int],
     damping: float | None,
+    sweeps: int,
     facts: dict[str, Any] | None,
 ) -> QTensor:
     """Tables and scales for some rows at a time, then codes; `damping` None: the nearest ones."""
@@ -176,16 +181,53 @@ def _round(
     parts = [_Part(weight[i : i + step].float(), importance, scheme, size) for i in range(0, m, step)]
     for part in parts:
         part.fit(*effort)
-    codes, scale, table = (torch.cat(found) for found in zip(*((p.codes, p.scale, p.table) for p in parts), strict=True))
-    if moment is not None and damping is not None and moment.trace > 0:
-        tables = table[table_of_row(scheme.table, m, weight.device)]
-        grids = LearnedGrids(scheme, scale, tables, size)
-        order = torch.argsort(importance, descending=True, stable=True)
-        factor, needed = root_factor(moment.matrix().to(weight.device), damping, order)
-        codes, _ = sweep(weight.float(), factor, grids, _BLOCK, order)
-        if facts is not None and needed != damping:
-            facts["damping"] = needed
-    return QTensor(codes, scale, None, None, scheme, None, table)
+    if moment is None or damping is None or moment.trace == 0:
+        codes, scale, table = _joined(parts)
+        return QTensor(codes, scale, None, None, scheme, None, table)
+    order = torch.argsort(importance, descending=True, stable=True)
+    factor, needed = root_factor(moment.matrix().to(weight.device), damping, order)
+    if facts is not None and needed != damping:
+        facts["damping"] = needed
+    return _with_feedback(weight.float(), parts, factor, order, effort, sweeps)
+
+
+def _with_feedback(
+    weight: torch.Tensor,
+    parts: list[_Part],
+    factor: torch.Tensor,
+    order: torch.Tensor,
+    effort: tuple[int, int],
+    sweeps: int,
+) -> QTensor:
+    """Codes by GPTQ's sweep, then tables for what it had to round, and so on; the sweep with the least loss counts.
+
+    What a column has to make up for moves it away from the weights for which the tables were learned, and the loss of a sweep is
+    Σ V[c,c]² (due - value)²: the same problem as before, with other numbers and other weights.
+    """
+    scheme, size = parts[0].scheme, parts[0].size
+    assert scheme.table is not None
+    shares = torch.empty(len(order), device=weight.device)
+    shares[order] = factor.diagonal().square()
+    tables_of = table_of_row(scheme.table, len(weight), weight.device)
+    best, found = float("inf"), None
+    for left in reversed(range(sweeps)):
+        _, scale, table = _joined(parts)
+        dues = torch.empty_like(weight) if left else None
+        grids = LearnedGrids(scheme, scale, table[tables_of], size, dues)
+        codes, loss = sweep(weight, factor, grids, _BLOCK, order)
+        if loss < best:
+            best, found = loss, QTensor(codes, scale, None, None, scheme, None, table)
+        if dues is not None:
+            for part, rows in zip(parts, dues.split([len(p.rows) for p in parts]), strict=True):
+                part.again(rows, shares / shares.mean(), *effort)
+    assert found is not None
+    return found
+
+
+def _joined(parts: list[_Part]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and tables."""
+    codes, scale, table = zip(*((p.codes, p.scale, p.table) for p in parts), strict=True)
+    return torch.cat(codes), torch.cat(scale), torch.cat(table)
 
 
 def _importance(moment: SecondMoment | None, n: int) -> torch.Tensor:
@@ -209,9 +251,14 @@ class _Part:
         reach = self._groups(rows).abs().amax(-1) / (1 - STEP)
         self.scale = round_scale(reach, scheme.scale)
 
-    def fit(self, iterations: int, refits: int) -> None:
+    def again(self, rows: torch.Tensor, importance: torch.Tensor, iterations: int, refits: int) -> None:
+        """Better tables and scales for other numbers than those that they were learned for."""
+        self.rows, self.importance = rows, importance
+        self.fit(iterations, refits, self.table)
+
+    def fit(self, iterations: int, refits: int, start: torch.Tensor | None = None) -> None:
         """Tables for these scales, then scales for these tables, and so on while the error falls."""
-        self._learn(None, iterations)
+        self._learn(start, iterations)
         best, kept = self._error(), (self.scale, self.table, self.codes)
         for _ in range(refits):
             self._rescale()
