@@ -21,6 +21,7 @@ _SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
 _TABLE = re.compile(r"t:(int8|float16|bfloat16|float32)(?::([0-9]{1,9}|all))?")
 _APART = re.compile(r"(columns|elements):([0-9]{1,10})(?::(float32|bfloat16|float16))?")
+_OUTLIERS = re.compile(r"outliers:([0-9]{1,9}(?:\.[0-9]{1,17})?(?:e[+-]?[0-9]{1,3})?)")
 _WORDS: dict[str, dict[str, Any]] = {
     "channel": {"granularity": PerChannel()}, "tensor": {"granularity": PerTensor()}, "token": {"granularity": PerToken()},
     "sym": {"zero_point": "none"}, "asym": {"zero_point": "integer"}, "offset": {"zero_point": "float"},
@@ -44,6 +45,7 @@ def parse_scheme(text: str) -> LayerScheme:
         t:int8, t:float16:16, t:float32:all                              tables of lut2 … lut8: stored type, rows that share one
         columns:8:float16, elements:1234                                 how many are kept apart, and their stored type
         dynamic, static, local                                           of a, o and kv: when the scales are known
+        outliers:6                                                       of a: features that reach it are not rounded
 
     >>> str(parse_scheme("w4a16")), str(parse_scheme("w=int3/g64/asym,a=int8/token/dynamic"))
     ('w=int4/g128', 'w=int3/g64/asym,a=int8/token')
@@ -67,7 +69,7 @@ def parse_scheme(text: str) -> LayerScheme:
     if when is not True:
         raise SchemeError(f"Weights have no {parts['w'].rpartition('/')[2]!r} scales, got {text!r}. Say it of 'a'.")
     inputs, outputs, kv = (
-        ActivationScheme(*_tensor(parts[key], PerToken(), text)) if key in parts else None for key in ("a", "o", "kv")
+        _activations(parts[key], text) if key in parts else None for key in ("a", "o", "kv")
     )
     return LayerScheme(weights, inputs, outputs, kv)
 
@@ -87,6 +89,15 @@ def parse_activations(text: str) -> ActivationScheme:
     if dynamic is not True:
         raise SchemeError(f"Scales of activations follow each input here, got {text!r}. Drop 'static' or 'local'.")
     return ActivationScheme(scheme)
+
+
+def _activations(part: str, text: str) -> ActivationScheme:
+    """The scheme of inputs, outputs or a cache."""
+    kept = [match for word in _split(part, "/") if (match := _OUTLIERS.fullmatch(word.strip()))]
+    rest = "/".join(word for word in _split(part, "/") if not _OUTLIERS.fullmatch(word.strip()))
+    if len(kept) > 1:
+        raise SchemeError(f"'outliers' is said twice in scheme {text!r}. Leave one out.")
+    return ActivationScheme(*_tensor(rest, PerToken(), text), float(kept[0][1]) if kept else None)
 
 
 def _item(item: str, text: str) -> tuple[str, str]:

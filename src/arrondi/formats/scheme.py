@@ -176,10 +176,12 @@ class ActivationScheme:
         scheme: what each tensor becomes.
         dynamic: True: the scales follow each tensor. False: they are stored (static) and serve every tensor. "local": the
             outer scale of quantized scales is stored, the inner scales follow each tensor (NVFP4).
+        outliers: features that hold a number of at least this size, in any position of a tensor, keep their numbers; None: none do.
     """
 
     scheme: Scheme
     dynamic: Dynamic = True
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -187,6 +189,10 @@ class ActivationScheme:
             raise SchemeError(
                 f"Local scales are quantized by a stored outer scale, and those of {self.scheme} are not quantized. "
                 "Use 'dynamic' or 'static'."
+            )
+        if self.outliers is not None and not (self.outliers >= 0 and self.dynamic is True):
+            raise SchemeError(
+                f"Outliers are found in each tensor, by a size of at least 0, and go with dynamic scales, got {self.outliers} and {self.scheme}."
             )
         if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock):
             raise SchemeError(
@@ -199,7 +205,8 @@ class ActivationScheme:
             )
 
     def __str__(self) -> str:
-        return str(self.scheme) + {True: "", False: "/static", "local": "/local"}[self.dynamic]
+        outliers = "" if self.outliers is None else f"/outliers:{self.outliers:.15g}"
+        return str(self.scheme) + {True: "", False: "/static", "local": "/local"}[self.dynamic] + outliers
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from arrondi.model.settle import confirm, settle
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
-from arrondi.model.streams import Stream, walk
+from arrondi.model.streams import Passage, Stream, walk
 from arrondi.model.whole import Whole
 
 Source = OnDisk | InMemory
@@ -32,6 +32,7 @@ __all__ = [
     "Names",
     "OnDisk",
     "Overlay",
+    "Passage",
     "Rounding",
     "Site",
     "Source",

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -111,9 +110,9 @@ class Stream:
         call = self._show(self._calls[j * len(self.units) + i]).filled(lambda h: self._handed[self._places[j, h]])
         return self.units.run(i, hidden, _moved(call, self.units.instance.device), bfloat16=self.bfloat16)
 
-    def forwards(self, i: int) -> list[Callable[[], object]]:
+    def forwards(self, i: int) -> list[Passage]:
         """Unit i on every batch, to be run as often as needed; nothing moves on."""
-        return [partial(self.run, i, j) for j in range(len(self))]
+        return [Passage(self, i, j) for j in range(len(self))]
 
     def advance(self, i: int) -> None:
         """Take every batch through unit i."""
@@ -198,6 +197,24 @@ class Stream:
         """Give memory and files back."""
         for store in (self._hidden, self._calls, self._handed):
             store.close()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One batch on its way through one unit, which is filled. It can be run as often as needed; nothing moves on."""
+
+    stream: Stream
+    unit: int
+    batch: int
+
+    def __call__(self) -> torch.Tensor:
+        """What the unit gives."""
+        return self.stream.run(self.unit, self.batch)
+
+    def differentiable(self) -> torch.Tensor:
+        """What the unit gives, with the way back to those of its parameters that want gradients."""
+        with torch.enable_grad():
+            return self.stream.run_on(self.unit, self.batch, self.stream.hidden(self.unit, self.batch))
 
 
 def walk(groups: Sequence[Sequence[Stream]], visit: Visit | None = None) -> Iterator[int]:

@@ -18,9 +18,9 @@ from arrondi.nn import QStack
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.statistics import OF_ORIGINAL, Forward, Side
+from arrondi.pipeline.statistics import OF_ORIGINAL, Forward
 from arrondi.pipeline.unit import carry_out, check_finite
-from arrondi.pipeline.work import Work
+from arrondi.pipeline.work import Original, Work
 from arrondi.runtime.install import install
 from arrondi.runtime.modules import remember
 from arrondi.tensor.rows import stack_rows
@@ -114,9 +114,7 @@ def _rounded(
     found: dict[str, LayerValues] = {}
 
     def work(members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()) -> None:
-        work = Work(
-            plan, instance, members, forwards, Side(original.instance.parameter, originals) if originals else None
-        )
+        work = Work(plan, instance, members, forwards, Original(original.instance, originals) if originals else None)
         carry_out(work)
         for t in members:
             parts = [work.results[s.name].q for s in t.sites if s.name in work.results]

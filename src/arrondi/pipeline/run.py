@@ -8,8 +8,8 @@ run that was killed is continued by the same call: finished units are read back,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,11 @@ from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of
-from arrondi.pipeline.statistics import OF_ORIGINAL, Forward, Side
+from arrondi.pipeline.statistics import OF_ORIGINAL, Forward
 from arrondi.pipeline.step import Added
 from arrondi.pipeline.texts import Texts
-from arrondi.pipeline.unit import carry_out, stackable
-from arrondi.pipeline.work import Work
+from arrondi.pipeline.unit import carry_out, rewrite, stackable
+from arrondi.pipeline.work import Original, Work
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
 
@@ -122,10 +122,19 @@ class Run:
         self.instance = self.source.instance(self.overlay, self.device)
         self.units = self.source.units_of(self.instance)
         self.original = self.source.units_of(self.source.instance(device=self.device))
+        self.floating = self.original
+        if self._rewrites_floats():
+            # What is measured against stays as it was.
+            self.floating = self.source.units_of(self.source.instance(Overlay(), self.device))
         rounded = [(t.scheme.inputs, s) for t in self.plan.quantized if t.scheme and t.scheme.inputs for s in t.sites]
         self.instance.round_inputs({m: (inputs, None) for inputs, s in rounded for m in s.rounds_inputs})
-        for done in self.journal.steps.values():
+        for done in self.journal.steps.values() if not self._rewrites_floats() else ():
             self._adopt([t for t in self.plan.tensors if t.name in set(done["tensors"])])
+
+    def _rewrites_floats(self) -> bool:
+        """Whether the original is followed on the calibration data, rewritten."""
+        followed = any(s.needs & OF_ORIGINAL for s in self.plan.steps())
+        return followed and any(one.step.kind == "rewrite" and one.groups for one in self.plan.selected)
 
     def _unit_by_unit(self) -> None:
         """Without data, where weights cannot be taken one by one."""
@@ -147,12 +156,14 @@ class Run:
         budget, folder = Budget(HIDDEN_LIMIT), self.journal.work
         calibration, evaluation = self.texts.calibration_batches, self.texts.evaluation_batches
         followed = calibration if any(s.needs & OF_ORIGINAL for s in self.plan.steps()) else []
+        # A difference between two models drowns in the noise of bfloat16 products, and is then corrected for.
+        bfloat16 = self.bfloat16 and not followed
         total = len(self.units) + 2
         self.progress(0, total, "reading data")
         with (
             Stream(self.original, evaluation, budget, folder) as reference,
-            Stream(self.original, followed, budget, folder, bfloat16=self.bfloat16) as floats,
-            Stream(self.units, calibration, budget, folder, bfloat16=self.bfloat16) as learning,
+            Stream(self.floating, followed, budget, folder) as floats,
+            Stream(self.units, calibration, budget, folder, bfloat16=bfloat16) as learning,
             Stream(self.units, evaluation, budget, folder) as measured,
         ):
             self.floats, self.learning = floats, learning
@@ -163,9 +174,12 @@ class Run:
                 self._outside("front", front, *begun)
                 learning.begin()
                 measured.begin()
+                if self.floating is not self.original:
+                    floats.begin()
             rest = [t for t in self.plan.tensors if t.block is None and t not in front]
             learning.to_the_end = floats.to_the_end = bool(self._wanted(rest))
-            groups = [[s for s in group if len(s)] for group in ([learning, measured], [reference, floats])]
+            originals = [[reference, floats]] if self.floating is self.original else [[reference], [floats]]
+            groups = [[s for s in group if len(s)] for group in ([learning, measured], *originals)]
             for i in walk(groups, self._visit):
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
             self.progress(len(self.units), total, "outside the blocks")
@@ -184,9 +198,12 @@ class Run:
 
         def work() -> list[dict[str, Any]]:
             if len(self.floats):
-                self.original.fill(i)  # its own streams pass through it next
+                self.floating.fill(i)  # its own streams pass through it next
             return self._work(members, self.learning.forwards(i), self.floats.forwards(i))
 
+        if self._rewrites_floats() and f"unit {i}" in self.journal.steps:
+            self.floating.fill(i)
+            rewrite(self._begun(members, self.learning.forwards(i), self.floats.forwards(i)))
         self._step(f"unit {i}", members, work)
         self.units.drop(i)
         self.units.fill(i)
@@ -195,8 +212,7 @@ class Run:
         self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()
     ) -> list[dict[str, Any]]:
         """All steps on some tensors whose parameters are filled; everything is written."""
-        side = Side(self.original.instance.parameter, originals) if originals else None
-        work = Work(self.plan, self.instance, members, forwards, side)
+        work = self._begun(members, forwards, originals)
         carry_out(work)
         rows = []
         for planned in members:
@@ -211,21 +227,46 @@ class Run:
             self.writer.put(added.name, work.added[added.name])
         return rows
 
+    def _begun(self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]) -> Work:
+        own = self.floating is not self.original
+        original = Original(self.floating.instance, originals, own) if originals else None
+        return Work(self.plan, self.instance, members, forwards, original)
+
     def _outside(
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
     ) -> None:
         """What lies outside the units; a head or a pooler is calibrated on what the quantized units give."""
         wanted = self._wanted(members)
+        if not wanted:
+            forwards = originals = ()
+
+        @contextmanager
+        def loaded() -> Iterator[None]:
+            with ExitStack() as stack:
+                for units in (self.units, *([self.floating] if originals else ())):
+                    stack.enter_context(units.outer_loaded())
+                    stack.callback(units.instance.drop, wanted)
+                    units.instance.fill(wanted)
+                yield
+                self._keep_rewritten(members)
 
         def work() -> list[dict[str, Any]]:
-            with ExitStack() as loaded:
-                for units in (self.units, *([self.original] if originals else ())):
-                    loaded.enter_context(units.outer_loaded())
-                    loaded.callback(units.instance.drop, wanted)
-                    units.instance.fill(wanted)
-                return self._work(members, forwards if wanted else (), originals if wanted else ())
+            with loaded():
+                return self._work(members, forwards, originals)
 
+        if originals and self._rewrites_floats() and name in self.journal.steps:
+            with loaded():
+                rewrite(self._begun(members, forwards, originals))
         self._step(name, members, work)
+
+    def _keep_rewritten(self, members: Sequence[PlannedTensor]) -> None:
+        """The rewritten original keeps what lies outside the units; inside it is rewritten where it passes."""
+        if self.floating is self.original:
+            return
+        for planned in members:
+            if planned.name in self.touched and planned.tensor.params and not planned.tensor.converted:
+                value = self.floating.instance.parameter(planned.tensor.params[0]).clone()
+                self.floating.instance.overlay.changed[planned.name] = value.clone
 
     def _wanted(self, members: list[PlannedTensor]) -> list[str]:
         """The parameters that steps look at or change."""
@@ -276,10 +317,11 @@ class Run:
             if planned.status == "quantized":
                 self.overlay.changed[planned.name] = partial(self._restored, planned)
                 inputs = planned.scheme.inputs if planned.scheme else None
-                if inputs is not None and inputs.dynamic is not True:
-                    grid = self.plan.layout.read(planned.placed, self.writer.get).inputs
+                apart = planned.scheme.weights.apart if planned.scheme else None
+                if inputs is not None and (inputs.dynamic is not True or apart is not None):
+                    values = self.plan.layout.read(planned.placed, self.writer.get)
                     modules = [m for s in planned.sites for m in s.rounds_inputs]
-                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, grid)))
+                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, values.inputs, values.whole_columns)))
             elif planned.name in self.plan.declared.changed:
                 self.overlay.changed[planned.name] = partial(self._written, planned.name)
         for added in self._added(members):

@@ -15,8 +15,9 @@ import torch
 from arrondi.calibration import Reservoir, SecondMoment, span_of
 from arrondi.model.flow import Use, watch
 
-Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "cross moment"]
-"""What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original.
+Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "cross moment", "float outputs"]
+"""What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original, which is
+rewritten as the quantized model is, but not rounded.
 
     moment        Σ x xᵀ
     mean          Σ x
@@ -25,9 +26,10 @@ Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "c
     sample        rows, each as likely as every other
     float moment  Σ f fᵀ
     cross moment  Σ x fᵀ, of the same tokens
+    float outputs what the unit gives in the original: nothing of one input, see `Work.targets`
 """
 
-OF_ORIGINAL: Final = frozenset({"float moment", "cross moment"})
+OF_ORIGINAL: Final = frozenset({"float moment", "cross moment", "float outputs"})
 """Needs for which the original is followed on the calibration data too."""
 
 Key = tuple[str, int | None]

@@ -1,4 +1,4 @@
-"""All steps of a plan on one unit: `carry_out`.
+"""All steps of a plan on one unit: `carry_out`, and its first part alone, `rewrite`.
 
 Rewrites come first; then weights are rounded stage by stage, so that what is rounded later is calibrated on what earlier weights
 give ("true sequential" order); repairs follow the weights that they belong to. Weights that read the same input form a stage.
@@ -14,13 +14,15 @@ import torch
 
 from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
-from arrondi.model import Site
+from arrondi.model import Instance, Site
 from arrondi.pipeline.rounded import round_alone, round_together
 from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need
+from arrondi.pipeline.steps import get_step, options_of_step
 from arrondi.pipeline.work import Stage, Work
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.observed import static_grid
-from arrondi.tensor.rows import rowwise
+from arrondi.tensor.rows import rowwise, separable
 
 
 def carry_out(work: Work) -> None:
@@ -29,11 +31,7 @@ def carry_out(work: Work) -> None:
     Raises:
         DataError: a weight is not finite.
     """
-    for site in work.sites:
-        check_finite(site, work.weight(site))
-    for one in work.of_kind("rewrite"):
-        _apply(work, one)
-    _keep_rewritten(work)
+    rewrite(work)
     late = [one for one in work.of_kind("repair") if one.step.scope in ("unit", "model")]
     before = {s.name: work.weight(s).clone() for one in late for s in one.sites}
     stages = _stages(work)
@@ -54,6 +52,33 @@ def carry_out(work: Work) -> None:
     work.before = {}
 
 
+def rewrite(work: Work) -> None:
+    """The rewrites alone, in the quantized model and in the original that it is compared with.
+
+    Raises:
+        DataError: a weight is not finite.
+    """
+    for site in work.sites:
+        check_finite(site, work.weight(site))
+    rewrites = work.of_kind("rewrite")
+    for one in rewrites:
+        _apply(work, one)
+    _keep_rewritten(work)
+    if rewrites and work.original is not None and work.original.own:
+        _copy_to(work.original.instance, work)
+
+
+def _copy_to(original: Instance, work: Work) -> None:
+    """Let another instance have the unit's parameters as they are now, and those that were added."""
+    for planned in work.tensors:
+        for param in planned.tensor.params:
+            if param in original.empty and not original.is_empty(param):
+                original.parameter(param).copy_(work.instance.parameter(param))
+    for name, param in work.added_params.items():
+        if name in work.added:
+            original.put(param, work.added[name].float())
+
+
 def check_finite(site: Site, weight: torch.Tensor) -> None:
     """Refuse a weight that cannot be rounded.
 
@@ -71,7 +96,7 @@ def _stages(work: Work) -> list[Stage]:
     if not work.forwards or not work.sites:
         return []
     params = {s.param for s in work.sites}
-    needs = any(work.step(s).needs for s in work.sites) or any(one.step.needs for one in work.of_kind("repair"))
+    needs = any(work.step(s).needs or work.step(s).wants for s in work.sites) or any(one.step.needs for one in work.of_kind("repair"))
     stages = work.stages if needs else [work.whole_stage]
     return [stage for stage in stages if params & set(stage.leaders)]
 
@@ -80,7 +105,7 @@ def _round_stage(work: Work, stage: Stage) -> None:
     sites = [s for s in work.sites if s.param in stage.leaders]
     leaders = {stage.leaders[s.param] for s in sites}
     _fix_ranges(work, sites, stage)
-    needs: set[Need] = {n for s in sites for n in work.step(s).needs}
+    needs: set[Need] = {n for s in sites for n in work.step(s).needs | work.step(s).wants}
     needs |= {n for one in _repairs(work, sites) for n in one.step.needs}
     # Without a need of its own a method still learns how far the layer's output moves.
     work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment"}))
@@ -169,7 +194,10 @@ def _together(work: Work, sites: Sequence[Site], stage: Stage) -> list[list[Site
 def _round(work: Work, sites: list[Site]) -> None:
     planned, seen, step = work.planned[sites[0].name], work.seen.get(sites[0].name), work.step(sites[0])
     assert planned.rule is not None
-    why = ""
+    options, why, unlike = planned.rule.options, "", ""
+    if seen is not None and step.unpaired and not seen.has(step.needs):
+        step, unlike = get_step(step.unpaired), "the original sends it other tokens"
+        options = {name: value for name, value in options.items() if name in options_of_step(step.name)}
     if seen is None:
         why = "no token reached it"
     elif not seen.has(step.needs):
@@ -181,10 +209,21 @@ def _round(work: Work, sites: list[Site]) -> None:
             _round_blindly(work, site, why)
         return
     weights = [work.weight(s) for s in sites]
-    done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, planned.rule.options, seen)
+    done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, options, seen)
     for site, weight, rounded in zip(sites, weights, done, strict=True):
+        rounded.why = unlike
         work.results[site.name] = rounded
         weight.copy_(rounded.q.dequantize())
+        _leave_columns(work, site, rounded.q)
+
+
+def _leave_columns(work: Work, site: Site, q: QTensor) -> None:
+    """From now on inputs that meet columns which are kept apart are not rounded."""
+    inputs = work.scheme(site).inputs
+    if inputs is None or q.apart is None or not q.apart.columns:
+        return
+    how = (inputs, work.grids.get(site.tensor), q.apart.index.unique())
+    work.instance.round_inputs(dict.fromkeys(site.rounds_inputs, how))
 
 
 def _round_blindly(work: Work, site: Site, why: str) -> None:
@@ -212,7 +251,7 @@ def _round_blindly(work: Work, site: Site, why: str) -> None:
 def stackable(scheme: Scheme, count: int) -> bool:
     """Whether the matrices of a tensor can be rounded one by one: no scale covers two of them."""
     blocks = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.scale, Scheme)
-    return count == 1 or rowwise(scheme) or blocks
+    return count == 1 or separable(scheme) or (blocks and scheme.apart is None)
 
 
 def _static(scheme: LayerScheme) -> bool:

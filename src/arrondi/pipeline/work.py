@@ -1,4 +1,4 @@
-"""What steps work on in one unit: `Work`.
+"""What steps work on in one unit: `Work`, and `Original`, the same unit as it is without rounding.
 
 The unit is filled with the quantized model's weights. A step reads and changes weights through it, asks what calibration says of
 inputs, and adds tensors; what becomes of the unit is then read off it.
@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme
-from arrondi.model import Instance, Site
+from arrondi.model import Instance, Passage, Site, TreeStore
 from arrondi.model.flow import trace
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
@@ -22,6 +24,8 @@ from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Forward, Key, Need, Seen, Side, collect
 from arrondi.pipeline.step import Step
 from arrondi.pipeline.steps import get_step
+from arrondi.rounding.error import output_loss, weight_loss
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 
 
@@ -38,6 +42,25 @@ class Stage:
     uses: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Original:
+    """The unit of the original, rewritten as the quantized model is, but not rounded.
+
+    Attributes:
+        instance: with the unit filled; `rewrite` copies to it what rewrites do to the quantized model.
+        forwards: one for each calibration batch, on what the original has there.
+        own: whether nobody else needs the original as it was, so that it may be rewritten.
+    """
+
+    instance: Instance
+    forwards: Sequence[Forward]
+    own: bool = True
+
+    @property
+    def side(self) -> Side:
+        return Side(self.instance.parameter, self.forwards)
+
+
 class Work:
     """One unit under the steps of a plan.
 
@@ -46,7 +69,7 @@ class Work:
         tensors: what is planned for the unit's tensors.
         selected: the unit's rewrites and repairs.
         forwards: one for each calibration batch; empty without calibration.
-        original: the same unit of the original on the same batches, if a step needs it; its forwards give float outputs.
+        original: the same unit of the original on the same batches, if a step needs it.
         results: site → what rounding gave.
         grids: tensor → the static grid of its inputs.
         changed: tensors of the file whose value a step changed, as they are written.
@@ -62,7 +85,7 @@ class Work:
         instance: Instance,
         tensors: Sequence[PlannedTensor],
         forwards: Sequence[Forward],
-        original: Side | None = None,
+        original: Original | None = None,
     ) -> None:
         self.plan, self.instance, self.tensors, self.forwards = plan, instance, tensors, forwards
         self.original = original
@@ -100,11 +123,48 @@ class Work:
         self.added[name] = kept
         self.instance.put(own.param, kept.float())
 
+    def targets(self) -> TreeStore:
+        """What the original's unit gives for every batch, to be closed after use.
+
+        Raises:
+            SchemeError: there is no data, or the unit is not one of a chain's.
+        """
+        assert self.original is not None, "a step that needs float outputs says so"
+        passages = [forward for forward in self.original.forwards if isinstance(forward, Passage)]
+        if not passages:
+            raise SchemeError("What lies outside the blocks has no outputs to be held to. Leave it out of the step.")
+        stream = passages[0].stream
+        return TreeStore(stream.budget, stream.folder, (passage().cpu() for passage in passages))
+
+    def replace(self, site: Site, q: QTensor, method: str, **facts: Any) -> None:
+        """Give a site that was rounded other codes or scales; for repairs.
+
+        Args:
+            q: of the same shape and scheme.
+            method: what the report says was done besides.
+            facts: for the report.
+        """
+        found, weight = self.results[site.name], self.weight(site)
+        restored = q.dequantize()
+        found.weight_error = weight_loss(self.before[site.name], q)
+        seen = self.seen.get(site.name)
+        if seen is not None and seen.moment is not None:
+            found.output_error = output_loss(self.before[site.name], restored, seen.moment.matrix())
+        elif found.output_error is not None:
+            found.output_error = None
+        found.q, found.facts = q, {**found.facts, **facts}
+        weight.copy_(restored)
+
     def statistics(self, sites: Sequence[Site], needs: Collection[Need]) -> dict[str, Seen]:
         """Site → what calibration says of its input now; sites that no token reaches are not in it."""
         stage = self.whole_stage
         leaders = {stage.leaders[s.param] for s in sites if s.param in stage.leaders}
         return self.by_site(sites, stage, self.collected(leaders, stage, needs))
+
+    @property
+    def added_params(self) -> dict[str, str]:
+        """Tensor that steps add → the parameter that it is."""
+        return {a.name: a.param for a in self.plan.declared.added}
 
     # ── how inputs are shared ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -136,7 +196,7 @@ class Work:
     def collected(self, leaders: Collection[str], stage: Stage, needs: Collection[Need]) -> dict[Key, Seen]:
         """What is seen of inputs while all batches pass."""
         side = Side(self.instance.parameter, self.forwards)
-        return collect(leaders, stage.uses, side, needs, self.original)
+        return collect(leaders, stage.uses, side, needs, self.original.side if self.original else None)
 
     def by_site(self, sites: Sequence[Site], stage: Stage, seen: Mapping[Key, Seen]) -> dict[str, Seen]:
         """What was seen, for every site that a token reached."""

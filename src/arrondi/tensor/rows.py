@@ -1,4 +1,5 @@
-"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`; and `rowwise`, schemes of which every row is on its own."""
+"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`; and `rowwise` and `separable`, schemes of which
+every row, or every matrix, is on its own."""
 
 from __future__ import annotations
 
@@ -15,11 +16,18 @@ from arrondi.tensor.qtensor import QTensor
 
 def rowwise(scheme: Scheme) -> bool:
     """Whether each row of a matrix is rounded by itself."""
-    if scheme.apart is not None or (scheme.table is not None and scheme.table.rows != 1):
-        return False
-    return scheme.granularity == PerChannel() or (
+    return separable(scheme) and scheme.apart is None
+
+
+def separable(scheme: Scheme) -> bool:
+    """Whether a matrix shares nothing with one that lies below it in the same tensor."""
+    shared = (scheme.apart is not None and scheme.apart.what == "elements") or (
+        scheme.table is not None and scheme.table.rows != 1
+    )
+    rows = scheme.granularity == PerChannel() or (
         isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
     )
+    return rows and not shared
 
 
 def rows_of(q: QTensor, start: int, count: int) -> QTensor:

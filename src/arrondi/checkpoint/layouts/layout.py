@@ -97,6 +97,12 @@ class LayerValues:
     inputs: Grid | None = None
     outputs: Grid | None = None
 
+    @property
+    def whole_columns(self) -> torch.Tensor | None:
+        """The columns that are kept apart, whose inputs are not rounded; of a stack those of any matrix."""
+        kept = self.weight.apart
+        return kept.index.unique() if kept is not None and kept.columns else None
+
 
 @dataclass(frozen=True)
 class ModelFacts:

@@ -5,7 +5,7 @@ Owns: `STEPS`, and what is refused by a step's name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, get_args
 
@@ -15,15 +15,17 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.step import Kind, Step
-from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_options
+from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_options, options_of
 
 REWRITES: Final[tuple[Step, ...]] = ()
 REPAIRS: Final[tuple[Step, ...]] = ()
 
 
 def _round_step(name: str, method: Method) -> Step:
+    given = method.needs | method.wants
+
     def run(weight: torch.Tensor, scheme: Scheme, seen: Seen | None, *, name: str, **options: Any) -> Rounding:
-        more = {keyword: getattr(seen, keyword, None) for need, keyword in STATISTICS.items() if need in method.needs}
+        more = {keyword: getattr(seen, keyword, None) for need, keyword in STATISTICS.items() if need in given}
         more["moment"] = seen.moment if seen else None
         return method.round(weight, scheme, name=name, **more, **options)
 
@@ -36,7 +38,10 @@ def _round_step(name: str, method: Method) -> Step:
         needs=needs,
         fallback="rtn" if needs else "",
         cost=method.seconds_per_gigaweight,
+        unpaired=method.unpaired,
+        wants=frozenset(need for need in get_args(Need) if need in method.wants),
         makes=method.makes,
+        sizes=method.sizes,
         before=method.rewrites,
         after=method.repairs,
     )
@@ -72,6 +77,17 @@ def step_of_kind(kind: Kind, name: str) -> str:
     return name.lower()
 
 
+def options_of_step(name: str) -> dict[str, Any]:
+    """Names and defaults of the options that a user may set."""
+    return options_of(_function(get_step(name)))
+
+
+def _function(step: Step) -> Callable[..., Any]:
+    found = METHODS[step.name].run if step.name in METHODS else step.apply or step.round
+    assert found is not None
+    return found
+
+
 def check_step(name: str, options: Mapping[str, Any]) -> None:
     """Refuse options that a step does not have, and values of the wrong kind.
 
@@ -79,9 +95,7 @@ def check_step(name: str, options: Mapping[str, Any]) -> None:
         SchemeError: names the option and lists those that exist, or the value and what it should be.
     """
     step = get_step(name)
-    function = METHODS[step.name].run if step.name in METHODS else step.apply or step.round
-    assert function is not None
-    check_options(step.name, function, options)
+    check_options(step.name, _function(step), options)
 
 
 def check_scheme(name: str, scheme: LayerScheme, options: Mapping[str, Any]) -> None:

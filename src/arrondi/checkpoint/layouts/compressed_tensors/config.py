@@ -158,6 +158,8 @@ def _side(activations: ActivationScheme | None) -> dict[str, Any] | None:
 def _sayable(activations: ActivationScheme) -> bool:
     """Whether the package computes these activations from what the config says."""
     scheme = activations.scheme
+    if activations.outliers is not None:
+        return False
     if not isinstance(scheme.granularity, PerTensor | PerToken | PerGroup):
         return False
     if activations.dynamic == "local":
