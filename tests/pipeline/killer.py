@@ -7,7 +7,7 @@ more would not survive a fork.
 
     python -m tests.pipeline.killer MODEL WORK TEXT METHOD KILLS    →  one JSON document
 
-METHOD is `rtn` or `gptq`, or `dequantize`, which restores what `rtn` wrote. KILLS moments are spread over the call; the last ones, when
+METHOD is one that rounds, or `dequantize`, which restores what `rtn` wrote. KILLS moments are spread over the call; the last ones, when
 files get their names, are among them.
 """
 
@@ -47,7 +47,7 @@ def call_of(model: str, work: Path, text: str, method: str) -> Callable[[Path], 
         restore._GROUP_BYTES = 50_000
         return lambda out: dequantize_model(work / "packed", out, shard_bytes=100_000)
     recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
-    texts = TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method == "gptq" else None
+    texts = TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method != "rtn" else None
     return lambda out: quantize_model(model, out, recipe, texts, shard_bytes=100_000)
 
 

@@ -39,6 +39,7 @@ GPTQ = arrondi.Recipe.simple("W4A16", "gptq", group_size=32)
     ("method", "kills"),
     [
         ("gptq", 3),
+        ("awq", 1),
         ("dequantize", 2),
         *(pytest.param(m, 50, marks=pytest.mark.full) for m in ("rtn", "gptq", "dequantize")),
     ],

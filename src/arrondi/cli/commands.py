@@ -206,12 +206,25 @@ def evaluate(
 
 
 @app.command(cls=Strict)
-def inspect(model: opt.Model, json_: opt.Json = False) -> None:
+def inspect(
+    model: opt.Model,
+    folds: Annotated[
+        bool,
+        typer.Option(
+            "--folds",
+            help="Print instead which layers read the same activation, what makes it, and whether scales fold into that.",
+        ),
+    ] = False,
+    json_: opt.Json = False,
+) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
-    from arrondi.pipeline import inspect_model
-    from arrondi.report import print_inspection
+    from arrondi.pipeline import inspect_folds, inspect_model
+    from arrondi.report import print_folds, print_inspection
 
-    _answer(inspect_model(model), json_, print_inspection)
+    if folds:
+        _answer(inspect_folds(model), json_, print_folds)
+    else:
+        _answer(inspect_model(model), json_, print_inspection)
 
 
 @app.command(cls=Strict)

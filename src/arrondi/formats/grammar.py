@@ -68,9 +68,7 @@ def parse_scheme(text: str) -> LayerScheme:
     weights, when = _tensor(parts["w"], PerChannel(), text)
     if when is not True:
         raise SchemeError(f"Weights have no {parts['w'].rpartition('/')[2]!r} scales, got {text!r}. Say it of 'a'.")
-    inputs, outputs, kv = (
-        _activations(parts[key], text) if key in parts else None for key in ("a", "o", "kv")
-    )
+    inputs, outputs, kv = (_activations(parts[key], text) if key in parts else None for key in ("a", "o", "kv"))
     return LayerScheme(weights, inputs, outputs, kv)
 
 

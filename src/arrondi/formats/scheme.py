@@ -109,8 +109,12 @@ class Scheme:
         if self.format.learned and self.table is None:
             object.__setattr__(self, "table", Table())
         if self.table is not None and not self.format.learned:
-            raise SchemeError(f"{self.format} has values of its own and no table ('t:…'). Use lut{self.format.bits}, or drop it.")
-        if self.format.learned and (self.scale not in PLAIN or self.offset not in PLAIN or isinstance(self.granularity, PerBlock)):
+            raise SchemeError(
+                f"{self.format} has values of its own and no table ('t:…'). Use lut{self.format.bits}, or drop it."
+            )
+        if self.format.learned and (
+            self.scale not in PLAIN or self.offset not in PLAIN or isinstance(self.granularity, PerBlock)
+        ):
             raise SchemeError(
                 f"Look-up tables go with plain scales of groups, channels or tensors, got {self.granularity} and scales stored as {self.scale}."
             )

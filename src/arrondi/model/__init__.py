@@ -4,6 +4,7 @@ from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_bac
 from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs
 from arrondi.model.device import device_named
+from arrondi.model.folds import Fold, Producer, apply_fold, find_folds
 from arrondi.model.in_memory import InMemory
 from arrondi.model.instance import Instance, Rounding
 from arrondi.model.memory import release
@@ -25,6 +26,7 @@ __all__ = [
     "Budget",
     "Chain",
     "Facts",
+    "Fold",
     "Gradients",
     "InMemory",
     "Inputs",
@@ -33,6 +35,7 @@ __all__ = [
     "OnDisk",
     "Overlay",
     "Passage",
+    "Producer",
     "Rounding",
     "Site",
     "Source",
@@ -40,11 +43,13 @@ __all__ = [
     "Stream",
     "TreeStore",
     "Whole",
+    "apply_fold",
     "bfloat16_pays",
     "build_model",
     "configs_in",
     "confirm",
     "device_named",
+    "find_folds",
     "find_tensors",
     "kl_loss",
     "next_token_loss",

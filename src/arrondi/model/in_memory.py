@@ -34,6 +34,7 @@ class InMemory:
         whole: the model is run as one unit.
         settled: what the model itself computes at the ends of one batch; see `settle`.
         where: for messages.
+        example: a batch that the module was run on, if it was.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -46,6 +47,7 @@ class InMemory:
         self.whole = False
         self.settled: torch.Tensor | None = None
         self.facts = Facts()
+        self.example: Inputs | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -134,6 +136,7 @@ class InMemory:
         Raises:
             SchemeError: the model does not run on this batch.
         """
+        self.example = batch
         whole = Whole(self.instance())
         _, (call,) = whole.begin(batch)
         self.facts = Facts.of(trace(self.model, self.names.params, lambda: whole.run(0, torch.zeros(0), call)))

@@ -7,7 +7,8 @@ back. Two instances of one source are two models, so that the original and the q
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,6 +162,16 @@ class Instance:
         for handle in self._rounders:
             handle.remove()
         self._rounders, self._inputs = [], {}
+
+    @contextmanager
+    def plain_inputs(self) -> Iterator[None]:
+        """Inside, no inputs are rounded: what they are before rounding can be seen."""
+        kept = self._inputs
+        self.leave_inputs()
+        try:
+            yield
+        finally:
+            self.round_inputs(kept)
 
     def _load_buffers(self) -> None:
         """Buffers lie where the model runs. Stored buffers (running statistics, router biases, hash tables) hold what the checkpoint says."""

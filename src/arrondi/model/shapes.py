@@ -18,6 +18,7 @@ from arrondi.model.build import configs_in
 from arrondi.model.flow import trace
 from arrondi.model.site import Facts
 
+_META = torch.device("meta")
 _TOKENS = 8
 _SAMPLES = 16_000
 """Of a second of sound."""
@@ -35,7 +36,7 @@ def facts_by_shapes(model: Any) -> Facts:
     shadow = copy.deepcopy(model).to("meta")
     params = dict(shadow.named_parameters(remove_duplicate=False))
     best = Facts()
-    for inputs in _usual_inputs(shadow):
+    for inputs in usual_inputs(shadow):
         try:
             flow = trace(shadow, params, partial(shadow, **inputs))
         except Exception:  # it wants other inputs, and says so in its own way
@@ -46,14 +47,14 @@ def facts_by_shapes(model: Any) -> Facts:
     return best
 
 
-def _usual_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+def usual_inputs(model: Any, device: torch.device = _META) -> Iterator[dict[str, torch.Tensor]]:
     """Images, films, sound and texts of the sizes that the config gives, for what the forward pass names."""
     known = inspect.signature(model.forward).parameters
     height, width = _pair(_setting(model, ("image_size",), 224))
     channels = _setting(model, ("num_channels", "in_channels"), 3)
     bins = _setting(model, ("num_mel_bins", "feature_size"), 80)
     frames = 2 * _setting(model, ("max_source_positions",), _FRAMES // 2)
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     first: dict[str, list[tuple[int, ...]]] = {
         "pixel_values": [
             (1, channels, height, width),
@@ -64,7 +65,7 @@ def _usual_inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     }
     for name, sizes in first.items():
         for size in sizes if name in known else ():
-            one = {name: torch.zeros(size, device="meta")}
+            one = {name: torch.zeros(size, device=device)}
             yield one
             for other in ("input_ids", "decoder_input_ids"):
                 if other in known:

@@ -1,6 +1,6 @@
 """Whole models: plan, quantize, restore, inspect. Every function here takes directories and returns plain data."""
 
-from arrondi.pipeline.inspect import inspect_model
+from arrondi.pipeline.inspect import inspect_folds, inspect_model
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.quantize import quantize_model, rehearse
 from arrondi.pipeline.recipe import Recipe, Rule
@@ -18,6 +18,7 @@ __all__ = [
     "TextOptions",
     "check",
     "dequantize_model",
+    "inspect_folds",
     "inspect_model",
     "make_plan",
     "quantize_model",

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, the numbers of its quantized layers checked: `inspect_model`."""
+"""What is in a checkpoint, the numbers of its quantized layers checked: `inspect_model`; and which scales can be folded: `inspect_folds`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, Entry, readers_of
+from arrondi.errors import SchemeError
+from arrondi.model import Fold, OnDisk, find_folds
+from arrondi.model.fold import channels_in_words
 
 
 def inspect_model(path: str | Path) -> dict[str, Any]:
@@ -44,6 +47,57 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         "bits_per_weight": round(8 * sum(t["bytes"] for t in packed) / packed_weights, 4) if packed_weights else None,
         "model_bits_per_weight": round(8 * total / max(weights, 1), 4),
         "tensors": tensors,
+    }
+
+
+def inspect_folds(path: str | Path) -> dict[str, Any]:
+    """Every activation that linear layers read, and whether a scale can be moved from what makes it into them. No weight is read.
+
+    Returns:
+        `folds`, each with `unit` (None outside of the blocks), `consumers`, `producer` (None, or `kind`, `param`, `offset`, `bias`,
+        `index` and `rows`), `channels` and `reason` (None if scales can be folded); `foldable` and `not_foldable`, how many of both.
+
+    Raises:
+        FileFormatError: not a model directory.
+        SchemeError: the model is quantized, or does not run.
+    """
+    check_arguments(inspect_folds, locals())
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.quantized:
+        raise SchemeError(
+            f"{path} is already quantized, and its scales stay where they are. Inspect the original model."
+        )
+    source = OnDisk(checkpoint)
+    folds = find_folds(source)
+    foldable = sum(fold.reason is None for fold in folds)
+    return {
+        "path": str(checkpoint.folder.path),
+        "units": source.units,
+        "folds": [_fold(fold) for fold in folds],
+        "foldable": foldable,
+        "not_foldable": len(folds) - foldable,
+    }
+
+
+def _fold(fold: Fold) -> dict[str, Any]:
+    made = fold.producer
+    producer = None
+    if made is not None:
+        rows = None if made.rows is None else [made.rows.start, made.rows.stop]
+        producer = {
+            "kind": made.kind,
+            "param": made.param,
+            "offset": made.offset,
+            "bias": made.bias,
+            "index": made.index,
+            "rows": rows,
+        }
+    return {
+        "unit": fold.unit,
+        "consumers": list(fold.consumers),
+        "producer": producer,
+        "channels": channels_in_words(fold.channels) if fold.reason is None else None,
+        "reason": fold.reason,
     }
 
 

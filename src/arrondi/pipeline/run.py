@@ -220,7 +220,7 @@ class Run:
                 parts = [work.results[s.name] for s in planned.sites if s.name in work.results]
                 done = list(dict.fromkeys(name for s in planned.sites for name in work.done.get(s.name, ())))
                 row = self._put(planned, parts, work.grids.get(planned.name))
-                rows.append({**row, **({"steps": done} if done else {})})
+                rows.append({**row, **({"steps": done} if done else {}), **work.facts.get(planned.name, {})})
             else:
                 self._keep(planned, work.changed)
         for added in self._added(members):

@@ -12,7 +12,9 @@ from typing import Any
 
 from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme
-from arrondi.model import Names, OnDisk, Site, Source, build_model
+from arrondi.model import InMemory, Names, OnDisk, Site, Source, build_model
+from arrondi.model.folds import find_folds
+from arrondi.pipeline.folding import Joint, joints_of
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.step import Declared, Step
@@ -27,16 +29,24 @@ class Selected:
         step, options: what is done.
         groups: sites that are done together.
         refusals: why not → sites where it is not done.
+        joints: of a step of the scope "fold", what it scales.
     """
 
     step: Step
     options: Mapping[str, Any]
     groups: tuple[tuple[Site, ...], ...]
     refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joints: tuple[Joint, ...] = ()
 
     @property
     def sites(self) -> list[Site]:
         return [s for group in self.groups for s in group]
+
+    def targets(self, group: Sequence[Site]) -> Sequence[Site] | list[Joint]:
+        """What the step is given for a group: its sites, or the joints among them."""
+        own = {s.name for s in group}
+        joints = [j for j in self.joints if own.issuperset(s.name for s in j.sites)]
+        return joints if self.step.scope == "fold" else group
 
     def within(self, names: Iterable[str]) -> Selected:
         """The same for these sites alone; groups of the whole model are cut to them."""
@@ -48,21 +58,31 @@ class Selected:
 def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[Selected]:
     """The rewrites and repairs of a recipe in its order, resolved on a model whose tensors are planned."""
     schemes = {s.name: t.scheme for t in tensors for s in t.sites}
-    found = []
+    found, folds = [], None
     for number, rule in enumerate(recipe.rules):
         step = get_step(rule.method)
         if step.kind == "round":
             continue
         picked = [t for t in tensors if number in t.picked and (step.kind == "rewrite" or t.status == "quantized")]
+        sites = [s for t in picked for s in t.sites]
         groups: list[tuple[Site, ...]] = []
         refusals: dict[str, list[str]] = {}
-        for group in _groups(step, [s for t in picked for s in t.sites], source.sites):
+        joints: list[Joint] = []
+        if step.scope == "fold":
+            folds = (
+                find_folds(source, source.example if isinstance(source, InMemory) else None) if folds is None else folds
+            )
+            joints, refusals = joints_of(source, folds, sites, schemes)
+            sites = list({s.name: s for j in joints for s in j.sites}.values())
+        for group in _groups(step, sites, source.sites):
             reason = next((why for s in group if (why := _refusal(step, s, schemes))), None)
             if reason is None:
                 groups.append(group)
             else:
                 refusals.setdefault(reason, []).extend(s.name for s in group)
-        found.append(Selected(step, rule.options, tuple(groups), {k: tuple(v) for k, v in refusals.items()}))
+        found.append(
+            Selected(step, rule.options, tuple(groups), {k: tuple(v) for k, v in refusals.items()}, tuple(joints))
+        )
     return found
 
 
@@ -74,7 +94,7 @@ def _groups(step: Step, sites: Sequence[Site], every: Sequence[Site]) -> list[tu
         return together + [(s,) for s in sites if s.reads is None]
     groups: dict[Any, list[Site]] = {}
     for site in sites:
-        key = {"site": site.name, "unit": site.block, "model": None}[step.scope]
+        key = {"site": site.name, "unit": site.block, "fold": site.block, "model": None}[step.scope]
         groups.setdefault(key, []).append(site)
     return [tuple(group) for group in groups.values()]
 
@@ -98,7 +118,7 @@ def declared_by(source: Source, selected: Iterable[Selected], tensors: Sequence[
     for one in selected:
         if not one.groups:
             continue
-        own = one.step.declare(source, one.sites, **one.options)
+        own = one.step.declare(source, one.targets(one.sites), **one.options)
         for name in own.changed:
             if status.get(name, "quantized") == "quantized":
                 what = "is quantized" if name in status else "is not in the model"

@@ -15,7 +15,18 @@ import torch
 from arrondi.calibration import Reservoir, SecondMoment, span_of
 from arrondi.model.flow import Use, watch
 
-Need = Literal["moment", "mean", "range", "absmax", "sample", "float moment", "cross moment", "float outputs"]
+Need = Literal[
+    "moment",
+    "mean",
+    "range",
+    "absmax",
+    "absmean",
+    "sample",
+    "float moment",
+    "cross moment",
+    "float outputs",
+    "batches",
+]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original, which is
 rewritten as the quantized model is, but not rounded.
 
@@ -23,10 +34,12 @@ rewritten as the quantized model is, but not rounded.
     mean          Σ x
     range         the least and the largest number
     absmax        max |x| of every column
+    absmean       Σ |x| of every column
     sample        rows, each as likely as every other
     float moment  Σ f fᵀ
     cross moment  Σ x fᵀ, of the same tokens
     float outputs what the unit gives in the original: nothing of one input, see `Work.targets`
+    batches       the batches themselves: the unit is run on them
 """
 
 OF_ORIGINAL: Final = frozenset({"float moment", "cross moment", "float outputs"})
@@ -52,6 +65,7 @@ class Seen:
         total: Σ x, float64 (n,).
         low, high: the least and the largest number, 0 included.
         absmax: max |x| of every column, float32 (n,).
+        abstotal: Σ |x| of every column, float64 (n,).
         sample: at most `SAMPLE` rows.
         float_moment: Σ f fᵀ.
         cross_moment: Σ x fᵀ, float32 (n, n).
@@ -64,6 +78,7 @@ class Seen:
     low: float = 0.0
     high: float = 0.0
     absmax: torch.Tensor | None = None
+    abstotal: torch.Tensor | None = None
     sample: Reservoir | None = None
     float_moment: SecondMoment | None = None
     cross_moment: torch.Tensor | None = None
@@ -74,6 +89,12 @@ class Seen:
         """Mean of every column, float32 (n,)."""
         assert self.total is not None and self.tokens
         return (self.total / self.tokens).float()
+
+    @property
+    def absmean(self) -> torch.Tensor:
+        """Mean |x| of every column, float32 (n,)."""
+        assert self.abstotal is not None and self.tokens
+        return (self.abstotal / self.tokens).float()
 
     def has(self, needs: Collection[Need]) -> bool:
         """Whether all of this is known."""
@@ -98,6 +119,9 @@ class Seen:
         if "absmax" in needs:
             largest = rows.abs().amax(0).float().cpu()
             self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
+        if "absmean" in needs:
+            size = rows.abs().double().sum(0).cpu()
+            self.abstotal = size if self.abstotal is None else self.abstotal + size
         if "sample" in needs:
             self.sample = self.sample or Reservoir(SAMPLE)
             self.sample.observe(rows.float())

@@ -24,9 +24,10 @@ from arrondi.rounding import Rounding
 
 Kind = Literal["rewrite", "round", "repair"]
 
-Scope = Literal["site", "reads", "unit", "model"]
+Scope = Literal["site", "reads", "unit", "model", "fold"]
 """What is done together or not at all: one site, all sites that read the same input, all that were selected in a unit, or in the
-model. A step is never given more than one unit at a time."""
+model; or all that reads an activation with what makes it, where scales can be moved from one to the other. A step is never given
+more than one unit at a time."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Step:
         name: what recipes call it.
         kind: rewrite steps run first in a unit, then round steps, each followed by the repair steps of what it rounded.
         source: where it comes from, for people.
-        apply: (work, sites, **options) of rewrites and repairs; the sites are one group of `scope`, within one unit.
+        apply: (work, sites, **options) of rewrites and repairs; the sites are one group of `scope`, within one unit. Steps of the
+            scope "fold" get the `Joint`s of the unit in place of sites.
         round: the function of round steps.
         needs: what has to be known of the inputs.
         wants: what else a round step looks at where there is calibration data.
@@ -96,7 +98,7 @@ class Step:
         refuse: (site, its scheme or None) → None, or why it cannot be done there, as the end of a sentence.
         fallback: the round step that a round step is replaced by where nothing is known of the inputs, unless the rule names
             another.
-        declare: (source, all sites, **options) → what it changes and adds, known before it runs.
+        declare: (source, all sites or joints, **options) → what it changes and adds, known before it runs.
         unpaired: the round step that a round step is replaced by where the original sends other tokens; "" is the fallback.
         makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
         sizes: (that scheme with its inputs, weight (m, n), options) → the same for this very weight, where its size depends on it.

@@ -96,7 +96,9 @@ def _stages(work: Work) -> list[Stage]:
     if not work.forwards or not work.sites:
         return []
     params = {s.param for s in work.sites}
-    needs = any(work.step(s).needs or work.step(s).wants for s in work.sites) or any(one.step.needs for one in work.of_kind("repair"))
+    needs = any(work.step(s).needs or work.step(s).wants for s in work.sites) or any(
+        one.step.needs for one in work.of_kind("repair")
+    )
     stages = work.stages if needs else [work.whole_stage]
     return [stage for stage in stages if params & set(stage.leaders)]
 
@@ -134,7 +136,7 @@ def _repairs(work: Work, sites: Sequence[Site]) -> list[Selected]:
 def _apply(work: Work, one: Selected) -> None:
     assert one.step.apply is not None
     for group in one.groups:
-        one.step.apply(work, group, **one.options)
+        one.step.apply(work, one.targets(group), **one.options)
         for site in group:
             work.done.setdefault(site.name, []).append(one.step.name)
 

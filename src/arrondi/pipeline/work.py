@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,16 +17,17 @@ from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme
 from arrondi.model import Instance, Passage, Site, TreeStore
 from arrondi.model.flow import trace
-from arrondi.pipeline.plan import Plan
-from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.rounded import Rounded
-from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Forward, Key, Need, Seen, Side, collect
 from arrondi.pipeline.step import Step
-from arrondi.pipeline.steps import get_step
 from arrondi.rounding.error import output_loss, weight_loss
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
+
+if TYPE_CHECKING:  # steps import this file, and these look steps up
+    from arrondi.pipeline.plan import Plan
+    from arrondi.pipeline.resolve import PlannedTensor
+    from arrondi.pipeline.rounded import Rounded
+    from arrondi.pipeline.select import Selected
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Work:
         done: site → rewrites and repairs that were done to it.
         before: site → its weight before it was rounded; for repairs, during their stage.
         seen: site → what is known of its input; for repairs, during their stage.
+        facts: tensor → what steps say of it, for the report.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Work:
         self.done: dict[str, list[str]] = {}
         self.before: dict[str, torch.Tensor] = {}
         self.seen: dict[str, Seen] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
 
     # ── for steps ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -124,13 +127,17 @@ class Work:
         self.instance.put(own.param, kept.float())
 
     def targets(self) -> TreeStore:
-        """What the original's unit gives for every batch, to be closed after use.
+        """What the original's unit gives for every batch, on what the original has there; to be closed after use."""
+        assert self.original is not None, "a step that needs float outputs says so"
+        return self.outputs(self.original.forwards)
+
+    def outputs(self, forwards: Sequence[Forward]) -> TreeStore:
+        """What a unit gives now for every batch, to be closed after use.
 
         Raises:
-            SchemeError: there is no data, or the unit is not one of a chain's.
+            SchemeError: it is not one of a chain's.
         """
-        assert self.original is not None, "a step that needs float outputs says so"
-        passages = [forward for forward in self.original.forwards if isinstance(forward, Passage)]
+        passages = [forward for forward in forwards if isinstance(forward, Passage)]
         if not passages:
             raise SchemeError("What lies outside the blocks has no outputs to be held to. Leave it out of the step.")
         stream = passages[0].stream
@@ -207,6 +214,8 @@ class Work:
 
     def step(self, site: Site) -> Step:
         """The step that rounds a site."""
+        from arrondi.pipeline.steps import get_step
+
         rule = self.planned[site.name].rule
         assert rule is not None
         return get_step(rule.method)

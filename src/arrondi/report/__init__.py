@@ -1,5 +1,6 @@
 """Words and tables for people. Nothing here computes."""
 
+from arrondi.report.folds import print_folds
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
 from arrondi.report.tables import (
@@ -17,6 +18,7 @@ __all__ = [
     "print_demo",
     "print_evaluation",
     "print_facts",
+    "print_folds",
     "print_inspection",
     "print_plan",
     "print_report",

@@ -20,7 +20,11 @@ from arrondi.tensor.tables import nearest
 
 
 def sweep(
-    work: torch.Tensor, factor: torch.Tensor, grids: ColumnGrids | LearnedGrids, block_size: int, permutation: torch.Tensor | None
+    work: torch.Tensor,
+    factor: torch.Tensor,
+    grids: ColumnGrids | LearnedGrids,
+    block_size: int,
+    permutation: torch.Tensor | None,
 ) -> tuple[torch.Tensor, float]:
     """Visit the columns in order.
 

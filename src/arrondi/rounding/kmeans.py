@@ -153,7 +153,9 @@ def _checked(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, 
     if (reason := refuse_tables(scheme, {})) is not None:
         raise SchemeError(f"{name}: {reason}")
     if weight.ndim != 2:
-        raise ShapeError(f"{name}: tables belong to matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
+        raise ShapeError(
+            f"{name}: tables belong to matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack."
+        )
     if moment is not None and moment.n != weight.shape[1]:
         raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
     if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all()):
@@ -288,7 +290,9 @@ class _Part:
 
     def _error(self) -> float:
         values = self._untabled(self.table.gather(1, self._tabled(self.codes).long()))
-        return float(((values * self._each(self.scale) - self.rows).square() * self.importance).sum(dtype=torch.float64))
+        return float(
+            ((values * self._each(self.scale) - self.rows).square() * self.importance).sum(dtype=torch.float64)
+        )
 
     def _groups(self, x: torch.Tensor) -> torch.Tensor:
         """(m, n) → (m, groups, size), a short last group filled with zeros."""

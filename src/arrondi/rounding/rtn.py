@@ -1,7 +1,7 @@
 """Round to nearest: the baseline that every other method must beat.
 
-Owns: `rtn`, `refuse_rtn` and `pays_to_search`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer). Ties go to even,
-as in IEEE 754.
+Owns: `rtn`, `nearest`, `refuse_rtn` and `pays_to_search`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer).
+Ties go to even, as in IEEE 754.
 """
 
 from __future__ import annotations
@@ -56,12 +56,29 @@ def rtn(
     scheme = scheme_of(scheme)
     if (reason := refuse_rtn(scheme, {})) is not None:
         raise SchemeError(f"{name}: {reason}")
+    importance = None if moment is None else moment.diagonal().to(weight.device)
+    return nearest(weight, scheme, importance, range=range, power=power, name=name)
+
+
+def nearest(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    importance: torch.Tensor | None = None,
+    *,
+    range: Literal["auto", "absmax", "search"] = "auto",
+    power: float = 2.5,
+    name: str = "weight",
+) -> QTensor:
+    """`rtn` with arguments that are known to be good.
+
+    Args:
+        importance: (K,) what an error in each column weighs in a search, for example the mean square of its input.
+    """
     if range == "auto":
         range = "search" if pays_to_search(scheme) else "absmax"
     if range == "absmax" or weight.numel() == 0:
         return quantize_tensor(weight, scheme, name=name)
     with named(name):
-        importance = None if moment is None else moment.diagonal().to(weight.device)
         grid = searched(weight.detach(), scheme, importance, power, name)
     return quantize_with(weight, scheme, grid, name=name)
 

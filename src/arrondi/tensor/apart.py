@@ -109,7 +109,9 @@ def complaint_of(kept: Kept | None, apart: Apart | None, shape: tuple[int, ...])
     if len(shape) != 2:
         return f"what is kept apart belongs to a matrix, got shape {shape}"
     if kept.index.dtype != torch.int32 or kept.values.dtype != torch.float32:
-        return f"what is kept apart has an int32 index and float32 values, got {kept.index.dtype} and {kept.values.dtype}"
+        return (
+            f"what is kept apart has an int32 index and float32 values, got {kept.index.dtype} and {kept.values.dtype}"
+        )
     if kept.columns is not (apart.what == "columns") or kept.index.shape[-1] != apart.count:
         return f"{apart} is kept apart, and the index has the shape {tuple(kept.index.shape)}"
     wanted = (shape[0], apart.count) if kept.columns else (apart.count,)

@@ -91,7 +91,9 @@ class QTensor:
     def _check_table(self) -> None:
         own, values = self.scheme.table, self.table
         if (own is None) is not (values is None):
-            raise ShapeError(f"A tensor has tables if and only if its format is a look-up one, got {said(values)} for {self.scheme}.")
+            raise ShapeError(
+                f"A tensor has tables if and only if its format is a look-up one, got {said(values)} for {self.scheme}."
+            )
         if own is None or values is None:
             return
         wanted = (own.count(self.shape[0]), self.scheme.format.levels) if len(self.shape) == 2 else ()
@@ -161,7 +163,11 @@ class QTensor:
         if fast is not None:
             return fast
         tile = tile_shape(self.scheme.granularity, self.shape)
-        values = to_tiles(self._values(), tile) if self.table is not None else decode(to_tiles(self.codes, tile), self.scheme.format)
+        values = (
+            to_tiles(self._values(), tile)
+            if self.table is not None
+            else decode(to_tiles(self.codes, tile), self.scheme.format)
+        )
         if self.zero_point is not None:
             values -= self.zero_point.reshape(-1, 1)
         values *= self.real_scale.reshape(-1, 1)
@@ -260,7 +266,11 @@ def quantize_tensor(
 
 def own_numbers(scheme: Scheme) -> str:
     """Why rounding to nearest alone cannot make a scheme that has tables or keeps numbers apart."""
-    what = f"the values of {scheme.format} are learned from a tensor" if scheme.format.learned else f"{scheme.apart} is kept apart"
+    what = (
+        f"the values of {scheme.format} are learned from a tensor"
+        if scheme.format.learned
+        else f"{scheme.apart} is kept apart"
+    )
     return f"Rounding to nearest does not make {scheme}: {what}. Use a method that does (kmeans, any4, gobo, llm-int8)."
 
 

@@ -23,7 +23,11 @@ def table_bits(table: Table, rows: int, levels: int) -> int:
 
 def table_of_row(table: Table, rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The number of the table of every row, int64 (rows,)."""
-    return torch.arange(rows, device=device) // table.rows if table.rows else torch.zeros(rows, dtype=torch.int64, device=device)
+    return (
+        torch.arange(rows, device=device) // table.rows
+        if table.rows
+        else torch.zeros(rows, dtype=torch.int64, device=device)
+    )
 
 
 def looked_up(codes: torch.Tensor, values: torch.Tensor, table: Table) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Ranges that clip on purpose: the grid of each tile with the least error instead of the widest one.
 
-Owns: `search_grid`, its slow reference `search_grid_reference`, and `on_grid`. Uses `fits` for the widest grid and tries
+Owns: `search_grid`, its slow reference `search_grid_reference`, `on_grid` and `choose`. Uses `fits` for the widest grid and tries
 smaller ones. Where a scale may be negative and the format is not the same seen from the other side (the codes of int4 are
 -8 … 7), it also tries their mirror images.
 
@@ -115,7 +115,7 @@ class _Search:
             better = loss < self.loss
             self.loss = torch.where(better, loss, self.loss)
             self.factor = torch.where(better, factor, self.factor)
-            self.grid = tried if self.grid is None else _choose(better, tried, self.grid)
+            self.grid = tried if self.grid is None else choose(better, tried, self.grid)
 
     def _loss(self, grid: Grid) -> torch.Tensor:
         error = on_grid(self.tiles, self.scheme, grid).sub_(self.tiles).abs_()
@@ -133,7 +133,9 @@ def mirrors(scheme: Scheme) -> bool:
     return scheme.symmetric and scheme.signed_scales and not scheme.format.balanced
 
 
-def _choose(where: torch.Tensor, new: Grid, old: Grid) -> Grid:
+def choose(where: torch.Tensor, new: Grid, old: Grid) -> Grid:
+    """For every tile the new grid where `where` is true, else the old one; all parts (tiles, 1)."""
+
     def part(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
         return None if a is None or b is None else torch.where(where, a, b)
 
