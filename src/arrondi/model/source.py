@@ -150,7 +150,7 @@ class OnDisk:
             if scheme is not None and modules:
                 apart = self.checkpoint.placed[tensor.name].scheme.weights.apart
                 values = None if scheme.dynamic is True and apart is None else self.checkpoint.layer(tensor.name)
-                how = (scheme, values and values.inputs, values and values.whole_columns)
+                how = (scheme, None, None) if values is None else (scheme, values.inputs, values.whole_columns)
                 found |= dict.fromkeys(modules, how)
         return found
 

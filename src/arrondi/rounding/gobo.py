@@ -48,7 +48,9 @@ def size_gobo(scheme: LayerScheme, weight: torch.Tensor, options: Mapping[str, A
 def refuse_gobo(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
     format, made = scheme.format, scheme.table
-    if format.kind == "integer" and format.levels == 2**format.bits and scheme.symmetric:
+    if scheme.apart is not None and (made is None or scheme.apart.what != "elements"):
+        made = None
+    elif format.kind == "integer" and format.levels == 2**format.bits and scheme.symmetric:
         return None
     if made == Table(0, "float32") and scheme.granularity == PerTensor():
         return None

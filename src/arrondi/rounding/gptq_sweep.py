@@ -48,8 +48,10 @@ def sweep(
         work.new_empty((n, m), dtype=code_dtype(grids.scheme.format)),
         originals,
     )
-    compiled = isinstance(grids, ColumnGrids) and can_sweep(work, grids.scheme)
-    visit = _Compiled(state, grids).visit if compiled else _Columns(state, grids).visit
+    if isinstance(grids, ColumnGrids) and can_sweep(work, grids.scheme):
+        visit = _Compiled(state, grids).visit
+    else:
+        visit = _Columns(state, grids).visit
     loss = 0.0
     for start in range(0, n, block):
         stop = min(start + block, n)

@@ -249,6 +249,7 @@ class _Part:
         self.own = scheme.table
         self.tall = min(self.own.rows or len(rows), len(rows))
         self.missing = -rows.shape[1] % size
+        self.table = self.codes = rows.new_empty(0)  # `fit` makes them
         # The least table entry is -1 and the greatest 127/128: the extremes of a group stay inside.
         reach = self._groups(rows).abs().amax(-1) / (1 - STEP)
         self.scale = round_scale(reach, scheme.scale)

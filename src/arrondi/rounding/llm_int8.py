@@ -42,7 +42,7 @@ def size_llm_int8(scheme: LayerScheme, weight: torch.Tensor, options: Mapping[st
     if scheme.inputs is not None and outliers != "static":
         return replace(scheme, inputs=replace(scheme.inputs, outliers=float(options.get("threshold", THRESHOLD))))
     count = _count(weight.shape[1], float(options.get("share", SHARE)))
-    stored = "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
+    stored: Literal["bfloat16", "float16"] = "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
     return replace(scheme, weights=replace(scheme.weights, apart=Apart("columns", count, stored) if count else None))
 
 
