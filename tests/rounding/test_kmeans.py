@@ -57,7 +57,9 @@ def test_lloyd_never_gets_worse_and_ends_near_the_best() -> None:
     x, weights = torch.randn(40, 200, generator=draw), torch.rand(40, 200, generator=draw)
     line = Line(x, weights)
     best = squares(x, weights, exact(line, 8))
-    losses = [squares(x, weights, spread(line, 8))] + [squares(x, weights, learn(x, weights, 8, n)) for n in (1, 5, 100)]
+    losses = [squares(x, weights, spread(line, 8))] + [
+        squares(x, weights, learn(x, weights, 8, n)) for n in (1, 5, 100)
+    ]
     for before, after in itertools.pairwise(losses):
         assert bool((after <= before * (1 + 1e-5)).all())
     assert float((losses[-1] / best).mean()) < 1.02
@@ -141,7 +143,9 @@ def test_entries_are_as_they_are_stored(entries: str) -> None:
 
 @pytest.mark.parametrize("text", ["NF4", "MXFP4", "W4A16_ASYM", "FP8_BLOCK", "TERNARY", "w=int4/tensor"])
 def test_what_cannot_become_a_table_is_said(text: str) -> None:
-    with pytest.raises(SchemeError, match=r"^w: Tables are learned in place of symmetric integers .*W4A16, W3A16, W2A16"):
+    with pytest.raises(
+        SchemeError, match=r"^w: Tables are learned in place of symmetric integers .*W4A16, W3A16, W2A16"
+    ):
         METHODS["any4"].run(weight(), text, name="w")
 
 
@@ -168,7 +172,9 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         replace(q, table=None)
 
 
-@pytest.mark.parametrize("text", ["w=lut4/g128", "w=lut3/channel/bfloat16/t:float16:16", "w=lut2/tensor/t:float32:all/elements:7"])
+@pytest.mark.parametrize(
+    "text", ["w=lut4/g128", "w=lut3/channel/bfloat16/t:float16:16", "w=lut2/tensor/t:float32:all/elements:7"]
+)
 def test_the_grammar_reads_what_it_writes(text: str) -> None:
     scheme = parse_scheme(text)
     assert isinstance(scheme, LayerScheme)
