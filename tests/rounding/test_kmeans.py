@@ -160,7 +160,7 @@ def test_bad_weights_and_moments() -> None:
         METHODS["kmeans"].run(weight(4, 64), "W4A16", moment())
     with pytest.raises(ShapeError, match="tables belong to matrices"):
         METHODS["kmeans"].run(weight()[None], "W4A16")
-    with pytest.raises(DataError, match="^w: the weights hold NaN"):
+    with pytest.raises(DataError, match=r"^w: the weights hold NaN"):
         METHODS["kmeans"].run(torch.full((4, 8), torch.nan), "W4A16", name="w")
 
 
