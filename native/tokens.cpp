@@ -44,4 +44,32 @@ const char* rotate(const Rotation& r) {
     return nullptr;
 }
 
+// Null, or what is wrong with keys or values.
+static const char* wrong_states(const PackedStates& s, const PackedAttention& a, int step) {
+    if (s.bits != 2 && s.bits != 4 && s.bits != 8) return "codes have 2, 4 or 8 bits";
+    if (s.block < 16 || s.block > kLongestBlock || s.block % 16 != 0) return "blocks have 16 to 128 tokens in steps of 16";
+    if (s.skip < 0 || s.skip >= s.block || s.tokens < s.skip || s.tokens - s.skip > a.length) return "there are other tokens";
+    if (s.groups > 0 && (a.width % s.groups != 0 || a.width / s.groups % step != 0)) return "groups do not fit the heads";
+    if (s.tokens > 0 && (s.codes == nullptr || (s.groups >= 0 && s.scale == nullptr))) return "a buffer is null";
+    return nullptr;
+}
+
+const char* attend_packed(const PackedAttention& a) {
+    if (a.heads < 1 || a.key_heads < 1 || a.heads % a.key_heads != 0 || a.length < 1 || a.width % 16 != 0 || a.width > 256)
+        return "heads must share keys evenly and be up to 256 wide, in steps of 16";
+    if (const char* wrong = wrong_states(a.keys, a, a.keys.bits == 2 ? 4 : a.keys.bits == 4 ? 2 : 1)) return wrong;
+    if (const char* wrong = wrong_states(a.values, a, 16)) return wrong;
+    if (a.values.groups == 0) return "scales of values follow tokens";
+    if (a.query == nullptr || a.turned == nullptr || a.new_keys == nullptr || a.new_values == nullptr || a.y == nullptr)
+        return "a buffer is null";
+    const size_t memory = static_cast<size_t>(scores_apart(a)) * kTogether;
+    float* scores = static_cast<float*>(std::aligned_alloc(64, memory * a.key_heads * sizeof(float)));
+    if (scores == nullptr) return "there is no memory for the scores";
+    const bool small = static_cast<int64_t>(a.heads) * a.length * a.width < 32768;
+    parallel_for(a.key_heads, small ? 1 : a.threads,
+                 [&](int head) { path().tokens->attend_packed(a, head, scores + head * memory); });
+    std::free(scores);
+    return nullptr;
+}
+
 }  // namespace arrondi

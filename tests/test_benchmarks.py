@@ -37,6 +37,10 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda _: ["--shapes", "64x128", "--m", 1, "--rounds", 1, "--threads", 1, "--seconds", 0.01, "--rotate-mb", 0.1, "--cases", "w4 bf16"],
         r"64x128 m=1 +4 bits +arrondi +w4 bf16 .*GB/s",
     ),
+    "kv.py": (
+        lambda _: ["--lengths", 96, "--hidden", 64, "--layers", 2, "--heads", 4, "--width", 32, "--decode", 2, "--rounds", 1],
+        r"96  full .*100\.0% +\d(?s:.*)96  kivi2 .*%",
+    ),
     "layer_loss.py": (lambda tiny: [tiny, quantized(tiny), "--text", TEXT, *FEW], r"mean relative loss(?s:.*)tiny-w4 +21 +0\.\d+"),
     "make_llama.py": (lambda tiny: [tiny.parent / "another", "--size", "tiny"], r"another: 574,336 parameters"),
     "quality.py": (

@@ -1,7 +1,7 @@
-"""GPTQ by llm-compressor, timed: the peer our own speed and layer losses are set beside.
+"""GPTQ or AWQ by llm-compressor, timed: the peer our own speed, layer losses and quality are set beside.
 
-Owns: one run of `oneshot` with a GPTQ modifier of scheme W4A16 (groups of 128, symmetric) and its defaults, the head
-left alone, on the same windows as `yardstick.py`.  Runs in llm-compressor's own virtual environment, without the
+Owns: one run of `oneshot` with a GPTQ modifier of scheme W4A16 (groups of 128, symmetric) and its defaults, or with its AWQ
+modifier before plain rounding, the head left alone, on the same windows as `yardstick.py`.  Runs in llm-compressor's own virtual environment, without the
 library under test:
 
     python -m venv VENV
@@ -48,10 +48,12 @@ def peak_mb() -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="GPTQ W4A16 by llm-compressor, timed.")
+    parser = argparse.ArgumentParser(description="GPTQ or AWQ by llm-compressor, timed.")
     parser.add_argument("model", type=Path, help="checkpoint with its tokenizer")
     parser.add_argument("text", type=Path, help="calibration text")
     parser.add_argument("out", type=Path, help="directory for the compressed checkpoint")
+    parser.add_argument("--method", choices=["gptq", "awq"], default="gptq")
+    parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256, help="tokens in a window, BOS included")
     parser.add_argument("--batch-size", type=int, default=1, help="windows per forward pass")
@@ -76,10 +78,14 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         from datasets import Dataset
         from llmcompressor import oneshot
         from llmcompressor.modifiers.gptq import GPTQModifier
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+        from llmcompressor.modifiers.transform.awq import AWQModifier
 
         from yardstick import token_windows
 
     torch.set_num_threads(options.threads)
+    if not torch.accelerator.is_available():  # its AWQ pins memory, for which torch wants an accelerator
+        torch.Tensor.pin_memory = lambda self, *_: self
     with timed("load"):
         model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
         windows = token_windows(
@@ -87,12 +93,15 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         )
         rows = windows.tolist()
         dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    common: dict[str, object] = {"targets": "Linear", "scheme": options.scheme, "ignore": ["lm_head"]}
+    gptq = options.method == "gptq"
+    recipe = [GPTQModifier(**common)] if gptq else [AWQModifier(), QuantizationModifier(**common)]
     loaded_mb = peak_mb()
     with timed("quantize"):
         oneshot(
             model=model,
             dataset=dataset,
-            recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+            recipe=recipe,
             max_seq_length=options.seq_len,
             num_calibration_samples=options.samples,
             shuffle_calibration_samples=False,
@@ -108,6 +117,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "peak_rss_mb": quantized_mb,
         "peak_rss_after_load_mb": loaded_mb,
         **{part: seconds[part] for part in ("imports", "load", "save")},
+        "method": options.method,
+        "scheme": options.scheme,
         "samples": options.samples,
         "seq_len": options.seq_len,
         "bos": not options.no_bos,

@@ -14,6 +14,7 @@ _HOME: Final = {
     "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api",
     "Recipe": "pipeline", "Rule": "pipeline", "STEPS": "pipeline", "Step": "pipeline",
     "Limits": "measure.limits",
+    "KV_KINDS": "formats.kv", "CacheScheme": "formats.kv", "QuantizedCache": "runtime.kv", "calibrate_clips": "runtime.kv", "kv_cache": "runtime.kv",
     "ActivationScheme": "formats", "FORMATS": "formats", "Format": "formats", "LayerScheme": "formats", "PRESETS": "formats",
     "PerBlock": "formats", "PerChannel": "formats", "PerGroup": "formats", "PerTensor": "formats", "PerToken": "formats",
     "Scheme": "formats", "codebook": "formats", "get_format": "formats", "parse_scheme": "formats",
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from arrondi.formats import codebook as codebook
     from arrondi.formats import get_format as get_format
     from arrondi.formats import parse_scheme as parse_scheme
+    from arrondi.formats.kv import KV_KINDS as KV_KINDS
+    from arrondi.formats.kv import CacheScheme as CacheScheme
     from arrondi.measure.limits import Limits as Limits
     from arrondi.pipeline import STEPS as STEPS
     from arrondi.pipeline import Recipe as Recipe
@@ -65,6 +68,9 @@ if TYPE_CHECKING:
     from arrondi.rounding.gptq import gptq as gptq
     from arrondi.rounding.hqq import hqq as hqq
     from arrondi.rounding.rtn import rtn as rtn
+    from arrondi.runtime.kv import QuantizedCache as QuantizedCache
+    from arrondi.runtime.kv import calibrate_clips as calibrate_clips
+    from arrondi.runtime.kv import kv_cache as kv_cache
     from arrondi.sample import sample_path as sample_path
     from arrondi.tensor.packing import pack as pack
     from arrondi.tensor.packing import unpack as unpack

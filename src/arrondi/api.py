@@ -29,7 +29,7 @@ from arrondi.runtime.modules import load_into, save
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed",
+    "out", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -56,6 +56,9 @@ def quantize(
     seq_len: int = 512,
     eval_samples: int = 32,
     seed: int = 0,
+    column: str | None = None,
+    imatrix: str | Path | None = None,
+    images: str | Path | None = None,
     limits: Limits | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
@@ -78,7 +81,7 @@ def quantize(
         group_size, targets, ignore, options, rewrites, repairs: see `Recipe.simple`.
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
-        samples, seq_len, eval_samples, seed: see `TextOptions`.
+        samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
         layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
@@ -96,7 +99,19 @@ def quantize(
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
     if out is None:
         raise SchemeError('A model directory is quantized into another. Give out="DIRECTORY".')
-    text = TextOptions(calibration, samples, seq_len, evaluation, evaluate, eval_samples, seed, limits or Limits())
+    text = TextOptions(
+        calibration,
+        samples,
+        seq_len,
+        evaluation,
+        evaluate,
+        eval_samples,
+        seed,
+        limits or Limits(),
+        column,
+        imatrix,
+        images,
+    )
     return quantize_model(
         model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,

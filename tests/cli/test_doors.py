@@ -49,6 +49,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, Path], tuple[object, ...]]] = {
     "eval": lambda bad, good, text, out: (bad, "--against", good, "--text", text),
     "eval --against": lambda bad, good, text, out: (good, "--against", bad, "--text", text),
     "inspect": lambda bad, good, text, out: (bad,),
+    "inspect --folds": lambda bad, good, text, out: (bad, "--folds"),
     "dequantize": lambda bad, good, text, out: (bad, "-o", out),
     "run": lambda bad, good, text, out: (bad, "Once"),
 }

@@ -34,7 +34,7 @@ SOURCE = Path(arrondi.__file__).parent
     ("arguments", "words"),
     [
         (("quantise", "m"), ["No such command: quantise", "Did you mean quantize?"]),
-        (("xyz",), ["No such command: xyz", "bench, demo, dequantize, eval, inspect, plan, quantize, run"]),
+        (("xyz",), ["No such command: xyz", "bench, demo, dequantize, eval, imatrix, inspect, plan, quantize, run"]),
         (("quantize", "m"), ["--output", "arrondi quantize --help"]),
         (("quantize", "m", "-o", "x", "--bits", "4"), ["--bits", "--scheme W4A16"]),
         (("quantize", "m", "-o", "x", "--w_bits", "4"), ["--w_bits", "--scheme W4A16"]),

@@ -109,11 +109,13 @@ def test_texts_are_joined_by_the_end_token(end: dict[str, int], expected: str) -
 
 
 NO_DOCUMENTS = {
-    "an object": (
-        '{"messages": []}',
-        "line 1: an object with the fields 'messages' .* field `text`. Write the conversation",
+    "no messages": ('{"messages": []}', "line 1: the field `messages` holds a conversation without messages"),
+    "messages of another kind": (
+        '{"messages": [3]}',
+        "line 1: the field `messages` holds a list. Give .* role and content",
     ),
-    "another field": ('"a"\n\n{"body": "x"}', "line 3: an object with the fields 'body'"),
+    "no content": ('[{"role": "user"}]', "line 1: message 1 has no role or no content"),
+    "another field": ('"a"\n\n{"body": "x"}', "line 3: an object with the fields 'body' has no field `text`.*--column"),
     "no text": ('{"text": "a"}\n{"text": null}', "line 2: the field `text` holds null"),
     "a number": ("3", "line 1: a number is no text"),
     "half a line": ('"a"\n{"text": "b', "line 2: not JSON"),
@@ -188,7 +190,7 @@ def test_a_window_with_no_room_for_text_is_refused(abc: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("a.parquet", "a table.* .jsonl"), ("a.CSV", "a table"), ("a.jsonl.gz", "packed. Unpack"), ("a.zip", "packed"), ("a.pdf", "a document")],
+    [("a.arrow", "a table.* .jsonl"), ("a.CSV", "a table"), ("a.jsonl.gz", "packed. Unpack"), ("a.zip", "packed"), ("a.pdf", "a document")],
 )  # fmt: skip
 def test_files_that_are_no_text_by_their_name(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("PAR1 could be read as text")

@@ -87,7 +87,12 @@ def test_the_report_on_disk_is_what_is_returned(models: Callable[..., Path], tex
     assert json.loads((out / "report.json").read_text(encoding="utf-8")) == report
     assert report["model"] == str(source)
     assert report["architecture"] == "LlamaForCausalLM"
-    assert report["calibration"] == {"text": "text.txt", "sha256": hashlib.sha256(text.read_bytes()).hexdigest(), "windows": 3, "tokens": 72, "seed": 0}  # fmt: skip
+    calibration = report["calibration"]
+    assert calibration["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    expected = {"text": "text.txt", "windows": 3, "tokens": 72, "seed": 0, "window_tokens": 24, "documents": 1, "scripts": {"Latin": 1.0}}  # fmt: skip
+    assert {key: calibration[key] for key in expected} == expected
+    assert 0 < calibration["distinct_tokens"] <= 72 and calibration["experts"] is None
+    assert 0 < calibration["moved"]["second_moments"]["median"] <= calibration["moved"]["second_moments"]["worst"] <= 2
     assert report["evaluation"]["text"] == "last tenth of text.txt, not calibrated on"
     assert report["evaluation"]["windows"] == 2
     assert report["evaluation"]["tokens"] == 2 * 23
@@ -105,6 +110,7 @@ def test_the_report_on_disk_is_what_is_returned(models: Callable[..., Path], tex
             "sqnr_db",
             "output_error",
             "calibration_tokens",
+            "moved",
         }
         assert row["calibration_tokens"] == 72
         assert 0 < row["output_error"] < 0.05
@@ -184,8 +190,9 @@ def test_the_manifest_names_contents(models: Callable[..., Path], text: Path, tm
         n: hashlib.sha256(t.numpy().tobytes()).digest() for n, t in load_file(source / "model.safetensors").items()
     }
     assert manifest["model"]["tensors"] == {n: hashlib.sha256(d).hexdigest()[:32] for n, d in tensors.items()}
-    for key in ("recipe", "layout", "calibration", "evaluation_text_sha256", "versions"):
+    for key in ("recipe", "layout", "evaluation_text_sha256", "versions"):
         assert manifest[key] == report[key]
+    assert manifest["calibration"].items() <= report["calibration"].items()
     assert manifest["versions"] == {"arrondi": arrondi.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": manifest["versions"]["python"]}  # fmt: skip
     assert manifest["recipe"]["rules"] == [
         {"scheme": "w=int4/g32", "method": "gptq", "targets": ["Linear"], "options": {}}

@@ -180,7 +180,7 @@ def test_a_row_of_the_table_is_filled_in(method: str) -> None:
 
 
 def test_the_options_of_the_methods() -> None:
-    assert set(METHODS) >= {"rtn", "hqq", "gptq", "kmeans", "any4"}
+    assert {"rtn", "hqq", "gptq", "awq"} <= set(METHODS)
     assert METHODS["rtn"].options == {"range": "auto", "power": 2.5}
     assert METHODS["gptq"].options == {
         "damping": 0.01,
@@ -193,10 +193,10 @@ def test_the_options_of_the_methods() -> None:
 
 
 def test_unknown_methods_and_options_are_answered_with_the_nearest() -> None:
-    with pytest.raises(SchemeError, match=r"Unknown method 'gptqq'. Did you mean 'gptq'\? Known: .*gptq, hqq"):
+    with pytest.raises(SchemeError, match=r"Unknown method 'gptqq'. Did you mean 'gptq'\? Known: "):
         get_method("gptqq")
     with pytest.raises(SchemeError, match=r"Unknown option of gptq 'dampning'. Did you mean 'damping'\?"):
         check_options("gptq", METHODS["gptq"].run, {"order": "none", "dampning": 0.1})
     check_options("gptq", METHODS["gptq"].run, {"order": "none", "damping": 0.1})
     with pytest.raises(SchemeError, match="Unknown method"):
-        get_method("awq")
+        get_method("spqr")

@@ -19,6 +19,7 @@ from arrondi.checkpoint.layouts import LAYOUTS
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, Placed
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError
 from arrondi.formats import ActivationScheme, parse_activations
+from arrondi.rewrite.spread import unspread
 from arrondi.tensor.qtensor import QTensor
 
 
@@ -110,6 +111,14 @@ class Checkpoint:
         if isinstance(value, QTensor):
             return self.placed[name].restored(value.dequantize(dtype))
         return value.to(dtype) if value.dtype.is_floating_point else value
+
+    def plain(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """As `dense`, for a model that does not spread inputs."""
+        placed = self.placed.get(name)
+        if placed is None or placed.scheme.inputs is None or not placed.scheme.inputs.spread:
+            return self.dense(name, dtype)
+        weight = self.layer(name).weight.dequantize()
+        return placed.restored(unspread(weight, placed.scheme.inputs.spread).to(dtype))
 
     def verify(self) -> None:
         """Read every quantized layer and check its numbers.

@@ -98,6 +98,10 @@ def quantize(
     rewrite: opt.Rewrites = None,
     repair: opt.Repairs = None,
     calibration: opt.Calibration = None,
+    column: opt.Column = None,
+    imatrix: opt.Imatrix = None,
+    calibration_images: opt.CalibrationImages = None,
+    all_experts: opt.AllExperts = False,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
     eval_text: opt.EvalText = None,
@@ -123,16 +127,16 @@ def quantize(
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair)
+    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts)
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)
-    measured = not no_eval and (calibration or eval_text) is not None
+    measured = not no_eval and (calibration or eval_text or calibration_images) is not None
     if limits and not measured:
         raise SchemeError(
             "--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval."
         )
-    if calibration is None:
+    if calibration is None and calibration_images is None:
         _useless(context, "calibration text", "samples", "seed", *([] if measured else ["seq_len"]))
     if not measured:
         _useless(context, "a measurement", "eval_samples")
@@ -142,7 +146,19 @@ def quantize(
     from arrondi.report import print_report, progress_bar, sole_reader
 
     device_named(device)
-    text = TextOptions(calibration, samples, seq_len, eval_text, not no_eval, eval_samples, seed, limits)
+    text = TextOptions(
+        calibration,
+        samples,
+        seq_len,
+        eval_text,
+        not no_eval,
+        eval_samples,
+        seed,
+        limits,
+        column,
+        imatrix,
+        calibration_images,
+    )
     if dry_run:
         planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
         both = texts.calibration, texts.evaluation
@@ -173,19 +189,28 @@ def evaluate(
     model: opt.Model,
     against: Annotated[str, typer.Option(help="Directory or Hub name of the original model.", show_default=False)],
     text: Annotated[
-        Path, typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl or .json.", show_default=False)
+        Path,
+        typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl, .json or .parquet.", show_default=False),
     ],
+    column: opt.Column = None,
     seq_len: opt.SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
     activations: opt.Activations = None,
+    kv: opt.KV = None,
     device: opt.Device = "cpu",
     max_kl: opt.MaxKl = None,
     max_ppl_increase: opt.MaxPpl = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Perplexity, KL divergence to the original and top-1 agreement, each with a 95 % interval."""
+    """Perplexity, KL divergence to the original and top-1 agreement, each with a 95 % interval.
+
+    With --kv both models are in memory, and the text is read in short pieces through the rounded cache.
+    """
     limits = _limits(max_kl, max_ppl_increase)
+    if kv is not None:
+        _evaluate_with_cache(model, against, text, kv, seq_len, samples, activations, device, limits, json_, quiet)
+        return
     from arrondi.measure.compare import compare_models
     from arrondi.report import print_evaluation, progress_bar
 
@@ -196,11 +221,38 @@ def evaluate(
             text,
             seq_len=seq_len,
             samples=samples,
+            column=column,
             activations=activations,
             limits=limits,
             progress=progress,
             device=device,
         )
+    _answer(result, json_, print_evaluation)
+    _hold_to(result, limits, "")
+
+
+def _evaluate_with_cache(
+    model: str,
+    against: str,
+    text: Path,
+    kv: str,
+    seq_len: int,
+    samples: int | None,
+    activations: str | None,
+    device: str,
+    limits: Limits,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    if device != "cpu":
+        raise SchemeError(f"With --kv models are run on the CPU, got --device {device}. Leave it out.")
+    from arrondi.report import print_evaluation, progress_bar
+    from arrondi.runtime.kv.measure import compare_with_cache
+
+    with progress_bar("measuring", quiet) as progress:
+        result = compare_with_cache(
+            model, against, text, kv, seq_len=seq_len, samples=samples, activations=activations, limits=limits, progress=progress
+        )  # fmt: skip
     _answer(result, json_, print_evaluation)
     _hold_to(result, limits, "")
 
@@ -248,6 +300,38 @@ def dequantize(
 
 
 @app.command(cls=Strict)
+def imatrix(
+    model: opt.Model,
+    calibration: Annotated[Path, typer.Option(help="Text to read, as for quantize.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write: .gguf, or .dat for the legacy format.", show_default=False),
+    ],
+    samples: opt.Samples = 128,
+    seq_len: opt.SeqLen = 512,
+    column: opt.Column = None,
+    seed: opt.Seed = 0,
+    head: Annotated[bool, typer.Option("--process-output", help="The output head, too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    device: opt.Device = "cpu",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write llama.cpp's importance matrix of a model: how large the inputs of every linear layer are on a text."""
+    from arrondi.pipeline.importance import make_imatrix
+    from arrondi.report import print_facts, progress_bar
+
+    with progress_bar("reading", quiet) as progress:
+        result = make_imatrix(
+            model, calibration, output, samples=samples, seq_len=seq_len, seed=seed, column=column, head=head,
+            overwrite=overwrite, device=device, progress=progress,
+        )  # fmt: skip
+    for sentence in result.pop("notes"):
+        _note(sentence)
+    _answer(result, json_, print_facts)
+
+
+@app.command(cls=Strict)
 def run(
     context: typer.Context,
     model: opt.Model,
@@ -257,6 +341,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed when temperature is above 0.", min=0, max=2**63 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     activations: opt.Activations = None,
+    kv: opt.KV = None,
     json_: opt.Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -274,6 +359,7 @@ def run(
         seed=seed,
         dtype=dtype,
         activations=activations,
+        kv=kv,
         stream=None if json_ else sys.stdout,
     )
     if json_:

@@ -56,17 +56,42 @@ LayoutName = Annotated[
 ]
 KeepMisfits = Annotated[bool, typer.Option("--keep-misfits", help="Leave layers whose shape does not fit as they are.")]
 Calibration = Annotated[
-    Path | None, typer.Option(help="UTF-8 text to calibrate on; .jsonl and .json are read as documents.")
+    Path | None, typer.Option(help="UTF-8 text to calibrate on; .jsonl, .json and .parquet are read as documents.")
+]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Field of .jsonl, .json or .parquet that holds text or messages. Default: text, else messages."),
 ]
 Samples = Annotated[int, typer.Option(help="Windows of calibration text.", min=1)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a window; cut, and said, where the model takes fewer.", min=2)]
 EvalText = Annotated[
     Path | None, typer.Option(help="Text to measure on. Default: the last tenth of the calibration text, held back.")
 ]
+CalibrationImages = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of images to calibrate a vision-language model on, by its own processor; vision parts are then quantized, too."
+    ),
+]
+AllExperts = Annotated[
+    bool, typer.Option("--all-experts", help="Calibrate experts that few tokens reach on all tokens of their block.")
+]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(help="Importance matrix of this model (llama.cpp's .gguf or .dat), for methods that take one."),
+]
 Activations = Annotated[
     str | None,
     typer.Option(
         help="Round the inputs of weight-only linears too, for speed: int8/g128, int8/token. Those of fused experts stay."
+    ),
+]
+KV = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi2; for some layers another: 'kivi2;0-1=int8'.",
+        show_default="as they are",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]

@@ -25,6 +25,7 @@ def recipe_from(
     file: Path | None,
     rewrite: list[str] | None = None,
     repair: list[str] | None = None,
+    all_experts: bool = False,
 ) -> Recipe:
     """The recipe of a file, or of one method and what goes with it; never of both.
 
@@ -43,10 +44,12 @@ def recipe_from(
             options=method_options(options or []),
             rewrites=words(rewrite or []),
             repairs=words(repair or []),
+            all_experts=all_experts,
         )
     given = {
         "--scheme": scheme, "--method": method, "--rewrite": rewrite, "--repair": repair, "--group-size": group_size,
         "--targets": targets, "--ignore": ignore, "--option": options,
+        "--all-experts": all_experts or None,
     }  # fmt: skip
     beside = [option for option, value in given.items() if value is not None]
     if beside:

@@ -18,6 +18,7 @@ from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme
 
 _EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
 _SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})")
+_SPREAD = re.compile(r"h([1-9][0-9]{0,8})")
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
 _TABLE = re.compile(r"t:(int8|float16|bfloat16|float32)(?::([0-9]{1,9}|all))?")
 _APART = re.compile(r"(columns|elements):([0-9]{1,10})(?::(float32|bfloat16|float16))?")
@@ -46,6 +47,7 @@ def parse_scheme(text: str) -> LayerScheme:
         columns:8:float16, elements:1234                                 how many are kept apart, and their stored type
         dynamic, static, local                                           of a, o and kv: when the scales are known
         outliers:6                                                       of a: features that reach it are not rounded
+        h4096                                                            of a: Hadamard transforms of 4096 channels come first
 
     >>> str(parse_scheme("w4a16")), str(parse_scheme("w=int3/g64/asym,a=int8/token/dynamic"))
     ('w=int4/g128', 'w=int3/g64/asym,a=int8/token')
@@ -65,10 +67,12 @@ def parse_scheme(text: str) -> LayerScheme:
     parts = dict(items)
     if "w" not in parts or parts.keys() - {"w", "a", "o", "kv"} or len(parts) < len(items):
         raise SchemeError(f"A scheme has 'w=…' and optionally 'a=…', 'o=…' and 'kv=…', got {text!r}. {_EXAMPLE}")
-    weights, when = _tensor(parts["w"], PerChannel(), text)
-    if when is not True:
+    weights, when, spread = _tensor(parts["w"], PerChannel(), text)
+    if when is not True or spread:
         raise SchemeError(f"Weights have no {parts['w'].rpartition('/')[2]!r} scales, got {text!r}. Say it of 'a'.")
     inputs, outputs, kv = (_activations(parts[key], text) if key in parts else None for key in ("a", "o", "kv"))
+    if (outputs and outputs.spread) or (kv and kv.spread):
+        raise SchemeError(f"Only inputs go through Hadamard transforms, got {text!r}. Say it of 'a'.")
     return LayerScheme(weights, inputs, outputs, kv)
 
 
@@ -83,9 +87,11 @@ def parse_activations(text: str) -> ActivationScheme:
     """
     if not text.strip() or "," in text or "=" in text:
         raise SchemeError(f"Activations are written as FORMAT/PART/…, got {text!r}. Example: int8/g128.")
-    scheme, dynamic = _tensor(text.strip().lower(), PerToken(), text)
-    if dynamic is not True:
-        raise SchemeError(f"Scales of activations follow each input here, got {text!r}. Drop 'static' or 'local'.")
+    scheme, dynamic, spread = _tensor(text.strip().lower(), PerToken(), text)
+    if dynamic is not True or spread:
+        raise SchemeError(
+            f"Scales of activations follow each input here, got {text!r}. Drop {text.rpartition('/')[2]!r}."
+        )
     return ActivationScheme(scheme)
 
 
@@ -117,9 +123,10 @@ def _split(text: str, mark: str) -> list[str]:
     return pieces
 
 
-def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dynamic]:
+def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dynamic, int]:
     head, *parts = (part.strip() for part in _split(text, "/"))
     dynamic: Dynamic = True
+    spread = 0
     found: dict[str, Any] = {"format": _format(head, whole), "granularity": granularity}
     said: dict[str, str] = {}
     for part in parts:
@@ -140,6 +147,8 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
             found["table"] = Table(rows, cast(TableType, match[1]))
         elif match := _APART.fullmatch(part):
             found["apart"] = Apart(cast(Any, match[1]), int(match[2]), cast(Any, match[3] or "float32"))
+        elif match := _SPREAD.fullmatch(part):
+            spread = int(match[1])
         elif part in _TIMES:
             dynamic = _TIMES[part]
         elif part in _WORDS:
@@ -147,7 +156,7 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
         else:
             known = [*_WORDS, *_TIMES, "g128", "b128x128", "s:(fp8/tensor)", "o:float16"]
             raise unknown(f"word in scheme {whole!r}:", part, known)
-    return Scheme(**found), dynamic
+    return Scheme(**found), dynamic, spread
 
 
 def _format(head: str, whole: str) -> Format:
@@ -170,12 +179,14 @@ def _kind(part: str) -> str:
         return {"s": "scale", "o": "offset"}[match[1]]
     if _TABLE.fullmatch(part) or _APART.fullmatch(part):
         return "table" if part.startswith("t:") else "apart"
+    if _SPREAD.fullmatch(part):
+        return "spread"
     return "time" if part in _TIMES else next(iter(_WORDS.get(part, {part: None})))
 
 
 def _nested(text: str, whole: str) -> Scheme:
     """The scheme of scales or offsets."""
-    scheme, dynamic = _tensor(text, PerChannel(), whole)
-    if dynamic is not True:
+    scheme, dynamic, spread = _tensor(text, PerChannel(), whole)
+    if dynamic is not True or spread:
         raise SchemeError(f"'static' and 'local' are said of activations as a whole, got {whole!r}.")
     return scheme

@@ -180,11 +180,14 @@ class ActivationScheme:
         scheme: what each tensor becomes.
         dynamic: True: the scales follow each tensor. False: they are stored (static) and serve every tensor. "local": the
             outer scale of quantized scales is stored, the inner scales follow each tensor (NVFP4).
+        spread: size of the blocks of channels that go through a Hadamard transform before they are rounded, 0 without one;
+            the weight is stored for channels that have.
         outliers: features that hold a number of at least this size, in any position of a tensor, keep their numbers; None: none do.
     """
 
     scheme: Scheme
     dynamic: Dynamic = True
+    spread: int = 0
     outliers: float | None = None
 
     def __post_init__(self) -> None:
@@ -193,6 +196,10 @@ class ActivationScheme:
             raise SchemeError(
                 f"Local scales are quantized by a stored outer scale, and those of {self.scheme} are not quantized. "
                 "Use 'dynamic' or 'static'."
+            )
+        if self.outliers is not None and self.spread:
+            raise SchemeError(
+                "A Hadamard transform leaves no outliers to keep. Drop 'outliers' (llm-int8), or the rotation."
             )
         if self.outliers is not None and not (self.outliers >= 0 and self.dynamic is True):
             raise SchemeError(
@@ -207,10 +214,18 @@ class ActivationScheme:
             raise SchemeError(
                 f"A static scale is one number, and those of {self.scheme} are quantized together. Use 'local' or 'dynamic'."
             )
+        if self.spread < 0:
+            raise SchemeError(f"Channels are spread in blocks of at least one, got {self.spread}. Use 0 to leave them.")
+
+    @property
+    def rounding(self) -> ActivationScheme:
+        """What becomes of channels that have been spread."""
+        return replace(self, spread=0) if self.spread else self
 
     def __str__(self) -> str:
+        when = {True: "", False: "/static", "local": "/local"}[self.dynamic]
         outliers = "" if self.outliers is None else f"/outliers:{self.outliers:.15g}"
-        return str(self.scheme) + {True: "", False: "/static", "local": "/local"}[self.dynamic] + outliers
+        return f"{self.scheme}{when}{f'/h{self.spread}' if self.spread else ''}{outliers}"
 
 
 @dataclass(frozen=True)
@@ -224,6 +239,10 @@ class LayerScheme:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.inputs is not None and self.inputs.spread and self.weights.apart is not None:
+            raise SchemeError(
+                "Columns with outliers are kept of inputs that are not transformed. Drop llm-int8, or the rotation."
+            )
         static = self.inputs is not None and self.inputs.dynamic is False
         if static and self.inputs is not None and not isinstance(self.inputs.scheme.granularity, PerTensor):
             raise SchemeError(

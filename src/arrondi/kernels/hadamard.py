@@ -1,6 +1,6 @@
 """Hadamard matrices and the fast transform by them, which spreads outliers over a whole row before it is rounded.
 
-Owns: `hadamard_matrix`, `hadamard`, its slow reference `hadamard_reference`, and the operator `torch.ops.arrondi.hadamard`.
+Owns: `hadamard_matrix`, `is_order`, `hadamard`, its slow reference `hadamard_reference`, and the operator `torch.ops.arrondi.hadamard`.
 
 A matrix of order n = m · 2^k is K ⊗ S: S is Sylvester's matrix of order 2^k (1867, Phil. Mag. 34), K one of Paley's two
 of order m (1933, J. Math. and Phys. 12) with the smallest m there is; a power of two needs no K. With x as a matrix of
@@ -46,6 +46,11 @@ def hadamard_matrix(n: int) -> torch.Tensor:
     return matrix
 
 
+def is_order(n: int) -> bool:
+    """Whether `hadamard_matrix` has one of that order."""
+    return _find_base(n) is not None
+
+
 def hadamard(x: torch.Tensor, *, scale: float | None = None, transposed: bool = False) -> torch.Tensor:
     """x H · scale along the last axis, in n log n operations.
 
@@ -64,6 +69,9 @@ def hadamard(x: torch.Tensor, *, scale: float | None = None, transposed: bool = 
     Raises:
         ShapeError: x has no axis, is not floating, or n is no order of `hadamard_matrix`.
     """
+    recorded = torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad
+    if type(x) is torch.Tensor and not recorded and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return _transform(x, scale, transposed)  # the way through PyTorch takes longer than the transform of a token
     return torch.ops.arrondi.hadamard(x, scale, transposed)
 
 
@@ -221,18 +229,22 @@ def _compiled(x: torch.Tensor, scale: float, transposed: bool) -> torch.Tensor:
 
 
 def _in_torch(x: torch.Tensor, scale: float, transposed: bool) -> torch.Tensor:
-    """The fast transform of (rows, n) float32 or float64 in PyTorch's own operators."""
-    rows, n = x.shape
+    """The transform of (rows, n) float32 or float64 in PyTorch's own operators: Aᵀ x B with H = A ⊗ B, both about √n wide.
+
+    More operations than stages of sums and differences, but they are products of matrices, which are many times faster.
+    """
+    outer, inner = _halves(x.shape[1], x.dtype, x.device)
+    y = (outer if transposed else outer.T) @ (x.reshape(len(x), len(outer), len(inner)) @ inner)
+    return y.reshape(x.shape) * scale
+
+
+@functools.lru_cache(maxsize=16)
+def _halves(n: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B, of which the second is symmetric."""
     m = _base_order(n)
-    run, h = n // m, 1
-    while h < run:
-        a, b = x.reshape(rows, n // (2 * h), 2, h).unbind(2)
-        x = torch.stack((a + b, a - b), dim=2)
-        h *= 2
-    if m > 1:
-        matrix = _paley(m).to(x.device, x.dtype)
-        x = (matrix if transposed else matrix.T) @ x.reshape(rows, m, run)
-    return x.reshape(rows, n) * scale
+    shift = max(((n // m).bit_length() - (m - 1).bit_length()) // 2, 0)
+    outer = min(m << shift, n)
+    return hadamard_matrix(outer).to(device, dtype), hadamard_matrix(n // outer).to(device, dtype)
 
 
 def _transform_fake(x: torch.Tensor, scale: float | None, transposed: bool = False) -> torch.Tensor:

@@ -60,6 +60,7 @@ def compare_models(
     *,
     seq_len: int = 256,
     samples: int | None = None,
+    column: str | None = None,
     activations: str | ActivationScheme | None = None,
     limits: Limits | None = None,
     device: str = "cpu",
@@ -73,6 +74,7 @@ def compare_models(
         text: data that calibration has not seen: a path, texts, token ids, or batches of them.
         seq_len: tokens of a window, special tokens included.
         samples: windows at most; None takes all.
+        column: the field of records (`.jsonl`, `.json`, `.parquet`) that holds text; None: `text`, or else a conversation.
         activations: how inputs of weight-only linears of `quantized` are rounded, as `load` does; None: they stay.
         limits: what the result will be held to; refused before the work where the model has no such measure.
         device: where units are run, as torch names devices.
@@ -107,7 +109,7 @@ def compare_models(
         check_limits(comparison_for(model).kind, limits.kl, limits.ppl_increase)
     seq_len, note = fit_length(seq_len, positions_of(model))
     tokenizer = load_tokenizer(sources[0].where) if reads_text(text) else None
-    windows = read_windows(text, tokenizer, seq_len, "evaluation text")
+    windows = read_windows(text, tokenizer, seq_len, "evaluation text", column)
     check_windows(windows, model)
     ids = list(windows.ids[:samples].split(batch_size(model, windows.seq_len)))
     notes = [note] if note and tokenizer is not None else []
@@ -138,7 +140,9 @@ def _follow(
     """Send both models through all batches and collect what they compute."""
     instances = [s.instance(device=device) for s in sources]
     for source, instance in zip(sources, instances, strict=True):
-        instance.round_inputs(source.rounded_inputs())
+        rounding = source.rounded_inputs()
+        instance.round_inputs(rounding)
+        instance.spread_inputs({name: scheme.spread for name, (scheme, *_) in rounding.items() if scheme.spread})
     units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
     total, budget, folder = len(units[0]) + 1, Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
     with Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:

@@ -1,6 +1,6 @@
 """Data → windows of token ids: a file, texts, token tensors, or whatever gives batches of them.
 
-Owns: `Windows`, `read_windows`, `reads_text` and `check_windows`. Text is cut as `arrondi.measure.text` says; token ids are taken as they are.
+Owns: `Windows`, `read_windows`, `chosen`, `reads_text` and `check_windows`. Text is cut as `arrondi.measure.text` says; token ids are taken as they are.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -16,21 +16,30 @@ import numpy as np
 import torch
 
 from arrondi.errors import DataError
-from arrondi.measure.text import cut, encode, positions_of, read_documents, with_text
+from arrondi.measure.documents import Document, as_document, is_document, read_documents, with_text, write_out
+from arrondi.measure.text import cut, encode, join, positions_of
 
 Data: TypeAlias = str | Path | Sequence[str] | torch.Tensor | Iterable[Any]
-"""A path; texts; token ids (n, seq); or batches: tensors, or dicts with `input_ids`, as a DataLoader gives them."""
+"""A path; texts and conversations; token ids (n, seq); or batches: tensors, or dicts with `input_ids`, as a DataLoader gives them."""
 
 _KINDS: Final = "Give a path, a list of texts, token ids of shape (windows, tokens), or batches of them"
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids (windows, tokens) with where they came from and a hash of it."""
+    """Token ids (windows, tokens) with where they came from and a hash of it.
+
+    Attributes:
+        ids: (windows, tokens), int64.
+        source: where they came from, in words.
+        text_hash: SHA-256 of the file, the texts or the ids.
+        documents: tokens of every document of the data; empty where token ids were given.
+    """
 
     ids: torch.Tensor
     source: str
     text_hash: str
+    documents: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,18 +58,19 @@ def reads_text(data: Data) -> bool:
     """Whether these data are text, for which a tokenizer is needed. Data that can be read but once are not touched."""
     if isinstance(data, (str, Path)):
         return True
-    return isinstance(data, Sequence) and len(data) > 0 and all(isinstance(item, str) for item in data)
+    return isinstance(data, Sequence) and len(data) > 0 and all(map(is_document, data))
 
 
-def read_windows(data: Data, tokenizer: Any, seq_len: int, purpose: str = "text") -> Windows:
+def read_windows(data: Data, tokenizer: Any, seq_len: int, purpose: str = "text", column: str | None = None) -> Windows:
     """Windows of token ids from any kind of data.
 
     Args:
-        data: a file (UTF-8 text; `.jsonl` and `.json` are read as documents), a list of texts, integers (n, tokens), or an
-            iterable of such tensors or of dicts with `input_ids`.
+        data: a file (UTF-8 text; `.jsonl`, `.json` and `.parquet` are read as documents), a list of texts or conversations,
+            integers (n, tokens), or an iterable of such tensors or of dicts with `input_ids`.
         tokenizer: encodes text; None is enough for token ids.
         seq_len: tokens of a window of text. Token ids keep the length that they have.
         purpose: what the data are for, as errors should say it.
+        column: the field of records that holds text; see `arrondi.measure.documents`.
 
     Raises:
         FileFormatError: the file is missing or cannot be read as text.
@@ -70,17 +80,24 @@ def read_windows(data: Data, tokenizer: Any, seq_len: int, purpose: str = "text"
         raise DataError(f"The {purpose} is one long string, where a path was expected. Put texts into a list.")
     if isinstance(data, (str, Path)):
         path = Path(data)
-        documents, raw = read_documents(path, purpose)
-        ids = _ids_of(documents, tokenizer, seq_len, purpose, str(path))
-        return Windows(ids, path.name, hashlib.sha256(raw).hexdigest())
+        documents, raw = read_documents(path, purpose, column)
+        ids, lengths = _ids_of(documents, tokenizer, seq_len, purpose, str(path))
+        return Windows(ids, path.name, hashlib.sha256(raw).hexdigest(), lengths)
     if reads_text(data):
-        texts = with_text([str(text) for text in data], f"The {purpose}")
-        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        ids = _ids_of(texts, tokenizer, seq_len, purpose, f"{len(texts)} texts")
-        return Windows(ids, f"{len(texts)} texts", digest)
+        given = [as_document(text, f"Text {i} of the {purpose}", column) for i, text in enumerate(data, 1)]
+        texts = with_text(given, f"The {purpose}")
+        digest = hashlib.sha256(json.dumps(texts, default=str).encode()).hexdigest()
+        ids, lengths = _ids_of(texts, tokenizer, seq_len, purpose, f"{len(texts)} texts")
+        return Windows(ids, f"{len(texts)} texts", digest, lengths)
     ids = _token_ids(data, purpose)
     digest = hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.numpy().tobytes()).hexdigest()
     return Windows(ids, f"{len(ids)} windows of token ids", digest)
+
+
+def chosen(windows: Windows, samples: int, seed: int) -> Windows:
+    """At most so many windows, drawn without replacement, in their order."""
+    picked = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    return replace(windows, ids=windows.ids[picked])
 
 
 def check_windows(windows: Windows, model: Any) -> None:
@@ -103,18 +120,28 @@ def check_vocabulary(token: int, source: str, model: Any) -> None:
     Raises:
         DataError: says how many it has.
     """
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    vocabulary = vocabulary_of(model)
     if vocabulary and token >= vocabulary:
         raise DataError(
             f"{source} has token {token}, but the model knows {vocabulary}. Tokenizer and model do not belong together."
         )
 
 
-def _ids_of(documents: Sequence[str], tokenizer: Any, seq_len: int, purpose: str, where: str) -> torch.Tensor:
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens a transformers model knows, None where its config does not say."""
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    return known if isinstance(known, int) and known > 0 else None
+
+
+def _ids_of(
+    documents: Sequence[Document], tokenizer: Any, seq_len: int, purpose: str, where: str
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Windows, and the tokens of every document."""
     if tokenizer is None:
         raise DataError(f"{where}: text as {purpose}, and no tokenizer to read it. Give token ids, or a tokenizer.")
-    ids = encode(documents, tokenizer)
-    return cut(ids, tokenizer, seq_len, f"{where}: {len(ids)} tokens of {purpose}")
+    encoded = encode(write_out(documents, tokenizer, where), tokenizer)
+    ids = join(encoded, tokenizer)
+    return cut(ids, tokenizer, seq_len, f"{where}: {len(ids)} tokens of {purpose}"), tuple(map(len, encoded))
 
 
 def _token_ids(data: Any, purpose: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ from arrondi.model.chain import Inputs, said
 from arrondi.model.fold import Fold, Producer, apply_fold
 from arrondi.model.folds_follow import Followed, follow
 from arrondi.model.folds_judge import Modelled, judge
-from arrondi.model.skeleton import Skeleton
+from arrondi.model.skeleton import FEW, MANY, Skeleton
 
 __all__ = ["Fold", "Producer", "apply_fold", "find_folds"]
 
@@ -29,20 +29,23 @@ def find_folds(source: Modelled, inputs: Inputs | None = None) -> list[Fold]:
     Raises:
         SchemeError: the model does not run.
     """
-    return judge(source, _run(source, inputs))
+    folds, misses = judge(source, _run(source, inputs, FEW))
+    return judge(source, _run(source, inputs, MANY))[0] if misses and inputs is None else folds
 
 
-def _run(source: Modelled, inputs: Inputs | None) -> Followed:
-    first: Exception | None = None
+def _run(source: Modelled, inputs: Inputs | None, tokens: int) -> Followed:
+    errors: dict[str, Exception] = {}
     skeleton = Skeleton(source.model)
-    for batch in [inputs] if inputs is not None else skeleton.inputs():
+    for batch in [inputs] if inputs is not None else skeleton.inputs(tokens):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 return follow(skeleton.model, skeleton.params, lambda: skeleton.model(*batch.args, **batch.kwargs))  # noqa: B023
         except Exception as error:  # it wants other inputs, and says so in its own way
-            first = first or error
-    tried = f" ({said(first)})" if first is not None else ""
+            errors |= {name: error for name in ("", *batch.kwargs) if name not in errors}
+    own = str(getattr(source.model, "main_input_name", ""))
+    reason = errors.get(own, errors.get(""))
+    tried = f" ({said(reason)})" if reason is not None else ""
     raise SchemeError(
         f"{type(source.model).__name__} does not run on inputs made up from its config{tried}. Call find_folds with inputs that it takes."
-    ) from first
+    ) from reason

@@ -7,7 +7,7 @@ An operation that is not known reads its operands for another purpose, so that w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -21,12 +21,12 @@ from arrondi.model.flow_ops import ATEN, Call
 from arrondi.model.flow_regions import Reads, Regions, storage_key
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.flow_uses import Use, uses_of
-from arrondi.model.folds_ops import MAKES, RULES, ZEROS, added, constant, origins, spoiled
+from arrondi.model.folds_ops import MAKES, MOVES, RULES, ZEROS, added, constant, origins, spoiled
 from arrondi.model.folds_shadow import FIRST, OTHER, Origin, Shadows, Tags
 from arrondi.model.skeleton import compute
 
 _COPIES: Final = {"clone", "_to_copy"}
-_SUMS: Final = {"add", "add_", "rsub"}
+_ADDMM: Final = {"addmm", "baddbmm", "addmv", "addmm_", "baddbmm_", "addmv_"}
 _MIXED: Final = "its channels are mixed by a product of two activations"
 
 
@@ -53,11 +53,13 @@ class Followed:
         reads: every product with a matrix, in order.
         origins: everything that can be scaled channel by channel.
         bare: parameter → how it is read otherwise than in a product.
+        lost: parameters of products whose rows are not found again in the result.
     """
 
     reads: list[Read] = field(default_factory=list)
     origins: dict[tuple[Any, ...], Origin] = field(default_factory=dict)
     bare: dict[str, str] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
 
 
 def follow(model: nn.Module, params: Mapping[str, torch.Tensor], run: Callable[[], Any]) -> Followed:
@@ -133,9 +135,10 @@ class _Follower(TorchDispatchMode):
         zero = name in ZEROS or (
             name in ("full", "scalar_tensor", "new_full", "full_like", "fill_") and not _number(args)
         )
+        note = self.shadows.note(given[0]) if name in MOVES and given else name
         for i, tensor in enumerate(dict.fromkeys([*results, *tensors_of(written)])):
             if not tensor.is_meta:
-                self.shadows.write(tensor, tags if i == 0 else {}, name, zero=zero)
+                self.shadows.write(tensor, tags if i == 0 else {}, note, zero=zero)
         if name in _COPIES and results:
             self._copied(args[0], results[0])
         return result
@@ -156,15 +159,15 @@ class _Follower(TorchDispatchMode):
             origin.reads += 1
         rule = RULES.get(name)
         if rule is None or not results or not results[0].is_floating_point() or results[0].is_meta:
-            return spoiled(self.shadows, given, f"{name.strip('_')} reads it")
+            return spoiled(self.shadows, given, f"{name.strip('_')} is taken of it")
         return rule(self.shadows, func, args, kwargs)
 
     def _shifted(self, name: str, args: Any) -> Tags | None:
         """A number plus a parameter: what is multiplied by the sum is scaled by another parameter."""
-        if name not in _SUMS or len(args) < 2 or not isinstance(args[1], int | float) or not args[1]:
+        if name != "add" or len(args) < 2 or not isinstance(args[1], int | float) or not args[1]:
             return None
         held = self.shadows.bare(args[0]) if isinstance(args[0], torch.Tensor) else None
-        if held is None or name == "rsub":
+        if held is None:
             return None
         origin = self._origin("norm", held.param, None, held.count, offset=float(args[1]))
         return {origin: self.shadows.seen_as(args[0], held)}
@@ -172,6 +175,8 @@ class _Follower(TorchDispatchMode):
     def _copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         if source in self._regions:
             self._regions.copied(source, copy)
+            if copy not in self._regions:
+                self._bare(source, "a part of it is copied")
         held = self.shadows.bare(source)
         if held is not None:
             self.shadows.hold(copy, held)
@@ -184,18 +189,16 @@ class _Follower(TorchDispatchMode):
             tags = self._with_weight(call, result)
         if tags is None:
             tags = self._of_activations(call, result)
-        if name in ("addmm", "baddbmm", "addmv", "addmm_", "baddbmm_", "addmv_"):
-            for tensor in [args[0]] if args[0] in self._regions else []:
-                held = self.shadows.bare(tensor)
-                if held is not None:
-                    held.reads += 1
-            tags = added(self.shadows, result, args[0], tags)
-        elif name in ("linear", "convolution") and len(args) > 2 and args[2] is not None:
-            held = self.shadows.bare(args[2])
-            if held is not None:
-                held.reads += 1
-            tags = added(self.shadows, result, args[2], tags) if name == "linear" else {}
-        return tags
+        third = 0 if name in _ADDMM else 2
+        bias = args[third] if name in _ADDMM or (name in ("linear", "convolution") and len(args) > third) else None
+        if bias is None:
+            return tags
+        held = self.shadows.bare(bias)
+        if held is not None:
+            held.reads += 1
+        if bias in self._regions and bias.is_meta:
+            self._bare(bias, "it is added")
+        return added(self.shadows, result, bias, tags) if name != "convolution" else {}
 
     def _with_weight(self, call: Call, result: torch.Tensor) -> Tags:
         uses = list(uses_of(call, self._regions, self._reads, self._count))
@@ -207,14 +210,20 @@ class _Follower(TorchDispatchMode):
         if call.kind == "embedding":
             self._bare(weight, "rows are looked up")
             return {}
-        if not uses or call.kind == "convolution" or any(u.source is None for u in uses):
-            what = "a convolution" if call.kind == "convolution" else "a product with a part of a parameter"
+        if not uses or call.kind == "convolution" or self._regions.find(weight) is None:
+            what = "a convolution" if call.kind == "convolution" else "a product that is not followed"
+            self._followed.lost.update(names)
+            if call.kind != "convolution":
+                self._bare(weight, what)
             spoiled(self.shadows, [x], f"{what} reads it ({', '.join(names)})")
             self._followed.reads += [Read(_without_source(u), {}, "") for u in uses]
             return {}
         for use in uses:
             self._read(use)
-        return self._outputs(call, weight, right, uses, result)
+        tags = {} if result.is_meta else self._outputs(call, weight, right, uses, result)
+        if not tags:
+            self._followed.lost.update(names)
+        return tags
 
     def _read(self, use: Use) -> None:
         assert use.source is not None
@@ -231,8 +240,7 @@ class _Follower(TorchDispatchMode):
     def _outputs(self, call: Call, weight: torch.Tensor, right: bool, uses: list[Use], result: torch.Tensor) -> Tags:
         """The rows of a matrix are channels of what it gives."""
         axes = call.right_axes if right else call.left_axes
-        letters = [a for a in call.left_axes if a in call.result]
-        letters += [a for a in call.right_axes if a in call.result and a not in letters]
+        letters = _letters(call)
         region = self._regions.find(weight)
         if region is None:
             return {}
@@ -253,7 +261,7 @@ class _Follower(TorchDispatchMode):
             if not stacked:
                 found[origin] = shadow
                 continue
-            of = torch.arange(weight.shape[stacked[0]]) == (use.matrix or 0)
+            of = torch.arange(weight.shape[stacked[0]]) * region.steps[0] + region.starts[0] == (use.matrix or 0)
             place = [1] * result.ndim
             place[letters.index(axes[stacked[0]])] = -1
             found[origin] = torch.where(of.reshape(place), shadow, OTHER)
@@ -262,8 +270,7 @@ class _Follower(TorchDispatchMode):
     def _of_activations(self, call: Call, result: torch.Tensor) -> Tags:
         """Attention: what it gives is of the channels of the values, if they are the same for all that are summed."""
         found: Tags = {}
-        letters = [a for a in call.left_axes if a in call.result]
-        letters += [a for a in call.right_axes if a in call.result and a not in letters]
+        letters = _letters(call)
         if call.kind in ("convolution", "embedding") or len(letters) != result.ndim:
             return spoiled(self.shadows, [call.left, call.right], f"a {call.kind} reads it")
         for origin in origins(self.shadows, [call.left, call.right]):
@@ -307,6 +314,12 @@ class _Follower(TorchDispatchMode):
 def _is_view(given: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
     keys = {storage_key(t) for t in given}
     return bool(given) and all(storage_key(t) in keys for t in results)
+
+
+def _letters(call: Call) -> list[Hashable]:
+    """The axes of a matrix product in their order: those of the batch, rows, columns."""
+    last = {"row": 1, "column": 2}
+    return sorted(call.result, key=lambda a: (0, a) if isinstance(a, int) else (last.get(str(a), 3), 0))
 
 
 def _number(args: Any) -> float:

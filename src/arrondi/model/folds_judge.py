@@ -6,20 +6,21 @@ order of channels, and nothing else reads the parameters that are changed.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Final, Literal, Protocol, cast
 
 import torch
 
 from arrondi.model.fold import Fold, Producer
 from arrondi.model.folds_follow import Followed, Read
-from arrondi.model.folds_shadow import FIRST, Origin
+from arrondi.model.folds_shadow import FIRST, OTHER, ZERO, Origin
 from arrondi.model.names import Names
 from arrondi.model.site import Site
 
-_NOTES = {
+_NOTES: Final = {
     "": "it comes from outside of what was run",
     "add": "it is a sum, as residual streams are",
     "add_": "it is a sum, as residual streams are",
@@ -42,6 +43,9 @@ class Modelled(Protocol):
     def block_of(self, param: str) -> int | None: ...
 
 
+_NUMBER: Final = re.compile(r"\d+")
+
+
 @dataclass(frozen=True)
 class _Reading:
     """One reading of a site, its columns in the order of the site."""
@@ -54,9 +58,10 @@ class _Reading:
         return None if seen is None else seen[self.site.rows if self.site.param_flipped else self.site.columns]
 
 
-def judge(source: Modelled, followed: Followed) -> list[Fold]:
-    """Every activation that sites read, in the order of the sites."""
-    return _Judge(source, followed).folds()
+def judge(source: Modelled, followed: Followed) -> tuple[list[Fold], bool]:
+    """Every activation that sites read, in the order of the sites; and whether some of several experts were not reached."""
+    judge = _Judge(source, followed)
+    return judge.folds(), judge.misses_experts()
 
 
 class _Judge:
@@ -64,16 +69,39 @@ class _Judge:
         self.source, self.followed = source, followed
         self.first = {n: names[0] for names in source.names.aliases.values() for n in names}
         self.bare = {self.first.get(n, n): how for n, how in followed.bare.items()}
+        self.lost = {self.first.get(n, n) for n in followed.lost}
+        self.multiplied = {r.use.param for r in followed.reads}
+        self.norms: dict[str, list[Origin]] = defaultdict(list)
+        for origin in followed.origins.values():
+            if origin.kind == "norm":
+                self.norms[origin.param].append(origin)
         self.sites = list(source.sites)
         self.readings: dict[str, list[_Reading]] = {s.name: [] for s in self.sites}
         by_matrix: dict[tuple[str, int | None], list[Site]] = defaultdict(list)
         for site in self.sites:
             by_matrix[self.first[site.param], site.param_index].append(site)
+        self.homeless: dict[Origin, str] = {}
         for read in self._all_reads(by_matrix):
-            for site in by_matrix.get((self.first[read.use.param], read.use.matrix), ()):
-                if _overlap(site, read):
-                    self.readings[site.name].append(_Reading(read, site))
-        self.unread = [s for s in self.sites if s.kind == "linear" and not self.readings[s.name]]
+            sites = [s for s in by_matrix.get((self.first[read.use.param], read.use.matrix), ()) if _overlap(s, read)]
+            for site in sites:
+                self.readings[site.name].append(_Reading(read, site))
+            if not sites or not self._covered(read, sites):
+                self.homeless |= dict.fromkeys(read.columns, read.use.param)
+        self.unread = [
+            s for s in self.sites
+            if not self.readings[s.name] and not {self.first[s.param], s.param} & (self.bare.keys() | self.multiplied)
+        ]  # fmt: skip
+
+    def _covered(self, read: Read, sites: list[Site]) -> bool:
+        """Whether all rows of a matrix belong to sites."""
+        param = self.source.names.params[sites[0].param]
+        outputs = [s.columns if s.param_flipped else s.rows for s in sites]
+        whole = (
+            param.shape[-1 if sites[0].param_flipped else -2] if param.ndim == 2 or read.use.matrix is not None else 0
+        )
+        part = _outputs_of(read)
+        wanted = whole if part is None else part.stop - part.start
+        return sum(s.stop - s.start for s in outputs) >= wanted
 
     def folds(self) -> list[Fold]:
         """The folds that can be made, those with fewer consumers first where a site could be in several; then the rest."""
@@ -81,7 +109,7 @@ class _Judge:
         for site in self.sites:
             for origin in dict.fromkeys(o for r in self.readings[site.name] for o in r.read.columns):
                 readers[origin].append(site)
-        found = [self._fold(origin, sites) for origin, sites in readers.items()]
+        found = [self._fold(o, group) for o, sites in readers.items() for group in self._groups(o, sites)]
         found.sort(
             key=lambda fold: (fold.reason is not None, len(fold.sites) if fold.reason is None else -len(fold.sites))
         )
@@ -96,23 +124,26 @@ class _Judge:
         ordered = (taken[s.name] for s in self.sites if s.name in taken)
         return list({id(fold): fold for fold in ordered}.values())
 
+    def misses_experts(self) -> bool:
+        """Whether a site was not reached though one like it, with another number in its name, was."""
+        read = {_NUMBER.sub("#", s.param) for s in self.sites if self.readings[s.name]}
+        return any(_NUMBER.sub("#", s.param) in read for s in self.unread)
+
     # ── experts that no token has reached ─────────────────────────────────────────────────────────────────────────────
 
     def _all_reads(self, by_matrix: dict[tuple[str, int | None], list[Site]]) -> Iterator[Read]:
         """What was read; matrices of a stack that no token has reached read as the others do."""
         reads = self.followed.reads
         yield from reads
-        like: dict[str, int] = {}
+        stacks: dict[str, dict[int, list[Read]]] = defaultdict(lambda: defaultdict(list))
         for read in reads:
             if read.use.matrix is not None:
-                like.setdefault(read.use.param, read.use.matrix)
-        seen = {(r.use.param, r.use.matrix) for r in reads}
+                stacks[self.first[read.use.param]][read.use.matrix].append(read)
         made: dict[tuple[int, int], Origin] = {}
-        for param, index in like.items():
-            first = [r for r in reads if r.use.param == param and r.use.matrix == index]
-            for other in [e for name, e in by_matrix if name == self.first[param] and e is not None]:
-                if (param, other) not in seen:
-                    yield from (self._as(r, index, other, made) for r in first)
+        for param, other in by_matrix:
+            if other is not None and param in stacks and other not in stacks[param]:
+                index, first = next(iter(stacks[param].items()))
+                yield from (self._as(r, index, other, made) for r in first)
 
     def _as(self, read: Read, index: int, other: int, made: dict[tuple[int, int], Origin]) -> Read:
         columns = {}
@@ -134,6 +165,18 @@ class _Judge:
             reason = self._unseen(origin, sites)
         producer, channels = _producer(origin, columns)
         return Fold(names, producer, channels if reason is None else (), reason, tuple(sites))
+
+    def _groups(self, origin: Origin, sites: list[Site]) -> list[list[Site]]:
+        """Sites that read some of the same channels, apart from those that read others of the same origin."""
+        groups: list[tuple[set[int], list[Site]]] = []
+        for site in sites:
+            seen = [c for r in self.readings[site.name] if (c := r.columns(origin)) is not None]
+            channels, members = set(torch.cat(seen).tolist()) - {OTHER, ZERO}, [site]
+            for known in [g for g in groups if g[0] & channels]:
+                groups.remove(known)
+                channels, members = known[0] | channels, [*known[1], *members]
+            groups.append((channels, members))
+        return [members for _, members in groups]
 
     def _columns(self, origin: Origin, sites: list[Site]) -> tuple[torch.Tensor, str | None]:
         """The channel of every column, the same for all sites; or why there is none."""
@@ -158,12 +201,16 @@ class _Judge:
 
     def _elsewhere(self, origin: Origin) -> str | None:
         """Whether the parameters that would be changed are read for another purpose."""
-        known = self.followed.origins.values()
         if origin.kind == "linear" and (how := self.bare.get(self.first[origin.param])) is not None:
             return f"{origin.param} is read otherwise than in products: {how}"
-        same = [o for o in known if o.kind == "norm" and o.param == origin.param and o is not origin]
-        if origin.kind == "norm" and any(o.offset or o.reads for o in same):
+        if self.first[origin.param] in self.lost:
+            return f"not all that {origin.param} gives is followed"
+        if origin.kind == "norm" and origin.param in self.multiplied:
+            return f"{origin.param} is also multiplied as a matrix"
+        if origin.kind == "norm" and any(o.offset or o.reads for o in self.norms[origin.param] if o is not origin):
             return f"{origin.param} is read in two ways"
+        if origin in self.homeless:
+            return f"{self.homeless[origin]} reads it, which is no layer with one weight"
         if len(origin.biases) > 1:
             return "several biases are added to it"
         for bias, count in origin.biases.items():
@@ -184,9 +231,10 @@ class _Judge:
         return None
 
     def _unseen(self, origin: Origin, sites: list[Site]) -> str | None:
-        """A site of the same unit that was not reached may read it too."""
+        """A site of the same block that was not reached may read it too."""
         for site in self.unread:
-            if site.block == sites[0].block and site.shape[-1] == sites[0].shape[-1] and _near(site, sites[0]):
+            near = _block(site) is not None and _block(site) == _block(sites[0])
+            if near and site.shape[-1] == sites[0].shape[-1]:
                 return f"{site.name} was not reached, and may read it too"
         return None
 
@@ -203,11 +251,10 @@ class _Judge:
             yield Fold(tuple(s.name for s in group), None, (), reason, tuple(group))
 
 
-def _near(one: Site, other: Site) -> bool:
-    """Whether two sites of a unit are near enough to read the same: all in a block, else in one module below the model."""
-    if one.block is not None:
-        return True
-    return "." in one.param and one.param.split(".")[:2] == other.param.split(".")[:2]
+def _block(site: Site) -> str | None:
+    """The path up to the first number, which tells one block of several from another."""
+    found = re.match(r"(.*?\.)?\d+\.", site.param)
+    return None if found is None else found.group()
 
 
 def _outputs_of(reading: Read) -> slice | None:

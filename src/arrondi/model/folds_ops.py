@@ -19,8 +19,8 @@ from arrondi.model.folds_shadow import FIRST, OTHER, ZERO, Origin, Shadows, Tags
 Rule = Callable[[Shadows, Any, Any, Any], Tags]
 """(shadows, operation, arguments, keyword arguments) → shadows of the (first) result."""
 
-ADDED: Final = "something else is added to it"
-_TURNED: Final = "different channels of it are added to each other, as rotary positions do"
+ADDED: Final = "something that is not scaled is added to it"
+_TURNED: Final = "different channels of it are added to each other (as rotary positions do)"
 _SUMMED: Final = "different channels of it are summed up"
 _SQUARED: Final = "it is multiplied by itself"
 _DIVIDES: Final = "something is divided by it"
@@ -45,7 +45,13 @@ def _moved(shadows: Shadows, func: Any, args: Any, kwargs: Any, *, value: int | 
         seen = tree_map(partial(shadow, origin), given)
         if func._schema.is_mutable:
             seen[0] = seen[0].clone()
-        found[origin] = func(*seen, **kwargs)
+        try:
+            found[origin] = func(*seen, **kwargs)
+        except NotImplementedError:  # for whole numbers
+            exact = tree_map(
+                lambda x: x.double() if isinstance(x, torch.Tensor) and x.dtype == torch.int32 else x, seen
+            )
+            found[origin] = func(*exact, **kwargs).to(torch.int32)
     return found
 
 
@@ -71,7 +77,7 @@ def _clamped(shadows: Shadows, func: Any, args: Any, kwargs: Any) -> Tags:
     low = args[1] if len(args) > 1 else kwargs.get("min")
     high = args[2] if len(args) > 2 else kwargs.get("max")
     if isinstance(low, torch.Tensor) or low != 0 or high is not None:
-        return spoiled(shadows, args, f"{func.overloadpacket.__name__} reads it")
+        return spoiled(shadows, args, f"{func.overloadpacket.__name__} is taken of it")
     return shadows.of(args[0])
 
 

@@ -151,7 +151,7 @@ class Held(Instance):
         self.model = source.model
         self.empty = dict(source.names.params)
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._inputs, self._rounders = {}, []
+        self._inputs, self.spread, self._rounders = {}, {}, []
 
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
         """Nothing to do."""

@@ -7,7 +7,7 @@ back. Two instances of one source are two models, so that the original and the q
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from arrondi.model.memory import release
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.nn import RoundedInputs
+from arrondi.rewrite.spread import spread
 from arrondi.tensor.ranges.grid import Grid
 
 Rounding = dict[str, tuple[ActivationScheme, Grid | None] | tuple[ActivationScheme, Grid | None, torch.Tensor | None]]
@@ -50,6 +51,7 @@ class Instance:
         names, where: of the source.
         model: the transformers model; what is not filled lies on the meta device.
         overlay: what differs from the source.
+        spread: modules whose inputs are spread, and the size of the blocks.
         lender: another instance of the same source, whose weights this one takes where they are the same, instead of its own
             copy. Only while neither changes any.
         device: where parameters are filled.
@@ -65,13 +67,16 @@ class Instance:
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.lender: Instance | None = None
         self._inputs: Rounding = {}
+        self.spread: dict[str, int] = {}
         self._rounders: list[Any] = []
         self._load_buffers()
 
     def fill(self, params: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
         """Read these parameters (and whatever shares their conversion), floating ones in `dtype`."""
         for param in params:
-            if self.is_empty(param) and not self._borrows(param, dtype):
+            if param in self.overlay.added:
+                self.put_added(param.__eq__)
+            elif self.is_empty(param) and not self._borrows(param, dtype):
                 for name, value in self._values(param, dtype).items():
                     if name in self.empty and self.is_empty(name):
                         self._assign(name, value, dtype)
@@ -82,7 +87,7 @@ class Instance:
         if self.lender is None or names & self.overlay.changed.keys():
             return False
         self.lender.fill([param], dtype)
-        for name in self.names.names_of(param):
+        for name in self._shared(param):
             self.hold(name, self.lender.parameter(param))
         return True
 
@@ -117,16 +122,24 @@ class Instance:
     def drop(self, params: Iterable[str]) -> None:
         """Give the memory of these parameters back."""
         for param in params:
-            for name in self.names.names_of(param):
+            for name in self._shared(param):
                 module, leaf = self._owner(name)
                 module._parameters[leaf] = self.empty[name]
         release()
+
+    def _shared(self, param: str) -> list[str]:
+        """All names of a parameter, without those that the overlay gives a value of their own."""
+        return [n for n in self.names.names_of(param) if n == param or n not in self.overlay.added]
 
     def parameter(self, param: str) -> torch.Tensor:
         """The parameter as it is now."""
         module, leaf = self._owner(param)
         found: torch.Tensor = module._parameters[leaf]
         return found
+
+    def owner(self, param: str) -> torch.nn.Module:
+        """The module that has the parameter."""
+        return self._owner(param)[0]
 
     def put(self, param: str, value: torch.Tensor | None) -> None:
         """Give a module a parameter that the source does not have, or take it away."""
@@ -142,7 +155,8 @@ class Instance:
     def drop_added(self, mine: Callable[[str], bool]) -> None:
         """Give the memory of those parameters that the overlay adds back."""
         for name in filter(mine, self.overlay.added):
-            self.put(name, None)
+            module, leaf = self._owner(name)
+            module._parameters[leaf] = self.empty.get(name)
 
     def round_inputs(self, inputs: Rounding) -> None:
         """From now on the inputs of these modules are rounded, as they will be when the packed model runs.
@@ -157,17 +171,30 @@ class Instance:
                 self._rounders.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._inputs[name] = how
 
+    def spread_inputs(self, blocks: Mapping[str, int]) -> None:
+        """From now on the inputs of these modules are spread, before they are rounded; their weights must be made for it.
+
+        Args:
+            blocks: module → size of the blocks, see `arrondi.rewrite.spread`.
+        """
+        for name in blocks.keys() - self.spread.keys():
+            module = self.model.get_submodule(name)
+            hook = _spreader(self.spread, name)
+            self._rounders.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        self.spread.update(blocks)
+
     def leave_inputs(self) -> None:
-        """From now on no inputs are rounded."""
+        """From now on no inputs are spread or rounded."""
         for handle in self._rounders:
             handle.remove()
-        self._rounders, self._inputs = [], {}
+        self._rounders, self._inputs, self.spread = [], {}, {}
 
     @contextmanager
     def plain_inputs(self) -> Iterator[None]:
         """Inside, no inputs are rounded: what they are before rounding can be seen."""
-        kept = self._inputs
+        kept, blocks = self._inputs, self.spread
         self.leave_inputs()
+        self.spread_inputs(blocks)
         try:
             yield
         finally:
@@ -200,7 +227,7 @@ class Instance:
         if value.dtype.is_floating_point:
             value = value.to(dtype)
         filled = torch.nn.Parameter(value.to(self.device).contiguous(), requires_grad=False)
-        for name in self.names.names_of(param):
+        for name in self._shared(param):
             module, leaf = self._owner(name)
             module._parameters[leaf] = filled
 
@@ -210,6 +237,16 @@ def _rounder(inputs: Rounding, name: str) -> Any:
         scheme, grid, *columns = inputs[name]
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
-        return RoundedInputs(scheme, grid, *columns)(module, args, kwargs)
+        return RoundedInputs(scheme.rounding, grid, *columns)(module, args, kwargs)
+
+    return hook
+
+
+def _spreader(blocks: Mapping[str, int], name: str) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (spread(args[0], blocks[name]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: spread(kwargs[first], blocks[name])}
 
     return hook

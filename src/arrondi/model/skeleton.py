@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_map
 
 from arrondi.model.build import configs_in
@@ -19,8 +20,8 @@ from arrondi.model.chain import Inputs
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.shapes import usual_inputs
 
-TOKENS = 24
-"""In each of two windows: enough that most experts are chosen."""
+FEW, MANY = 4, 48
+"""Tokens in each of two windows: enough to tell rows from columns, and enough that most of some experts are chosen."""
 
 
 class Skeleton:
@@ -34,8 +35,10 @@ class Skeleton:
     def __init__(self, model: Any) -> None:
         self._made = torch.Generator().manual_seed(0)
         memo: dict[int, Any] = {}
+        made_of = {id(p) for m in model.modules() if isinstance(m, ParametrizationList) for p in m.parameters()}
         for parameter in model.parameters():
-            memo[id(parameter)] = torch.nn.Parameter(self._empty(parameter), requires_grad=False)
+            empty = self._empty(parameter, whole=id(parameter) in made_of)
+            memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
         self.model: Any = copy.deepcopy(model, memo)
         for module in self.model.modules():
             for leaf, buffer in module._buffers.items():
@@ -48,20 +51,21 @@ class Skeleton:
         self.model.eval()
         self.params: dict[str, torch.Tensor] = dict(self.model.named_parameters())
 
-    def inputs(self) -> Iterator[Inputs]:
+    def inputs(self, tokens: int = FEW) -> Iterator[Inputs]:
         """What the model may want to be called with, the likeliest first."""
         config = getattr(self.model, "config", None)
         if config is None:
             return
         size = int(getattr(config.get_text_config(), "vocab_size", 0) or 1000)
-        ids = torch.randint(0, size, (2, TOKENS), generator=self._made)
+        ids = torch.randint(0, size, (2, tokens), generator=self._made)
         yield Inputs.of(ids)
         for usual in usual_inputs(self.model, torch.device("cpu")):
             yield Inputs((), {name: ids if value.dtype == torch.long else value for name, value in usual.items()})
 
-    def _empty(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _empty(self, parameter: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """A vector or, on the meta device, a matrix; `whole`: of a weight that is computed from several, never a vector."""
         shape = tuple(parameter.shape)
-        if sum(n > 1 for n in shape) > 1:
+        if whole or sum(n > 1 for n in shape) > 1:
             return torch.empty(shape, dtype=torch.float32, device="meta")
         return torch.rand(shape, generator=self._made) + 0.5
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import ActivationScheme, PerTensor, Scheme
+from arrondi.rewrite.spread import spread
 from arrondi.tensor.qtensor import fake_quantize
 from arrondi.tensor.ranges.grid import Grid
 
@@ -107,7 +108,7 @@ def outlier_columns(x: torch.Tensor, inputs: ActivationScheme, columns: torch.Te
 
 
 class RoundedInputs:
-    """A forward pre-hook, registered `with_kwargs=True`, that rounds the first argument of a module.
+    """A forward pre-hook, registered `with_kwargs=True`, that spreads and rounds the first argument of a module.
 
     Gradients pass as if it were not rounded.
 
@@ -130,6 +131,8 @@ class RoundedInputs:
         return args, {**kwargs, first: self._rounded(kwargs[first])}
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        if self.inputs.spread:
+            x = spread(x, self.inputs.spread)
         values, columns = x.detach(), outlier_columns(x.detach(), self.inputs, self.columns)
         if columns is not None:
             values = values.index_fill(-1, columns.long(), 0.0)

@@ -21,6 +21,7 @@ from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
 from arrondi.nn.inputs import check_input, keep_grid, outlier_columns, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
+from arrondi.rewrite.spread import check_block, spread
 from arrondi.tensor.apart import Kept
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
@@ -73,7 +74,9 @@ class QLinear(nn.Module):
             raise ShapeError(
                 f"The bias must have one number for each of {self.out_features} outputs, got {tuple(bias.shape)}."
             )
-        self.inputs = inputs
+        self.spread = 0 if inputs is None else inputs.spread
+        check_block(columns, self.spread)
+        self.inputs = inputs = None if inputs is None else inputs.rounding
         keep_grid(self, inputs, input_grid)
         order: torch.Tensor | None = None
         self.apart, weight = weight.scheme.apart, self._keep_apart(weight)
@@ -111,6 +114,8 @@ class QLinear(nn.Module):
         """The whole of it: casts, inputs that the kernel does not round itself, columns in the kernel's order."""
         check_input(x)
         values = x.to(self.meta.dtype)
+        if self.spread:
+            values = spread(values, self.spread)
         found = None if self.inputs is None else outlier_columns(values, self.inputs, self._whole_columns)
         kept, bias = values, None if self.bias is None else self.bias.to(self.meta.dtype)
         if found is not None:
@@ -210,14 +215,14 @@ class QLinear(nn.Module):
 
     @property
     def direct(self) -> bool:
-        """Whether the kernel's product is all that the layer does: it rounds x itself, in the order in which it comes."""
+        """Whether the kernel's product is all that the layer does with x that has been spread: it rounds x itself, in its order."""
         kept = self.apart is not None or (self.inputs is not None and self.inputs.outliers is not None)
         return (self.inputs is None or self.meta.inputs is not None) and self.order is None and not kept
 
     def _bind(self) -> Bound:
         """`_product` for x of the compute dtype, with what calls have in common worked out once where the kernel can."""
         bind = KERNELS[self.kernel].bind
-        if bind is None or not self.direct:
+        if bind is None or self.spread or not self.direct:
             return self._product
         return bind(self._tensors(), self.meta, self.bias)
 
@@ -229,6 +234,7 @@ class QLinear(nn.Module):
 
     def extra_repr(self) -> str:
         rounding = "" if self.inputs is None else f", inputs={self.inputs}"
+        rounding += f"/h{self.spread}" if self.spread else ""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bias={self.bias is not None}, weight={self.meta.scheme}{rounding}, kernel={self.kernel}"
 
@@ -268,7 +274,7 @@ def joined_product(
     Their packed weights move together in memory, and each layer keeps its own as a view.
 
     Args:
-        linears: of the same input width.
+        linears: of the same input width. If they spread x, it is given as it is afterwards.
         norm, eps, gate: see `arrondi.kernels.product.Product`.
     """
     for layer in linears:
@@ -276,6 +282,10 @@ def joined_product(
             return f"A layer runs on the kernel {layer.kernel}, and only {NATIVE.name} computes norms, gates or more layers in the same call."
         if not layer.direct:
             return "A layer rounds or reorders its activations before the compiled product."
+        if layer.spread and norm is not None:
+            return "A layer spreads its activations between a norm and the compiled product."
+        if layer.spread != linears[0].spread:
+            return "Layers that read the same spread it in different ways."
     tensors, meta = linears[0]._tensors(), linears[0].meta
     if len(linears) > 1:
         found = join([(layer._tensors(), layer.meta) for layer in linears])

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -80,6 +81,9 @@ def quantize_module(
             finally:
                 instance.leave_inputs()
             _install(source, plan, done)
+            for name, value in plan.declared.config.items():
+                if hasattr(getattr(model, "config", None), name) and not isinstance(value, Mapping):
+                    setattr(model.config, name, value)
     finally:
         model.train(training)
     return model
@@ -131,6 +135,12 @@ def _rounded(
     with Stream(units, batches, budget, None) as stream, Stream(original, followed, budget, None) as floats:
         stream.begin()
         floats.begin()
+        # Without rewrites nothing before the units is changed that the order of the work would matter for.
+        front = plan.front(units.early) if any(one.step.kind == "rewrite" for one in plan.selected) else []
+        if front:
+            work(front, [partial(units.begin, b) for b in stream.batches])
+            stream.begin()
+            floats.begin()
 
         def visit(i: int, streams: Sequence[Stream]) -> None:
             if streams[0] is stream:
@@ -139,7 +149,7 @@ def _rounded(
         for i in walk([[stream], [floats] if followed else []], visit):
             progress(i, len(units) + 1, f"unit {i + 1} of {len(units)}")
         ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (stream, floats)]
-        work(outside, *ends)
+        work([t for t in outside if t not in front], *ends)
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,8 +18,9 @@ from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpe
 from arrondi.errors import SchemeError, unknown
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
-from arrondi.pipeline.resolve import PlannedTensor, Resolver
+from arrondi.pipeline.resolve import UNREACHED, PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
+from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
 from arrondi.pipeline.steps import get_step
 
@@ -43,6 +44,7 @@ class Plan:
         notes: things to know that stop nothing.
         readers: who reads the result, and who does not or computes something else.
         facts: what layouts and readers must know of the model.
+        all_experts: experts that few tokens reach are calibrated on all tokens of their block.
     """
 
     source: Source
@@ -54,6 +56,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     readers: list[Verdict] = field(default_factory=list)
     facts: ModelFacts = ModelFacts()
+    all_experts: bool = False
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -94,9 +97,40 @@ class Plan:
         return rounds | {one.step for one in self.selected if one.groups}
 
     @property
+    def touched(self) -> set[str]:
+        """Tensors that a rewrite or a repair changes, or might."""
+        return {s.tensor for one in self.selected for s in one.sites} | set(self.declared.changed)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether inputs go through transforms for which weights are made."""
+        return any(
+            t.scheme is not None and t.scheme.inputs is not None and t.scheme.inputs.spread for t in self.quantized
+        )
+
+    def front(self, early: Collection[str]) -> list[PlannedTensor]:
+        """Tensors that work before the first unit and that a step changes: embeddings that are rotated, projections of narrow ones.
+
+        Args:
+            early: parameters that are used there.
+        """
+        names, touched = self.source.names, self.touched
+        return [
+            t
+            for t in self.tensors
+            if t.block is None
+            and (t.status == "quantized" or t.name in touched)
+            and any(n in early for p in t.tensor.params if p in names.params for n in names.names_of(p))
+        ]
+
+    @property
     def calibrated(self) -> bool:
         """Whether something cannot be done without calibration data."""
-        return any(s.calibrated for s in self.steps()) or any(_static(t) for t in self.quantized)
+        return self.needs_text()
+
+    def needs_text(self, given: Collection[Need] = ()) -> bool:
+        """Whether something cannot be done without calibration data, even if this is known already."""
+        return any(s.needs - set(given) for s in self.steps()) or any(_static(t) for t in self.quantized)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -138,7 +172,9 @@ class Plan:
         }
 
 
-def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep_misfits: bool = False) -> Plan:
+def make_plan(
+    source: Source, recipe: Recipe, *, layout: str | None = None, keep_misfits: bool = False, images: bool = False
+) -> Plan:
     """Resolve a recipe on a model.
 
     Args:
@@ -146,12 +182,13 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
         recipe: the user's rules.
         layout: a name of `LAYOUTS`; None takes the most widely read one that holds nearly all of what any holds.
         keep_misfits: weights whose shape does not fit the scheme are kept; otherwise they take the nearest groups that fit.
+        images: the model will be run on images, so that what text alone does not reach is a target like any other.
     """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     tried: list[tuple[int, Resolver, list[PlannedTensor]]] = []
     for name in [layout] if layout else LAYOUTS:
-        resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits)
+        resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits, images)
         tensors = [resolver.resolve(t) for t in source.tensors]
         tried.append((sum(t.weights for t in tensors if t.status == "quantized"), resolver, tensors))
         if not any(t.status == "kept because impossible" and t.rule for t in tensors):
@@ -193,14 +230,29 @@ def make_plan(source: Source, recipe: Recipe, *, layout: str | None = None, keep
     if resolver is not tried[0][1]:
         notes.insert(0, _why_not(tried[0][1].layout, tried[0][2]))
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
+    notes += _unreached(tensors)
     notes += [
         f"{one.step.name} is not done, {why}: {_list(names)}."
         for one in selected
         for why, names in one.refusals.items()
     ]
+    notes += declared.notes
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
-    return Plan(source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts)
+    return Plan(
+        source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
+    )
+
+
+def _unreached(tensors: Sequence[PlannedTensor]) -> list[str]:
+    """What is said of parts that text does not reach."""
+    kept = [t for t in tensors if t.status != "quantized" and t.reason.startswith(UNREACHED)]
+    if not kept:
+        return []
+    share = sum(t.weights for t in kept) / max(sum(t.weights for t in tensors), 1)
+    return [
+        f"{len(kept)} weights that text does not reach ({100 * share:.0f} % of all) are kept as they are: {_list([t.name for t in kept])}."
+    ]
 
 
 def _why_not(layout: Layout, tensors: list[PlannedTensor]) -> str:

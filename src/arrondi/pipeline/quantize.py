@@ -11,6 +11,7 @@ from arrondi.checkpoint import Checkpoint, read_report
 from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
 from arrondi.model import OnDisk, device_named, settle
+from arrondi.pipeline.coverage import coverage
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
@@ -20,6 +21,7 @@ from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.record import facts_of, kept_of, machine, manifest_of, quantize_key
 from arrondi.pipeline.run import Progress, Run
 from arrondi.pipeline.select import merged
+from arrondi.pipeline.steps import STEPS, get_step
 from arrondi.pipeline.texts import TextOptions, Texts, read_texts
 
 
@@ -63,7 +65,7 @@ def quantize_model(
     source = OnDisk(checkpoint)
     texts = read_texts(source, text, recipe)
     texts.notes += _settled(source, texts)
-    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
+    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits, images=texts.images is not None)
     check(plan)
     if planned is not None:
         planned(plan.to_dict())
@@ -96,7 +98,7 @@ def rehearse(
     """
     source = OnDisk(_original(model, Path(out)))
     texts = read_texts(source, text, recipe)
-    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits)
+    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits, images=texts.images is not None)
     _check_calibration(plan, texts)
     return plan, texts
 
@@ -113,24 +115,56 @@ def _original(model: str | Path, out: Path) -> Checkpoint:
 
 
 def _check_calibration(plan: Plan, texts: Texts) -> None:
-    if plan.calibrated and texts.calibration is None:
+    takes = any("importance" in step.needs for step in plan.steps())
+    if texts.importance is not None and not takes:
+        raise SchemeError(
+            f"The importance matrix changes nothing: no method here takes one. {_takers()} Or leave it out."
+        )
+    changing = [one.step.name for one in plan.selected if one.step.kind == "rewrite" and one.groups]
+    if texts.importance is not None and changing:
+        raise SchemeError(
+            f"The importance matrix is of the model as it is, and {changing[0]} changes what its layers are given. Leave one of them out."
+        )
+    if texts.importance is not None and not plan.needs_text({"importance"}):
+        return
+    if plan.calibrated and not texts.calibrates:
         raise SchemeError(
             "Static scales of inputs need calibration text. Add --calibration FILE, or choose a scheme without them: W8A8, FP8_DYNAMIC."
         )
 
 
+def _learning(plan: Plan) -> set[str]:
+    """Tensors whose method learns from second moments of inputs."""
+    moments = {"moment", "float moment", "cross moment"}
+    return {t.name for t in plan.quantized if t.rule and get_step(t.rule.method).needs & moments}
+
+
+def _takers() -> str:
+    names = sorted(step.name for step in STEPS.values() if "importance" in step.needs)
+    return f"Use --method {' or '.join(names)}." if names else "No method does."
+
+
 def _settled(source: OnDisk, texts: Texts) -> list[str]:
     """Make sure that the model is run as it runs itself, on the first of what it will see."""
-    batches = texts.evaluation_batches or [b[:1] for b in texts.calibration_batches]
-    return settle(source, batches[0]) if batches else []
+    batches = texts.evaluation_batches or texts.calibration_batches
+    if not batches:
+        return []
+    if texts.images is not None and texts.eval_images is None and not source.whole:
+        notes = settle(source, texts.images.batches[0])  # text, which is looked at next, says nothing of images
+        if source.whole:
+            return notes
+    first = batches[0]
+    return settle(source, first if isinstance(first, dict) or texts.measures else first[:1])
 
 
 def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], key: str) -> dict[str, Any]:
     """The files get their names; config.json comes last."""
     done = run.journal.steps["measured"]
+    learned = coverage(run.plan.quantized, done["rows"], _learning(run.plan))
     report: dict[str, Any] = finite(
         {
             **facts,
+            "calibration": facts["calibration"] and {**facts["calibration"], **learned},
             "seconds": done["seconds"],
             "evaluation": done["measured"],
             "layers": done["rows"],

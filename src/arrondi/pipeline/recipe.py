@@ -67,11 +67,13 @@ class Rule:
 class Recipe:
     """Rules in order, and what stays as it is whatever the rules say. `ignore=None` means the output head.
 
+    With `all_experts`, experts that few calibration tokens reach are calibrated on all tokens of their block.
     Rewrites and repairs that come with a method, and that no rule names, are put before and after its rule.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] | None = None
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         rules = self.rules if isinstance(self.rules, list | tuple) else (self.rules,)
@@ -97,6 +99,7 @@ class Recipe:
         options: Mapping[str, Any] | None = None,
         rewrites: Iterable[str] = (),
         repairs: Iterable[str] = (),
+        all_experts: bool = False,
     ) -> Recipe:
         """One rule that rounds, as the command line gives it, and what is done before and after it.
 
@@ -107,6 +110,7 @@ class Recipe:
             targets, ignore: selectors.
             options: of the method; of another step under `STEP.OPTION`.
             rewrites, repairs: names of steps.
+            all_experts: see the class.
         """
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
@@ -128,7 +132,7 @@ class Recipe:
             raise SchemeError(
                 f"Option {stray}.{next(iter(own[stray]))} is of the step {get_step(stray).name}, which is not part of this recipe. Leave it out."
             )
-        return cls(tuple(rules), None if ignore is None else _selectors(ignore))
+        return cls(tuple(rules), None if ignore is None else _selectors(ignore), all_experts)
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -142,10 +146,13 @@ class Recipe:
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-            _known(document, {"rules", "ignore"}, "the recipe")
+            _known(document, {"rules", "ignore", "all_experts"}, "the recipe")
             rules = tuple(_rule(entry, i + 1) for i, entry in enumerate(document["rules"]))
             if not rules:
                 raise ValueError("it has no rule")
+            everywhere = document.get("all_experts", False)
+            if not isinstance(everywhere, bool):
+                raise TypeError(f"all_experts is {everywhere!r}, not true or false")
             ignore = None if document.get("ignore") is None else _words(document["ignore"])
         except SchemeError:
             raise
@@ -156,7 +163,7 @@ class Recipe:
             raise FileFormatError(f"{path}: {reason}. Give a recipe file as JSON. Example: {_EXAMPLE}") from error
         except (ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{path}: not a recipe ({error}). Example: {_EXAMPLE}") from error
-        return cls(rules, ignore)
+        return cls(rules, ignore, everywhere)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` and the run's key record."""
@@ -172,6 +179,7 @@ class Recipe:
                 for r in self.rules
             ],
             "ignore": None if self.ignore is None else list(self.ignore),
+            **({"all_experts": True} if self.all_experts else {}),
         }
 
 

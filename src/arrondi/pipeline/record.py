@@ -13,6 +13,7 @@ import torch
 
 from arrondi.checkpoint import Checkpoint, file_sha256
 from arrondi.measure.data import Windows
+from arrondi.measure.images import Images
 from arrondi.native import multiplies_bfloat16, native
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -82,8 +83,8 @@ def quantize_key(
     source = checkpoint.folder.fingerprint()
     tensors = [(t.name, t.status, str(t.scheme)) for t in plan.tensors]
     asked = [text.samples, text.seq_len, text.seed, text.evaluate, text.eval_samples, shard_bytes, device]
-    windows = [_windows(texts.calibration), _windows(texts.evaluation)]
-    layout = [plan.layout.name, plan.config()]
+    windows = [_windows(texts.calibration), _windows(texts.evaluation), _calls(texts.images), _calls(texts.eval_images)]
+    layout = [plan.layout.name, plan.config(), texts.importance and texts.importance.facts["sha256"]]
     return run_key("quantize", ledger, source, layout, recipe.to_dict(), tensors, asked, windows)
 
 
@@ -94,10 +95,45 @@ def _windows(windows: Windows | None) -> list[str] | None:
     return [windows.text_hash, hashlib.sha256(windows.ids.contiguous().numpy().tobytes()).hexdigest()]
 
 
+def _calls(images: Images | None) -> str | None:
+    """Images as the model is given them: another processor makes others of the same files."""
+    if images is None:
+        return None
+    digest = hashlib.sha256(images.sha256.encode())
+    for batch in images.batches:
+        for name, value in sorted(batch.items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _calibration(text: TextOptions, texts: Texts) -> dict[str, Any] | None:
+    """What was calibrated on."""
+    found: dict[str, Any] = {}
+    if texts.calibration is not None:
+        windows = texts.calibration
+        found = {
+            "text": windows.source,
+            "sha256": windows.text_hash,
+            "windows": len(windows),
+            "seed": text.seed,
+            **texts.described,
+        }
+    if texts.images is not None:
+        images = texts.images
+        found["images"] = {
+            "folder": images.source,
+            "sha256": images.sha256,
+            "count": len(images),
+            "tokens": images.tokens,
+        }
+    return found or None
+
+
 def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptions, texts: Texts) -> dict[str, Any]:
     """The part of the report that is known before the run."""
     summary = plan.to_dict()
-    calibration = texts.calibration
+    sites = [s.name for t in plan.quantized for s in t.sites]
+    importance, told = (None, []) if texts.importance is None else texts.importance.told(sites)
     return {
         "model": str(checkpoint.folder.path),
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
@@ -110,17 +146,10 @@ def facts_of(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, text: TextOptio
         "output_bytes": plan.output_bytes,
         "input_bytes": checkpoint.folder.nbytes,
         "counts": summary["counts"],
-        "calibration": None
-        if calibration is None
-        else {
-            "text": calibration.source,
-            "sha256": calibration.text_hash,
-            "windows": len(calibration),
-            "tokens": calibration.ids.numel(),
-            "seed": text.seed,
-        },
+        "calibration": _calibration(text, texts),
+        "importance": importance,
         "evaluation_text_sha256": texts.evaluation and texts.evaluation.text_hash,
-        "notes": [*plan.notes, *texts.notes],
+        "notes": [*plan.notes, *texts.notes, *told],
         "versions": versions(),
     }
 
@@ -130,7 +159,7 @@ def manifest_of(key: str, ledger: Ledger, facts: dict[str, Any]) -> dict[str, An
 
     `model` holds the SHA-256 of the model's small files, and the digest of every stored tensor that was read (`digest_pieces`).
     """
-    names = ("recipe", "layout", "calibration", "evaluation_text_sha256", "dtype", "versions")
+    names = ("recipe", "layout", "calibration", "importance", "evaluation_text_sha256", "dtype", "versions")
     return {
         "run": key,
         "model": {"files": ledger.files, "tensors": dict(sorted(ledger.digests.items()))},

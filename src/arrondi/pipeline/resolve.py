@@ -18,6 +18,7 @@ from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTens
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.steps import get_step
+from arrondi.rewrite.spread import refuse_block
 
 Status = Literal["quantized", "kept by rule", "kept because impossible"]
 
@@ -26,6 +27,8 @@ _SCALES: Final[dict[torch.dtype, Literal["float16", "bfloat16"]]] = {
     torch.bfloat16: "bfloat16",
 }
 """The type of scales beside weights of a type; float32 beside all others."""
+UNREACHED: Final = "text does not reach it"
+"""How the reason begins for which towers of images and sound are kept."""
 _SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
 _SMALLEST_GROUP = 16
@@ -99,8 +102,11 @@ class Resolver:
         ignore: selectors of what is left alone.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, layout: Layout, keep_misfits: bool) -> None:
+    def __init__(
+        self, source: Source, recipe: Recipe, layout: Layout, keep_misfits: bool, images: bool = False
+    ) -> None:
         self.source, self.recipe, self.layout, self.keep_misfits = source, recipe, layout, keep_misfits
+        self.images = images
         self.used: set[str] = set()
         self.notes: dict[str, list[str]] = {}
         model = source.model
@@ -129,8 +135,10 @@ class Resolver:
         tied = f", tied to {others[0]}" if len(others) + 1 > 1 and len(self._aliases(site)) > 1 else ""
         if ignored:
             return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}")
-        if not site.reached and not named:
-            return replace(plain, reason="text does not reach it; name it in --targets to quantize it blindly")
+        if not site.reached and not named and not self.images:
+            return replace(
+                plain, reason=f"{UNREACHED}; name it in --targets to quantize it blindly, or give --calibration-images"
+            )
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit)
         if site.shape[0] < _SMALL_OUTPUT:
@@ -141,7 +149,7 @@ class Resolver:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
         rule, site = plain.rule, plain.sites[0]
         assert rule is not None and rule.scheme is not None
-        wanted = rule.scheme.with_scale(_SCALES.get(plain.dtype, "float32"))
+        wanted = self._spread(plain, rule.scheme.with_scale(_SCALES.get(plain.dtype, "float32")))
         step = get_step(rule.method)
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""
@@ -172,6 +180,14 @@ class Resolver:
         instance.drop(tensor.params)
         return whole.to(self.source.dtype_of(tensor))
 
+    def _spread(self, plain: PlannedTensor, scheme: LayerScheme) -> LayerScheme:
+        """The scheme with the transforms of inputs that rewrites ask for."""
+        if scheme.inputs is None:
+            return scheme
+        rules = [self.recipe.rules[number] for number in sorted(plain.picked)]
+        blocks = [get_step(r.method).spreads(self.source, plain.sites[0], **r.options) for r in rules]
+        return replace(scheme, inputs=replace(scheme.inputs, spread=max(blocks, default=0) or scheme.inputs.spread))
+
     def _rules(self, names: Sequence[str], classes: Sequence[str]) -> tuple[Rule | None, frozenset[int], bool]:
         """The last round rule that picks this, the numbers of all rewrites and repairs that do, and whether the rule names it."""
         found, picked, named = None, set(), False
@@ -196,6 +212,10 @@ def _unrounded(site: Site, scheme: LayerScheme) -> str | None:
         return "inputs of recurrent cells are not rounded"
     if site.kind == "convolution" and not isinstance(scheme.inputs.scheme.granularity, PerTensor):
         return f"inputs of convolutions are rounded with one scale for a tensor, not by {scheme.inputs}"
+    if scheme.inputs.spread and (site.kind == "convolution" or not site.rounds_inputs):
+        return "inputs of convolutions and of fused experts are not spread"
+    if scheme.inputs.spread:
+        return refuse_block(site.shape[1], scheme.inputs.spread)
     return None
 
 

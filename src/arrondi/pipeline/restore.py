@@ -98,7 +98,7 @@ def _specs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[TensorSpec]:
 
 
 def _plain(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return checkpoint.dense(name, dtype if dtype.is_floating_point else torch.float32)
+    return checkpoint.plain(name, dtype if dtype.is_floating_point else torch.float32)
 
 
 def _grouped(specs: list[TensorSpec]) -> list[list[TensorSpec]]:

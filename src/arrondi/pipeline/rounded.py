@@ -6,12 +6,14 @@ Owns: `Rounded`, `round_alone` (a weight of whose inputs nothing is known) and `
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from arrondi.calibration import Moved
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, release
 from arrondi.pipeline.statistics import Seen
@@ -34,6 +36,8 @@ class Rounded:
         weight_error: Σ (w - ŵ)² and Σ w².
         output_error: ‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² on the calibration inputs, if there were any.
         tokens: calibration tokens that reached it; None without calibration.
+        routed: tokens that the model sent to an expert which was calibrated on all tokens instead; None for all others.
+        moved: how far what was seen of its input moves between two halves of the text, if that is known.
         method: what was done.
         why: why it is not what was asked for, "" if it is.
         facts: what the method says of its run.
@@ -45,6 +49,8 @@ class Rounded:
     tokens: int | None
     method: str
     why: str = ""
+    moved: Moved | None = None
+    routed: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +70,7 @@ def round_alone(
         error += weight_loss(part, q)
         facts |= said
         parts.append(q)
-    return Rounded(stack_rows(parts), error, None, None, method, why, facts)
+    return Rounded(stack_rows(parts), error, None, None, method, why, facts=facts)
 
 
 def round_together(
@@ -82,17 +88,34 @@ def round_together(
     q, facts = run(joined, scheme, seen, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
+    moved = None if seen.energy is None else seen.energy.moved
     hessian = None if seen.moment is None else seen.moment.matrix()
     for weight, part in zip(weights, split_rows(q, sizes), strict=True):
         restored = part.dequantize()
         error = None if hessian is None else output_loss(weight, restored, hessian)
-        found.append(Rounded(part, weight_loss(weight, part), error, seen.tokens, method, facts=facts))
+        found.append(
+            Rounded(
+                part,
+                weight_loss(weight, part),
+                error,
+                seen.tokens,
+                method,
+                moved=moved,
+                routed=seen.routed,
+                facts=facts,
+            )
+        )
     release()
     return found
 
 
-def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int) -> dict[str, Any]:
-    """A tensor's line in `report.json`; sums of its sites', never means of ratios. `nbytes`: what it takes in the file."""
+def row_of(
+    name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int, *, experts: bool = False
+) -> dict[str, Any]:
+    """A tensor's line in `report.json`; sums of its sites', never means of ratios. `nbytes`: what it takes in the file.
+
+    `experts`: its sites are matrices of experts.
+    """
     error = sum((p.weight_error for p in parts), Loss())
     outputs = [p.output_error for p in parts if p.output_error is not None]
     output = sum(outputs, Loss())
@@ -101,6 +124,10 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int
     ways = sorted({p.method for p in parts})
     whys = sorted({p.why for p in parts if p.why})
     facts = {k: v for p in parts for k, v in p.facts.items()}
+    moved = [p.moved for p in parts if p.moved is not None]
+    sent = [p.tokens if p.routed is None else p.routed for p in parts]
+    everywhere = [i for i, p in enumerate(parts) if p.routed is not None]
+    middle = [round(statistics.median(m[i] for m in moved), 5) for i in range(len(Moved._fields))] if moved else []
     return {
         "name": name,
         "scheme": str(scheme),
@@ -109,6 +136,9 @@ def row_of(name: str, scheme: LayerScheme, parts: Sequence[Rounded], nbytes: int
         "sqnr_db": round(error.decibels, 3) if math.isfinite(error.decibels) else None,
         "output_error": output.ratio if outputs else None,
         "calibration_tokens": min(tokens) if tokens else None,
+        **({"expert_tokens": sent} if experts and tokens else {}),
+        **({"on_all_tokens": everywhere} if everywhere else {}),
+        **({"moved": dict(zip(Moved._fields, middle, strict=True))} if middle else {}),
         **({"why": "; ".join(whys)} if whys else {}),
         **facts,
     }

@@ -59,7 +59,7 @@ class Run:
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.overlay = Overlay(config=dict(plan.declared.config))
-        self.touched = {s.tensor for one in plan.selected for s in one.sites} | set(plan.declared.changed)
+        self.touched = plan.touched
         self.bfloat16 = bfloat16_pays(self.source.checkpoint)
 
     def execute(self) -> None:
@@ -73,9 +73,9 @@ class Run:
             return
         measured = None
         with torch.no_grad():
-            if self.texts.calibration or self.texts.evaluation:
+            if self.texts.calibrates or self.texts.measures:
                 measured = self._with_data()
-            elif self.touched:
+            elif self.touched or self.plan.spreads or self.texts.importance:
                 self._unit_by_unit()
             else:
                 self._tensor_by_tensor()
@@ -134,7 +134,8 @@ class Run:
     def _rewrites_floats(self) -> bool:
         """Whether the original is followed on the calibration data, rewritten."""
         followed = any(s.needs & OF_ORIGINAL for s in self.plan.steps())
-        return followed and any(one.step.kind == "rewrite" and one.groups for one in self.plan.selected)
+        rewrites = any(one.step.kind == "rewrite" and one.groups for one in self.plan.selected)
+        return followed and (rewrites or self.plan.spreads)
 
     def _unit_by_unit(self) -> None:
         """Without data, where weights cannot be taken one by one."""
@@ -169,7 +170,7 @@ class Run:
             self.floats, self.learning = floats, learning
             for stream in (reference, floats, learning, measured):
                 stream.begin()
-            if front := self._front():
+            if front := self.plan.front(self.units.early):
                 begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
                 self._outside("front", front, *begun)
                 learning.begin()
@@ -230,7 +231,7 @@ class Run:
     def _begun(self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]) -> Work:
         own = self.floating is not self.original
         original = Original(self.floating.instance, originals, own) if originals else None
-        return Work(self.plan, self.instance, members, forwards, original)
+        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance)
 
     def _outside(
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
@@ -272,25 +273,15 @@ class Run:
         """The parameters that steps look at or change."""
         return [p for t in members if t.status == "quantized" or t.name in self.touched for p in t.tensor.params]
 
-    def _front(self) -> list[PlannedTensor]:
-        """Tensors that work before the first unit and that a step changes: projections of narrow embeddings."""
-        names = self.source.names
-        return [
-            t
-            for t in self.plan.tensors
-            if t.block is None
-            and (t.status == "quantized" or t.name in self.touched)
-            and any(n in self.units.early for p in t.tensor.params if p in names.params for n in names.names_of(p))
-        ]
-
     def _measure(self, reference: Stream, measured: Stream) -> dict[str, Any]:
         """Original against quantized, batch by batch."""
         comparison = comparison_for(self.source.model)
         self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, rows in reference.pieces():
-                ids = ids_of(reference.batches[j])[rows]
-                comparison.add(reference.output(j, rows), measured.output(j, rows), ids)
+                ids, start = ids_of(reference.batches[j])[rows], self.texts.measured_from(j)
+                expected = reference.output(j, rows)[:, start:]
+                comparison.add(expected, measured.output(j, rows)[:, start:], ids[:, start:])
             confirm(self.source, reference)
         return {
             **comparison.summary().to_dict(),
@@ -317,6 +308,9 @@ class Run:
             if planned.status == "quantized":
                 self.overlay.changed[planned.name] = partial(self._restored, planned)
                 inputs = planned.scheme.inputs if planned.scheme else None
+                if inputs is not None and inputs.spread:
+                    modules = [m for s in planned.sites for m in s.rounds_inputs]
+                    self.instance.spread_inputs(dict.fromkeys(modules, inputs.spread))
                 apart = planned.scheme.weights.apart if planned.scheme else None
                 if inputs is not None and (inputs.dynamic is not True or apart is not None):
                     values = self.plan.layout.read(planned.placed, self.writer.get)
@@ -344,7 +338,13 @@ class Run:
         values = LayerValues(stack_rows([p.q for p in parts]), inputs)
         for name, value in self.plan.layout.write(planned.placed, values).items():
             self.writer.put(name, value)
-        return row_of(planned.name, planned.scheme, parts, self.plan.nbytes(planned))
+        return row_of(
+            planned.name,
+            planned.scheme,
+            parts,
+            self.plan.nbytes(planned),
+            experts=planned.sites[0].param_index is not None,
+        )
 
     def _keep(self, planned: PlannedTensor, changed: dict[str, torch.Tensor]) -> None:
         if planned.name in changed:

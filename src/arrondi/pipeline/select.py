@@ -52,7 +52,8 @@ class Selected:
         """The same for these sites alone; groups of the whole model are cut to them."""
         own = set(names)
         cut = [tuple(s for s in group if s.name in own) for group in self.groups]
-        return replace(self, groups=tuple(group for group in cut if group))
+        # What a step that chooses changes may be norms alone.
+        return replace(self, groups=tuple(group for group in cut if group or self.step.choose))
 
 
 def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[Selected]:
@@ -74,7 +75,11 @@ def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> 
             )
             joints, refusals = joints_of(source, folds, sites, schemes)
             sites = list({s.name: s for j in joints for s in j.sites}.values())
-        for group in _groups(step, sites, source.sites):
+        found_groups = _groups(step, sites, source.sites)
+        if step.choose:
+            chosen = step.choose(source, sites, **rule.options)
+            found_groups, refusals = chosen.groups, {why: list(names) for why, names in chosen.refusals.items()}
+        for group in found_groups:
             reason = next((why for s in group if (why := _refusal(step, s, schemes))), None)
             if reason is None:
                 groups.append(group)
@@ -86,17 +91,17 @@ def select(source: Source, recipe: Recipe, tensors: Sequence[PlannedTensor]) -> 
     return found
 
 
-def _groups(step: Step, sites: Sequence[Site], every: Sequence[Site]) -> list[tuple[Site, ...]]:
+def _groups(step: Step, sites: Sequence[Site], every: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
     """Sites that are done together; those that read the same are all of them, whether they were picked or not."""
     if step.scope == "reads":
         known = dict.fromkeys(s.reads for s in sites if s.reads is not None)
         together = [tuple(s for s in every if s.reads == reads) for reads in known]
-        return together + [(s,) for s in sites if s.reads is None]
+        return (*together, *((s,) for s in sites if s.reads is None))
     groups: dict[Any, list[Site]] = {}
     for site in sites:
         key = {"site": site.name, "unit": site.block, "fold": site.block, "model": None}[step.scope]
         groups.setdefault(key, []).append(site)
-    return [tuple(group) for group in groups.values()]
+    return tuple(tuple(group) for group in groups.values())
 
 
 def _refusal(step: Step, site: Site, schemes: Mapping[str, LayerScheme | None]) -> str | None:
@@ -128,7 +133,8 @@ def declared_by(source: Source, selected: Iterable[Selected], tensors: Sequence[
                 raise SchemeError(f"{one.step.name} would add {name}, which is there already. Leave the step out.")
         kept = [s.tensor for s in one.sites if one.step.kind == "rewrite" and status[s.tensor] != "quantized"]
         changed = tuple(dict.fromkeys((*whole.changed, *own.changed, *kept)))
-        whole = Declared(changed, (*whole.added, *own.added), merged(whole.config, own.config))
+        notes = (*whole.notes, *own.notes)
+        whole = Declared(changed, (*whole.added, *own.added), merged(whole.config, own.config), notes)
     return whole
 
 

@@ -12,11 +12,14 @@ from typing import Final, Literal
 
 import torch
 
-from arrondi.calibration import Reservoir, SecondMoment, span_of
+from arrondi.calibration import Energy, Reservoir, SecondMoment, half_of, span_of
+from arrondi.model.experts import every_token
 from arrondi.model.flow import Use, watch
 
 Need = Literal[
     "moment",
+    "energy",
+    "importance",
     "mean",
     "range",
     "absmax",
@@ -31,6 +34,8 @@ Need = Literal[
 rewritten as the quantized model is, but not rounded.
 
     moment        Σ x xᵀ
+    energy        Σ x² and max |x| of every column, in each half of the text
+    importance    mean x² of every column; what an importance matrix says goes before what is seen
     mean          Σ x
     range         the least and the largest number
     absmax        max |x| of every column
@@ -51,6 +56,9 @@ Key = tuple[str, int | None]
 Forward = Callable[[], object]
 """Sends one calibration batch through a unit."""
 
+FEW: Final = 4
+"""Tokens for every input of a weight below which its second moments are thin: at 3 bits GPTQ then loses a fifth to a third more."""
+
 SAMPLE: Final = 512
 """Rows of a sample."""
 
@@ -62,6 +70,8 @@ class Seen:
     Attributes:
         tokens: rows of it.
         moment: Σ x xᵀ.
+        energy: Σ x² and max |x| of every column, in each half of the text.
+        given: what an importance matrix says of its columns, float32 (n,).
         total: Σ x, float64 (n,).
         low, high: the least and the largest number, 0 included.
         absmax: max |x| of every column, float32 (n,).
@@ -69,11 +79,14 @@ class Seen:
         sample: at most `SAMPLE` rows.
         float_moment: Σ f fᵀ.
         cross_moment: Σ x fᵀ, float32 (n, n).
+        routed: tokens that the model itself sent here, where more were counted.
         paired: the original sent the same tokens here. Where it did not (it chose other experts), nothing is known of both.
     """
 
     tokens: int = 0
     moment: SecondMoment | None = None
+    energy: Energy | None = None
+    given: torch.Tensor | None = None
     total: torch.Tensor | None = None
     low: float = 0.0
     high: float = 0.0
@@ -82,6 +95,7 @@ class Seen:
     sample: Reservoir | None = None
     float_moment: SecondMoment | None = None
     cross_moment: torch.Tensor | None = None
+    routed: int | None = None
     paired: bool = True
 
     @property
@@ -89,6 +103,13 @@ class Seen:
         """Mean of every column, float32 (n,)."""
         assert self.total is not None and self.tokens
         return (self.total / self.tokens).float()
+
+    @property
+    def importance(self) -> torch.Tensor | None:
+        """Mean x² of every column, float32 (n,): from the importance matrix, or as it was seen."""
+        if self.given is not None:
+            return self.given
+        return None if self.energy is None else self.energy.importance
 
     @property
     def absmean(self) -> torch.Tensor:
@@ -100,8 +121,8 @@ class Seen:
         """Whether all of this is known."""
         return self.tokens > 0 and (self.paired or not OF_ORIGINAL & set(needs))
 
-    def add(self, x: torch.Tensor, needs: Collection[Need], span: int = 0) -> None:
-        """Count one input (…, n), of a batch of this span (see `arrondi.calibration.span_of`)."""
+    def add(self, x: torch.Tensor, needs: Collection[Need], span: int = 0, half: int = 0) -> None:
+        """Count one input (…, n), of a batch of this span and half (see `arrondi.calibration`)."""
         rows = x.reshape(-1, x.shape[-1])
         if not len(rows):
             return
@@ -110,6 +131,9 @@ class Seen:
             if self.moment is None:
                 self.moment = SecondMoment(rows.shape[-1])
             self.moment.update(rows, span=span)
+        if "energy" in needs or "importance" in needs:
+            self.energy = self.energy or Energy(rows.shape[-1])
+            self.energy.add(rows, half)
         if "mean" in needs:
             total = rows.double().sum(0).cpu()
             self.total = total if self.total is None else self.total + total
@@ -150,10 +174,12 @@ class Side:
     Attributes:
         parameter: gives a parameter of the unit, filled.
         forwards: one for each batch.
+        owner: gives the module that has a parameter.
     """
 
     parameter: Callable[[str], torch.Tensor]
     forwards: Sequence[Forward]
+    owner: Callable[[str], torch.nn.Module]
 
 
 class _Enough(Exception):
@@ -161,7 +187,12 @@ class _Enough(Exception):
 
 
 def collect(
-    leaders: Collection[str], uses: Mapping[str, int], side: Side, needs: Collection[Need], original: Side | None = None
+    leaders: Collection[str],
+    uses: Mapping[str, int],
+    side: Side,
+    needs: Collection[Need],
+    original: Side | None = None,
+    experts: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[Key, Seen]:
     """Watch the inputs of some parameters while batches pass through a unit.
 
@@ -171,8 +202,10 @@ def collect(
         side: the unit.
         needs: what to collect.
         original: the same unit of the original; required for what is `OF_ORIGINAL`.
+        experts: stack → those of its matrices that shall see every token; nothing else is then counted.
     """
     seen: dict[Key, Seen] = {}
+    alike: dict[Key, Key] = {}
     # Which experts a batch reaches is not known beforehand, so stacks want the whole forward pass.
     count = sum(uses[p] for p in leaders) if all(p in uses for p in leaders) else 0
     both = bool(OF_ORIGINAL & set(needs))
@@ -180,19 +213,38 @@ def collect(
     for j in range(len(side.forwards)):
         others: dict[Key, list[torch.Tensor]] = {}
         if both and original is not None:
-            _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()))  # noqa: B023
+            _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()), experts=experts)  # noqa: B023  # fmt: skip
 
-        span = span_of(j, len(side.forwards))
+        span, half = span_of(j, len(side.forwards)), half_of(j)
 
-        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span) -> None:
+        first: dict[str, tuple[Key, torch.Tensor]] = {}
+
+        def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span, half: int = half, first: dict[str, tuple[Key, torch.Tensor]] = first, j: int = j) -> None:  # fmt: skip
+            if experts and _alike(key, x, seen, alike, first, j):
+                return
             found = seen.setdefault(key, Seen())
-            found.add(x, needs, span)
+            found.add(x, needs, span, half)
             if both:
                 same = others.get(key)
                 found.add_pair(x, same.pop(0) if same else None, needs)
 
-        _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"})
-    return seen
+        _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"}, experts=experts)
+    return {**seen, **{key: seen[same] for key, same in alike.items()}}
+
+
+def _alike(
+    key: Key,
+    x: torch.Tensor,
+    seen: Mapping[Key, Seen],
+    alike: dict[Key, Key],
+    first: dict[str, tuple[Key, torch.Tensor]],
+    j: int,
+) -> bool:
+    """Whether a matrix of a stack is given what the first one is given, as all are where every token goes to each: it is counted once."""
+    if j == 0 and key not in seen and key[0] in first and torch.equal(first[key[0]][1], x):
+        alike[key] = first[key[0]][0]
+    first.setdefault(key[0], (key, x))
+    return key in alike
 
 
 def _pass(
@@ -203,20 +255,33 @@ def _pass(
     note: Callable[[Key, torch.Tensor], object],
     *,
     grouped: bool = False,
+    experts: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end).
 
+    `experts`: stack → matrices that shall see every token; what the model sends there itself is not noted.
     `grouped`: also those of convolutions in groups, of which every row of the weight sees another part.
     """
-    reports = 0
+    reports, extra = 0, False
+
+    def switch() -> None:
+        nonlocal extra
+        extra = not extra
 
     def report(use: Use) -> None:
         nonlocal reports
+        if bool(experts) is not extra:
+            return
         if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1 or grouped):
             note((use.param, use.matrix), use.x)
         reports += 1
         if reports == count:
             raise _Enough
 
-    with watch({p: side.parameter(p) for p in leaders}, report), contextlib.suppress(_Enough):
+    modules = {id(m): (m, which) for p, which in (experts or {}).items() if (m := side.owner(p)) is not None}
+    with (
+        every_token(list(modules.values()), switch, switch),
+        watch({p: side.parameter(p) for p in leaders}, report),
+        contextlib.suppress(_Enough),
+    ):
         side.forwards[j]()

@@ -66,11 +66,26 @@ class Declared:
         changed: tensors of the file that get other values. Weights of the step's own sites are not listed.
         added: tensors that the file did not have.
         config: edits of config.json; dictionaries in it are merged.
+        notes: sentences for the plan.
     """
 
     changed: tuple[str, ...] = ()
     added: tuple[Added, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sites that a step takes.
+
+    Attributes:
+        groups: sites that are done together.
+        refusals: why not → sites where it is not done.
+    """
+
+    groups: tuple[tuple[Site, ...], ...]
+    refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _nothing(source: Source, sites: Sequence[Site], **options: Any) -> Declared:
@@ -99,7 +114,10 @@ class Step:
         fallback: the round step that a round step is replaced by where nothing is known of the inputs, unless the rule names
             another.
         declare: (source, all sites or joints, **options) → what it changes and adds, known before it runs.
+        choose: (source, picked sites, **options) → what it takes, of steps that know more of the model than `scope` says.
         unpaired: the round step that a round step is replaced by where the original sends other tokens; "" is the fallback.
+        spreads: (source, site, **options) → the blocks in which the site's rounded inputs are spread while the model runs, 0 if
+            they are not.
         makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
         sizes: (that scheme with its inputs, weight (m, n), options) → the same for this very weight, where its size depends on it.
         before, after: names of the rewrites and repairs that come with a round step.
@@ -117,7 +135,9 @@ class Step:
     refuse: Callable[[Site, LayerScheme | None], str | None] = lambda site, scheme: None
     fallback: str = ""
     declare: Callable[..., Declared] = _nothing
+    choose: Callable[..., Choice] | None = None
     unpaired: str = ""
+    spreads: Callable[..., int] = lambda source, site, **options: 0
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
     sizes: Callable[[LayerScheme, torch.Tensor, Mapping[str, Any]], LayerScheme] | None = None
     before: tuple[str, ...] = ()

@@ -17,9 +17,10 @@ from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Instance, Site
 from arrondi.pipeline.rounded import round_alone, round_together
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.statistics import Need
+from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.steps import get_step, options_of_step
 from arrondi.pipeline.work import Stage, Work
+from arrondi.rewrite.spread import spread_weight
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.observed import static_grid
 from arrondi.tensor.rows import rowwise, separable
@@ -45,7 +46,11 @@ def carry_out(work: Work) -> None:
         raise _unknown_range(unknown)
     with _repaired(work, rest):
         for site in rest:
-            _round_blindly(work, site, why)
+            told = work.foretold(site)
+            if told is None:
+                _round_blindly(work, site, why)
+            else:
+                _round_foretold(work, site, told)
     work.before = before
     for one in late:
         _apply(work, one)
@@ -64,8 +69,18 @@ def rewrite(work: Work) -> None:
     for one in rewrites:
         _apply(work, one)
     _keep_rewritten(work)
-    if rewrites and work.original is not None and work.original.own:
+    _spread(work)
+    if (rewrites or work.plan.spreads) and work.original is not None and work.original.own:
         _copy_to(work.original.instance, work)
+
+
+def _spread(work: Work) -> None:
+    """From now on inputs are spread where schemes say so, and weights stand for inputs that are."""
+    for site in work.sites:
+        inputs = work.scheme(site).inputs
+        if inputs is not None and inputs.spread:
+            spread_weight(work.weight(site), inputs.spread)
+            work.instance.spread_inputs(dict.fromkeys(site.rounds_inputs, inputs.spread))
 
 
 def _copy_to(original: Instance, work: Work) -> None:
@@ -74,6 +89,7 @@ def _copy_to(original: Instance, work: Work) -> None:
         for param in planned.tensor.params:
             if param in original.empty and not original.is_empty(param):
                 original.parameter(param).copy_(work.instance.parameter(param))
+    original.spread_inputs(work.instance.spread)
     for name, param in work.added_params.items():
         if name in work.added:
             original.put(param, work.added[name].float())
@@ -110,7 +126,7 @@ def _round_stage(work: Work, stage: Stage) -> None:
     needs: set[Need] = {n for s in sites for n in work.step(s).needs | work.step(s).wants}
     needs |= {n for one in _repairs(work, sites) for n in one.step.needs}
     # Without a need of its own a method still learns how far the layer's output moves.
-    work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment"}))
+    work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment", "energy"}))
     with _repaired(work, sites):
         for group in _together(work, sites, stage):
             _round(work, group)
@@ -226,6 +242,13 @@ def _leave_columns(work: Work, site: Site, q: QTensor) -> None:
         return
     how = (inputs, work.grids.get(site.tensor), q.apart.index.unique())
     work.instance.round_inputs(dict.fromkeys(site.rounds_inputs, how))
+
+
+def _round_foretold(work: Work, site: Site, told: Seen) -> None:
+    """By what an importance matrix says, where no calibration data are or reach."""
+    work.seen[site.name] = told
+    _round(work, [site])
+    work.results[site.name].tokens = 0 if work.forwards else None
 
 
 def _round_blindly(work: Work, site: Site, why: str) -> None:

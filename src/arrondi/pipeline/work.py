@@ -7,7 +7,7 @@ inputs, and adds tensors; what becomes of the unit is then read off it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme
 from arrondi.model import Instance, Passage, Site, TreeStore
 from arrondi.model.flow import trace
-from arrondi.pipeline.statistics import Forward, Key, Need, Seen, Side, collect
+from arrondi.pipeline.importance import Known
+from arrondi.pipeline.statistics import FEW, Forward, Key, Need, Seen, Side, collect
 from arrondi.pipeline.step import Step
 from arrondi.rounding.error import output_loss, weight_loss
 from arrondi.tensor.qtensor import QTensor
@@ -59,7 +60,7 @@ class Original:
 
     @property
     def side(self) -> Side:
-        return Side(self.instance.parameter, self.forwards)
+        return Side(self.instance.parameter, self.forwards, self.instance.owner)
 
 
 class Work:
@@ -71,6 +72,7 @@ class Work:
         selected: the unit's rewrites and repairs.
         forwards: one for each calibration batch; empty without calibration.
         original: the same unit of the original on the same batches, if a step needs it.
+        importance: what an importance matrix says.
         results: site → what rounding gave.
         grids: tensor → the static grid of its inputs.
         changed: tensors of the file whose value a step changed, as they are written.
@@ -88,7 +90,9 @@ class Work:
         tensors: Sequence[PlannedTensor],
         forwards: Sequence[Forward],
         original: Original | None = None,
+        importance: Known | None = None,
     ) -> None:
+        self.importance = importance or Known()
         self.plan, self.instance, self.tensors, self.forwards = plan, instance, tensors, forwards
         self.original = original
         self.planned = {s.name: t for t in tensors for s in t.sites}
@@ -202,13 +206,41 @@ class Work:
 
     def collected(self, leaders: Collection[str], stage: Stage, needs: Collection[Need]) -> dict[Key, Seen]:
         """What is seen of inputs while all batches pass."""
-        side = Side(self.instance.parameter, self.forwards)
-        return collect(leaders, stage.uses, side, needs, self.original.side if self.original else None)
+        side = Side(self.instance.parameter, self.forwards, self.instance.owner)
+        original = self.original.side if self.original else None
+        found = collect(leaders, stage.uses, side, needs, original)
+        few = self._few(leaders, found) if self.plan.all_experts else {}
+        if few:
+            more = collect(few, {}, side, needs, original, few)
+            for key, one in more.items():
+                routed = found[key].tokens if key in found else 0
+                found[key] = replace(one, routed=routed)
+        return found
+
+    def _few(self, leaders: Collection[str], found: Mapping[Key, Seen]) -> dict[str, list[int]]:
+        """Stack → its matrices that fewer than `FEW` tokens for every input reached."""
+        few: dict[str, list[int]] = {}
+        for site in (s for t in self.tensors for s in t.sites if s.param in leaders):
+            if site.param_index is None:
+                continue
+            seen = found.get((site.param, site.param_index))
+            if seen is None or seen.tokens < FEW * site.matrix_shape[1]:
+                few.setdefault(site.param, []).append(site.param_index)
+        return {param: sorted(set(which)) for param, which in few.items()}
 
     def by_site(self, sites: Sequence[Site], stage: Stage, seen: Mapping[Key, Seen]) -> dict[str, Seen]:
         """What was seen, for every site that a token reached."""
         keys = {s.name: (stage.leaders[s.param], s.param_index) for s in sites if s.param in stage.leaders}
-        return {name: seen[key] for name, key in keys.items() if key in seen and seen[key].tokens}
+        found = {name: seen[key] for name, key in keys.items() if key in seen and seen[key].tokens}
+        given = self.importance.columns
+        return {name: replace(one, given=given[name]) if name in given else one for name, one in found.items()}
+
+    def foretold(self, site: Site) -> Seen | None:
+        """What the importance matrix says of a site, where that is all that its step needs."""
+        known = self.importance
+        if site.name not in known.columns or self.step(site).needs != {"importance"}:
+            return None
+        return Seen(tokens=known.tokens[site.name], given=known.columns[site.name])
 
     # ── what is planned ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from arrondi.documents import NOT_FINITE, number
+from arrondi.report.calibration import calibration_lines
 from arrondi.report.readers import readers_lines
 from arrondi.report.rows import Rows, console, say
 
@@ -48,6 +49,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         say(out, f"{len(silent)} weights saw no calibration token and were rounded without it: {names}", warn=True)
     for note in report["notes"]:
         say(out, note, warn=True)
+    if report["calibration"]:
+        for line in calibration_lines(report["calibration"]):
+            say(out, line)
+        for line in report["calibration"].get("warnings", ()):
+            say(out, line, warn=True)
     _counts(out, report["counts"])
     say(
         out,

@@ -32,6 +32,7 @@ from arrondi.tensor.qtensor import QTensor
 
 STATISTICS: Final[Mapping[str, str]] = MappingProxyType({
     "moment": "moment", "cross moment": "cross_moment", "float moment": "float_moment", "absmax": "absmax", "sample": "sample",
+    "importance": "importance",
 })  # fmt: skip
 """What a method may need of a layer's inputs → the argument by which it takes it; see `arrondi.pipeline.statistics.Need`."""
 

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from arrondi.kernels.tokens import attend, takes_attention
+from arrondi.runtime.kv.lazy import PackedStates
 
 NAME: Final = "arrondi"
 IMPLEMENTATIONS: Final = ("sdpa", NAME)
@@ -32,15 +33,25 @@ def attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers' attention functions: query, key, value (batch, heads, tokens, width) → (batch, tokens, heads, width)."""
-    plain = attention_mask is None and all(options.get(name) is None for name in _SPECIAL)
-    if plain and not options.get("dropout") and takes_attention(query, key, value):
-        scale = options.get("scaling")
-        return attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+    plain = attention_mask is None and not options.get("dropout") and all(options.get(n) is None for n in _SPECIAL)
+    scale = options.get("scaling")
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+        if plain and (found := key.attend(query, value, factor)) is not None:
+            return found, None
+        key, value = key.restored(), value.restored()
+    if plain and takes_attention(query, key, value):
+        return attend(query, key, value, factor), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def uses_own_attention(model: Any) -> bool:
+    """Whether `own_attention` changes anything for a model, or has done so."""
+    return model.config.get_text_config(decoder=True)._attn_implementation in IMPLEMENTATIONS
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arrondi.kernels.product import Product
 from arrondi.kernels.tokens import rotate
 from arrondi.nn import QLinear, joined_product
+from arrondi.rewrite.spread import spread
 from arrondi.runtime.pattern import Differs, Norm, Pattern
 
 
@@ -47,6 +48,7 @@ class Compiled:
         gated = [parts[name] for name in (pattern.gate, pattern.up)]
         self.widen = _product(gated, norm=between, eps=pattern.between.eps, gate=pattern.activation)
         self.narrow = _product([parts[pattern.down]])
+        self.spread = tuple(parts[name].spread for name in (pattern.out, pattern.down))
         self.head_norms: dict[str, Any] = {}
         if pattern.query_norm is not None and pattern.key_norm is not None:
             norm, key_norm = (_weight(block, n) for n in (pattern.query_norm, pattern.key_norm))
@@ -88,14 +90,18 @@ class Compiled:
         passed = {name: given[name] for name in pattern.passed if name in given}
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         seen, _ = attend(self.attention, query, key, value, given.get("attention_mask"), **self.options, **passed)
-        x = self.merge(seen.reshape(batch * length, -1), x)
-        return self.narrow(self.widen(x), x).view(batch, length, size)
+        x = self.merge(_spread(seen.reshape(batch * length, -1), self.spread[0]), x)
+        return self.narrow(_spread(self.widen(x), self.spread[1]), x).view(batch, length, size)
 
     def rotate(self, mixed: torch.Tensor, batch: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
         if cos.shape[0] != batch:
             cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
         cos, sin = (t.reshape(-1, self.pattern.width).contiguous() for t in (cos, sin))
         rotate(mixed, self.pattern.heads, self.pattern.key_heads, cos, sin, **self.head_norms)
+
+
+def _spread(x: torch.Tensor, block: int) -> torch.Tensor:
+    return spread(x, block) if block else x
 
 
 def _linear(block: nn.Module, name: str) -> QLinear:

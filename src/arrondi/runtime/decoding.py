@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from arrondi.errors import SchemeError
 from arrondi.native import kernel_threads
-from arrondi.runtime.attention import own_attention
+from arrondi.runtime.attention import own_attention, uses_own_attention
 from arrondi.runtime.cache import growing_cache
+from arrondi.runtime.kv import kv_cache
 
 
 def refuse_decoding(model: Any) -> str | None:
@@ -32,7 +34,9 @@ def refuse_decoding(model: Any) -> str | None:
     return None
 
 
-def tokens(model: Any, ids: list[int], count: int, *, temperature: float, stop: set[int]) -> Iterator[int]:
+def tokens(
+    model: Any, ids: list[int], count: int, *, temperature: float, stop: set[int], kv: str | None = None
+) -> Iterator[int]:
     """The model's continuation.
 
     Args:
@@ -41,9 +45,13 @@ def tokens(model: Any, ids: list[int], count: int, *, temperature: float, stop: 
         count: tokens at most.
         temperature: 0 takes the likeliest; above, torch's generator draws from the tempered distribution.
         stop: tokens after which it ends; the last one is yielded too.
+        kv: what keys and values become, see `arrondi.runtime.kv.QuantizedCache`; None: they stay.
+
+    Raises:
+        SchemeError: there is no such kind, or it does not go with the model.
     """
     known = _parameters(model)
-    cache = growing_cache(model) if "past_key_values" in known else None
+    cache = _cache(model, kv) if "past_key_values" in known else None
     kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     options: dict[str, Any] = {
         name: value for name, value in {"use_cache": True, "logits_to_keep": 1}.items() if name in known
@@ -64,6 +72,24 @@ def tokens(model: Any, ids: list[int], count: int, *, temperature: float, stop: 
                 options["use_cache"] = False
             if "position_ids" in known and not _knows_length(kept, len(text) - 1):
                 options["position_ids"] = torch.arange(len(text) - len(unread), len(text))[None]
+
+
+def check_cache(model: Any, kv: str, token: int) -> None:
+    """Send one token through a model whose keys and values are rounded.
+
+    Raises:
+        SchemeError: there is no such kind of cache, or it does not go with the model.
+    """
+    if "past_key_values" not in _parameters(model):
+        raise SchemeError(f"A {type(model).__name__} keeps no keys and values that can be rounded. Drop --kv.")
+    with torch.no_grad():
+        model(torch.tensor([[token]]), past_key_values=kv_cache(model, kv), use_cache=True)
+
+
+def _cache(model: Any, kv: str | None) -> Any:
+    if kv is None or kv == "full":
+        return growing_cache(model)
+    return kv_cache(model, kv, lazily=uses_own_attention(model))
 
 
 _RECORDED = frozenset({"hidden_states", "attentions"})

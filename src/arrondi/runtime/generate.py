@@ -14,7 +14,7 @@ from arrondi.measure.data import check_vocabulary
 from arrondi.measure.text import load_tokenizer, special_tokens
 from arrondi.model import stored_in_16_bits
 from arrondi.native import multiplies_bfloat16
-from arrondi.runtime.decoding import refuse_decoding, tokens
+from arrondi.runtime.decoding import check_cache, refuse_decoding, tokens
 from arrondi.runtime.fuse import is_fused
 from arrondi.runtime.generation_config import end_tokens
 from arrondi.runtime.load import load
@@ -29,6 +29,7 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
     activations: str | None = None,
+    kv: str | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Generate text.
@@ -41,6 +42,7 @@ def generate(
         dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
             compute all of its products in it, else float32.
         activations: see `load`.
+        kv: what keys and values become: int8, int4, kivi2, … (`arrondi.KV_KINDS`); None: they stay.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -63,6 +65,8 @@ def generate(
     if not ids:
         raise DataError("The prompt is empty and the tokenizer has no start token. Give a prompt.")
     check_vocabulary(max(ids), "The prompt", model)
+    if kv is not None:
+        check_cache(model, kv, ids[0])
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     room = (context or len(ids) + max_new_tokens) - len(ids)
     if room < 1:
@@ -75,7 +79,7 @@ def generate(
     first = started
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for token in tokens(model, ids, min(max_new_tokens, room), temperature=temperature, stop=stop):
+        for token in tokens(model, ids, min(max_new_tokens, room), temperature=temperature, stop=stop, kv=kv):
             if not new:
                 first = time.monotonic()
             new.append(token)

@@ -23,6 +23,7 @@ from arrondi.checkpoint.layouts.checks import check_padding, checked, checked_gr
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Names, Placed, Reader
 from arrondi.errors import ArrondiError, FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme, scale_shape
+from arrondi.rewrite.spread import check_block
 from arrondi.tensor.apart import Kept
 from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import QTensor
@@ -280,15 +281,19 @@ def _place(name: str, facts: object) -> Placed:
     shape = facts["shape"]
     if len(shape) < 2 or not all(type(n) is int and 0 < n < 2**40 for n in shape):
         raise FileFormatError(f"{name} has the shape {shape!r}, which is no shape of a weight.")
-    return Placed(
+    scheme = parse_scheme(facts["scheme"])
+    placed = Placed(
         name,
         tuple(shape),
-        parse_scheme(facts["scheme"]),
+        scheme,
         facts.get("module", ""),
         facts.get("kind", "Linear"),
         facts.get("transposed", False),
         facts.get("indexed", False),
     )
+    if scheme.inputs is not None:
+        check_block(placed.matrix_shape[1], scheme.inputs.spread)
+    return placed
 
 
 LAYOUT: Final = Layout("arrondi", _refuse, _specs, _write, _read, _config, _find)

@@ -160,7 +160,7 @@ def _sayable(activations: ActivationScheme) -> bool:
     scheme = activations.scheme
     if activations.outliers is not None:
         return False
-    if not isinstance(scheme.granularity, PerTensor | PerToken | PerGroup):
+    if activations.spread or not isinstance(scheme.granularity, PerTensor | PerToken | PerGroup):
         return False
     if activations.dynamic == "local":
         return scheme.scale == NESTED and scheme.granularity == PerGroup(16) and scheme.format.name == "fp4_e2m1"
