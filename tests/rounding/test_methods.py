@@ -26,8 +26,7 @@ SCHEMES = {
     "TERNARY": PRESETS["TERNARY"],
     "BINARY": PRESETS["BINARY"],
 }
-INTEGER_ONLY = {"MXFP4", "NVFP4A16", "NF4", "FP8_BLOCK", "BINARY"}
-PAIRS = [(m, s) for m in METHODS for s in SCHEMES if not (m == "hqq" and s in INTEGER_ONLY)]
+PAIRS = [(m, s) for m in METHODS for s, scheme in SCHEMES.items() if METHODS[m].refuse(scheme.weights, {}) is None]
 CONTRACT = pytest.mark.parametrize(
     ("method", "scheme"), [pytest.param(*p, marks=() if i % 3 == 0 else pytest.mark.full) for i, p in enumerate(PAIRS)]
 )
@@ -50,9 +49,10 @@ def apply(method: str, scheme: LayerScheme, w: torch.Tensor) -> QTensor:
 
 @CONTRACT
 def test_shapes_and_types(method: str, scheme: str) -> None:
-    wanted = SCHEMES[scheme].weights
+    wanted = METHODS[method].makes(SCHEMES[scheme].weights, {})
     q = apply(method, SCHEMES[scheme], weight())
     assert q.scheme == wanted
+    assert METHODS[method].makes(wanted, {}) == wanted
     assert q.shape == (12, 72)
     assert q.codes.dtype == code_dtype(wanted.format)
     assert q.codes.is_contiguous()

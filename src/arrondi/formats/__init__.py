@@ -1,6 +1,6 @@
 """Number formats, granularities and schemes: floor 0, plain data that imports neither torch nor NumPy."""
 
-from arrondi.formats.format import FORMATS, Format, codebook, get_format, integer
+from arrondi.formats.format import FORMATS, Format, codebook, get_format, integer, look_up
 from arrondi.formats.grammar import parse_activations, parse_scheme
 from arrondi.formats.granularity import (
     Granularity,
@@ -13,12 +13,13 @@ from arrondi.formats.granularity import (
     tile_shape,
 )
 from arrondi.formats.presets import PRESETS
-from arrondi.formats.scheme import ActivationScheme, Dynamic, LayerScheme, Scheme
+from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table
 
 __all__ = [
     "FORMATS",
     "PRESETS",
     "ActivationScheme",
+    "Apart",
     "Dynamic",
     "Format",
     "Granularity",
@@ -29,9 +30,11 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Scheme",
+    "Table",
     "codebook",
     "get_format",
     "integer",
+    "look_up",
     "parse_activations",
     "parse_scheme",
     "scale_shape",

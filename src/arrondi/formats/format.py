@@ -3,7 +3,8 @@
 Owns: `Format`, the constructors of its three kinds, and the table `FORMATS`. Knows nothing of tensors, scales or models.
 
 A format is data. An *integer* format says which codes exist (`qmin … qmax`), and a code is its own value. A *float* format
-(fp8, fp6, fp4) and a *codebook* (NF4, k-means levels) list the value of every code; a float's top bit is its sign.
+(fp8, fp6, fp4) and a *codebook* (NF4) list the value of every code; a float's top bit is its sign. A codebook without values is a
+*look-up table* (`lut2` … `lut8`): every tensor brings the values itself, learned from its numbers.
 
 Sources: Micikevicius et al. 2022, arXiv:2209.05433 (fp8); OCP Microscaling Formats 1.0, 2023 (fp6, fp4, e8m0);
 Dettmers et al. 2023, arXiv:2305.14314 (NF4, FP4 of bitsandbytes).
@@ -33,7 +34,7 @@ class Format:
         kind: "integer" (a code is its value), "float" (sign and magnitude, ties to the even code) or "codebook".
         bits: stored bits of one code.
         qmin, qmax: smallest and largest code, inclusive.
-        values: value of code 0, 1, …; None for integers. NaN marks codes that are never produced.
+        values: value of code 0, 1, …; None for integers and for look-up tables. NaN marks codes that are never produced.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Format:
     @cached_property
     def largest(self) -> float:
         """The largest magnitude that a code can mean."""
+        if self.learned:
+            return 1.0  # by convention: tables are laid out for numbers of at most one
         if self.values is None:
             return float(max(-self.qmin, self.qmax))
         return max(abs(v) for v in self.values if math.isfinite(v))
@@ -55,16 +58,23 @@ class Format:
         """How many codes there are."""
         return self.qmax - self.qmin + 1
 
+    @property
+    def learned(self) -> bool:
+        """Whether every tensor has values of its own."""
+        return self.kind == "codebook" and self.values is None
+
     @cached_property
     def balanced(self) -> bool:
-        """Whether the negative of every value is a value too: ternary and fp4 are, int4 and NF4 are not."""
+        """Whether the negative of every value is a value too: ternary and fp4 are, int4, NF4 and look-up tables are not."""
         if self.values is None:
-            return self.qmin == -self.qmax
+            return self.qmin == -self.qmax and not self.learned
         known = {v for v in self.values if math.isfinite(v)}
         return known == {-v for v in known}
 
     def value(self, code: int) -> float:
         """The real value of one code, for people and tests; tensors go through `arrondi.dequantize`."""
+        if self.learned:
+            raise SchemeError(f"The values of {self} belong to a tensor. Use dequantize(), or its table.")
         return float(code) if self.values is None else self.values[code]
 
     def __str__(self) -> str:
@@ -103,6 +113,11 @@ def codebook(name: str, values: Iterable[float]) -> Format:
             f"Codebook {name!r} must list finite, strictly ascending levels, got {levels}. Sort them first."
         )
     return Format(name, "codebook", (len(levels) - 1).bit_length(), 0, len(levels) - 1, levels)
+
+
+def look_up(bits: int) -> Format:
+    """The format of 2 to 8 bits whose values each tensor brings in tables."""
+    return Format(f"lut{bits}", "codebook", bits, 0, 2**bits - 1)
 
 
 def _float(name: str, exponent: int, mantissa: int, bias: int, *, ieee: bool = False, nan: bool = False) -> Format:
@@ -167,7 +182,10 @@ _TABLE: Final = (
 )
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType({f.name: f for f in _TABLE})
-"""Every named format. Learned codebooks are made with `codebook` and need no entry here."""
+"""Every named format that has values of its own. Other codebooks are made with `codebook` and need no entry here."""
+
+LOOK_UPS: Final[Mapping[str, Format]] = MappingProxyType({f.name: f for f in map(look_up, range(2, 9))})
+"""The formats whose values each tensor brings."""
 
 _ALIASES: Final = {"fp8": "fp8_e4m3", "fp4": "fp4_e2m1", "fp6": "fp6_e3m2"}
 
@@ -182,6 +200,6 @@ def get_format(name: str) -> Format:
         raise unknown("number format", name, FORMATS)
     key = re.sub(r"^i(?=\d)", "int", name.lower())
     key = _ALIASES.get(key, key)
-    if key not in FORMATS:
-        raise unknown("number format", str(name), FORMATS)
-    return FORMATS[key]
+    if key not in FORMATS and key not in LOOK_UPS:
+        raise unknown("number format", str(name), [*FORMATS, *LOOK_UPS])
+    return FORMATS.get(key) or LOOK_UPS[key]

@@ -6,7 +6,7 @@ Owns: `parse_scheme` and `parse_activations`. The inverse is `str` of a scheme.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
@@ -14,12 +14,15 @@ from arrondi.formats.format import Format, get_format
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from arrondi.formats.hints import unknown_scheme
 from arrondi.formats.presets import ALIASES, PRESETS
-from arrondi.formats.scheme import ActivationScheme, Dynamic, LayerScheme, Scheme
+from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table, TableType
 
 _EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
 _SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})")
 _SPREAD = re.compile(r"h([1-9][0-9]{0,8})")
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
+_TABLE = re.compile(r"t:(int8|float16|bfloat16|float32)(?::([0-9]{1,9}|all))?")
+_APART = re.compile(r"(columns|elements):([0-9]{1,10})(?::(float32|bfloat16|float16))?")
+_OUTLIERS = re.compile(r"outliers:([0-9]{1,9}(?:\.[0-9]{1,17})?(?:e[+-]?[0-9]{1,3})?)")
 _WORDS: dict[str, dict[str, Any]] = {
     "channel": {"granularity": PerChannel()}, "tensor": {"granularity": PerTensor()}, "token": {"granularity": PerToken()},
     "sym": {"zero_point": "none"}, "asym": {"zero_point": "integer"}, "offset": {"zero_point": "float"},
@@ -40,7 +43,10 @@ def parse_scheme(text: str) -> LayerScheme:
         float32, bfloat16, float16, e8m0 or s:(SCHEME)                   storage of the scales
         o:float16 or o:(SCHEME)                                          storage of the offsets
         signed, unsigned                                                 whether scales may be negative
+        t:int8, t:float16:16, t:float32:all                              tables of lut2 … lut8: stored type, rows that share one
+        columns:8:float16, elements:1234                                 how many are kept apart, and their stored type
         dynamic, static, local                                           of a, o and kv: when the scales are known
+        outliers:6                                                       of a: features that reach it are not rounded
         h4096                                                            of a: Hadamard transforms of 4096 channels come first
 
     >>> str(parse_scheme("w4a16")), str(parse_scheme("w=int3/g64/asym,a=int8/token/dynamic"))
@@ -64,9 +70,7 @@ def parse_scheme(text: str) -> LayerScheme:
     weights, when, spread = _tensor(parts["w"], PerChannel(), text)
     if when is not True or spread:
         raise SchemeError(f"Weights have no {parts['w'].rpartition('/')[2]!r} scales, got {text!r}. Say it of 'a'.")
-    inputs, outputs, kv = (
-        ActivationScheme(*_tensor(parts[key], PerToken(), text)) if key in parts else None for key in ("a", "o", "kv")
-    )
+    inputs, outputs, kv = (_activations(parts[key], text) if key in parts else None for key in ("a", "o", "kv"))
     if (outputs and outputs.spread) or (kv and kv.spread):
         raise SchemeError(f"Only inputs go through Hadamard transforms, got {text!r}. Say it of 'a'.")
     return LayerScheme(weights, inputs, outputs, kv)
@@ -89,6 +93,15 @@ def parse_activations(text: str) -> ActivationScheme:
             f"Scales of activations follow each input here, got {text!r}. Drop {text.rpartition('/')[2]!r}."
         )
     return ActivationScheme(scheme)
+
+
+def _activations(part: str, text: str) -> ActivationScheme:
+    """The scheme of inputs, outputs or a cache."""
+    kept = [match for word in _split(part, "/") if (match := _OUTLIERS.fullmatch(word.strip()))]
+    rest = "/".join(word for word in _split(part, "/") if not _OUTLIERS.fullmatch(word.strip()))
+    if len(kept) > 1:
+        raise SchemeError(f"'outliers' is said twice in scheme {text!r}. Leave one out.")
+    return ActivationScheme(*_tensor(rest, PerToken(), text), float(kept[0][1]) if kept else None)
 
 
 def _item(item: str, text: str) -> tuple[str, str]:
@@ -129,6 +142,11 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
         elif match := _STORED.fullmatch(part):
             key = {"s": "scale", "o": "offset"}[match[1]]
             found[key] = match[3] or _nested(match[2], whole)
+        elif match := _TABLE.fullmatch(part):
+            rows = 1 if match[2] is None else 0 if match[2] == "all" else int(match[2])
+            found["table"] = Table(rows, cast(TableType, match[1]))
+        elif match := _APART.fullmatch(part):
+            found["apart"] = Apart(cast(Any, match[1]), int(match[2]), cast(Any, match[3] or "float32"))
         elif match := _SPREAD.fullmatch(part):
             spread = int(match[1])
         elif part in _TIMES:
@@ -159,6 +177,8 @@ def _kind(part: str) -> str:
         return "granularity"
     if match := _STORED.fullmatch(part):
         return {"s": "scale", "o": "offset"}[match[1]]
+    if _TABLE.fullmatch(part) or _APART.fullmatch(part):
+        return "table" if part.startswith("t:") else "apart"
     if _SPREAD.fullmatch(part):
         return "spread"
     return "time" if part in _TIMES else next(iter(_WORDS.get(part, {part: None})))

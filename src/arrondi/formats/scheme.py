@@ -1,8 +1,8 @@
 """Schemes: what one tensor becomes, what the inputs of a layer become, and what one layer becomes.
 
-Owns: `Scheme` (format + granularity + zero point + how scales and offsets are stored), `ActivationScheme` (a scheme with the
-moment at which its scales are known) and `LayerScheme` (weights, inputs, outputs, key/value cache). Their text form, `str`, is
-the grammar that `arrondi.formats.grammar` reads.
+Owns: `Scheme` (format + granularity + zero point + how scales and offsets are stored), its `Table` (learned values) and `Apart` (what
+stays out of the codes), `ActivationScheme` (a scheme with the moment at which its scales are known) and `LayerScheme` (weights, inputs,
+outputs, key/value cache). Their text form, `str`, is the grammar that `arrondi.formats.grammar` reads.
 
 A scheme says nothing of *how* its codes and scales are chosen: that is the method's business.
 """
@@ -26,6 +26,58 @@ PLAIN: Final = ("float32", "bfloat16", "float16")
 """Storage types that are ordinary floating-point numbers."""
 
 
+TableType = Literal["int8", "float16", "bfloat16", "float32"]
+"""How an entry of a table is stored; int8 counts in steps of 1/128."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tables of a look-up format.
+
+    Attributes:
+        rows: rows of the matrix that share a table; 0: all of them.
+        stored: type of an entry. An int8 entry t means t/128, so that products with a table are integer products.
+    """
+
+    rows: int = 1
+    stored: TableType = "int8"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.rows < 0:
+            raise SchemeError(f"A table serves some rows (1, 2, …) or all of them (0), got {self.rows}.")
+
+    def count(self, rows: int) -> int:
+        """How many tables a matrix of so many rows has."""
+        return -(-rows // self.rows) if self.rows else min(rows, 1)
+
+    def __str__(self) -> str:
+        return f"t:{self.stored}" + ("" if self.rows == 1 else f":{self.rows}" if self.rows else ":all")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Numbers that stay out of the codes of a matrix, because they would spoil the grid of the others.
+
+    Attributes:
+        what: "columns" (input features with outliers) or "elements" (single weights).
+        count: of columns, of each matrix; or of elements, of the tensor.
+        stored: type of their values.
+    """
+
+    what: Literal["columns", "elements"]
+    count: int
+    stored: OffsetType = "float32"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.count < 2**31:
+            raise SchemeError(f"1 to 2³¹ {self.what} are kept apart, got {self.count}. For none leave it out.")
+
+    def __str__(self) -> str:
+        return f"{self.what}:{self.count}" + ("" if self.stored == "float32" else f":{self.stored}")
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What one tensor becomes.
@@ -39,6 +91,8 @@ class Scheme:
         offset: storage type of the offsets, or a scheme by which they are quantized in turn; of zero_point="float" only.
         signed: whether a scale may be negative, which mirrors the grid. None is the usual answer for its storage: plain
             floating-point scales may, powers of two and quantized scales may not.
+        table: of a look-up format, who shares its tables and how they are stored; None for every other format.
+        apart: what is kept apart; None: nothing.
     """
 
     format: Format
@@ -47,9 +101,23 @@ class Scheme:
     scale: ScaleType | Scheme = "float32"
     offset: OffsetType | Scheme = "float32"
     signed: bool | None = None
+    table: Table | None = None
+    apart: Apart | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.format.learned and self.table is None:
+            object.__setattr__(self, "table", Table())
+        if self.table is not None and not self.format.learned:
+            raise SchemeError(
+                f"{self.format} has values of its own and no table ('t:…'). Use lut{self.format.bits}, or drop it."
+            )
+        if self.format.learned and (
+            self.scale not in PLAIN or self.offset not in PLAIN or isinstance(self.granularity, PerBlock)
+        ):
+            raise SchemeError(
+                f"Look-up tables go with plain scales of groups, channels or tensors, got {self.granularity} and scales stored as {self.scale}."
+            )
         if self.zero_point == "integer" and self.format.kind != "integer":
             raise SchemeError(
                 f"A zero point needs an integer format, got {self.format} with a zero point ('asym'). "
@@ -100,7 +168,8 @@ class Scheme:
         if isinstance(self.offset, Scheme):
             offset = f"/o:({self.offset})"
         sign = {None: "", True: "/signed", False: "/unsigned"}[self.signed]
-        return f"{self.format}/{where}{zero}{scale}{offset}{sign}"
+        rest = "".join(f"/{part}" for part in (self.table, self.apart) if part is not None)
+        return f"{self.format}/{where}{zero}{scale}{offset}{sign}{rest}"
 
 
 @dataclass(frozen=True)
@@ -113,11 +182,13 @@ class ActivationScheme:
             outer scale of quantized scales is stored, the inner scales follow each tensor (NVFP4).
         spread: size of the blocks of channels that go through a Hadamard transform before they are rounded, 0 without one;
             the weight is stored for channels that have.
+        outliers: features that hold a number of at least this size, in any position of a tensor, keep their numbers; None: none do.
     """
 
     scheme: Scheme
     dynamic: Dynamic = True
     spread: int = 0
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -125,6 +196,14 @@ class ActivationScheme:
             raise SchemeError(
                 f"Local scales are quantized by a stored outer scale, and those of {self.scheme} are not quantized. "
                 "Use 'dynamic' or 'static'."
+            )
+        if self.outliers is not None and self.spread:
+            raise SchemeError(
+                "A Hadamard transform leaves no outliers to keep. Drop 'outliers' (llm-int8), or the rotation."
+            )
+        if self.outliers is not None and not (self.outliers >= 0 and self.dynamic is True):
+            raise SchemeError(
+                f"Outliers are found in each tensor, by a size of at least 0, and go with dynamic scales, got {self.outliers} and {self.scheme}."
             )
         if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock):
             raise SchemeError(
@@ -145,7 +224,8 @@ class ActivationScheme:
 
     def __str__(self) -> str:
         when = {True: "", False: "/static", "local": "/local"}[self.dynamic]
-        return f"{self.scheme}{when}{f'/h{self.spread}' if self.spread else ''}"
+        outliers = "" if self.outliers is None else f"/outliers:{self.outliers:.15g}"
+        return f"{self.scheme}{when}{f'/h{self.spread}' if self.spread else ''}{outliers}"
 
 
 @dataclass(frozen=True)
@@ -159,6 +239,10 @@ class LayerScheme:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.inputs is not None and self.inputs.spread and self.weights.apart is not None:
+            raise SchemeError(
+                "Columns with outliers are kept of inputs that are not transformed. Drop llm-int8, or the rotation."
+            )
         static = self.inputs is not None and self.inputs.dynamic is False
         if static and self.inputs is not None and not isinstance(self.inputs.scheme.granularity, PerTensor):
             raise SchemeError(

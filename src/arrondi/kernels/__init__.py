@@ -93,9 +93,10 @@ def explain(
     """
     where = torch.device(device)
     scattered = None if plain else "It takes weights with contiguous groups."
+    apart = None if scheme.apart is None else "It takes weights of which nothing is kept apart."
     reasons = []
     for name, kernel in KERNELS.items():
-        own = None if kernel is REFERENCE else scattered
+        own = None if kernel is REFERENCE else scattered or apart
         reasons.append((name, own or kernel.refuse(scheme, tuple(shape), x_dtype, where)))
     return reasons
 

@@ -15,9 +15,11 @@ import torch
 
 from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.kernels.kernel import Tensors
+from arrondi.tensor.apart import Kept
 from arrondi.tensor.packing import pack, unpack
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.storage import load_scale, signed, store_scale, unsigned
+from arrondi.tensor.tables import load_table, store_table
 
 CHUNK: Final = 1 << 18
 """Weights decoded at a time for a few rows of x: with their temporaries they stay in the core's own cache."""
@@ -34,8 +36,8 @@ def pack_weight(q: QTensor) -> Tensors:
 
     Returns:
         `codes` (out, bytes) uint8; `scale` in its stored type (e8m0 as exponent bytes), or `scale_codes`,
-        `scale_scale`, … of a quantized scale; `zero_point`, `offset` (as `scale`) and `group_index` (int32) where the
-        tensor has them.
+        `scale_scale`, … of a quantized scale; `zero_point`, `offset` (as `scale`), `group_index` (int32), `table` and
+        `apart_index`, `apart_values` where the tensor has them.
     """
     # A clone, since a view would keep the whole of a larger tensor or file mapping alive.
     return {"codes": _packed_codes(q)} | {name: part.clone().contiguous() for name, part in pack_grid(q).items()}
@@ -50,6 +52,10 @@ def pack_grid(q: QTensor) -> Tensors:
         packed |= pack_part("offset", q.offset, q.scheme.offset)
     if q.group_index is not None:
         packed["group_index"] = q.group_index.to(torch.int32)
+    if q.table is not None:
+        packed |= _pack_table(q)
+    if q.apart is not None:
+        packed |= {"apart_index": q.apart.index, "apart_values": q.apart.values}
     return packed
 
 
@@ -69,7 +75,8 @@ def on_grid(codes: torch.Tensor, tensors: Tensors, scheme: Scheme) -> QTensor:
     scale = unpack_part("scale", tensors, scheme.scale, wanted)
     zero = tensors["zero_point"].int() if scheme.zero_point == "integer" else None
     offset = unpack_part("offset", tensors, scheme.offset, wanted) if scheme.zero_point == "float" else None
-    return QTensor(codes, scale, zero, offset, scheme, tensors.get("group_index"))
+    table = load_table(tensors["table"]) if scheme.table is not None else None
+    return QTensor(codes, scale, zero, offset, scheme, tensors.get("group_index"), table, _kept(tensors))
 
 
 def pack_part(name: str, part: torch.Tensor | QTensor, storage: str | Scheme) -> Tensors:
@@ -114,18 +121,28 @@ def decoded_rows(
     if scheme.zero_point == "float":
         offset = _real(unpack_part("offset", tensors, scheme.offset, wanted))
     zero, index = tensors.get("zero_point"), tensors.get("group_index")
-    plain = replace(scheme, scale="float32", offset="float32", signed=None)
-    shared = max(tile_shape(scheme.granularity, shape)[0], 1)
+    plain = replace(scheme, scale="float32", offset="float32", signed=None, apart=None)
+    kept, own = _kept(tensors), scheme.table
+    tables = None if own is None else load_table(tensors["table"])
+    tall = 1 if own is None else own.rows or rows
+    shared = max(tile_shape(scheme.granularity, shape)[0], tall, 1)
     step = max(chunk // max(columns, 1), 1)
     if 1 < shared < rows:
         step = -(-step // shared) * shared
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        part = slice(start // shared, -(-stop // shared))
+        part = _granules(start, stop, tile_shape(scheme.granularity, shape)[0])
         codes = signed(unpack(tensors["codes"][start:stop], scheme.format.bits, columns), scheme.format)
         zeros = None if zero is None else zero[part].int()
-        q = QTensor(codes, scale[part], zeros, None if offset is None else offset[part], plain, index)
-        yield slice(start, stop), q.dequantize(dtype)
+        own_tables = None if tables is None else tables[_granules(start, stop, tall)]
+        q = QTensor(codes, scale[part], zeros, None if offset is None else offset[part], plain, index, own_tables)
+        values = q.dequantize(dtype)
+        yield slice(start, stop), values if kept is None else kept.rows(start, stop - start, shape).put(values)
+
+
+def _granules(start: int, stop: int, height: int) -> slice:
+    """Those that some rows need, of granules of so many rows."""
+    return slice(start // max(height, 1), -(-stop // max(height, 1)))
 
 
 def decoded(
@@ -136,6 +153,17 @@ def decoded(
     for rows, values in decoded_rows(tensors, scheme, shape, dtype):
         whole[rows] = values
     return whole
+
+
+def _pack_table(q: QTensor) -> Tensors:
+    """Tables in their stored type; as they are where they do not fit it (made by hand)."""
+    assert q.table is not None and q.scheme.table is not None
+    stored = store_table(q.table, q.scheme.table)
+    return {"table": stored if torch.equal(load_table(stored), q.table) else q.table}
+
+
+def _kept(tensors: Tensors) -> Kept | None:
+    return Kept(tensors["apart_index"], tensors["apart_values"]) if "apart_index" in tensors else None
 
 
 def _packed_codes(q: QTensor) -> torch.Tensor:

@@ -142,7 +142,7 @@ def _follow(
     for source, instance in zip(sources, instances, strict=True):
         rounding = source.rounded_inputs()
         instance.round_inputs(rounding)
-        instance.spread_inputs({name: scheme.spread for name, (scheme, _) in rounding.items() if scheme.spread})
+        instance.spread_inputs({name: scheme.spread for name, (scheme, *_) in rounding.items() if scheme.spread})
     units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
     total, budget, folder = len(units[0]) + 1, Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
     with Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:

@@ -24,7 +24,7 @@ from arrondi.nn import RoundedInputs
 from arrondi.rewrite.spread import spread
 from arrondi.tensor.ranges.grid import Grid
 
-Rounding = dict[str, tuple[ActivationScheme, Grid | None]]
+Rounding = dict[str, tuple[ActivationScheme, Grid | None] | tuple[ActivationScheme, Grid | None, torch.Tensor | None]]
 """Module → how its input is rounded, and the static grid if there is one."""
 
 
@@ -162,7 +162,7 @@ class Instance:
         """From now on the inputs of these modules are rounded, as they will be when the packed model runs.
 
         Args:
-            inputs: module → how, and the static grid if there is one. Without the grid that its scheme needs, an input stays.
+            inputs: module → how, the static grid if there is one, and the features that are not rounded if there are any. Without the grid that its scheme needs, an input stays.
         """
         for name, how in inputs.items():
             if name not in self._inputs:
@@ -234,10 +234,10 @@ class Instance:
 
 def _rounder(inputs: Rounding, name: str) -> Any:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        scheme, grid = inputs[name]
+        scheme, grid, *columns = inputs[name]
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
-        return RoundedInputs(scheme.rounding, grid)(module, args, kwargs)
+        return RoundedInputs(scheme.rounding, grid, *columns)(module, args, kwargs)
 
     return hook
 

@@ -148,8 +148,10 @@ class OnDisk:
             scheme = self.checkpoint.inputs_of(tensor.name) if tensor.name in self.checkpoint.placed else None
             modules = [m for site in tensor.sites for m in site.rounds_inputs if m not in without]
             if scheme is not None and modules:
-                grid = None if scheme.dynamic is True else self.checkpoint.layer(tensor.name).inputs
-                found |= dict.fromkeys(modules, (scheme, grid))
+                apart = self.checkpoint.placed[tensor.name].scheme.weights.apart
+                values = None if scheme.dynamic is True and apart is None else self.checkpoint.layer(tensor.name)
+                how = (scheme, None, None) if values is None else (scheme, values.inputs, values.whole_columns)
+                found |= dict.fromkeys(modules, how)
         return found
 
     def stored_dtype(self, name: str) -> torch.dtype:

@@ -1,6 +1,7 @@
 """How a layer rounds what enters it.
 
-Owns: `check_input`, `keep_grid` and `round_inputs` for packed layers, and `RoundedInputs` for layers that keep ordinary numbers. Scales
+Owns: `check_input`, `keep_grid`, `round_inputs` and `outlier_columns` for packed layers, and `RoundedInputs` for layers that keep
+ordinary numbers. Scales
 follow each tensor (dynamic), or are stored with the layer (static), or the outer
 scale is stored and the inner ones follow (local: NVFP4). Stored numbers are buffers of the layer: `input_scale`,
 `input_zero_point` and `input_offset`, one number each.
@@ -90,6 +91,22 @@ def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -
     return fake_quantize(x, inputs.scheme, stored, name="inputs")
 
 
+def outlier_columns(x: torch.Tensor, inputs: ActivationScheme, columns: torch.Tensor | None) -> torch.Tensor | None:
+    """Which features of x (..., n) keep their numbers, ascending; None where none do.
+
+    Args:
+        inputs: says from which size on a feature is an outlier, if it says so.
+        columns: those that meet columns of the weight which are kept apart, ascending; None: there are none.
+    """
+    if inputs.outliers is None:
+        return columns
+    large = (x.abs() >= inputs.outliers).reshape(-1, x.shape[-1]).any(0)
+    if columns is not None:
+        large[columns.long()] = True
+    found = large.nonzero()[:, 0]
+    return found if found.numel() else None
+
+
 class RoundedInputs:
     """A forward pre-hook, registered `with_kwargs=True`, that spreads and rounds the first argument of a module.
 
@@ -98,10 +115,11 @@ class RoundedInputs:
     Args:
         inputs: how.
         grid: the stored part of the grid; None where scales are dynamic.
+        columns: features that are not rounded, because the weight keeps their columns apart; None: there are none.
     """
 
-    def __init__(self, inputs: ActivationScheme, grid: Grid | None) -> None:
-        self.inputs, self.grid = inputs, grid
+    def __init__(self, inputs: ActivationScheme, grid: Grid | None, columns: torch.Tensor | None = None) -> None:
+        self.inputs, self.grid, self.columns = inputs, grid, columns
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -115,7 +133,12 @@ class RoundedInputs:
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         if self.inputs.spread:
             x = spread(x, self.inputs.spread)
-        rounded = fake_quantize(x.detach(), self.inputs.scheme, grid=self.grid, name="activation")
+        values, columns = x.detach(), outlier_columns(x.detach(), self.inputs, self.columns)
+        if columns is not None:
+            values = values.index_fill(-1, columns.long(), 0.0)
+        rounded = fake_quantize(values, self.inputs.scheme, grid=self.grid, name="activation")
+        if columns is not None:
+            rounded[..., columns.long()] = x.detach()[..., columns.long()]
         return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
 
 

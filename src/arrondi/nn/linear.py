@@ -8,6 +8,7 @@ which `unpack` gives back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,10 @@ from arrondi.formats import ActivationScheme, PerTensor, PerToken
 from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, scattered_groups
 from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
-from arrondi.nn.inputs import check_input, keep_grid, round_inputs
+from arrondi.nn.inputs import check_input, keep_grid, outlier_columns, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.rewrite.spread import check_block, spread
+from arrondi.tensor.apart import Kept
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 
@@ -49,6 +51,9 @@ class QLinear(nn.Module):
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
     input_offset: torch.Tensor | None
+    apart_index: torch.Tensor | None
+    apart_values: torch.Tensor | None
+    apart_change: torch.Tensor | None
 
     def __init__(
         self,
@@ -74,6 +79,7 @@ class QLinear(nn.Module):
         self.inputs = inputs = None if inputs is None else inputs.rounding
         keep_grid(self, inputs, input_grid)
         order: torch.Tensor | None = None
+        self.apart, weight = weight.scheme.apart, self._keep_apart(weight)
         if weight.group_index is not None:
             weight, order = _sorted(weight)
         kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=weight.group_index is None)
@@ -110,12 +116,73 @@ class QLinear(nn.Module):
         values = x.to(self.meta.dtype)
         if self.spread:
             values = spread(values, self.spread)
+        found = None if self.inputs is None else outlier_columns(values, self.inputs, self._whole_columns)
+        kept, bias = values, None if self.bias is None else self.bias.to(self.meta.dtype)
+        if found is not None:
+            values = values.index_fill(-1, found.long(), 0.0)
         if self.inputs is not None and self.meta.inputs is None:
             values = round_inputs(values, self.inputs, self)
+        y = self._multiply(values, self.meta, bias)
+        if found is not None:
+            y = y + self._outlier_product(kept, found)
+        elif self.apart_index is not None:
+            y = y + self._apart_product(kept)
+        return y.to(x.dtype)
+
+    def _multiply(self, values: torch.Tensor, meta: Meta, bias: torch.Tensor | None) -> torch.Tensor:
+        """The kernel's product, with columns in its order."""
         if self.order is not None:
             values = values[..., self.order]
-        bias = None if self.bias is None else self.bias.to(self.meta.dtype)
-        return KERNELS[self.kernel].linear(values, self._tensors(), self.meta, bias).to(x.dtype)
+        return KERNELS[self.kernel].linear(values, self._tensors(), meta, bias)
+
+    @property
+    def _whole_columns(self) -> torch.Tensor | None:
+        """The columns that are kept apart, (k,)."""
+        return self.apart_index if self.apart is not None and self.apart.what == "columns" else None
+
+    def _outlier_product(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Features that keep their numbers times their columns of the weight, in floating point."""
+        plain = replace(self.meta, inputs=None)
+        if self._whole_columns is not None and len(columns) == len(self._whole_columns):
+            assert self.apart_values is not None
+            return x[..., columns.long()] @ self.apart_values.T.to(x.dtype)
+        only = torch.zeros_like(x).index_copy_(-1, columns, x[..., columns])
+        if len(columns) < x.numel() // x.shape[-1]:  # fewer columns than tokens: read them off the weight
+            unit = x.new_zeros(len(columns), x.shape[-1])
+            unit[torch.arange(len(columns), device=x.device), columns] = 1
+            y = x[..., columns] @ self._multiply(unit, plain, None)
+        else:
+            y = self._multiply(only, plain, None)
+        return y if self.apart_index is None else y + self._apart_product(only)
+
+    def _apart_product(self, x: torch.Tensor) -> torch.Tensor:
+        """What x gives with the difference between what is kept apart and what the codes mean there."""
+        assert self.apart_index is not None
+        change = self.apart_values if self.apart_change is None else self.apart_change
+        assert change is not None
+        change = change.to(x.dtype)
+        if self._whole_columns is not None:
+            return x[..., self.apart_index.long()] @ change.T
+        row, column = self.apart_index.long() // self.in_features, self.apart_index.long() % self.in_features
+        flat = x.reshape(-1, self.in_features).T
+        y = flat.new_zeros((self.out_features, flat.shape[1])).index_add_(0, row, flat[column] * change[:, None])
+        return y.T.reshape(*x.shape[:-1], self.out_features)
+
+    def _keep_apart(self, weight: QTensor) -> QTensor:
+        """Registers what is kept apart, and gives the weight without it."""
+        kept = weight.apart
+        if kept is None:
+            self.apart_index = self.apart_values = self.apart_change = None
+            return weight
+        rest = replace(weight, scheme=replace(weight.scheme, apart=None), apart=None)
+        change = kept.values - kept.taken(rest.dequantize())
+        self.register_buffer("apart_index", kept.index.reshape(-1), persistent=False)
+        self.register_buffer("apart_values", kept.values, persistent=False)
+        if torch.equal(change, kept.values):
+            self.apart_change = None
+        else:
+            self.register_buffer("apart_change", change, persistent=False)
+        return rest
 
     @property
     def weight(self) -> PackedWeight:
@@ -126,7 +193,8 @@ class QLinear(nn.Module):
     @property
     def weight_nbytes(self) -> int:
         """Bytes that the packed weight holds in memory: codes, scales, zero points, column order."""
-        tensors = [*(t for _, t in self._packed()), *([] if self.order is None else [self.order])]
+        others = (self.order, self.apart_index, self.apart_values, self.apart_change)
+        tensors = [*(t for _, t in self._packed()), *(t for t in others if t is not None)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def unpack(self) -> QTensor:
@@ -135,7 +203,11 @@ class QLinear(nn.Module):
         Groups that were scattered are again; those that were contiguous and numbered lose the numbers.
         """
         weight = KERNELS[self.kernel].unpack(self._tensors(), self.meta)
-        return weight if self.order is None else scattered_groups(weight, self.order)
+        weight = weight if self.order is None else scattered_groups(weight, self.order)
+        if self.apart is None or self.apart_index is None or self.apart_values is None:
+            return weight
+        index = self.apart_index[None] if self._whole_columns is not None else self.apart_index
+        return replace(weight, scheme=replace(weight.scheme, apart=self.apart), apart=Kept(index, self.apart_values))
 
     def dequantize(self) -> torch.Tensor:
         """The weight that the layer computes with, (out, in), in the compute dtype."""
@@ -144,7 +216,8 @@ class QLinear(nn.Module):
     @property
     def direct(self) -> bool:
         """Whether the kernel's product is all that the layer does with x that has been spread: it rounds x itself, in its order."""
-        return (self.inputs is None or self.meta.inputs is not None) and self.order is None
+        kept = self.apart is not None or (self.inputs is not None and self.inputs.outliers is not None)
+        return (self.inputs is None or self.meta.inputs is not None) and self.order is None and not kept
 
     def _bind(self) -> Bound:
         """`_product` for x of the compute dtype, with what calls have in common worked out once where the kernel can."""

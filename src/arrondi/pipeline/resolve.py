@@ -154,6 +154,8 @@ class Resolver:
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""
         for scheme in [wanted] if self.keep_misfits else _nearest(wanted, site.matrix_shape[1]):
+            if step.sizes is not None:
+                scheme = step.sizes(scheme, self._matrix(plain.tensor), rule.options)
             refusal = (
                 _unrounded(site, scheme)
                 or step.refuse(site, scheme)
@@ -169,6 +171,14 @@ class Resolver:
                     reason += f", {note}"
                 return replace(plain, status="quantized", reason=reason, scheme=scheme)
         return replace(plain, status="kept because impossible", reason=refusal)
+
+    def _matrix(self, tensor: StoredTensor) -> torch.Tensor:
+        """The weight (m, n) as it is in the model; the matrices of a stack below each other."""
+        instance = self.source.instance()
+        instance.fill(tensor.params)
+        whole = torch.cat([s.region(instance.parameter(s.param)) for s in tensor.sites])
+        instance.drop(tensor.params)
+        return whole.to(self.source.dtype_of(tensor))
 
     def _spread(self, plain: PlannedTensor, scheme: LayerScheme) -> LayerScheme:
         """The scheme with the transforms of inputs that rewrites ask for."""
@@ -211,7 +221,7 @@ def _unrounded(site: Site, scheme: LayerScheme) -> str | None:
 
 def _unlike(wanted: LayerScheme, scheme: LayerScheme, shape: tuple[int, int]) -> str:
     """What there is to know of a weight whose shape the wanted groups do not divide."""
-    if scheme != wanted:
+    if scheme.weights.granularity != wanted.weights.granularity:
         return f"{wanted.weights} does not divide {shape[1]} inputs; {scheme.weights} instead"
     match scheme.weights.granularity:
         case PerGroup(size) if shape[1] % size and shape[1] > size:

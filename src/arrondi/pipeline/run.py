@@ -319,10 +319,11 @@ class Run:
                 if inputs is not None and inputs.spread:
                     modules = [m for s in planned.sites for m in s.rounds_inputs]
                     self.instance.spread_inputs(dict.fromkeys(modules, inputs.spread))
-                if inputs is not None and inputs.dynamic is not True:
-                    grid = self.plan.layout.read(planned.placed, self.writer.get).inputs
+                apart = planned.scheme.weights.apart if planned.scheme else None
+                if inputs is not None and (inputs.dynamic is not True or apart is not None):
+                    values = self.plan.layout.read(planned.placed, self.writer.get)
                     modules = [m for s in planned.sites for m in s.rounds_inputs]
-                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, grid)))
+                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, values.inputs, values.whole_columns)))
             elif planned.name in self.plan.declared.changed:
                 self.overlay.changed[planned.name] = partial(self._written, planned.name)
         for added in self._added(members):

@@ -108,6 +108,7 @@ class Step:
             scope "fold" get the `Joint`s of the unit in place of sites.
         round: the function of round steps.
         needs: what has to be known of the inputs.
+        wants: what else a round step looks at where there is calibration data.
         scope: what is done together or not at all.
         refuse: (site, its scheme or None) → None, or why it cannot be done there, as the end of a sentence.
         fallback: the round step that a round step is replaced by where nothing is known of the inputs, unless the rule names
@@ -118,6 +119,7 @@ class Step:
         spreads: (source, site, **options) → the blocks in which the site's rounded inputs are spread while the model runs, 0 if
             they are not.
         makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
+        sizes: (that scheme with its inputs, weight (m, n), options) → the same for this very weight, where its size depends on it.
         before, after: names of the rewrites and repairs that come with a round step.
         cost: rough single-core seconds for 10⁹ weights, without the forward passes.
     """
@@ -128,6 +130,7 @@ class Step:
     apply: Callable[..., None] | None = None
     round: Round | None = None
     needs: frozenset[Need] = frozenset()
+    wants: frozenset[Need] = frozenset()
     scope: Scope = "site"
     refuse: Callable[[Site, LayerScheme | None], str | None] = lambda site, scheme: None
     fallback: str = ""
@@ -136,6 +139,7 @@ class Step:
     unpaired: str = ""
     spreads: Callable[..., int] = lambda source, site, **options: 0
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
+    sizes: Callable[[LayerScheme, torch.Tensor, Mapping[str, Any]], LayerScheme] | None = None
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     cost: float = 0.0

@@ -21,8 +21,9 @@ from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.steps import get_step, options_of_step
 from arrondi.pipeline.work import Stage, Work
 from arrondi.rewrite.spread import spread_weight
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.observed import static_grid
-from arrondi.tensor.rows import rowwise
+from arrondi.tensor.rows import rowwise, separable
 
 
 def carry_out(work: Work) -> None:
@@ -111,7 +112,9 @@ def _stages(work: Work) -> list[Stage]:
     if not work.forwards or not work.sites:
         return []
     params = {s.param for s in work.sites}
-    needs = any(work.step(s).needs for s in work.sites) or any(one.step.needs for one in work.of_kind("repair"))
+    needs = any(work.step(s).needs or work.step(s).wants for s in work.sites) or any(
+        one.step.needs for one in work.of_kind("repair")
+    )
     stages = work.stages if needs else [work.whole_stage]
     return [stage for stage in stages if params & set(stage.leaders)]
 
@@ -120,7 +123,7 @@ def _round_stage(work: Work, stage: Stage) -> None:
     sites = [s for s in work.sites if s.param in stage.leaders]
     leaders = {stage.leaders[s.param] for s in sites}
     _fix_ranges(work, sites, stage)
-    needs: set[Need] = {n for s in sites for n in work.step(s).needs}
+    needs: set[Need] = {n for s in sites for n in work.step(s).needs | work.step(s).wants}
     needs |= {n for one in _repairs(work, sites) for n in one.step.needs}
     # Without a need of its own a method still learns how far the layer's output moves.
     work.seen = work.by_site(sites, stage, work.collected(leaders, stage, needs | {"moment", "energy"}))
@@ -229,6 +232,16 @@ def _round(work: Work, sites: list[Site]) -> None:
         rounded.why = unlike
         work.results[site.name] = rounded
         weight.copy_(rounded.q.dequantize())
+        _leave_columns(work, site, rounded.q)
+
+
+def _leave_columns(work: Work, site: Site, q: QTensor) -> None:
+    """From now on inputs that meet columns which are kept apart are not rounded."""
+    inputs = work.scheme(site).inputs
+    if inputs is None or q.apart is None or not q.apart.columns:
+        return
+    how = (inputs, work.grids.get(site.tensor), q.apart.index.unique())
+    work.instance.round_inputs(dict.fromkeys(site.rounds_inputs, how))
 
 
 def _round_foretold(work: Work, site: Site, told: Seen) -> None:
@@ -263,7 +276,7 @@ def _round_blindly(work: Work, site: Site, why: str) -> None:
 def stackable(scheme: Scheme, count: int) -> bool:
     """Whether the matrices of a tensor can be rounded one by one: no scale covers two of them."""
     blocks = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.scale, Scheme)
-    return count == 1 or rowwise(scheme) or blocks
+    return count == 1 or separable(scheme) or (blocks and scheme.apart is None)
 
 
 def _static(scheme: LayerScheme) -> bool:

@@ -18,13 +18,16 @@ import torch
 from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
-from arrondi.formats import Scheme
+from arrondi.formats import LayerScheme, Scheme
 from arrondi.rounding.autoround import autoround, refuse_autoround
 from arrondi.rounding.awq import awq
+from arrondi.rounding.gobo import gobo, make_gobo, refuse_gobo, size_gobo
 from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
-from arrondi.rounding.rtn import rtn
+from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
+from arrondi.rounding.llm_int8 import llm_int8, refuse_llm_int8, size_llm_int8
+from arrondi.rounding.rtn import refuse_rtn, rtn
 from arrondi.tensor.qtensor import QTensor
 
 STATISTICS: Final[Mapping[str, str]] = MappingProxyType({
@@ -57,8 +60,11 @@ class Method:
         seconds_per_gigaweight: rough single-core cost of the method itself with the compiled kernels, for the plan's estimate.
         refuse: (scheme of the weights, options) → None, or why the method cannot make it, as a sentence.
         makes: (scheme of the weights, options) → the scheme that it makes of a weight for which that was asked.
+        wants: what it works better with, and is given where there is calibration data; keys of `STATISTICS`.
         unpaired: the method that is used instead where the original sends other tokens, as it may to an expert.
         rewrites, repairs: steps that come with it, before and after it, by name.
+        sizes: (that scheme with its inputs, weight (m, n), options) → the same for this very weight, where its size depends on it
+            (how many outliers there are); None: it does not.
     """
 
     run: Callable[..., QTensor]
@@ -67,9 +73,11 @@ class Method:
     seconds_per_gigaweight: float
     refuse: Callable[[Scheme, Mapping[str, Any]], str | None] = lambda scheme, options: None
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
+    wants: frozenset[str] = frozenset()
     unpaired: str = ""
     rewrites: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
+    sizes: Callable[[LayerScheme, torch.Tensor, Mapping[str, Any]], LayerScheme] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,17 +95,26 @@ class Method:
 
 NOTHING: Final[frozenset[str]] = frozenset()
 MOMENT: Final = frozenset({"moment"})
+ABSMAX: Final = frozenset({"absmax"})
 PAIRS: Final = frozenset({"moment", "cross moment"})
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
+    "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0, refuse_rtn),
     "autoround": Method(
         autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, repairs=("signround",)
     ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
-    "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, rewrites=("awq-scale",)),
+    "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
+    "kmeans": Method(kmeans, NOTHING, "Kim et al. 2023, arXiv:2306.07629", 200.0, refuse_tables, make_kmeans, wants=MOMENT),
+    "any4": Method(any4, NOTHING, "Elhoushi and Johnson 2025, arXiv:2507.04610", 400.0, refuse_tables, make_any4, wants=MOMENT),
+    "gobo": Method(
+        gobo, NOTHING, "Zadeh et al. 2020, arXiv:2005.03842", 300.0, refuse_gobo, make_gobo, sizes=size_gobo
+    ),
     "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
+    "llm-int8": Method(
+        llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8
+    ),
 })  # fmt: skip
 
 
@@ -154,12 +171,16 @@ __all__ = [
     "METHODS",
     "Method",
     "Rounding",
+    "any4",
     "autoround",
     "awq",
     "check_options",
     "get_method",
+    "gobo",
     "gptaq",
     "gptq",
     "hqq",
+    "kmeans",
+    "llm_int8",
     "rtn",
 ]

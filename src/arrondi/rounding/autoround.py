@@ -21,7 +21,12 @@ from arrondi.tensor.qtensor import QTensor
 
 def refuse_autoround(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why rounding cannot be learned in a scheme; None if it can."""
-    if scheme.format.kind != "integer" or scheme.zero_point == "float" or isinstance(scheme.scale, Scheme):
+    if (
+        scheme.apart is not None
+        or scheme.format.kind != "integer"
+        or scheme.zero_point == "float"
+        or isinstance(scheme.scale, Scheme)
+    ):
         return f"AutoRound learns integer codes with plain scales, got {scheme}. Use gptq, or a scheme such as W4A16."
     return None
 

@@ -58,7 +58,7 @@ def weight_loss(weight: torch.Tensor, q: QTensor) -> Loss:
     """
     if tuple(weight.shape) != q.shape:
         raise ShapeError(f"A loss is of two tensors of one shape, got {tuple(weight.shape)} and {q.shape}.")
-    found = None if q.group_index is not None else lost(weight, q.codes, q.scheme, q.grid)
+    found = None if q.group_index is not None or q.apart is not None else lost(weight, q.codes, q.scheme, q.grid)
     return _sums(weight, q.dequantize()) if found is None else Loss(*found)
 
 

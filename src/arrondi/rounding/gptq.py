@@ -20,14 +20,14 @@ import torch
 
 from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
-from arrondi.errors import DataError, ShapeError
+from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import PerGroup, Scheme
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
 from arrondi.rounding.refine import refined
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.qtensor import QTensor, own_numbers
 
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax"]
@@ -35,6 +35,8 @@ Range = Literal["search", "absmax"]
 
 def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
+    if scheme.format.learned or scheme.apart is not None:
+        return own_numbers(scheme)
     if options.get("order") == "dynamic" and not isinstance(scheme.granularity, PerGroup):
         return f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static."
     return None
@@ -79,6 +81,8 @@ def gptq(
     with named(name):
         check_arguments(gptq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
+    if scheme.format.learned or scheme.apart is not None:
+        raise SchemeError(f"{name}: {own_numbers(scheme)}")
     if weight.ndim != 2:
         raise ShapeError(f"{name}: gptq rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
     if moment is None:

@@ -1,6 +1,6 @@
 """Where the grid of each column comes from while GPTQ goes through them.
 
-Owns: `ColumnGrids`: grids fixed beforehand, or fitted when the sweep reaches a group.
+Owns: `ColumnGrids`: grids fixed beforehand, or fitted when the sweep reaches a group; and `LearnedGrids`, scales with tables.
 """
 
 from __future__ import annotations
@@ -19,8 +19,38 @@ from arrondi.tensor.ranges.search import search_grid
 from arrondi.tensor.tiling import to_tiles
 
 
+class LearnedGrids:
+    """Scales and tables that were learned beforehand.
+
+    Args:
+        scheme: a look-up format.
+        scale: (m, groups) float32.
+        tables: (m, levels) float32, the table of every row.
+        columns: under one scale.
+        dues: (m, n) float32, receives every column as it was to be rounded; None: nobody asks.
+    """
+
+    fitted_first = True
+
+    def __init__(
+        self, scheme: Scheme, scale: torch.Tensor, tables: torch.Tensor, columns: int, dues: torch.Tensor | None = None
+    ) -> None:
+        self.scheme, self.scale, self.tables, self.tile, self.dues = scheme, scale, tables, (1, columns), dues
+
+    def note(self, original: int, due: torch.Tensor) -> None:
+        """Takes a column as it is to be rounded."""
+        if self.dues is not None:
+            self.dues[:, original] = due
+
+    def column(self, position: int, original: int, current: Callable[[int], torch.Tensor]) -> Grid:
+        """The grid of a column; see `ColumnGrids.column`."""
+        return Grid(self.scale[:, original // self.tile[1]])
+
+
 class ColumnGrids:
     """Where each column's grid comes from: fixed beforehand, or fitted when the sweep reaches a group."""
+
+    tables: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -57,6 +87,9 @@ class ColumnGrids:
         if nested:
             self.kept = store_grid(self.grid, scheme, self.shape, name=name)
             self.scale, self.zero_point, self.offset = self.kept.grid
+
+    def note(self, original: int, due: torch.Tensor) -> None:
+        """Takes a column as it is to be rounded; nobody asks here."""
 
     def _store(self, groups: slice, columns: torch.Tensor) -> None:
         if self.range == "search":

@@ -11,15 +11,20 @@ import torch
 
 from arrondi.formats import Format
 from arrondi.rounding.gptq_factor import PANEL
-from arrondi.rounding.gptq_grids import ColumnGrids
+from arrondi.rounding.gptq_grids import ColumnGrids, LearnedGrids
 from arrondi.tensor.encoding import code_dtype, decode, encode
 from arrondi.tensor.quantizers import sweep as sweep_compiled
 from arrondi.tensor.quantizers import sweeps as can_sweep
 from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.tables import nearest
 
 
 def sweep(
-    work: torch.Tensor, factor: torch.Tensor, grids: ColumnGrids, block_size: int, permutation: torch.Tensor | None
+    work: torch.Tensor,
+    factor: torch.Tensor,
+    grids: ColumnGrids | LearnedGrids,
+    block_size: int,
+    permutation: torch.Tensor | None,
 ) -> tuple[torch.Tensor, float]:
     """Visit the columns in order.
 
@@ -43,7 +48,10 @@ def sweep(
         work.new_empty((n, m), dtype=code_dtype(grids.scheme.format)),
         originals,
     )
-    visit = (_Compiled if can_sweep(work, grids.scheme) else _Columns)(state, grids).visit
+    if isinstance(grids, ColumnGrids) and can_sweep(work, grids.scheme):
+        visit = _Compiled(state, grids).visit
+    else:
+        visit = _Columns(state, grids).visit
     loss = 0.0
     for start in range(0, n, block):
         stop = min(start + block, n)
@@ -93,7 +101,7 @@ class _State:
 class _Columns:
     """One column after another in PyTorch, for every format: the slow reference of `_Compiled`."""
 
-    def __init__(self, state: _State, grids: ColumnGrids) -> None:
+    def __init__(self, state: _State, grids: ColumnGrids | LearnedGrids) -> None:
         self.state, self.grids = state, grids
         self.share = torch.empty_like(state.owed)
 
@@ -103,8 +111,9 @@ class _Columns:
         for c in range(start, stop):
             grid = self.grids.column(c, state.order[c], partial(state.repaired, c, start=start))
             due = state.due(c, start)
-            state.codes[state.order[c]] = chosen = _column_codes(due, grid, format)
-            values = _column_values(chosen, grid, format)
+            self.grids.note(state.order[c], due)
+            state.codes[state.order[c]] = chosen = _column_codes(due, grid, format, self.grids.tables)
+            values = _column_values(chosen, grid, format, self.grids.tables)
             torch.sub(due, values, out=state.owed[c - start])
             difference = state.rows[c].sub_(values)
             # Two roundings: an operation that multiplies and adds would have one on some processors and two on others.
@@ -144,14 +153,17 @@ class _Compiled:
         sweep_compiled(state.rows, owed, state.factor, state.codes, places, self.tables, (first, last, stop), scheme)
 
 
-def _column_codes(w: torch.Tensor, grid: Grid, format: Format) -> torch.Tensor:
+def _column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
     if grid.offset is not None:
         w = w - grid.offset
-    return encode((w / grid.scale).float(), format, grid.zero_point)
+    units = (w / grid.scale).float()
+    if tables is not None:
+        return nearest(units[:, None], tables)[:, 0]
+    return encode(units, format, grid.zero_point)
 
 
-def _column_values(codes: torch.Tensor, grid: Grid, format: Format) -> torch.Tensor:
-    values = decode(codes, format)
+def _column_values(codes: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+    values = decode(codes, format) if tables is None else tables.gather(1, codes[:, None].long())[:, 0]
     if grid.zero_point is not None:
         values -= grid.zero_point
     values *= grid.scale

@@ -34,7 +34,7 @@ _CHUNK = 1 << 18
 def refuse_hqq(scheme: Scheme, options: Mapping[str, Any] | None = None) -> str | None:
     """Why no weight can be rounded so; None if it can."""
     plain = scheme.scale in STORED and scheme.offset in STORED
-    if scheme.format.kind == "integer" and plain:
+    if scheme.format.kind == "integer" and plain and scheme.apart is None:
         return None
     return f"hqq optimises integer grids with plain scales and offsets, got {scheme}. Use rtn or gptq for this scheme."
 

@@ -1,21 +1,28 @@
 """Round to nearest: the baseline that every other method must beat.
 
-Owns: `rtn`, `nearest` and `pays_to_search`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer). Ties go to even,
-as in IEEE 754.
+Owns: `rtn`, `nearest`, `refuse_rtn` and `pays_to_search`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer).
+Ties go to even, as in IEEE 754.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 
 from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
+from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import Parts, QTensor, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.qtensor import Parts, QTensor, own_numbers, quantize_tensor, quantize_with, store_grid
 from arrondi.tensor.ranges.search import search_grid
+
+
+def refuse_rtn(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
+    """Why no weight can be rounded so; None if it can."""
+    return own_numbers(scheme) if scheme.format.learned or scheme.apart is not None else None
 
 
 def rtn(
@@ -47,6 +54,8 @@ def rtn(
     with named(name):
         check_arguments(rtn, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
+    if (reason := refuse_rtn(scheme, {})) is not None:
+        raise SchemeError(f"{name}: {reason}")
     importance = None if moment is None else moment.diagonal().to(weight.device)
     return nearest(weight, scheme, importance, range=range, power=power, name=name)
 

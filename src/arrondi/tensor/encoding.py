@@ -61,6 +61,7 @@ def encode_float_reference(x: torch.Tensor, format: Format) -> torch.Tensor:
 
 def decode(codes: torch.Tensor, format: Format, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The value of every code, without scale or zero point."""
+    assert not format.learned, f"the values of {format} are in the tensor's tables"
     if format.values is None:
         return codes.to(dtype)
     native = NATIVE.get(format.name)

@@ -4,7 +4,8 @@ Owns: `QTensor`, `quantize_tensor`, `quantize_with` (codes for a given grid), `s
 turn), `dequantize`, `fake_quantize`. Uses `ranges` for the grid, `encoding` for the codes and `tiling` for the granularity.
 
 The rule is `x ≈ scale · (value(code) - zero_point)`, or `scale · value(code) + offset` with a float zero point; each scale
-covers one tile of codes. Products and sums are computed in float32.
+covers one tile of codes. Values of look-up formats are in the tensor's own tables, and what is kept apart takes the place of what the
+codes mean there. Products and sums are computed in float32.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import NamedTuple
 import torch
 
 from arrondi.arguments import said
-from arrondi.errors import DataError, ShapeError
+from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import Scheme, scale_shape, tile_shape
+from arrondi.tensor.apart import Kept, complaint_of
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import code_dtype, decode, encode
 from arrondi.tensor.packing import packed_width
 from arrondi.tensor.quantizers import restore, round_groups, round_on
 from arrondi.tensor.ranges.fits import check_rule, fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids
+from arrondi.tensor.tables import looked_up, table_bits
 from arrondi.tensor.tiling import from_tiles, to_tiles
 
 _CHUNK = 1 << 18
@@ -45,6 +48,8 @@ class QTensor:
         scheme: format, granularity, zero point and scale storage.
         group_index: int32 (K,), the group of every column where groups are not contiguous (GPTQ's dynamic act-order);
             None everywhere else.
+        table: of a look-up format, the values of every code: (tables, levels) float32, exactly as stored, ascending; else None.
+        apart: numbers that the codes do not hold, where the scheme keeps some apart; else None.
     """
 
     codes: torch.Tensor
@@ -53,6 +58,8 @@ class QTensor:
     offset: torch.Tensor | QTensor | None
     scheme: Scheme
     group_index: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    apart: Kept | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.codes, torch.Tensor) or not isinstance(self.scheme, Scheme):
@@ -77,6 +84,23 @@ class QTensor:
             raise ShapeError(
                 f"Codes of {self.scheme.format} are {code_dtype(self.scheme.format)}, got {self.codes.dtype}."
             )
+        self._check_table()
+        if (reason := complaint_of(self.apart, self.scheme.apart, self.shape)) is not None:
+            raise ShapeError(f"{self.scheme}: {reason}.")
+
+    def _check_table(self) -> None:
+        own, values = self.scheme.table, self.table
+        if (own is None) is not (values is None):
+            raise ShapeError(
+                f"A tensor has tables if and only if its format is a look-up one, got {said(values)} for {self.scheme}."
+            )
+        if own is None or values is None:
+            return
+        wanted = (own.count(self.shape[0]), self.scheme.format.levels) if len(self.shape) == 2 else ()
+        if tuple(values.shape) != wanted or values.dtype != torch.float32:
+            raise ShapeError(
+                f"Tables of {self.scheme} for a matrix {self.shape} are float32 {wanted}, got {values.dtype} {tuple(values.shape)}."
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +124,7 @@ class QTensor:
 
     @property
     def stored_bits(self) -> int:
-        """All bits that a file needs: packed codes, scales, zero points, offsets."""
+        """All bits that a file needs: packed codes, scales, zero points, offsets, tables, what is kept apart."""
         *rows, columns = self.shape or (1,)
         count = 1
         for n in rows:
@@ -113,6 +137,10 @@ class QTensor:
             bits += _part_bits(self.offset, self.scheme.offset)
         if self.group_index is not None:
             bits += self.group_index.numel() * 32
+        if self.scheme.table is not None:
+            bits += table_bits(self.scheme.table, self.shape[0], self.scheme.format.levels)
+        if self.apart is not None and self.scheme.apart is not None:
+            bits += self.apart.bits(self.scheme.apart)
         return bits
 
     @property
@@ -122,6 +150,11 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Back to real numbers, computed in float32 and rounded once to `dtype`."""
+        values = self._coded(dtype)
+        return values if self.apart is None else self.apart.put(values)
+
+    def _coded(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the codes mean, nothing kept apart."""
         if self.codes.numel() == 0:
             return self.codes.to(dtype)
         if self.group_index is not None:
@@ -130,7 +163,11 @@ class QTensor:
         if fast is not None:
             return fast
         tile = tile_shape(self.scheme.granularity, self.shape)
-        values = decode(to_tiles(self.codes, tile), self.scheme.format)
+        values = (
+            to_tiles(self._values(), tile)
+            if self.table is not None
+            else decode(to_tiles(self.codes, tile), self.scheme.format)
+        )
         if self.zero_point is not None:
             values -= self.zero_point.reshape(-1, 1)
         values *= self.real_scale.reshape(-1, 1)
@@ -138,10 +175,16 @@ class QTensor:
             values += offset.reshape(-1, 1)
         return from_tiles(values.to(dtype), tile, self.shape)
 
+    def _values(self) -> torch.Tensor:
+        """The value of every code, before zero point, scale and offset."""
+        if self.table is None or self.scheme.table is None:
+            return decode(self.codes, self.scheme.format)
+        return looked_up(self.codes, self.table, self.scheme.table)
+
     def _gathered(self, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize with groups that are not contiguous: every column looks its scale up."""
         assert self.group_index is not None
-        values = decode(self.codes, self.scheme.format)
+        values = self._values()
         if self.zero_point is not None:
             values -= self.zero_point[..., self.group_index]
         values *= self.real_scale[..., self.group_index]
@@ -197,6 +240,8 @@ def quantize_tensor(
         scheme = scheme_of(scheme)
         x = check_tensor(x, name).detach()
         check_rule(rule)
+        if scheme.format.learned or scheme.apart is not None:
+            raise SchemeError(own_numbers(scheme))
         shape = tuple(x.shape)
         tile = tile_shape(scheme.granularity, shape)
         if x.numel() == 0:
@@ -217,6 +262,16 @@ def quantize_tensor(
             codes[start : start + step] = _encode_tiles(part, scheme, grid)
             grids.append(grid)
         return _assemble(from_tiles(codes, tile, shape), cat_grids(grids), scheme)
+
+
+def own_numbers(scheme: Scheme) -> str:
+    """Why rounding to nearest alone cannot make a scheme that has tables or keeps numbers apart."""
+    what = (
+        f"the values of {scheme.format} are learned from a tensor"
+        if scheme.format.learned
+        else f"{scheme.apart} is kept apart"
+    )
+    return f"Rounding to nearest does not make {scheme}: {what}. Use a method that does (kmeans, any4, gobo, llm-int8)."
 
 
 def _factor(shrink: torch.Tensor | float, wanted: tuple[int, ...]) -> torch.Tensor | float:
@@ -241,6 +296,8 @@ def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid | Parts, *, name: 
     """
     x = x.detach()
     shape = tuple(x.shape)
+    if scheme.format.learned or scheme.apart is not None:
+        raise SchemeError(f"{name}: {own_numbers(scheme)}")
     with named(name):
         wanted = scale_shape(scheme.granularity, shape)
         tile = tile_shape(scheme.granularity, shape)

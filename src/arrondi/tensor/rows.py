@@ -1,21 +1,33 @@
-"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`; and `rowwise`, schemes of which every row is on its own."""
+"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`; and `rowwise` and `separable`, schemes of which
+every row, or every matrix, is on its own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from arrondi.formats import PerChannel, PerGroup, Scheme, tile_shape
+from arrondi.tensor.apart import stack_kept
 from arrondi.tensor.qtensor import QTensor
 
 
 def rowwise(scheme: Scheme) -> bool:
     """Whether each row of a matrix is rounded by itself."""
-    return scheme.granularity == PerChannel() or (
+    return separable(scheme) and scheme.apart is None
+
+
+def separable(scheme: Scheme) -> bool:
+    """Whether a matrix shares nothing with one that lies below it in the same tensor."""
+    shared = (scheme.apart is not None and scheme.apart.what == "elements") or (
+        scheme.table is not None and scheme.table.rows != 1
+    )
+    rows = scheme.granularity == PerChannel() or (
         isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
     )
+    return rows and not shared
 
 
 def rows_of(q: QTensor, start: int, count: int) -> QTensor:
@@ -30,7 +42,15 @@ def rows_of(q: QTensor, start: int, count: int) -> QTensor:
         return part if part is None or whole else part[first:last]
 
     codes = q.codes[start : start + count]
-    return QTensor(codes, cut(q.scale), cut(q.zero_point), cut(q.offset), q.scheme, q.group_index)
+    table = q.table
+    if table is not None and q.scheme.table is not None and q.scheme.table.rows:
+        table = table[start // q.scheme.table.rows : -(-(start + count) // q.scheme.table.rows)]
+    kept = None if q.apart is None else q.apart.rows(start, count, q.shape)
+    scheme = q.scheme
+    if kept is not None and scheme.apart is not None and not kept.columns:
+        few = kept.index.numel()
+        scheme, kept = replace(scheme, apart=replace(scheme.apart, count=few) if few else None), kept if few else None
+    return QTensor(codes, cut(q.scale), cut(q.zero_point), cut(q.offset), scheme, q.group_index, table, kept)
 
 
 def stack_rows(parts: Sequence[QTensor]) -> QTensor:
@@ -46,7 +66,10 @@ def stack_rows(parts: Sequence[QTensor]) -> QTensor:
     scale, zero, offset = (
         joined(list(p)) for p in zip(*((q.scale, q.zero_point, q.offset) for q in parts), strict=True)
     )
-    return QTensor(torch.cat([p.codes for p in parts]), scale, zero, offset, parts[0].scheme, parts[0].group_index)
+    table = joined([q.table for q in parts])
+    kept = stack_kept([q.apart for q in parts], [q.shape for q in parts])
+    codes = torch.cat([p.codes for p in parts])
+    return QTensor(codes, scale, zero, offset, parts[0].scheme, parts[0].group_index, table, kept)
 
 
 def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
@@ -59,5 +82,5 @@ def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
             return [None] * len(sizes)
         return split_rows(part, sizes) if isinstance(part, QTensor) else list(part.split(sizes))
 
-    parts = zip(q.codes.split(sizes), cut(q.scale), cut(q.zero_point), cut(q.offset), strict=True)
-    return [QTensor(c, s, z, o, q.scheme, q.group_index) for c, s, z, o in parts]
+    parts = zip(q.codes.split(sizes), cut(q.scale), cut(q.zero_point), cut(q.offset), cut(q.table), strict=True)
+    return [QTensor(c, s, z, o, q.scheme, q.group_index, t) for c, s, z, o, t in parts]

@@ -11,7 +11,9 @@ import torch
 
 from arrondi.errors import FileFormatError
 from arrondi.formats import Format
+from arrondi.tensor.apart import wrong_numbers
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.tables import wrong_table
 
 
 def validate(q: QTensor, name: str) -> QTensor:
@@ -39,6 +41,8 @@ def complaint(q: QTensor) -> str | None:
         or _wrong_zeros(q.zero_point, scheme.format)
         or _not_finite("offset", q.real_offset)
         or _wrong_groups(q)
+        or wrong_table(q.table)
+        or wrong_numbers(q.apart, q.shape)
     )
 
 

@@ -1,7 +1,8 @@
 """Arrondi's own layout: any scheme, for what no other layout can hold (NF4, ternary, float zero points, stacks of experts).
 
 Owns: `LAYOUT`. A tensor `N` becomes `N.codes` (uint8, one little-endian bit stream a row, `arrondi.tensor.packing`), `N.scale`, and,
-where the scheme asks for them, `N.zero_point` (uint8, code - qmin), `N.offset` and `N.group_index` (int32). Scales and offsets that
+where the scheme asks for them, `N.zero_point` (uint8, code - qmin), `N.offset` and `N.group_index` (int32), `N.table` (tables, levels)
+of a look-up format (int8 counts in steps of 1/128), and `N.apart_index` (int32) and `N.apart_values` of what is kept apart. Scales and offsets that
 are quantized in turn are `N.scale.codes`, `N.scale.scale` and so on. Static scales of inputs and outputs are `N.input_scale`,
 `N.input_zero_point`, `N.input_offset`, and the same of outputs. Weights are always stored as the matrix (out, in); a stack (E, a, b) is
 the matrix (E·a, b). The `quantization_config` lists every tensor with the shape of its plain form and its scheme in the compact
@@ -23,10 +24,12 @@ from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, N
 from arrondi.errors import ArrondiError, FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme, scale_shape
 from arrondi.rewrite.spread import check_block
+from arrondi.tensor.apart import Kept
 from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.storage import load_scale, store_scale
+from arrondi.tensor.tables import load_table, store_table
 
 _KEYS: Final = frozenset({"quant_method", "version", "ignore", "tensors", "digest"})
 _LONGEST: Final = 1000
@@ -84,7 +87,15 @@ def _grid_write(name: str, values: torch.Tensor | QTensor, storage: str | Scheme
     return {name: store_scale(values, str(storage))}
 
 
-def _part_read(name: str, shape: tuple[int, ...], scheme: Scheme, read: Reader) -> QTensor:
+def _part_read(
+    name: str,
+    shape: tuple[int, ...],
+    scheme: Scheme,
+    read: Reader,
+    index: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    apart: Kept | None = None,
+) -> QTensor:
     low, bits = scheme.format.qmin, scheme.format.bits
     packed = read(f"{name}.codes")
     check_padding(name, packed, bits, shape[-1])
@@ -93,7 +104,7 @@ def _part_read(name: str, shape: tuple[int, ...], scheme: Scheme, read: Reader) 
     scale = _grid_read(f"{name}.scale", groups, scheme.scale, read)
     zero = read(f"{name}.zero_point").int() + low if scheme.zero_point == "integer" else None
     offset = _grid_read(f"{name}.offset", groups, scheme.offset, read) if scheme.zero_point == "float" else None
-    return QTensor(codes, scale, zero, offset, scheme)
+    return QTensor(codes, scale, zero, offset, scheme, index, table, apart)
 
 
 def _grid_read(name: str, shape: tuple[int, ...], storage: str | Scheme, read: Reader) -> torch.Tensor | QTensor:
@@ -115,6 +126,7 @@ def _specs(placed: Placed) -> list[TensorSpec]:
     specs = _part_specs(name, placed.matrix_shape, placed.scheme.weights)
     if placed.indexed:
         specs.append((f"{name}.group_index", torch.int32, (placed.matrix_shape[1],)))
+    specs += _own_specs(placed)
     for side, activations, storage in _sides(placed.scheme):
         specs += _grid_specs(f"{name}.{side}_scale", (1, 1), storage)
         if activations.dynamic == "local":
@@ -126,12 +138,32 @@ def _specs(placed: Placed) -> list[TensorSpec]:
     return specs
 
 
+def _own_specs(placed: Placed) -> list[TensorSpec]:
+    """Tables, and what is kept apart."""
+    name, scheme, (rows, _) = placed.name, placed.scheme.weights, placed.matrix_shape
+    specs: list[TensorSpec] = []
+    if scheme.table is not None:
+        stored = torch.int8 if scheme.table.stored == "int8" else STORED[scheme.table.stored]
+        specs.append((f"{name}.table", stored, (scheme.table.count(rows), scheme.format.levels)))
+    if scheme.apart is not None:
+        columns, count = scheme.apart.what == "columns", scheme.apart.count
+        specs.append((f"{name}.apart_index", torch.int32, (placed.matrices, count) if columns else (count,)))
+        specs.append((f"{name}.apart_values", STORED[scheme.apart.stored], (rows, count) if columns else (count,)))
+    return specs
+
+
 def _write(placed: Placed, values: LayerValues) -> dict[str, torch.Tensor]:
     name, index = placed.name, values.weight.group_index
     tensors = _part_write(name, values.weight)
     assert (index is not None) == placed.indexed, f"{name}: the plan and the tensor differ about a group index"
     if index is not None:
         tensors[f"{name}.group_index"] = index.to(torch.int32)
+    weight, scheme = values.weight, values.weight.scheme
+    if weight.table is not None and scheme.table is not None:
+        tensors[f"{name}.table"] = store_table(weight.table, scheme.table)
+    if weight.apart is not None and scheme.apart is not None:
+        tensors[f"{name}.apart_index"] = weight.apart.index
+        tensors[f"{name}.apart_values"] = weight.apart.values.to(STORED[scheme.apart.stored])
     for side, activations, storage in _sides(placed.scheme):
         grid = values.inputs if side == "input" else values.outputs
         assert grid is not None, f"{name}: the scheme asks for a static scale of {side}s, and none is given"
@@ -146,9 +178,13 @@ def _write(placed: Placed, values: LayerValues) -> dict[str, torch.Tensor]:
 
 def _read(placed: Placed, read: Reader) -> LayerValues:
     name = placed.name
-    q = _part_read(name, placed.matrix_shape, placed.scheme.weights, read)
-    if placed.indexed:
-        q = QTensor(q.codes, q.scale, q.zero_point, q.offset, q.scheme, read(f"{name}.group_index"))
+    scheme = placed.scheme.weights
+    index = read(f"{name}.group_index") if placed.indexed else None
+    table = load_table(read(f"{name}.table")) if scheme.table is not None else None
+    kept = None
+    if scheme.apart is not None:
+        kept = Kept(read(f"{name}.apart_index"), read(f"{name}.apart_values").float())
+    q = _part_read(name, placed.matrix_shape, scheme, read, index, table, kept)
     grids = {}
     for side, activations, _ in _sides(placed.scheme):
         low, zero, offset = activations.scheme.format.qmin, None, None

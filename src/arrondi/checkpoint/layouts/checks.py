@@ -13,8 +13,10 @@ import torch
 
 from arrondi.errors import FileFormatError
 from arrondi.formats import Format
+from arrondi.tensor.apart import wrong_numbers
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.tables import wrong_table
 
 
 def checked(name: str, q: QTensor) -> QTensor:
@@ -22,7 +24,7 @@ def checked(name: str, q: QTensor) -> QTensor:
 
     Raises:
         FileFormatError: a code outside its format, a scale that is not finite or has a sign it cannot have, a zero point that
-            is no code.
+            is no code, a table that does not ascend, a place of what is kept apart that the tensor does not have.
     """
     _check_codes(name, q.codes, q.scheme.format)
     if isinstance(q.scale, QTensor):
@@ -38,6 +40,8 @@ def checked(name: str, q: QTensor) -> QTensor:
         raise FileFormatError(f"{name}: an offset is NaN or infinite. The file is damaged.")
     if q.group_index is not None:
         _check_index(name, q)
+    if (reason := wrong_table(q.table) or wrong_numbers(q.apart, q.shape)) is not None:
+        raise FileFormatError(f"{name}: {reason}. The file is damaged.")
     return q
 
 

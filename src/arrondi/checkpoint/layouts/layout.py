@@ -70,6 +70,11 @@ class Placed:
         *lead, columns = self.shape
         return math.prod(lead), columns
 
+    @property
+    def matrices(self) -> int:
+        """How many matrices it holds: more than one of a stack."""
+        return 1 if self.kind in ("Conv1d", "Conv2d", "Conv3d") else math.prod(self.shape[:-2])
+
     def restored(self, matrix: torch.Tensor) -> torch.Tensor:
         """A dense matrix of `matrix_shape` in the shape and orientation of the plain tensor."""
         if not self.transposed:
@@ -91,6 +96,12 @@ class LayerValues:
     weight: QTensor
     inputs: Grid | None = None
     outputs: Grid | None = None
+
+    @property
+    def whole_columns(self) -> torch.Tensor | None:
+        """The columns that are kept apart, whose inputs are not rounded; of a stack those of any matrix."""
+        kept = self.weight.apart
+        return kept.index.unique() if kept is not None and kept.columns else None
 
 
 @dataclass(frozen=True)

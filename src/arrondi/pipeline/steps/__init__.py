@@ -25,8 +25,10 @@ REPAIRS: Final[tuple[Step, ...]] = (TUNE, SIGNROUND, LKD)
 
 
 def _round_step(name: str, method: Method) -> Step:
+    given = method.needs | method.wants
+
     def run(weight: torch.Tensor, scheme: Scheme, seen: Seen | None, *, name: str, **options: Any) -> Rounding:
-        more = {keyword: getattr(seen, keyword, None) for need, keyword in STATISTICS.items() if need in method.needs}
+        more = {keyword: getattr(seen, keyword, None) for need, keyword in STATISTICS.items() if need in given}
         more["moment"] = seen.moment if seen else None
         return method.round(weight, scheme, name=name, **more, **options)
 
@@ -40,7 +42,9 @@ def _round_step(name: str, method: Method) -> Step:
         fallback="rtn" if needs else "",
         cost=method.seconds_per_gigaweight,
         unpaired=method.unpaired,
+        wants=frozenset(need for need in get_args(Need) if need in method.wants),
         makes=method.makes,
+        sizes=method.sizes,
         before=method.rewrites,
         after=method.repairs,
     )

@@ -34,6 +34,8 @@ def refuse(placed: Placed) -> str | None:
         return "compressed-tensors stores parameters named weight only"
     if placed.indexed:
         return "compressed-tensors gave up scattered groups (a group index) in its version 0.20"
+    if weights.apart is not None:
+        return "compressed-tensors keeps no columns or elements apart"
     if weights.zero_point == "float":
         return "compressed-tensors stores integer zero points only"
     if placed.transposed and (isinstance(weights.scale, Scheme) or weights.scale == "e8m0"):
@@ -156,6 +158,8 @@ def _side(activations: ActivationScheme | None) -> dict[str, Any] | None:
 def _sayable(activations: ActivationScheme) -> bool:
     """Whether the package computes these activations from what the config says."""
     scheme = activations.scheme
+    if activations.outliers is not None:
+        return False
     if activations.spread or not isinstance(scheme.granularity, PerTensor | PerToken | PerGroup):
         return False
     if activations.dynamic == "local":
