@@ -20,7 +20,14 @@ from arrondi.measure.compare import compare_models
 from arrondi.measure.data import Data
 from arrondi.measure.limits import Limits
 from arrondi.model import OnDisk
-from arrondi.pipeline import TextOptions, dequantize_model, inspect_model, make_plan, quantize_model
+from arrondi.pipeline import (
+    TextOptions,
+    dequantize_model,
+    inspect_model,
+    make_plan,
+    preset_recipe,
+    quantize_model,
+)
 from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
@@ -51,6 +58,7 @@ def quantize(
     options: Mapping[str, Any] | None = None,
     rewrites: Iterable[str] = (),
     repairs: Iterable[str] = (),
+    preset: str | None = None,
     evaluation: Data | None = None,
     evaluate: bool = True,
     samples: int = 128,
@@ -80,6 +88,7 @@ def quantize(
         out: directory to write; needed for a directory, not for a module (see `save`).
         recipe: rules instead of scheme, method, group_size, targets, options, rewrites and repairs.
         group_size, targets, ignore, options, rewrites, repairs: see `Recipe.simple`.
+        preset: what is done, instead of method, rewrites and repairs: "best", "q8bert" or "zeroquant".
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
         samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
@@ -94,7 +103,7 @@ def quantize(
     """
     given = dict(locals())
     check_arguments(quantize, given)
-    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
@@ -143,6 +152,7 @@ def plan(
     options: Mapping[str, Any] | None = None,
     rewrites: Iterable[str] = (),
     repairs: Iterable[str] = (),
+    preset: str | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
 ) -> Plan:
@@ -151,7 +161,7 @@ def plan(
     Takes the arguments of `quantize`.
     """
     check_arguments(plan, locals())
-    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset)
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
 
 
@@ -165,8 +175,13 @@ def _rules(
     options: Mapping[str, Any] | None,
     rewrites: Iterable[str],
     repairs: Iterable[str],
+    preset: str | None,
 ) -> Recipe:
-    """The recipe, or one method and what goes with it; never of both."""
+    """The recipe, that of a preset, or one method and what goes with it; one of them alone."""
+    if preset is not None and recipe is None:
+        if method != "rtn" or tuple(rewrites) or tuple(repairs):
+            raise SchemeError(f"The preset {preset} says what is done. Leave method, rewrites and repairs out.")
+        return preset_recipe(preset, scheme, group_size=group_size, targets=targets, ignore=ignore, options=options)
     if recipe is None:
         word = "W4A16" if scheme is None else scheme
         return Recipe.simple(
@@ -176,7 +191,7 @@ def _rules(
     given = {
         "scheme": scheme, "method": None if method == "rtn" else method, "group_size": group_size,
         "targets": None if tuple(targets) == ("Linear",) else targets, "ignore": ignore, "options": options,
-        "rewrites": tuple(rewrites) or None, "repairs": tuple(repairs) or None,
+        "rewrites": tuple(rewrites) or None, "repairs": tuple(repairs) or None, "preset": preset,
     }  # fmt: skip
     beside = [name for name, value in given.items() if value is not None]
     if beside:

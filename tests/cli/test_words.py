@@ -36,7 +36,10 @@ SOURCE = Path(arrondi.__file__).parent
         (("quantise", "m"), ["No such command: quantise", "Did you mean quantize?"]),
         (
             ("xyz",),
-            ["No such command: xyz", "bench, compare, demo, dequantize, eval, imatrix, inspect, methods, plan, quantize, run"],
+            [
+                "No such command: xyz",
+                "bench, compare, demo, dequantize, eval, imatrix, inspect, methods, plan, quantize, run",
+            ],
         ),
         (("quantize", "m"), ["--output", "arrondi quantize --help"]),
         (("quantize", "m", "-o", "x", "--bits", "4"), ["--bits", "--scheme W4A16"]),

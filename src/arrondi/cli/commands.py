@@ -60,6 +60,7 @@ def plan(
     model: opt.Model,
     scheme: opt.SchemeName = None,
     method: opt.MethodName = None,
+    preset: opt.PresetName = None,
     rewrite: opt.Rewrites = None,
     repair: opt.Repairs = None,
     group_size: opt.GroupSize = None,
@@ -74,7 +75,7 @@ def plan(
     json_: opt.Json = False,
 ) -> None:
     """Print what `quantize` would do: every tensor, bytes, peak memory, rough time, readers, shapes that do not fit and the fix."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair)
+    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, preset=preset)
     from arrondi.checkpoint import Checkpoint
     from arrondi.measure.text import fit_length, positions_of
     from arrondi.model import OnDisk
@@ -97,6 +98,7 @@ def quantize(
     output: opt.Out,
     scheme: opt.SchemeName = None,
     method: opt.MethodName = None,
+    preset: opt.PresetName = None,
     rewrite: opt.Rewrites = None,
     repair: opt.Repairs = None,
     calibration: opt.Calibration = None,
@@ -129,7 +131,9 @@ def quantize(
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts)
+    resolved = recipe_from(
+        scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset
+    )
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)

@@ -23,6 +23,10 @@ SchemeName = Annotated[
 MethodName = Annotated[
     str | None, typer.Option(help="How codes are chosen; `arrondi methods` lists all.", show_default="rtn")
 ]
+PresetName = Annotated[
+    str | None,
+    typer.Option("--preset", help="What is done, instead of --method: best, q8bert or zeroquant.", show_default=False),
+]
 Rewrites = Annotated[
     list[str] | None,
     typer.Option("--rewrite", help="What is done to the model before, its function unchanged: NAME,NAME. Repeatable."),

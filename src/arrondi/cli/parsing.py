@@ -26,14 +26,31 @@ def recipe_from(
     rewrite: list[str] | None = None,
     repair: list[str] | None = None,
     all_experts: bool = False,
+    preset: str | None = None,
 ) -> Recipe:
-    """The recipe of a file, or of one method and what goes with it; never of both.
+    """The recipe of a file, of a preset, or of one method and what goes with it; of one of them alone.
 
     Raises:
-        SchemeError: `--recipe` stands beside an option that it would overrule, or a value makes no sense.
+        SchemeError: `--recipe` or `--preset` stands beside an option that it would overrule, or a value makes no sense.
     """
-    from arrondi.pipeline import Recipe
+    from arrondi.pipeline import Recipe, preset_recipe
 
+    steps = {"--method": method, "--rewrite": rewrite, "--repair": repair}
+    named = [option for option, value in steps.items() if value is not None]
+    if preset is not None and named:
+        raise SchemeError(
+            f"--preset {preset} says what is done, and so does {' and '.join(named)}. Leave one of them out."
+        )
+    if preset is not None and file is None:
+        return preset_recipe(
+            preset,
+            scheme,
+            group_size=group_size,
+            targets=targets or ["Linear"],
+            ignore=None if ignore is None else [s for s in ignore if s],
+            options=method_options(options or []),
+            all_experts=all_experts,
+        )
     if file is None:
         return Recipe.simple(
             "W4A16" if scheme is None else scheme,
@@ -47,7 +64,7 @@ def recipe_from(
             all_experts=all_experts,
         )
     given = {
-        "--scheme": scheme, "--method": method, "--rewrite": rewrite, "--repair": repair, "--group-size": group_size,
+        "--scheme": scheme, **steps, "--preset": preset, "--group-size": group_size,
         "--targets": targets, "--ignore": ignore, "--option": options,
         "--all-experts": all_experts or None,
     }  # fmt: skip

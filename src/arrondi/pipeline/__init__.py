@@ -2,6 +2,7 @@
 
 from arrondi.pipeline.inspect import inspect_folds, inspect_model
 from arrondi.pipeline.plan import Plan, check, make_plan
+from arrondi.pipeline.presets import preset_recipe
 from arrondi.pipeline.quantize import quantize_model, rehearse
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.pipeline.restore import dequantize_model
@@ -21,6 +22,7 @@ __all__ = [
     "inspect_folds",
     "inspect_model",
     "make_plan",
+    "preset_recipe",
     "quantize_model",
     "rehearse",
 ]

@@ -1,0 +1,119 @@
+"""Recipes that have a name: `PRESETS` and `preset_recipe`.
+
+Owns: which methods, rewrites and repairs go together. A preset is data; what is published under a name is as published, and `best` is what has
+the least divergence of all that was measured here (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from arrondi.errors import unknown
+from arrondi.formats import LayerScheme, Scheme
+from arrondi.pipeline.recipe import Recipe, Rule
+from arrondi.tensor.checks import layer_scheme_of
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is done, and in what order.
+
+    Attributes:
+        about: in one line, with the source.
+        method: how codes are chosen.
+        rewrites, repairs: names of steps.
+        options: of all steps, as `Recipe.simple` takes them.
+        scheme: where the user names none.
+        embeddings: what tables of embeddings become, None if they stay.
+    """
+
+    about: str
+    method: str
+    rewrites: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scheme: str = "W4A16"
+    embeddings: str | None = None
+
+
+_WEIGHTS: Final = Preset(
+    "GPTAQ, refined, then scales and norms learned unit by unit",
+    "gptaq",
+    repairs=("tune",),
+    options={"refine": 2, "damping": 0.05},
+)
+_FEW_BIT_INPUTS: Final = Preset(
+    "the same after rotations, folded and online: inputs of 4 bits need a basis without outliers",
+    "gptaq",
+    rewrites=("rotate",),
+    options={"refine": 2, "damping": 0.05, "rotate.online": True},
+)
+
+
+def _best(scheme: LayerScheme) -> Preset:
+    """The best that is known for a scheme."""
+    inputs = scheme.inputs
+    few = inputs is not None and inputs.scheme.format.kind == "integer" and inputs.scheme.format.bits <= 4
+    return _FEW_BIT_INPUTS if few else _WEIGHTS
+
+
+PRESETS: Final[Mapping[str, Callable[[LayerScheme], Preset]]] = MappingProxyType({
+    "best": _best,
+    "q8bert": lambda scheme: Preset(
+        "int8 weights, inputs and embeddings, one scale each (Zafrir et al. 2019, arXiv:1910.06188)", "rtn",
+        scheme="w=int8/tensor,a=int8/tensor/static", embeddings="w=int8/tensor",
+    ),
+    "zeroquant": lambda scheme: Preset(
+        "weights by group, inputs by token, layer-by-layer distillation (Yao et al. 2022, arXiv:2206.01861)", "rtn",
+        repairs=("lkd",), scheme="w=int4/g128,a=int8/token",
+    ),
+})  # fmt: skip
+"""Name → scheme of the user's (or the default) → what is done."""
+
+DEFAULTS: Final = LayerScheme(layer_scheme_of("W4A16").weights)
+
+
+def preset_recipe(
+    name: str,
+    scheme: str | Scheme | LayerScheme | None = None,
+    *,
+    group_size: int | None = None,
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    all_experts: bool = False,
+) -> Recipe:
+    """The recipe of a preset.
+
+    Args:
+        name: of `PRESETS`.
+        scheme: another than the preset's own.
+        group_size, targets, ignore, all_experts: see `Recipe.simple`.
+        options: beside and before those of the preset.
+
+    Raises:
+        SchemeError: there is no such preset, or the steps cannot make the scheme.
+    """
+    if name.lower() not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    asked = DEFAULTS if scheme is None else layer_scheme_of(scheme)
+    preset = PRESETS[name.lower()](asked)
+    recipe = Recipe.simple(
+        preset.scheme if scheme is None else scheme,
+        preset.method,
+        group_size=group_size,
+        targets=targets,
+        ignore=ignore,
+        options={**preset.options, **(options or {})},
+        rewrites=preset.rewrites,
+        repairs=preset.repairs,
+        all_experts=all_experts,
+    )
+    if preset.embeddings is None:
+        return recipe
+    return Recipe(
+        (*recipe.rules, Rule(layer_scheme_of(preset.embeddings), "rtn", ("Embedding",))), recipe.ignore, all_experts
+    )
