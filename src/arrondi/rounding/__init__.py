@@ -22,6 +22,7 @@ from arrondi.formats import Scheme
 from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
+from arrondi.rounding.imatrix import imatrix
 from arrondi.rounding.rtn import rtn
 from arrondi.tensor.qtensor import QTensor
 
@@ -89,6 +90,7 @@ PAIRS: Final = frozenset({"moment", "cross moment"})
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
+    "imatrix": Method(imatrix, MOMENT, "importance matrices of llama.cpp", 400.0),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
     "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
 })  # fmt: skip
@@ -108,7 +110,7 @@ def get_method(name: str) -> Method:
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Names and defaults of the options of a function: its keywords, without the name, the facts and the statistics of a weight."""
     parameters = inspect.signature(function).parameters.values()
-    given = {"name", "facts", *STATISTICS.values()}
+    given = {"name", "facts", "importance", *STATISTICS.values()}
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given}
 
 
@@ -143,4 +145,4 @@ def check_options(method: str, function: Callable[..., Any], options: Mapping[st
 _KINDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptaq", "gptq", "hqq", "rtn"]
+__all__ = ["METHODS", "Method", "Rounding", "check_options", "get_method", "gptaq", "gptq", "hqq", "imatrix", "rtn"]
