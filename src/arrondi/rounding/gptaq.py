@@ -59,13 +59,14 @@ def gptaq(
     order: Order = "static",
     range: Range = "search",
     power: Annotated[float, Between(0.1, 16)] = 4.0,
+    refine: Annotated[int, Between(0, 100)] = 0,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
     """Round a weight so that the layer's output, on inputs that earlier rounding has changed, is that of the original on its own.
 
     Args:
-        weight, scheme, moment, damping, block_size, order, range, power, name, facts: as of `gptq`.
+        weight, scheme, moment, damping, block_size, order, range, power, refine, name, facts: as of `gptq`.
         cross_moment: Σ x fᵀ (n, n): inputs of the quantized model times those that the original has for the same tokens.
         strength: share of the correction; 0 is GPTQ.
 
@@ -88,6 +89,6 @@ def gptaq(
     if facts is not None:
         facts["correction"] = float((wanted - weight).norm() / weight.float().norm().clamp(min=1e-30))
     return gptq(
-        wanted, scheme, moment, damping=damping, block_size=block_size, order=order, range=range, power=power, name=name,
+        wanted, scheme, moment, damping=damping, block_size=block_size, order=order, range=range, power=power, refine=refine, name=name,
         facts=facts,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from arrondi.formats import PerGroup, Scheme
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
+from arrondi.rounding.refine import refined
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 
@@ -49,6 +50,7 @@ def gptq(
     order: Order = "static",
     range: Range = "search",
     power: Annotated[float, Between(0.1, 16)] = 4.0,
+    refine: Annotated[int, Between(0, 100)] = 0,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -64,6 +66,7 @@ def gptq(
             the visiting order (`group_index` is set); "none" goes left to right, scales from the compensated columns.
         range: "search" tries narrower ranges for each group, "absmax" spans it.
         power: exponent of the error that the search minimises; see `search_grid`.
+        refine: how often scales are fitted to codes and codes to scales again; see `arrondi.rounding.refine`.
         name: for messages.
         facts: receives what a report should say: `damping` where it had to be raised, `inputs_always_zero` where there
             were some.
@@ -98,4 +101,9 @@ def gptq(
     codes, _ = sweep(work, factor, grids, block_size, permutation)
     if facts is not None:
         facts |= ({"damping": needed} if needed != damping else {}) | ({"inputs_always_zero": silent} if silent else {})
-    return grids.assemble(codes)
+    q = grids.assemble(codes)
+    if refine:
+        hessian = moment.matrix().to(work.device)
+        hessian.diagonal().add_(needed * float(diagonal.mean())).clamp_(min=torch.finfo(torch.float32).tiny)
+        q = refined(q, work.float(), hessian, refine)
+    return q
