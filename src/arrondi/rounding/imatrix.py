@@ -51,7 +51,7 @@ def imatrix(
     scheme = scheme_of(scheme)
     if importance is None and moment is None:
         raise DataError(
-            f"{name}: imatrix needs the mean squares of the layer's inputs. Give calibration text, or use rtn or hqq."
+            f"{name}: imatrix needs the second moment of the layer's inputs, or its diagonal. Give calibration text, or use rtn or hqq."
         )
     if weight.numel() == 0:
         return quantize_tensor(weight, scheme, name=name)
@@ -61,7 +61,5 @@ def imatrix(
             raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[-1]}.")
         importance = moment.diagonal()
     with named(name):
-        parts = weighted_parts(
-            weight.detach(), scheme, importance.to(weight.device), magnitude=magnitude, name=name
-        )
+        parts = weighted_parts(weight.detach(), scheme, importance.to(weight.device), magnitude=magnitude, name=name)
     return quantize_with(weight, scheme, parts, name=name)

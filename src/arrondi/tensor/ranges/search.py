@@ -16,7 +16,7 @@ import torch
 from arrondi.arguments import said
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
-from arrondi.tensor.encoding import decode, encode
+from arrondi.tensor.encoding import nearest
 from arrondi.tensor.quantizers import search as search_compiled
 from arrondi.tensor.ranges.extremes import ends
 from arrondi.tensor.ranges.fits import fit
@@ -159,5 +159,5 @@ def on_grid(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor:
         return q.clamp_(format.qmin - grid.zero_point, format.qmax - grid.zero_point).mul_(grid.scale)
     if grid.offset is not None:
         x = x - grid.offset
-    values = decode(encode((x / grid.scale).float(), format), format) * grid.scale
-    return values if grid.offset is None else values + grid.offset
+    values = nearest((x / grid.scale).float(), format).mul_(grid.scale)
+    return values if grid.offset is None else values.add_(grid.offset)

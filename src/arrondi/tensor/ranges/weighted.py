@@ -30,7 +30,7 @@ from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 17
 """Elements at a time."""
-_INTEGERS: Final = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51, 0.44)
+_INTEGERS: Final = (1.0, 0.965, 0.93, 0.895, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51, 0.44)
 """Widths that are tried, as parts of the widest grid."""
 _FLOATS: Final = (1.0, 1.5, 1.35, 1.2, 1.1, 0.93, 0.86, 0.79, 0.72)
 """The same where steps differ: 1.5 lays the largest magnitude on fp4's 4 instead of its 6."""
@@ -131,6 +131,9 @@ class _Search:
             for sign in (1, -1) if mirrors(self.scheme) else (1,):
                 tried = grid._replace(scale=grid.scale * sign)
                 best, least = _better(tried, self._loss(tiles, weights, tried), best, least)
+                if self.turns and not self.scheme.symmetric:
+                    tried = self._solved(tiles, weights, tried)
+                    best, least = _better(tried, self._loss(tiles, weights, tried), best, least)
         assert best is not None
         for _ in range(0 if self.scheme.scale == "e8m0" else self.turns):
             tried = self._solved(tiles, weights, best)
@@ -144,6 +147,8 @@ class _Search:
         return on_grid(tiles, self.scheme, grid).sub_(tiles).square_().mul_(weights).sum(dim=-1, keepdim=True)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
+        if self.scheme.scale == "e8m0":
+            return scale
         if self.outer is None:
             return round_scale(scale, self.scheme.scale)
         assert isinstance(self.scheme.scale, Scheme)
@@ -187,9 +192,7 @@ def _sum(*factors: torch.Tensor) -> torch.Tensor:
     return product.sum(dim=-1, keepdim=True)
 
 
-def _better(
-    tried: Grid, loss: torch.Tensor, best: Grid | None, least: torch.Tensor
-) -> tuple[Grid, torch.Tensor]:
+def _better(tried: Grid, loss: torch.Tensor, best: Grid | None, least: torch.Tensor) -> tuple[Grid, torch.Tensor]:
     """Tile by tile the one with the smaller loss; of two equal ones the earlier."""
     if best is None:
         return tried, loss
