@@ -23,7 +23,7 @@ from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.imatrix import imatrix
-from arrondi.rounding.rtn import rtn
+from arrondi.rounding.rtn import refuse_rtn, rtn
 from arrondi.tensor.qtensor import QTensor
 
 STATISTICS: Final[Mapping[str, str]] = MappingProxyType({
@@ -88,7 +88,7 @@ MOMENT: Final = frozenset({"moment"})
 PAIRS: Final = frozenset({"moment", "cross moment"})
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
-    "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0),
+    "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0, refuse_rtn),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "imatrix": Method(imatrix, MOMENT, "importance matrices of llama.cpp", 400.0),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),

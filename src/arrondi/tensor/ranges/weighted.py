@@ -1,6 +1,6 @@
 """Grids with the least weighted squared error: a search over scales, then weighted least squares.
 
-Owns: `weighted_parts`. `search` asks one power of the error of every column; here each element has a weight of its own,
+Owns: `weighted_parts`, `shares_outer_scale` and `FOUR_OVER_SIX`. `search` asks one power of the error of every column; here each element has a weight of its own,
 scales move freely, and scales that are quantized in turn are tried as they will read back.
 
 For a tile with elements w and weights a, the codes c of a first grid are the best of some widths. Then alternately the
@@ -25,7 +25,7 @@ from arrondi.tensor.encoding import decode, encode
 from arrondi.tensor.qtensor import Parts, QTensor, quantize_scales, store_grid
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids, round_offset, round_scale
-from arrondi.tensor.ranges.search import mirrors, on_grid
+from arrondi.tensor.ranges.search import mirrors, on_grid, powered
 from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 17
@@ -34,6 +34,8 @@ _INTEGERS: Final = (1.0, 0.965, 0.93, 0.895, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51,
 """Widths that are tried, as parts of the widest grid."""
 _FLOATS: Final = (1.0, 1.5, 1.35, 1.2, 1.1, 0.93, 0.86, 0.79, 0.72)
 """The same where steps differ: 1.5 lays the largest magnitude on fp4's 4 instead of its 6."""
+FOUR_OVER_SIX: Final = (1.0, 1.5)
+"""The two widths of the method of that name, for fp4: the largest magnitude on 6 or on 4."""
 _EXPONENTS: Final = (1.0, 2.0, 0.5)
 _TURNS = 4
 """Turns of least squares at most."""
@@ -45,6 +47,7 @@ def weighted_parts(
     importance: torch.Tensor | None = None,
     *,
     magnitude: bool = True,
+    power: float = 2.0,
     widths: tuple[float, ...] | None = None,
     turns: int = _TURNS,
     name: str = "tensor",
@@ -57,6 +60,7 @@ def weighted_parts(
         importance: (K,) mean square of the input of every column, or any multiple of it; None: all equal.
         magnitude: weigh an element by √(σ² + w²) too. On real models large weights matter more than their columns say,
             because errors of a row do not add up independently.
+        power: exponent of the error; least squares goes on minimising the square, and is kept where this one falls.
         widths: factors on the widest range to try; None: those that suit the format. Powers of two have their own.
         turns: of least squares at most; 0 keeps the best of the widths.
         name: for messages.
@@ -70,11 +74,11 @@ def weighted_parts(
     tiles = to_tiles(weight.detach(), tile)
     columns = None if importance is None else to_tiles(_checked(importance, shape, name).expand(shape), tile)
     outer = None
-    if _shared(scheme):
+    if shares_outer_scale(scheme):
         first = store_grid(fit(tiles.float(), scheme), scheme, shape, name=name).scale
         assert isinstance(first, QTensor)
         outer = first.grid
-    search = _Search(scheme, magnitude, widths or _widths(scheme), turns, outer)
+    search = _Search(scheme, magnitude, power, widths or _widths(scheme), turns, outer)
     step = max(_CHUNK // max(tiles.shape[1], 1), 1)
     found = [
         search.best(tiles[i : i + step].float(), None if columns is None else columns[i : i + step])
@@ -102,7 +106,7 @@ def _widths(scheme: Scheme) -> tuple[float, ...]:
     return _INTEGERS if scheme.format.kind == "integer" and scheme.format.levels > 3 else _FLOATS
 
 
-def _shared(scheme: Scheme) -> bool:
+def shares_outer_scale(scheme: Scheme) -> bool:
     """Whether all scales share one outer scale, which their own range fixes before they are searched."""
     return isinstance(scheme.scale, Scheme) and scheme.scale.granularity == PerTensor() and scheme.symmetric
 
@@ -113,6 +117,7 @@ class _Search:
 
     scheme: Scheme
     magnitude: bool
+    power: float
     widths: tuple[float, ...]
     turns: int
     outer: Grid | None
@@ -144,7 +149,8 @@ class _Search:
         return best
 
     def _loss(self, tiles: torch.Tensor, weights: torch.Tensor, grid: Grid) -> torch.Tensor:
-        return on_grid(tiles, self.scheme, grid).sub_(tiles).square_().mul_(weights).sum(dim=-1, keepdim=True)
+        error = powered(on_grid(tiles, self.scheme, grid).sub_(tiles).abs_(), self.power)
+        return error.mul_(weights).sum(dim=-1, keepdim=True)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
         if self.scheme.scale == "e8m0":
