@@ -15,7 +15,7 @@ from typing import Final, Literal
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
 from arrondi.formats.format import Format
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
 
 ScaleType = Literal["float32", "bfloat16", "float16", "e8m0"]
 OffsetType = Literal["float32", "bfloat16", "float16"]
@@ -76,6 +76,15 @@ class Scheme:
         return self.zero_point == "none"
 
     @property
+    def shared_offset(self) -> bool:
+        """Whether all offsets are one number, of which only the sign is stored for each: it is the mean of what is quantized."""
+        return (
+            isinstance(self.offset, Scheme)
+            and self.offset.granularity == PerTensor()
+            and self.offset.format.levels == 2
+        )
+
+    @property
     def signed_scales(self) -> bool:
         """Whether a scale may be negative."""
         return self._usually_signed if self.signed is None else self.signed
@@ -90,6 +99,8 @@ class Scheme:
                 where = "token"
             case PerGroup(size):
                 where = f"g{size}"
+            case PerRun(size):
+                where = f"run{size}"
             case PerBlock(rows, columns):
                 where = f"b{rows}x{columns}"
         zero = {"none": "", "integer": "/asym", "float": "/offset"}[self.zero_point]
@@ -123,7 +134,7 @@ class ActivationScheme:
                 f"Local scales are quantized by a stored outer scale, and those of {self.scheme} are not quantized. "
                 "Use 'dynamic' or 'static'."
             )
-        if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock):
+        if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock | PerRun):
             raise SchemeError(
                 f"Static scales are known before the tensors are, so they cannot follow single tokens, got {self.scheme}. "
                 "Use 'tensor' (one scale) or 'dynamic'."
