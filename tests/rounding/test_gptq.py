@@ -23,7 +23,7 @@ from arrondi.formats import (
     codebook,
     integer,
 )
-from arrondi.rounding import METHODS, gptq, rtn
+from arrondi.rounding import METHODS, gptq, imatrix, rtn
 from arrondi.rounding.gptq_factor import _reverse, _root, _root_reference, root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
@@ -195,9 +195,24 @@ def test_a_diagonal_h_gives_round_to_nearest(name: str, order: str, range: str) 
     weight = torch.randn(12, 50, generator=torch.Generator().manual_seed(2)) * 0.02
     moment = diagonal_moment(torch.arange(1.0, 51.0).flip(0))
     q = gptq(weight, scheme, moment, order=order, range=range)
-    nearest = rtn(weight, scheme, range=range, power=4.0)
+    nearest = rtn(weight, scheme, range=same_range(name, range), power=4.0)
     assert torch.equal(q.codes, nearest.codes)
     assert torch.equal(q.dequantize(), nearest.dequantize())
+
+
+def same_range(name: str, range: str) -> Any:
+    """What round-to-nearest calls the range: of fp4 blocks gptq searches two scales."""
+    return "four-over-six" if (name, range) == ("nvfp4", "search") else range
+
+
+def test_grids_by_importance_are_those_of_imatrix() -> None:
+    layer = make_layer(n=64)
+    for scheme in ("w=int3/g16", "NVFP4A16", "NF4"):
+        q = gptq(layer.weight, scheme, layer.moment, range="importance")
+        assert torch.equal(q.real_scale, imatrix(layer.weight, scheme, layer.moment).real_scale)
+        assert layer.error(q) < layer.error(imatrix(layer.weight, scheme, layer.moment))
+    with pytest.raises(SchemeError, match=r"known before the sweep.*order=static"):
+        gptq(layer.weight, "w=int3/g16", layer.moment, range="importance", order="none")
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -208,7 +223,7 @@ def test_a_diagonal_h_with_dynamic_groups_rounds_the_sorted_columns(name: str) -
     order = torch.argsort(power, descending=True)
     for range in RANGES:
         q = gptq(weight, scheme, diagonal_moment(power), order="dynamic", range=range)
-        nearest = rtn(weight[:, order], scheme, range=range, power=4.0)
+        nearest = rtn(weight[:, order], scheme, range=same_range(name, range), power=4.0)
         assert torch.equal(q.codes[:, order], nearest.codes)
         assert torch.equal(q.dequantize()[:, order], nearest.dequantize())
 

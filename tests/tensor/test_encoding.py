@@ -20,7 +20,7 @@ from compressed_tensors.quantization.utils.fp6_utils import cast_to_fp6
 from gguf.quants import MXFP4, NVFP4, Q4_0, Q8_0
 
 from arrondi.formats import FORMATS, Format, codebook, integer
-from arrondi.tensor.encoding import NATIVE, code_dtype, decode, encode, encode_float_reference, value_table
+from arrondi.tensor.encoding import NATIVE, code_dtype, decode, encode, encode_float_reference, nearest, value_table
 
 ML_DTYPES = {
     "fp8_e4m3": ml_dtypes.float8_e4m3fn,
@@ -309,3 +309,10 @@ def test_e8m0_exponents_are_powers_of_two_in_order() -> None:
     for previous, following in itertools.pairwise(values.tolist()):
         assert following == 2 * previous
     assert float(values[127]) == 1.0
+
+
+@pytest.mark.parametrize("format", TABLED, ids=str)
+def test_nearest_is_encode_and_decode_at_once(format: Format) -> None:
+    levels = np.array(format.values, dtype=np.float64)
+    x = torch.from_numpy(np.concatenate([all_float16(), around_midpoints(levels), -around_midpoints(levels)]))
+    assert torch.equal(nearest(x, format), decode(encode(x, format), format))

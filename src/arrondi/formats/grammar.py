@@ -11,13 +11,13 @@ from typing import Any, cast
 from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats.format import Format, get_format
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
 from arrondi.formats.hints import unknown_scheme
 from arrondi.formats.presets import ALIASES, PRESETS
 from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table, TableType
 
 _EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
-_SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})")
+_SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})|run([0-9]{1,9})")
 _SPREAD = re.compile(r"h([1-9][0-9]{0,8})")
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
 _TABLE = re.compile(r"t:(int8|float16|bfloat16|float32)(?::([0-9]{1,9}|all))?")
@@ -39,6 +39,7 @@ def parse_scheme(text: str) -> LayerScheme:
     `kv=…` for the key/value cache. A part is
 
         g128, b128x128, channel (channel1: of axis 1), tensor, token     granularity
+        run256                                                           the same: elements that follow each other in memory
         sym, asym, offset                                                zero point
         float32, bfloat16, float16, e8m0 or s:(SCHEME)                   storage of the scales
         o:float16 or o:(SCHEME)                                          storage of the offsets
@@ -135,10 +136,7 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
             raise SchemeError(f"{said[kind]!r} and {part!r} contradict each other in scheme {whole!r}. Leave one out.")
         said[kind] = part
         if match := _SIZES.fullmatch(part):
-            group, rows, columns, axis = match.groups()
-            found["granularity"] = (
-                PerGroup(int(group)) if group else PerBlock(int(rows), int(columns)) if rows else PerChannel(int(axis))
-            )
+            found["granularity"] = _granularity(*match.groups())
         elif match := _STORED.fullmatch(part):
             key = {"s": "scale", "o": "offset"}[match[1]]
             found[key] = match[3] or _nested(match[2], whole)
@@ -157,6 +155,14 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
             known = [*_WORDS, *_TIMES, "g128", "b128x128", "s:(fp8/tensor)", "o:float16"]
             raise unknown(f"word in scheme {whole!r}:", part, known)
     return Scheme(**found), dynamic, spread
+
+
+def _granularity(group: str | None, rows: str | None, columns: str, axis: str | None, run: str) -> Granularity:
+    if group:
+        return PerGroup(int(group))
+    if rows:
+        return PerBlock(int(rows), int(columns))
+    return PerChannel(int(axis)) if axis else PerRun(int(run))
 
 
 def _format(head: str, whole: str) -> Format:

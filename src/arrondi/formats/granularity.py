@@ -1,6 +1,6 @@
 """Granularity: which elements of a tensor share a scale.
 
-Owns: the five small types and `tile_shape`, which turns one of them into the tile of elements under one scale.
+Owns: the six small types and `tile_shape`, which turns one of them into the tile of elements under one scale.
 The shape of a scale follows: every dimension is `ceil(size / tile)`, so the scale itself tells the granularity.
 """
 
@@ -55,11 +55,26 @@ class PerBlock:
 
 
 @dataclass(frozen=True)
+class PerRun:
+    """One scale for about `size` elements that follow each other in memory: a part of a row, or as many whole rows as fit.
+
+    Where rows divide the size, these are the blocks of the flattened tensor, as bitsandbytes cuts its block scales.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.size < 1:
+            raise ShapeError(f"A run has at least one element, got {self.size}. Use 'tensor' for one scale in all.")
+
+
+@dataclass(frozen=True)
 class PerToken:
     """One scale for every position: the last axis shares it. Meant for activations, computed at run time."""
 
 
-Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerRun | PerToken
 
 
 def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -67,6 +82,8 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
 
     >>> tile_shape(PerGroup(32), (4, 96)), tile_shape(PerChannel(), (4, 96)), tile_shape(PerBlock(2, 32), (4, 96))
     ((1, 32), (1, 96), (2, 32))
+    >>> tile_shape(PerRun(256), (4, 96)), tile_shape(PerRun(64), (4, 96))
+    ((2, 96), (1, 64))
 
     Raises:
         ShapeError: the tensor has too few axes for this granularity.
@@ -86,6 +103,11 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
             return (*(1 for _ in shape[:-1]), shape[-1])
         case PerGroup(size):
             return (*(1 for _ in shape[:-1]), min(size, max(shape[-1], 1)))
+        case PerRun(size):
+            columns = max(shape[-1], 1)
+            if len(shape) == 1 or size <= columns:
+                return (*(1 for _ in shape[:-1]), min(size, columns))
+            return (*(1 for _ in shape[:-2]), min(size // columns, max(shape[-2], 1)), columns)
         case PerBlock(rows, columns):
             if len(shape) < 2:
                 raise ShapeError(f"PerBlock needs two axes, got shape {shape}. Use groups of {columns} instead.")

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Final
 
 from arrondi.formats.format import FORMATS
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
 from arrondi.formats.scheme import ActivationScheme, LayerScheme, Scheme, ZeroPoint
 
 
@@ -23,6 +23,8 @@ _TOKEN8 = ActivationScheme(Scheme(FORMATS["int8"], PerToken()))
 _NV = Scheme(_F4, PerGroup(16), scale=Scheme(_F8, PerTensor()))
 _MX4 = Scheme(_F4, PerGroup(32), scale="e8m0")
 _MX8 = Scheme(_F8, PerGroup(32), scale="e8m0")
+_DQ = Scheme(FORMATS["dynamic8"], PerRun(256), "float", offset=Scheme(FORMATS["binary"], PerTensor()))
+"""Block scales of bitsandbytes' double quantization: less their mean, in 8 bits, a float32 for every 256."""
 _G = PerGroup(128)
 
 PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
@@ -44,6 +46,9 @@ PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
     "NVFP4": LayerScheme(_NV, ActivationScheme(_NV, "local")),
     "NVFP4A16": LayerScheme(_NV),
     "NF4": LayerScheme(Scheme(FORMATS["nf4"], PerGroup(64))),
+    "NF4_DQ": LayerScheme(Scheme(FORMATS["nf4"], PerGroup(64), scale=_DQ)),
+    "FP4_BNB": LayerScheme(Scheme(FORMATS["fp4_bnb"], PerGroup(64))),
+    "FP4_BNB_DQ": LayerScheme(Scheme(FORMATS["fp4_bnb"], PerGroup(64), scale=_DQ)),
     "FP4": LayerScheme(Scheme(_F4, PerGroup(64))),
     "TERNARY": LayerScheme(Scheme(FORMATS["ternary"], PerChannel())),
     "T158": LayerScheme(Scheme(FORMATS["ternary"], PerTensor())),

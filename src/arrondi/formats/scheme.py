@@ -15,7 +15,7 @@ from typing import Final, Literal
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
 from arrondi.formats.format import Format
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
 
 ScaleType = Literal["float32", "bfloat16", "float16", "e8m0"]
 OffsetType = Literal["float32", "bfloat16", "float16"]
@@ -144,6 +144,15 @@ class Scheme:
         return self.zero_point == "none"
 
     @property
+    def shared_offset(self) -> bool:
+        """Whether all offsets are one number, of which only the sign is stored for each: it is the mean of what is quantized."""
+        return (
+            isinstance(self.offset, Scheme)
+            and self.offset.granularity == PerTensor()
+            and self.offset.format.levels == 2
+        )
+
+    @property
     def signed_scales(self) -> bool:
         """Whether a scale may be negative."""
         return self._usually_signed if self.signed is None else self.signed
@@ -158,6 +167,8 @@ class Scheme:
                 where = "token"
             case PerGroup(size):
                 where = f"g{size}"
+            case PerRun(size):
+                where = f"run{size}"
             case PerBlock(rows, columns):
                 where = f"b{rows}x{columns}"
         zero = {"none": "", "integer": "/asym", "float": "/offset"}[self.zero_point]
@@ -205,7 +216,7 @@ class ActivationScheme:
             raise SchemeError(
                 f"Outliers are found in each tensor, by a size of at least 0, and go with dynamic scales, got {self.outliers} and {self.scheme}."
             )
-        if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock):
+        if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock | PerRun):
             raise SchemeError(
                 f"Static scales are known before the tensors are, so they cannot follow single tokens, got {self.scheme}. "
                 "Use 'tensor' (one scale) or 'dynamic'."

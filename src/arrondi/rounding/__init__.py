@@ -25,6 +25,7 @@ from arrondi.rounding.gobo import gobo, make_gobo, refuse_gobo, size_gobo
 from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
+from arrondi.rounding.imatrix import imatrix
 from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
 from arrondi.rounding.llm_int8 import llm_int8, refuse_llm_int8, size_llm_int8
 from arrondi.rounding.rtn import refuse_rtn, rtn
@@ -96,6 +97,7 @@ class Method:
 NOTHING: Final[frozenset[str]] = frozenset()
 MOMENT: Final = frozenset({"moment"})
 ABSMAX: Final = frozenset({"absmax"})
+IMPORTANCE: Final = frozenset({"importance"})
 PAIRS: Final = frozenset({"moment", "cross moment"})
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
@@ -104,6 +106,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
         autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, repairs=("signround",)
     ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
+    "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0),
     "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
     "kmeans": Method(kmeans, NOTHING, "Kim et al. 2023, arXiv:2306.07629", 200.0, refuse_tables, make_kmeans, wants=MOMENT),
@@ -132,7 +135,7 @@ def get_method(name: str) -> Method:
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Names and defaults of the options of a function: its keywords, without the name, the facts and the statistics of a weight."""
     parameters = inspect.signature(function).parameters.values()
-    given = {"name", "facts", *STATISTICS.values()}
+    given = {"name", "facts", "importance", *STATISTICS.values()}
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given}
 
 
@@ -180,6 +183,7 @@ __all__ = [
     "gptaq",
     "gptq",
     "hqq",
+    "imatrix",
     "kmeans",
     "llm_int8",
     "rtn",

@@ -30,7 +30,7 @@ from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor, own_numbers
 
 Order = Literal["static", "dynamic", "none"]
-Range = Literal["search", "absmax"]
+Range = Literal["search", "absmax", "importance"]
 
 
 def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
@@ -39,6 +39,8 @@ def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
         return own_numbers(scheme)
     if options.get("order") == "dynamic" and not isinstance(scheme.granularity, PerGroup):
         return f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static."
+    if options.get("range") == "importance" and options.get("order", "static") != "static":
+        return f"Grids by importance are known before the sweep, got order={options['order']}. Use the option order=static."
     return None
 
 
@@ -66,7 +68,8 @@ def gptq(
         block_size: columns between two updates of the far columns; changes speed, not results.
         order: "static" visits columns by falling input power with scales fixed beforehand; "dynamic" forms groups in
             the visiting order (`group_index` is set); "none" goes left to right, scales from the compensated columns.
-        range: "search" tries narrower ranges for each group, "absmax" spans it.
+        range: "search" tries narrower ranges for each group (for NVFP4 the largest magnitude on 6 or on 4), "absmax" spans it,
+            "importance" takes the grids of `imatrix`; with order="static" only.
         power: exponent of the error that the search minimises; see `search_grid`.
         refine: how often scales are fitted to codes and codes to scales again; see `arrondi.rounding.refine`.
         name: for messages.
@@ -100,7 +103,7 @@ def gptq(
     if silent:
         work = work * (diagonal > 0)
     permutation = None if order == "none" else torch.argsort(diagonal, descending=True, stable=True)
-    grids = ColumnGrids(work, scheme, range, power, order, permutation, name)
+    grids = ColumnGrids(work, scheme, range, power, order, permutation, name, diagonal)
     factor, needed = root_factor(moment.matrix(work.dtype).to(work.device), damping, permutation)
     codes, _ = sweep(work, factor, grids, block_size, permutation)
     if facts is not None:

@@ -1,7 +1,7 @@
 """Round to nearest: the baseline that every other method must beat.
 
-Owns: `rtn`, `nearest`, `refuse_rtn` and `pays_to_search`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer).
-Ties go to even, as in IEEE 754.
+Owns: `rtn`, `nearest`, `refuse_rtn` and `pays_to_search`. Source: Krishnamoorthi 2018, arXiv:1806.08342, section 2 (affine quantizer). Ties
+go to even, as in IEEE 754.
 """
 
 from __future__ import annotations
@@ -17,12 +17,25 @@ from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import Parts, QTensor, own_numbers, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.ranges.exponents import EXPONENT_RULES
 from arrondi.tensor.ranges.search import search_grid
+from arrondi.tensor.ranges.weighted import FOUR_OVER_SIX, shares_outer_scale, weighted_parts
+
+Range = Literal["auto", "absmax", "search", "four-over-six", "floor", "ceil", "even", "best"]
 
 
 def refuse_rtn(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
-    return own_numbers(scheme) if scheme.format.learned or scheme.apart is not None else None
+    if scheme.format.learned or scheme.apart is not None:
+        return own_numbers(scheme)
+    range = options.get("range", "auto")
+    if range in EXPONENT_RULES and scheme.scale != "e8m0":
+        return f"range={range} is a rule for power-of-two scales, got {scheme}. Use range=search."
+    if range == "four-over-six" and (
+        scheme.format.name != "fp4_e2m1" or scheme.scale == "e8m0" or not scheme.symmetric
+    ):
+        return f"range=four-over-six is for fp4 with finer scales than powers of two, got {scheme}. Use range=search."
+    return None
 
 
 def rtn(
@@ -30,7 +43,7 @@ def rtn(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
-    range: Literal["auto", "absmax", "search"] = "auto",
+    range: Range = "auto",
     power: Annotated[float, Between(0.1, 16)] = 2.5,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -42,20 +55,19 @@ def rtn(
         scheme: what it becomes.
         moment: second moment of the inputs (n = K); with range="search" its diagonal weighs the columns.
         range: "absmax" spans the whole group; "search" tries narrower ranges and takes the one with the least error; "auto"
-            searches where that gains much for little time, see `pays_to_search`.
+            searches where that gains much for little time, see `pays_to_search`. "four-over-six" lays the largest magnitude of
+            each fp4 block on 6 or on 4. "floor", "ceil", "even" and "best" are the rules of power-of-two scales.
         power: exponent of the error that the search minimises.
         name: for messages.
         facts: not used; accepted so that every method is called alike.
 
     Raises:
-        SchemeError: another `range`.
+        SchemeError: another `range`, or one that does not go with the scheme.
         DataError: NaN or infinity in the weight.
     """
     with named(name):
         check_arguments(rtn, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
-    if (reason := refuse_rtn(scheme, {})) is not None:
-        raise SchemeError(f"{name}: {reason}")
     importance = None if moment is None else moment.diagonal().to(weight.device)
     return nearest(weight, scheme, importance, range=range, power=power, name=name)
 
@@ -65,7 +77,7 @@ def nearest(
     scheme: Scheme,
     importance: torch.Tensor | None = None,
     *,
-    range: Literal["auto", "absmax", "search"] = "auto",
+    range: Range = "auto",
     power: float = 2.5,
     name: str = "weight",
 ) -> QTensor:
@@ -76,10 +88,18 @@ def nearest(
     """
     if range == "auto":
         range = "search" if pays_to_search(scheme) else "absmax"
+    refusal = refuse_rtn(scheme, {"range": range})
+    if refusal:
+        raise SchemeError(f"{name}: {refusal}")
+    if range in EXPONENT_RULES:
+        return quantize_tensor(weight, scheme, rule=range, name=name)
     if range == "absmax" or weight.numel() == 0:
         return quantize_tensor(weight, scheme, name=name)
     with named(name):
-        grid = searched(weight.detach(), scheme, importance, power, name)
+        if range == "four-over-six":
+            grid = weighted_parts(weight, scheme, importance, magnitude=False, widths=FOUR_OVER_SIX, turns=0, name=name)
+        else:
+            grid = searched(weight.detach(), scheme, importance, power, name)
     return quantize_with(weight, scheme, grid, name=name)
 
 
@@ -97,5 +117,7 @@ def pays_to_search(scheme: Scheme) -> bool:
 
 
 def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Parts:
-    """The searched grid as it is kept."""
+    """The searched grid as it is kept; block scales that share an outer one are tried as they will read back."""
+    if shares_outer_scale(scheme):
+        return weighted_parts(weight, scheme, importance, magnitude=False, power=power, name=name)
     return store_grid(search_grid(weight, scheme, importance, power=power), scheme, tuple(weight.shape), name=name)

@@ -1,6 +1,6 @@
 """Real numbers ↔ codes of a format, element by element, scales already divided out.
 
-Owns: `encode` and `decode`. Rounding is to the nearest value and saturates: integers round half to even, floats break
+Owns: `encode`, `decode`, and `nearest`, which is both. Rounding is to the nearest value and saturates: integers round half to even, floats break
 ties towards the even code, codebooks towards the lower level. Both are exact in float32.
 """
 
@@ -68,6 +68,27 @@ def decode(codes: torch.Tensor, format: Format, dtype: torch.dtype = torch.float
     if native is not None:
         return codes.view(native).to(dtype)
     return value_table(format, codes.device, dtype)[codes.int()]
+
+
+def nearest(x: torch.Tensor, format: Format) -> torch.Tensor:
+    """`decode(encode(x))` of a float format or a codebook, without the codes: float32, any shape."""
+    if format.name in NATIVE:
+        return decode(encode(x, format), format)
+    limits, values = _ascending(format, x.device)
+    return values[torch.bucketize(x.contiguous(), limits)]
+
+
+@functools.lru_cache(maxsize=64)
+def _ascending(format: Format, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values in ascending order, and the largest float32 that belongs to each but the last."""
+    assert format.values is not None
+    values = value_table(format, device)
+    if format.kind == "codebook":
+        return _thresholds(format, device), values
+    limits, order = _float_tables(format, device)
+    half = values[order.int()]
+    below = torch.nextafter(-limits, limits.new_tensor(-math.inf))  # a magnitude at its limit is the smaller one
+    return torch.cat([below.flip(0), limits]), torch.cat([-half[1:].flip(0), half])
 
 
 @functools.lru_cache(maxsize=64)

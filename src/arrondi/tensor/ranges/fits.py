@@ -104,6 +104,8 @@ def _affine(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float) -
         scale = round_scale(high / (top - bottom) - low / (top - bottom), scheme.scale)
         zero = torch.round(bottom - low / scale).clamp_(bottom, top)
         return Grid(scale, zero_point=zero.int())
+    if scheme.shared_offset:
+        return _around_mean(tiles, scheme, shrink)
     if isinstance(scheme.offset, Scheme) and scheme.offset.format.qmin == 0:
         low = low.clamp(max=0)  # offsets that share a sign are the negative ones, as in GGUF's K types
         high = torch.maximum(low, high)
@@ -116,6 +118,13 @@ def _affine(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float) -
     # A tile of equal elements has no width: its offset is the element, its codes mean zero.
     offset = torch.where(half == 0, middle, middle - scale * ((top + bottom) / 2))
     return Grid(scale, offset=round_offset(offset, scheme.offset))
+
+
+def _around_mean(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float) -> Grid:
+    """One offset for all tiles, their mean; the scale of a tile reaches its element farthest from it."""
+    mean = tiles.double().mean().float()
+    scale = absmax(tiles - mean) * shrink / scheme.format.largest
+    return Grid(round_scale(scale, scheme.scale), offset=mean.expand_as(scale).clone())
 
 
 def _span(format: Format) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Ranges that clip on purpose: the grid of each tile with the least error instead of the widest one.
 
-Owns: `search_grid`, its slow reference `search_grid_reference`, `on_grid` and `choose`. Uses `fits` for the widest grid and tries
+Owns: `search_grid`, its slow reference `search_grid_reference`, `on_grid`, `powered` and `choose`. Uses `fits` for the widest grid and tries
 smaller ones. Where a scale may be negative and the format is not the same seen from the other side (the codes of int4 are
 -8 … 7), it also tries their mirror images.
 
@@ -16,7 +16,7 @@ import torch
 from arrondi.arguments import said
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
-from arrondi.tensor.encoding import decode, encode
+from arrondi.tensor.encoding import nearest
 from arrondi.tensor.quantizers import search as search_compiled
 from arrondi.tensor.ranges.extremes import ends
 from arrondi.tensor.ranges.fits import fit
@@ -118,14 +118,19 @@ class _Search:
             self.grid = tried if self.grid is None else choose(better, tried, self.grid)
 
     def _loss(self, grid: Grid) -> torch.Tensor:
-        error = on_grid(self.tiles, self.scheme, grid).sub_(self.tiles).abs_()
-        if self.power == 4:
-            error = error.square_().square_()
-        elif self.power == 2.5:
-            error = error.square().mul_(error.sqrt_())
-        else:
-            error = error.pow_(self.power)
+        error = powered(on_grid(self.tiles, self.scheme, grid).sub_(self.tiles).abs_(), self.power)
         return (error if self.weights is None else error.mul_(self.weights)).sum(dim=-1, keepdim=True)
+
+
+def powered(size: torch.Tensor, power: float) -> torch.Tensor:
+    """size^power, in place where it can be."""
+    if power == 2:
+        return size.square_()
+    if power == 4:
+        return size.square_().square_()
+    if power == 2.5:
+        return size.square().mul_(size.sqrt_())
+    return size.pow_(power)
 
 
 def mirrors(scheme: Scheme) -> bool:
@@ -161,5 +166,5 @@ def on_grid(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor:
         return q.clamp_(format.qmin - grid.zero_point, format.qmax - grid.zero_point).mul_(grid.scale)
     if grid.offset is not None:
         x = x - grid.offset
-    values = decode(encode((x / grid.scale).float(), format), format) * grid.scale
-    return values if grid.offset is None else values + grid.offset
+    values = nearest((x / grid.scale).float(), format).mul_(grid.scale)
+    return values if grid.offset is None else values.add_(grid.offset)
