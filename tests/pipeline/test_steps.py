@@ -257,7 +257,10 @@ def test_a_rule_names_what_stands_in_for_its_method(models: Callable[..., Path],
     ("rule", "said"),
     [
         ({"method": "rtn", "scheme": "W4A16", "fallback": "hqq"}, "rtn looks at no inputs, so it needs no fallback"),
-        ({"method": "gptq", "scheme": "W4A16", "fallback": "gptq"}, "Name one of these as the fallback: hqq, rtn"),
+        (
+            {"method": "gptq", "scheme": "W4A16", "fallback": "gptq"},
+            "Name one of these as the fallback: any4, autoround, gobo, hqq, kmeans, llm-int8, rtn",
+        ),
         ({"method": "gptq", "scheme": "W4A16", "fallback": "means"}, "Name one of these as the fallback"),
         ({"method": "gptq", "scheme": "W4A16", "fallback": "awqq"}, "Unknown method 'awqq'"),
         ({"method": "fold", "scheme": "W4A16"}, "fold rounds nothing"),

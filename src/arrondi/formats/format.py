@@ -74,7 +74,7 @@ class Format:
     def value(self, code: int) -> float:
         """The real value of one code, for people and tests; tensors go through `arrondi.dequantize`."""
         if self.learned:
-            raise SchemeError(f"The values of {self} belong to a tensor. Use dequantize(), or its table.")
+            raise SchemeError(f"The values of {self} belong to a tensor. Ask the tensor that has them.")
         return float(code) if self.values is None else self.values[code]
 
     def __str__(self) -> str:
