@@ -147,12 +147,11 @@ class Work:
         stream = passages[0].stream
         return TreeStore(stream.budget, stream.folder, (passage().cpu() for passage in passages))
 
-    def replace(self, site: Site, q: QTensor, method: str, **facts: Any) -> None:
+    def replace(self, site: Site, q: QTensor, **facts: Any) -> None:
         """Give a site that was rounded other codes or scales; for repairs.
 
         Args:
             q: of the same shape and scheme.
-            method: what the report says was done besides.
             facts: for the report.
         """
         found, weight = self.results[site.name], self.weight(site)

@@ -122,11 +122,11 @@ class Learner:
         return found
 
     @torch.no_grad()
-    def keep(self, method: str, **facts: object) -> None:
+    def keep(self, **facts: object) -> None:
         """Let the quantized model have what was learned."""
         for sites in self.sites.values():
             for site in sites:
-                self.work.replace(site, self.soft[site.name].hard(), method, **facts)
+                self.work.replace(site, self.soft[site.name].hard(), **facts)
         for name, (value, unit, change) in self.plain.items():
             self.work.change(name, value + unit * change)
 

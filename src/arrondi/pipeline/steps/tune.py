@@ -47,7 +47,7 @@ def tune(
             soft[site.name] = SoftScale.of(q)
     tensors = [name for name in norms_and_biases(work.plan.source, sites) if norms]
     with work.targets() as wanted:
-        _learn(work, sites, soft, tensors, lambda j: wanted[j], "adam", rate, passes * len(wanted), "tune")
+        _learn(work, sites, soft, tensors, lambda j: wanted[j], "adam", rate, passes * len(wanted))
 
 
 def signround(
@@ -67,7 +67,7 @@ def signround(
     """
     soft = _rounding(work, sites, 0.5, shrink)
     with work.targets() as wanted:
-        _learn(work, sites, soft, (), lambda j: wanted[j], "sign", rate or 1 / iterations, iterations, "signround")
+        _learn(work, sites, soft, (), lambda j: wanted[j], "sign", rate or 1 / iterations, iterations)
 
 
 def lkd(
@@ -85,7 +85,7 @@ def lkd(
     """
     soft = _rounding(work, sites, float("inf"), False)
     with _unrounded(work, sites) as wanted:
-        _learn(work, sites, soft, (), lambda j: wanted[j], "adam", rate, iterations, "lkd")
+        _learn(work, sites, soft, (), lambda j: wanted[j], "adam", rate, iterations)
 
 
 def _rounding(work: Work, sites: Sequence[Site], reach: float, shrink: bool) -> dict[str, Soft]:
@@ -117,7 +117,6 @@ def _learn(
     rule: Rule,
     rate: float,
     iterations: int,
-    method: str,
 ) -> None:
     learner = Learner(work, sites, soft, tensors)
     if not learner.parameters:
@@ -126,7 +125,7 @@ def _learn(
     learner.learn(targets, rule, rate, iterations)
     learned = learner.total(targets)
     if learned < as_found:
-        learner.keep(method, unit_error=[as_found, learned])
+        learner.keep(unit_error=[as_found, learned])
 
 
 def _norms_change(source: Source, sites: Sequence[Site], *, norms: bool = True, **options: Any) -> Declared:
