@@ -20,6 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers in each run and in any order: what passes here passes everywhere."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[] if native is None else [name for name, missing in native.paths() if missing is None])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every path of the compiled kernels that runs here, one after another."""
