@@ -2,7 +2,7 @@
 
 from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
 from arrondi.model.build import build_model, configs_in
-from arrondi.model.chain import Chain, Inputs
+from arrondi.model.chain import Chain, Inputs, model_output
 from arrondi.model.device import device_named
 from arrondi.model.folds import Fold, Producer, apply_fold, find_folds
 from arrondi.model.in_memory import InMemory
@@ -52,6 +52,7 @@ __all__ = [
     "find_folds",
     "find_tensors",
     "kl_loss",
+    "model_output",
     "next_token_loss",
     "release",
     "settle",

@@ -317,6 +317,11 @@ def result_of(output: Any) -> torch.Tensor:
     return found
 
 
+def model_output(instance: Instance, inputs: Inputs) -> torch.Tensor:
+    """What a model that is filled as a whole computes, float32; gradients are recorded where they are wanted."""
+    return result_of(instance.model(*copied(inputs.args), **copied(inputs.kwargs))).float()
+
+
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, torch.Tensor]:
     """A block's arguments without its hidden states, and those."""
     if args and isinstance(args[0], torch.Tensor):

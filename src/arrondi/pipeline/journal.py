@@ -191,7 +191,8 @@ class Journal:
     def verify(self, written: Callable[[str], str | None], source: Callable[[str], str | None]) -> None:
         """Compare what finished steps claim with what is there, and forget those that do not hold.
 
-        A step whose bytes differ is forgotten with all that follow it. If a tensor of the source differs, all steps are:
+        A step whose bytes differ is forgotten with all that follow it. What a later step says it replaces is not held against
+        the earlier one. If a tensor of the source differs, all steps are:
         they belong to another model. `note` says so. Reads all that the finished steps read and wrote.
 
         Args:
@@ -203,10 +204,21 @@ class Journal:
             if any(source(name) != digest for name, digest in self._claims[step][1].items()):
                 self.note = f"{self.out} held an unfinished run of other weights, which have changed since. The run starts again."
                 return self._drop(steps)
-        for i, step in enumerate(steps):
-            if any(written(name) != digest for name, digest in self._claims[step][0].items()):
-                self.note = f"{self.out}: what was written in step {step!r} is damaged. The run goes on from before it."
-                return self._drop(steps[i:])
+        while (first := self._damaged(written)) is not None:
+            steps = list(self.steps)
+            self.note = f"{self.out}: what was written in step {first!r} is damaged. The run goes on from before it."
+            self._drop(steps[steps.index(first) :])
+
+    def _damaged(self, written: Callable[[str], str | None]) -> str | None:
+        """The first step whose bytes are not there."""
+        replaced: set[str] = set()
+        bad = None
+        for step in reversed(self.steps):
+            claims = self._claims[step][0].items()
+            if any(written(name) != digest for name, digest in claims if name not in replaced):
+                bad = step
+            replaced.update(self.steps[step].get("replaces", ()) if isinstance(self.steps[step], dict) else ())
+        return bad
 
     def _drop(self, steps: Sequence[str]) -> None:
         for step in steps:

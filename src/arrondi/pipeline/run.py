@@ -18,6 +18,7 @@ import torch
 from arrondi.checkpoint import LayerValues, ShardWriter
 from arrondi.measure.compare import comparison_for
 from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
+from arrondi.pipeline.finishing import Finishing
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
@@ -71,7 +72,8 @@ class Run:
         """Everything up to complete files without their final names."""
         started = time.monotonic()
         self.writer = ShardWriter(self.journal.work, self.shards, self.journal.out)
-        self.journal.verify(self.writer.digest, self.ledger.check)
+        self.finishing = Finishing(self.plan, self.journal, self.writer)
+        self.journal.verify(self.finishing.digest, self.ledger.check)
         if self.journal.note:
             self.progress(0, 1, self.journal.note)
         if "measured" in self.journal.steps:
@@ -85,7 +87,9 @@ class Run:
             else:
                 self._tensor_by_tensor()
         seconds = round(time.monotonic() - started, 2)
-        self._record("measured", {"measured": measured, "rows": self.rows, "seconds": seconds})
+        rows = [self.finishing.after(row) for row in self.rows]
+        done = {"measured": measured, "rows": rows, "seconds": seconds, "whole": self.finishing.facts()}
+        self._record("measured", done)
 
     # ── without data: tensors go from file to file ────────────────────────────────────────────────────────────────────
 
@@ -173,7 +177,7 @@ class Run:
             Stream(self.original, evaluation if self.reference is None else (), budget, folder) as going,
             Stream(self.floating, followed, budget, folder) as floats,
             Stream(self.units, calibration, budget, folder, bfloat16=bfloat16) as learning,
-            Stream(self.units, evaluation, budget, folder) as measured,
+            Stream(self.units, () if self.finishing.steps else evaluation, budget, folder) as measured,
         ):
             self.floats, self.learning = floats, learning
             for stream in (going, floats, learning, measured):
@@ -194,10 +198,26 @@ class Run:
             self.progress(len(self.units), total, "outside the blocks")
             ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (learning, floats)]
             self._outside("outside", rest, *ends)
+            reference = going if self.reference is None else self.reference
+            if self.finishing.steps:
+                return self._finish(calibration, evaluation, reference)
             if not evaluation:
                 return None
             self.progress(len(self.units) + 1, total, "measuring")
-            return self._measure(going if self.reference is None else self.reference, measured)
+            return self._measure(reference, measured)
+
+    def _finish(self, calibration: list[Any], evaluation: list[Any], reference: Stream) -> dict[str, Any] | None:
+        """What is done to the whole model, which is then followed once more to be measured."""
+        steps = ", ".join(one.step.name for one in self.finishing.steps)
+        self.progress(len(self.units) + 1, len(self.units) + 2, f"the whole model: {steps}")
+        self.finishing.carry_out(self.instance, self.original.instance, calibration)
+        if not evaluation:
+            return None
+        with Stream(self.units, evaluation, Budget(HIDDEN_LIMIT), self.journal.work) as measured:
+            measured.begin()
+            for _ in walk([[measured]]):
+                pass
+            return self._measure(reference, measured)
 
     def _visit(self, i: int, streams: Sequence[Stream]) -> None:
         """Do all steps on unit i of the quantized model, and let it go on with what the file holds."""

@@ -99,7 +99,7 @@ def _groups(step: Step, sites: Sequence[Site], every: Sequence[Site]) -> tuple[t
         return (*together, *((s,) for s in sites if s.reads is None))
     groups: dict[Any, list[Site]] = {}
     for site in sites:
-        key = {"site": site.name, "unit": site.block, "fold": site.block, "model": None}[step.scope]
+        key = {"site": site.name, "unit": site.block, "fold": site.block, "model": None, "whole": None}[step.scope]
         groups.setdefault(key, []).append(site)
     return tuple(tuple(group) for group in groups.values())
 

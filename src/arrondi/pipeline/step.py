@@ -24,10 +24,10 @@ from arrondi.rounding import Rounding
 
 Kind = Literal["rewrite", "round", "repair"]
 
-Scope = Literal["site", "reads", "unit", "model", "fold"]
+Scope = Literal["site", "reads", "unit", "model", "fold", "whole"]
 """What is done together or not at all: one site, all sites that read the same input, all that were selected in a unit, or in the
 model; or all that reads an activation with what makes it, where scales can be moved from one to the other. A step is never given
-more than one unit at a time."""
+more than one unit at a time, but for repairs of the whole model, which come after the last unit."""
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,7 @@ def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], ke
             "seconds": done["seconds"],
             "evaluation": done["measured"],
             "layers": done["rows"],
+            **({"whole_model": done["whole"]} if done["whole"] else {}),
             "kept": kept_of(run.plan),
         }
     )

@@ -1,6 +1,6 @@
-"""The loop that learns within one unit: stand-ins of its weights, and its norms and biases, against outputs that are wanted.
+"""What repairs learn: stand-ins of weights, norms and biases of a model, and the loop that learns them within one unit.
 
-Owns: `Learner`. What stands in for a weight is on floor 2 (`arrondi.repair.soft`); steps choose what is learned, from what and how.
+Owns: `StandIns` and `Learner`. What stands in for a weight is on floor 2 (`arrondi.repair.soft`); steps choose what is learned, from what and how.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from arrondi.model import Passage, Site, Source
+from arrondi.model import Instance, Passage, Site, Source
 from arrondi.pipeline.work import Work
 from arrondi.repair.soft import Soft
 
@@ -22,34 +22,84 @@ Targets = Callable[[int], torch.Tensor]
 """Calibration batch → what the unit should give for it."""
 
 
-class Learner:
-    """A unit in which some numbers are leaves.
+class StandIns:
+    """A filled model in which some numbers are leaves.
 
     Attributes:
+        instance: the model.
         soft: site → what stands in for its weight.
         plain: tensor of the file → (its value at first, its unit, its change in that unit), of norms and biases.
     """
 
     def __init__(
-        self, work: Work, sites: Sequence[Site], soft: Mapping[str, Soft], tensors: Sequence[str] = ()
+        self,
+        instance: Instance,
+        sites: Sequence[Site],
+        soft: Mapping[str, Soft],
+        tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        self.work, self.soft = work, soft
-        self.passages = [p for p in work.forwards if isinstance(p, Passage)]
+        self.instance, self.soft = instance, soft
         self.sites: dict[str, list[Site]] = {}
         for site in sites:
             if site.name in soft:
                 self.sites.setdefault(site.param, []).append(site)
-        self.plain = {name: _plain(work.tensor(name)) for name in tensors}
+        self.plain = {name: _plain(value) for name, value in tensors.items()}
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """Everything that is learned."""
-        return [p for p, _ in self._paced()]
+        return [p for p, _ in self.paced()]
 
-    def _paced(self) -> list[tuple[torch.Tensor, float]]:
+    def paced(self) -> list[tuple[torch.Tensor, float]]:
         """Everything that is learned, and how fast."""
         found = [pair for s in self.soft.values() for pair in zip(s.parameters, s.speeds, strict=True)]
         return found + [(change, 1.0) for _, _, change in self.plain.values()]
+
+    def limit(self) -> None:
+        """Bring what is learned back into its domain."""
+        for s in self.soft.values():
+            s.limit()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the model computes with the stand-ins."""
+        instance, values = self.instance, self._values()
+        before = {param: instance.parameter(param) for param in values}
+        for param, value in values.items():
+            for name in instance.names.names_of(param):
+                instance.hold(name, value)
+        try:
+            yield
+        finally:
+            for param, parameter in before.items():
+                for name in instance.names.names_of(param):
+                    instance.hold(name, parameter)
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for param, sites in self.sites.items():
+            whole = self.instance.parameter(param).detach().clone()
+            for site in sites:
+                site.region(whole).copy_(self.soft[site.name].value())
+            found[param] = whole
+        for name, value in self.plain_values().items():
+            found[self.instance.names.targets_of[name][0]] = value
+        return found
+
+    def plain_values(self) -> dict[str, torch.Tensor]:
+        """Norms and biases as they are now."""
+        return {name: value + unit * change for name, (value, unit, change) in self.plain.items()}
+
+
+class Learner:
+    """The loop within one unit; `stand` is what is learned."""
+
+    def __init__(
+        self, work: Work, sites: Sequence[Site], soft: Mapping[str, Soft], tensors: Sequence[str] = ()
+    ) -> None:
+        self.work, self.sites = work, sites
+        self.passages = [p for p in work.forwards if isinstance(p, Passage)]
+        self.stand = StandIns(work.instance, sites, soft, {name: work.tensor(name) for name in tensors})
 
     def learn(self, targets: Targets, rule: Rule, rate: float, iterations: int, seed: int = 0) -> None:
         """Follow the gradient of the squared error of the outputs, one calibration batch at a time.
@@ -58,9 +108,9 @@ class Learner:
             rate: at first; it falls to zero in a line.
             iterations: batches that are looked at, in random order.
         """
-        if not self.parameters or not self.passages:
+        paced = self.stand.paced()
+        if not paced or not self.passages:
             return
-        paced = self._paced()
         groups = [{"params": [p], "lr": rate} for p, _ in paced]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95)) if rule == "adam" else None
         order = _order(len(self.passages), iterations, seed)
@@ -79,13 +129,12 @@ class Learner:
                     for parameter, speed in paced:
                         if parameter.grad is not None:
                             parameter.sub_(now * speed * parameter.grad.sign())
-            for s in self.soft.values():
-                s.limit()
+            self.stand.limit()
 
     def loss(self, j: int, targets: Targets) -> torch.Tensor:
         """Squared error of the unit's outputs on batch j over the squares that are wanted."""
         wanted = targets(j)
-        with self._held():
+        with self.stand.held():
             given = self.passages[j].differentiable()
         return (given - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
 
@@ -94,46 +143,19 @@ class Learner:
         """The mean loss of all batches."""
         return sum(float(self.loss(j, targets)) for j in range(len(self.passages))) / max(len(self.passages), 1)
 
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """Inside, the unit computes with the stand-ins."""
-        instance, values = self.work.instance, self._values()
-        before = {param: instance.parameter(param) for param in values}
-        for param, value in values.items():
-            for name in instance.names.names_of(param):
-                instance.hold(name, value)
-        try:
-            yield
-        finally:
-            for param, parameter in before.items():
-                for name in instance.names.names_of(param):
-                    instance.hold(name, parameter)
-
-    def _values(self) -> dict[str, torch.Tensor]:
-        instance = self.work.instance
-        found = {}
-        for param, sites in self.sites.items():
-            whole = instance.parameter(param).detach().clone()
-            for site in sites:
-                site.region(whole).copy_(self.soft[site.name].value())
-            found[param] = whole
-        for name, (value, unit, change) in self.plain.items():
-            found[instance.names.targets_of[name][0]] = value + unit * change
-        return found
-
     @torch.no_grad()
     def keep(self, **facts: object) -> None:
         """Let the quantized model have what was learned."""
-        for sites in self.sites.values():
-            for site in sites:
-                self.work.replace(site, self.soft[site.name].hard(), **facts)
-        for name, (value, unit, change) in self.plain.items():
-            self.work.change(name, value + unit * change)
+        for site in self.sites:
+            if site.name in self.stand.soft:
+                self.work.replace(site, self.stand.soft[site.name].hard(), **facts)
+        for name, value in self.stand.plain_values().items():
+            self.work.change(name, value)
 
 
-def norms_and_biases(source: Source, sites: Sequence[Site]) -> tuple[str, ...]:
-    """Tensors of one axis in the units of some sites, by their names in the file."""
-    blocks = {s.block for s in sites if s.block is not None}
+def norms_and_biases(source: Source, sites: Sequence[Site], outside: bool = False) -> tuple[str, ...]:
+    """Tensors of one axis in the units of some sites, by their names in the file; `outside` adds those outside all units."""
+    blocks = {s.block for s in sites if s.block is not None} | ({None} if outside else set())
     parameters = source.names.params
     return tuple(
         t.name

@@ -119,7 +119,7 @@ def _learn(
     iterations: int,
 ) -> None:
     learner = Learner(work, sites, soft, tensors)
-    if not learner.parameters:
+    if not learner.stand.parameters:
         return
     as_found = Learner(work, (), {}).total(targets)
     learner.learn(targets, rule, rate, iterations)
