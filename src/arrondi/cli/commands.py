@@ -66,6 +66,7 @@ def plan(
     group_size: opt.GroupSize = None,
     targets: opt.Targets = None,
     ignore: opt.Ignore = None,
+    embeddings: opt.Embeddings = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
     layout: opt.LayoutName = None,
@@ -75,7 +76,7 @@ def plan(
     json_: opt.Json = False,
 ) -> None:
     """Print what `quantize` would do: every tensor, bytes, peak memory, rough time, readers, shapes that do not fit and the fix."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, preset=preset)
+    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, preset=preset, embeddings=embeddings)
     from arrondi.checkpoint import Checkpoint
     from arrondi.measure.text import fit_length, positions_of
     from arrondi.model import OnDisk
@@ -114,6 +115,7 @@ def quantize(
     group_size: opt.GroupSize = None,
     targets: opt.Targets = None,
     ignore: opt.Ignore = None,
+    embeddings: opt.Embeddings = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
     layout: opt.LayoutName = None,
@@ -132,7 +134,7 @@ def quantize(
 ) -> None:
     """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
     resolved = recipe_from(
-        scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset
+        scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset, embeddings
     )
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")

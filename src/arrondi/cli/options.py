@@ -44,6 +44,14 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(help="Modules to leave alone, same selectors; '' for none. Default: the output head."),
 ]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        "--embeddings",
+        help="What the table of words becomes: int8/row, int4/g64; a head tied to it too.",
+        show_default="as it is",
+    ),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option(

@@ -27,6 +27,7 @@ def recipe_from(
     repair: list[str] | None = None,
     all_experts: bool = False,
     preset: str | None = None,
+    embeddings: str | None = None,
 ) -> Recipe:
     """The recipe of a file, of a preset, or of one method and what goes with it; of one of them alone.
 
@@ -50,6 +51,7 @@ def recipe_from(
             ignore=None if ignore is None else [s for s in ignore if s],
             options=method_options(options or []),
             all_experts=all_experts,
+            embeddings=embeddings,
         )
     if file is None:
         return Recipe.simple(
@@ -62,11 +64,12 @@ def recipe_from(
             rewrites=words(rewrite or []),
             repairs=words(repair or []),
             all_experts=all_experts,
+            embeddings=embeddings,
         )
     given = {
         "--scheme": scheme, **steps, "--preset": preset, "--group-size": group_size,
         "--targets": targets, "--ignore": ignore, "--option": options,
-        "--all-experts": all_experts or None,
+        "--all-experts": all_experts or None, "--embeddings": embeddings,
     }  # fmt: skip
     beside = [option for option, value in given.items() if value is not None]
     if beside:

@@ -17,6 +17,7 @@ import torch
 from arrondi.model.flow import Flow
 from arrondi.model.flow_own import has_own_program
 from arrondi.model.names import Group, Names, Piece
+from arrondi.nn import factor_of
 
 Kind = Literal["linear", "convolution", "embedding", "recurrent", "other"]
 
@@ -298,14 +299,25 @@ class _Maker:
         if beside is not None:
             return f"its class computes more than the product ({beside})"
         if kind == "embedding":
-            others = f", tied to {aliases[1]}" if len(aliases) > 1 else ""
-            return f"an embedding is looked up, not multiplied{others}"
+            return self._unfit_table(aliases, modules)
         if kind == "convolution" and any("Transpose" in c for c in classes):
             return "a transposed convolution"
         if kind == "convolution" and any(has_own_program(m) for m in modules):
             return f"a convolution that computes in a way of its own ({classes[0]})"
         if kind == "other":
             return f"not a matrix product ({'/'.join(classes)})"
+        return None
+
+
+    def _unfit_table(self, aliases: list[str], modules: list[Any]) -> str | None:
+        """Why a table, or what it is tied to, cannot hold packed rows."""
+        for alias, module in zip(aliases, modules, strict=True):
+            kind = kind_of(module, self.names.params[alias])
+            table = kind == "embedding" and alias.endswith(".weight") and factor_of(module) is not None
+            if not table and not (kind == "linear" and not _is_conv1d(module)):
+                return f"an embedding that is looked up in a way of its own ({type(module).__name__})"
+            if kind == "linear" and has_own_program(module):
+                return f"it is tied to {alias}, whose class computes more than the product ({type(module).__name__})"
         return None
 
 

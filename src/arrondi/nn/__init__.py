@@ -3,7 +3,7 @@
 
 from arrondi.nn.conv import QConv, conv_matrix, conv_weight
 from arrondi.nn.dense import DenseLinear
-from arrondi.nn.embedding import QEmbedding
+from arrondi.nn.embedding import QEmbedding, factor_of, refuse_table
 from arrondi.nn.inputs import RoundedInputs
 from arrondi.nn.linear import QLinear, joined_product
 from arrondi.nn.packed import PackedWeight, keep_hooks
@@ -19,7 +19,9 @@ __all__ = [
     "RoundedInputs",
     "conv_matrix",
     "conv_weight",
+    "factor_of",
     "joined_product",
     "keep_hooks",
+    "refuse_table",
     "replace_parameter",
 ]

@@ -1,35 +1,82 @@
 """Look-up in a table whose rows stay in few bits.
 
-Owns: `QEmbedding`.
+Owns: `QEmbedding`, which schemes it takes (`refuse_table`), and what a class computes besides the look-up (`factor_of`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from arrondi.errors import DataError, ShapeError
-from arrondi.formats import tile_shape
+from arrondi.formats import PerChannel, PerGroup, PerTensor, Scheme, tile_shape
 from arrondi.kernels import decoded, pack_weight, unpack_weight
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
 
 
+_TRIED: Final = ((2, 0, 3),)
+"""Ids that tell a look-up from whatever counts positions."""
+
+
+def refuse_table(scheme: Scheme) -> str | None:
+    """Why rows cannot be looked up in a table of this scheme, as the end of a sentence; None if they can."""
+    plain = scheme.apart is None and scheme.table is None and not isinstance(scheme.scale, Scheme)
+    if plain and isinstance(scheme.granularity, PerChannel | PerGroup | PerTensor):
+        return None
+    return f"rows of an embedding are looked up one by one and take plain scales of their own (a row, or groups of its width), not {scheme}"
+
+
+@torch.no_grad()
+def factor_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> float | None:
+    """By what an embedding multiplies the rows that it looks up: 1.0, or √width in some models.
+
+    Found by a look-up in a small table of random numbers, bit for bit.
+
+    Args:
+        module: an nn.Embedding or a subclass; its weight is not read.
+        dtype: of the weight when the model runs.
+
+    Returns:
+        the factor, None where the module does something else (counts positions, renormalises its rows).
+    """
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    trial = copy.copy(module)
+    ids, numbers = torch.tensor(_TRIED), torch.randn(4, module.embedding_dim, generator=torch.Generator().manual_seed(0))
+    trial.padding_idx = None
+    try:
+        said = []
+        for table in (torch.ones_like(numbers, dtype=dtype), torch.ones_like(numbers), numbers.to(dtype)):
+            trial._parameters = {"weight": nn.Parameter(table, requires_grad=False)}
+            said.append(type(module).forward(trial, ids))
+        own, exact, found = said
+        factors = (float(own[0, 0, 0]), float(exact[0, 0, 0]))
+        wanted = numbers.to(dtype)[ids]
+        return next((f for f in factors if found.shape == wanted.shape and torch.equal(found, wanted * f)), None)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError):
+        return None  # it wants other arguments than ids
+
+
 class QEmbedding(nn.Module):
-    """`weight[ids]` with the weight packed; only the rows asked for become numbers.
+    """`weight[ids] · factor` with the weight packed; only the rows asked for become numbers.
 
     Args:
         weight: (rows, width); each row has scales of its own (groups, channels), or all share one.
         dtype: of the answer.
+        factor: by which rows are multiplied, see `factor_of`.
 
     Raises:
         ShapeError: the weight is no matrix, or several rows share a scale that others do not.
     """
 
-    def __init__(self, weight: QTensor, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight: QTensor, *, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> None:
         super().__init__()
         if len(weight.shape) != 2:
             raise ShapeError(f"QEmbedding takes a matrix (rows, width), got shape {weight.shape}.")
@@ -39,7 +86,7 @@ class QEmbedding(nn.Module):
                 f"QEmbedding takes rows with plain scales of their own, got {weight.scheme}. Use groups along the width."
             )
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.scheme, self.dtype, self.shared = weight.scheme, dtype, height > 1
+        self.scheme, self.dtype, self.shared, self.factor = weight.scheme, dtype, height > 1, factor
         for name, tensor in pack_weight(weight).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
 
@@ -62,7 +109,8 @@ class QEmbedding(nn.Module):
             keep = self.shared and name != "packed_codes"
             rows[name.removeprefix("packed_")] = buffer if keep else buffer[flat]
         values = decoded(rows, self.scheme, (flat.numel(), self.embedding_dim), self.dtype)
-        return values.reshape(*ids.shape, self.embedding_dim)
+        values = values.reshape(*ids.shape, self.embedding_dim)
+        return values if self.factor == 1.0 else values * self.factor
 
     def unpack(self) -> QTensor:
         """The table again: the same codes, scales, zero points, offsets and scheme."""

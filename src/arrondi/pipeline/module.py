@@ -135,8 +135,10 @@ def _rounded(
     with Stream(units, batches, budget, None) as stream, Stream(original, followed, budget, None) as floats:
         stream.begin()
         floats.begin()
-        # Without rewrites nothing before the units is changed that the order of the work would matter for.
-        front = plan.front(units.early) if any(one.step.kind == "rewrite" for one in plan.selected) else []
+        # Without these nothing before the units is changed that the order of the work would matter for.
+        tables = any(s.kind == "embedding" for t in plan.quantized for s in t.sites)
+        rewrites = any(one.step.kind == "rewrite" for one in plan.selected)
+        front = plan.front(units.early) if tables or rewrites else []
         if front:
             work(front, [partial(units.begin, b) for b in stream.batches])
             stream.begin()

@@ -194,7 +194,9 @@ def make_plan(
         if not any(t.status == "kept because impossible" and t.rule for t in tensors):
             break
     most = max(weights for weights, _, _ in tried)
-    _, resolver, tensors = next(t for t in tried if t[0] >= _NEARLY_ALL * most) if most else tried[-1]
+    # A table of embeddings was asked for by name: a layout that cannot hold it loses against one that can.
+    enough = [t for t in tried if t[0] >= _NEARLY_ALL * most] if most else tried[-1:]
+    _, resolver, tensors = next((t for t in enough if not _lost_tables(t[2])), enough[0])
     refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
     tensors = _as_stored(source, tensors)
     problems = unmatched(source, recipe, resolver.used)
@@ -242,6 +244,12 @@ def make_plan(
     return Plan(
         source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
     )
+
+
+def _lost_tables(tensors: Sequence[PlannedTensor]) -> bool:
+    """Whether an embedding that could be held packed is kept."""
+    lost = [t for t in tensors if t.status == "kept because impossible" and t.rule]
+    return any(s.kind == "embedding" and not s.unfit for t in lost for s in t.sites)
 
 
 def _unreached(tensors: Sequence[PlannedTensor]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from arrondi.errors import unknown
 from arrondi.formats import LayerScheme, Scheme
-from arrondi.pipeline.recipe import Recipe, Rule
+from arrondi.pipeline.recipe import Recipe
 from arrondi.tensor.checks import layer_scheme_of
 
 
@@ -85,13 +85,14 @@ def preset_recipe(
     ignore: Iterable[str] | None = None,
     options: Mapping[str, Any] | None = None,
     all_experts: bool = False,
+    embeddings: str | None = None,
 ) -> Recipe:
     """The recipe of a preset.
 
     Args:
         name: of `PRESETS`.
         scheme: another than the preset's own.
-        group_size, targets, ignore, all_experts: see `Recipe.simple`.
+        group_size, targets, ignore, all_experts, embeddings: see `Recipe.simple`.
         options: beside and before those of the preset.
 
     Raises:
@@ -101,7 +102,7 @@ def preset_recipe(
         raise unknown("preset", name, PRESETS)
     asked = DEFAULTS if scheme is None else layer_scheme_of(scheme)
     preset = PRESETS[name.lower()](asked)
-    recipe = Recipe.simple(
+    return Recipe.simple(
         preset.scheme if scheme is None else scheme,
         preset.method,
         group_size=group_size,
@@ -111,9 +112,5 @@ def preset_recipe(
         rewrites=preset.rewrites,
         repairs=preset.repairs,
         all_experts=all_experts,
-    )
-    if preset.embeddings is None:
-        return recipe
-    return Recipe(
-        (*recipe.rules, Rule(layer_scheme_of(preset.embeddings), "rtn", ("Embedding",))), recipe.ignore, all_experts
+        embeddings=preset.embeddings if embeddings is None else embeddings,
     )

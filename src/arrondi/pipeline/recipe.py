@@ -16,7 +16,7 @@ from typing import Any
 
 from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
-from arrondi.formats import LayerScheme, Scheme
+from arrondi.formats import FORMATS, LayerScheme, Scheme
 from arrondi.pipeline.steps import check_fallback, check_scheme, check_step, get_step, step_of_kind
 from arrondi.tensor.checks import layer_scheme_of
 
@@ -102,6 +102,7 @@ class Recipe:
         rewrites: Iterable[str] = (),
         repairs: Iterable[str] = (),
         all_experts: bool = False,
+        embeddings: str | None = None,
     ) -> Recipe:
         """One rule that rounds, as the command line gives it, and what is done before and after it.
 
@@ -113,6 +114,8 @@ class Recipe:
             options: of the method; of another step under `STEP.OPTION`.
             rewrites, repairs: names of steps.
             all_experts: see the class.
+            embeddings: what the table of words becomes, rounded to nearest: `int8/row`, `int4/g64`; None: it stays. A head that
+                is tied to it has the same codes.
         """
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
@@ -129,6 +132,8 @@ class Recipe:
             rounding,
             *(Rule(None, name, picked, own.pop(name, {})) for name in after),
         ]
+        if embeddings is not None:
+            rules.append(Rule(_table_scheme(embeddings), "rtn", ("Embedding",)))
         if own:
             stray = next(iter(own))
             raise SchemeError(
@@ -217,6 +222,13 @@ def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = N
     """A layer's scheme from a word or a value, with another group size if there is one."""
     layer = layer_scheme_of(scheme)
     return layer if group_size is None else layer.with_group_size(group_size)
+
+
+def _table_scheme(text: str) -> LayerScheme:
+    """A scheme of weights from its word, its grammar, or `int8/row`."""
+    words = text.strip().lower().split("/")
+    short = "=" not in text and words[0] in FORMATS
+    return layer_scheme_of("w=" + "/".join("channel" if w == "row" else w for w in words) if short else text)
 
 
 def _rule(entry: Any, number: int) -> Rule:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from arrondi.checkpoint import Layout, Placed
 from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.model import Site, Source, StoredTensor
+from arrondi.nn import refuse_table
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.steps import get_step
 from arrondi.rewrite.spread import refuse_block
@@ -29,8 +30,11 @@ _SCALES: Final[dict[torch.dtype, Literal["float16", "bfloat16"]]] = {
 """The type of scales beside weights of a type; float32 beside all others."""
 UNREACHED: Final = "text does not reach it"
 """How the reason begins for which towers of images and sound are kept."""
+LOOKED_UP: Final = "it is looked up, not multiplied"
+"""Why an embedding is rounded by a method that looks at no inputs."""
 _SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
+_NAME_TABLES: Final = "Tables of embeddings that are tied to a head stay; name them in --targets, or give --embeddings, to quantize both"
 _SMALLEST_GROUP = 16
 """Groups that stand in for one that does not fit have at least as many columns."""
 
@@ -89,6 +93,7 @@ def placed_of(tensor: StoredTensor, scheme: LayerScheme, rule: Rule | None) -> P
     """A tensor with its scheme, as layouts know it."""
     first = tensor.sites[0]
     kind = first.classes[0] if first.param_index is None else "Linear"
+    kind = "Embedding" if first.kind == "embedding" else kind
     indexed = rule is not None and rule.options.get("order") == "dynamic"
     return Placed(tensor.name, tensor.shape, scheme, first.modules[0], kind, first.file_flipped, indexed)
 
@@ -113,6 +118,7 @@ class Resolver:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         heads = tuple(n for n, m in model.named_modules() if head is not None and m is head)
         self.ignore = heads if recipe.ignore is None else recipe.ignore
+        self.words = _words_of(model)
 
     def resolve(self, tensor: StoredTensor) -> PlannedTensor:
         dtype = self.source.dtype_of(tensor)
@@ -126,6 +132,8 @@ class Resolver:
         names = [tensor.name, tensor.name.removesuffix(".weight"), *site.modules, *self._aliases(site)]
         rule, picked, named = self._rules(names, site.classes)
         ignored = [s for s in self.ignore if matches(s, names, site.classes)]
+        if site.kind == "embedding":
+            return self._table(plain, names, rule, ignored)
         self.used |= set(ignored)
         if rule is None:
             return replace(plain, reason=f"not a target ({site.classes[0]})", picked=picked)
@@ -145,11 +153,45 @@ class Resolver:
             return replace(plain, reason=f"only {site.shape[0]} outputs", picked=picked)
         return self._quantized(replace(plain, rule=rule, picked=picked))
 
+    def _table(
+        self, plain: PlannedTensor, names: Sequence[str], rule: Rule | None, ignored: Sequence[str]
+    ) -> PlannedTensor:
+        """A table of embeddings, which stays unless a rule picks it as one; a head that is tied to it shares its codes."""
+        site = plain.sites[0]
+        others = [a for a in self._aliases(site) if a != plain.name]
+        tied = f", tied to {others[0]}" if others else ""
+        self.used |= set(ignored)
+        if rule is None:
+            return replace(plain, reason=f"not a target ({site.classes[0]})")
+        if rule.scheme is None:
+            return replace(plain, reason="left alone by a rule", rule=rule)
+        hits = [s for s in rule.targets if matches(s, names, site.classes)]
+        # The default keeps the head; whoever asks for its table by name asks for both.
+        if ignored and (self.recipe.ignore is not None or hits == ["Linear"]):
+            return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}")
+        if hits == ["Linear"]:
+            self.notes.setdefault(_NAME_TABLES, []).append(plain.name)
+            return replace(plain, reason=f"an embedding is looked up, not multiplied{tied}")
+        if self.words and not self.words & set(site.modules) and all(h in site.classes for h in hits):
+            return replace(plain, reason="a table, but not of words; name it in --targets to quantize it")
+        if site.unfit:
+            return replace(plain, status="kept because impossible", reason=site.unfit, rule=rule)
+        if site.shape[0] < _SMALL_OUTPUT:
+            return replace(plain, reason=f"only {site.shape[0]} rows")
+        done = self._quantized(replace(plain, rule=rule))
+        if done.status == "quantized" and tied:
+            self.notes.setdefault(f"The head is quantized with the embedding that it is tied to ({others[0]})", []).append(plain.name)  # fmt: skip
+        if done.status == "quantized" and get_step(rule.method).needs:
+            blind = rule.fallback or get_step(rule.method).fallback
+            self.notes.setdefault(f"Rounded by {blind} instead of {rule.method}, for {LOOKED_UP}", []).append(plain.name)  # fmt: skip
+        return done
+
     def _quantized(self, plain: PlannedTensor) -> PlannedTensor:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
         rule, site = plain.rule, plain.sites[0]
         assert rule is not None and rule.scheme is not None
-        wanted = self._spread(plain, rule.scheme.with_scale(_SCALES.get(plain.dtype, "float32")))
+        asked = replace(rule.scheme, inputs=None) if site.kind == "embedding" else rule.scheme
+        wanted = self._spread(plain, asked.with_scale(_SCALES.get(plain.dtype, "float32")))
         step = get_step(rule.method)
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""
@@ -204,8 +246,21 @@ class Resolver:
         return self.source.names.names_of(site.param)
 
 
+def _words_of(model: Any) -> set[str]:
+    """Paths of the table that token ids are looked up in, where the model says which it is."""
+    if not hasattr(model, "get_input_embeddings"):
+        return set()
+    try:
+        words = model.get_input_embeddings()
+    except NotImplementedError:
+        return set()
+    return {name for name, module in model.named_modules(remove_duplicate=False) if module is words}
+
+
 def _unrounded(site: Site, scheme: LayerScheme) -> str | None:
     """Why inputs cannot be rounded so by what stands in for the layer, None if they can."""
+    if site.kind == "embedding":
+        return refuse_table(scheme.weights)
     if scheme.inputs is None:
         return None
     if site.kind == "recurrent":

@@ -15,6 +15,7 @@ import torch
 from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Instance, Site
+from arrondi.pipeline.resolve import LOOKED_UP
 from arrondi.pipeline.rounded import round_alone, round_together
 from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need, Seen
@@ -35,11 +36,14 @@ def carry_out(work: Work) -> None:
     rewrite(work)
     late = [one for one in work.of_kind("repair") if one.step.scope in ("unit", "model")]
     before = {s.name: work.weight(s).clone() for one in late for s in one.sites}
+    tables = [s for s in work.sites if s.kind == "embedding"]
+    for site in tables:  # whatever multiplies is calibrated on what they give
+        _round_blindly(work, site, LOOKED_UP)
     stages = _stages(work)
     for stage in stages:
         _round_stage(work, stage)
     reached = {p for stage in stages for p in stage.leaders}
-    rest = [s for s in work.sites if s.param not in reached]
+    rest = [s for s in work.sites if s.param not in reached and s not in tables]
     why = "no calibration data reaches it" if work.forwards else ""
     unknown = next((s for s in rest if _static(work.scheme(s))), None)
     if unknown is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from arrondi.checkpoint import LayerValues
 from arrondi.formats import ActivationScheme
 from arrondi.model import Names, Site
-from arrondi.nn import QConv, QLinear, QStack, keep_hooks
+from arrondi.nn import QConv, QEmbedding, QLinear, QStack, factor_of, keep_hooks, refuse_table
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import rows_of, rowwise, stack_rows
@@ -41,7 +41,7 @@ def install(model: Any, names: Names, sites: Sequence[Site], layers: Layers, dty
         return _stack(model, ordered, weights, dtype)
     held = [layers[s.tensor if s.piece is None else s.piece.source] for s in ordered]
     weight = _below_each_other(ordered, weights, held)
-    if weight is None or first.kind not in ("linear", "convolution"):
+    if weight is None or first.kind not in ("linear", "convolution", "embedding"):
         return set()
     parameter = names.params[first.param]
     if weight.shape != (first.matrix_shape if len(weights) == 1 else tuple(parameter.shape)):
@@ -80,10 +80,15 @@ def _modules(
     made: dict[nn.Module, nn.Module] = {}
     gone: set[str] = set()
     paths = [n.rpartition(".")[0] for n in names]
+    factors = {p: factor_of(m, dtype) for p in paths if isinstance(m := model.get_submodule(p), nn.Embedding)}
+    if factors and (None in factors.values() or refuse_table(weight.scheme) or weight.group_index is not None):
+        return set()
     for path, module in [(p, model.get_submodule(p)) for p in paths]:  # before any is replaced: they may be one
         if module not in made:
             if isinstance(module, nn.modules.conv._ConvNd):
                 made[module] = QConv(weight, module, inputs=inputs, input_grid=values.inputs, dtype=dtype)
+            elif (factor := factors.get(path)) is not None:
+                made[module] = QEmbedding(weight, dtype=dtype, factor=factor)
             else:
                 bias = getattr(module, "bias", None)
                 kept = None if bias is None else bias.detach()

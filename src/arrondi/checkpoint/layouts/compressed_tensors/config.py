@@ -28,6 +28,8 @@ def refuse(placed: Placed) -> str | None:
     scheme, weights = placed.scheme, placed.scheme.weights
     if placed.kind in ("Conv1d", "Conv2d", "Conv3d"):
         return "compressed-tensors stores the weights of linear layers, and this is a convolution"
+    if placed.kind == "Embedding":
+        return "compressed-tensors stores the weights of linear layers, and this is a table that is looked up"
     if len(placed.shape) != 2:
         return f"compressed-tensors stores matrices, and this is a stack of shape {placed.shape}"
     if not placed.name.endswith(".weight"):
