@@ -40,10 +40,10 @@ class Preset:
 
 
 _WEIGHTS: Final = Preset(
-    "GPTAQ, refined, then scales and norms learned unit by unit",
+    "GPTAQ in several sweeps, refined, then scales and norms learned unit by unit and, where the model fits in memory, end to end",
     "gptaq",
-    repairs=("tune",),
-    options={"refine": 2, "damping": 0.05},
+    repairs=("tune", "e2e"),
+    options={"sweeps": 5, "refine": 2, "damping": 0.05},
 )
 _FEW_BIT_INPUTS: Final = Preset(
     "the same after rotations, folded and online: inputs of 4 bits need a basis without outliers",

@@ -19,6 +19,7 @@ from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, ShapeError
 from arrondi.rounding.gptq import Order, Range, gptq
 from arrondi.rounding.gptq_factor import root_factor
+from arrondi.rounding.kmeans import LEARNED_SWEEPS, any4
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 
@@ -60,6 +61,7 @@ def gptaq(
     range: Range = "search",
     power: Annotated[float, Between(0.1, 16)] = 4.0,
     refine: Annotated[int, Between(0, 100)] = 0,
+    sweeps: Annotated[int, Between(1, 100)] = 1,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -88,7 +90,12 @@ def gptaq(
     wanted = corrected(weight, moment, cross_moment, damping, strength)
     if facts is not None:
         facts["correction"] = float((wanted - weight).norm() / weight.float().norm().clamp(min=1e-30))
+    if (table := scheme_of(scheme).table) is not None:
+        return any4(
+            wanted, scheme, moment, rows=table.rows, entries=table.stored, sweeps=max(sweeps, LEARNED_SWEEPS),
+            refine=refine, damping=damping, name=name, facts=facts,
+        )  # fmt: skip
     return gptq(
-        wanted, scheme, moment, damping=damping, block_size=block_size, order=order, range=range, power=power, refine=refine, name=name,
+        wanted, scheme, moment, damping=damping, block_size=block_size, order=order, range=range, power=power, refine=refine, sweeps=sweeps, name=name,
         facts=facts,
     )  # fmt: skip

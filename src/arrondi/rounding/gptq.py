@@ -25,7 +25,8 @@ from arrondi.formats import PerGroup, Scheme
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
-from arrondi.rounding.refine import refined
+from arrondi.rounding.refine import damped, refined
+from arrondi.rounding.resweep import resweeps, reswept
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor, own_numbers
 
@@ -35,7 +36,7 @@ Range = Literal["search", "absmax", "importance"]
 
 def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
-    if scheme.format.learned or scheme.apart is not None:
+    if scheme.apart is not None:
         return own_numbers(scheme)
     if options.get("order") == "dynamic" and not isinstance(scheme.granularity, PerGroup):
         return f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static."
@@ -55,6 +56,7 @@ def gptq(
     range: Range = "search",
     power: Annotated[float, Between(0.1, 16)] = 4.0,
     refine: Annotated[int, Between(0, 100)] = 0,
+    sweeps: Annotated[int, Between(1, 100)] = 1,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -71,6 +73,8 @@ def gptq(
         range: "search" tries narrower ranges for each group (for NVFP4 the largest magnitude on 6 or on 4), "absmax" spans it,
             "importance" takes the grids of `imatrix`; with order="static" only.
         power: exponent of the error that the search minimises; see `search_grid`.
+        sweeps: how often the columns are visited; in between, grids are fitted to what had to be rounded, see
+            `arrondi.rounding.resweep`; with order="static" only.
         refine: how often scales are fitted to codes and codes to scales again; see `arrondi.rounding.refine`.
         name: for messages.
         facts: receives what a report should say: `damping` where it had to be raised, `inputs_always_zero` where there
@@ -109,8 +113,6 @@ def gptq(
     if facts is not None:
         facts |= ({"damping": needed} if needed != damping else {}) | ({"inputs_always_zero": silent} if silent else {})
     q = grids.assemble(codes)
-    if refine:
-        hessian = moment.matrix().to(work.device)
-        hessian.diagonal().add_(needed * float(diagonal.mean())).clamp_(min=torch.finfo(torch.float32).tiny)
-        q = refined(q, work.float(), hessian, refine)
-    return q
+    if sweeps > 1 and resweeps(scheme) and grids.fitted_first and permutation is not None:
+        q = reswept(q, work, factor, permutation, block_size, sweeps - 1, name)
+    return refined(q, work.float(), damped(moment, needed).to(work.device), refine) if refine else q

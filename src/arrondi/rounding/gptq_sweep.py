@@ -1,6 +1,6 @@
 """GPTQ's loop over the columns of a weight.
 
-Owns: `sweep`, in the compiled kernel and, for every format and device, column by column in PyTorch.
+Owns: `sweep`, in the compiled kernel and, for every format and device, column by column in PyTorch; and how one column is rounded.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class _Columns:
             grid = self.grids.column(c, state.order[c], partial(state.repaired, c, start=start))
             due = state.due(c, start)
             self.grids.note(state.order[c], due)
-            state.codes[state.order[c]] = chosen = _column_codes(due, grid, format, self.grids.tables)
-            values = _column_values(chosen, grid, format, self.grids.tables)
+            state.codes[state.order[c]] = chosen = column_codes(due, grid, format, self.grids.tables)
+            values = column_values(chosen, grid, format, self.grids.tables)
             torch.sub(due, values, out=state.owed[c - start])
             difference = state.rows[c].sub_(values)
             # Two roundings: an operation that multiplies and adds would have one on some processors and two on others.
@@ -153,7 +153,8 @@ class _Compiled:
         sweep_compiled(state.rows, owed, state.factor, state.codes, places, self.tables, (first, last, stop), scheme)
 
 
-def _column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+def column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+    """The nearest codes of a column (m,), with a grid and, of a look-up format, a table (m, levels) for every row."""
     if grid.offset is not None:
         w = w - grid.offset
     units = (w / grid.scale).float()
@@ -162,7 +163,8 @@ def _column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Ten
     return encode(units, format, grid.zero_point)
 
 
-def _column_values(codes: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+def column_values(codes: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+    """What the codes of a column (m,) stand for."""
     values = decode(codes, format) if tables is None else tables.gather(1, codes[:, None].long())[:, 0]
     if grid.zero_point is not None:
         values -= grid.zero_point

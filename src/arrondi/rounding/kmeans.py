@@ -27,6 +27,7 @@ from arrondi.rounding.clusters import learn
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import LearnedGrids
 from arrondi.rounding.gptq_sweep import sweep
+from arrondi.rounding.refine import damped, refined
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import round_scale
@@ -34,6 +35,9 @@ from arrondi.tensor.tables import STEP, nearest, round_table, table_of_row
 
 _CHUNK = 1 << 20
 """Weights handled at a time: sorting takes some forty bytes for each."""
+
+LEARNED_SWEEPS = 3
+"""How often columns are visited where nothing else is said: tables gain more than grids from being fitted again."""
 
 _BLOCK = 128
 """Columns between two updates of the far columns; changes speed, not results."""
@@ -69,6 +73,7 @@ def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
 Rows = Annotated[int, Between(0, 1_000_000)]
 Iterations = Annotated[int, Between(0, 1000)]
 Sweeps = Annotated[int, Between(1, 100)]
+Refine = Annotated[int, Between(0, 100)]
 Damping = Annotated[float, Between(0, 1e6)]
 
 
@@ -81,7 +86,8 @@ def kmeans(
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
     feedback: bool = True,
-    sweeps: Sweeps = 3,
+    sweeps: Sweeps = LEARNED_SWEEPS,
+    refine: Refine = 0,
     damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -98,6 +104,7 @@ def kmeans(
         feedback: with a moment, codes are chosen column by column, and later columns make up for the errors of earlier ones, as
             `gptq` does; False: the nearest entry (the published methods).
         sweeps: how often; in between, tables and scales are fitted to what had to be rounded.
+        refine: with feedback, how often scales are then fitted to codes and codes to scales; see `arrondi.rounding.refine`.
         damping: of that, as in `gptq`.
         name: for messages.
         facts: receives `damping` where it had to be raised.
@@ -114,7 +121,7 @@ def kmeans(
         check_arguments(kmeans, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_kmeans(wanted, {"rows": rows, "entries": entries})
-    return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, sweeps, facts)
+    return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, (sweeps, refine), facts)
 
 
 def any4(
@@ -127,7 +134,8 @@ def any4(
     iterations: Iterations = 100,
     refits: Annotated[int, Between(0, 100)] = 1,
     feedback: bool = True,
-    sweeps: Sweeps = 3,
+    sweeps: Sweeps = LEARNED_SWEEPS,
+    refine: Refine = 0,
     damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -135,7 +143,7 @@ def any4(
     """Round to values that are learned for each row, in units of the scale of each group.
 
     Args:
-        weight, moment, rows, entries, iterations, feedback, sweeps, damping, name, facts: as `kmeans` has them.
+        weight, moment, rows, entries, iterations, feedback, sweeps, refine, damping, name, facts: as `kmeans` has them.
         scheme: symmetric integers, whose bits and groups count; or a look-up format.
         refits: how often scales and tables are fitted to each other after the first table (0: the published method).
 
@@ -146,7 +154,7 @@ def any4(
         check_arguments(any4, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_any4(wanted, {"rows": rows, "entries": entries})
-    return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, sweeps, facts)
+    return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, (sweeps, refine), facts)
 
 
 def _checked(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str) -> Scheme:
@@ -169,10 +177,10 @@ def _round(
     moment: SecondMoment | None,
     effort: tuple[int, int],
     damping: float | None,
-    sweeps: int,
+    repeats: tuple[int, int],
     facts: dict[str, Any] | None,
 ) -> QTensor:
-    """Tables and scales for some rows at a time, then codes; `damping` None: the nearest ones."""
+    """Tables and scales for some rows at a time, then codes; `damping` None: the nearest ones. `repeats`: sweeps, and refinements."""
     assert scheme.table is not None
     weight = weight.detach()
     m, n = weight.shape
@@ -190,7 +198,9 @@ def _round(
     factor, needed = root_factor(moment.matrix().to(weight.device), damping, order)
     if facts is not None and needed != damping:
         facts["damping"] = needed
-    return _with_feedback(weight.float(), parts, factor, order, effort, sweeps)
+    sweeps, refine = repeats
+    q = _with_feedback(weight.float(), parts, factor, order, effort, sweeps)
+    return refined(q, weight.float(), damped(moment, needed).to(weight.device), refine)
 
 
 def _with_feedback(
