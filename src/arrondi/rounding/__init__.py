@@ -28,6 +28,7 @@ from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.imatrix import imatrix
 from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
 from arrondi.rounding.llm_int8 import llm_int8, refuse_llm_int8, size_llm_int8
+from arrondi.rounding.qronos import qronos
 from arrondi.rounding.rtn import refuse_rtn, rtn
 from arrondi.tensor.qtensor import QTensor
 
@@ -115,6 +116,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
         gobo, NOTHING, "Zadeh et al. 2020, arXiv:2005.03842", 300.0, refuse_gobo, make_gobo, sizes=size_gobo
     ),
     "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
+    "qronos": Method(qronos, PAIRS, "Zhang et al. 2025, arXiv:2505.11695", 150.0, refuse_gptq, unpaired="gptq"),
     "llm-int8": Method(
         llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8
     ),
@@ -186,5 +188,6 @@ __all__ = [
     "imatrix",
     "kmeans",
     "llm_int8",
+    "qronos",
     "rtn",
 ]

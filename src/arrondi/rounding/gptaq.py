@@ -47,6 +47,26 @@ def corrected(
     return (weight.to(kind) + strength * moved).float()
 
 
+def check_moments(
+    method: str, weight: torch.Tensor, moment: SecondMoment | None, cross_moment: torch.Tensor | None, name: str
+) -> tuple[SecondMoment, torch.Tensor]:
+    """Both moments, if they are there and fit the weight.
+
+    Raises:
+        DataError: one is missing.
+        ShapeError: one has another size than the weight's inputs.
+    """
+    if moment is None or cross_moment is None:
+        raise DataError(
+            f"{name}: {method} needs the second moment of the layer's inputs, and their products with those of the original. Give calibration text, or use rtn or hqq."
+        )
+    if weight.ndim != 2 or cross_moment.shape != (moment.n, moment.n) or moment.n != weight.shape[1]:
+        raise ShapeError(
+            f"{name}: the moments are for {moment.n} and {tuple(cross_moment.shape)} inputs, the weight has the shape {tuple(weight.shape)}."
+        )
+    return moment, cross_moment
+
+
 def gptaq(
     weight: torch.Tensor,
     scheme: SchemeLike,
@@ -77,14 +97,7 @@ def gptaq(
     """
     with named(name):
         check_arguments(gptaq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
-    if moment is None or cross_moment is None:
-        raise DataError(
-            f"{name}: gptaq needs the second moment of the layer's inputs, and their products with those of the original. Give calibration text, or use rtn or hqq."
-        )
-    if weight.ndim != 2 or cross_moment.shape != (moment.n, moment.n) or moment.n != weight.shape[1]:
-        raise ShapeError(
-            f"{name}: the moments are for {moment.n} and {tuple(cross_moment.shape)} inputs, the weight has the shape {tuple(weight.shape)}."
-        )
+    moment, cross_moment = check_moments("gptaq", weight, moment, cross_moment, name)
     wanted = corrected(weight, moment, cross_moment, damping, strength)
     if facts is not None:
         facts["correction"] = float((wanted - weight).norm() / weight.float().norm().clamp(min=1e-30))
