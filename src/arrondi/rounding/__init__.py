@@ -19,6 +19,7 @@ from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
+from arrondi.rounding.adaround import adaround, refuse_adaround
 from arrondi.rounding.autoround import autoround, refuse_autoround
 from arrondi.rounding.awq import awq
 from arrondi.rounding.gobo import gobo, make_gobo, refuse_gobo, size_gobo
@@ -106,6 +107,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "autoround": Method(
         autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, repairs=("signround",)
     ),
+    "adaround": Method(adaround, PAIRS, "Nagel et al. 2020, arXiv:2004.10568", 20_000.0, refuse_adaround, unpaired="gptq"),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0),
     "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
@@ -176,6 +178,7 @@ __all__ = [
     "METHODS",
     "Method",
     "Rounding",
+    "adaround",
     "any4",
     "autoround",
     "awq",

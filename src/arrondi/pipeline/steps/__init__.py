@@ -15,13 +15,13 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.step import Kind, Step
-from arrondi.pipeline.steps import awq_scale, equalize, sinq, smoothquant
+from arrondi.pipeline.steps import awq_scale, bias_correction, equalize, sinq, smoothquant
 from arrondi.pipeline.steps.rotate import ROTATE
 from arrondi.pipeline.steps.tune import LKD, SIGNROUND, TUNE
 from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_options, options_of
 
 REWRITES: Final[tuple[Step, ...]] = (ROTATE, smoothquant.STEP, awq_scale.STEP, equalize.STEP, sinq.STEP)
-REPAIRS: Final[tuple[Step, ...]] = (TUNE, SIGNROUND, LKD)
+REPAIRS: Final[tuple[Step, ...]] = (TUNE, SIGNROUND, LKD, bias_correction.STEP)
 
 
 def _round_step(name: str, method: Method) -> Step:
