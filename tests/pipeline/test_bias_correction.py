@@ -58,7 +58,9 @@ def test_layers_give_on_average_what_they_gave(name: str, models: Callable[..., 
 
 
 def test_layers_without_a_bias_stay_and_are_named(models: Callable[..., Path], tmp_path: Path) -> None:
-    plan = make_plan(OnDisk.open(models("llama-tied")), Recipe.simple("w=int4/g16", "rtn", repairs=("bias-correction",)))
+    plan = make_plan(
+        OnDisk.open(models("llama-tied")), Recipe.simple("w=int4/g16", "rtn", repairs=("bias-correction",))
+    )
     (note,) = [n for n in plan.notes if n.startswith("bias-correction is not done, there is no bias for its outputs")]
     assert "mlp.up_proj.weight" in note and "q_proj" not in note
     call(models("llama-tied"), tmp_path / "out")

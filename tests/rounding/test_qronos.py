@@ -12,7 +12,7 @@ from arrondi.rounding import METHODS, check_options
 from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq
 from arrondi.rounding.qronos import qronos
-from tests.rounding.test_gptaq import N, SCHEME, error, made
+from tests.rounding.test_gptaq import SCHEME, N, error, made
 
 
 def by_definition(weight: torch.Tensor, f: torch.Tensor, x: torch.Tensor, step: torch.Tensor, order: list[int], damping: float, low: int, high: int) -> torch.Tensor:  # fmt: skip
@@ -55,7 +55,7 @@ def test_the_output_comes_nearer_to_the_original_than_with_gptq() -> None:
 
 
 def test_where_the_inputs_are_those_of_the_original_it_is_gptq() -> None:
-    weight, _, x, moment, _ = made()
+    weight, _, _, moment, _ = made()
     q = qronos(weight, SCHEME, moment, cross_moment=moment.matrix())
     assert float((q.codes == gptq(weight, SCHEME, moment).codes).float().mean()) > 0.999
 
