@@ -16,6 +16,7 @@ from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
 from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
 from arrondi.nn import QStack
+from arrondi.pipeline.foreseen import largest_inputs
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
@@ -69,7 +70,8 @@ def quantize_module(
                 settle(source, batches[0])
             else:
                 source.learn_alone()
-            plan = make_plan(source, recipe, keep_misfits=keep_misfits)
+            largest = largest_inputs(source, recipe, batches)
+            plan = make_plan(source, recipe, keep_misfits=keep_misfits, largest=largest)
             check(plan)
             for site in [s for t in plan.quantized for s in t.sites]:
                 check_finite(site, site.region(source.names.params[site.param]))

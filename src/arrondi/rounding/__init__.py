@@ -28,7 +28,7 @@ from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.imatrix import imatrix
 from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
-from arrondi.rounding.llm_int8 import llm_int8, refuse_llm_int8, size_llm_int8
+from arrondi.rounding.llm_int8 import foresees_llm_int8, llm_int8, refuse_llm_int8, size_llm_int8
 from arrondi.rounding.qronos import qronos
 from arrondi.rounding.rtn import refuse_rtn, rtn
 from arrondi.tensor.qtensor import QTensor
@@ -52,6 +52,9 @@ class Rounding(NamedTuple):
     facts: dict[str, Any]
 
 
+Sizes = Callable[[LayerScheme, torch.Tensor, Mapping[str, Any], "torch.Tensor | None"], LayerScheme]
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
@@ -66,8 +69,9 @@ class Method:
         wants: what it works better with, and is given where there is calibration data; keys of `STATISTICS`.
         unpaired: the method that is used instead where the original sends other tokens, as it may to an expert.
         rewrites, repairs: steps that come with it, before and after it, by name.
-        sizes: (that scheme with its inputs, weight (m, n), options) → the same for this very weight, where its size depends on it
-            (how many outliers there are); None: it does not.
+        sizes: (that scheme with its inputs, weight (m, n), options, max |x| of its inputs (matrices, n) or None) → the same for this very
+            weight, where its size depends on it (how many outliers there are); None: it does not.
+        foresees: (scheme of the layer, options) → whether `sizes` looks at inputs.
     """
 
     run: Callable[..., QTensor]
@@ -80,7 +84,8 @@ class Method:
     unpaired: str = ""
     rewrites: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
-    sizes: Callable[[LayerScheme, torch.Tensor, Mapping[str, Any]], LayerScheme] | None = None
+    sizes: Sizes | None = None
+    foresees: Callable[[LayerScheme, Mapping[str, Any]], bool] = lambda scheme, options: False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -120,7 +125,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
     "qronos": Method(qronos, PAIRS, "Zhang et al. 2025, arXiv:2505.11695", 150.0, refuse_gptq, unpaired="gptq"),
     "llm-int8": Method(
-        llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8
+        llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8, foresees=foresees_llm_int8
     ),
 })  # fmt: skip
 

@@ -45,6 +45,7 @@ def _round_step(name: str, method: Method) -> Step:
         wants=frozenset(need for need in get_args(Need) if need in method.wants),
         makes=method.makes,
         sizes=method.sizes,
+        foresees=method.foresees,
         before=method.rewrites,
         after=method.repairs,
     )
