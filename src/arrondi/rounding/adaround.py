@@ -160,7 +160,7 @@ def _losses(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return ((error @ hessian) * error).sum(1)
 
 
-def _spread(part: torch.Tensor, q: QTensor, tile: tuple[int, int]) -> torch.Tensor:
+def _spread(part: torch.Tensor, q: QTensor, tile: tuple[int, ...]) -> torch.Tensor:
     """One number for every group → one for every weight (m, n)."""
     whole = to_tiles(torch.zeros(q.shape, device=part.device), tile)
     return from_tiles(whole + part.reshape(-1, 1), tile, q.shape)

@@ -51,7 +51,7 @@ def size_llm_int8(
         options: of `llm_int8`.
         absmax: (n,) or (matrices, n), the largest |x| of every input. None: a hundredth of the columns stands for those above the threshold.
     """
-    if _dynamic(scheme, options):
+    if scheme.inputs is not None and _dynamic(scheme, options):
         return replace(scheme, inputs=replace(scheme.inputs, outliers=float(options.get("threshold", THRESHOLD))))
     columns, share = weight.shape[1], float(options.get("share", 0.0))
     if share or absmax is None:
