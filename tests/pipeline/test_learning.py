@@ -74,7 +74,7 @@ def test_what_cannot_be_learned_is_refused_or_named(models: Callable[..., Path])
 
 def test_presets_are_recipes(models: Callable[..., Path]) -> None:
     best = [rule.method for rule in preset_recipe("best", "W3A16").rules]
-    assert best == ["gptaq", "tune"]
+    assert best == ["gptaq", "tune", "e2e"]
     assert preset_recipe("best", "w=int4/g32,a=int4/token").rules[0].method == "rotate"
     q8bert = make_plan(OnDisk.open(models("bert")), preset_recipe("q8bert"))
     assert {str(t.scheme) for t in q8bert.quantized} == {"w=int8/tensor,a=int8/tensor/static"}

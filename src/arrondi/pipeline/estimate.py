@@ -16,7 +16,6 @@ from arrondi.model import OnDisk
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.run import HIDDEN_LIMIT
-from arrondi.pipeline.statistics import OF_ORIGINAL
 from arrondi.pipeline.steps import get_step
 from arrondi.tensor.rows import rowwise
 
@@ -199,4 +198,4 @@ def _bits(t: PlannedTensor) -> int:
 
 
 def _follows_original(plan: Plan) -> bool:
-    return any(step.needs & OF_ORIGINAL for step in plan.steps())
+    return any(step.follows_original for step in plan.steps())

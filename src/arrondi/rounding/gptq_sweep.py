@@ -25,8 +25,12 @@ def sweep(
     grids: ColumnGrids | LearnedGrids,
     block_size: int,
     permutation: torch.Tensor | None,
+    first: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Visit the columns in order.
+
+    Args:
+        first: (m,), what the codes of the first column are chosen for, in place of the weight; where grids are known beforehand.
 
     Returns:
         the codes (m, n) in the original order, and the loss ½ Σ (residual · V[c,c])², which equals ½ tr(D (H + λI) Dᵀ) for
@@ -48,6 +52,8 @@ def sweep(
         work.new_empty((n, m), dtype=code_dtype(grids.scheme.format)),
         originals,
     )
+    if first is not None:
+        _begin_with(state, grids, first)
     if isinstance(grids, ColumnGrids) and can_sweep(work, grids.scheme):
         visit = _Compiled(state, grids).visit
     else:
@@ -96,6 +102,21 @@ class _State:
         owed = self.owed[first - start : first - start + count]
         triangle = self.factor[columns, columns].T
         return self.rows[columns] + torch.linalg.solve_triangular(triangle, owed, upper=False)
+
+
+def _begin_with(state: _State, grids: ColumnGrids | LearnedGrids, first: torch.Tensor) -> None:
+    """Settle the first column on what its codes for `first` stand for, and let all others make up for it at once.
+
+    With H = V Vᵀ the best that the others can do is H₂₂⁻¹ H₂₁ d = V₂₂⁻ᵀ V₁₂ᵀ d. The sweep then finds the first column on its grid.
+    """
+    format = grids.scheme.format
+    grid = grids.column(0, state.order[0], partial(state.repaired, 0, start=0))
+    codes = column_codes(first.to(state.rows), grid, format, grids.tables)
+    values = column_values(codes, grid, format, grids.tables).to(state.rows)
+    others, ours = state.factor[1:, 1:].T, state.factor[0, 1:, None]
+    share = torch.linalg.solve_triangular(others, ours, upper=False)
+    state.rows[1:] += share * (state.rows[0] - values)
+    state.rows[0] = values
 
 
 class _Columns:

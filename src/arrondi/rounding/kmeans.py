@@ -24,6 +24,7 @@ from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import PerChannel, PerGroup, Scheme, Table, look_up
 from arrondi.formats.scheme import PLAIN
 from arrondi.rounding.clusters import learn
+from arrondi.rounding.gptaq import corrected
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import LearnedGrids
 from arrondi.rounding.gptq_sweep import sweep
@@ -35,9 +36,6 @@ from arrondi.tensor.tables import STEP, nearest, round_table, table_of_row
 
 _CHUNK = 1 << 20
 """Weights handled at a time: sorting takes some forty bytes for each."""
-
-LEARNED_SWEEPS = 3
-"""How often columns are visited where nothing else is said: tables gain more than grids from being fitted again."""
 
 _BLOCK = 128
 """Columns between two updates of the far columns; changes speed, not results."""
@@ -73,6 +71,7 @@ def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
 Rows = Annotated[int, Between(0, 1_000_000)]
 Iterations = Annotated[int, Between(0, 1000)]
 Sweeps = Annotated[int, Between(1, 100)]
+Strength = Annotated[float, Between(0, 2)]
 Refine = Annotated[int, Between(0, 100)]
 Damping = Annotated[float, Between(0, 1e6)]
 
@@ -82,11 +81,13 @@ def kmeans(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
+    cross_moment: torch.Tensor | None = None,
+    strength: Strength = 1.0,
     rows: Rows = 1,
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
     feedback: bool = True,
-    sweeps: Sweeps = LEARNED_SWEEPS,
+    sweeps: Sweeps = 3,
     refine: Refine = 0,
     damping: Damping = 0.01,
     name: str = "weight",
@@ -98,6 +99,8 @@ def kmeans(
         weight: (m, n), any float dtype, finite.
         scheme: symmetric integers, whose bits count and whose groups do not; or a look-up format.
         moment: second moment of the inputs (n,); its diagonal weighs the columns. None: all columns weigh the same.
+        cross_moment: Σ x fᵀ (n, n), as of `gptaq`, whose correction goes with feedback; None: there is none.
+        strength: share of that correction.
         rows: rows that share a table; 0: all of them.
         entries: type in which a table's entries are stored.
         iterations: of Lloyd's algorithm at most, for each table.
@@ -121,6 +124,8 @@ def kmeans(
         check_arguments(kmeans, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_kmeans(wanted, {"rows": rows, "entries": entries})
+    if feedback and moment is not None and cross_moment is not None:
+        weight = corrected(weight, moment, cross_moment, damping, strength)
     return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, (sweeps, refine), facts)
 
 
@@ -129,12 +134,14 @@ def any4(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
+    cross_moment: torch.Tensor | None = None,
+    strength: Strength = 1.0,
     rows: Rows = 1,
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
     refits: Annotated[int, Between(0, 100)] = 1,
     feedback: bool = True,
-    sweeps: Sweeps = LEARNED_SWEEPS,
+    sweeps: Sweeps = 3,
     refine: Refine = 0,
     damping: Damping = 0.01,
     name: str = "weight",
@@ -143,7 +150,7 @@ def any4(
     """Round to values that are learned for each row, in units of the scale of each group.
 
     Args:
-        weight, moment, rows, entries, iterations, feedback, sweeps, refine, damping, name, facts: as `kmeans` has them.
+        weight, moment, cross_moment, strength, rows, entries, iterations, feedback, sweeps, refine, damping, name, facts: as `kmeans` has them.
         scheme: symmetric integers, whose bits and groups count; or a look-up format.
         refits: how often scales and tables are fitted to each other after the first table (0: the published method).
 
@@ -154,6 +161,8 @@ def any4(
         check_arguments(any4, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_any4(wanted, {"rows": rows, "entries": entries})
+    if feedback and moment is not None and cross_moment is not None:
+        weight = corrected(weight, moment, cross_moment, damping, strength)
     return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, (sweeps, refine), facts)
 
 
