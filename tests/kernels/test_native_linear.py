@@ -203,8 +203,9 @@ def test_views_strides_and_many_axes():
 
 
 def test_nan_and_infinity_reach_only_their_own_row(path: str):
-    q = weight("W4A16", (20, 300))
-    for dtype, activations in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, INT8_TOKENS)):
+    whole = ((torch.float32, None), (torch.bfloat16, None), (torch.float32, INT8_TOKENS))
+    cases = {"W4A16": whole, "w=lut4/channel": whole, "w=lut3/channel/t:float16": whole[:2]}
+    for q, dtype, activations in ((weight(text, (20, 300)), *case) for text, some in cases.items() for case in some):
         tensors, meta = packed(q, dtype, activations)
         x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
         clean = module.linear(x, tensors, meta, None)
