@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from arrondi.formats import FORMATS, ActivationScheme, Scheme, parse_scheme
+from arrondi.formats import FORMATS, ActivationScheme, LayerScheme, Scheme, parse_scheme
 from arrondi.kernels import Meta
 from arrondi.kernels import native_linear as module
 from arrondi.native import native
@@ -24,14 +24,15 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def weight(scheme: str | Scheme, shape: Sequence[int], seed: int = 0) -> QTensor:
+def weight(scheme: str | Scheme | LayerScheme, shape: Sequence[int], seed: int = 0) -> QTensor:
     """Numbers of mean 0.01 and deviation 0.05, rounded."""
     return rounded(normal(*shape, seed=seed) * 0.05 + 0.01, scheme)
 
 
-def rounded(x: torch.Tensor, scheme: str | Scheme) -> QTensor:
+def rounded(x: torch.Tensor, scheme: str | Scheme | LayerScheme) -> QTensor:
     """x on its grid; where values are learned, codes of NF4 that mean the entries of random tables, no two alike."""
-    scheme = parse_scheme(scheme).weights if isinstance(scheme, str) else scheme
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    scheme = scheme.weights if isinstance(scheme, LayerScheme) else scheme
     if scheme.table is None:
         return quantize_tensor(x, scheme)
     q, levels = quantize_tensor(x, replace(scheme, format=FORMATS["nf4"], table=None)), scheme.format.levels
