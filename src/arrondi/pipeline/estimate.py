@@ -126,6 +126,9 @@ def _followed(plan: Plan, tokens: int, eval_tokens: int, seq_len: int) -> dict[s
     if eval_tokens:
         both = _loaded(heads) + (_loaded(quantized) + _weights(quantized) if quantized else 0)
         found["outputs are compared"] = states + both + 2 * _FLOAT * rows * seq_len + _COMPARING
+    if any(one.step.scope == "whole" and one.groups for one in plan.selected):
+        # Two models, what stands in for one, its gradient, what is learned; and what every unit keeps for the way back.
+        found["the whole model is learned"] = 5 * _FLOAT * _weights(plan.tensors) + running * max(len(units), 1)
     if source.whole:
         found["both models are in memory"] = states + 2 * _FLOAT * _weights(plan.tensors) + running
     return found
