@@ -31,6 +31,7 @@ Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zer
     w.scale = at<void>(scale);
     w.zero = at<uint8_t>(zero);
     w.offset = at<float>(offset);
+    w.tables = at<uint8_t>(table);
     if (table != 0 && w.kind == Kind::table4) std::memcpy(w.bytes, at<uint8_t>(table), 16);
     if (table != 0 && w.kind == Kind::float4) std::memcpy(w.floats, at<float>(table), 64);
     return w;

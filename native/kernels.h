@@ -5,7 +5,11 @@
 // has a fixed number of bits of several quads in every byte. Planes of 4, 2 and 1 bits make up every width, so one shift and
 // one mask give 64 codes, with no bits that cross a byte. Missing rows and columns have code 0 and meet activations of zero.
 //
+// Where every row has a table, sixteen columns of one row lie side by side, as a look-up of bytes wants them: of each sixteen
+// columns, vector v has rows v, 4 + v, 8 + v and 12 + v. Decoded, they change places to lie like all others.
+//
 //   codes   [blocks][steps][step_bytes(kind)]
+//   tables  [blocks][4][bytes of an entry][4][16]: vector, byte, rows of the vector, entry
 //   scale   [blocks][groups][16] in its own type; zero [blocks][groups][16] uint8; offset [blocks][groups][16] float32
 #pragma once
 
@@ -26,13 +30,31 @@ enum class Kind : int {
     u1,       // one bit, decoded to 0 or 2
     trit5,    // five ternary digits in a byte: 1.6 bits
     table4,   // 4 bits, decoded to bytes by a table of sixteen
+    rows4,    // 4, 3 or 2 bits, decoded to bytes by a table of sixteen for every row
+    rows3,
+    rows2,
     float4,   // 4 bits, decoded to float32 by a table of sixteen
+    float_rows4,  // 4, 3 or 2 bits, decoded to float32 by a table of sixteen for every row
+    float_rows3,
+    float_rows2,
     e4m3,     // one byte
     e5m2,     // one byte
     e3m2,     // planes 4 + 2
     e2m3,     // planes 4 + 2
 };
-constexpr int kKinds = 14;
+constexpr int kKinds = 20;
+
+// Kinds that meet activations as integers.
+constexpr bool integer(Kind kind) { return kind <= Kind::rows2; }
+
+// Bytes of an entry of the tables of rows; 0: the rows have none.
+constexpr int row_entry(Kind kind) {
+    if (kind >= Kind::rows4 && kind <= Kind::rows2) return 1;
+    return kind >= Kind::float_rows4 && kind <= Kind::float_rows2 ? 4 : 0;
+}
+
+// Codes decoded to bytes above 127.
+constexpr bool wide(Kind kind) { return kind == Kind::u8 || row_entry(kind) == 1; }
 
 enum class Type : int { f32, bf16, f16 };
 
@@ -56,9 +78,15 @@ constexpr int step_bytes(Kind kind) {
         case Kind::u5: return 320;
         case Kind::u4:
         case Kind::table4:
-        case Kind::float4: return 256;
-        case Kind::u3: return 192;
-        case Kind::u2: return 128;
+        case Kind::rows4:
+        case Kind::float4:
+        case Kind::float_rows4: return 256;
+        case Kind::u3:
+        case Kind::rows3:
+        case Kind::float_rows3: return 192;
+        case Kind::u2:
+        case Kind::rows2:
+        case Kind::float_rows2: return 128;
         case Kind::u1: return 64;
         case Kind::trit5: return 64;
     }
@@ -79,6 +107,7 @@ struct Weight {
     const float* offset;   // null: none
     uint8_t bytes[16];     // of table4
     float floats[16];      // of float4
+    const uint8_t* tables;  // of rows4 … and float_rows4 …
 };
 
 // How activations meet the codes.

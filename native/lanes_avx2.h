@@ -81,6 +81,20 @@ inline Bytes average(Bytes x, Bytes y) { return {_mm256_avg_epu8(x.a, y.a), _mm2
 inline Bytes look_up(Bytes table, Bytes index) {
     return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
 }
+template <int kBytes>
+inline Bytes zip_low(Bytes x, Bytes y) {
+    if constexpr (kBytes == 1) return {_mm256_unpacklo_epi8(x.a, y.a), _mm256_unpacklo_epi8(x.b, y.b)};
+    if constexpr (kBytes == 2) return {_mm256_unpacklo_epi16(x.a, y.a), _mm256_unpacklo_epi16(x.b, y.b)};
+    if constexpr (kBytes == 4) return {_mm256_unpacklo_epi32(x.a, y.a), _mm256_unpacklo_epi32(x.b, y.b)};
+    return {_mm256_unpacklo_epi64(x.a, y.a), _mm256_unpacklo_epi64(x.b, y.b)};
+}
+template <int kBytes>
+inline Bytes zip_high(Bytes x, Bytes y) {
+    if constexpr (kBytes == 1) return {_mm256_unpackhi_epi8(x.a, y.a), _mm256_unpackhi_epi8(x.b, y.b)};
+    if constexpr (kBytes == 2) return {_mm256_unpackhi_epi16(x.a, y.a), _mm256_unpackhi_epi16(x.b, y.b)};
+    if constexpr (kBytes == 4) return {_mm256_unpackhi_epi32(x.a, y.a), _mm256_unpackhi_epi32(x.b, y.b)};
+    return {_mm256_unpackhi_epi64(x.a, y.a), _mm256_unpackhi_epi64(x.b, y.b)};
+}
 
 inline Ints lanes_of(Bytes v) { return {v.a, v.b}; }
 inline Bytes bytes_of(Ints v) { return {v.a, v.b}; }

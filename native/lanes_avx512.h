@@ -43,6 +43,20 @@ inline Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
 inline Bytes subtract_to_zero(Bytes a, Bytes b) { return _mm512_subs_epu8(a, b); }
 inline Bytes average(Bytes a, Bytes b) { return _mm512_avg_epu8(a, b); }
 inline Bytes look_up(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+template <int kBytes>
+inline Bytes zip_low(Bytes a, Bytes b) {
+    if constexpr (kBytes == 1) return _mm512_unpacklo_epi8(a, b);
+    if constexpr (kBytes == 2) return _mm512_unpacklo_epi16(a, b);
+    if constexpr (kBytes == 4) return _mm512_unpacklo_epi32(a, b);
+    return _mm512_unpacklo_epi64(a, b);
+}
+template <int kBytes>
+inline Bytes zip_high(Bytes a, Bytes b) {
+    if constexpr (kBytes == 1) return _mm512_unpackhi_epi8(a, b);
+    if constexpr (kBytes == 2) return _mm512_unpackhi_epi16(a, b);
+    if constexpr (kBytes == 4) return _mm512_unpackhi_epi32(a, b);
+    return _mm512_unpackhi_epi64(a, b);
+}
 
 inline Ints lanes_of(Bytes b) { return b; }
 inline Bytes bytes_of(Ints v) { return v; }

@@ -62,6 +62,30 @@ inline Bytes add_bytes(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, vaddq_u8(a.v[i], 
 inline Bytes subtract_to_zero(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, vqsubq_u8(a.v[i], b.v[i])); }
 inline Bytes average(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, vrhaddq_u8(a.v[i], b.v[i])); }
 inline Bytes look_up(Bytes table, Bytes index) { ARRONDI_EACH(Bytes, vqtbl1q_u8(table.v[i], index.v[i])); }
+template <int kBytes>
+inline Bytes zip_low(Bytes x, Bytes y) {
+    if constexpr (kBytes == 1) {
+        ARRONDI_EACH(Bytes, vzip1q_u8(x.v[i], y.v[i]));
+    } else if constexpr (kBytes == 2) {
+        ARRONDI_EACH(Bytes, vreinterpretq_u8_u16(vzip1q_u16(vreinterpretq_u16_u8(x.v[i]), vreinterpretq_u16_u8(y.v[i]))));
+    } else if constexpr (kBytes == 4) {
+        ARRONDI_EACH(Bytes, vreinterpretq_u8_u32(vzip1q_u32(vreinterpretq_u32_u8(x.v[i]), vreinterpretq_u32_u8(y.v[i]))));
+    } else {
+        ARRONDI_EACH(Bytes, vreinterpretq_u8_u64(vzip1q_u64(vreinterpretq_u64_u8(x.v[i]), vreinterpretq_u64_u8(y.v[i]))));
+    }
+}
+template <int kBytes>
+inline Bytes zip_high(Bytes x, Bytes y) {
+    if constexpr (kBytes == 1) {
+        ARRONDI_EACH(Bytes, vzip2q_u8(x.v[i], y.v[i]));
+    } else if constexpr (kBytes == 2) {
+        ARRONDI_EACH(Bytes, vreinterpretq_u8_u16(vzip2q_u16(vreinterpretq_u16_u8(x.v[i]), vreinterpretq_u16_u8(y.v[i]))));
+    } else if constexpr (kBytes == 4) {
+        ARRONDI_EACH(Bytes, vreinterpretq_u8_u32(vzip2q_u32(vreinterpretq_u32_u8(x.v[i]), vreinterpretq_u32_u8(y.v[i]))));
+    } else {
+        ARRONDI_EACH(Bytes, vreinterpretq_u8_u64(vzip2q_u64(vreinterpretq_u64_u8(x.v[i]), vreinterpretq_u64_u8(y.v[i]))));
+    }
+}
 
 inline Ints lanes_of(Bytes b) { ARRONDI_EACH(Ints, vreinterpretq_s32_u8(b.v[i])); }
 inline Bytes bytes_of(Ints v) { ARRONDI_EACH(Bytes, vreinterpretq_u8_s32(v.v[i])); }

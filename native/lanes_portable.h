@@ -71,8 +71,22 @@ inline Bytes subtract_to_zero(Bytes a, Bytes b) {
 }
 // (a + b + 1) / 2 without overflow.
 inline Bytes average(Bytes a, Bytes b) { ARRONDI_EACH(Bytes, 64, static_cast<uint8_t>((a.v[i] + b.v[i] + 1) >> 1)); }
-// table[index], table from repeat16, index 0 … 15.
-inline Bytes look_up(Bytes table, Bytes index) { ARRONDI_EACH(Bytes, 64, table.v[index.v[i] & 15]); }
+// table[index] in each sixteen bytes, index 0 … 15.
+inline Bytes look_up(Bytes table, Bytes index) { ARRONDI_EACH(Bytes, 64, table.v[i / 16 * 16 + (index.v[i] & 15)]); }
+
+// The first halves of each sixteen bytes of a and of b, `kBytes` of one and of the other in turn; the second halves.
+template <int kBytes, int kFrom>
+inline Bytes zip(const Bytes& a, const Bytes& b) {
+    ARRONDI_EACH(Bytes, 64, (i / kBytes % 2 == 0 ? a : b).v[i / 16 * 16 + kFrom + i % 16 / (2 * kBytes) * kBytes + i % kBytes]);
+}
+template <int kBytes>
+inline Bytes zip_low(const Bytes& a, const Bytes& b) {
+    return zip<kBytes, 0>(a, b);
+}
+template <int kBytes>
+inline Bytes zip_high(const Bytes& a, const Bytes& b) {
+    return zip<kBytes, 8>(a, b);
+}
 
 inline Ints splat(int32_t v) { ARRONDI_EACH(Ints, 16, v); }
 inline Ints zero_ints() { return splat(int32_t{0}); }

@@ -210,7 +210,7 @@ inline void any_tile(const Product& p, Panel& panel, int tile, float* totals) {
     }
     if constexpr (kWords)
         if (p.words) return integer_tile<WordOp, kRowsHere, 1>(p, panel, tile, totals);
-    if (p.weight.kind == Kind::u8) return integer_rows<WideOp, kRowsHere>(p, panel, tile, totals);
+    if (wide(p.weight.kind)) return integer_rows<WideOp, kRowsHere>(p, panel, tile, totals);
     if constexpr (kShortSums)
         if (fold_quads(p.weight.kind) > 1) return integer_rows<ShortOp, kRowsHere>(p, panel, tile, totals);
     return integer_rows<IntegerOp, kRowsHere>(p, panel, tile, totals);
@@ -235,15 +235,14 @@ inline void any_rows(const Product& p, Panel& panel, int tile, float* totals) {
 
 // One step of one block as units of float32, or of pairs of bfloat16, with the scale and zero point in them.
 template <Kind kKind>
-inline void decode_floats(const Product& p, const Bytes* decoded, int block, int column, const Table16& table, uint8_t* out) {
+inline void decode_floats(const Product& p, const Numbers<kKind>& numbers, int block, int column, uint8_t* out) {
     const Weight& w = p.weight;
     for (int q = 0; q < Decode<kKind>::kQuads; q++, column += 4) {
         const GroupOf16 g = group_at(w, block, group_of(w, column < w.k ? column : w.k - 1));
         const Floats zero = g.zero == nullptr ? splat(static_cast<float>(w.zero_all)) : to_floats(widen_bytes(g.zero));
         const Floats shift = g.offset == nullptr ? zero_floats() : load_floats(g.offset);
-        const Ints lanes = lanes_of(decoded[q]);
-        Floats v[4] = {value<kKind, 0>(lanes, table), value<kKind, 1>(lanes, table), value<kKind, 2>(lanes, table),
-                       value<kKind, 3>(lanes, table)};
+        Floats v[4];
+        numbers.quad(q, v);
         for (int j = 0; j < 4; j++) v[j] = add(mul(sub(v[j], zero), g.scale), shift);
         if (p.pairs) {
             for (int j = 0; j < 4; j += 2, out += 64)
@@ -267,7 +266,7 @@ inline void decode_panel(const Product& p, Panel& panel) {
         return;
     }
     const int units = p.words || p.pairs ? kColumns / 2 : p.digits > 0 ? D::kQuads : kColumns;
-    const Table16 table = load_table(w.floats);
+    Numbers<kKind> numbers(w);
     Bytes decoded[D::kQuads];
     panel.from = panel.units;
     panel.stride = static_cast<int64_t>(panel.columns / kColumns) * units * 64 + kStagger;
@@ -279,7 +278,12 @@ inline void decode_panel(const Product& p, Panel& panel) {
         }
         const uint8_t* codes = start + v * of_block;
         for (int column = panel.column; column < panel.column + panel.columns; column += kColumns) {
-            D::step(codes, w, decoded);
+            if (p.digits == 0) {
+                numbers.step(codes, w, panel.first + v);
+                decode_floats<kKind>(p, numbers, panel.first + v, column, out);
+            } else {
+                D::step(codes, w, panel.first + v, decoded);
+            }
             codes += step_bytes(kKind);
             if (p.words) {
                 for (int q = 0; q < D::kQuads; q++) {
@@ -288,8 +292,6 @@ inline void decode_panel(const Product& p, Panel& panel) {
                 }
             } else if (p.digits > 0) {
                 for (int q = 0; q < D::kQuads; q++) store_bytes(out + 64 * q, decoded[q]);
-            } else {
-                decode_floats<kKind>(p, decoded, panel.first + v, column, table, out);
             }
             out += static_cast<int64_t>(units) * 64;
         }

@@ -29,17 +29,38 @@ Planes planes_of(Kind kind) {
         case Kind::u5: return {2, {{4, 0}, {1, 4}}};
         case Kind::u4:
         case Kind::table4:
-        case Kind::float4: return {1, {{4, 0}}};
-        case Kind::u3: return {2, {{2, 0}, {1, 2}}};
-        case Kind::u2: return {1, {{2, 0}}};
+        case Kind::rows4:
+        case Kind::float4:
+        case Kind::float_rows4: return {1, {{4, 0}}};
+        case Kind::u3:
+        case Kind::rows3:
+        case Kind::float_rows3: return {2, {{2, 0}, {1, 2}}};
+        case Kind::u2:
+        case Kind::rows2:
+        case Kind::float_rows2: return {1, {{2, 0}}};
         case Kind::u1: return {1, {{1, 0}}};
         case Kind::trit5: break;
     }
     return {0, {}};
 }
 
+// [quad][row][4] → the order for tables of rows, or back: of every four quads, lane 4s + v of quad q changes places with part q
+// of segment s of vector v. It is its own inverse.
+void turn(uint8_t* quads) {
+    for (int half = 0; half < 512; half += 256)
+        for (int s = 0; s < 4; s++)
+            for (int v = 0; v < 4; v++)
+                for (int q = 0; q < v; q++) {
+                    uint8_t lane[4], *one = quads + half + 64 * q + 16 * s + 4 * v, *other = quads + half + 64 * v + 16 * s + 4 * q;
+                    std::memcpy(lane, one, 4);
+                    std::memcpy(one, other, 4);
+                    std::memcpy(other, lane, 4);
+                }
+}
+
 // codes [16 rows][step columns] of one step, in memory as [quad][row][4], → the step's bytes.
-void pack_step(Kind kind, const uint8_t* quads, uint8_t* out) {
+void pack_step(Kind kind, uint8_t* quads, uint8_t* out) {
+    if (row_entry(kind) > 0) turn(quads);
     if (kind == Kind::trit5) {
         // The byte is the fraction value/243, so that multiplying by 3 moves one digit after another over the top.
         for (int i = 0; i < 64; i++) {
@@ -85,6 +106,7 @@ void unpack_step(Kind kind, const uint8_t* in, uint8_t* quads) {
                     quads[64 * (v * per + q) + i] |=
                         static_cast<uint8_t>(((in[i] >> (plane.width * q)) & mask) << plane.low);
     }
+    if (row_entry(kind) > 0) turn(quads);
 }
 
 // Sixteen rows of bytes (`row(i)` gives one, or null beyond the matrix) → one block.

@@ -33,8 +33,6 @@ thread_local Scratch tiles_memory, panel_memory, gate_memory;
 // Tokens of a gated product that are computed before the gate is applied to them.
 constexpr int kGateTokens = 384;
 
-bool integer(Kind kind) { return kind <= Kind::table4; }
-
 // The longest run of whole steps that divides a group and is at most `most`.
 int span_of(const Weight& w, int most) {
     const int step = 4 * step_quads(w.kind);
@@ -49,7 +47,9 @@ const char* check(const Product& p) {
     const Weight& w = p.weight;
     const int step = 4 * step_quads(w.kind);
     if (p.m < 0 || w.n < 0 || w.k < 1) return "a size is negative, or there are no columns";
-    if (w.codes == nullptr || w.scale == nullptr || p.x == nullptr || p.y == nullptr) return "a buffer is null";
+    if (w.codes == nullptr || w.scale == nullptr || p.x == nullptr || p.y == nullptr ||
+        (row_entry(w.kind) > 0 && w.tables == nullptr))
+        return "a buffer is null";
     if (w.groups > 1 && (w.kind == Kind::trit5 || (w.group % step != 0 && w.group != 16)))
         return "groups must be of 16 columns or of whole steps";
     if (p.digits < 0 || p.digits > 3 || (p.digits > 0 && !integer(w.kind))) return "this format has no integer products";
@@ -82,9 +82,9 @@ const char* ungated(Product& p) {
     if (p.digits == 2 && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
     // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
     // one or two tokens taking the codes apart costs more than that saves.
-    const bool wide = w.kind == Kind::u8 || w.kind == Kind::table4;
-    p.words = path.words && (wide ? p.digits == 1 || p.digits == 2 : p.digits == 2 && p.m > 2);
-    if (p.digits == 3 && (!path.fast_dot || (path.words && (wide || p.m > 2)))) p.digits = 0;
+    const bool apart = wide(w.kind) || w.kind == Kind::table4;
+    p.words = path.words && (apart ? p.digits == 1 || p.digits == 2 : p.digits == 2 && p.m > 2);
+    if (p.digits == 3 && (!path.fast_dot || (path.words && (apart || p.m > 2)))) p.digits = 0;
     const int padded = w.steps * 4 * step_quads(w.kind), blocks = (w.n + kBlock - 1) / kBlock;
     const int rows = p.m * rows_of_token(p);
     // Rows of a tile when the weight is decoded in registers: as many as there are variants of (see stream_kind).

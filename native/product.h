@@ -20,7 +20,13 @@ inline void by_kind(Kind kind, const Arguments&... arguments) {
         case Kind::u1: return Action<Kind::u1>::run(arguments...);
         case Kind::trit5: return Action<Kind::trit5>::run(arguments...);
         case Kind::table4: return Action<Kind::table4>::run(arguments...);
+        case Kind::rows4: return Action<Kind::rows4>::run(arguments...);
+        case Kind::rows3: return Action<Kind::rows3>::run(arguments...);
+        case Kind::rows2: return Action<Kind::rows2>::run(arguments...);
         case Kind::float4: return Action<Kind::float4>::run(arguments...);
+        case Kind::float_rows4: return Action<Kind::float_rows4>::run(arguments...);
+        case Kind::float_rows3: return Action<Kind::float_rows3>::run(arguments...);
+        case Kind::float_rows2: return Action<Kind::float_rows2>::run(arguments...);
         case Kind::e4m3: return Action<Kind::e4m3>::run(arguments...);
         case Kind::e5m2: return Action<Kind::e5m2>::run(arguments...);
         case Kind::e3m2: return Action<Kind::e3m2>::run(arguments...);

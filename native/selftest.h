@@ -43,12 +43,11 @@ constexpr int kThreads[] = {1, 2, 5};
 
 // ---- numbers -----------------------------------------------------------------------------------------------------
 
-constexpr const char* kKindNames[kKinds] = {"u8",     "u6",     "u5",   "u4",   "u3",   "u2",  "u1",
-                                        "trit5", "table4", "float4", "e4m3", "e5m2", "e3m2", "e2m3"};
+constexpr const char* kKindNames[kKinds] = {
+    "u8",     "u6",          "u5",          "u4",          "u3",   "u2",   "u1",   "trit5", "table4", "rows4", "rows3", "rows2",
+    "float4", "float_rows4", "float_rows3", "float_rows2", "e4m3", "e5m2", "e3m2", "e2m3"};
 constexpr const char* kTypeNames[3] = {"f32", "bf16", "f16"};
 constexpr Type kTypes[3] = {Type::f32, Type::bf16, Type::f16};
-
-inline bool integer(Kind kind) { return kind <= Kind::table4; }
 
 // How many codes a kind has.
 inline int codes_of(Kind kind) {
@@ -60,8 +59,12 @@ inline int codes_of(Kind kind) {
         case Kind::e3m2:
         case Kind::e2m3: return 64;
         case Kind::u5: return 32;
-        case Kind::u3: return 8;
-        case Kind::u2: return 4;
+        case Kind::u3:
+        case Kind::rows3:
+        case Kind::float_rows3: return 8;
+        case Kind::u2:
+        case Kind::rows2:
+        case Kind::float_rows2: return 4;
         case Kind::u1: return 2;
         case Kind::trit5: return 3;
         default: return 16;

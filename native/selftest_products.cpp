@@ -11,7 +11,17 @@ namespace arrondi {
 namespace {
 
 // Formats without infinities and NaN: the codes that other rules give to those are numbers here.
-double value_of(const Weight& w, int code) {
+double value_of(const Weight& w, int row, int code) {
+    if (const int size = row_entry(w.kind); size > 0) {
+        // Byte i of an entry lies i vectors of four rows on; which vector and which part of it follow from the row.
+        const uint8_t* first = w.tables + (row / kBlock * 4 + row % 4) * 64 * size + row % kBlock / 4 * 16 + code;
+        if (size == 1) return *first;
+        uint8_t bytes[4];
+        for (int i = 0; i < 4; i++) bytes[i] = first[64 * i];
+        float value;
+        std::memcpy(&value, bytes, 4);
+        return value;
+    }
     switch (w.kind) {
         case Kind::u1: return 2 * code;
         case Kind::table4: return w.bytes[code];
@@ -64,7 +74,7 @@ struct Case {
 struct Made {
     Weight weight{};
     std::vector<uint8_t> codes;  // (n, k), unpacked
-    std::vector<uint8_t> packed, zero;
+    std::vector<uint8_t> packed, zero, tables;
     std::vector<float> offset;
     Numbers scale{Type::f32, 0};
 
@@ -96,6 +106,15 @@ Made make_weight(const Case& c, Random& random) {
         w.bytes[i] = static_cast<uint8_t>(random.below(128));
         w.floats[i] = random.normal();
     }
+    const int size = row_entry(c.kind);
+    made.tables.resize(static_cast<size_t>((c.n + kBlock - 1) / kBlock) * 256 * size);
+    for (size_t i = 0; i < made.tables.size(); i++) {
+        const float number = random.normal();
+        uint8_t bytes[4];
+        std::memcpy(bytes, &number, 4);
+        made.tables[i] = size == 1 ? static_cast<uint8_t>(random.below(256)) : bytes[i / 64 % 4];
+    }
+    w.tables = size == 0 ? nullptr : made.tables.data();
     made.codes.resize(static_cast<size_t>(c.n) * c.k);
     const int most = codes_of(c.kind);
     for (uint8_t& code : made.codes) code = static_cast<uint8_t>(random.below(most));
@@ -234,7 +253,7 @@ struct Reference {
         for (int i = 0; i < c.n; i++)
             for (int j = 0; j < c.k; j++) {
                 const int g = made.group_of(j);
-                const double code = value_of(made.weight, made.code(i, j)) - made.zero_of(i, g);
+                const double code = value_of(made.weight, i, made.code(i, j)) - made.zero_of(i, g);
                 const float scale = made.scale.floats[made.at(i, g)], offset = made.offset_of(i, g);
                 const size_t at = static_cast<size_t>(i) * c.k + j;
                 real[at] = c.integers ? code : code * scale + offset;
@@ -511,7 +530,7 @@ void try_codes(Kind kind) {
             product(p);
             for (int t = 0; t < m; t++)
                 for (int i = 0; i < c.n; i++) {
-                    double expected = value_of(made.weight, made.code(i, from + t));
+                    double expected = value_of(made.weight, i, made.code(i, from + t));
                     if (p.pairs) expected = from_bf16(to_bf16(static_cast<float>(expected)));
                     const double got = y.get(static_cast<size_t>(t * c.n + i));
                     if (got != expected)
@@ -533,7 +552,8 @@ void try_extremes() {
         {Kind::u8, 65536, 255, 0, 1, false},  {Kind::u8, 65536, 0, 255, 1, false},   {Kind::u8, 640, 255, 0, 1, true},
         {Kind::u8, 640, 128, 1, 1, false},    {Kind::table4, 640, 15, 0, 1, false},  {Kind::table4, 640, 15, 0, 1, true},
         {Kind::table4, 640, 0, 127, 1, true}, {Kind::u8, 32768, 255, 0, 2, false},   {Kind::u8, 32768, 0, 255, 2, false},
-        {Kind::u8, 640, 255, 0, 2, true},     {Kind::table4, 640, 0, 127, 2, false}, {Kind::u4, 32768, 15, 0, 2, true}};
+        {Kind::u8, 640, 255, 0, 2, true},     {Kind::table4, 640, 0, 127, 2, false}, {Kind::u4, 32768, 15, 0, 2, true},
+        {Kind::rows4, 65536, 15, 0, 1, false}, {Kind::rows2, 640, 3, 128, 1, true}, {Kind::rows3, 32768, 7, 0, 2, false}};
     for (const Extreme& e : extremes)
         for (int m : {1, 2, 7})
             for (int sign : {1, -1}) {
@@ -553,6 +573,7 @@ void try_extremes() {
                 made.weight.zero_all = e.zero;
                 made.weight.bytes[0] = 0;
                 made.weight.bytes[15] = 127;
+                std::fill(made.tables.begin(), made.tables.end(), static_cast<uint8_t>(255));
                 std::fill(made.codes.begin(), made.codes.end(), static_cast<uint8_t>(e.code));
                 made.pack(2);
                 Numbers x(Type::f32, static_cast<size_t>(m) * e.k);
@@ -563,7 +584,7 @@ void try_extremes() {
                 Output y(c, static_cast<size_t>(m) * c.n);
                 Product p = product_of(c, made, x, e.k, y, c.n, {});
                 product(p);
-                const int64_t value = static_cast<int64_t>(value_of(made.weight, e.code)) - e.zero;
+                const int64_t value = static_cast<int64_t>(value_of(made.weight, 0, e.code)) - e.zero;
                 const int64_t plus = e.alternating ? e.k / 2 : sign > 0 ? e.k : 0;
                 const bool longer = e.digits == 2 && !e.alternating;
                 const int64_t expected = value * ((longer ? 255 : 127) * plus - (longer ? 255 : 128) * (e.k - plus));
@@ -576,7 +597,7 @@ void try_extremes() {
 
 // A token with NaN or infinity has no finite result, and its neighbours are as they were.
 void try_not_finite() {
-    for (Kind kind : {Kind::u4, Kind::u8, Kind::e4m3})
+    for (Kind kind : {Kind::u4, Kind::u8, Kind::rows4, Kind::float_rows3, Kind::e4m3})
         for (int digits = 0; digits <= (integer(kind) ? 3 : 0); digits++)
             for (int m : {1, 4, 13})
                 for (Type type : kTypes)
@@ -676,6 +697,9 @@ void try_refusals() {
     p = good;
     p.x = nullptr;
     refused(p, "a missing x");
+    p = good;
+    p.weight.kind = Kind::rows4;
+    refused(p, "a weight without the tables of its rows");
     p = good;
     p.weight.group = 24;
     p.weight.groups = 3;

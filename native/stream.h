@@ -25,7 +25,7 @@ inline void stream_block(const Product& p, int tile, int block) {
     Floats total[kTokens];
     for (int t = 0; t < kTokens; t++) total[t] = zero_floats();
     Ints sum[kChains][kRowsHere];
-    Bytes state;
+    typename D::State state;
 
     const auto begin = [&](int s) {
         Ints fresh[kRowsHere];
@@ -64,7 +64,7 @@ inline void stream_block(const Product& p, int tile, int block) {
     };
     const auto arrive = [&] {
         for (int line = 0; line < step_bytes(kKind); line += 64) __builtin_prefetch(codes + kAhead + line);
-        state = D::begin(codes, w);
+        state = D::begin(codes, w, block);
     };
     using Start = std::integral_constant<int, 0>;
     using Middle = std::integral_constant<int, 4>;
@@ -110,11 +110,10 @@ inline void stream_block_floats(const Product& p, int tile, int block) {
     const Weight& w = p.weight;
     const uint8_t* codes = w.codes + static_cast<int64_t>(block) * w.steps * step_bytes(kKind);
     const float* x = reinterpret_cast<const float*>(p.tiles + tile * p.tile_bytes);
-    const Table16 table = load_table(w.floats);
+    Numbers<kKind> numbers(w);
     Floats total[kRowsHere], sum[kRowsHere], ones[kRowsHere];
     for (int r = 0; r < kRowsHere; r++) total[r] = zero_floats();
     const int of_span = p.span / 4;
-    Bytes decoded[D::kQuads];
     int quad = 0;
     const int quads = w.steps * D::kQuads;
     for (int s = 0; s < p.spans; s++) {
@@ -125,12 +124,11 @@ inline void stream_block_floats(const Product& p, int tile, int block) {
         for (; quad < stop; quad++, x += 4 * kRowsHere) {
             if (quad % D::kQuads == 0) {
                 for (int line = 0; line < step_bytes(kKind); line += 64) __builtin_prefetch(codes + kAhead + line);
-                D::step(codes, w, decoded);
+                numbers.step(codes, w, block);
                 codes += step_bytes(kKind);
             }
-            const Ints lanes = lanes_of(decoded[quad % D::kQuads]);
-            Floats v[4] = {value<kKind, 0>(lanes, table), value<kKind, 1>(lanes, table), value<kKind, 2>(lanes, table),
-                           value<kKind, 3>(lanes, table)};
+            Floats v[4];
+            numbers.quad(quad % D::kQuads, v);
             for (int j = 0; j < 4; j++)
                 for (int r = 0; r < kRowsHere; r++) sum[r] = fma(sub(v[j], zero), splat(x[j * kRowsHere + r]), sum[r]);
             if (g.offset != nullptr)
@@ -163,7 +161,7 @@ inline void stream_kind(const Product& p, int tile, int block) {
             case 3: return stream_block_floats<kKind, 3>(p, tile, block);
             default: return stream_block_floats<kKind, 4>(p, tile, block);
         }
-    if constexpr (kKind <= Kind::table4) {
+    if constexpr (integer(kKind)) {
         if constexpr (kWords)
             if (p.words) switch (count) {
                     case 1: return stream_spans<kKind, 1, 0>(p, tile, block);

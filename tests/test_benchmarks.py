@@ -31,7 +31,7 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "gptq_layer.py": (lambda _: ["--size", 256, "--rounds", 1], r"arrondi, search +\d.* loss 0\.\d+"),
     "gptq_speed.py": (
         lambda tiny: ["--data", data(tiny), "--model", tiny, "--repeat", 1],
-        r"tiny, W4A16(?s:.*)arrondi +\d.*CPU s(?s:.*)mean relative loss(?s:.*)ours-0 +21 (?s:.*)books-llama-6m is not there",
+        r"tiny, gptq W4A16(?s:.*)arrondi +\d.*CPU s(?s:.*)mean relative loss(?s:.*)gptq/arrondi-0 +21 (?s:.*)books-llama-6m is not there",
     ),
     "kernels.py": (
         lambda _: ["--shapes", "64x128", "--m", 1, "--rounds", 1, "--threads", 1, "--seconds", 0.01, "--rotate-mb", 0.1, "--cases", "w4 bf16"],
@@ -44,8 +44,8 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "layer_loss.py": (lambda tiny: [tiny, quantized(tiny), "--text", TEXT, *FEW], r"mean relative loss(?s:.*)tiny-w4 +21 +0\.\d+"),
     "make_llama.py": (lambda tiny: [tiny.parent / "another", "--size", "tiny"], r"another: 574,336 parameters"),
     "quality.py": (
-        lambda tiny: ["--model", tiny, "--split", TEXT, "--samples", 2, "--seq-len", 16, "--windows", 2, "--bits", 4],
-        r"(?s)4  rtn .*4  hqq .*4  gptq .*%",
+        lambda tiny: ["--model", tiny, "--split", TEXT, "--samples", 2, "--seq-len", 16, "--windows", 2, "--only", "^W4A16 (hqq|gptq)$|^kv int8", "--copy", f"mine={quantized(tiny)}"],
+        r"(?s)mine +– .*W4A16 hqq +4\.\d.*W4A16 gptq .*% .*kv int8 ",
     ),
     "quantizer_speed.py": (lambda _: ["--repeat", 1, "--rows", 64], r"round and pack, GB/s +compiled \d.* reference \d(?s:.*)hqq, s "),
     "rtn_speed.py": (lambda tiny: ["--model", tiny, "--repeat", 1], r"RTN W4A16, range searched.*GB/s a core(?s:.*)widest range .*GB/s a core(?s:.*)a plain copy"),

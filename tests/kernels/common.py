@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from arrondi.formats import ActivationScheme, Scheme, parse_scheme
+from arrondi.formats import FORMATS, ActivationScheme, LayerScheme, Scheme, parse_scheme
 from arrondi.kernels import Meta
 from arrondi.kernels import native_linear as module
 from arrondi.native import native
 from arrondi.tensor.qtensor import QTensor, quantize_tensor
 from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.tables import round_table
 from tests.cases import pairwise as pairwise
 
 PATHS = [] if native is None else [name for name, missing in native.paths() if missing is None]
@@ -22,9 +24,20 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def weight(scheme: str | Scheme, shape: Sequence[int], seed: int = 0) -> QTensor:
+def weight(scheme: str | Scheme | LayerScheme, shape: Sequence[int], seed: int = 0) -> QTensor:
     """Numbers of mean 0.01 and deviation 0.05, rounded."""
-    return quantize_tensor(normal(*shape, seed=seed) * 0.05 + 0.01, scheme)
+    return rounded(normal(*shape, seed=seed) * 0.05 + 0.01, scheme)
+
+
+def rounded(x: torch.Tensor, scheme: str | Scheme | LayerScheme) -> QTensor:
+    """x on its grid; where values are learned, codes of NF4 that mean the entries of random tables, no two alike."""
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    scheme = scheme.weights if isinstance(scheme, LayerScheme) else scheme
+    if scheme.table is None:
+        return quantize_tensor(x, scheme)
+    q, levels = quantize_tensor(x, replace(scheme, format=FORMATS["nf4"], table=None)), scheme.format.levels
+    values = round_table(normal(scheme.table.count(x.shape[0]), levels, seed=7).clamp(-1, 1), scheme.table)
+    return replace(q, codes=q.codes % levels, scheme=scheme, table=values.sort(dim=1).values)
 
 
 def inputs(text: str) -> ActivationScheme:
@@ -46,9 +59,9 @@ def packed(
 
 
 def assert_same(found: QTensor, wanted: QTensor) -> None:
-    """Codes, scales, zero points, offsets and scheme to the bit; nested scales too."""
+    """Codes, scales, zero points, offsets, tables and scheme to the bit; nested scales too."""
     assert found.scheme == wanted.scheme
-    for name in ("codes", "scale", "zero_point", "offset", "group_index"):
+    for name in ("codes", "scale", "zero_point", "offset", "group_index", "table"):
         a, b = getattr(found, name), getattr(wanted, name)
         if isinstance(b, QTensor):
             assert_same(a, b)

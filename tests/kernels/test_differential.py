@@ -12,9 +12,9 @@ import torch
 from arrondi.formats import FORMATS, PerChannel, PerGroup, PerTensor, Scheme, codebook, parse_scheme, tile_shape
 from arrondi.kernels import KERNELS, Meta, decoded, decoded_rows, pack_weight, unpack_weight
 from arrondi.native import native
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.tiling import from_tiles
-from tests.kernels.common import assert_same, normal
+from tests.kernels.common import assert_same, normal, rounded
 
 SCHEMES = {
     name: parse_scheme(name).weights
@@ -23,6 +23,8 @@ SCHEMES = {
         "T158", "BINARY", "w=int4/channel/bfloat16", "w=int4/tensor", "w=uint4/g32/offset/float16", "w=int4/b32x64",
         "w=int4/g512",
         "w=uint4/g64/asym", "w=int8/channel", "w=int8/tensor/bfloat16", "w=int8/channel/asym", "w=fp6_e3m2/g32/e8m0",
+        "w=lut4/channel", "w=lut4/g32/t:float16", "w=lut3/g64/offset/t:int8:16", "w=lut2/g16/t:int8:all",
+        "w=lut3/channel/t:float32:all", "w=lut2/tensor/t:bfloat16:5", "w=lut5/channel",
     )
 }  # fmt: skip
 SCHEMES["int4-per-input"] = Scheme(FORMATS["int4"], PerChannel(axis=1))
@@ -57,7 +59,7 @@ def few(kernel: str, name: str) -> list[tuple[tuple[int, int], torch.dtype]]:
 
 
 def wide_weight(shape: tuple[int, int], scheme: Scheme) -> QTensor:
-    return quantize_tensor(normal(*shape) * 0.1 + 0.03, scheme)
+    return rounded(normal(*shape) * 0.1 + 0.03, scheme)
 
 
 def step_of(q: QTensor) -> torch.Tensor:
@@ -165,7 +167,9 @@ def test_packing_is_lossless_in_any_chunks():
             assert_same(unpack_weight(packed, q.scheme, shape), q)
             whole = q.dequantize()
             assert torch.equal(decoded(packed, q.scheme, shape, torch.bfloat16), whole.bfloat16())
-            block = tile_shape(q.scheme.granularity, shape)[0]
+            own = q.scheme.table  # rows that share a table stay together too
+            heights = (tile_shape(q.scheme.granularity, shape)[0], 1 if own is None else own.rows)
+            block = max((h for h in heights if h < shape[0]), default=1)
             for chunk in (1, 3 * shape[1], 10**6):
                 rows = list(decoded_rows(packed, q.scheme, shape, torch.float32, chunk))
                 assert torch.equal(torch.cat([values for _, values in rows]), whole)
@@ -208,6 +212,8 @@ def by_hand() -> dict[str, QTensor]:
     spoiled[5, 9] = 0x7F
     tiny = wide_weight((50, 256), SCHEMES["NF4"])
     level = replace(wide_weight((50, 256), parse_scheme("w=fp4_e2m1/g32").weights))
+    lut = wide_weight((50, 256), SCHEMES["w=lut4/channel"])
+    assert lut.table is not None
     return {
         "scale beyond bfloat16": replace(bfloat, scale=bfloat.real_scale * 1.001),
         "plain scale of a nested scheme": replace(nested, scale=nested.real_scale * 1.001),
@@ -216,6 +222,8 @@ def by_hand() -> dict[str, QTensor]:
         "NaN among codes": replace(fp8, codes=spoiled),
         "negative scales": replace(tiny, scale=-tiny.real_scale),
         "subnormal scales": replace(level, scale=torch.full_like(level.real_scale, 1.4e-45)),
+        "entries of tables that are no steps": replace(lut, table=lut.table * 0.999),
+        "subnormal scales of tables": replace(lut, scale=torch.full_like(lut.real_scale, 1.4e-45)),
         "a scale of NaN": replace(tiny, scale=tiny.real_scale * torch.tensor(torch.nan)),
     }
 

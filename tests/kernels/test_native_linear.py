@@ -78,6 +78,7 @@ ROUNDED = (
     "w=int4/g128,a=int8/g32", "w=int3/g32,a=int8/g128/asym", "w=int8/channel,a=int8/g64",
     "w=int5/g16/asym,a=uint4/g32/asym/bfloat16", "w=int2/tensor,a=int8/g512", "w=int8/channel,a=int8/tensor/static",
     "w=int4/g32/asym,a=int8/tensor/static", "w=ternary/channel,a=uint8/tensor/asym/static", "w=nf4/g64,a=int8/tensor/static",
+    "w=lut4/channel,a=int8/token", "w=lut3/g64,a=int8/g64/asym", "w=lut2/channel/t:float16,a=int8/token",
 )  # fmt: skip
 
 
@@ -122,7 +123,8 @@ def test_rounded_activations_of_every_scheme_and_type(path: str, text: str, dtyp
 
 CODINGS = (
     "W4A16", "W3A16", "W2A16_ASYM", "W5A16", "W6A16", "W8A16", "NF4", "FP8A16", "NVFP4A16", "MXFP6", "BINARY", "T158",
-    "w=fp8_e5m2/channel", "w=fp6_e2m3/g32", "w=uint4/g32/offset",
+    "w=fp8_e5m2/channel", "w=fp6_e2m3/g32", "w=uint4/g32/offset", "w=lut4/channel", "w=lut3/g32/t:int8:16", "w=lut2/g64/t:int8:all",
+    "w=lut4/g128/t:float16", "w=lut3/channel/offset/t:bfloat16:5", "w=lut2/tensor/t:float32",
 )  # fmt: skip
 """One for each way in which codes are kept."""
 
@@ -158,7 +160,7 @@ def test_the_error_in_float32_is_that_of_a_few_roundings(path: str):
     """In units of 2⁻²⁴ of the root of the sum of squares of all terms: steps of the digits, one for each product, some for the
     sums of spans. A plain product in float32 has 9 to 13."""
     x = normal(8, 4096)
-    for text in ("W4A16", "W8A16", "W2A16", "NF4"):
+    for text in ("W4A16", "W8A16", "W2A16", "NF4", "w=lut4/channel", "w=lut4/g128/t:float16"):
         q = weight(text, (64, 4096))
         w = q.dequantize(torch.float64)
         error = module.linear(x, *packed(q), None).double() - x.double() @ w.T
@@ -201,8 +203,9 @@ def test_views_strides_and_many_axes():
 
 
 def test_nan_and_infinity_reach_only_their_own_row(path: str):
-    q = weight("W4A16", (20, 300))
-    for dtype, activations in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, INT8_TOKENS)):
+    whole = ((torch.float32, None), (torch.bfloat16, None), (torch.float32, INT8_TOKENS))
+    cases = {"W4A16": whole, "w=lut4/channel": whole, "w=lut3/channel/t:float16": whole[:2]}
+    for q, dtype, activations in ((weight(text, (20, 300)), *case) for text, some in cases.items() for case in some):
         tensors, meta = packed(q, dtype, activations)
         x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
         clean = module.linear(x, tensors, meta, None)

@@ -282,6 +282,7 @@ def test_what_a_gate_does_not_go_with():
 
 JOINED = (
     *SCHEMES, "w=uint4/g32/offset", "w=int4/channel,a=int8/token", "BINARY", "w=ternary/channel", "W8A8 static",
+    "w=lut4/g32/t:int8:16", "w=lut3/channel/t:float16",
 )  # fmt: skip
 
 

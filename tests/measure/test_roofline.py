@@ -60,6 +60,11 @@ def test_activations_are_rounded_inside_or_before() -> None:
     assert len(rows) == 4
 
 
+def test_learned_values_are_timed_with_any() -> None:
+    rows = bench([(32, 64)], [2], ["w=lut4/g32", "w=lut5/channel,a=int8/token"], seconds=QUICK)["rows"]
+    assert len(rows) == 4
+
+
 def test_copies_are_equal_and_apart() -> None:
     arena = torch.ones(1 << 12, dtype=torch.uint8)
     tensors = [torch.arange(70, dtype=torch.uint8), torch.randn(3, 5)]

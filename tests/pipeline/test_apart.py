@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import arrondi
@@ -147,3 +148,40 @@ def test_another_layout_and_another_scheme_say_so(models: Callable[..., Path], t
     config = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
     schemes = {facts["scheme"] for facts in config["tensors"].values()}
     assert schemes == {"w=int8/channel,a=int8/token/outliers:2"}
+
+
+def test_static_outliers_are_the_columns_that_reach_the_threshold(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Counted on the original by transformers; a run that is killed keeps the same, and so does a module in memory."""
+    model, out = models("llama"), tmp_path / "out"
+    ids = torch.randint(0, 2048, (4, 24), generator=torch.Generator().manual_seed(3))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    layers = {n: m for n, m in plain.named_modules() if n.endswith("_proj")}
+    largest: dict[str, torch.Tensor] = {}
+    hooks = [m.register_forward_pre_hook(lambda _, x, n=n: largest.update({n: x[0].abs().amax((0, 1))})) for n, m in layers.items()]  # fmt: skip
+    with torch.no_grad():
+        plain(ids)
+    for hook in hooks:
+        hook.remove()
+    threshold = float(torch.cat(list(largest.values())).quantile(0.93))
+    wanted = {n: int((v >= threshold).sum()) for n, v in largest.items()}
+    assert 0 in wanted.values() and len(set(wanted.values())) > 3
+
+    def quantize(out: Path) -> dict[str, Any]:
+        recipe = arrondi.Recipe.simple("W4A16", "llm-int8", group_size=32, options={"threshold": threshold})
+        return quantize_model(model, out, recipe, TextOptions(ids, samples=4, eval_text=ids[:1]), shard_bytes=100_000)
+
+    report = quantize(tmp_path / "whole")
+    stored = Checkpoint.open(str(tmp_path / "whole"))
+    kept = {n.removesuffix(".weight"): stored.read(n) for n in stored.placed}
+    assert {n: q.apart.index.shape[-1] if q.apart else 0 for n, q in kept.items() if isinstance(q, QTensor)} == wanted
+    assert report["evaluation"]["kl_mean"] > 0
+    with stopped_after("unit 0"):
+        quantize(out)
+    quantize(out)
+    assert digest(out) == digest(tmp_path / "whole")
+    arrondi.quantize(
+        plain, "W4A16", method="llm-int8", group_size=32, options={"threshold": threshold}, calibration=[ids]
+    )
+    packed = {n: m for n, m in plain.named_modules() if isinstance(m, QLinear)}
+    found = {n: kept.index.shape[-1] if (kept := m.unpack().apart) else 0 for n, m in packed.items()}
+    assert {n: c for n, c in found.items() if c} == {n: c for n, c in wanted.items() if c}

@@ -12,7 +12,7 @@ from arrondi.errors import SchemeError, ShapeError
 from arrondi.formats import ActivationScheme, Apart, LayerScheme, parse_scheme
 from arrondi.nn import QLinear, RoundedInputs
 from arrondi.rounding import METHODS
-from arrondi.rounding.llm_int8 import size_llm_int8
+from arrondi.rounding.llm_int8 import foresees_llm_int8, size_llm_int8
 
 LOUD = torch.tensor([3, 77, 200, 301, 444])
 
@@ -108,7 +108,17 @@ def test_what_the_options_mean() -> None:
     assert size_llm_int8(eight, w, {}).inputs == replace(eight.inputs, outliers=6.0)
     assert size_llm_int8(eight, w, {"outliers": "static"}).weights.apart == Apart("columns", 5, "float16")
     assert size_llm_int8(four, w, {"outliers": "dynamic"}).weights.apart is not None, "nothing dynamic without inputs"
-    assert size_llm_int8(four, w, {"share": 0.0}) == four
+    loud = x.abs().amax(0)
+    assert size_llm_int8(four, w, {}, loud).weights.apart == Apart("columns", 5, "float16"), "those that reach 6"
+    assert size_llm_int8(four, w, {"threshold": 1e30}, loud) == four
+    assert size_llm_int8(four, w, {"threshold": 0.0}, loud).weights.apart == Apart("columns", 512, "float16")
+    assert size_llm_int8(four, w, {}, torch.stack([loud / 30, loud])).weights.apart == Apart("columns", 5, "float16")
+    assert size_llm_int8(four, w, {"share": 0.02}, loud).weights.apart == Apart("columns", 10, "float16")
+    asks = [
+        foresees_llm_int8(s, o)
+        for s, o in ((four, {}), (eight, {}), (eight, {"outliers": "static"}), (four, {"share": 0.1}))
+    ]
+    assert asks == [True, False, True, False]
     assert size_llm_int8(four, w.bfloat16(), {}).weights.apart == Apart("columns", 5, "bfloat16")
     facts: dict[str, int] = {}
     METHODS["llm-int8"].run(w, "W4A16", outliers="static", absmax=x.abs().amax(0), facts=facts)

@@ -195,6 +195,7 @@ def test_the_options_of_the_methods() -> None:
         "range": "search",
         "power": 4.0,
         "refine": 0,
+        "sweeps": 1,
     }
     assert set(METHODS["hqq"].options) == {"p", "beta", "kappa", "iterations", "normalize"}
 

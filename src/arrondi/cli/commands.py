@@ -279,13 +279,31 @@ def inspect(
             help="Print instead which layers read the same activation, what makes it, and whether scales fold into that.",
         ),
     ] = False,
+    outliers: Annotated[
+        bool,
+        typer.Option(
+            "--outliers",
+            help="Print instead how large inputs of layers become on a text, and what int8 would cost them.",
+        ),
+    ] = False,
+    calibration: opt.Calibration = None,
     json_: opt.Json = False,
 ) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
     from arrondi.pipeline import inspect_folds, inspect_model
     from arrondi.report import print_folds, print_inspection
 
-    if folds:
+    if outliers is not (calibration is not None) or (outliers and folds):
+        raise SchemeError("inspect takes --folds alone, or --outliers with --calibration FILE, a text to look at.")
+    if outliers and calibration is not None:
+        from arrondi.pipeline.outliers import inspect_outliers
+        from arrondi.report import print_outliers
+
+        document = inspect_outliers(model, calibration)
+        for sentence in document["notes"]:
+            _note(sentence)
+        _answer(document, json_, print_outliers)
+    elif folds:
         _answer(inspect_folds(model), json_, print_folds)
     else:
         _answer(inspect_model(model), json_, print_inspection)

@@ -125,10 +125,9 @@ def decoded_rows(
     kept, own = _kept(tensors), scheme.table
     tables = None if own is None else load_table(tensors["table"])
     tall = 1 if own is None else own.rows or rows
-    shared = max(tile_shape(scheme.granularity, shape)[0], tall, 1)
+    shared = max((h for h in (tile_shape(scheme.granularity, shape)[0], tall) if 1 < h < rows), default=1)
     step = max(chunk // max(columns, 1), 1)
-    if 1 < shared < rows:
-        step = -(-step // shared) * shared
+    step = -(-step // shared) * shared
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         part = _granules(start, stop, tile_shape(scheme.granularity, shape)[0])

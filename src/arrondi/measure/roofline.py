@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from arrondi.formats import FORMATS, ActivationScheme, LayerScheme, PerToken, Sc
 from arrondi.kernels import KERNELS, Meta, binary_linear, choose, hadamard, pack_signs, sign_tiles
 from arrondi.native import native, operand, threads
 from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
+from arrondi.tensor.tables import round_table
 
 SCHEMES: Final = (
     "W8A16", "W6A16", "W5A16", "W4A16", "W3A16", "W2A16", "NF4", "FP4", "MXFP4A16", "NVFP4A16", "FP8A16", "TERNARY",
@@ -254,7 +255,7 @@ _Cases = Iterator[tuple[torch.dtype, int, _Case]]
 
 
 def _products(scheme: LayerScheme, n: int, k: int, tokens: Sequence[int], arena: torch.Tensor) -> _Cases:
-    q = quantize_tensor(_weight(n, k), scheme)
+    q = _on_grid(_weight(n, k), scheme.weights)
     for dtype in DTYPES:
         name, _, tensors = _bound(q, scheme.inputs, dtype)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -265,6 +266,15 @@ def _products(scheme: LayerScheme, n: int, k: int, tokens: Sequence[int], arena:
             x = torch.randn(m, k).to(dtype)
             moved = size + m * (n + k) * x.element_size()
             yield dtype, m, _Case(name, moved, 2 * m * n * k, peak, functools.partial(_rotate, products, x))
+
+
+def _on_grid(x: torch.Tensor, scheme: Scheme) -> QTensor:
+    """x rounded. Learned values take long to learn and no time by themselves: any will do, with codes that occur like theirs."""
+    if scheme.table is None:
+        return quantize_tensor(x, scheme)
+    q, levels = quantize_tensor(x, replace(scheme, format=FORMATS["nf4"], table=None)), scheme.format.levels
+    values = torch.linspace(-1, 1, levels).repeat(scheme.table.count(x.shape[0]), 1)
+    return replace(q, codes=q.codes % levels, scheme=scheme, table=round_table(values, scheme.table))
 
 
 def _rotate(products: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, i: int) -> torch.Tensor:

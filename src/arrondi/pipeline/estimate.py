@@ -16,7 +16,6 @@ from arrondi.model import OnDisk
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.run import HIDDEN_LIMIT
-from arrondi.pipeline.statistics import OF_ORIGINAL
 from arrondi.pipeline.steps import get_step
 from arrondi.tensor.rows import rowwise
 
@@ -127,6 +126,9 @@ def _followed(plan: Plan, tokens: int, eval_tokens: int, seq_len: int) -> dict[s
     if eval_tokens:
         both = _loaded(heads) + (_loaded(quantized) + _weights(quantized) if quantized else 0)
         found["outputs are compared"] = states + both + 2 * _FLOAT * rows * seq_len + _COMPARING
+    if any(one.step.scope == "whole" and one.groups for one in plan.selected):
+        # Two models, what stands in for one, its gradient, what is learned; and what every unit keeps for the way back.
+        found["the whole model is learned"] = 5 * _FLOAT * _weights(plan.tensors) + running * max(len(units), 1)
     if source.whole:
         found["both models are in memory"] = states + 2 * _FLOAT * _weights(plan.tensors) + running
     return found
@@ -199,4 +201,4 @@ def _bits(t: PlannedTensor) -> int:
 
 
 def _follows_original(plan: Plan) -> bool:
-    return any(step.needs & OF_ORIGINAL for step in plan.steps())
+    return any(step.follows_original for step in plan.steps())

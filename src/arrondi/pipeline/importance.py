@@ -170,7 +170,7 @@ def make_imatrix(
     check_windows(windows, source.model)
     batches = windows.batches(max(2048 // windows.seq_len, 1))
     notes = [*([note] if note else []), *settle(source, batches[0][:1])]
-    sums = _sums(source, batches, where, head, progress or (lambda done, total, what: None))
+    sums = sums_of_inputs(source, batches, where, head, progress or (lambda done, total, what: None))
     sites = [s for s in _linear(source) if head or s.block is not None]
     grouped = _grouped(sites, names)
     entries = {name: entry for spelled, some in grouped.items() if (entry := _entry(some, sums)) for name in spelled}
@@ -192,14 +192,14 @@ def make_imatrix(
 
 
 @torch.no_grad()
-def _sums(
+def sums_of_inputs(
     source: OnDisk,
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[Any],
     device: torch.device,
     head: bool,
-    report: Callable[[int, int, str], None],
+    report: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict[str, Energy]:
-    """Site → Σ x² of its input, in one walk."""
+    """Site → Σ x² and max |x| of its input in the original, in one walk; of linear layers, with `head` of those outside the blocks, too."""
     instance = source.instance(device=device)
     units = source.units_of(instance)
     found: dict[str, Energy] = {}

@@ -16,10 +16,11 @@ from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
 from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
 from arrondi.nn import QStack
+from arrondi.pipeline.foreseen import largest_inputs
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.statistics import OF_ORIGINAL, Forward
+from arrondi.pipeline.statistics import Forward
 from arrondi.pipeline.unit import carry_out, check_finite
 from arrondi.pipeline.work import Original, Work
 from arrondi.runtime.install import install
@@ -69,7 +70,8 @@ def quantize_module(
                 settle(source, batches[0])
             else:
                 source.learn_alone()
-            plan = make_plan(source, recipe, keep_misfits=keep_misfits)
+            largest = largest_inputs(source, recipe, batches)
+            plan = make_plan(source, recipe, keep_misfits=keep_misfits, largest=largest)
             check(plan)
             for site in [s for t in plan.quantized for s in t.sites]:
                 check_finite(site, site.region(source.names.params[site.param]))
@@ -125,7 +127,7 @@ def _rounded(
             if parts:
                 found[t.name] = LayerValues(stack_rows(parts), work.grids.get(t.name))
 
-    followed = batches if any(s.needs & OF_ORIGINAL for s in plan.steps()) else []
+    followed = batches if any(s.follows_original for s in plan.steps()) else []
     original = _copy(source) if followed else units
     outside = [t for t in tensors if t.block is None]
     if not batches:

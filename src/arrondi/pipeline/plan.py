@@ -10,9 +10,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
@@ -173,7 +175,13 @@ class Plan:
 
 
 def make_plan(
-    source: Source, recipe: Recipe, *, layout: str | None = None, keep_misfits: bool = False, images: bool = False
+    source: Source,
+    recipe: Recipe,
+    *,
+    layout: str | None = None,
+    keep_misfits: bool = False,
+    images: bool = False,
+    largest: Mapping[str, torch.Tensor] | None = None,
 ) -> Plan:
     """Resolve a recipe on a model.
 
@@ -183,12 +191,13 @@ def make_plan(
         layout: a name of `LAYOUTS`; None takes the most widely read one that holds nearly all of what any holds.
         keep_misfits: weights whose shape does not fit the scheme are kept; otherwise they take the nearest groups that fit.
         images: the model will be run on images, so that what text alone does not reach is a target like any other.
+        largest: how large inputs become, where a step has to know; see `largest_inputs`.
     """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     tried: list[tuple[int, Resolver, list[PlannedTensor]]] = []
     for name in [layout] if layout else LAYOUTS:
-        resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits, images)
+        resolver = Resolver(source, recipe, LAYOUTS[name], keep_misfits, images, largest)
         tensors = [resolver.resolve(t) for t in source.tensors]
         tried.append((sum(t.weights for t in tensors if t.status == "quantized"), resolver, tensors))
         if not any(t.status == "kept because impossible" and t.rule for t in tensors):

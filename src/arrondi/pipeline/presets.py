@@ -7,7 +7,7 @@ the least divergence of all that was measured here (docs/benchmarks.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -40,10 +40,16 @@ class Preset:
 
 
 _WEIGHTS: Final = Preset(
-    "GPTAQ, refined, then scales and norms learned unit by unit",
+    "GPTAQ in several sweeps, refined, then scales and norms learned unit by unit and, where the model fits in memory, end to end",
     "gptaq",
-    repairs=("tune",),
-    options={"refine": 2, "damping": 0.05},
+    repairs=("tune", "e2e"),
+    options={"sweeps": 5, "refine": 2, "damping": 0.05},
+)
+_TABLES: Final = Preset(
+    "learned tables with GPTAQ's correction, refined, then scales and norms learned unit by unit and end to end",
+    "any4",
+    repairs=("tune", "e2e"),
+    options={"rows": 64, "refine": 2, "damping": 0.05},
 )
 _FEW_BIT_INPUTS: Final = Preset(
     "the same after rotations, folded and online: inputs of 4 bits need a basis without outliers",
@@ -57,6 +63,8 @@ def _best(scheme: LayerScheme) -> Preset:
     """The best that is known for a scheme."""
     inputs = scheme.inputs
     few = inputs is not None and inputs.scheme.format.kind == "integer" and inputs.scheme.format.bits <= 4
+    if scheme.weights.table is not None:
+        return replace(_TABLES, options={**_TABLES.options, "rows": scheme.weights.table.rows})
     return _FEW_BIT_INPUTS if few else _WEIGHTS
 
 

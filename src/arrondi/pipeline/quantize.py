@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arrondi.model import OnDisk, device_named
+from arrondi.pipeline.foreseen import largest_inputs
 from arrondi.pipeline.plan import Plan, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.run import Progress
@@ -73,6 +74,9 @@ def rehearse(
     """
     source = OnDisk(original(model, Path(out)))
     texts = read_texts(source, text, recipe)
-    plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits, images=texts.images is not None)
+    largest = largest_inputs(source, recipe, texts.calibration_batches)
+    plan = make_plan(
+        source, recipe, layout=layout, keep_misfits=keep_misfits, images=texts.images is not None, largest=largest
+    )
     check_calibration(plan, texts)
     return plan, texts

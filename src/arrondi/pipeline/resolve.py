@@ -7,7 +7,7 @@ reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -108,8 +108,15 @@ class Resolver:
     """
 
     def __init__(
-        self, source: Source, recipe: Recipe, layout: Layout, keep_misfits: bool, images: bool = False
+        self,
+        source: Source,
+        recipe: Recipe,
+        layout: Layout,
+        keep_misfits: bool,
+        images: bool = False,
+        largest: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
+        self.largest = largest or {}
         self.source, self.recipe, self.layout, self.keep_misfits = source, recipe, layout, keep_misfits
         self.images = images
         self.used: set[str] = set()
@@ -197,7 +204,9 @@ class Resolver:
         refusal = ""
         for scheme in [wanted] if self.keep_misfits else _nearest(wanted, site.matrix_shape[1]):
             if step.sizes is not None:
-                scheme = step.sizes(scheme, self._matrix(plain.tensor), rule.options)
+                known = [self.largest[s.name] for s in plain.sites if s.name in self.largest]
+                largest = torch.stack(known) if known else None
+                scheme = step.sizes(scheme, self._matrix(plain.tensor), rule.options, largest)
             refusal = (
                 _unrounded(site, scheme)
                 or step.refuse(site, scheme)

@@ -24,7 +24,7 @@ from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of
-from arrondi.pipeline.statistics import OF_ORIGINAL, Forward
+from arrondi.pipeline.statistics import Forward
 from arrondi.pipeline.step import Added
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.unit import carry_out, rewrite, stackable
@@ -145,7 +145,7 @@ class Run:
 
     def _rewrites_floats(self) -> bool:
         """Whether the original is followed on the calibration data, rewritten."""
-        followed = any(s.needs & OF_ORIGINAL for s in self.plan.steps())
+        followed = any(s.follows_original for s in self.plan.steps())
         rewrites = any(one.step.kind == "rewrite" and one.groups for one in self.plan.selected)
         return followed and (rewrites or self.plan.spreads)
 
@@ -168,7 +168,7 @@ class Run:
         self._open()
         budget, folder = Budget(HIDDEN_LIMIT), self.journal.work
         calibration, evaluation = self.texts.calibration_batches, self.texts.evaluation_batches
-        followed = calibration if any(s.needs & OF_ORIGINAL for s in self.plan.steps()) else []
+        followed = calibration if any(s.follows_original for s in self.plan.steps()) else []
         # A difference between two models drowns in the noise of bfloat16 products, and is then corrected for.
         bfloat16 = self.bfloat16 and not followed
         total = len(self.units) + 2

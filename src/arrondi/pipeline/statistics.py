@@ -27,6 +27,7 @@ Need = Literal[
     "sample",
     "float moment",
     "cross moment",
+    "float mean",
     "float outputs",
     "batches",
 ]
@@ -43,11 +44,12 @@ rewritten as the quantized model is, but not rounded.
     sample        rows, each as likely as every other
     float moment  Σ f fᵀ
     cross moment  Σ x fᵀ, of the same tokens
+    float mean    Σ f
     float outputs what the unit gives in the original: nothing of one input, see `Work.targets`
     batches       the batches themselves: the unit is run on them
 """
 
-OF_ORIGINAL: Final = frozenset({"float moment", "cross moment", "float outputs"})
+OF_ORIGINAL: Final = frozenset({"float moment", "cross moment", "float mean", "float outputs"})
 """Needs for which the original is followed on the calibration data too."""
 
 Key = tuple[str, int | None]
@@ -79,6 +81,7 @@ class Seen:
         sample: at most `SAMPLE` rows.
         float_moment: Σ f fᵀ.
         cross_moment: Σ x fᵀ, float32 (n, n).
+        float_total: Σ f, float64 (n,).
         routed: tokens that the model itself sent here, where more were counted.
         paired: the original sent the same tokens here. Where it did not (it chose other experts), nothing is known of both.
     """
@@ -95,6 +98,7 @@ class Seen:
     sample: Reservoir | None = None
     float_moment: SecondMoment | None = None
     cross_moment: torch.Tensor | None = None
+    float_total: torch.Tensor | None = None
     routed: int | None = None
     paired: bool = True
 
@@ -103,6 +107,11 @@ class Seen:
         """Mean of every column, float32 (n,)."""
         assert self.total is not None and self.tokens
         return (self.total / self.tokens).float()
+
+    @property
+    def float_mean(self) -> torch.Tensor | None:
+        """Mean of every column in the original, float32 (n,); None where it sends other tokens."""
+        return None if self.float_total is None else (self.float_total / self.tokens).float()
 
     @property
     def importance(self) -> torch.Tensor | None:
@@ -155,7 +164,7 @@ class Seen:
         if f is None or f.shape != x.shape:
             self.paired = False
         if not self.paired or f is None:
-            self.float_moment = self.cross_moment = None
+            self.float_moment = self.cross_moment = self.float_total = None
             return
         rows, others = (t.reshape(-1, t.shape[-1]).float() for t in (x, f))
         if "float moment" in needs:
@@ -165,6 +174,9 @@ class Seen:
         if "cross moment" in needs:
             cross = rows.T @ others
             self.cross_moment = cross if self.cross_moment is None else self.cross_moment.add_(cross)
+        if "float mean" in needs:
+            total = others.double().sum(0).cpu()
+            self.float_total = total if self.float_total is None else self.float_total + total
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from arrondi.checkpoint import TensorSpec
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.model import Site, Source
-from arrondi.pipeline.statistics import Need
-from arrondi.rounding import Rounding
+from arrondi.pipeline.statistics import OF_ORIGINAL, Need
+from arrondi.rounding import Rounding, Sizes
 
 Kind = Literal["rewrite", "round", "repair"]
 
@@ -119,7 +119,7 @@ class Step:
         spreads: (source, site, **options) → the blocks in which the site's rounded inputs are spread while the model runs, 0 if
             they are not.
         makes: (scheme of the weights, options) → what a round step makes of a weight for which that was asked.
-        sizes: (that scheme with its inputs, weight (m, n), options) → the same for this very weight, where its size depends on it.
+        sizes, foresees: see `arrondi.rounding.Method`.
         before, after: names of the rewrites and repairs that come with a round step.
         cost: rough single-core seconds for 10⁹ weights, without the forward passes.
     """
@@ -139,7 +139,8 @@ class Step:
     unpaired: str = ""
     spreads: Callable[..., int] = lambda source, site, **options: 0
     makes: Callable[[Scheme, Mapping[str, Any]], Scheme] = lambda scheme, options: scheme
-    sizes: Callable[[LayerScheme, torch.Tensor, Mapping[str, Any]], LayerScheme] | None = None
+    sizes: Sizes | None = None
+    foresees: Callable[[LayerScheme, Mapping[str, Any]], bool] = lambda scheme, options: False
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     cost: float = 0.0
@@ -151,6 +152,11 @@ class Step:
             raise unknown(f"need of the step {self.name}:", strange[0], get_args(Need))
         if (self.round is None) is (self.kind == "round") or (self.apply is None) is not (self.kind == "round"):
             raise SchemeError(f"The step {self.name} needs a function: `round` of a round step, `apply` of all others.")
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether it looks at what the original does on the calibration data."""
+        return bool((self.needs | self.wants) & OF_ORIGINAL)
 
     @property
     def calibrated(self) -> bool:

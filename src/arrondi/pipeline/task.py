@@ -20,6 +20,7 @@ from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
 from arrondi.model import Budget, OnDisk, Stream, device_named, settle, walk
 from arrondi.pipeline.coverage import coverage
+from arrondi.pipeline.foreseen import largest_inputs
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger, recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
@@ -104,7 +105,10 @@ class Task:
         check_needed(asked, recipe)
         texts = replace(opened.texts, notes=[*opened.texts.notes, *overlap(opened.texts, recipe)])
         images = texts.images is not None
-        plan = make_plan(opened.source, recipe, layout=layout, keep_misfits=keep_misfits, images=images)
+        largest = largest_inputs(opened.source, recipe, texts.calibration_batches, opened.device)
+        plan = make_plan(
+            opened.source, recipe, layout=layout, keep_misfits=keep_misfits, images=images, largest=largest
+        )
         check(plan)
         check_calibration(plan, texts)
         checkpoint = opened.source.checkpoint

@@ -20,7 +20,7 @@ import torch
 
 from arrondi.formats import Scheme, tile_shape
 from arrondi.formats.scheme import PLAIN
-from arrondi.tensor.encoding import code_dtype, decode
+from arrondi.tensor.encoding import code_dtype
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import round_scale
 from arrondi.tensor.tiling import from_tiles, to_tiles
@@ -83,7 +83,7 @@ class SoftScale:
 
     def value(self) -> torch.Tensor:
         tile = tile_shape(self.q.scheme.granularity, self.q.shape)
-        units = decode(to_tiles(self.q.codes, tile), self.q.scheme.format)
+        units = to_tiles(self.q.units(), tile)
         if self.q.zero_point is not None:
             units = units - self.q.zero_point.reshape(-1, 1)
         values = units * (self.q.real_scale * (1 + self.change)).reshape(-1, 1)

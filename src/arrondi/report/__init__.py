@@ -2,6 +2,7 @@
 
 from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.folds import print_folds
+from arrondi.report.outliers import print_outliers
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
 from arrondi.report.tables import (
@@ -23,6 +24,7 @@ __all__ = [
     "print_folds",
     "print_inspection",
     "print_methods",
+    "print_outliers",
     "print_plan",
     "print_report",
     "progress_bar",

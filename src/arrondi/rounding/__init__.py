@@ -19,6 +19,7 @@ from arrondi.arguments import bounds_of
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
+from arrondi.rounding.adaround import adaround, refuse_adaround
 from arrondi.rounding.autoround import autoround, refuse_autoround
 from arrondi.rounding.awq import awq
 from arrondi.rounding.gobo import gobo, make_gobo, refuse_gobo, size_gobo
@@ -27,7 +28,8 @@ from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.imatrix import imatrix
 from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
-from arrondi.rounding.llm_int8 import llm_int8, refuse_llm_int8, size_llm_int8
+from arrondi.rounding.llm_int8 import foresees_llm_int8, llm_int8, refuse_llm_int8, size_llm_int8
+from arrondi.rounding.qronos import qronos
 from arrondi.rounding.rtn import refuse_rtn, rtn
 from arrondi.tensor.qtensor import QTensor
 
@@ -50,6 +52,9 @@ class Rounding(NamedTuple):
     facts: dict[str, Any]
 
 
+Sizes = Callable[[LayerScheme, torch.Tensor, Mapping[str, Any], "torch.Tensor | None"], LayerScheme]
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
@@ -64,8 +69,9 @@ class Method:
         wants: what it works better with, and is given where there is calibration data; keys of `STATISTICS`.
         unpaired: the method that is used instead where the original sends other tokens, as it may to an expert.
         rewrites, repairs: steps that come with it, before and after it, by name.
-        sizes: (that scheme with its inputs, weight (m, n), options) → the same for this very weight, where its size depends on it
-            (how many outliers there are); None: it does not.
+        sizes: (that scheme with its inputs, weight (m, n), options, max |x| of its inputs (matrices, n) or None) → the same for this very
+            weight, where its size depends on it (how many outliers there are); None: it does not.
+        foresees: (scheme of the layer, options) → whether `sizes` looks at inputs.
     """
 
     run: Callable[..., QTensor]
@@ -78,7 +84,8 @@ class Method:
     unpaired: str = ""
     rewrites: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
-    sizes: Callable[[LayerScheme, torch.Tensor, Mapping[str, Any]], LayerScheme] | None = None
+    sizes: Sizes | None = None
+    foresees: Callable[[LayerScheme, Mapping[str, Any]], bool] = lambda scheme, options: False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -105,18 +112,20 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "autoround": Method(
         autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, repairs=("signround",)
     ),
+    "adaround": Method(adaround, PAIRS, "Nagel et al. 2020, arXiv:2004.10568", 20_000.0, refuse_adaround, unpaired="gptq"),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0),
     "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
-    "kmeans": Method(kmeans, NOTHING, "Kim et al. 2023, arXiv:2306.07629", 200.0, refuse_tables, make_kmeans, wants=MOMENT),
-    "any4": Method(any4, NOTHING, "Elhoushi and Johnson 2025, arXiv:2507.04610", 400.0, refuse_tables, make_any4, wants=MOMENT),
+    "kmeans": Method(kmeans, NOTHING, "Kim et al. 2023, arXiv:2306.07629", 200.0, refuse_tables, make_kmeans, wants=PAIRS),
+    "any4": Method(any4, NOTHING, "Elhoushi and Johnson 2025, arXiv:2507.04610", 400.0, refuse_tables, make_any4, wants=PAIRS),
     "gobo": Method(
         gobo, NOTHING, "Zadeh et al. 2020, arXiv:2005.03842", 300.0, refuse_gobo, make_gobo, sizes=size_gobo
     ),
     "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
+    "qronos": Method(qronos, PAIRS, "Zhang et al. 2025, arXiv:2505.11695", 150.0, refuse_gptq, unpaired="gptq"),
     "llm-int8": Method(
-        llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8
+        llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8, foresees=foresees_llm_int8
     ),
 })  # fmt: skip
 
@@ -174,6 +183,7 @@ __all__ = [
     "METHODS",
     "Method",
     "Rounding",
+    "adaround",
     "any4",
     "autoround",
     "awq",
@@ -186,5 +196,6 @@ __all__ = [
     "imatrix",
     "kmeans",
     "llm_int8",
+    "qronos",
     "rtn",
 ]

@@ -39,7 +39,9 @@ def make_gobo(scheme: Scheme, options: Mapping[str, Any]) -> Scheme:
     return Scheme(look_up(scheme.format.bits), PerTensor(), table=Table(0, "float32"))
 
 
-def size_gobo(scheme: LayerScheme, weight: torch.Tensor, options: Mapping[str, Any]) -> LayerScheme:
+def size_gobo(
+    scheme: LayerScheme, weight: torch.Tensor, options: Mapping[str, Any], absmax: torch.Tensor | None = None
+) -> LayerScheme:
     """The same for one weight (m, n): how many of its elements are kept apart."""
     count = int(outliers(weight, float(options.get("zscore", 0.0))).sum())
     return replace(scheme, weights=replace(scheme.weights, apart=Apart("elements", count) if count else None))

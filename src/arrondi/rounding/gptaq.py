@@ -47,6 +47,26 @@ def corrected(
     return (weight.to(kind) + strength * moved).float()
 
 
+def check_moments(
+    method: str, weight: torch.Tensor, moment: SecondMoment | None, cross_moment: torch.Tensor | None, name: str
+) -> tuple[SecondMoment, torch.Tensor]:
+    """Both moments, if they are there and fit the weight.
+
+    Raises:
+        DataError: one is missing.
+        ShapeError: one has another size than the weight's inputs.
+    """
+    if moment is None or cross_moment is None:
+        raise DataError(
+            f"{name}: {method} needs the second moment of the layer's inputs, and their products with those of the original. Give calibration text, or use rtn or hqq."
+        )
+    if weight.ndim != 2 or cross_moment.shape != (moment.n, moment.n) or moment.n != weight.shape[1]:
+        raise ShapeError(
+            f"{name}: the moments are for {moment.n} and {tuple(cross_moment.shape)} inputs, the weight has the shape {tuple(weight.shape)}."
+        )
+    return moment, cross_moment
+
+
 def gptaq(
     weight: torch.Tensor,
     scheme: SchemeLike,
@@ -60,13 +80,14 @@ def gptaq(
     range: Range = "search",
     power: Annotated[float, Between(0.1, 16)] = 4.0,
     refine: Annotated[int, Between(0, 100)] = 0,
+    sweeps: Annotated[int, Between(1, 100)] = 1,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
     """Round a weight so that the layer's output, on inputs that earlier rounding has changed, is that of the original on its own.
 
     Args:
-        weight, scheme, moment, damping, block_size, order, range, power, refine, name, facts: as of `gptq`.
+        weight, scheme, moment, damping, block_size, order, range, power, refine, sweeps, name, facts: as of `gptq`.
         cross_moment: Σ x fᵀ (n, n): inputs of the quantized model times those that the original has for the same tokens.
         strength: share of the correction; 0 is GPTQ.
 
@@ -77,18 +98,11 @@ def gptaq(
     """
     with named(name):
         check_arguments(gptaq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
-    if moment is None or cross_moment is None:
-        raise DataError(
-            f"{name}: gptaq needs the second moment of the layer's inputs, and their products with those of the original. Give calibration text, or use rtn or hqq."
-        )
-    if weight.ndim != 2 or cross_moment.shape != (moment.n, moment.n) or moment.n != weight.shape[1]:
-        raise ShapeError(
-            f"{name}: the moments are for {moment.n} and {tuple(cross_moment.shape)} inputs, the weight has the shape {tuple(weight.shape)}."
-        )
+    moment, cross_moment = check_moments("gptaq", weight, moment, cross_moment, name)
     wanted = corrected(weight, moment, cross_moment, damping, strength)
     if facts is not None:
         facts["correction"] = float((wanted - weight).norm() / weight.float().norm().clamp(min=1e-30))
     return gptq(
-        wanted, scheme, moment, damping=damping, block_size=block_size, order=order, range=range, power=power, refine=refine, name=name,
-        facts=facts,
+        wanted, scheme, moment, damping=damping, block_size=block_size, order=order, range=range, power=power, refine=refine,
+        sweeps=sweeps, name=name, facts=facts,
     )  # fmt: skip

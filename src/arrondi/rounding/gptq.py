@@ -13,7 +13,7 @@ contiguous groups of the unrounded weight, columns visited by falling diagonal) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,12 +25,14 @@ from arrondi.formats import PerGroup, Scheme
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
-from arrondi.rounding.refine import refined
+from arrondi.rounding.refine import damped, refined
+from arrondi.rounding.resweep import resweeps, reswept
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor, own_numbers
 
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax", "importance"]
+First = Callable[[int, float], torch.Tensor]
 
 
 def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
@@ -55,6 +57,7 @@ def gptq(
     range: Range = "search",
     power: Annotated[float, Between(0.1, 16)] = 4.0,
     refine: Annotated[int, Between(0, 100)] = 0,
+    sweeps: Annotated[int, Between(1, 100)] = 1,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:
@@ -71,6 +74,8 @@ def gptq(
         range: "search" tries narrower ranges for each group (for NVFP4 the largest magnitude on 6 or on 4), "absmax" spans it,
             "importance" takes the grids of `imatrix`; with order="static" only.
         power: exponent of the error that the search minimises; see `search_grid`.
+        sweeps: how often the columns are visited; in between, grids are fitted to what had to be rounded, see
+            `arrondi.rounding.resweep`; with order="static" only.
         refine: how often scales are fitted to codes and codes to scales again; see `arrondi.rounding.refine`.
         name: for messages.
         facts: receives what a report should say: `damping` where it had to be raised, `inputs_always_zero` where there
@@ -84,13 +89,30 @@ def gptq(
     with named(name):
         check_arguments(gptq, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     scheme = scheme_of(scheme)
+    work, moment = checked("gptq", weight, scheme, moment, name)
+    return swept(
+        work, scheme, moment, damping=damping, block_size=block_size, order=order, range=range, power=power, refine=refine,
+        sweeps=sweeps, name=name, facts=facts,
+    )  # fmt: skip
+
+
+def checked(
+    method: str, weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str
+) -> tuple[torch.Tensor, SecondMoment]:
+    """The weight as it is computed with, float32 or float64, and the moment that is there.
+
+    Raises:
+        ShapeError, SchemeError, DataError: as `gptq`.
+    """
     if scheme.format.learned or scheme.apart is not None:
         raise SchemeError(f"{name}: {own_numbers(scheme)}")
     if weight.ndim != 2:
-        raise ShapeError(f"{name}: gptq rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack.")
+        raise ShapeError(
+            f"{name}: {method} rounds matrices, got shape {tuple(weight.shape)}. Pass each matrix of a stack."
+        )
     if moment is None:
         raise DataError(
-            f"{name}: gptq needs the second moment of the layer's inputs. Give calibration text, or use rtn or hqq."
+            f"{name}: {method} needs the second moment of the layer's inputs. Give calibration text, or use rtn or hqq."
         )
     if moment.n != weight.shape[1]:
         raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
@@ -98,6 +120,31 @@ def gptq(
     # The extremes of a NaN are NaN; a mask of the whole weight would cost ten times as much.
     if work.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(work))).all()):
         raise DataError(f"{name}: the weights hold NaN or infinity. Repair or exclude the tensor.")
+    return work, moment
+
+
+def swept(
+    work: torch.Tensor,
+    scheme: Scheme,
+    moment: SecondMoment,
+    *,
+    damping: float,
+    block_size: int,
+    order: Order,
+    range: Range,
+    power: float,
+    refine: int,
+    sweeps: int = 1,
+    name: str,
+    facts: dict[str, Any] | None,
+    first: First | None = None,
+) -> QTensor:
+    """What `gptq` does once its arguments are known to make sense.
+
+    Args:
+        work: (m, n) finite, float32 or float64.
+        first: (column that is visited first, λ) → (m,), what its codes are chosen for; None: for the weight itself.
+    """
     diagonal = moment.diagonal().to(work.device)
     silent = int((diagonal == 0).sum())
     if silent:
@@ -105,12 +152,14 @@ def gptq(
     permutation = None if order == "none" else torch.argsort(diagonal, descending=True, stable=True)
     grids = ColumnGrids(work, scheme, range, power, order, permutation, name, diagonal)
     factor, needed = root_factor(moment.matrix(work.dtype).to(work.device), damping, permutation)
-    codes, _ = sweep(work, factor, grids, block_size, permutation)
+    chosen = None
+    if first is not None:
+        column = 0 if permutation is None else int(permutation[0])
+        chosen = first(column, needed * float(diagonal.mean()))
+    codes, _ = sweep(work, factor, grids, block_size, permutation, chosen)
     if facts is not None:
         facts |= ({"damping": needed} if needed != damping else {}) | ({"inputs_always_zero": silent} if silent else {})
     q = grids.assemble(codes)
-    if refine:
-        hessian = moment.matrix().to(work.device)
-        hessian.diagonal().add_(needed * float(diagonal.mean())).clamp_(min=torch.finfo(torch.float32).tiny)
-        q = refined(q, work.float(), hessian, refine)
-    return q
+    if sweeps > 1 and resweeps(scheme) and grids.fitted_first and permutation is not None:
+        q = reswept(q, work, factor, permutation, block_size, sweeps - 1, name)
+    return refined(q, work.float(), damped(moment, needed).to(work.device), refine) if refine else q

@@ -63,14 +63,16 @@ class ColumnGrids:
         permutation: torch.Tensor | None,
         name: str,
         importance: torch.Tensor | None = None,
+        magnitude: bool = True,
     ) -> None:
+        """`importance` (n,), with range="importance": what an error of each column weighs; `magnitude`: large weights weigh more."""
         if order not in ("static", "dynamic", "none"):
             raise SchemeError(f"Unknown order {order!r}. Known: dynamic, none, static.")
         if range not in ("search", "absmax", "importance"):
             raise SchemeError(f"Unknown range {range!r}. Known: absmax, importance, search.")
         if order == "dynamic" and not isinstance(scheme.granularity, PerGroup):
             raise SchemeError(f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static.")
-        self.scheme, self.range, self.power, self.name = scheme, range, power, name
+        self.scheme, self.range, self.power, self.name, self.magnitude = scheme, range, power, name, magnitude
         self.shape = (work.shape[0], work.shape[1])
         self.tile = tile_shape(scheme.granularity, self.shape)
         self.permutation = permutation if order == "dynamic" else None
@@ -101,7 +103,7 @@ class ColumnGrids:
         if self.range == "importance":
             if not self.fitted_first or self.permutation is not None or importance is None:
                 raise SchemeError("Grids by importance are known before the sweep. Use the option order=static.")
-            return weighted_parts(columns, self.scheme, importance, name=self.name)
+            return weighted_parts(columns, self.scheme, importance, name=self.name, magnitude=self.magnitude)
         widths = FOUR_OVER_SIX if self.scheme.format.name == "fp4_e2m1" else None
         return weighted_parts(columns, self.scheme, magnitude=False, widths=widths, turns=0, name=self.name)
 

@@ -1,6 +1,6 @@
 """GPTQ's loop over the columns of a weight.
 
-Owns: `sweep`, in the compiled kernel and, for every format and device, column by column in PyTorch.
+Owns: `sweep`, in the compiled kernel and, for every format and device, column by column in PyTorch; and how one column is rounded.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ def sweep(
     grids: ColumnGrids | LearnedGrids,
     block_size: int,
     permutation: torch.Tensor | None,
+    first: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Visit the columns in order.
+
+    Args:
+        first: (m,), what the codes of the first column are chosen for, in place of the weight; where grids are known beforehand.
 
     Returns:
         the codes (m, n) in the original order, and the loss ½ Σ (residual · V[c,c])², which equals ½ tr(D (H + λI) Dᵀ) for
@@ -48,6 +52,8 @@ def sweep(
         work.new_empty((n, m), dtype=code_dtype(grids.scheme.format)),
         originals,
     )
+    if first is not None:
+        _begin_with(state, grids, first)
     if isinstance(grids, ColumnGrids) and can_sweep(work, grids.scheme):
         visit = _Compiled(state, grids).visit
     else:
@@ -98,6 +104,21 @@ class _State:
         return self.rows[columns] + torch.linalg.solve_triangular(triangle, owed, upper=False)
 
 
+def _begin_with(state: _State, grids: ColumnGrids | LearnedGrids, first: torch.Tensor) -> None:
+    """Settle the first column on what its codes for `first` stand for, and let all others make up for it at once.
+
+    With H = V Vᵀ the best that the others can do is H₂₂⁻¹ H₂₁ d = V₂₂⁻ᵀ V₁₂ᵀ d. The sweep then finds the first column on its grid.
+    """
+    format = grids.scheme.format
+    grid = grids.column(0, state.order[0], partial(state.repaired, 0, start=0))
+    codes = column_codes(first.to(state.rows), grid, format, grids.tables)
+    values = column_values(codes, grid, format, grids.tables).to(state.rows)
+    others, ours = state.factor[1:, 1:].T, state.factor[0, 1:, None]
+    share = torch.linalg.solve_triangular(others, ours, upper=False)
+    state.rows[1:] += share * (state.rows[0] - values)
+    state.rows[0] = values
+
+
 class _Columns:
     """One column after another in PyTorch, for every format: the slow reference of `_Compiled`."""
 
@@ -112,8 +133,8 @@ class _Columns:
             grid = self.grids.column(c, state.order[c], partial(state.repaired, c, start=start))
             due = state.due(c, start)
             self.grids.note(state.order[c], due)
-            state.codes[state.order[c]] = chosen = _column_codes(due, grid, format, self.grids.tables)
-            values = _column_values(chosen, grid, format, self.grids.tables)
+            state.codes[state.order[c]] = chosen = column_codes(due, grid, format, self.grids.tables)
+            values = column_values(chosen, grid, format, self.grids.tables)
             torch.sub(due, values, out=state.owed[c - start])
             difference = state.rows[c].sub_(values)
             # Two roundings: an operation that multiplies and adds would have one on some processors and two on others.
@@ -153,7 +174,8 @@ class _Compiled:
         sweep_compiled(state.rows, owed, state.factor, state.codes, places, self.tables, (first, last, stop), scheme)
 
 
-def _column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+def column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+    """The nearest codes of a column (m,), with a grid and, of a look-up format, a table (m, levels) for every row."""
     if grid.offset is not None:
         w = w - grid.offset
     units = (w / grid.scale).float()
@@ -162,7 +184,8 @@ def _column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Ten
     return encode(units, format, grid.zero_point)
 
 
-def _column_values(codes: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+def column_values(codes: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
+    """What the codes of a column (m,) stand for."""
     values = decode(codes, format) if tables is None else tables.gather(1, codes[:, None].long())[:, 0]
     if grid.zero_point is not None:
         values -= grid.zero_point

@@ -24,9 +24,11 @@ from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import PerChannel, PerGroup, Scheme, Table, look_up
 from arrondi.formats.scheme import PLAIN
 from arrondi.rounding.clusters import learn
+from arrondi.rounding.gptaq import corrected
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import LearnedGrids
 from arrondi.rounding.gptq_sweep import sweep
+from arrondi.rounding.refine import damped, refined
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import round_scale
@@ -69,6 +71,8 @@ def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
 Rows = Annotated[int, Between(0, 1_000_000)]
 Iterations = Annotated[int, Between(0, 1000)]
 Sweeps = Annotated[int, Between(1, 100)]
+Strength = Annotated[float, Between(0, 2)]
+Refine = Annotated[int, Between(0, 100)]
 Damping = Annotated[float, Between(0, 1e6)]
 
 
@@ -77,11 +81,14 @@ def kmeans(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
+    cross_moment: torch.Tensor | None = None,
+    strength: Strength = 1.0,
     rows: Rows = 1,
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
     feedback: bool = True,
     sweeps: Sweeps = 3,
+    refine: Refine = 0,
     damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -92,12 +99,15 @@ def kmeans(
         weight: (m, n), any float dtype, finite.
         scheme: symmetric integers, whose bits count and whose groups do not; or a look-up format.
         moment: second moment of the inputs (n,); its diagonal weighs the columns. None: all columns weigh the same.
+        cross_moment: Σ x fᵀ (n, n), as of `gptaq`, whose correction goes with feedback; None: there is none.
+        strength: share of that correction.
         rows: rows that share a table; 0: all of them.
         entries: type in which a table's entries are stored.
         iterations: of Lloyd's algorithm at most, for each table.
         feedback: with a moment, codes are chosen column by column, and later columns make up for the errors of earlier ones, as
             `gptq` does; False: the nearest entry (the published methods).
         sweeps: how often; in between, tables and scales are fitted to what had to be rounded.
+        refine: with feedback, how often scales are then fitted to codes and codes to scales; see `arrondi.rounding.refine`.
         damping: of that, as in `gptq`.
         name: for messages.
         facts: receives `damping` where it had to be raised.
@@ -114,7 +124,9 @@ def kmeans(
         check_arguments(kmeans, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_kmeans(wanted, {"rows": rows, "entries": entries})
-    return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, sweeps, facts)
+    if feedback and moment is not None and cross_moment is not None:
+        weight = corrected(weight, moment, cross_moment, damping, strength)
+    return _round(weight, scheme, moment, (iterations, 0), damping if feedback else None, (sweeps, refine), facts)
 
 
 def any4(
@@ -122,12 +134,15 @@ def any4(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
+    cross_moment: torch.Tensor | None = None,
+    strength: Strength = 1.0,
     rows: Rows = 1,
     entries: Literal["int8", "float16", "bfloat16", "float32"] = "int8",
     iterations: Iterations = 100,
     refits: Annotated[int, Between(0, 100)] = 1,
     feedback: bool = True,
     sweeps: Sweeps = 3,
+    refine: Refine = 0,
     damping: Damping = 0.01,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
@@ -135,7 +150,7 @@ def any4(
     """Round to values that are learned for each row, in units of the scale of each group.
 
     Args:
-        weight, moment, rows, entries, iterations, feedback, sweeps, damping, name, facts: as `kmeans` has them.
+        weight, moment, cross_moment, strength, rows, entries, iterations, feedback, sweeps, refine, damping, name, facts: as `kmeans` has them.
         scheme: symmetric integers, whose bits and groups count; or a look-up format.
         refits: how often scales and tables are fitted to each other after the first table (0: the published method).
 
@@ -146,7 +161,9 @@ def any4(
         check_arguments(any4, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
     wanted = _checked(weight, scheme_of(scheme), moment, name)
     scheme = make_any4(wanted, {"rows": rows, "entries": entries})
-    return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, sweeps, facts)
+    if feedback and moment is not None and cross_moment is not None:
+        weight = corrected(weight, moment, cross_moment, damping, strength)
+    return _round(weight, scheme, moment, (iterations, refits), damping if feedback else None, (sweeps, refine), facts)
 
 
 def _checked(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str) -> Scheme:
@@ -169,10 +186,10 @@ def _round(
     moment: SecondMoment | None,
     effort: tuple[int, int],
     damping: float | None,
-    sweeps: int,
+    repeats: tuple[int, int],
     facts: dict[str, Any] | None,
 ) -> QTensor:
-    """Tables and scales for some rows at a time, then codes; `damping` None: the nearest ones."""
+    """Tables and scales for some rows at a time, then codes; `damping` None: the nearest ones. `repeats`: sweeps, and refinements."""
     assert scheme.table is not None
     weight = weight.detach()
     m, n = weight.shape
@@ -190,7 +207,9 @@ def _round(
     factor, needed = root_factor(moment.matrix().to(weight.device), damping, order)
     if facts is not None and needed != damping:
         facts["damping"] = needed
-    return _with_feedback(weight.float(), parts, factor, order, effort, sweeps)
+    sweeps, refine = repeats
+    q = _with_feedback(weight.float(), parts, factor, order, effort, sweeps)
+    return refined(q, weight.float(), damped(moment, needed).to(weight.device), refine)
 
 
 def _with_feedback(

@@ -19,11 +19,13 @@ from dataclasses import replace
 
 import torch
 
+from arrondi.calibration import SecondMoment
 from arrondi.formats import PerChannel, PerGroup, Scheme
 from arrondi.formats.scheme import PLAIN
-from arrondi.tensor.encoding import decode, encode
+from arrondi.rounding.gptq_sweep import column_codes, column_values
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.ranges.grid import round_scale
+from arrondi.tensor.ranges.grid import Grid, round_scale
+from arrondi.tensor.tables import table_of_row
 
 _BLOCK = 128
 """Columns between two updates of the columns outside."""
@@ -50,6 +52,13 @@ def refined(q: QTensor, weight: torch.Tensor, hessian: torch.Tensor, rounds: int
         if q is before:
             break
     return q
+
+
+def damped(moment: SecondMoment, damping: float) -> torch.Tensor:
+    """H + λI, float32 (n, n), positive definite; λ as a fraction of the mean diagonal of H."""
+    hessian = moment.matrix()
+    hessian.diagonal().add_(damping * float(moment.diagonal().mean())).clamp_(min=torch.finfo(torch.float32).tiny)
+    return hessian
 
 
 def row_losses(q: QTensor, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -124,20 +133,17 @@ def _recode(q: QTensor, weight: torch.Tensor, hessian: torch.Tensor) -> QTensor:
     slope = slope.T.contiguous()
     scale, offset = q.real_scale.T.contiguous(), None if q.real_offset is None else q.real_offset.T.contiguous()
     zero = None if q.zero_point is None else q.zero_point.T.contiguous()
+    tables = None
+    if q.table is not None and q.scheme.table is not None:
+        tables = q.table[table_of_row(q.scheme.table, m, q.table.device)]
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
         moved = now.new_zeros((stop - start, m))
         for c in range(start, stop):
             g = c // width
-            due = now[c] + slope[c] / diagonal[c]
-            shifted = due if offset is None else due - offset[g]
-            chosen = encode(shifted / scale[g], q.scheme.format, None if zero is None else zero[g])
-            value = decode(chosen, q.scheme.format)
-            if zero is not None:
-                value = value - zero[g]
-            value = value * scale[g]
-            if offset is not None:
-                value = value + offset[g]
+            grid = Grid(scale[g], None if zero is None else zero[g], None if offset is None else offset[g])
+            chosen = column_codes(now[c] + slope[c] / diagonal[c], grid, q.scheme.format, tables)
+            value = column_values(chosen, grid, q.scheme.format, tables)
             moved[c - start] = now[c] - value
             now[c] = value
             codes[:, c] = chosen

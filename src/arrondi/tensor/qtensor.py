@@ -164,7 +164,7 @@ class QTensor:
             return fast
         tile = tile_shape(self.scheme.granularity, self.shape)
         values = (
-            to_tiles(self._values(), tile)
+            to_tiles(self.units(), tile)
             if self.table is not None
             else decode(to_tiles(self.codes, tile), self.scheme.format)
         )
@@ -175,8 +175,8 @@ class QTensor:
             values += offset.reshape(-1, 1)
         return from_tiles(values.to(dtype), tile, self.shape)
 
-    def _values(self) -> torch.Tensor:
-        """The value of every code, before zero point, scale and offset."""
+    def units(self) -> torch.Tensor:
+        """The value of every code, float32 in the shape of the codes, before zero point, scale and offset."""
         if self.table is None or self.scheme.table is None:
             return decode(self.codes, self.scheme.format)
         return looked_up(self.codes, self.table, self.scheme.table)
@@ -184,7 +184,7 @@ class QTensor:
     def _gathered(self, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize with groups that are not contiguous: every column looks its scale up."""
         assert self.group_index is not None
-        values = self._values()
+        values = self.units()
         if self.zero_point is not None:
             values -= self.zero_point[..., self.group_index]
         values *= self.real_scale[..., self.group_index]

@@ -35,8 +35,8 @@ def _refuse(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device: 
         return f"It multiplies by matrices (out, in) that are not empty, got shape {shape}."
     if shape[1] > _MOST_COLUMNS or shape[0] * shape[1] > _LARGEST:
         return f"It takes up to {_MOST_COLUMNS} columns and 2³¹ weights, got shape {shape}."
-    if coding_of(scheme.format) is None:
-        return f"It knows integers, small floats and codebooks of up to 16 levels, got {scheme.format}."
+    if coding_of(scheme) is None:
+        return f"It knows integers, small floats, and codebooks and look-up tables of up to 16 levels, got {scheme.format}."
     width = tile_shape(scheme.granularity, shape)[1]
     if width < shape[1] and width != BLOCK and width % STEP:
         return f"It takes groups of 16 or a multiple of {STEP} columns, got {width}."

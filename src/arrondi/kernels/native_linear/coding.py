@@ -1,6 +1,7 @@
 """How the compiled kernels keep the codes of a format.
 
-Owns: `Coding`, `coding_of`, `packing_of`, and the numbers of native/kernels.h that go with them.
+Owns: `Coding`, `coding_of`, `packing_of`, the tables of rows (`pack_tables`, `unpack_tables`), and the numbers of
+native/kernels.h that go with them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Final
 
 import torch
 
-from arrondi.formats import Format, Scheme, tile_shape
+from arrondi.formats import Scheme, Table, tile_shape
 from arrondi.kernels.kernel import Tensors
+from arrondi.tensor import tables
 
 BLOCK: Final = 16
 """Rows of the weight in one tile."""
@@ -21,17 +23,21 @@ STEP: Final = 32
 """Columns of one packed step; of the 1.6-bit ternary layout 20."""
 
 _KINDS: Final = (
-    "u8", "u6", "u5", "u4", "u3", "u2", "u1", "trit5", "table4", "float4", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3",
+    "u8", "u6", "u5", "u4", "u3", "u2", "u1", "trit5", "table4", "rows4", "rows3", "rows2",
+    "float4", "float_rows4", "float_rows3", "float_rows2", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3",
 )  # fmt: skip
 """How codes are packed, numbered as in native/kernels.h."""
 
 KIND: Final = {name: number for number, name in enumerate(_KINDS)}
 
-INTEGERS: Final = frozenset(KIND[name] for name in _KINDS[:9])
+INTEGERS: Final = frozenset(KIND[name] for name in _KINDS[:12])
 """Kinds that meet activations as integers."""
 
 TABLES: Final = {KIND["table4"]: torch.uint8, KIND["float4"]: torch.float32}
 """Kinds that are decoded by a table of sixteen numbers, and its type."""
+
+ROWS: Final = {KIND[f"{name}{bits}"]: size for name, size in (("rows", 1), ("float_rows", 4)) for bits in (4, 3, 2)}
+"""Kinds of which every row has a table, and the bytes of an entry."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,12 @@ class Coding:
     table: torch.Tensor | None = None
 
 
-def coding_of(format: Format) -> Coding | None:
+def coding_of(scheme: Scheme) -> Coding | None:
     """None if the kernels cannot read the format."""
+    format = scheme.format
+    if scheme.table is not None and format.bits <= 4:
+        integers = scheme.table.stored == "int8"
+        return Coding(KIND[f"rows{format.bits}"], 128, tables.STEP) if integers else as_floats(scheme)
     if format.kind == "integer":
         width = 8 if format.bits == 7 else format.bits
         return Coding(KIND[f"u{width}"], -format.qmin)
@@ -68,12 +78,14 @@ def coding_of(format: Format) -> Coding | None:
         low = int(steps.min().floor())
         if bool((steps == steps.round()).all()) and int(steps.max()) - low < 128 and low <= 0:
             return Coding(KIND["table4"], -low, unit, (steps - low).to(torch.uint8))
-    return as_floats(format)
+    return as_floats(scheme)
 
 
-def as_floats(format: Format) -> Coding:
-    """A codebook of up to sixteen levels, decoded to float32."""
-    assert format.values is not None
+def as_floats(scheme: Scheme) -> Coding:
+    """A codebook or look-up table of up to sixteen levels, decoded to float32."""
+    format = scheme.format
+    if format.values is None:
+        return Coding(KIND[f"float_rows{format.bits}"], 0)
     return Coding(KIND["float4"], 0, 1.0, _sixteen(format.values).float())
 
 
@@ -84,13 +96,47 @@ def packing_of(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors | None =
         scheme, shape: of the weight.
         tensors: what `prepack` made of it; None before.
     """
-    coding = coding_of(scheme.format)
+    coding = coding_of(scheme)
     assert coding is not None
     if scheme.format.levels == 3 and tile_shape(scheme.granularity, shape)[1] >= shape[1]:
         return replace(coding, kind=KIND["trit5"])
-    if tensors is not None and coding.table is not None and tensors["table"].dtype != coding.table.dtype:
-        return as_floats(scheme.format)
+    integers = coding.kind in ROWS or coding.kind == KIND["table4"]
+    if tensors is not None and integers and bytes_of_entry(tensors["table"]) > 1:
+        return as_floats(scheme)
     return coding
+
+
+def bytes_of_entry(table: torch.Tensor) -> int:
+    """Of a packed table, or of those of all rows."""
+    return table.element_size() if table.dim() == 1 else table.shape[1] // (16 * BLOCK)
+
+
+def pack_tables(values: torch.Tensor, kind: int, table: Table, rows: int) -> torch.Tensor:
+    """The tables of every row as native/kernels.h lays them out.
+
+    Args:
+        values: (tables, levels) float32; of kinds with entries of a byte multiples of 1/128.
+        kind: how codes are packed.
+        table: who shares the tables.
+        rows: of the weight.
+
+    Returns:
+        uint8 (blocks, 256 · bytes of an entry).
+    """
+    one = ROWS[kind] == 1
+    entries = (tables.store_table(values, Table()).view(torch.uint8) ^ 128) if one else values.view(torch.uint8)
+    entries = entries.reshape(*values.shape, -1)[tables.table_of_row(table, rows)]
+    entries = torch.nn.functional.pad(entries, (0, 0, 0, 16 - values.shape[1], 0, -rows % BLOCK))
+    return entries.reshape(-1, 4, 4, 16, entries.shape[2]).permute(0, 2, 4, 1, 3).flatten(1)
+
+
+def unpack_tables(packed: torch.Tensor, table: Table, rows: int, levels: int) -> torch.Tensor:
+    """The inverse of `pack_tables`: (tables, levels) float32."""
+    of_rows = packed.reshape(len(packed), 4, -1, 4, 16).permute(0, 3, 1, 4, 2).reshape(len(packed) * BLOCK, 16, -1)
+    first = of_rows[: rows : table.rows or rows, :levels].contiguous()
+    if first.shape[2] == 1:
+        return tables.load_table((first.squeeze(2) ^ 128).view(torch.int8))
+    return first.view(torch.float32).squeeze(2)
 
 
 def _sixteen(values: tuple[float, ...]) -> torch.Tensor:

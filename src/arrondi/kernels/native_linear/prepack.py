@@ -13,24 +13,31 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from arrondi.errors import ShapeError
-from arrondi.formats import Scheme, tile_shape
+from arrondi.formats import Scheme, Table, tile_shape
 from arrondi.kernels.kernel import Meta, Tensors
-from arrondi.kernels.native_linear.coding import BLOCK, KIND, TABLES, as_floats, packing_of
+from arrondi.kernels.native_linear.coding import (
+    BLOCK,
+    KIND,
+    ROWS,
+    TABLES,
+    as_floats,
+    pack_tables,
+    packing_of,
+    unpack_tables,
+)
 from arrondi.kernels.packed import on_grid, pack_part, unpack_part
 from arrondi.native import TYPES, native, operand, threads
 from arrondi.tensor.encoding import code_dtype
 from arrondi.tensor.qtensor import QTensor, quantize_with
 from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.storage import signed
+from arrondi.tensor.tables import round_table
 
 KEPT: Final = "kept_"
 """Begins the names of tensors that no product reads, only `unpack`."""
 
 _STATIC: Final = ("input_scale", "input_zero_point")
 """The static grid of activations."""
-
-_SHARED: Final = ("table", *_STATIC)
-"""Tensors that all rows of a weight share."""
 
 
 class Facts(NamedTuple):
@@ -97,7 +104,8 @@ def check_parts(parts: Sequence[torch.Tensor | None], facts: Sequence[int]) -> t
         raise ShapeError(
             f"A weight of {f.columns} columns in groups of {f.group} has {-(-f.columns // f.group)} groups, got {f.groups}."
         )
-    table = TABLES.get(f.kind)
+    own = ROWS.get(f.kind)
+    table = torch.uint8 if own else TABLES.get(f.kind)
     for name, missing in (("codes", p.codes is None), ("scale", p.scale is None), ("table", table and p.table is None)):
         if missing:
             raise ShapeError(f"{name} of a packed weight of shape {(f.rows, f.columns)} is missing. Use prepack.")
@@ -110,7 +118,7 @@ def check_parts(parts: Sequence[torch.Tensor | None], facts: Sequence[int]) -> t
         operand(f"scale {what}", p.scale, each, scale_dtype),
         operand(f"zero {what}", p.zero, each, torch.uint8),
         operand(f"offset {what}", p.offset, each, torch.float32),
-        operand(f"table {what}", p.table, (16,), table or torch.uint8),
+        operand(f"table {what}", p.table, (each[0], 256 * own) if own else (16,), table or torch.uint8),
         operand("input_scale", p.input_scale, (1,), torch.float32),
         operand("input_zero_point", p.input_zero_point, (1,), torch.int32),
     ]
@@ -125,7 +133,9 @@ def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
     coding = packing_of(q.scheme, q.shape)
     scale = q.real_scale
     if coding.unit != 1.0 and not torch.equal(scale * coding.unit / coding.unit, scale):
-        coding = as_floats(q.scheme.format)  # scales so small that they would lose digits
+        coding = as_floats(q.scheme)  # scales so small that they would lose digits
+    if q.table is not None and ROWS[coding.kind] == 1 and not torch.equal(round_table(q.table, Table()), q.table):
+        coding = as_floats(q.scheme)  # made by hand: entries that are no steps
     codes = q.codes.contiguous()
     packed = torch.empty(native.packed_bytes(coding.kind, rows, columns), dtype=torch.uint8, device="cpu")
     codes_at = operand("codes", codes, (rows, columns), code_dtype(q.scheme.format))
@@ -149,6 +159,8 @@ def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
         tensors["offset"] = _blocks(_per_row(offset, q), 0.0)
     if coding.table is not None:
         tensors["table"] = coding.table
+    if q.table is not None and q.scheme.table is not None:
+        tensors["table"] = pack_tables(q.table, coding.kind, q.scheme.table, rows)
     return tensors | {KEPT + name: t for name, t in kept.items()}
 
 
@@ -167,7 +179,8 @@ def unpack(tensors: Tensors, meta: Meta) -> QTensor:
         zero_point = _per_tile(tensors["zero"], meta).int() + scheme.format.qmin
     if scheme.zero_point == "float":
         offset = _stored("offset", kept, scheme.offset, _per_tile(tensors["offset"], meta))
-    return QTensor(signed(codes, scheme.format), scale, zero_point, offset, scheme)
+    table = None if scheme.table is None else unpack_tables(tensors["table"], scheme.table, rows, scheme.format.levels)
+    return QTensor(signed(codes, scheme.format), scale, zero_point, offset, scheme, table=table)
 
 
 def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | str:
@@ -196,7 +209,7 @@ def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | str:
     joined = {}
     for name in _read(tensors[0]):
         parts = [t[name].float() if name == "scale" and len(scales) > 1 else t[name] for t in tensors]
-        joined[name] = parts[0] if name in _SHARED else torch.cat(parts)
+        joined[name] = parts[0] if _shared(name, parts[0]) else torch.cat(parts)
     return joined, replace(metas[0], shape=(sum(m.shape[0] for m in metas), metas[0].shape[1]))
 
 
@@ -211,9 +224,16 @@ def pieces(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
     found: list[Tensors] = [{} for _ in rows]
     for name, tensor in tensors.items():
         sizes = [tensor.shape[0] * count // total for count in rows]
-        for piece, view in zip(found, [tensor] * len(rows) if name in _SHARED else tensor.split(sizes), strict=True):
+        for piece, view in zip(
+            found, [tensor] * len(rows) if _shared(name, tensor) else tensor.split(sizes), strict=True
+        ):
             piece[name] = view
     return found
+
+
+def _shared(name: str, tensor: torch.Tensor) -> bool:
+    """Whether all rows of a weight share a tensor."""
+    return name in _STATIC or (name == "table" and tensor.dim() == 1)
 
 
 def _per_row(part: torch.Tensor, q: QTensor) -> torch.Tensor:

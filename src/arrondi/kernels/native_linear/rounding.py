@@ -56,7 +56,7 @@ def rounds(weights: Scheme, inputs: ActivationScheme) -> bool:
     """Whether the integer product takes these activations: integers of up to 8 bits, symmetric (signed, more than three
     levels, which have a rule of their own) or with an integer zero point, one scale for each token or group of columns, or
     a static one for all of them."""
-    coding, scheme = coding_of(weights.format), inputs.scheme
+    coding, scheme = coding_of(weights), inputs.scheme
     format = scheme.format
     if coding is None or coding.kind not in INTEGERS or format.kind != "integer":
         return False

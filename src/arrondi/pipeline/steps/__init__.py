@@ -15,20 +15,22 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.step import Kind, Step
-from arrondi.pipeline.steps import awq_scale, e2e, equalize, sinq, smoothquant
+from arrondi.pipeline.steps import awq_scale, bias_correction, e2e, equalize, sinq, smoothquant
 from arrondi.pipeline.steps.rotate import ROTATE
 from arrondi.pipeline.steps.tune import LKD, SIGNROUND, TUNE
 from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_options, options_of
 
 REWRITES: Final[tuple[Step, ...]] = (ROTATE, smoothquant.STEP, awq_scale.STEP, equalize.STEP, sinq.STEP)
-REPAIRS: Final[tuple[Step, ...]] = (TUNE, SIGNROUND, LKD, e2e.STEP)
+REPAIRS: Final[tuple[Step, ...]] = (TUNE, SIGNROUND, LKD, bias_correction.STEP, e2e.STEP)
 
 
 def _round_step(name: str, method: Method) -> Step:
     given = method.needs | method.wants
 
     def run(weight: torch.Tensor, scheme: Scheme, seen: Seen | None, *, name: str, **options: Any) -> Rounding:
-        more = {keyword: getattr(seen, keyword, None) for need, keyword in STATISTICS.items() if need in given}
+        wanted = [need for need in get_args(Need) if need in given and need in STATISTICS]
+        known = [need for need in wanted if seen is not None and seen.has([need])]
+        more = {STATISTICS[need]: getattr(seen, STATISTICS[need], None) if need in known else None for need in wanted}
         more["moment"] = seen.moment if seen else None
         return method.round(weight, scheme, name=name, **more, **options)
 
@@ -45,6 +47,7 @@ def _round_step(name: str, method: Method) -> Step:
         wants=frozenset(need for need in get_args(Need) if need in method.wants),
         makes=method.makes,
         sizes=method.sizes,
+        foresees=method.foresees,
         before=method.rewrites,
         after=method.repairs,
     )

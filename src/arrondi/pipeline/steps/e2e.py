@@ -15,11 +15,11 @@ import torch
 from torch.nn import functional as F
 
 from arrondi.arguments import Between
-from arrondi.errors import DataError, SchemeError
+from arrondi.errors import DataError
 from arrondi.measure.compare import is_causal
 from arrondi.model import Inputs, Instance, Site, Source, model_output
 from arrondi.pipeline.finished import Finished
-from arrondi.pipeline.step import Declared, Step
+from arrondi.pipeline.step import Choice, Declared, Step
 from arrondi.pipeline.steps.learning import StandIns, norms_and_biases
 from arrondi.repair.soft import SoftScale, learns_scales
 
@@ -57,7 +57,7 @@ def e2e(
     soft = {
         name: SoftScale.of(q)
         for name, q in packed.items()
-        if scales and learns_scales(q.scheme) and q.group_index is None and q.scheme.table is None
+        if scales and learns_scales(q.scheme) and q.group_index is None
     }
     tensors = norms_and_biases(finished.plan.source, sites, outside=True) if norms else ()
     stand = StandIns(finished.instance, sites, soft, {name: finished.tensor(name) for name in tensors})
@@ -165,18 +165,21 @@ def _squared(wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     return (given - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
 
 
-def _fits(source: Source, sites: Sequence[Site], *, norms: bool = True, **options: object) -> Declared:
-    """What changes; a model that does not fit in this machine's memory is refused here."""
+def _if_it_fits(source: Source, sites: Sequence[Site], **options: object) -> Choice:
+    """All sites, if this machine's memory can hold both models."""
     needed = _COPIES * 4 * sum(p.numel() for p in source.model.parameters())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise SchemeError(
-            f"e2e holds both models in memory and needs some {needed / 1e9:.0f} GB; this machine has {there / 1e9:.0f} GB. Use tune, which takes one unit at a time."
-        )
+    if not sites or needed <= there:
+        return Choice((tuple(sites),) if sites else ())
+    why = f"both models in memory need some {needed / 1e9:.0f} GB of this machine's {there / 1e9:.0f} GB"
+    return Choice((), {why: tuple(s.name for s in sites)})
+
+
+def _norms_change(source: Source, sites: Sequence[Site], *, norms: bool = True, **options: object) -> Declared:
     return Declared(changed=norms_and_biases(source, sites, outside=True) if norms else ())
 
 
 STEP = Step(
     "e2e", "repair", "end-to-end tuning of scales and norms, as in EfficientQAT (Chen et al. 2024, arXiv:2407.11062)",
-    apply=e2e, needs=frozenset({"batches"}), scope="whole", declare=_fits, cost=10_000.0,
+    apply=e2e, needs=frozenset({"batches"}), scope="whole", declare=_norms_change, choose=_if_it_fits, cost=10_000.0,
 )  # fmt: skip

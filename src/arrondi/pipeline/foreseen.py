@@ -1,0 +1,47 @@
+"""How large inputs become, where a plan has to know that: how many columns reach a threshold decides how large a file gets.
+
+Owns: `largest_inputs`. One walk of the original through the calibration data, before anything is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from arrondi.model import InMemory, Inputs, OnDisk, device_named
+from arrondi.pipeline.importance import sums_of_inputs
+from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.statistics import Side, collect
+from arrondi.pipeline.steps import get_step
+
+
+def largest_inputs(
+    source: OnDisk | InMemory, recipe: Recipe, batches: Sequence[Any], device: str = "cpu"
+) -> Mapping[str, torch.Tensor]:
+    """Site → max |x| of every column of its input in the original, float32 (n,); nothing where no rule of the recipe asks.
+
+    Args:
+        batches: calibration data; empty: nothing is known.
+        device: where units are run.
+    """
+    asks = any(r.scheme is not None and get_step(r.method).foresees(r.scheme, r.options) for r in recipe.rules)
+    if not asks or not batches:
+        return {}
+    if isinstance(source, OnDisk):
+        sums = sums_of_inputs(source, batches, device_named(device), head=recipe.ignore is not None)
+        return {name: energy.absmax.amax(0) for name, energy in sums.items()}
+    sites = [s for s in source.sites if s.kind == "linear"]
+    side = Side(
+        source.names.params.__getitem__, [partial(_run, source.model, b) for b in batches], source.instance().owner
+    )
+    with torch.no_grad():
+        seen = collect({s.param for s in sites}, {}, side, {"absmax"})
+    found = {s.name: seen.get((s.param, s.param_index)) for s in sites}
+    return {name: one.absmax for name, one in found.items() if one is not None and one.absmax is not None}
+
+
+def _run(model: torch.nn.Module, batch: Inputs) -> object:
+    return model(*batch.args, **batch.kwargs)
