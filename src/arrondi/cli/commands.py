@@ -76,7 +76,19 @@ def plan(
     json_: opt.Json = False,
 ) -> None:
     """Print what `quantize` would do: every tensor, bytes, peak memory, rough time, readers, shapes that do not fit and the fix."""
-    resolved = recipe_from(scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, preset=preset, embeddings=embeddings)
+    resolved = recipe_from(
+        scheme,
+        method,
+        group_size,
+        targets,
+        ignore,
+        option,
+        recipe,
+        rewrite,
+        repair,
+        preset=preset,
+        embeddings=embeddings,
+    )
     from arrondi.checkpoint import Checkpoint
     from arrondi.measure.text import fit_length, positions_of
     from arrondi.model import OnDisk

@@ -308,7 +308,6 @@ class _Maker:
             return f"not a matrix product ({'/'.join(classes)})"
         return None
 
-
     def _unfit_table(self, aliases: list[str], modules: list[Any]) -> str | None:
         """Why a table, or what it is tied to, cannot hold packed rows."""
         for alias, module in zip(aliases, modules, strict=True):

@@ -18,7 +18,6 @@ from arrondi.kernels import decoded, pack_weight, unpack_weight
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
 
-
 _TRIED: Final = ((2, 0, 3),)
 """Ids that tell a look-up from whatever counts positions."""
 
@@ -49,7 +48,10 @@ def factor_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> float | 
     if type(module).forward is nn.Embedding.forward:
         return 1.0
     trial = copy.copy(module)
-    ids, numbers = torch.tensor(_TRIED), torch.randn(4, module.embedding_dim, generator=torch.Generator().manual_seed(0))
+    ids, numbers = (
+        torch.tensor(_TRIED),
+        torch.randn(4, module.embedding_dim, generator=torch.Generator().manual_seed(0)),
+    )
     trial.padding_idx = None
     try:
         said = []

@@ -179,7 +179,7 @@ def _install(source: InMemory, plan: Plan, values: dict[str, LayerValues]) -> No
         layers = {s.tensor: (values[s.tensor], inputs[s.tensor]) for s in sites}
         if not install(source.model, source.names, sites, layers, source.names.params[param].dtype):
             loose |= layers.keys()
-    remember(source.model, placed, values, loose, plan.facts)
+    remember(source.model, placed, values, loose, plan.facts, [s for t in planned for s in t.sites])
 
 
 def _check(model: torch.nn.Module) -> None:

@@ -248,11 +248,23 @@ def make_plan(
         for why, names in one.refusals.items()
     ]
     notes += declared.notes
+    notes += _tied_heads(source, tensors, {a.param for a in declared.added})
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
     return Plan(
         source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
     )
+
+
+def _tied_heads(source: Source, tensors: Sequence[PlannedTensor], apart: Collection[str]) -> list[str]:
+    """What is said of heads that have the codes of an embedding; those that a step stores apart have not."""
+    tables = [s for t in tensors if t.status == "quantized" for s in t.sites if s.kind == "embedding"]
+    heads = {s.name: [a for a in source.names.names_of(s.param) if a != s.param and a not in apart] for s in tables}
+    return [
+        f"{name} is quantized once and serves {_list(others)} too, which is tied to it."
+        for name, others in heads.items()
+        if others
+    ]
 
 
 def _lost_tables(tensors: Sequence[PlannedTensor]) -> bool:

@@ -34,7 +34,9 @@ LOOKED_UP: Final = "it is looked up, not multiplied"
 """Why an embedding is rounded by a method that looks at no inputs."""
 _SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
-_NAME_TABLES: Final = "Tables of embeddings that are tied to a head stay; name them in --targets, or give --embeddings, to quantize both"
+_NAME_TABLES: Final = (
+    "Tables of embeddings that are tied to a head stay; name them in --targets, or give --embeddings, to quantize both"
+)
 _SMALLEST_GROUP = 16
 """Groups that stand in for one that does not fit have at least as many columns."""
 
@@ -186,8 +188,6 @@ class Resolver:
         if site.shape[0] < _SMALL_OUTPUT:
             return replace(plain, reason=f"only {site.shape[0]} rows")
         done = self._quantized(replace(plain, rule=rule))
-        if done.status == "quantized" and tied:
-            self.notes.setdefault(f"The head is quantized with the embedding that it is tied to ({others[0]})", []).append(plain.name)  # fmt: skip
         if done.status == "quantized" and get_step(rule.method).needs:
             blind = rule.fallback or get_step(rule.method).fallback
             self.notes.setdefault(f"Rounded by {blind} instead of {rule.method}, for {LOOKED_UP}", []).append(plain.name)  # fmt: skip

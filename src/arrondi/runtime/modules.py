@@ -6,7 +6,7 @@ shape, which the caller makes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -53,11 +53,13 @@ class _Layer:
         placed: how a file holds it.
         values: its numbers, where no module holds packed codes (recurrent cells); else None.
         inputs: the static grid of its inputs, which stacks do not hold.
+        modules: all that hold it: an embedding and the head that is tied to it are two.
     """
 
     placed: Placed
     values: LayerValues | None
     inputs: Grid | None
+    modules: tuple[str, ...] = ()
 
 
 def remember(
@@ -66,6 +68,7 @@ def remember(
     values: Mapping[str, LayerValues],
     loose: Collection[str],
     facts: ModelFacts,
+    sites: Iterable[Site],
 ) -> None:
     """Note on a module which of its tensors are quantized, so that it can be saved.
 
@@ -74,8 +77,15 @@ def remember(
         values: the numbers of each.
         loose: those that no module holds packed.
         facts: what a layout must know of the module.
+        sites: of the module before it was quantized.
     """
-    layers = {n: _Layer(p, values[n] if n in loose else None, values[n].inputs) for n, p in placed.items()}
+    paths: dict[str, list[str]] = {}
+    for site in sites:
+        paths.setdefault(site.tensor, []).extend(site.modules)
+    layers = {
+        n: _Layer(p, values[n] if n in loose else None, values[n].inputs, tuple(paths.get(n, ())))
+        for n, p in placed.items()
+    }
     setattr(model, _LAYERS, {**getattr(model, _LAYERS, {}), **layers})
     setattr(model, _FACTS, facts)
     if hasattr(model, "save_pretrained"):
@@ -190,7 +200,8 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
                 )
             tensor.copy_(stored)
     by_param: dict[str, list[Site]] = {}
-    for site in source.sites:
+    every = source.sites
+    for site in every:
         if site.tensor in checkpoint.placed:
             by_param.setdefault(site.param, []).append(site)
     found: dict[str, LayerValues] = {}
@@ -201,13 +212,13 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
         if not install(model, source.names, sites, layers, source.names.params[param].dtype):
             loose |= layers.keys()
     described = checkpoint.folder.config.get("quantization_config") or {}
-    remember(model, checkpoint.placed, found, loose, ModelFacts(whole=described.get("dequantize") is True))
+    remember(model, checkpoint.placed, found, loose, ModelFacts(whole=described.get("dequantize") is True), every)
     return model
 
 
 def _refuse_unknown(model: nn.Module, layers: Mapping[str, _Layer]) -> None:
     """Refuse packed layers of which nothing is remembered: they came with a model that was loaded, before others were quantized."""
-    known = {n.rpartition(".")[0] for n in layers} | set(layers)
+    known = {n.rpartition(".")[0] for n in layers} | set(layers) | {m for one in layers.values() for m in one.modules}
     for name, module in model.named_modules():
         alike = {n for n, m in model.named_modules(remove_duplicate=False) if m is module}
         if isinstance(module, (QLinear, QConv, QEmbedding, QStack)) and not alike & known:
