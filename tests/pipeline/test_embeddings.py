@@ -18,6 +18,7 @@ from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.nn import QEmbedding, QLinear, factor_of
 from arrondi.pipeline import Recipe, TextOptions, make_plan, preset_recipe, quantize_model
+from arrondi.runtime.modules import load_into
 from tests.checkpoint.copies import distance, logits
 from tests.pipeline.stopping import stopped_after
 from tests.pipeline.toys import data
@@ -204,7 +205,7 @@ def test_a_module_in_memory_is_changed_saved_and_filled(tmp_path: Path) -> None:
     assert torch.equal(model.items(batch[0]), weight[batch[0]])
     assert torch.equal(model.head.unpack().dequantize(), weight)
     arrondi.save(model, tmp_path / "out")
-    assert torch.equal(arrondi.load_into(Two(), tmp_path / "out")(*batch), after)
+    assert torch.equal(load_into(Two(), tmp_path / "out")(*batch), after)
 
 
 class Shifted(nn.Embedding):
