@@ -59,6 +59,7 @@ def quantize(
     rewrites: Iterable[str] = (),
     repairs: Iterable[str] = (),
     preset: str | None = None,
+    embeddings: str | None = None,
     evaluation: Data | None = None,
     evaluate: bool = True,
     samples: int = 128,
@@ -86,8 +87,8 @@ def quantize(
         calibration: data for methods and static scales that need them. For a module, batches as it is called: tensors, tuples
             of positional arguments or dicts of keyword arguments.
         out: directory to write; needed for a directory, not for a module (see `save`).
-        recipe: rules instead of scheme, method, group_size, targets, options, rewrites and repairs.
-        group_size, targets, ignore, options, rewrites, repairs: see `Recipe.simple`.
+        recipe: rules instead of scheme, method, group_size, targets, options, rewrites, repairs and embeddings.
+        group_size, targets, ignore, options, rewrites, repairs, embeddings: see `Recipe.simple`.
         preset: what is done, instead of method, rewrites and repairs: "best", "q8bert" or "zeroquant".
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
@@ -103,7 +104,7 @@ def quantize(
     """
     given = dict(locals())
     check_arguments(quantize, given)
-    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
@@ -153,6 +154,7 @@ def plan(
     rewrites: Iterable[str] = (),
     repairs: Iterable[str] = (),
     preset: str | None = None,
+    embeddings: str | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
 ) -> Plan:
@@ -161,7 +163,7 @@ def plan(
     Takes the arguments of `quantize`.
     """
     check_arguments(plan, locals())
-    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset)
+    rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
     return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
 
 
@@ -176,22 +178,32 @@ def _rules(
     rewrites: Iterable[str],
     repairs: Iterable[str],
     preset: str | None,
+    embeddings: str | None,
 ) -> Recipe:
     """The recipe, that of a preset, or one method and what goes with it; one of them alone."""
     if preset is not None and recipe is None:
         if method != "rtn" or tuple(rewrites) or tuple(repairs):
             raise SchemeError(f"The preset {preset} says what is done. Leave method, rewrites and repairs out.")
-        return preset_recipe(preset, scheme, group_size=group_size, targets=targets, ignore=ignore, options=options)
+        return preset_recipe(
+            preset,
+            scheme,
+            group_size=group_size,
+            targets=targets,
+            ignore=ignore,
+            options=options,
+            embeddings=embeddings,
+        )
     if recipe is None:
         word = "W4A16" if scheme is None else scheme
         return Recipe.simple(
             word, method, group_size=group_size, targets=targets, ignore=ignore, options=options, rewrites=rewrites,
-            repairs=repairs,
+            repairs=repairs, embeddings=embeddings,
         )  # fmt: skip
     given = {
         "scheme": scheme, "method": None if method == "rtn" else method, "group_size": group_size,
         "targets": None if tuple(targets) == ("Linear",) else targets, "ignore": ignore, "options": options,
         "rewrites": tuple(rewrites) or None, "repairs": tuple(repairs) or None, "preset": preset,
+        "embeddings": embeddings,
     }  # fmt: skip
     beside = [name for name, value in given.items() if value is not None]
     if beside:

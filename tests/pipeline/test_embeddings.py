@@ -59,6 +59,7 @@ def test_report_evaluation_and_a_plain_loop_agree(
     report = quantize_model(source, out, Recipe.simple("w=int4/g16", method, embeddings="int4/g16"), TEXT)
     row = next(r for r in report["layers"] if r["name"] == WORDS[name])
     assert row["bits_per_weight"] == 4 + 32 / 16 and row["method"] == "rtn", "scales are float32, as the model is"
+    assert row["calibration_tokens"] is None, "there is nothing to calibrate"
     kept = quantize_model(source, tmp_path / "kept", Recipe.simple("w=int4/g16", method), TEXT)
     assert WORDS[name] in {r["name"] for r in kept["kept"]} and kept["output_bytes"] > report["output_bytes"]
     kl = report["evaluation"]["kl_mean"]
@@ -196,7 +197,7 @@ class Two(nn.Module):
 def test_a_module_in_memory_is_changed_saved_and_filled(tmp_path: Path) -> None:
     model, batch = Two(), (torch.arange(16).reshape(2, 8), torch.arange(16).reshape(2, 8) % 20)
     before = model(*batch)
-    arrondi.quantize(model, recipe=Recipe.simple("w=int8", embeddings="int8/row"), calibration=[batch])
+    arrondi.quantize(model, "w=int8", embeddings="int8/row", calibration=[batch])
     assert all(isinstance(m, QEmbedding) for m in (model.items, model.users))
     assert torch.equal(model.items(torch.tensor([3])), torch.zeros(1, 32)), "the row for padding"
     after = model(*batch)

@@ -264,7 +264,7 @@ def _round_blindly(work: Work, site: Site, why: str) -> None:
     scheme = work.scheme(site).weights
     if stackable(scheme, len(planned.sites)):
         rounded = round_alone(work.weight(site), scheme, method, options, site.name, why)
-        rounded.tokens = 0 if work.forwards else None
+        rounded.tokens = 0 if work.forwards and site.kind != "embedding" else None
         work.results[site.name] = rounded
         work.weight(site).copy_(rounded.q.dequantize())
     elif site == planned.sites[-1]:
