@@ -50,6 +50,15 @@ def test_what_was_not_learned_on_comes_nearer(models: Callable[..., Path], tmp_p
     assert all("e2e" in row["steps"] and row["sqnr_db"] is None for row in report["layers"])
 
 
+def test_after_a_rotation_the_model_is_still_one(models: Callable[..., Path], tmp_path: Path) -> None:
+    turned = Recipe.simple("w=int2/g16", "gptq", rewrites=("rotate",), repairs=("e2e",), options={"e2e.rate": 0.02})
+    report = call(models("llama"), tmp_path / "out", turned)
+    losses = report["whole_model"]["e2e"]["held_out"]
+    assert min(losses) < losses[0]
+    measured = compare_models(str(tmp_path / "out"), str(models("llama")), data(2, 24, 2))
+    assert measured["kl_mean"] == pytest.approx(report["evaluation"]["kl_mean"], rel=1e-3)
+
+
 def test_a_killed_run_ends_with_the_same_bytes(models: Callable[..., Path], tmp_path: Path) -> None:
     whole = call(models("llama"), tmp_path / "whole", recipe())
     for step in ("unit 1", "outside", "e2e: learned", "e2e"):

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from arrondi.checkpoint import ShardPlan, ShardWriter, TensorSpec
+import torch
+
+from arrondi.checkpoint import LayerValues, ShardPlan, ShardWriter, TensorSpec
 from arrondi.model import Inputs, Instance
 from arrondi.pipeline.finished import Finished
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.select import Selected
 
 _ASIDE: Final = "aside: "
@@ -49,17 +52,27 @@ class Finishing:
                 continue
             if learned not in self.journal.steps:
                 with _loaded(instance), _loaded(original):
-                    finished = Finished(self.plan, self.writer, instance, original, [Inputs.of(b) for b in batches])
+                    finished = Finished(self.plan, self._values, instance, original, [Inputs.of(b) for b in batches])
                     assert one.step.apply is not None
                     one.step.apply(finished, one.sites, **one.options)
-                for tensor, value in finished.written.items():
+                written = self._written(finished)
+                for tensor, value in written.items():
                     aside.put(tensor, value)
                 wrote = {f"{_ASIDE}{name} {tensor}": digest for tensor, digest in aside.sync().items()}
-                said = {"tensors": [], "replaces": sorted(finished.written), "facts": finished.facts}
+                said = {"tensors": [], "replaces": sorted(written), "facts": finished.facts}
                 self.journal.record(learned, said, wrote=wrote)
             for tensor in self.journal.steps[learned]["replaces"]:
                 self.writer.put(tensor, aside.get(tensor))
             self.journal.record(name, {"tensors": []}, wrote=self.writer.sync())
+
+    def _values(self, planned: PlannedTensor) -> LayerValues:
+        return self.plan.layout.read(planned.placed, self.writer.get)
+
+    def _written(self, finished: Finished) -> dict[str, torch.Tensor]:
+        """Tensor of the file → its new value."""
+        placed = {t.name: t.placed for t in self.plan.quantized if t.name in finished.replaced}
+        packed = [self.plan.layout.write(placed[name], values) for name, values in finished.replaced.items()]
+        return {**finished.changed, **{name: value for parts in packed for name, value in parts.items()}}
 
     def facts(self) -> dict[str, Any]:
         """What steps say of their work: step → facts."""

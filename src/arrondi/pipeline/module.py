@@ -16,10 +16,12 @@ from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
 from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
 from arrondi.nn import QStack
+from arrondi.pipeline.finished import Finished
 from arrondi.pipeline.foreseen import largest_inputs
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
+from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Forward
 from arrondi.pipeline.unit import carry_out, check_finite
 from arrondi.pipeline.work import Original, Work
@@ -64,7 +66,7 @@ def quantize_module(
     training = model.training
     model.eval()
     try:
-        with _experts_one_by_one(model):
+        with _experts_one_by_one(model), _without_cache(model):
             if batches:
                 source.learn(batches[0])
                 settle(source, batches[0])
@@ -107,6 +109,20 @@ def _experts_one_by_one(model: torch.nn.Module) -> Iterator[None]:
                 config._experts_implementation = own
 
 
+@contextmanager
+def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, no block keeps its keys and values: a block is run several times on one text, and would see those of earlier runs."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, own in before:
+            config.use_cache = own
+
+
 def _rounded(
     source: InMemory,
     instance: Instance,
@@ -128,7 +144,10 @@ def _rounded(
                 found[t.name] = LayerValues(stack_rows(parts), work.grids.get(t.name))
 
     followed = batches if any(s.follows_original for s in plan.steps()) else []
-    original = _copy(source) if followed else units
+    whole = [one for one in plan.selected if one.step.scope == "whole" and one.groups]
+    original = _copy(source) if followed or whole else units
+    # The copy that is followed is rewritten; what the whole model is held to stays as it was given.
+    given = (_copy(source) if followed else original) if whole else units
     outside = [t for t in tensors if t.block is None]
     if not batches:
         work(list(tensors), ())
@@ -154,7 +173,18 @@ def _rounded(
             progress(i, len(units) + 1, f"unit {i + 1} of {len(units)}")
         ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (stream, floats)]
         work([t for t in outside if t not in front], *ends)
+    for one in whole:
+        _finish(Finished(plan, lambda t: found[t.name], instance, given.instance, batches), one, found)
     return found
+
+
+def _finish(finished: Finished, one: Selected, found: dict[str, LayerValues]) -> None:
+    """A repair of the whole model, and what it has learned put in its place."""
+    assert one.step.apply is not None
+    one.step.apply(finished, one.sites, **one.options)
+    found.update(finished.replaced)
+    for name, value in finished.changed.items():
+        finished.tensor(name).copy_(value)
 
 
 def _copy(source: InMemory) -> Chain | Whole:

@@ -125,7 +125,7 @@ class _Tuner:
             with torch.no_grad():
                 wanted = model_output(self.original, part)
             with torch.enable_grad(), self.stand.held():
-                (share * loss(wanted, model_output(self.instance, part))).backward()
+                self.stand.add_gradient(share * loss(wanted, model_output(self.instance, part)))
 
     @torch.no_grad()
     def total(self) -> float:
@@ -144,14 +144,15 @@ def _parts(batch: Inputs, original: Instance) -> Iterator[tuple[Inputs, float]]:
     if ids is None or batch.args or len(batch.kwargs) > 1:
         yield batch, 1.0
         return
-    width = getattr(original.model.config.get_text_config(), "vocab_size", 1)
+    config = getattr(original.model, "config", None)
+    width = getattr(config.get_text_config(), "vocab_size", 1) if hasattr(config, "get_text_config") else 1
     rows = max(_OUTPUT_BYTES // (4 * width * ids.shape[1]), 1)
     for part in ids.split(rows):
         yield Inputs.of(part), len(part) / len(ids)
 
 
 def _loss_of(original: Instance) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return _divergence if is_causal(original.model) else _squared
+    return _divergence if hasattr(original.model, "config") and is_causal(original.model) else _squared
 
 
 def _divergence(wanted: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

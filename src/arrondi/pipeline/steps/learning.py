@@ -60,6 +60,14 @@ class StandIns:
         for s in self.soft.values():
             s.limit()
 
+    def add_gradient(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a number to that of what is learned, and of nothing else in the model."""
+        parameters = self.parameters
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, the model computes with the stand-ins."""
@@ -83,11 +91,12 @@ class StandIns:
                 site.region(whole).copy_(self.soft[site.name].value())
             found[param] = whole
         for name, value in self.plain_values().items():
-            found[self.instance.names.targets_of[name][0]] = value
+            param = self.instance.names.targets_of[name][0]
+            found[param] = value.to(self.instance.parameter(param).dtype)
         return found
 
     def plain_values(self) -> dict[str, torch.Tensor]:
-        """Norms and biases as they are now."""
+        """Norms and biases as they are now, float32."""
         return {name: value + unit * change for name, (value, unit, change) in self.plain.items()}
 
 
@@ -119,7 +128,7 @@ class Learner:
             for parameter, _ in paced:
                 parameter.grad = None
             with torch.enable_grad():
-                self.loss(j, targets).backward()
+                self.stand.add_gradient(self.loss(j, targets))
             if optimizer is not None:
                 for group, (_, speed) in zip(optimizer.param_groups, paced, strict=True):
                     group["lr"] = now * speed
@@ -166,7 +175,7 @@ def norms_and_biases(source: Source, sites: Sequence[Site], outside: bool = Fals
 
 
 def _plain(value: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
-    kept = value.detach().clone()
+    kept = value.detach().float().clone()
     return kept, max(float(kept.square().mean().sqrt()), 1e-3), torch.zeros_like(kept).requires_grad_()
 
 
