@@ -42,6 +42,7 @@ class Case(NamedTuple):
 
 FEW: Final = ("W4A16", "W3A16", "W2A16")
 WIDTHS: Final = ("W8A16", *FEW)
+TABLES: Final = tuple(f"w=lut{bits}/g128/t:int8:64" for bits in (4, 3, 2))
 FLOATS: Final = ("NF4_DQ", "NVFP4A16", "MXFP4A16")
 FOUR_BITS: Final = ("w=int4/g128,a=int4/token", "NVFP4", "MXFP4")
 ABSMAX: Final = {"range": "absmax"}
@@ -59,11 +60,18 @@ CASES: Final = (
     Case("gptq refine", WIDTHS, {"method": "gptq", "options": {"refine": 3}}),
     Case("gobo", FEW, {"method": "gobo"}),
     Case("kmeans", FEW, {"method": "kmeans", "options": {"rows": 16}}),
-    Case("any4", FEW, {"method": "any4", "options": {"rows": 64}}),
+    Case("any4", FEW, {"method": "any4", "options": {"rows": 64, "damping": 0.05}}),
+    Case("any4 refine", FEW, {"method": "any4", "options": {"rows": 64, **REFINED}}),
+    Case("any4 alone", FEW, {"method": "any4", "options": {"rows": 64, "strength": 0.0}}),
+    Case("qronos", FEW, {"method": "qronos"}),
+    Case("adaround", FEW, {"method": "adaround"}),
     Case("gptaq", WIDTHS, {"method": "gptaq"}),
     Case("gptaq refine", FEW, {"method": "gptaq", "options": REFINED}),
     Case("autoround", WIDTHS, {"method": "autoround"}),
     Case("preset best", WIDTHS, {"preset": "best"}),
+    Case("preset best", TABLES, {"preset": "best"}),
+    Case("gptaq sweeps", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}}),
+    Case("gptaq sweeps e2e", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}, "repairs": ["e2e"]}),
     Case("gptaq refine tune e2e", FEW, {"method": "gptaq", "options": REFINED, "repairs": ["tune", "e2e"]}),
     Case("rtn", ("W8A8",), {"method": "rtn"}),
     Case("llm-int8", ("W8A8",), {"method": "llm-int8"}),

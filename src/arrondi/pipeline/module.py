@@ -112,8 +112,8 @@ def _experts_one_by_one(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_cache(model: torch.nn.Module) -> Iterator[None]:
     """Inside, no block keeps its keys and values: a block is run several times on one text, and would see those of earlier runs."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
-    before = [(config, config.use_cache) for config in configs.values()]
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    before = [(c, c.use_cache) for c in {id(c): c for c in found if hasattr(c, "use_cache")}.values()]
     for config, _ in before:
         config.use_cache = False
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import torch
 from torch.nn import functional as F
@@ -144,7 +144,7 @@ def _parts(batch: Inputs, original: Instance) -> Iterator[tuple[Inputs, float]]:
     if ids is None or batch.args or len(batch.kwargs) > 1:
         yield batch, 1.0
         return
-    config = getattr(original.model, "config", None)
+    config: Any = getattr(original.model, "config", None)
     width = getattr(config.get_text_config(), "vocab_size", 1) if hasattr(config, "get_text_config") else 1
     rows = max(_OUTPUT_BYTES // (4 * width * ids.shape[1]), 1)
     for part in ids.split(rows):
