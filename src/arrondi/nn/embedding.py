@@ -48,10 +48,8 @@ def factor_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> float | 
     if type(module).forward is nn.Embedding.forward:
         return 1.0
     trial = copy.copy(module)
-    ids, numbers = (
-        torch.tensor(_TRIED),
-        torch.randn(4, module.embedding_dim, generator=torch.Generator().manual_seed(0)),
-    )
+    ids = torch.tensor(_TRIED)
+    numbers = torch.randn(4, module.embedding_dim, generator=torch.Generator().manual_seed(0))
     trial.padding_idx = None
     try:
         said = []
