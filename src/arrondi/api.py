@@ -16,6 +16,7 @@ import torch
 from arrondi.arguments import check_arguments
 from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme, Scheme
+from arrondi.graph import is_graph_file
 from arrondi.measure.compare import compare_models
 from arrondi.measure.data import Data
 from arrondi.measure.limits import Limits
@@ -29,6 +30,7 @@ from arrondi.pipeline import (
     quantize_model,
 )
 from arrondi.pipeline.module import quantize_module
+from arrondi.pipeline.network import NetworkData, quantize_network
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.runtime.load import load as load_model
@@ -105,6 +107,12 @@ def quantize(
     given = dict(locals())
     check_arguments(quantize, given)
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
+    if is_graph_file(model):
+        if out is None:
+            raise SchemeError('A network is quantized into a file. Give out="NAME.onnx".')
+        return quantize_network(
+            model, out, rules, NetworkData(calibration, evaluation, samples, seed), overwrite=overwrite, progress=progress
+        )  # fmt: skip
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)

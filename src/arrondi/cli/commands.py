@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arrondi.cli import networks, searching
 from arrondi.cli import options as opt
-from arrondi.cli import searching
 from arrondi.cli.answers import answer as _answer
 from arrondi.cli.answers import note as _note
 from arrondi.cli.answers import print_json as _print_json
@@ -137,6 +137,10 @@ def quantize(
     seed: opt.Seed = 0,
     max_kl: opt.MaxKl = None,
     max_ppl_increase: opt.MaxPpl = None,
+    data: opt.NetworkData = None,
+    observer: opt.ObserverName = "percentile",
+    mean: opt.Mean = None,
+    std: opt.Std = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
     ] = False,
@@ -148,6 +152,18 @@ def quantize(
     resolved = recipe_from(
         scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset, embeddings
     )
+    from arrondi.graph import is_graph_file
+
+    if is_graph_file(model):
+        networks.refuse_text_options({
+            "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
+            "--layout": layout, "--embeddings": embeddings, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
+        })  # fmt: skip
+        networks.quantize_graph(
+            model, output, resolved, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, mean=mean,
+            std=std, overwrite=overwrite, json_=json_, quiet=quiet,
+        )  # fmt: skip
+        return
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)
@@ -213,9 +229,10 @@ def evaluate(
     model: opt.Model,
     against: Annotated[str, typer.Option(help="Directory or Hub name of the original model.", show_default=False)],
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl, .json or .parquet.", show_default=False),
-    ],
+    ] = None,
+    data: opt.NetworkData = None,
     column: opt.Column = None,
     seq_len: opt.SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
@@ -231,6 +248,14 @@ def evaluate(
 
     With --kv both models are in memory, and the text is read in short pieces through the rounded cache.
     """
+    from arrondi.graph import is_graph_file
+
+    if is_graph_file(model):
+        networks.refuse_text_options({"--text": text, "--kv": kv, "--activations": activations, "--column": column})
+        networks.evaluate_graph(model, against, data, json_)
+        return
+    if text is None:
+        raise SchemeError("Language models are measured on text that calibration has not seen. Give --text FILE.")
     limits = _limits(max_kl, max_ppl_increase)
     if kv is not None:
         _evaluate_with_cache(model, against, text, kv, seq_len, samples, activations, device, limits, json_, quiet)

@@ -70,6 +70,19 @@ KeepMisfits = Annotated[bool, typer.Option("--keep-misfits", help="Leave layers 
 Calibration = Annotated[
     Path | None, typer.Option(help="UTF-8 text to calibrate on; .jsonl, .json and .parquet are read as documents.")
 ]
+NetworkData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="For ONNX files: samples to measure on, an .npz file with inputs and labels.", show_default=False
+    ),
+]
+ObserverName = Annotated[
+    str, typer.Option("--observer", help="For ONNX files: how ranges are found: min-max, percentile, mse, kl, …")
+]
+Mean = Annotated[str | None, typer.Option("--mean", help="For folders of images: means of the channels, with commas.")]
+Std = Annotated[
+    str | None, typer.Option("--std", help="For folders of images: deviations of the channels, with commas.")
+]
 Column = Annotated[
     str | None,
     typer.Option(help="Field of .jsonl, .json or .parquet that holds text or messages. Default: text, else messages."),

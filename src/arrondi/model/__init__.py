@@ -11,11 +11,12 @@ from arrondi.model.memory import release
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.model.precision import DTYPES, bfloat16_pays, stored_in_16_bits
+from arrondi.model.segments import Segments, Straight
 from arrondi.model.settle import confirm, settle
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
-from arrondi.model.streams import Passage, Stream, walk
+from arrondi.model.streams import Passage, Stream, Units, walk
 from arrondi.model.whole import Whole
 
 Source = OnDisk | InMemory
@@ -37,11 +38,14 @@ __all__ = [
     "Passage",
     "Producer",
     "Rounding",
+    "Segments",
     "Site",
     "Source",
     "StoredTensor",
+    "Straight",
     "Stream",
     "TreeStore",
+    "Units",
     "Whole",
     "apply_fold",
     "bfloat16_pays",

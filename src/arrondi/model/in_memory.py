@@ -20,6 +20,7 @@ from arrondi.model.flow_own import has_own_program
 from arrondi.model.instance import Instance
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
+from arrondi.model.segments import Segments, Straight
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors, is_stack
 from arrondi.model.units import find_lists
 from arrondi.model.whole import Whole
@@ -80,12 +81,21 @@ class InMemory:
         self.whole, self.units = True, ""
         self.__dict__.pop("tensors", None)
 
-    def units_of(self, instance: Instance) -> Chain | Whole:
+    @property
+    def straight(self) -> bool:
+        """Whether the module is a line of parts, which are its units."""
+        return isinstance(self.model, Straight)
+
+    def units_of(self, instance: Instance) -> Chain | Whole | Segments:
         """The instance as what `walk` goes through."""
+        if self.straight:
+            return Segments(instance)
         return Whole(instance) if self.whole else Chain(instance, self.units)
 
     def block_of(self, param: str) -> int | None:
         """The unit that a parameter belongs to."""
+        if self.straight:
+            return int(param.partition(".")[0])
         if self.whole:
             return 0
         start = f"{self.units}."

@@ -18,10 +18,11 @@ import torch
 
 from arrondi.model.chain import Call, Chain, Inputs
 from arrondi.model.handed import Handed, named_in
+from arrondi.model.segments import Segments
 from arrondi.model.store import Budget, TreeStore
 from arrondi.model.whole import Whole
 
-Units = Chain | Whole
+Units = Chain | Whole | Segments
 
 Visit = Callable[[int, "Sequence[Stream]"], None]
 """Called with a unit and the streams of one instance, while the unit is filled and before it is run."""

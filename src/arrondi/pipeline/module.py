@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
-from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
+from arrondi.model import Budget, InMemory, Inputs, Instance, Site, Stream, Units, settle, walk
 from arrondi.nn import QStack
 from arrondi.pipeline.finished import Finished
 from arrondi.pipeline.foreseen import largest_inputs
@@ -61,6 +61,31 @@ def quantize_module(
         SchemeError: the recipe picks nothing, or the module does not run on the batches.
         DataError: a method needs calibration and there is none, or a weight is not finite.
     """
+    with _experts_one_by_one(model):
+        source, plan, done = round_module(model, recipe, calibration, keep_misfits=keep_misfits, progress=progress)
+        _install(source, plan, done)
+    for name, value in plan.declared.config.items():
+        if hasattr(getattr(model, "config", None), name) and not isinstance(value, Mapping):
+            setattr(model.config, name, value)
+    return model
+
+
+@torch.no_grad()
+def round_module(
+    model: torch.nn.Module,
+    recipe: Recipe,
+    calibration: Any = None,
+    *,
+    keep_misfits: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[InMemory, Plan, dict[str, LayerValues]]:
+    """Round the weights of a module where they are; its layers stay what they were.
+
+    Takes the arguments of `quantize_module`.
+
+    Returns:
+        the module as a source, what was planned, and tensor → its codes.
+    """
     _check(model)
     source, batches = InMemory(model), _batches(model, calibration)
     training = model.training
@@ -84,13 +109,9 @@ def quantize_module(
                 done = _rounded(source, instance, plan, batches, progress or (lambda done, total, what: None))
             finally:
                 instance.leave_inputs()
-            _install(source, plan, done)
-            for name, value in plan.declared.config.items():
-                if hasattr(getattr(model, "config", None), name) and not isinstance(value, Mapping):
-                    setattr(model.config, name, value)
     finally:
         model.train(training)
-    return model
+    return source, plan, done
 
 
 @contextmanager
@@ -187,7 +208,7 @@ def _finish(finished: Finished, one: Selected, found: dict[str, LayerValues]) ->
         finished.tensor(name).copy_(value)
 
 
-def _copy(source: InMemory) -> Chain | Whole:
+def _copy(source: InMemory) -> Units:
     """The original, whose weights stay as they are."""
     copied = InMemory(copy.deepcopy(source.model))
     if source.whole:

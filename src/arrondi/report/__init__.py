@@ -2,6 +2,7 @@
 
 from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.folds import print_folds
+from arrondi.report.networks import print_network, print_network_evaluation
 from arrondi.report.outliers import print_outliers
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
@@ -24,6 +25,8 @@ __all__ = [
     "print_folds",
     "print_inspection",
     "print_methods",
+    "print_network",
+    "print_network_evaluation",
     "print_outliers",
     "print_plan",
     "print_report",

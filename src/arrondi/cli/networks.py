@@ -1,0 +1,69 @@
+"""`quantize` and `eval` for networks that are graphs: ONNX files and torch.export archives. Called by `arrondi.cli.commands`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arrondi.cli.answers import answer
+from arrondi.errors import SchemeError
+from arrondi.pipeline.recipe import Recipe
+
+
+def refuse_text_options(given: Mapping[str, Any]) -> None:
+    """Options that say something of language models only.
+
+    Args:
+        given: option → its value, None or False where it was left out.
+    """
+    used = [option for option, value in given.items() if value]
+    if used:
+        raise SchemeError(
+            f"A network of ONNX operators takes no {', '.join(used)}. Leave {'it' if len(used) == 1 else 'them'} out."
+        )
+
+
+def quantize_graph(
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    *,
+    calibration: Path | None,
+    data: Path | None,
+    samples: int,
+    seed: int,
+    observer: str,
+    mean: str | None,
+    std: str | None,
+    overwrite: bool,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    """Quantize a network into an ONNX file, and measure it on samples that calibration did not see."""
+    from arrondi.pipeline.network import NetworkData, quantize_network
+    from arrondi.report import print_network, progress_bar
+
+    given = NetworkData(calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer)
+    with progress_bar("quantizing", quiet) as progress:
+        report = quantize_network(model, output, recipe, given, overwrite=overwrite, progress=progress)
+    answer(report, json_, print_network)
+
+
+def evaluate_graph(model: str, against: str, data: Path | None, json_: bool) -> None:
+    """Top-1, agreement and SQNR of a network beside another."""
+    from arrondi.measure.networks import compare_networks
+    from arrondi.report import print_network_evaluation
+
+    if data is None:
+        raise SchemeError("Networks of ONNX operators are measured on samples. Give --data test.npz.")
+    answer(compare_networks(model, against, data), json_, print_network_evaluation)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SchemeError(f"{option} is numbers with commas between, one for each channel, got {text!r}.") from None

@@ -1,0 +1,29 @@
+"""Networks as graphs of ONNX operators: read, run, rounded and written.
+
+A graph is plain data (`ir`); files and PyTorch's exporter are read by `read`, written by `write`. `Program` is a graph as a module whose layers
+are PyTorch's own, so the steps of the pipeline work on it; `rules` says which values are rounded.
+"""
+
+from arrondi.graph.insert import hold_codes, round_values
+from arrondi.graph.ir import Graph, Node, Value
+from arrondi.graph.observe import observe
+from arrondi.graph.program import Program
+from arrondi.graph.read import is_graph_file, read_graph
+from arrondi.graph.rules import describe, places
+from arrondi.graph.write import to_onnx, write_graph
+
+__all__ = [
+    "Graph",
+    "Node",
+    "Program",
+    "Value",
+    "describe",
+    "hold_codes",
+    "is_graph_file",
+    "observe",
+    "places",
+    "read_graph",
+    "round_values",
+    "to_onnx",
+    "write_graph",
+]

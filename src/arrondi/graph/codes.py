@@ -1,0 +1,82 @@
+"""ONNX's quantizers in PyTorch: QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear and a value rounded to a grid.
+
+Codes of fewer than eight bits are held in bytes; the name of their type goes with the node as the attribute `codes`.
+Source: the ONNX operator specification, operator sets 13 to 23: x / scale, rounded half to even, plus the zero point, saturated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+Tensor = torch.Tensor
+
+INTEGERS: Final[Mapping[str, tuple[int, int, torch.dtype]]] = {
+    "uint2": (0, 3, torch.uint8), "int2": (-2, 1, torch.int8), "uint4": (0, 15, torch.uint8), "int4": (-8, 7, torch.int8),
+    "uint8": (0, 255, torch.uint8), "int8": (-128, 127, torch.int8), "uint16": (0, 65535, torch.int32),
+    "int16": (-32768, 32767, torch.int16), "int32": (-(2**31), 2**31 - 1, torch.int32),
+}  # fmt: skip
+"""Type → smallest and largest code, and the type that holds them here."""
+
+
+def tensor_of(values: np.ndarray) -> Tensor:
+    """An array as a tensor; types that PyTorch does not have in the next one that holds their numbers."""
+    values = np.asarray(values)
+    name = values.dtype.name
+    if name in INTEGERS:
+        return torch.from_numpy(values.astype(np.int64)).to(INTEGERS[name][2])
+    if values.dtype.kind == "V" or name.startswith(("float8", "float4", "bfloat")):
+        return torch.from_numpy(values.astype(np.float32))
+    return torch.from_numpy(np.array(values))
+
+
+def spread(part: Tensor, x: Tensor, attrs: Mapping[str, Any]) -> Tensor:
+    """A scale or zero point in a shape that goes with x: one for all, for every index of an axis, or for blocks along it."""
+    if part.numel() == 1:
+        return part.reshape(())
+    axis = attrs.get("axis", 1) % x.ndim
+    if attrs.get("block_size", 0):
+        return part.repeat_interleave(attrs["block_size"], axis).narrow(axis, 0, x.shape[axis])
+    return part.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+
+
+def quantize(attrs: Mapping[str, Any], x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """x → codes."""
+    low, high, held = INTEGERS[attrs.get("codes", "uint8")]
+    codes = torch.round(x / spread(scale, x, attrs).to(x.dtype))
+    if zero is not None:
+        codes = codes + spread(zero, x, attrs).to(x.dtype)
+    return codes.clamp(low, high).to(held)
+
+
+def dequantize(attrs: Mapping[str, Any], codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Codes → numbers of the scale's type."""
+    whole = codes.to(scale.dtype) if codes.dtype.is_floating_point else codes.to(torch.int32)
+    if zero is not None:
+        whole = whole - spread(zero, codes, attrs).to(whole.dtype)
+    return whole.to(scale.dtype) * spread(scale, codes, attrs)
+
+
+def rounded(attrs: Mapping[str, Any], x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x on its grid, whose codes may be limited to `low` … `high`; the gradient passes where x lies within the grid's range."""
+    low, high, _ = INTEGERS[attrs["codes"]]
+    low, high = attrs.get("low", low), attrs.get("high", high)
+    step, center = spread(scale, x, attrs), spread(zero, x, attrs).to(x.dtype)
+    codes = (torch.round(x / step) + center).clamp(low, high)
+    given = (codes - center) * step
+    if not x.requires_grad:
+        return given
+    clipped = torch.minimum(torch.maximum(x, (low - center) * step), (high - center) * step)
+    return clipped + (given - clipped).detach()
+
+
+def dynamic(attrs: Mapping[str, Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x → uint8 codes on the grid that spans x and zero, its scale and zero point."""
+    low, high = x.min().clamp(max=0.0), x.max().clamp(min=0.0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-low / scale).clamp(0, 255).to(torch.uint8)
+    return quantize({"codes": "uint8"}, x, scale, zero), scale, zero

@@ -1,0 +1,143 @@
+"""Grids put into a graph: `round_values` for what flows, `hold_codes` for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from arrondi.errors import MissingExtraError, SchemeError
+from arrondi.formats import Format, PerChannel, PerGroup, PerTensor, Scheme
+from arrondi.graph.ir import QDQ, Graph, Node
+from arrondi.graph.rules import RULES
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import Grid
+
+_NARROW: Final = frozenset({"int4", "uint4"})
+"""Types that NumPy has through `ml_dtypes`."""
+
+
+def code_type(format: Format) -> np.dtype[Any]:
+    """The smallest type of ONNX that holds the codes of a format.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    if format.kind == "integer":
+        signed = format.qmin < 0
+        bits = next((b for b in (4, 8, 16) if format.bits <= b), None)
+        name = f"{'' if signed else 'u'}int{bits}"
+        if bits is not None:
+            return np.dtype(getattr(_narrow_types(), name) if name in _NARROW else name)
+    raise SchemeError(f"ONNX files hold integers of at most 16 bits here, got {format}. Use int8 or int4.")
+
+
+def _narrow_types() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise MissingExtraError("4-bit codes need the package ml_dtypes: pip install 'arrondi[onnx]'.") from error
+    return ml_dtypes
+
+
+def round_values(graph: Graph, grids: Mapping[str, tuple[Grid, Scheme]]) -> Graph:
+    """The graph with values rounded where they are made.
+
+    Args:
+        grids: value → its grid (one scale) and the scheme of it. Only operators of the table read what is rounded.
+    """
+    constants, renamed, made = dict(graph.constants), {}, {}
+    for name, (grid, scheme) in grids.items():
+        kind = code_type(scheme.format)
+        given = f"{name}_rounded"
+        zero = 0 if grid.zero_point is None else int(grid.zero_point)
+        constants[f"{name}_scale"] = np.array(grid.scale.item(), dtype=np.float32)
+        constants[f"{name}_zero_point"] = np.array(zero).astype(kind)
+        made[name] = Node(
+            f"{name}_grid", QDQ, (name, f"{name}_scale", f"{name}_zero_point"), (given,), _limits(scheme.format, kind)
+        )
+        renamed[name] = given
+    nodes = [made[v.name] for v in graph.inputs if v.name in made]
+    for node in graph.nodes:
+        reads = node.op in RULES
+        nodes.append(replace(node, inputs=tuple(renamed.get(n, n) for n in node.inputs) if reads else node.inputs))
+        nodes += [made[n] for n in node.outputs if n in made]
+    return graph.with_nodes(nodes, constants)
+
+
+def _limits(format: Format, kind: np.dtype[Any]) -> dict[str, Any]:
+    """Codes of fewer bits than their type lie in a part of its range."""
+    full = _narrow_types().iinfo(kind) if kind.name in _NARROW else np.iinfo(kind)
+    own = (format.qmin, format.qmax)
+    named = {"codes": kind.name}
+    return named if own == (full.min, full.max) else {**named, "low": own[0], "high": own[1]}
+
+
+def hold_codes(graph: Graph, weights: Mapping[str, QTensor]) -> Graph:
+    """The graph with weights as codes, which a DequantizeLinear turns into numbers.
+
+    Args:
+        weights: node → its weight as a matrix (out, in · places of the kernel).
+
+    Raises:
+        SchemeError: ONNX cannot hold it.
+    """
+    constants, nodes = dict(graph.constants), []
+    for node in graph.nodes:
+        q = weights.get(node.name)
+        if q is None:
+            nodes.append(node)
+            continue
+        name = node.inputs[1]
+        codes, scale, zero, attrs = _held(node, q, graph.constants[name].shape)
+        given = next(graph.fresh(f"{name}_{node.name}_float" if len(graph.consumers[name]) > 1 else f"{name}_float"))
+        stem = given.removesuffix("_float")
+        constants |= {f"{stem}_codes": codes, f"{stem}_scale": scale, f"{stem}_zero_point": zero}
+        read = tuple(f"{stem}_{part}" for part in ("codes", "scale", "zero_point"))
+        nodes.append(Node(f"{stem}_dequantize", "DequantizeLinear", read, (given,), attrs))
+        nodes.append(replace(node, inputs=(node.inputs[0], given, *node.inputs[2:])))
+    return graph.with_nodes(nodes, constants)
+
+
+def _held(node: Node, q: QTensor, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """Codes in the shape of the weight, scales, zero points, and along which axis they go."""
+    kind = code_type(q.scheme.format)
+    if (
+        not isinstance(q.scale, torch.Tensor)
+        or q.offset is not None
+        or q.group_index is not None
+        or q.apart is not None
+    ):
+        raise SchemeError(
+            f"{node.name}: ONNX holds plain scales and zero points, got {q.scheme}. Use int8/channel or int4/g32."
+        )
+    zeros = torch.zeros_like(q.scale, dtype=torch.int32) if q.zero_point is None else q.zero_point
+    flipped = (node.op == "Gemm" and not node.attrs.get("transB", 0)) or node.op == "MatMul"
+    matrix = q.codes.T if flipped else q.codes
+    if node.op == "ConvTranspose":
+        groups = node.attrs.get("group", 1)
+        split = q.codes.reshape(groups, shape[1], shape[0] // groups, -1)
+        matrix = split.transpose(1, 2)
+    codes = matrix.reshape(shape).numpy().astype(kind)
+    match q.scheme.granularity:
+        case PerTensor():
+            return codes, _array(q.scale.reshape(()), np.float32), _array(zeros.reshape(()), kind), {}
+        case PerChannel(0) if node.op != "ConvTranspose" or node.attrs.get("group", 1) == 1:
+            axis = 1 if flipped or node.op == "ConvTranspose" else 0
+            return codes, _array(q.scale.reshape(-1), np.float32), _array(zeros.reshape(-1), kind), {"axis": axis}
+        case PerGroup(size) if len(shape) == 2 and shape[0 if flipped else 1] % size == 0:
+            scale, zeros = (part.T if flipped else part for part in (q.scale, zeros))
+            return (
+                codes,
+                _array(scale, np.float32),
+                _array(zeros, kind),
+                {"axis": 0 if flipped else 1, "block_size": size},
+            )
+    raise SchemeError(f"{node.name}: ONNX cannot hold {q.scheme} of shape {shape}. Use int8/channel or int4/channel.")
+
+
+def _array(part: torch.Tensor, kind: Any) -> np.ndarray:
+    return np.ascontiguousarray(part.detach().cpu().numpy().astype(kind))

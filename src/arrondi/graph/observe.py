@@ -1,0 +1,63 @@
+"""Ranges of what flows through a graph: `observe`, which runs it on batches and keeps counts, never the values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from arrondi.calibration import Observer, get_observer
+from arrondi.errors import DataError
+from arrondi.formats import Scheme
+from arrondi.graph.program import Program
+from arrondi.graph.rules import FIXED
+
+
+@torch.no_grad()
+def observe(
+    program: Program,
+    batches: Iterable[Sequence[torch.Tensor]],
+    values: Mapping[str, int],
+    scheme: Scheme,
+    kind: str,
+    options: Mapping[str, Any] | None = None,
+) -> dict[int, tuple[float, float]]:
+    """The range of every group of values.
+
+    Args:
+        program: in floating point.
+        batches: its inputs.
+        values: value → the group that shares a range.
+        scheme: what the values become; some observers look for the best range of its grid.
+        kind, options: of the observer, see `arrondi.calibration.OBSERVERS`.
+
+    Returns:
+        group → (low, high).
+
+    Raises:
+        DataError: a value is NaN or infinite, or there are no batches.
+    """
+    make = get_observer(kind)
+    grid = {"qmin": scheme.format.qmin, "qmax": scheme.format.qmax, "symmetric": scheme.symmetric}
+    own = {k: v for k, v in grid.items() if k in inspect.signature(make).parameters}
+    if "symmetric" in inspect.signature(make).parameters:
+        own["symmetric"] = scheme.symmetric
+    known = {name: FIXED[node.op] for name, node in program.graph.producers.items() if node.op in FIXED}
+    found: dict[int, Observer] = {}
+
+    def see(name: str, value: torch.Tensor) -> None:
+        group = values.get(name)
+        if group is not None and name not in known:
+            found.setdefault(group, make(name=name, **{**own, **(options or {})})).observe(value)
+
+    count = 0
+    for inputs in batches:
+        program.watch(inputs, see)
+        count += 1
+    if not count:
+        raise DataError("Calibration data has no samples. Give at least one.")
+    ranges = {group: tuple(float(end) for end in one.range()) for group, one in found.items()}
+    ranges |= {values[name]: ends for name, ends in known.items() if name in values}
+    return {group: (low, high) for group, (low, high) in ranges.items()}

@@ -1,0 +1,163 @@
+"""A graph as a module that runs it: `Program`, a line of parts, each of which reads what the part before it gives.
+
+Layers with constant weights are PyTorch's own modules, so whatever works on modules works on them: sites, methods, packed codes.
+A part ends wherever one value alone goes on and a layer follows: residual blocks are parts, and so are single layers between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from arrondi.errors import DataError
+from arrondi.graph.codes import tensor_of
+from arrondi.graph.ir import Graph, Node
+from arrondi.graph.layers import LAYERS, padding_of
+from arrondi.graph.ops import evaluate
+from arrondi.model import Straight
+
+
+class Program(Straight):
+    """A graph that can be run, calibrated and quantized.
+
+    Attributes:
+        graph: what is run.
+        layers: node → the name of its module.
+
+    Called with the graph's inputs in their order; gives its output, or a tuple of them.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        names = _module_names(graph)
+        parts: list[Part] = []
+        layers: dict[str, str] = {}
+        for i, (nodes, entering, leaving) in enumerate(_parts(graph)):
+            parts.append(Part(graph, nodes, entering, leaving, names))
+            layers |= {n.name: f"{i}.{names[n.name]}" for n in nodes if names[n.name] in parts[-1]._modules}
+        super().__init__(*parts)
+        self.graph, self.layers = graph, layers
+
+    def watch(self, inputs: Sequence[torch.Tensor], see: Any) -> Any:
+        """Run it, calling `see(name, value)` with every value that is made, the inputs among them."""
+        entering: tuple[Any, ...] = tuple(inputs)
+        output: Any = None
+        for part in self:
+            output = part(*entering, see=see)
+            entering = (output,)
+        return output
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One node on its turn: its module if it has one, what is put around its input, and the values that nobody reads afterwards."""
+
+    node: Node
+    module: str | None
+    padding: list[int]
+    gone: tuple[str, ...]
+
+
+class Part(torch.nn.Module):
+    """Some nodes of a graph in order."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        nodes: Sequence[Node],
+        entering: Sequence[str],
+        leaving: Sequence[str],
+        names: dict[str, str],
+    ) -> None:
+        super().__init__()
+        self.entering, self.leaving, self.opset = tuple(entering), tuple(leaving), graph.opset
+        self._steps: list[_Run] = []
+        held: dict[str, str] = {}
+        last = {name: node.name for node in nodes for name in node.inputs}
+        for node in nodes:
+            found = LAYERS[node.op](node, graph) if node.op in LAYERS else None
+            if found is not None:
+                self.add_module(names[node.name], found)
+            read = node.inputs if found is None else node.inputs[:1]
+            for name in read:
+                if name in graph.constants and name not in held:
+                    held[name] = f"constant_{len(held)}"
+                    self.register_buffer(held[name], tensor_of(graph.constants[name]), persistent=False)
+            step = replace(node, inputs=read)
+            gone = tuple(n for n in dict.fromkeys(read) if last.get(n) == node.name and n not in leaving)
+            module = names[node.name] if found is not None else None
+            self._steps.append(_Run(step, module, [] if found is None else padding_of(node, found), gone))
+        self._held = held
+
+    def forward(self, *inputs: torch.Tensor, see: Any = None) -> Any:
+        """What the nodes give: the one value that goes on, or a tuple of the graph's outputs."""
+        if len(inputs) != len(self.entering):
+            raise DataError(
+                f"The network takes {len(self.entering)} inputs ({', '.join(self.entering)}), got {len(inputs)}."
+            )
+        values: dict[str, Any] = dict(zip(self.entering, inputs, strict=True))
+        if see is not None:
+            for name, value in values.items():
+                see(name, value)
+        for run in self._steps:
+            given = [self._value(name, values) for name in run.node.inputs]
+            for name, value in zip(run.node.outputs, self._run(run, given), strict=False):
+                if name:
+                    values[name] = value
+                    if see is not None:
+                        see(name, value)
+            for name in run.gone:
+                values.pop(name, None)
+        leaving = tuple(self._value(name, values) for name in self.leaving)
+        return leaving[0] if len(leaving) == 1 else leaving
+
+    def _run(self, run: _Run, given: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+        if run.module is None:
+            return evaluate(run.node, given, self.opset)
+        x = given[0]
+        assert x is not None
+        return (self.get_submodule(run.module)(torch.nn.functional.pad(x, run.padding) if run.padding else x),)
+
+    def _value(self, name: str, values: dict[str, Any]) -> torch.Tensor | None:
+        if not name:
+            return None
+        return self._buffers[self._held[name]] if name in self._held else values[name]
+
+
+def _module_names(graph: Graph) -> dict[str, str]:
+    """Node → a name that a module may have, unique."""
+    found: dict[str, str] = {}
+    used: set[str] = set()
+    for node in graph.nodes:
+        stem = re.sub(r"\W+", "_", node.name).strip("_") or node.op
+        stem = f"_{stem}" if stem[0].isdigit() or hasattr(torch.nn.Module, stem) else stem
+        name, number = stem, 1
+        while name in used:
+            name, number = f"{stem}_{number}", number + 1
+        used.add(name)
+        found[node.name] = name
+    return found
+
+
+def _parts(graph: Graph) -> Iterator[tuple[list[Node], list[str], list[str]]]:
+    """Runs of nodes, what enters each and what leaves it."""
+    inputs, outputs = [v.name for v in graph.inputs], [v.name for v in graph.outputs]
+    last: dict[str, int] = {name: len(graph.nodes) for name in outputs}
+    for i, node in enumerate(graph.nodes):
+        last |= {name: max(last.get(name, -1), i) for name in node.inputs}
+    alive = {name for name in inputs if name in last}
+    nodes: list[Node] = []
+    entering, layers = inputs, 0
+    for i, node in enumerate(graph.nodes):
+        alone = next(iter(alive)) if len(alive) == 1 else None
+        if nodes and layers and alone is not None and node.op in LAYERS and alone not in outputs:
+            yield nodes, entering, [alone]
+            entering, nodes, layers = [alone], [], 0
+        nodes.append(node)
+        layers += node.op in LAYERS
+        alive |= {name for name in node.outputs if name in last and name not in graph.constants}
+        alive = {name for name in alive if last[name] > i}
+    yield nodes, entering, outputs

@@ -1,0 +1,223 @@
+"""Networks from files and exporters: `read_graph`. Whatever PyTorch exports comes through its own ONNX exporter.
+
+The `onnx` package parses, checks and infers shapes; a graph of an older operator set is brought to `OPSET` by its converter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from arrondi.errors import FileFormatError, MissingExtraError, SchemeError
+from arrondi.graph.ir import CODES, Graph, Node, Value
+
+OPSET: Final = 21
+"""The operator set that graphs are brought to: the first whose QuantizeLinear knows 4 bits, 16 bits and blocks."""
+_OLDEST: Final = 13
+"""The oldest whose quantizers take one scale a channel."""
+SUFFIXES: Final = (".onnx", ".pt2")
+"""What files of networks are called."""
+
+
+def is_graph_file(path: object) -> bool:
+    """Whether a name is that of an ONNX file or a torch.export archive."""
+    return isinstance(path, (str, Path)) and Path(path).suffix in SUFFIXES
+
+
+def read_graph(source: Any, example: Any = None) -> Graph:
+    """A network as a graph.
+
+    Args:
+        source: path of an `.onnx` file or of a torch.export archive (`.pt2`), an `onnx.ModelProto`, a
+            `torch.export.ExportedProgram`, or a module.
+        example: the arguments of a module, a tensor or a tuple of them; its first axis may vary.
+
+    Raises:
+        FileFormatError: the file is not there, damaged, or of operators too old to be brought to `OPSET`.
+        SchemeError: the module cannot be exported; the sentence says where.
+    """
+    if isinstance(source, torch.nn.Module):
+        source = _exported(source, example)
+    if isinstance(source, torch.export.ExportedProgram):
+        return _graph(_to_onnx(source), type(source).__name__)
+    if not isinstance(source, (str, Path)):
+        return _graph(source, "the model")
+    path = Path(source)
+    if not path.is_file():
+        raise FileFormatError(f"{path} is no file. Give an .onnx file or a .pt2 archive of torch.export.")
+    if path.suffix == ".pt2":
+        try:
+            program = torch.export.load(path)
+        except Exception as error:
+            raise FileFormatError(
+                f"{path} cannot be read as an archive of torch.export ({_first_line(error)}). Save it with torch.export.save."
+            ) from error
+        return _graph(_to_onnx(program), str(path))
+    onnx = onnx_package()
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and the checker raise errors of their own
+        raise FileFormatError(
+            f"{path} cannot be read as an ONNX model ({_first_line(error)}). Export it again."
+        ) from error
+    return _graph(model, str(path))
+
+
+def onnx_package() -> Any:
+    """The `onnx` package.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import onnx
+        import onnx.checker
+        import onnx.shape_inference
+        import onnx.version_converter
+    except ImportError as error:
+        raise MissingExtraError("ONNX files need the package onnx: pip install 'arrondi[onnx]'.") from error
+    return onnx
+
+
+def _exported(module: torch.nn.Module, example: Any) -> torch.export.ExportedProgram:
+    if example is None:
+        raise SchemeError("A module is traced by running it. Give an example of its inputs.")
+    args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    dynamic = tuple({0: torch.export.Dim.AUTO} if isinstance(a, torch.Tensor) and a.ndim else None for a in args)
+    try:
+        return torch.export.export(module.eval(), args, dynamic_shapes=dynamic)
+    except Exception as error:  # torch's exporter has many
+        raise SchemeError(
+            f"{type(module).__name__} cannot be traced ({_first_line(error)}). Quantize the module itself: arrondi.quantize(module, …)."
+        ) from error
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> Any:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "Exported PyTorch programs need the package onnxscript: pip install 'arrondi[onnx]'."
+        ) from error
+    try:
+        with _silent():
+            made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+    except Exception as error:
+        raise SchemeError(f"The program cannot be written with ONNX operators ({_first_line(error)}).") from error
+    assert made is not None
+    return made.model_proto
+
+
+def _graph(model: Any, where: str) -> Graph:
+    model = _modern(model, where)
+    onnx = onnx_package()
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    with contextlib.suppress(Exception):  # shapes only help
+        model = onnx.shape_inference.infer_shapes(model)
+    proto = model.graph
+    if proto.sparse_initializer:
+        raise FileFormatError(f"{where} holds sparse constants, which are not read. Make them dense.")
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.initializer}
+    nodes: list[Node] = []
+    used: set[str] = set()
+    for position, node in enumerate(proto.node):
+        op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        attrs = {a.name: _plain(onnx.helper.get_attribute_value(a), onnx) for a in node.attribute}
+        if op == "Constant":
+            constants[node.output[0]] = _constant(attrs)
+            continue
+        if op == "QuantizeLinear":
+            attrs[CODES] = _code_type(attrs, node, constants, proto, onnx)
+        name = node.name or f"{op}_{position}"
+        name = name if name not in used else f"{name}_{position}"
+        used.add(name)
+        nodes.append(Node(name, op, tuple(node.input), tuple(node.output), attrs))
+    shapes = {v.name: _shape(v) for v in proto.value_info}
+    ends = [[_value(v, onnx) for v in part if v.name not in constants] for part in (proto.input, proto.output)]
+    graph = Graph(proto.name or "graph", tuple(nodes), tuple(ends[0]), tuple(ends[1]), constants, opset, shapes)
+    return graph.with_nodes(nodes)
+
+
+def _modern(model: Any, where: str) -> Any:
+    """The model with the operators of `OPSET`, or those it has, if the converter cannot and they are new enough."""
+    onnx = onnx_package()
+    own = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if own >= OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, OPSET)
+    except Exception as error:
+        if own >= _OLDEST:
+            return model
+        raise FileFormatError(
+            f"{where} uses operator set {own}, which cannot be brought to {OPSET} ({_first_line(error)}). Export it with opset {_OLDEST} or later."
+        ) from error
+
+
+def _code_type(attrs: Mapping[str, Any], node: Any, constants: Mapping[str, np.ndarray], proto: Any, onnx: Any) -> str:
+    """The type of the codes that a node makes: that of its zero point, or what it says."""
+    zero = node.input[2] if len(node.input) > 2 else ""
+    if zero in constants:
+        return constants[zero].dtype.name
+    given = next(
+        (v.type.tensor_type.elem_type for v in (*proto.input, *proto.value_info) if zero and v.name == zero), 0
+    )
+    kind = given or attrs.get("output_dtype", 0) or onnx.TensorProto.UINT8
+    return str(onnx.helper.tensor_dtype_to_np_dtype(kind).name)
+
+
+def _constant(attrs: Mapping[str, Any]) -> np.ndarray:
+    (value,) = attrs.values()
+    kinds = {int: np.int64, float: np.float32}
+    if isinstance(value, np.ndarray):
+        return value
+    first = value[0] if isinstance(value, list) and value else value
+    return np.array(value, dtype=kinds.get(type(first)))
+
+
+def _plain(value: Any, onnx: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, onnx.TensorProto):
+        return onnx.numpy_helper.to_array(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(v, onnx) for v in value]
+    return value
+
+
+def _value(info: Any, onnx: Any) -> Value:
+    return Value(
+        info.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)), _shape(info)
+    )
+
+
+def _shape(info: Any) -> tuple[int | str | None, ...]:
+    dims = info.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in dims)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter tells its progress to whoever listens."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

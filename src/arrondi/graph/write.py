@@ -1,0 +1,76 @@
+"""A graph as an ONNX file: `write_graph`, `to_onnx`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrondi.errors import OutputError
+from arrondi.graph.ir import CODES, QDQ, Graph, Node
+from arrondi.graph.read import onnx_package
+
+
+def write_graph(graph: Graph, path: str | Path) -> None:
+    """Write a graph; a file that is there is replaced only when the new one is complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(to_onnx(graph).SerializeToString())
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}).") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_onnx(graph: Graph) -> Any:
+    """The graph as a checked `onnx.ModelProto`."""
+    onnx = onnx_package()
+    helper = onnx.helper
+    nodes = [made for node in graph.nodes for made in _nodes(node, graph, onnx)]
+    initializers = [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in graph.constants.items()]
+    ends = [
+        [helper.make_tensor_value_info(v.name, helper.np_dtype_to_tensor_dtype(v.dtype), list(v.shape)) for v in values]
+        for values in (graph.inputs, graph.outputs)
+    ]
+    domains = {node.op.rpartition(".")[0] for node in graph.nodes} - {""}
+    imports = [helper.make_opsetid("", graph.opset), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
+    model = helper.make_model(
+        helper.make_graph(nodes, graph.name, *ends, initializers), opset_imports=imports, producer_name="arrondi"
+    )
+    model.ir_version = min(model.ir_version, 10)  # what runtimes of the last two years read
+    if not domains:
+        onnx.checker.check_model(model)
+    return model
+
+
+def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
+    """A node of the file, or the two or three that round a value."""
+    helper = onnx.helper
+    if node.op != QDQ:
+        domain, _, op = node.op.rpartition(".")
+        attrs = {k: v for k, v in node.attrs.items() if k != CODES}
+        yield helper.make_node(op, node.inputs, node.outputs, node.name, domain=domain or None, **attrs)
+        return
+    x, *grid = node.inputs
+    attrs = {k: v for k, v in node.attrs.items() if k in ("axis", "block_size")}
+    codes = f"{node.outputs[0]}_codes"
+    if "low" in node.attrs:  # codes of fewer bits than their type: what is beyond them is cut off before
+        ends = [f"{node.name}_low", f"{node.name}_high"]
+        scale, zero = (graph.constants[name] for name in grid)
+        for name, code in zip(ends, (node.attrs["low"], node.attrs["high"]), strict=True):
+            end = onnx.numpy_helper.from_array(((code - zero.astype(np.int64)) * scale).astype(np.float32), name)
+            yield helper.make_node("Constant", [], [name], name, value=end)
+        yield helper.make_node("Clip", [x, *ends], [f"{node.name}_clipped"], f"{node.name}_clip")
+        x = f"{node.name}_clipped"
+    yield helper.make_node("QuantizeLinear", [x, *grid], [codes], f"{node.name}_quantize", **attrs)
+    yield helper.make_node("DequantizeLinear", [codes, *grid], node.outputs, f"{node.name}_dequantize", **attrs)

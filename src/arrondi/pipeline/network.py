@@ -1,0 +1,225 @@
+"""A network that is a graph (an ONNX file, a torch.export archive), quantized into an ONNX file: `quantize_network`.
+
+Ranges of what flows are observed on the network in floating point; then its weights are rounded by the steps of the pipeline, while what
+flows is rounded as in the file; what is written is read again and measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from arrondi.errors import DataError, OutputError, SchemeError
+from arrondi.formats import PRESETS, ActivationScheme, LayerScheme, PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from arrondi.graph import Graph, Program, describe, hold_codes, observe, places, read_graph, round_values, write_graph
+from arrondi.measure.arrays import Arrays, read_arrays
+from arrondi.measure.networks import compare_graphs
+from arrondi.model import Inputs
+from arrondi.pipeline.module import round_module
+from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.steps import STEPS
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.observed import grid_from_range
+
+TARGETS: Final = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+"""Layers of a network that become integers."""
+_HELD_OUT: Final = 10
+"""One sample of so many is measured on and not calibrated on, where no other data is given."""
+
+
+@dataclass(frozen=True)
+class NetworkData:
+    """The data of a run.
+
+    Attributes:
+        calibration: see `arrondi.measure.arrays.read_arrays`; None for schemes and methods that need none.
+        evaluation: what to measure on; None takes the last tenth of the calibration data.
+        samples: of calibration at most, chosen by `seed`.
+        mean, std: of images.
+        observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
+    """
+
+    calibration: Any = None
+    evaluation: Any = None
+    samples: int = 512
+    seed: int = 0
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    observer: str = "percentile"
+    observer_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def quantize_network(
+    model: Any,
+    out: str | Path,
+    recipe: Recipe,
+    data: NetworkData,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Quantize a network into an ONNX file.
+
+    Args:
+        model: see `arrondi.graph.read_graph`.
+        out: the file to write.
+        recipe: what weights become and how; the inputs of its scheme, unless None, say what flows between layers becomes. Presets that
+            round weights in groups round them by output channel here, and "Linear" stands for every layer.
+        data: to calibrate and measure on.
+        overwrite: a file that is there may be replaced.
+
+    Returns:
+        the report.
+
+    Raises:
+        ArrondiError: see its sentence; nothing was written then.
+    """
+    out, graph = Path(out), read_graph(model)
+    if out.suffix != ".onnx":
+        raise SchemeError(f"Networks are written as .onnx files, got {out}. Give -o NAME.onnx.")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
+    calibration, evaluation = _data(graph, data)
+    flowing = _flowing(recipe)
+    found = places(graph)
+    notes: list[str] = []
+    rounded_graph, ranges = graph, {}
+    if flowing is not None:
+        if calibration is None:
+            raise DataError("The ranges of what flows between layers are found on data. Give --calibration data.npz, or a scheme of weights alone (W8A16).")  # fmt: skip
+        program = Program(graph)
+        ends = observe(
+            program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options
+        )
+        ranges = {
+            name: ends[group]
+            for name, group in places(graph, {n: ends[g] for n, g in found.values.items()}).values.items()
+        }
+        grids = {name: (grid_from_range(*span, flowing.scheme), flowing.scheme) for name, span in ranges.items()}
+        rounded_graph = round_values(graph, grids)
+    program = Program(rounded_graph)
+    before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
+    recipe = _of_weights(recipe, program)
+    looks = any(STEPS[rule.method].needs for rule in recipe.rules)
+    if looks and calibration is None:
+        raise DataError("The method looks at what enters every layer. Give --calibration data.npz, or --method rtn.")
+    batches = [Inputs(batch) for batch in calibration.batches()] if calibration is not None and looks else None
+    _, plan, values = round_module(program, recipe, batches, keep_misfits=True, progress=progress)
+    weights = {
+        node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
+    }
+    written = hold_codes(_with_biases(rounded_graph, program), weights)
+    write_graph(written, out)
+    report = _report(graph, program, plan, flowing, weights, before, ranges)
+    report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
+    report["observer"] = data.observer if flowing is not None else None
+    report["samples"] = 0 if calibration is None else len(calibration)
+    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), graph, evaluation)
+    return report
+
+
+def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None]:
+    """What is calibrated on and what is measured on, no sample in both."""
+    calibration = None if data.calibration is None else read_arrays(data.calibration, graph, data.mean, data.std)
+    evaluation = None if data.evaluation is None else read_arrays(data.evaluation, graph, data.mean, data.std)
+    if calibration is not None and evaluation is None and len(calibration) >= _HELD_OUT:
+        kept = len(calibration) - len(calibration) // _HELD_OUT
+        calibration, evaluation = calibration.part(0, kept), calibration.part(kept)
+    return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation
+
+
+def _flowing(recipe: Recipe) -> ActivationScheme | None:
+    """What flows between layers becomes: one stored grid a tensor, with a zero point unless the scheme says static itself."""
+    found = {rule.scheme.inputs for rule in recipe.rules if rule.scheme is not None}
+    if len(found) > 1:
+        raise SchemeError("What flows between layers has one scheme in a network. Give all rules the same inputs.")
+    inputs = next(iter(found), None)
+    if inputs is None:
+        return None
+    own = inputs.scheme
+    if own.format.kind != "integer":
+        raise SchemeError(f"What flows through an ONNX file is rounded to integers, got {own}. Use W8A8 or W4A8.")
+    if isinstance(own.granularity, PerToken):  # of language models; an image has no tokens
+        own = replace(own, granularity=PerTensor(), zero_point="integer")
+    if inputs.dynamic is True and isinstance(inputs.scheme.granularity, PerTensor):
+        raise SchemeError(f"Ranges that follow each tensor are not written yet, got {inputs}. Use W8A8.")
+    return ActivationScheme(replace(own, scale="float32"), False)
+
+
+def _of_weights(recipe: Recipe, program: Program) -> Recipe:
+    """The recipe for the program's weights alone."""
+    there = {type(program.get_submodule(path)).__name__ for path in program.layers.values()}
+    every = tuple(kind for kind in TARGETS if kind in there)
+    rules = [
+        replace(
+            rule, scheme=None if rule.scheme is None else LayerScheme(_by_channel(rule.scheme)),
+            targets=every if rule.targets == ("Linear",) else rule.targets,
+        )
+        for rule in recipe.rules
+    ]  # fmt: skip
+    return replace(recipe, rules=tuple(rules), ignore=recipe.ignore or ())
+
+
+def _by_channel(scheme: LayerScheme) -> Scheme:
+    """What weights become: presets of language models have groups of columns, which no convolution of ONNX has."""
+    grouped = isinstance(scheme.weights.granularity, PerGroup) and scheme in PRESETS.values()
+    return replace(scheme.weights, granularity=PerChannel(), scale="float32") if grouped else scheme.weights
+
+
+def _with_biases(graph: Graph, program: Program) -> Graph:
+    """The graph with the biases that the program has now."""
+    constants = dict(graph.constants)
+    nodes = []
+    for node in graph.nodes:
+        path = program.layers.get(node.name)
+        bias = None if path is None else getattr(program.get_submodule(path), "bias", None)
+        if bias is not None and len(node.inputs) > 2:
+            own = constants[node.inputs[2]]
+            value = bias.detach().numpy().reshape(own.shape).astype(np.float32)
+            if not np.array_equal(own, value):
+                name = f"{node.name}_bias"
+                constants[name] = value
+                node = replace(node, inputs=(*node.inputs[:2], name, *node.inputs[3:]))
+        nodes.append(node)
+    return graph.with_nodes(nodes, constants)
+
+
+def _report(
+    graph: Graph, program: Program, plan: Plan, flowing: ActivationScheme | None,
+    weights: Mapping[str, QTensor], before: Mapping[str, torch.Tensor], ranges: Mapping[str, tuple[float, float]],
+) -> dict[str, Any]:  # fmt: skip
+    planned = {t.name: t for t in plan.tensors}
+    rows, bits, count = [], 0.0, 0
+    for node, path in program.layers.items():
+        name, size = f"{path}.weight", before[node].numel()
+        q = weights.get(node)
+        own = 32.0 * size if q is None else float(q.stored_bits)
+        bits, count = bits + own, count + size
+        tensor = planned.get(name)
+        row: dict[str, Any] = {"layer": node, "shape": list(before[node].shape), "bits_per_weight": own / size}
+        if q is None:
+            row |= {"status": "kept", "reason": "" if tensor is None else tensor.reason}
+        else:
+            after = _weight(program, path)
+            row |= {"status": "quantized", "scheme": str(q.scheme), "weight_sqnr_db": _sqnr(before[node], after)}
+        rows.append(row)
+    return {
+        "activations": None if flowing is None else str(flowing), "layers": rows, "bits_per_weight": bits / max(count, 1),
+        "ranges": {name: list(ends) for name, ends in ranges.items()}, "float_bytes": sum(v.nbytes for v in graph.constants.values()),
+    }  # fmt: skip
+
+
+def _weight(program: Program, path: str) -> torch.Tensor:
+    return program.get_parameter(f"{path}.weight").detach()
+
+
+def _sqnr(original: torch.Tensor, other: torch.Tensor) -> float | None:
+    noise = float((original.double() - other.double()).square().sum())
+    return None if not noise else 10 * math.log10(max(float(original.double().square().sum()), 1e-300) / noise)

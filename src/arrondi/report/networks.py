@@ -1,0 +1,46 @@
+"""What was done to a network, and what it cost, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_network(report: dict[str, Any]) -> None:
+    """Every layer, the size, and the measurement."""
+    console = Console()
+    table = Table("layer", "shape", "becomes", "weight SQNR", "bits")
+    for row in report["layers"]:
+        kept = row["status"] == "kept"
+        sqnr = row.get("weight_sqnr_db")
+        table.add_row(
+            row["layer"], " × ".join(map(str, row["shape"])), f"kept: {row['reason']}" if kept else row["scheme"],
+            "" if sqnr is None else f"{sqnr:.1f} dB", f"{row['bits_per_weight']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    flowing = report["activations"]
+    if flowing is not None:
+        console.print(
+            f"{report['rounded_values']} values between layers on {report['grids']} grids of {flowing}, ranges by {report['observer']}."
+        )
+    plain = ", ".join(f"{op} ({count})" for op, count in report["float_operators"].items())
+    if plain:
+        console.print(f"In floating point: {plain}.")
+    for sentence in report["notes"]:
+        console.print(sentence)
+    console.print(f"{report['file_bytes']:,} bytes, weights {report['float_bytes']:,} bytes before.")
+    if report["evaluation"] is not None:
+        print_network_evaluation(report["evaluation"])
+
+
+def print_network_evaluation(found: dict[str, Any]) -> None:
+    """Shares of samples with their intervals."""
+    console = Console()
+    names = {"top1": "top-1", "reference_top1": "top-1 of the original", "agreement": "same class as the original"}
+    for key, name in names.items():
+        if found[key] is not None:
+            low, high = found[f"{key}_interval"]
+            console.print(f"{name}: {100 * found[key]:.2f} % ({100 * low:.2f} to {100 * high:.2f})")
+    console.print(f"signal to difference: {found['sqnr_db']:.2f} dB, {found['samples']} samples of {found['data']}")

@@ -1,0 +1,40 @@
+"""Small networks with perturbed parameters, and files of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    """Two convolutions around a shortcut, with a depthwise one and an uneven padding before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.stem(nn.functional.pad(x, (0, 1, 0, 1)))))
+        x = torch.relu(x + self.two(torch.relu(self.one(x))))
+        x = torch.cat([x, nn.functional.relu6(self.depth(x))], 1)
+        return self.head(nn.functional.max_pool2d(x, 2).mean((2, 3)))
+
+
+def perturbed(module: nn.Module) -> nn.Module:
+    """The module with numbers in every parameter and buffer."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.dtype.is_floating_point:
+                noise = 0.3 * torch.randn(tensor.shape, generator=generator)
+                tensor.copy_(noise.abs() + 0.5 if "var" in name else tensor + noise)
+    return module.eval()
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    """(count, 3, 12, 12)"""
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
