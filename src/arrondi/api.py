@@ -39,7 +39,7 @@ from arrondi.search import compare_methods
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
+    "out", "observer", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -74,6 +74,7 @@ def quantize(
     limits: Limits | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
+    observer: str = "mse",
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -96,6 +97,7 @@ def quantize(
         evaluate: False leaves the measurement out.
         samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
+        observer: how ranges of what flows are found, for networks of ONNX operators; see `arrondi.calibration.OBSERVERS`.
         layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
     Returns:
@@ -110,9 +112,8 @@ def quantize(
     if is_graph_file(model):
         if out is None:
             raise SchemeError('A network is quantized into a file. Give out="NAME.onnx".')
-        return quantize_network(
-            model, out, rules, NetworkData(calibration, evaluation, samples, seed), overwrite=overwrite, progress=progress
-        )  # fmt: skip
+        data = NetworkData(calibration, evaluation, samples, seed, observer=observer, evaluate=evaluate)
+        return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)

@@ -138,7 +138,7 @@ def quantize(
     max_kl: opt.MaxKl = None,
     max_ppl_increase: opt.MaxPpl = None,
     data: opt.NetworkData = None,
-    observer: opt.ObserverName = "percentile",
+    observer: opt.ObserverName = "mse",
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[

@@ -44,7 +44,9 @@ def quantize_graph(
     from arrondi.pipeline.network import NetworkData, quantize_network
     from arrondi.report import print_network, progress_bar
 
-    given = NetworkData(calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer)
+    given = NetworkData(
+        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer
+    )
     with progress_bar("quantizing", quiet) as progress:
         report = quantize_network(model, output, recipe, given, overwrite=overwrite, progress=progress)
     answer(report, json_, print_network)

@@ -43,6 +43,7 @@ class NetworkData:
         evaluation: what to measure on; None takes the last tenth of the calibration data.
         samples: of calibration at most, chosen by `seed`.
         mean, std: of images.
+        evaluate: False leaves the measurement out.
         observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
     """
 
@@ -52,7 +53,8 @@ class NetworkData:
     seed: int = 0
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
-    observer: str = "percentile"
+    evaluate: bool = True
+    observer: str = "mse"
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -129,7 +131,9 @@ def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None
     """What is calibrated on and what is measured on, no sample in both."""
     calibration = None if data.calibration is None else read_arrays(data.calibration, graph, data.mean, data.std)
     evaluation = None if data.evaluation is None else read_arrays(data.evaluation, graph, data.mean, data.std)
-    if calibration is not None and evaluation is None and len(calibration) >= _HELD_OUT:
+    if not data.evaluate:
+        evaluation = None
+    elif calibration is not None and evaluation is None and len(calibration) >= _HELD_OUT:
         kept = len(calibration) - len(calibration) // _HELD_OUT
         calibration, evaluation = calibration.part(0, kept), calibration.part(kept)
     return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation

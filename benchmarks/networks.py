@@ -1,0 +1,193 @@
+"""The real networks of the data directory, rebuilt from their weights, and their samples: `NETWORKS`.
+
+Each is a module whose parameters have the names of its file; what it takes and how well it does is said in the data's README.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+Arrays = dict[str, np.ndarray]
+
+
+class Basic(nn.Module):
+    """Two convolutions and a shortcut that drops every second pixel and pads channels with zeros."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
+        self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
+        self.stride, self.missing = stride, (outside - inside) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.missing, self.missing))
+        return F.relu(x + y)
+
+
+class ResNet20(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        widths = [16, 16, 32, 64]
+        for n in (1, 2, 3):
+            blocks = [
+                Basic(widths[n - 1], widths[n], 1 if n == 1 else 2),
+                *(Basic(widths[n], widths[n], 1) for _ in range(2)),
+            ]
+            setattr(self, f"layer{n}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class DSCNN(nn.Module):
+    """Depthwise separable convolutions over 49 × 10 features of speech."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 64, (10, 4), 2), nn.BatchNorm2d(64, eps=1e-3)
+        for k in range(1, 5):
+            setattr(self, f"dw{k}", nn.Conv2d(64, 64, 3, 1, 1, groups=64))
+            setattr(self, f"pw{k}", nn.Conv2d(64, 64, 1))
+            for kind in ("dwbn", "pwbn"):
+                setattr(self, f"{kind}{k}", nn.BatchNorm2d(64, eps=1e-3))
+        self.fc = nn.Linear(64, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(F.pad(x, (1, 1, 4, 5)))))
+        for k in range(1, 5):
+            for kind in ("dw", "pw"):
+                x = F.relu(getattr(self, f"{kind}bn{k}")(getattr(self, f"{kind}{k}")(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class TinyDarknet(nn.Module):
+    SIZES: Final = (
+        (3, 16, 3), (16, 32, 3), (32, 16, 1), (16, 128, 3), (128, 16, 1), (16, 128, 3), (128, 32, 1), (32, 256, 3), (256, 32, 1),
+        (32, 256, 3), (256, 64, 1), (64, 512, 3), (512, 64, 1), (64, 512, 3), (512, 128, 1), (128, 1000, 1),
+    )  # fmt: skip
+    POOLED: Final = (1, 2, 6, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        for k, (inside, outside, size) in enumerate(self.SIZES, 1):
+            setattr(self, f"conv{k}", nn.Conv2d(inside, outside, size, padding=size // 2, bias=k == 16))
+            if k < 16:
+                setattr(self, f"bn{k}", nn.BatchNorm2d(outside, eps=1e-3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for k in range(1, 17):
+            x = getattr(self, f"conv{k}")(x)
+            x = F.leaky_relu(getattr(self, f"bn{k}")(x), 0.1) if k < 16 else x
+            x = F.max_pool2d(x, 2) if k in self.POOLED else x
+        return x.mean((2, 3))
+
+
+class VDSR(nn.Module):
+    """Twenty convolutions that say what a blown-up picture lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.output = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Conv2d(64, 1, 3, padding=1, bias=False)
+        for k in range(1, 19):
+            setattr(self, f"conv{k}", nn.Conv2d(64, 64, 3, padding=1, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.input(x))
+        for k in range(1, 19):
+            y = F.relu(getattr(self, f"conv{k}")(y))
+        return x + self.output(y)
+
+
+def _scaled(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    x = (images.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+def _pictures(archive: Path, count: int, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images of a zip, every n-th of them, with the class that their names begin with; `size` cuts out the middle."""
+    from PIL import Image
+
+    with zipfile.ZipFile(archive) as held:
+        names = sorted(n for n in held.namelist() if n.lower().endswith((".jpg", ".jpeg")))
+        names = names[:: max(len(names) // count, 1)][:count]
+        found = [np.asarray(Image.open(io.BytesIO(held.read(n))).convert("RGB")) for n in names]
+    labels = np.array(
+        [
+            int(Path(n).parts[-2] if "/" in n and Path(n).parts[-2].isdigit() else Path(n).name.split("_")[0])
+            for n in names
+        ]
+    )
+    if size:
+        top, left = (found[0].shape[0] - size) // 2, (found[0].shape[1] - size) // 2
+        found = [f[top : top + size, left : left + size] for f in found]
+    return np.stack(found), labels
+
+
+_CIFAR: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _cifar(data: Path, count: int) -> tuple[Arrays, Arrays]:
+    images, _ = _pictures(data / "cifar10" / "cifar10_train10k_jpg.zip", 1024)
+    test = np.load(data / "cifar10" / "cifar10_test.npz")
+    inputs = _scaled(test["images"][:count], *_CIFAR)
+    return {"inputs": _scaled(images, *_CIFAR)}, {"inputs": inputs, "labels": test["labels"][:count].astype(np.int64)}
+
+
+def _kws(data: Path, count: int) -> tuple[Arrays, Arrays]:
+    """No other samples are there: the last 200 calibrate, the others measure."""
+    held = np.load(data / "kws" / "kws_test1000.npz")
+    x, y = held["features"][:, None].astype(np.float32), held["labels"].astype(np.int64)
+    return {"inputs": x[800:]}, {"inputs": x[: min(count, 800)], "labels": y[: min(count, 800)]}
+
+
+def _imagenet(data: Path, count: int) -> tuple[Arrays, Arrays]:
+    """One picture a class is all there is: every fifth calibrates, without its label, and the others measure."""
+    images, labels = _pictures(data / "imagenet" / "imagenet_samples_256.zip", 1000, 224)
+    x = _scaled(images, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    rest = np.arange(len(x)) % 5 != 0
+    return {"inputs": x[~rest]}, {"inputs": x[rest][:count], "labels": labels[rest][:count].astype(np.int64)}
+
+
+class Network(NamedTuple):
+    """A network of the data directory.
+
+    Attributes:
+        build: its module.
+        weights: its file.
+        samples: (data directory, how many to measure on) → what to calibrate on and what to measure on.
+    """
+
+    build: Callable[[], nn.Module]
+    weights: str
+    samples: Callable[[Path, int], tuple[Arrays, Arrays]]
+
+
+NETWORKS: Final = {
+    "resnet20": Network(ResNet20, "cifar10/resnet20_ft.safetensors", _cifar),
+    "ds-cnn": Network(DSCNN, "kws/ds_cnn.safetensors", _kws),
+    "tiny-darknet": Network(TinyDarknet, "imagenet/tiny_darknet.safetensors", _imagenet),
+}  # fmt: skip
+"""Networks that say a class."""
+
+
+def built(name: str, data: Path) -> nn.Module:
+    """A network with its weights, in eval mode."""
+    module = NETWORKS[name].build()
+    missing, unexpected = module.load_state_dict(load_file(data / NETWORKS[name].weights), strict=False)
+    assert not unexpected and all(n.endswith("num_batches_tracked") for n in missing), (missing, unexpected)
+    return module.eval()
