@@ -1,10 +1,13 @@
 """The real networks of the data directory, rebuilt from their weights, and their samples: `NETWORKS`.
 
-Each is a module whose parameters have the names of its file; what it takes and how well it does is said in the data's README.
+Each is a module whose parameters have the names of its file. Run alone, this prints how well they do before anything is rounded:
+
+    python benchmarks/networks.py --data DIR
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import zipfile
 from collections.abc import Callable
@@ -163,12 +166,20 @@ def _imagenet(data: Path, count: int) -> tuple[Arrays, Arrays]:
     return {"inputs": x[~rest]}, {"inputs": x[rest][:count], "labels": labels[rest][:count].astype(np.int64)}
 
 
+def _made_up(data: Path, count: int) -> tuple[Arrays, Arrays]:
+    """Noise, whose classes are what the network itself says."""
+    x = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = built("made-up", data)(x).argmax(1)
+    return {"inputs": x[:64].numpy()}, {"inputs": x[64:][:count].numpy(), "labels": labels[64:][:count].numpy()}
+
+
 class Network(NamedTuple):
-    """A network of the data directory.
+    """A network.
 
     Attributes:
         build: its module.
-        weights: its file.
+        weights: its file in the data directory; "" for one that is made up.
         samples: (data directory, how many to measure on) → what to calibrate on and what to measure on.
     """
 
@@ -181,13 +192,38 @@ NETWORKS: Final = {
     "resnet20": Network(ResNet20, "cifar10/resnet20_ft.safetensors", _cifar),
     "ds-cnn": Network(DSCNN, "kws/ds_cnn.safetensors", _kws),
     "tiny-darknet": Network(TinyDarknet, "imagenet/tiny_darknet.safetensors", _imagenet),
-}  # fmt: skip
-"""Networks that say a class."""
+    "made-up": Network(ResNet20, "", _made_up),
+}
+"""Networks that say a class; the last is for trying the scripts."""
+
+REAL: Final = tuple(name for name, network in NETWORKS.items() if network.weights)
 
 
 def built(name: str, data: Path) -> nn.Module:
     """A network with its weights, in eval mode."""
-    module = NETWORKS[name].build()
-    missing, unexpected = module.load_state_dict(load_file(data / NETWORKS[name].weights), strict=False)
-    assert not unexpected and all(n.endswith("num_batches_tracked") for n in missing), (missing, unexpected)
+    torch.manual_seed(0)
+    network = NETWORKS[name]
+    module = network.build()
+    if network.weights:
+        missing, unexpected = module.load_state_dict(load_file(data / network.weights), strict=False)
+        assert not unexpected and all(n.endswith("num_batches_tracked") for n in missing), (missing, unexpected)
     return module.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path())
+    parser.add_argument("--networks", default=",".join(REAL))
+    args = parser.parse_args()
+    for name in args.networks.split(","):
+        module, (_, test) = built(name, args.data), NETWORKS[name].samples(args.data, 10_000)
+        with torch.no_grad():
+            parts = [module(x).argmax(1) for x in torch.from_numpy(test["inputs"]).split(100)]
+        right = float((torch.cat(parts).numpy() == test["labels"]).mean())
+        print(
+            f"{name}: {sum(p.numel() for p in module.parameters()):,} parameters, top-1 {100 * right:.2f} % of {len(test['labels']):,}"
+        )
+
+
+if __name__ == "__main__":
+    main()

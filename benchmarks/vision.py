@@ -28,7 +28,7 @@ import torch
 import arrondi
 from arrondi.graph import read_graph, write_graph
 from arrondi.measure.networks import compare_networks
-from networks import NETWORKS, built
+from networks import NETWORKS, REAL, built
 
 PEERS: Final = Path(__file__).parent / "peers"
 TURNS: Final = 15
@@ -137,7 +137,7 @@ def show(label: str, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of real networks and samples")
-    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--networks", default=",".join(REAL))
     parser.add_argument("--only", default="", help="regular expression for labels such as 'W8A8 rtn mse'")
     parser.add_argument("--samples", type=int, default=10_000, help="samples to measure on at most")
     parser.add_argument("--rows", type=Path, help="JSON lines of finished rows, read and added to")

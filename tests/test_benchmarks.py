@@ -43,6 +43,7 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "layer_loss.py": (lambda tiny: [tiny, quantized(tiny), "--text", TEXT, *FEW], r"mean relative loss(?s:.*)tiny-w4 +21 +0\.\d+"),
     "make_llama.py": (lambda tiny: [tiny.parent / "another", "--size", "tiny"], r"another: 574,336 parameters"),
+    "networks.py": (lambda _: ["--networks", "made-up"], r"made-up: 272,186 parameters, top-1 100\.00 %"),
     "quality.py": (
         lambda tiny: ["--model", tiny, "--split", TEXT, "--samples", 2, "--seq-len", 16, "--windows", 2, "--only", "^W4A16 (hqq|gptq)$|^kv int8", "--copy", f"mine={quantized(tiny)}"],
         r"(?s)mine +– .*W4A16 hqq +4\.\d.*W4A16 gptq .*% .*kv int8 ",
@@ -52,6 +53,10 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "tokens.py": (
         lambda tiny: [quantized(tiny), "--activations", "int8/g128", "--plain", tiny, "--prompt", 8, "--decode", 3, "--rounds", 1],
         r"arrondi int8/g128 +prompt(?s:.*)transformers .* decode +\d",
+    ),
+    "vision.py": (
+        lambda tiny: ["--data", tiny, "--networks", "made-up", "--only", "^W8A8 rtn min-max"],
+        r"float32 +100\.00 %(?s:.*)W8A8 rtn min-max +\d+\.\d\d %  +\d+\.\d\d %  +\d+\.\d\d dB",
     ),
     "yardstick.py": (
         lambda tiny: [tiny, "--calibration", TEXT, "--evaluation", TEXT, "--bits", 3, "--eval-samples", 2, *FEW],
