@@ -116,6 +116,103 @@ class VDSR(nn.Module):
         return x + self.output(y)
 
 
+class LeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(400, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2).flatten(1)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+class MobileNet(nn.Module):
+    """Inverted residuals with ReLU6: 1 × 1 up, 3 × 3 depthwise, 1 × 1 down."""
+
+    SIZES: Final = ((16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 40, 1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = self._layer(1, 16, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                self._layer(i, 4 * i, 1), self._layer(4 * i, 4 * i, 3, stride, 4 * i),
+                nn.Conv2d(4 * i, o, 1, bias=False), nn.BatchNorm2d(o),
+            )
+            for i, o, stride in self.SIZES
+        )  # fmt: skip
+        self.head, self.linear = self._layer(40, 128, 1), nn.Linear(128, 10)
+
+    def _layer(self, inside: int, outside: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+        conv = nn.Conv2d(inside, outside, size, stride, size // 2, groups=groups, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU6())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block, (inside, outside, stride) in zip(self.blocks, self.SIZES, strict=True):
+            y = block(x)
+            x = x + y if inside == outside and stride == 1 else y
+        return self.linear(self.head(x).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(n, t, c))
+
+
+class ViT(nn.Module):
+    """A vision transformer of patches of 4 × 4, pre-norm, with a class token."""
+
+    def __init__(self, width: int = 96, depth: int = 6, heads: int = 4) -> None:
+        super().__init__()
+        self.patch, self.cls = nn.Conv2d(1, width, 4, 4), nn.Parameter(torch.zeros(1, 1, width))
+        self.place = nn.Parameter(0.02 * torch.randn(1, 50, width))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({
+                "norm1": nn.LayerNorm(width), "attention": Attention(width, heads), "norm2": nn.LayerNorm(width),
+                "mlp": nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)),
+            })
+            for _ in range(depth)
+        )  # fmt: skip
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.place
+        for block in self.blocks:
+            x = x + block["attention"](block["norm1"](x))
+            x = x + block["mlp"](block["norm2"](x))
+        return self.head(self.norm(x)[:, 0])
+
+
+TRAINED: Final = {"vit": ViT, "mobilenet": MobileNet, "lenet": LeNet}
+"""Networks that `train_networks.py` trains."""
+
+
+def fashion(data: Path) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Pictures (N, 1, 28, 28) of mean 0 and deviation 1 and their classes, to train and to test."""
+    held = np.load(data / "fashion_mnist" / "fashion_mnist.npz")
+    parts = []
+    for part in ("train", "test"):
+        x = (torch.from_numpy(held[f"{part}_images"]).float()[:, None] / 255 - 0.286) / 0.353
+        parts.append((x, torch.from_numpy(held[f"{part}_labels"]).long()))
+    return parts[0], parts[1]
+
+
+def _fashion(data: Path, count: int) -> tuple[Arrays, Arrays]:
+    (x, _), (held, classes) = fashion(data)
+    return {"inputs": x[:1024].numpy()}, {"inputs": held[:count].numpy(), "labels": classes[:count].numpy()}
+
+
 def _scaled(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     x = (images.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
@@ -192,20 +289,23 @@ NETWORKS: Final = {
     "resnet20": Network(ResNet20, "cifar10/resnet20_ft.safetensors", _cifar),
     "ds-cnn": Network(DSCNN, "kws/ds_cnn.safetensors", _kws),
     "tiny-darknet": Network(TinyDarknet, "imagenet/tiny_darknet.safetensors", _imagenet),
+    **{name: Network(build, f"{name}.safetensors", _fashion) for name, build in TRAINED.items()},
     "made-up": Network(ResNet20, "", _made_up),
 }
 """Networks that say a class; the last is for trying the scripts."""
 
-REAL: Final = tuple(name for name, network in NETWORKS.items() if network.weights)
+REAL: Final = ("resnet20", "ds-cnn", "tiny-darknet")
 
 
-def built(name: str, data: Path) -> nn.Module:
-    """A network with its weights, in eval mode."""
+def built(name: str, data: Path, trained: Path | None = None) -> nn.Module:
+    """A network with its weights, in eval mode; those of `TRAINED` lie in a directory of their own."""
     torch.manual_seed(0)
     network = NETWORKS[name]
     module = network.build()
     if network.weights:
-        missing, unexpected = module.load_state_dict(load_file(data / network.weights), strict=False)
+        missing, unexpected = module.load_state_dict(
+            load_file((trained or data if name in TRAINED else data) / network.weights), strict=False
+        )
         assert not unexpected and all(n.endswith("num_batches_tracked") for n in missing), (missing, unexpected)
     return module.eval()
 
@@ -213,10 +313,11 @@ def built(name: str, data: Path) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path())
+    parser.add_argument("--trained", type=Path, help="directory of what train_networks.py wrote")
     parser.add_argument("--networks", default=",".join(REAL))
     args = parser.parse_args()
     for name in args.networks.split(","):
-        module, (_, test) = built(name, args.data), NETWORKS[name].samples(args.data, 10_000)
+        module, (_, test) = built(name, args.data, args.trained), NETWORKS[name].samples(args.data, 10_000)
         with torch.no_grad():
             parts = [module(x).argmax(1) for x in torch.from_numpy(test["inputs"]).split(100)]
         right = float((torch.cat(parts).numpy() == test["labels"]).mean())

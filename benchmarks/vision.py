@@ -82,11 +82,15 @@ def latency(path: Path, sample: np.ndarray, batch: int) -> float:
 class Bench:
     """One network, its file and its samples."""
 
-    def __init__(self, name: str, data: Path, count: int, folder: Path, with_latency: bool) -> None:
+    def __init__(
+        self, name: str, data: Path, count: int, folder: Path, with_latency: bool, trained: Path | None
+    ) -> None:
         self.name, self.folder, self.with_latency = name, folder, with_latency
         self.calibration, self.test = NETWORKS[name].samples(data, count)
         self.float_file = folder / f"{name}.onnx"
-        write_graph(read_graph(built(name, data), torch.from_numpy(self.calibration["inputs"][:2])), self.float_file)
+        write_graph(
+            read_graph(built(name, data, trained), torch.from_numpy(self.calibration["inputs"][:2])), self.float_file
+        )
         self.calibration_file = folder / f"{name}.npz"
         np.savez(self.calibration_file, **self.calibration)
 
@@ -137,6 +141,7 @@ def show(label: str, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of real networks and samples")
+    parser.add_argument("--trained", type=Path, help="directory of what train_networks.py wrote")
     parser.add_argument("--networks", default=",".join(REAL))
     parser.add_argument("--only", default="", help="regular expression for labels such as 'W8A8 rtn mse'")
     parser.add_argument("--samples", type=int, default=10_000, help="samples to measure on at most")
@@ -149,7 +154,7 @@ def main() -> None:
         known = {(r["network"], r["asked"], r["label"]): r for r in map(json.loads, args.rows.open())}
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.networks.split(","):
-            bench = Bench(name, args.data, args.samples, Path(scratch), args.latency)
+            bench = Bench(name, args.data, args.samples, Path(scratch), args.latency, args.trained)
             asked = f"{len(bench.calibration['inputs'])} samples to calibrate, {len(bench.test['inputs'])} to measure"
             print(f"{name}: {asked}")
             print(
