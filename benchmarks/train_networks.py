@@ -50,7 +50,7 @@ def train(
                 int((module(a).argmax(1) == b).sum()) for a, b in zip(held.split(500), classes.split(500), strict=True)
             )
         print(
-            f"{name}: epoch {epoch + 1}, loss {float(loss):.3f}, {100 * right / len(held):.2f} % of {len(held):,}",
+            f"{name}: epoch {epoch + 1}, loss {loss.item():.3f}, {100 * right / len(held):.2f} % of {len(held):,}",
             flush=True,
         )
     return module, right / len(held)
