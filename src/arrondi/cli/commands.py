@@ -137,6 +137,7 @@ def quantize(
     seed: opt.Seed = 0,
     max_kl: opt.MaxKl = None,
     max_ppl_increase: opt.MaxPpl = None,
+    budget: opt.Budget = None,
     data: opt.NetworkData = None,
     observer: opt.ObserverName = "mse",
     mean: opt.Mean = None,
@@ -160,10 +161,13 @@ def quantize(
             "--layout": layout, "--embeddings": embeddings, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
-            model, output, resolved, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, mean=mean,
+            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, mean=mean,
             std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
+    networks.refuse_network_options(
+        {"--budget": budget, "--data": data, "--mean": mean, "--std": std, "--observer": observer != "mse"}
+    )
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)
@@ -254,6 +258,7 @@ def evaluate(
         networks.refuse_text_options({"--text": text, "--kv": kv, "--activations": activations, "--column": column})
         networks.evaluate_graph(model, against, data, json_)
         return
+    networks.refuse_network_options({"--data": data})
     if text is None:
         raise SchemeError("Language models are measured on text that calibration has not seen. Give --text FILE.")
     limits = _limits(max_kl, max_ppl_increase)

@@ -24,11 +24,21 @@ def refuse_text_options(given: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_network_options(given: Mapping[str, Any]) -> None:
+    """Options that say something of networks of ONNX operators only; see `refuse_text_options`."""
+    used = [option for option, value in given.items() if value]
+    if used:
+        raise SchemeError(
+            f"{', '.join(used)}: for .onnx and .pt2 files only. Leave {'it' if len(used) == 1 else 'them'} out."
+        )
+
+
 def quantize_graph(
     model: str,
     output: Path,
     recipe: Recipe,
     *,
+    budget: str | None,
     calibration: Path | None,
     data: Path | None,
     samples: int,
@@ -43,12 +53,16 @@ def quantize_graph(
     """Quantize a network into an ONNX file, and measure it on samples that calibration did not see."""
     from arrondi.pipeline.network import NetworkData, quantize_network
     from arrondi.report import print_network, progress_bar
+    from arrondi.search.mixed import quantize_mixed
 
     given = NetworkData(
         calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer
     )
     with progress_bar("quantizing", quiet) as progress:
-        report = quantize_network(model, output, recipe, given, overwrite=overwrite, progress=progress)
+        if budget is None:
+            report = quantize_network(model, output, recipe, given, overwrite=overwrite, progress=progress)
+        else:
+            report = quantize_mixed(model, output, recipe, given, budget, overwrite=overwrite, progress=progress)
     answer(report, json_, print_network)
 
 

@@ -76,6 +76,14 @@ NetworkData = Annotated[
         "--data", help="For ONNX files: samples to measure on, an .npz file with inputs and labels.", show_default=False
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="For ONNX files: choose the bits of every layer: 4bpw on average, or 200KB.",
+        show_default=False,
+    ),
+]
 ObserverName = Annotated[
     str, typer.Option("--observer", help="For ONNX files: how ranges are found: min-max, percentile, mse, kl, …")
 ]

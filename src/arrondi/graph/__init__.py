@@ -4,7 +4,7 @@ A graph is plain data (`ir`); files and PyTorch's exporter are read by `read`, w
 are PyTorch's own, so the steps of the pipeline work on it; `rules` says which values are rounded.
 """
 
-from arrondi.graph.insert import hold_codes, round_values
+from arrondi.graph.insert import held_bits, hold_codes, round_values
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
 from arrondi.graph.program import Program
@@ -18,6 +18,7 @@ __all__ = [
     "Program",
     "Value",
     "describe",
+    "held_bits",
     "hold_codes",
     "is_graph_file",
     "observe",

@@ -16,7 +16,7 @@ from arrondi.graph.rules import RULES
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 
-_NARROW: Final = frozenset({"int4", "uint4"})
+_NARROW: Final = frozenset({"int2", "uint2", "int4", "uint4"})
 """Types that NumPy has through `ml_dtypes`."""
 
 
@@ -28,7 +28,7 @@ def code_type(format: Format) -> np.dtype[Any]:
     """
     if format.kind == "integer":
         signed = format.qmin < 0
-        bits = next((b for b in (4, 8, 16) if format.bits <= b), None)
+        bits = next((b for b in (2, 4, 8, 16) if format.bits <= b), None)
         name = f"{'' if signed else 'u'}int{bits}"
         if bits is not None:
             return np.dtype(getattr(_narrow_types(), name) if name in _NARROW else name)
@@ -95,11 +95,20 @@ def hold_codes(graph: Graph, weights: Mapping[str, QTensor]) -> Graph:
         codes, scale, zero, attrs = _held(node, q, graph.constants[name].shape)
         given = next(graph.fresh(f"{name}_{node.name}_float" if len(graph.consumers[name]) > 1 else f"{name}_float"))
         stem = given.removesuffix("_float")
-        constants |= {f"{stem}_codes": codes, f"{stem}_scale": scale, f"{stem}_zero_point": zero}
-        read = tuple(f"{stem}_{part}" for part in ("codes", "scale", "zero_point"))
+        parts = {"codes": codes, "scale": scale, **({} if q.zero_point is None else {"zero_point": zero})}
+        constants |= {f"{stem}_{part}": values for part, values in parts.items()}
+        read = tuple(f"{stem}_{part}" for part in parts)
         nodes.append(Node(f"{stem}_dequantize", "DequantizeLinear", read, (given,), attrs))
         nodes.append(replace(node, inputs=(node.inputs[0], given, *node.inputs[2:])))
     return graph.with_nodes(nodes, constants)
+
+
+def held_bits(q: QTensor) -> int:
+    """Bits that a file needs for a weight: codes in ONNX's types, scales and zero points."""
+    bits = next(b for b in (2, 4, 8, 16) if q.scheme.format.bits <= b)
+    scales = q.scale.numel() if isinstance(q.scale, torch.Tensor) else 0
+    zeros = 0 if q.zero_point is None else q.zero_point.numel()
+    return bits * q.codes.numel() + 32 * scales + bits * zeros
 
 
 def _held(node: Node, q: QTensor, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from arrondi.errors import OutputError
 from arrondi.graph.ir import CODES, QDQ, Graph, Node
 from arrondi.graph.read import onnx_package
+
+_TWO_BITS: Final = 25
+"""The first operator set with codes of two bits."""
+_NEW_IR: Final = 13
+_USUAL_IR: Final = 10
+"""Versions of the file format: with two bits, and what runtimes of the last two years read."""
 
 
 def write_graph(graph: Graph, path: str | Path) -> None:
@@ -43,11 +49,13 @@ def to_onnx(graph: Graph) -> Any:
         for values in (graph.inputs, graph.outputs)
     ]
     domains = {node.op.rpartition(".")[0] for node in graph.nodes} - {""}
-    imports = [helper.make_opsetid("", graph.opset), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
+    narrow = any(np.asarray(v).dtype.name in ("int2", "uint2") for v in graph.constants.values())
+    opset = max(graph.opset, _TWO_BITS) if narrow else graph.opset
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
     model = helper.make_model(
         helper.make_graph(nodes, graph.name, *ends, initializers), opset_imports=imports, producer_name="arrondi"
     )
-    model.ir_version = min(model.ir_version, 10)  # what runtimes of the last two years read
+    model.ir_version = _NEW_IR if opset >= _TWO_BITS else _USUAL_IR
     if not domains:
         onnx.checker.check_model(model)
     return model

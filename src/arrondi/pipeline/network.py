@@ -17,7 +17,18 @@ import torch
 
 from arrondi.errors import DataError, OutputError, SchemeError
 from arrondi.formats import PRESETS, ActivationScheme, LayerScheme, PerChannel, PerGroup, PerTensor, PerToken, Scheme
-from arrondi.graph import Graph, Program, describe, hold_codes, observe, places, read_graph, round_values, write_graph
+from arrondi.graph import (
+    Graph,
+    Program,
+    describe,
+    held_bits,
+    hold_codes,
+    observe,
+    places,
+    read_graph,
+    round_values,
+    write_graph,
+)
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.networks import compare_graphs
 from arrondi.model import Inputs
@@ -30,6 +41,8 @@ from arrondi.tensor.ranges.observed import grid_from_range
 
 TARGETS: Final = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """Layers of a network that become integers."""
+_CHOOSING: Final = 128
+"""Samples that a choice of recipes is made on."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
 
@@ -58,12 +71,28 @@ class NetworkData:
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A recipe that was chosen on calibration samples.
+
+    Attributes:
+        recipe: what is done.
+        rows: what is said of every layer.
+        note: one sentence for people.
+    """
+
+    recipe: Recipe
+    rows: list[dict[str, Any]]
+    note: str
+
+
 def quantize_network(
     model: Any,
     out: str | Path,
     recipe: Recipe,
     data: NetworkData,
     *,
+    choose: Callable[[Program, list[tuple[torch.Tensor, ...]], Recipe], Chosen] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -75,6 +104,7 @@ def quantize_network(
         recipe: what weights become and how; the inputs of its scheme, unless None, say what flows between layers becomes. Presets that
             round weights in groups round them by output channel here, and "Linear" stands for every layer.
         data: to calibrate and measure on.
+        choose: makes another recipe of this one, knowing the program (what flows is rounded) and calibration samples.
         overwrite: a file that is there may be replaced.
 
     Returns:
@@ -109,6 +139,13 @@ def quantize_network(
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
     recipe = _of_weights(recipe, program)
+    chosen = None
+    if choose is not None:
+        if calibration is None:
+            raise DataError("Widths are chosen on samples. Give --calibration data.npz.")
+        chosen = choose(program, list(calibration.taken(_CHOOSING, data.seed).batches()), recipe)
+        recipe = chosen.recipe
+        notes.append(chosen.note)
     looks = any(STEPS[rule.method].needs for rule in recipe.rules)
     if looks and calibration is None:
         raise DataError("The method looks at what enters every layer. Give --calibration data.npz, or --method rtn.")
@@ -122,6 +159,8 @@ def quantize_network(
     report = _report(graph, program, plan, flowing, weights, before, ranges)
     report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
     report["observer"] = data.observer if flowing is not None else None
+    if chosen is not None:
+        report["choice"] = chosen.rows
     report["samples"] = 0 if calibration is None else len(calibration)
     report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), graph, evaluation)
     return report
@@ -204,7 +243,7 @@ def _report(
     for node, path in program.layers.items():
         name, size = f"{path}.weight", before[node].numel()
         q = weights.get(node)
-        own = 32.0 * size if q is None else float(q.stored_bits)
+        own = 32.0 * size if q is None else float(held_bits(q))
         bits, count = bits + own, count + size
         tensor = planned.get(name)
         row: dict[str, Any] = {"layer": node, "shape": list(before[node].shape), "bits_per_weight": own / size}

@@ -1,0 +1,63 @@
+"""The integer program against every combination there is."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arrondi.errors import SchemeError
+from arrondi.graph import read_graph, write_graph
+from arrondi.pipeline import Recipe
+from arrondi.pipeline.network import NetworkData
+from arrondi.search.budget import choose_under
+from arrondi.search.mixed import quantize_mixed
+from tests.graph.nets import Residual, images, perturbed
+
+
+def test_it_finds_what_trying_everything_finds() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        losses = [sorted(generator.random(3), reverse=True) for _ in range(6)]
+        costs = [np.cumsum(generator.integers(1, 50, 3)).tolist() for _ in range(6)]
+        budget = float(generator.integers(sum(c[0] for c in costs), sum(c[-1] for c in costs) + 1))
+        every = [
+            (sum(row[i] for row, i in zip(losses, picks, strict=True)), picks)
+            for picks in itertools.product(range(3), repeat=6)
+            if sum(row[i] for row, i in zip(costs, picks, strict=True)) <= budget
+        ]
+        found = choose_under(losses, costs, budget)
+        assert sum(row[i] for row, i in zip(costs, found, strict=True)) <= budget
+        assert sum(row[i] for row, i in zip(losses, found, strict=True)) == pytest.approx(min(every)[0], abs=1e-9)
+
+
+def test_a_larger_budget_never_costs_more() -> None:
+    losses, costs = [[3.0, 1.0, 0.1]] * 4, [[2, 4, 8]] * 4
+    totals = [
+        sum(row[i] for row, i in zip(losses, choose_under(losses, costs, b), strict=True)) for b in range(8, 33, 3)
+    ]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_too_small_a_budget_names_the_least() -> None:
+    with pytest.raises(SchemeError, match="takes 6 bits"):
+        choose_under([[1.0, 0.0]] * 2, [[3, 8]] * 2, 5)
+
+
+def test_a_network_takes_the_budget_and_no_more(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    net = tmp_path / "net.onnx"
+    write_graph(read_graph(perturbed(Residual()), images(2)), net)
+    data = NetworkData(images(64).numpy(), samples=64)
+    recipe = Recipe.simple("w=int8/channel,a=int8/token")
+    reports = [quantize_mixed(net, tmp_path / f"{b}.onnx", recipe, data, b) for b in ("7bpw", "10bpw")]
+    for report, bits in zip(reports, (7, 10), strict=True):
+        assert report["bits_per_weight"] <= bits
+        assert {row["bits"] for row in report["choice"]} <= {2, 4, 8}
+    assert reports[0]["evaluation"]["sqnr_db"] < reports[1]["evaluation"]["sqnr_db"]
+    with pytest.raises(SchemeError, match="Raise --budget"):
+        quantize_mixed(net, tmp_path / "none.onnx", recipe, data, "1bpw")
+    with pytest.raises(SchemeError, match="4bpw"):
+        quantize_mixed(net, tmp_path / "none.onnx", recipe, data, "small")
