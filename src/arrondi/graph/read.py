@@ -97,7 +97,7 @@ def _exported(module: torch.nn.Module, example: Any) -> torch.export.ExportedPro
         return torch.export.export(module.eval(), args, dynamic_shapes=dynamic)
     except Exception as error:  # torch's exporter has many
         raise SchemeError(
-            f"{type(module).__name__} cannot be traced ({_first_line(error)}). Quantize the module itself: arrondi.quantize(module, …)."
+            f"{type(module).__name__} cannot be traced ({_first_line(error)}). Quantize the module in memory instead."
         ) from error
 
 
