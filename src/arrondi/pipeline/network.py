@@ -6,7 +6,6 @@ flows is rounded as in the file; what is written is read again and measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from arrondi.documents import to_json
 from arrondi.errors import DataError, OutputError, SchemeError
 from arrondi.formats import PRESETS, ActivationScheme, LayerScheme, PerChannel, PerGroup, PerTensor, PerToken, Scheme
 from arrondi.graph import (
@@ -31,6 +31,7 @@ from arrondi.graph import (
 )
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.networks import compare_graphs
+from arrondi.measure.signals import ratio, signals, spread_of
 from arrondi.model import Inputs
 from arrondi.pipeline.module import round_module
 from arrondi.pipeline.plan import Plan
@@ -42,7 +43,7 @@ from arrondi.tensor.ranges.observed import grid_from_range
 TARGETS: Final = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """Layers of a network that become integers."""
 _CHOOSING: Final = 128
-"""Samples that a choice of recipes is made on."""
+"""Samples that a choice of recipes, and what is said of every value, is made on."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
 
@@ -108,7 +109,7 @@ def quantize_network(
         overwrite: a file that is there may be replaced.
 
     Returns:
-        the report.
+        the report, which is also written beside the file, as NAME.report.json.
 
     Raises:
         ArrondiError: see its sentence; nothing was written then.
@@ -162,7 +163,11 @@ def quantize_network(
     if chosen is not None:
         report["choice"] = chosen.rows
     report["samples"] = 0 if calibration is None else len(calibration)
+    if calibration is not None:
+        looked = calibration.taken(_CHOOSING, data.seed)
+        report["values"] = signals(Program(read_graph(out)), Program(graph), looked.batches(), ranges)
     report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), graph, evaluation)
+    out.with_suffix(".report.json").write_text(to_json(report), encoding="utf-8")
     return report
 
 
@@ -251,7 +256,12 @@ def _report(
             row |= {"status": "kept", "reason": "" if tensor is None else tensor.reason}
         else:
             after = _weight(program, path)
-            row |= {"status": "quantized", "scheme": str(q.scheme), "weight_sqnr_db": _sqnr(before[node], after)}
+            row |= {
+                "status": "quantized",
+                "scheme": str(q.scheme),
+                "weight_sqnr_db": _sqnr(before[node], after),
+                "histogram": spread_of(before[node]),
+            }
         rows.append(row)
     return {
         "activations": None if flowing is None else str(flowing), "layers": rows, "bits_per_weight": bits / max(count, 1),
@@ -264,5 +274,4 @@ def _weight(program: Program, path: str) -> torch.Tensor:
 
 
 def _sqnr(original: torch.Tensor, other: torch.Tensor) -> float | None:
-    noise = float((original.double() - other.double()).square().sum())
-    return None if not noise else 10 * math.log10(max(float(original.double().square().sum()), 1e-300) / noise)
+    return ratio(float(original.double().square().sum()), float((original.double() - other.double()).square().sum()))
