@@ -16,7 +16,7 @@ import torch
 from arrondi.errors import DataError
 from arrondi.graph.codes import tensor_of
 from arrondi.graph.ir import Graph, Node
-from arrondi.graph.layers import LAYERS, padding_of
+from arrondi.graph.layers import LAYERS, layers_in, padding_of, read_beside
 from arrondi.graph.ops import evaluate
 from arrondi.model import Straight
 
@@ -26,7 +26,7 @@ class Program(Straight):
 
     Attributes:
         graph: what is run.
-        layers: node → the name of its module.
+        layers: layer → the name of its module. A layer has the name of its node; recurrent nodes have several.
 
     Called with the graph's inputs in their order; gives its output, or a tuple of them.
     """
@@ -37,7 +37,11 @@ class Program(Straight):
         layers: dict[str, str] = {}
         for i, (nodes, entering, leaving) in enumerate(_parts(graph)):
             parts.append(Part(graph, nodes, entering, leaving, names))
-            layers |= {n.name: f"{i}.{names[n.name]}" for n in nodes if names[n.name] in parts[-1]._modules}
+            for node in nodes:
+                if (module := parts[-1]._modules.get(names[node.name])) is not None:
+                    layers |= {
+                        layer: f"{i}.{names[node.name]}{inner}" for layer, inner in layers_in(node, module).items()
+                    }
         super().__init__(*parts)
         self.graph, self.layers = graph, layers
 
@@ -81,7 +85,7 @@ class Part(torch.nn.Module):
             found = LAYERS[node.op](node, graph) if node.op in LAYERS else None
             if found is not None:
                 self.add_module(names[node.name], found)
-            read = node.inputs if found is None else node.inputs[:1]
+            read = node.inputs if found is None else read_beside(node)
             for name in read:
                 if name in graph.constants and name not in held:
                     held[name] = f"constant_{len(held)}"
@@ -117,9 +121,10 @@ class Part(torch.nn.Module):
     def _run(self, run: _Run, given: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
         if run.module is None:
             return evaluate(run.node, given, self.opset)
-        x = given[0]
+        x, *rest = given
         assert x is not None
-        return (self.get_submodule(run.module)(torch.nn.functional.pad(x, run.padding) if run.padding else x),)
+        found = self.get_submodule(run.module)(torch.nn.functional.pad(x, run.padding) if run.padding else x, *rest)
+        return found if isinstance(found, tuple) else (found,)
 
     def _value(self, name: str, values: dict[str, Any]) -> torch.Tensor | None:
         if not name:
