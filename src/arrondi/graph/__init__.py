@@ -10,6 +10,7 @@ from arrondi.graph.observe import observe
 from arrondi.graph.program import Program
 from arrondi.graph.read import is_graph_file, read_graph
 from arrondi.graph.rules import describe, places
+from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "places",
     "read_graph",
     "round_values",
+    "tidy",
     "to_onnx",
     "write_graph",
 ]
