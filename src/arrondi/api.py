@@ -236,7 +236,10 @@ def compare(
     model: str | Path,
     *,
     schemes: Iterable[AnyScheme] | None = None,
-    methods: Iterable[str] = ("rtn", "gptq"),
+    methods: Iterable[str] | None = None,
+    presets: Iterable[str] = (),
+    rewrites: Iterable[str] = ("none",),
+    embeddings: Iterable[str] = ("none",),
     calibration: Data | None = None,
     text: Data | None = None,
     out: str | Path | None = None,
@@ -257,7 +260,9 @@ def compare(
     Args:
         model: a model directory or a Hub name.
         schemes: words or values, each tried with each method; "W4A16" if none are given.
-        methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`.
+        methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`; "rtn" and
+            "gptq" if neither they nor presets are given.
+        presets, rewrites, embeddings: more to try, with "none" for nothing, see `arrondi.search.candidates`.
         calibration, samples, seq_len, eval_samples, seed: see `TextOptions`.
         text: what to measure on; None takes the last tenth of the calibration data.
         out, keep, device, progress: see `arrondi.search.compare_methods`.
@@ -271,8 +276,11 @@ def compare(
     """
     check_arguments(compare, locals())
     asked = TextOptions(calibration, samples, seq_len, text, True, eval_samples, seed)
+    ready = _several(presets)
+    wanted = ([] if ready else ["rtn", "gptq"]) if methods is None else _several(methods)
     return compare_methods(
-        model, None if schemes is None else _several(schemes), _several(methods), asked, out=out, keep=keep, group_size=group_size, targets=targets,
+        model, None if schemes is None else _several(schemes), wanted, asked, out=out, keep=keep, presets=ready,
+        rewrites=_several(rewrites), embeddings=_several(embeddings), group_size=group_size, targets=targets,
         ignore=ignore, options=options, device=device, progress=progress,
     )  # fmt: skip
 
