@@ -14,6 +14,8 @@ import arrondi
 from arrondi.cli.commands import app
 from arrondi.cli.parsing import recipe_from
 from arrondi.errors import SchemeError
+from arrondi.pipeline import foreseen
+from arrondi.pipeline.importance import sums_of_inputs
 from arrondi.pipeline.presets import preset_recipe
 from arrondi.search.candidates import candidates
 from arrondi.search.front import answer
@@ -119,6 +121,21 @@ def test_rows_are_what_quantize_says(cli: Cli, models: Callable[..., Path], text
     assert "embeddings in int8/row" in shown.out and "the preset zeroquant" in shown.out and shown.code == 0
     refused(cli(*asked[:-1], "none,none"), "twice")
     refused(cli(*asked[:-1], ","), "--embeddings names nothing")
+
+
+def test_what_candidates_share_is_found_once(
+    models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How large inputs become is asked for by every llm-int8, whatever its scheme; the rows are as if it had been asked alone."""
+    calls = []
+    monkeypatch.setattr(foreseen, "sums_of_inputs", lambda *a, **k: calls.append(1) or sums_of_inputs(*a, **k))
+    few: dict[str, Any] = {"samples": 3, "seq_len": 32, "eval_samples": 4, "calibration": text}
+    model, methods = models("llama-tied", num_hidden_layers=1), ["llm-int8", "llm-int8:threshold=3"]
+    found = arrondi.compare(model, methods=methods, schemes=["W8A8"], out=tmp_path / "rows", **few)
+    assert len(calls) == 1
+    alone = arrondi.quantize(model, "W8A8", method="llm-int8", options={"threshold": 3}, out=tmp_path / "out", **few)
+    row = next(r for r in found["rows"] if "threshold" in r["method"])
+    assert (row["kl_mean"], row["output_bytes"]) == (alone["evaluation"]["kl_mean"], alone["output_bytes"])
 
 
 def test_only_presets_are_compared_where_only_they_are_named(
