@@ -131,9 +131,9 @@ def test_what_candidates_share_is_found_once(
     monkeypatch.setattr(foreseen, "sums_of_inputs", lambda *a, **k: calls.append(1) or sums_of_inputs(*a, **k))
     few: dict[str, Any] = {"samples": 3, "seq_len": 32, "eval_samples": 4, "calibration": text}
     model, methods = models("llama-tied", num_hidden_layers=1), ["llm-int8", "llm-int8:threshold=3"]
-    found = arrondi.compare(model, methods=methods, schemes=["W8A8"], out=tmp_path / "rows", **few)
+    found = arrondi.compare(model, methods=methods, schemes=["W8A16"], out=tmp_path / "rows", **few)
     assert len(calls) == 1
-    alone = arrondi.quantize(model, "W8A8", method="llm-int8", options={"threshold": 3}, out=tmp_path / "out", **few)
+    alone = arrondi.quantize(model, "W8A16", method="llm-int8", options={"threshold": 3}, out=tmp_path / "out", **few)
     row = next(r for r in found["rows"] if "threshold" in r["method"])
     assert (row["kl_mean"], row["output_bytes"]) == (alone["evaluation"]["kl_mean"], alone["output_bytes"])
 

@@ -59,7 +59,9 @@ class Calling:
         """What is to be added to the protocol; "" where ids alone are given."""
         if self.start is None:
             return ""
-        read = "the encoder reads the window" if self.noise is None else f"the encoder is given noise as {self.noise[0]}"
+        read = (
+            "the encoder reads the window" if self.noise is None else f"the encoder is given noise as {self.noise[0]}"
+        )
         return f"; {read}, the decoder writes it from its start token"
 
     @property

@@ -17,7 +17,7 @@ from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
 from arrondi.model.streams import Passage, Stream, walk
-from arrondi.model.towers import deaf_encoder, is_seq2seq
+from arrondi.model.towers import deaf_encoder, deaf_parameters, is_seq2seq
 from arrondi.model.whole import Whole
 
 Source = OnDisk | InMemory
@@ -51,6 +51,7 @@ __all__ = [
     "configs_in",
     "confirm",
     "deaf_encoder",
+    "deaf_parameters",
     "device_named",
     "find_folds",
     "find_tensors",

@@ -18,7 +18,7 @@ def is_seq2seq(model: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in arguments_of(model)
 
 
-def arguments_of(model: Any) -> set[str]:
+def arguments_of(model: torch.nn.Module) -> set[str]:
     """What the forward pass names."""
     return set(inspect.signature(model.forward).parameters)
 

@@ -132,7 +132,10 @@ def inspect_outliers(
 
 
 def _followed(
-    source: OnDisk, batches: list[torch.Tensor | dict[str, torch.Tensor]], device: torch.device, report: Callable[[int, int, str], None]
+    source: OnDisk,
+    batches: list[torch.Tensor | dict[str, torch.Tensor]],
+    device: torch.device,
+    report: Callable[[int, int, str], None],
 ) -> tuple[dict[str, _Inputs], dict[str, list[str]]]:
     """First module that reads an activation → what was seen of it, and the weights that read it."""
     instance = source.instance(device=device)
