@@ -31,6 +31,7 @@ from arrondi.pipeline import (
 from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.texts import read_data
 from arrondi.runtime.load import load as load_model
 from arrondi.runtime.modules import load_into, save
 from arrondi.search import compare_methods
@@ -157,6 +158,7 @@ def plan(
     embeddings: str | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
+    images: str | Path | None = None,
 ) -> Plan:
     """What `quantize` would do with a model directory, before anything is computed; `to_dict()` for plain data.
 
@@ -164,7 +166,9 @@ def plan(
     """
     check_arguments(plan, locals())
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
-    return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
+    source = OnDisk.open(model)
+    read_data(source, TextOptions(images=images))  # refused where they cannot be read
+    return make_plan(source, rules, layout=layout, keep_misfits=keep_misfits, images=images is not None)
 
 
 def _rules(
