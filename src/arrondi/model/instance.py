@@ -241,7 +241,7 @@ def _rounder(inputs: Rounding, name: str) -> Any:
         scheme, grid, *columns = inputs[name]
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
-        return RoundedInputs(scheme.rounding, grid, *columns)(module, args, kwargs)
+        return RoundedInputs(scheme.rounding, grid, *columns, name=f"the input of {name}")(module, args, kwargs)
 
     return hook
 

@@ -116,10 +116,18 @@ class RoundedInputs:
         inputs: how.
         grid: the stored part of the grid; None where scales are dynamic.
         columns: features that are not rounded, because the weight keeps their columns apart; None: there are none.
+        name: what the input is called in messages.
     """
 
-    def __init__(self, inputs: ActivationScheme, grid: Grid | None, columns: torch.Tensor | None = None) -> None:
-        self.inputs, self.grid, self.columns = inputs, grid, columns
+    def __init__(
+        self,
+        inputs: ActivationScheme,
+        grid: Grid | None,
+        columns: torch.Tensor | None = None,
+        *,
+        name: str = "activation",
+    ) -> None:
+        self.inputs, self.grid, self.columns, self.name = inputs, grid, columns, name
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,7 +144,7 @@ class RoundedInputs:
         values, columns = x.detach(), outlier_columns(x.detach(), self.inputs, self.columns)
         if columns is not None:
             values = values.index_fill(-1, columns.long(), 0.0)
-        rounded = fake_quantize(values, self.inputs.scheme, grid=self.grid, name="activation")
+        rounded = fake_quantize(values, self.inputs.scheme, grid=self.grid, name=self.name)
         if columns is not None:
             rounded[..., columns.long()] = x.detach()[..., columns.long()]
         return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
