@@ -299,6 +299,7 @@ def inspect(
         ),
     ] = False,
     calibration: opt.Calibration = None,
+    device: opt.Device = "cpu",
     json_: opt.Json = False,
 ) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
@@ -307,11 +308,13 @@ def inspect(
 
     if outliers is not (calibration is not None) or (outliers and folds):
         raise SchemeError("inspect takes --folds alone, or --outliers with --calibration FILE, a text to look at.")
+    if device != "cpu" and not outliers:
+        raise SchemeError(f"inspect runs a model only with --outliers, got --device {device}. Leave it out.")
     if outliers and calibration is not None:
         from arrondi.pipeline.outliers import inspect_outliers
         from arrondi.report import print_outliers
 
-        document = inspect_outliers(model, calibration)
+        document = inspect_outliers(model, calibration, device=device)
         for sentence in document["notes"]:
             _note(sentence)
         _answer(document, json_, print_outliers)
