@@ -387,6 +387,7 @@ def run(
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     activations: opt.Activations = None,
     kv: opt.KV = None,
+    device: opt.Device = "cpu",
     json_: opt.Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -405,6 +406,7 @@ def run(
         dtype=dtype,
         activations=activations,
         kv=kv,
+        device=device,
         stream=None if json_ else sys.stdout,
     )
     if json_:
