@@ -223,7 +223,7 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
     Args:
         path: directory or Hub name; quantized or plain.
         model: a fresh module of the class that was saved, for models that transformers does not build; it is filled.
-        options: dtype, activations and fuse of `arrondi.runtime.load.load`.
+        options: dtype, activations, fuse and device of `arrondi.runtime.load.load`.
 
     Raises:
         ArrondiError: see its sentence.

@@ -306,6 +306,7 @@ def inspect(
         ),
     ] = False,
     calibration: opt.Calibration = None,
+    device: opt.Device = "cpu",
     json_: opt.Json = False,
 ) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
@@ -314,11 +315,13 @@ def inspect(
 
     if outliers is not (calibration is not None) or (outliers and folds):
         raise SchemeError("inspect takes --folds alone, or --outliers with --calibration FILE, a text to look at.")
+    if device != "cpu" and not outliers:
+        raise SchemeError(f"inspect runs a model only with --outliers, got --device {device}. Leave it out.")
     if outliers and calibration is not None:
         from arrondi.pipeline.outliers import inspect_outliers
         from arrondi.report import print_outliers
 
-        document = inspect_outliers(model, calibration)
+        document = inspect_outliers(model, calibration, device=device)
         for sentence in document["notes"]:
             _note(sentence)
         _answer(document, json_, print_outliers)
@@ -391,6 +394,7 @@ def run(
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     activations: opt.Activations = None,
     kv: opt.KV = None,
+    device: opt.Device = "cpu",
     json_: opt.Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -409,6 +413,7 @@ def run(
         dtype=dtype,
         activations=activations,
         kv=kv,
+        device=device,
         stream=None if json_ else sys.stdout,
     )
     if json_:

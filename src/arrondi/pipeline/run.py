@@ -364,7 +364,7 @@ class Run:
 
     def _put(self, planned: PlannedTensor, parts: Sequence[Rounded], inputs: Grid | None) -> dict[str, Any]:
         assert planned.scheme is not None
-        values = LayerValues(stack_rows([p.q for p in parts]), inputs)
+        values = LayerValues(stack_rows([p.q.to("cpu") for p in parts]), inputs)
         for name, value in self.plan.layout.write(planned.placed, values).items():
             self.writer.put(name, value)
         return row_of(
