@@ -455,7 +455,8 @@ def _useless(context: typer.Context, without: str, *names: str) -> None:
     """Say which options of the user have no effect."""
     given = set_by_user(context, *names)
     if given:
-        _note(f"{' and '.join(given)} changes nothing here: there is no {without.removeprefix('a ')}.")
+        change = "changes" if len(given) == 1 else "change"
+        _note(f"{' and '.join(given)} {change} nothing here: there is no {without.removeprefix('a ')}.")
 
 
 def _show_plan(
