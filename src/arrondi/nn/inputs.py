@@ -129,6 +129,13 @@ class RoundedInputs:
     ) -> None:
         self.inputs, self.grid, self.columns, self.name = inputs, grid, columns, name
 
+    def _on(self, device: torch.device) -> None:
+        """What is stored follows the inputs, which tell where the model runs."""
+        if self.grid is not None and self.grid.scale.device != device:
+            self.grid = self.grid.map(lambda part: part.to(device))
+        if self.columns is not None:
+            self.columns = self.columns.to(device)
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -139,6 +146,7 @@ class RoundedInputs:
         return args, {**kwargs, first: self._rounded(kwargs[first])}
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        self._on(x.device)
         if self.inputs.spread:
             x = spread(x, self.inputs.spread)
         values, columns = x.detach(), outlier_columns(x.detach(), self.inputs, self.columns)

@@ -140,7 +140,7 @@ class Seen:
         self.tokens += len(rows)
         if "moment" in needs:
             if self.moment is None:
-                self.moment = SecondMoment(rows.shape[-1], name=self.name)
+                self.moment = SecondMoment(rows.shape[-1], name=self.name, device=rows.device)
             self.moment.update(rows, span=span)
         if "energy" in needs or "importance" in needs:
             self.energy = self.energy or Energy(rows.shape[-1])
@@ -171,7 +171,7 @@ class Seen:
         rows, others = (t.reshape(-1, t.shape[-1]).float() for t in (x, f))
         if "float moment" in needs:
             if self.float_moment is None:
-                self.float_moment = SecondMoment(others.shape[-1], name=self.name)
+                self.float_moment = SecondMoment(others.shape[-1], name=self.name, device=others.device)
             self.float_moment.update(others)
         if "cross moment" in needs:
             cross = rows.T @ others
