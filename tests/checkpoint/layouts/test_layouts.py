@@ -118,7 +118,8 @@ def test_zero_points_of_few_rows_come_back(layout: str, rows: int) -> None:
     """They fill one word of a column: a matrix that calls itself contiguous in both orientations."""
     p = placed(parse_scheme("w=int4/g32/asym"), (rows, 64))
     values = LayerValues(quantize_tensor(torch.randn(rows, 64), p.scheme.weights))
-    file = {name: value.clone().contiguous() for name, value in LAYOUTS[layout].write(p, values).items()}
+    form = torch.contiguous_format
+    file = {name: value.clone(memory_format=form) for name, value in LAYOUTS[layout].write(p, values).items()}
     same_values(LAYOUTS[layout].read(p, file.__getitem__), values)
 
 
