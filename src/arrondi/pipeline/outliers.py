@@ -43,7 +43,8 @@ class _Inputs:
         count: numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.absmax = torch.zeros(())
         self.powers = torch.zeros(4, dtype=torch.float64)
         self.errors = dict.fromkeys(_GRIDS, 0.0)
@@ -60,7 +61,7 @@ class _Inputs:
         self.count += x.numel()
         for name, inputs in _SCHEMES.items():
             assert inputs is not None
-            self.errors[name] += float((fake_quantize(x, inputs.scheme) - x).double().square().sum())
+            self.errors[name] += float((fake_quantize(x, inputs.scheme, name=self.name) - x).double().square().sum())
 
     def row(self) -> dict[str, Any]:
         """In numbers; errors relative to Σ x²."""
@@ -146,7 +147,7 @@ def _followed(
         if site.kind == "linear" and site.block is not None and site.param_index is None:
             module = first.setdefault(site.reads or site.name, site.modules[0])
             readers.setdefault(module, []).append(site.name)
-    seen = {module: _Inputs() for module in readers}
+    seen = {module: _Inputs(f"the input of {names[0]}") for module, names in readers.items()}
     with (
         torch.no_grad(),
         ExitStack() as hooks,

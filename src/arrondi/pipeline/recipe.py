@@ -52,7 +52,9 @@ class Rule:
             return
         step = get_step(self.method)
         if step.kind != "round":
-            raise SchemeError(f"{self.method} rounds nothing, so it takes no scheme. Drop {self.scheme}.")
+            raise SchemeError(
+                f"{self.method} is a {step.kind} and rounds nothing, so it takes no scheme. Name it as a {step.kind}, beside a method that rounds."
+            )
         if self.scheme.outputs is not None:
             raise SchemeError(f"Scheme {self.scheme} rounds outputs, which is not done yet. Drop 'o'.")
         if self.scheme.kv is not None:
@@ -125,6 +127,9 @@ class Recipe:
         )
         before = [step_of_kind("rewrite", name) for name in _selectors(rewrites)]
         after = [step_of_kind("repair", name) for name in _selectors(repairs)]
+        twice = next((name for name in (*before, *after) if (*before, *after).count(name) > 1), None)
+        if twice is not None:
+            raise SchemeError(f"The {get_step(twice).kind} {twice} is named twice. Leave one out.")
         before += [name for name in step.before if name not in before]
         after = [name for name in step.after if name not in after] + after
         rules = [

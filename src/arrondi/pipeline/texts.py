@@ -159,9 +159,12 @@ def check_needed(options: TextOptions, recipe: Recipe) -> None:
     given = set() if options.imatrix is None else {"importance"}
     needs = [r.method for r in recipe.rules if get_step(r.method).needs - given]
     if needs and options.calibration is None and options.images is None:
-        raise DataError(
-            f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq."
-        )
+        rounding = [r.method for r in recipe.rules if get_step(r.method).kind == "round"]
+        asked = next((m for m in rounding if needs[0] in (m, *get_step(m).before, *get_step(m).after)), None)
+        what, instead = f"The {get_step(needs[0]).kind} {needs[0]!r}", "leave it out"
+        if asked is not None:  # the user never named what comes with a method
+            what, instead = f"Method {asked!r}", "use --method rtn or hqq"
+        raise DataError(f"{what} needs calibration text, and none was given. Add --calibration FILE, or {instead}.")
 
 
 def read_data(source: OnDisk, options: TextOptions) -> Texts:
