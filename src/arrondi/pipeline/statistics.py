@@ -13,6 +13,7 @@ from typing import Final, Literal
 import torch
 
 from arrondi.calibration import Energy, Reservoir, SecondMoment, half_of, span_of
+from arrondi.errors import DataError
 from arrondi.model.experts import every_token
 from arrondi.model.flow import Use, watch
 
@@ -235,6 +236,7 @@ def collect(
             if experts and _alike(key, x, seen, alike, first, j):
                 return
             found = seen.setdefault(key, Seen())
+            _check_finite(key, x)
             found.add(x, needs, span, half)
             if both:
                 same = others.get(key)
@@ -242,6 +244,20 @@ def collect(
 
         _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"}, experts=experts)
     return {**seen, **{key: seen[same] for key, same in alike.items()}}
+
+
+def _check_finite(key: Key, x: torch.Tensor) -> None:
+    """Refuse inputs from which nothing can be learned, by the name of what reads them.
+
+    Raises:
+        DataError: they are NaN or infinite.
+    """
+    bad = x.numel() - int(torch.isfinite(x).sum())
+    if bad:
+        name = key[0] if key[1] is None else f"{key[0]}[{key[1]}]"
+        raise DataError(
+            f"{name}: {bad} of {x.numel()} numbers that calibration gives it are NaN or infinite, so the model overflows on this text. Repair the checkpoint, or use --method rtn or hqq without --calibration."
+        )
 
 
 def _alike(
