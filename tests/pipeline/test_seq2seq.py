@@ -77,3 +77,13 @@ def test_computed_tables_of_positions_are_what_transformers_computes(models: Mod
     expected = of_transformers("marian", models("marian")).model.encoder.embed_positions.weight
     instance.fill(["model.encoder.embed_positions.weight"])
     assert torch.equal(instance.parameter("model.encoder.embed_positions.weight"), expected)
+
+
+def test_inputs_that_overflow_are_named(models: Models, tmp_path: Path) -> None:
+    """Where calibration gives a layer NaN or infinity, the sentence says which layer."""
+    model, ids = of_transformers("t5", models("t5")), torch.randint(3, VOCABULARY, (8, 16))
+    with torch.no_grad():
+        model.decoder.block[1].layer[2].DenseReluDense.wi.weight.fill_(3e38)
+    model.save_pretrained(tmp_path / "huge")
+    with pytest.raises(arrondi.DataError, match=r"the input of decoder.*NaN or infinite"):
+        arrondi.quantize(tmp_path / "huge", method="gptq", calibration=ids, out=tmp_path / "out", evaluate=False)

@@ -17,12 +17,12 @@ from arrondi.errors import DataError, SchemeError
 from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
 from arrondi.nn import QStack
 from arrondi.pipeline.finished import Finished
-from arrondi.pipeline.foreseen import largest_inputs
+from arrondi.pipeline.foreseen import inputs_of_heads, largest_inputs
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.statistics import Forward
+from arrondi.pipeline.statistics import Forward, Seen
 from arrondi.pipeline.unit import carry_out, check_finite
 from arrondi.pipeline.work import Original, Work
 from arrondi.runtime.install import install
@@ -134,9 +134,17 @@ def _rounded(
     tensors = plan.tensors
     units = source.units_of(instance)
     found: dict[str, LayerValues] = {}
+    heads: dict[str, Seen] = {}
 
     def work(members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()) -> None:
-        work = Work(plan, instance, members, forwards, Original(original.instance, originals) if originals else None)
+        work = Work(
+            plan,
+            instance,
+            members,
+            forwards,
+            Original(original.instance, originals) if originals else None,
+            heads=heads,
+        )
         carry_out(work)
         for t in members:
             parts = [work.results[s.name].q for s in t.sites if s.name in work.results]
@@ -161,6 +169,7 @@ def _rounded(
         rewrites = any(one.step.kind == "rewrite" for one in plan.selected)
         front = plan.front(units.early) if tables or rewrites else []
         if front:
+            heads.update(inputs_of_heads(units, plan.told_by_heads, batches, budget, None))
             work(front, [partial(units.begin, b) for b in stream.batches])
             stream.begin()
             floats.begin()

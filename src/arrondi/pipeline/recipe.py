@@ -116,8 +116,8 @@ class Recipe:
             options: of the method; of another step under `STEP.OPTION`.
             rewrites, repairs: names of steps.
             all_experts: see the class.
-            embeddings: what the table of words becomes, rounded to nearest: `int8/row`, `int4/g64`; None: it stays. A head that
-                is tied to it has the same codes.
+            embeddings: what the table of words becomes: `int8/row`, `int4/g64`; None: it stays. A head that is tied to it has the
+                same codes, which are then chosen by gptq if the method looks at second moments; all else is rounded to nearest.
         """
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
@@ -138,7 +138,7 @@ class Recipe:
             *(Rule(None, name, picked, own.pop(name, {})) for name in after),
         ]
         if embeddings is not None:
-            rules.append(Rule(table_scheme(embeddings), "rtn", ("Embedding",)))
+            rules.append(_of_tables(table_scheme(embeddings), step.needs))
         if own:
             stray = next(iter(own))
             raise SchemeError(
@@ -227,6 +227,15 @@ def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = N
     """A layer's scheme from a word or a value, with another group size if there is one."""
     layer = layer_scheme_of(scheme)
     return layer if group_size is None else layer.with_group_size(group_size)
+
+
+def _of_tables(scheme: LayerScheme, needs: Iterable[str]) -> Rule:
+    """The rule for tables beside a method with these needs."""
+    looks = any("moment" in need for need in needs)
+    try:
+        return Rule(scheme, "gptq" if looks else "rtn", ("Embedding",))
+    except SchemeError:  # gptq does not make it
+        return Rule(scheme, "rtn", ("Embedding",))
 
 
 def table_scheme(text: str) -> LayerScheme:

@@ -188,11 +188,7 @@ class Resolver:
             return replace(plain, status="kept because impossible", reason=site.unfit, rule=rule)
         if site.shape[0] < _SMALL_OUTPUT:
             return replace(plain, reason=f"only {site.shape[0]} rows")
-        done = self._quantized(replace(plain, rule=rule))
-        if done.status == "quantized" and get_step(rule.method).needs:
-            blind = rule.fallback or get_step(rule.method).fallback
-            self.notes.setdefault(f"Rounded by {blind} instead of {rule.method}, for {LOOKED_UP}", []).append(plain.name)  # fmt: skip
-        return done
+        return self._quantized(replace(plain, rule=rule))
 
     def _quantized(self, plain: PlannedTensor) -> PlannedTensor:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""

@@ -20,12 +20,13 @@ from arrondi.measure.calling import predicted
 from arrondi.measure.compare import comparison_for
 from arrondi.model import Budget, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
 from arrondi.pipeline.finishing import Finishing
+from arrondi.pipeline.foreseen import inputs_of_heads
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of
-from arrondi.pipeline.statistics import Forward
+from arrondi.pipeline.statistics import Forward, Seen
 from arrondi.pipeline.step import Added
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.unit import carry_out, rewrite, stackable
@@ -66,6 +67,7 @@ class Run:
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
         self.overlay = Overlay(config=dict(plan.declared.config))
+        self.heads: dict[str, Seen] = {}
         self.touched = plan.touched
         self.bfloat16 = bfloat16_pays(self.source.checkpoint)
 
@@ -185,6 +187,9 @@ class Run:
                 stream.begin()
             if front := self.plan.front(self.units.early):
                 begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
+                if "front" not in self.journal.steps:
+                    told = {s.name: p for t in front for s in t.sites if (p := self.plan.told_by_heads.get(s.name))}
+                    self.heads = inputs_of_heads(self.original, told, calibration, budget, folder)
                 self._outside("front", front, *begun)
                 learning.begin()
                 measured.begin()
@@ -260,7 +265,7 @@ class Run:
     def _begun(self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]) -> Work:
         own = self.floating is not self.original
         original = Original(self.floating.instance, originals, own) if originals else None
-        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance)
+        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance, self.heads)
 
     def _outside(
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]

@@ -38,7 +38,10 @@ def carry_out(work: Work) -> None:
     before = {s.name: work.weight(s).clone() for one in late for s in one.sites}
     tables = [s for s in work.sites if s.kind == "embedding"]
     for site in tables:  # whatever multiplies is calibrated on what they give
-        _round_blindly(work, site, LOOKED_UP)
+        if site.name in work.heads:
+            _round_table(work, site, work.heads[site.name])
+        else:
+            _round_blindly(work, site, LOOKED_UP)
     stages = _stages(work)
     for stage in stages:
         _round_stage(work, stage)
@@ -258,6 +261,22 @@ def _round_foretold(work: Work, site: Site, told: Seen) -> None:
     work.seen[site.name] = told
     _round(work, [site])
     work.results[site.name].tokens = 0 if work.forwards else None
+
+
+def _round_table(work: Work, site: Site, told: Seen) -> None:
+    """A table that a tied head multiplies by: one set of codes for rows that are looked up and for products.
+
+    An error in a row that is looked up counts by its length, whatever its direction: its second moment is the identity. Damping by the mean
+    of the head's moment lets both count alike. Measured on books-llama-6m at 4, 3 and 2 bits, a third less divergence than rounding to
+    nearest; with the usual damping rows get so much worse that at 2 bits all is lost again.
+    """
+    rule = work.planned[site.name].rule
+    assert rule is not None
+    options = {**rule.options, "damping": max(float(rule.options.get("damping", 0.0)), 1.0)}
+    weight = work.weight(site)
+    rounded = round_together([site], [weight], work.scheme(site).weights, rule.method, options, told)[0]
+    work.results[site.name] = rounded
+    weight.copy_(rounded.q.dequantize())
 
 
 def _round_blindly(work: Work, site: Site, why: str) -> None:

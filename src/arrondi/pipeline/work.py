@@ -73,6 +73,7 @@ class Work:
         forwards: one for each calibration batch; empty without calibration.
         original: the same unit of the original on the same batches, if a step needs it.
         importance: what an importance matrix says.
+        heads: site of a table → what the head that is tied to it is given in the original.
         results: site → what rounding gave.
         grids: tensor → the static grid of its inputs.
         changed: tensors of the file whose value a step changed, as they are written.
@@ -91,7 +92,9 @@ class Work:
         forwards: Sequence[Forward],
         original: Original | None = None,
         importance: Known | None = None,
+        heads: Mapping[str, Seen] | None = None,
     ) -> None:
+        self.heads = heads or {}
         self.importance = importance or Known()
         self.plan, self.instance, self.tensors, self.forwards = plan, instance, tensors, forwards
         self.original = original
