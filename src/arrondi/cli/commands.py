@@ -71,6 +71,7 @@ def plan(
     recipe: opt.RecipeFile = None,
     layout: opt.LayoutName = None,
     keep_misfits: opt.KeepMisfits = False,
+    calibration_images: opt.CalibrationImages = None,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
     json_: opt.Json = False,
@@ -92,15 +93,21 @@ def plan(
     from arrondi.checkpoint import Checkpoint
     from arrondi.measure.text import fit_length, positions_of
     from arrondi.model import OnDisk
-    from arrondi.pipeline import make_plan
+    from arrondi.pipeline import TextOptions, make_plan
+    from arrondi.pipeline.texts import read_data
 
     checkpoint = Checkpoint.open(model)
     if checkpoint.quantized:
         raise SchemeError(f"{model} is already quantized. Plan for the original model.")
     source = OnDisk(checkpoint)
-    planned = make_plan(source, resolved, layout=layout, keep_misfits=keep_misfits)
+    texts = read_data(source, TextOptions(samples=samples, seq_len=seq_len, images=calibration_images))
+    images, measured = texts.images, texts.eval_images
+    planned = make_plan(source, resolved, layout=layout, keep_misfits=keep_misfits, images=images is not None)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
     tokens, eval_tokens = (samples * seq_len, 32 * seq_len) if planned.calibrated else (0, 0)
+    if images is not None and measured is not None:  # the same call without text
+        tokens, eval_tokens, note = images.tokens, measured.tokens, None
+        seq_len = max(batch["input_ids"].shape[1] for batch in (*images.batches, *measured.batches))
     _show_plan(model, planned, tokens, eval_tokens, seq_len, [note] if note and planned.calibrated else [], json_)
 
 
@@ -299,6 +306,7 @@ def inspect(
         ),
     ] = False,
     calibration: opt.Calibration = None,
+    device: opt.Device = "cpu",
     json_: opt.Json = False,
 ) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
@@ -307,11 +315,13 @@ def inspect(
 
     if outliers is not (calibration is not None) or (outliers and folds):
         raise SchemeError("inspect takes --folds alone, or --outliers with --calibration FILE, a text to look at.")
+    if device != "cpu" and not outliers:
+        raise SchemeError(f"inspect runs a model only with --outliers, got --device {device}. Leave it out.")
     if outliers and calibration is not None:
         from arrondi.pipeline.outliers import inspect_outliers
         from arrondi.report import print_outliers
 
-        document = inspect_outliers(model, calibration)
+        document = inspect_outliers(model, calibration, device=device)
         for sentence in document["notes"]:
             _note(sentence)
         _answer(document, json_, print_outliers)
@@ -384,6 +394,7 @@ def run(
     dtype: Annotated[str, typer.Option(help="Type of activations: float32, bfloat16, float16, or auto.")] = "auto",
     activations: opt.Activations = None,
     kv: opt.KV = None,
+    device: opt.Device = "cpu",
     json_: opt.Json = False,
 ) -> None:
     """Continue a prompt on this machine, printing as it goes."""
@@ -402,6 +413,7 @@ def run(
         dtype=dtype,
         activations=activations,
         kv=kv,
+        device=device,
         stream=None if json_ else sys.stdout,
     )
     if json_:

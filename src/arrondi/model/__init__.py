@@ -12,10 +12,12 @@ from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.model.precision import DTYPES, bfloat16_pays, stored_in_16_bits
 from arrondi.model.settle import confirm, settle
+from arrondi.model.shapes import usual_inputs
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
 from arrondi.model.streams import Passage, Stream, walk
+from arrondi.model.towers import deaf_encoder, deaf_parameters, is_seq2seq
 from arrondi.model.whole import Whole
 
 Source = OnDisk | InMemory
@@ -48,9 +50,12 @@ __all__ = [
     "build_model",
     "configs_in",
     "confirm",
+    "deaf_encoder",
+    "deaf_parameters",
     "device_named",
     "find_folds",
     "find_tensors",
+    "is_seq2seq",
     "kl_loss",
     "model_output",
     "next_token_loss",
@@ -58,6 +63,7 @@ __all__ = [
     "sampled_loss",
     "settle",
     "stored_in_16_bits",
+    "usual_inputs",
     "walk",
     "walk_back",
 ]

@@ -5,7 +5,7 @@ Owns: `largest_inputs`. One walk of the original through the calibration data, b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,28 +19,36 @@ from arrondi.pipeline.steps import get_step
 
 
 def largest_inputs(
-    source: OnDisk | InMemory, recipe: Recipe, batches: Sequence[Any], device: str = "cpu"
+    source: OnDisk | InMemory,
+    recipe: Recipe,
+    batches: Sequence[Any],
+    device: str = "cpu",
+    known: MutableMapping[bool, Mapping[str, torch.Tensor]] | None = None,
 ) -> Mapping[str, torch.Tensor]:
     """Site → max |x| of every column of its input in the original, float32 (n,); nothing where no rule of the recipe asks.
 
     Args:
         batches: calibration data; empty: nothing is known.
         device: where units are run.
+        known: what was found on the same batches, without and with the output head; is added to.
     """
     asks = any(r.scheme is not None and get_step(r.method).foresees(r.scheme, r.options) for r in recipe.rules)
     if not asks or not batches:
         return {}
     if isinstance(source, OnDisk):
-        sums = sums_of_inputs(source, batches, device_named(device), head=recipe.ignore is not None)
-        return {name: energy.absmax.amax(0) for name, energy in sums.items()}
+        head, found = recipe.ignore is not None, {} if known is None else known
+        if head not in found:
+            sums = sums_of_inputs(source, batches, device_named(device), head=head)
+            found[head] = {name: energy.absmax.amax(0) for name, energy in sums.items()}
+        return found[head]
     sites = [s for s in source.sites if s.kind == "linear"]
     side = Side(
         source.names.params.__getitem__, [partial(_run, source.model, b) for b in batches], source.instance().owner
     )
     with torch.no_grad():
         seen = collect({s.param for s in sites}, {}, side, {"absmax"})
-    found = {s.name: seen.get((s.param, s.param_index)) for s in sites}
-    return {name: one.absmax for name, one in found.items() if one is not None and one.absmax is not None}
+    of_sites = {s.name: seen.get((s.param, s.param_index)) for s in sites}
+    return {name: one.absmax for name, one in of_sites.items() if one is not None and one.absmax is not None}
 
 
 def _run(model: torch.nn.Module, batch: Inputs) -> object:

@@ -17,6 +17,7 @@ import torch
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, SchemeError
+from arrondi.measure.calling import Calling
 from arrondi.measure.compare import BATCH_TOKENS
 from arrondi.measure.data import Data, check_windows, chosen, read_windows, reads_text
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of
@@ -120,8 +121,9 @@ def inspect_outliers(
     tokenizer = load_tokenizer(source.where) if reads_text(calibration) else None
     windows = chosen(read_windows(calibration, tokenizer, seq_len, "calibration text", column), samples, seed)
     check_windows(windows, source.model)
-    batches = windows.batches(max(BATCH_TOKENS // windows.seq_len, 1))
-    notes = [*([note] if note else []), *settle(source, batches[0][:1])]
+    calling = Calling.of(source.model)
+    batches = [calling(ids) for ids in windows.batches(max(BATCH_TOKENS // windows.seq_len, 1))]
+    notes = [*([note] if note else []), *calling.notes, *settle(source, calling(windows.ids[:1]))]
     seen, readers = _followed(source, batches, where, progress or (lambda done, total, what: None))
     rows = [{"read_by": readers[m], **one.row()} for m, one in seen.items() if one.count]
     if not rows:
@@ -130,7 +132,10 @@ def inspect_outliers(
 
 
 def _followed(
-    source: OnDisk, batches: list[torch.Tensor], device: torch.device, report: Callable[[int, int, str], None]
+    source: OnDisk,
+    batches: list[torch.Tensor | dict[str, torch.Tensor]],
+    device: torch.device,
+    report: Callable[[int, int, str], None],
 ) -> tuple[dict[str, _Inputs], dict[str, list[str]]]:
     """First module that reads an activation → what was seen of it, and the weights that read it."""
     instance = source.instance(device=device)

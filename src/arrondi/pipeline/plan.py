@@ -241,7 +241,7 @@ def make_plan(
     if resolver is not tried[0][1]:
         notes.insert(0, _why_not(tried[0][1].layout, tried[0][2]))
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
-    notes += _unreached(tensors)
+    notes += _by_images(tensors) if images else _unreached(tensors)
     notes += [
         f"{one.step.name} is not done, {why}: {_list(names)}."
         for one in selected
@@ -281,6 +281,17 @@ def _unreached(tensors: Sequence[PlannedTensor]) -> list[str]:
     share = sum(t.weights for t in kept) / max(sum(t.weights for t in tensors), 1)
     return [
         f"{len(kept)} weights that text does not reach ({100 * share:.0f} % of all) are kept as they are: {_list([t.name for t in kept])}."
+    ]
+
+
+def _by_images(tensors: Sequence[PlannedTensor]) -> list[str]:
+    """What is said of parts that images reach and text does not."""
+    taken = [t for t in tensors if t.status == "quantized" and not all(s.reached for s in t.sites)]
+    if not taken:
+        return []
+    share = sum(t.weights for t in taken) / max(sum(t.weights for t in tensors), 1)
+    return [
+        f"{len(taken)} weights that text does not reach ({100 * share:.0f} % of all) are quantized, too, because the images reach them: {_list([t.name for t in taken])}."
     ]
 
 

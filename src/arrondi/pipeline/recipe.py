@@ -133,7 +133,7 @@ class Recipe:
             *(Rule(None, name, picked, own.pop(name, {})) for name in after),
         ]
         if embeddings is not None:
-            rules.append(Rule(_table_scheme(embeddings), "rtn", ("Embedding",)))
+            rules.append(Rule(table_scheme(embeddings), "rtn", ("Embedding",)))
         if own:
             stray = next(iter(own))
             raise SchemeError(
@@ -224,7 +224,7 @@ def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = N
     return layer if group_size is None else layer.with_group_size(group_size)
 
 
-def _table_scheme(text: str) -> LayerScheme:
+def table_scheme(text: str) -> LayerScheme:
     """A scheme of weights from its word, its grammar, or `int8/row`."""
     words = text.strip().lower().split("/")
     short = "=" not in text and words[0] in FORMATS

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
+from arrondi.measure.calling import predicted
 from arrondi.measure.compare import comparison_for
-from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
+from arrondi.model import Budget, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
 from arrondi.pipeline.finishing import Finishing
 from arrondi.pipeline.fisher import LossKnown, looks_at_loss
 from arrondi.pipeline.journal import Journal
@@ -313,14 +314,14 @@ class Run:
         self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, rows in reference.pieces():
-                ids, start = ids_of(reference.batches[j])[rows], self.texts.measured_from(j)
+                ids, start = predicted(reference.batches[j])[rows], self.texts.measured_from(j)
                 expected = reference.output(j, rows)[:, start:]
                 comparison.add(expected, measured.output(j, rows)[:, start:], ids[:, start:])
             confirm(self.source, reference)
         return {
             **comparison.summary().to_dict(),
             "text": self.texts.evaluation_source,
-            "windows": sum(len(ids_of(b)) for b in reference.batches),
+            "windows": sum(len(predicted(b)) for b in reference.batches),
             "protocol": self.texts.protocol,
         }
 
@@ -369,7 +370,7 @@ class Run:
 
     def _put(self, planned: PlannedTensor, parts: Sequence[Rounded], inputs: Grid | None) -> dict[str, Any]:
         assert planned.scheme is not None
-        values = LayerValues(stack_rows([p.q for p in parts]), inputs)
+        values = LayerValues(stack_rows([p.q.to("cpu") for p in parts]), inputs)
         for name, value in self.plan.layout.write(planned.placed, values).items():
             self.writer.put(name, value)
         return row_of(
@@ -389,12 +390,6 @@ class Run:
             self.writer.put(planned.name, instance.parameter(planned.tensor.params[0]).to(planned.dtype))
         else:
             self.ledger.note(planned.name, self.writer.copy(self.source.checkpoint.folder.entries[planned.name]))
-
-
-def ids_of(batch: Inputs) -> torch.Tensor:
-    """The token ids of a batch; its first tensor, where a model takes others."""
-    found: torch.Tensor = batch.kwargs["input_ids"] if "input_ids" in batch.kwargs else batch.args[0]
-    return found
 
 
 def _grouped(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:

@@ -17,7 +17,7 @@ from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Instance, Site
 from arrondi.pipeline.resolve import LOOKED_UP
-from arrondi.pipeline.rounded import round_alone, round_together
+from arrondi.pipeline.rounded import Rounded, round_alone, round_together
 from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.steps import get_step, options_of_step
@@ -242,9 +242,14 @@ def _round(work: Work, sites: list[Site]) -> None:
     weights = [work.weight(s) for s in sites]
     done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, options, seen)
     for site, weight, rounded in zip(sites, weights, done, strict=True):
+        restored = rounded.q.dequantize()
+        if not bool(torch.isfinite(restored).all()):
+            _round_blindly(work, site, "")
+            work.results[site.name].why = f"{step.name} gave NaN or infinity"
+            continue
         rounded.why = unlike
         work.results[site.name] = rounded
-        weight.copy_(rounded.q.dequantize())
+        weight.copy_(restored)
         _leave_columns(work, site, rounded.q)
 
 
@@ -275,15 +280,29 @@ def _round_blindly(work: Work, site: Site, why: str) -> None:
         rounded = round_alone(work.weight(site), scheme, method, options, site.name, why)
         rounded.tokens = 0 if work.forwards and site.kind != "embedding" else None
         work.results[site.name] = rounded
-        work.weight(site).copy_(rounded.q.dequantize())
+        work.weight(site).copy_(_sound(site, rounded))
     elif site == planned.sites[-1]:
         stack = torch.cat([work.weight(s) for s in planned.sites])
         rounded = round_alone(stack, scheme, method, options, planned.name, why)
         rounded.tokens = 0 if work.forwards else None
         work.results[planned.sites[0].name] = rounded
-        parts = rounded.q.dequantize().split(site.shape[0])
+        parts = _sound(site, rounded).split(site.shape[0])
         for s, part in zip(planned.sites, parts, strict=True):
             work.weight(s).copy_(part)
+
+
+def _sound(site: Site, rounded: Rounded) -> torch.Tensor:
+    """What a weight reads back as.
+
+    Raises:
+        DataError: it is not finite.
+    """
+    restored = rounded.q.dequantize()
+    if not bool(torch.isfinite(restored).all()):
+        raise DataError(
+            f"{site.name}: {rounded.method} gives NaN or infinity as {rounded.q.scheme}. Store its scales in a wider type, or leave it out with --ignore."
+        )
+    return restored
 
 
 def stackable(scheme: Scheme, count: int) -> bool:

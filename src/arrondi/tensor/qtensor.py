@@ -11,7 +11,7 @@ codes mean there. Products and sums are computed in float32.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -147,6 +147,18 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """Stored bits, scales included, over the number of elements."""
         return self.stored_bits / max(self.codes.numel(), 1)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same tensor on a device; itself where it is there."""
+        if self.codes.device == torch.device(device):
+            return self
+        moved = {
+            name: part.to(device)
+            for name in ("codes", "scale", "zero_point", "offset", "group_index", "table")
+            if isinstance(part := getattr(self, name), torch.Tensor | QTensor)
+        }
+        apart = None if self.apart is None else Kept(self.apart.index.to(device), self.apart.values.to(device))
+        return replace(self, **moved, apart=apart)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Back to real numbers, computed in float32 and rounded once to `dtype`."""

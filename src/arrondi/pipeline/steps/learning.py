@@ -142,9 +142,9 @@ class Learner:
 
     def loss(self, j: int, targets: Targets) -> torch.Tensor:
         """Squared error of the unit's outputs on batch j over the squares that are wanted."""
-        wanted = targets(j)
         with self.stand.held():
             given = self.passages[j].differentiable()
+        wanted = targets(j).to(given.device)
         return (given - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
 
     @torch.no_grad()
