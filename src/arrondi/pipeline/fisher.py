@@ -19,9 +19,9 @@ from arrondi.measure.compare import is_causal
 from arrondi.model import Budget, Chain, Inputs, Site, Stream, TreeStore, Whole, sampled_loss, walk, walk_back
 from arrondi.pipeline.plan import Plan
 
-_DRAWS: Final = 2
+DRAWS: Final = 2
 """Walks with other tokens drawn. One more halves what is noise in the moments, and costs as much again."""
-_OUTPUT_BYTES: Final = 64 << 20
+OUTPUT_BYTES: Final = 64 << 20
 """Of the outputs of a batch."""
 
 
@@ -64,7 +64,7 @@ class LossKnown:
         if self.why or not wanted:
             return
         small = _small(batches, units)
-        with Stream(units, small * _DRAWS, budget, folder, keep_inputs=True) as stream:
+        with Stream(units, small * DRAWS, budget, folder, keep_inputs=True) as stream:
             stream.begin()
             for _ in walk([[stream]]):
                 pass
@@ -129,6 +129,6 @@ def _small(batches: Sequence[Any], units: Chain | Whole) -> list[Inputs]:
         if ids is None or batch.args or len(batch.kwargs) > 1:
             found.append(batch)
         else:
-            rows = max(_OUTPUT_BYTES // (4 * width * ids.shape[1]), 1)
+            rows = max(OUTPUT_BYTES // (4 * width * ids.shape[1]), 1)
             found += map(Inputs.of, ids.split(rows))
     return found
