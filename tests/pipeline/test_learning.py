@@ -74,7 +74,10 @@ def test_what_cannot_be_learned_is_refused_or_named(models: Callable[..., Path])
 
 def test_presets_are_recipes(models: Callable[..., Path]) -> None:
     best = [rule.method for rule in preset_recipe("best", "W3A16").rules]
-    assert best == ["gptaq", "tune", "e2e"]
+    assert best == ["yaqa", "e2e"]
+    assert [rule.method for rule in preset_recipe("best", "NVFP4").rules] == ["gptaq", "tune", "e2e"], (
+        "rows share a scale"
+    )
     assert preset_recipe("best", "w=int4/g32,a=int4/token").rules[0].method == "rotate"
     q8bert = make_plan(OnDisk.open(models("bert")), preset_recipe("q8bert"))
     assert {t.name: str(t.scheme) for t in q8bert.quantized if not t.scheme or not t.scheme.inputs} == {
@@ -91,12 +94,11 @@ def test_the_recipe_of_a_preset_is_in_the_report(models: Callable[..., Path], tm
     call(
         models("llama"),
         tmp_path / "out",
-        preset_recipe("best", "w=int3/g16", options={"tune.passes": 1, "e2e.passes": 1}),
+        preset_recipe("best", "w=int3/g16", options={"e2e.passes": 1}),
     )
     rules = json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["rules"]
     assert [(r["method"], r["options"]) for r in rules] == [
-        ("gptaq", {"sweeps": 5, "refine": 2, "damping": 0.05}),
-        ("tune", {"passes": 1}),
+        ("yaqa", {"refine": 2}),
         ("e2e", {"passes": 1}),
     ]
 

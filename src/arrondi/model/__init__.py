@@ -1,6 +1,6 @@
 """What a model is: sites, sources, and the walk over its units."""
 
-from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
+from arrondi.model.backward import Gradients, kl_loss, next_token_loss, sampled_loss, walk_back
 from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs, model_output
 from arrondi.model.device import device_named
@@ -60,6 +60,7 @@ __all__ = [
     "model_output",
     "next_token_loss",
     "release",
+    "sampled_loss",
     "settle",
     "stored_in_16_bits",
     "usual_inputs",

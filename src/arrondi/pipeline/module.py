@@ -17,6 +17,7 @@ from arrondi.errors import DataError, SchemeError
 from arrondi.model import Budget, Chain, InMemory, Inputs, Instance, Site, Stream, Whole, settle, walk
 from arrondi.nn import QStack
 from arrondi.pipeline.finished import Finished
+from arrondi.pipeline.fisher import LossKnown, looks_at_loss
 from arrondi.pipeline.foreseen import inputs_of_heads, largest_inputs
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
@@ -135,16 +136,12 @@ def _rounded(
     units = source.units_of(instance)
     found: dict[str, LayerValues] = {}
     heads: dict[str, Seen] = {}
+    budget = Budget(1 << 62)
+    loss = LossKnown(budget, None)
 
     def work(members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()) -> None:
-        work = Work(
-            plan,
-            instance,
-            members,
-            forwards,
-            Original(original.instance, originals) if originals else None,
-            heads=heads,
-        )
+        own = Original(original.instance, originals) if originals else None
+        work = Work(plan, instance, members, forwards, own, heads=heads, loss=loss)
         carry_out(work)
         for t in members:
             parts = [work.results[s.name].q for s in t.sites if s.name in work.results]
@@ -160,8 +157,13 @@ def _rounded(
     if not batches:
         work(list(tensors), ())
         return found
-    budget = Budget(1 << 62)
-    with Stream(units, batches, budget, None) as stream, Stream(original, followed, budget, None) as floats:
+    with (
+        Stream(units, batches, budget, None) as stream,
+        Stream(original, followed, budget, None) as floats,
+        loss,
+    ):
+        if looks_at_loss(plan):
+            loss.learn(plan, original, batches, budget, None)
         stream.begin()
         floats.begin()
         # Without these nothing before the units is changed that the order of the work would matter for.

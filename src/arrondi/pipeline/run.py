@@ -20,6 +20,7 @@ from arrondi.measure.calling import predicted
 from arrondi.measure.compare import comparison_for
 from arrondi.model import Budget, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
 from arrondi.pipeline.finishing import Finishing
+from arrondi.pipeline.fisher import LossKnown, looks_at_loss
 from arrondi.pipeline.foreseen import inputs_of_heads
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
@@ -62,6 +63,7 @@ class Run:
             reference: the original after its last unit on the evaluation data, where several runs share it.
         """
         self.ledger, self.device, self.reference = ledger, device, reference
+        self.loss: LossKnown | None = None
         assert isinstance(plan.source, OnDisk)
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
@@ -177,12 +179,16 @@ class Run:
         total = len(self.units) + 2
         self.progress(0, total, "reading data")
         with (
+            LossKnown(budget, folder) as self.loss,
             Stream(self.original, evaluation if self.reference is None else (), budget, folder) as going,
             Stream(self.floating, followed, budget, folder) as floats,
             Stream(self.units, calibration, budget, folder, bfloat16=bfloat16) as learning,
             Stream(self.units, () if self.finishing.steps else evaluation, budget, folder) as measured,
         ):
             self.floats, self.learning = floats, learning
+            if looks_at_loss(self.plan) and not all(f"unit {i}" in self.journal.steps for i in range(len(self.units))):
+                self.progress(0, total, "the original's gradients")
+                self.loss.learn(self.plan, self.original, calibration, budget, folder)
             for stream in (going, floats, learning, measured):
                 stream.begin()
             if front := self.plan.front(self.units.early):
@@ -265,7 +271,7 @@ class Run:
     def _begun(self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]) -> Work:
         own = self.floating is not self.original
         original = Original(self.floating.instance, originals, own) if originals else None
-        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance, self.heads)
+        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance, self.heads, self.loss)
 
     def _outside(
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]

@@ -29,6 +29,7 @@ Need = Literal[
     "cross moment",
     "float mean",
     "float outputs",
+    "output moments",
     "batches",
 ]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original, which is
@@ -46,6 +47,7 @@ rewritten as the quantized model is, but not rounded.
     cross moment  Σ x fᵀ, of the same tokens
     float mean    Σ f
     float outputs what the unit gives in the original: nothing of one input, see `Work.targets`
+    output moments Σ g gᵀ of the gradients g of the original's loss with respect to what a site gives; see `arrondi.pipeline.fisher`
     batches       the batches themselves: the unit is run on them
 """
 
@@ -82,6 +84,7 @@ class Seen:
         float_moment: Σ f fᵀ.
         cross_moment: Σ x fᵀ, float32 (n, n).
         float_total: Σ f, float64 (n,).
+        output_moments: Σ g gᵀ of the outputs of the sites that are rounded together, in blocks of its diagonal.
         routed: tokens that the model itself sent here, where more were counted.
         paired: the original sent the same tokens here. Where it did not (it chose other experts), nothing is known of both.
         name: what the input is called in messages.
@@ -100,6 +103,7 @@ class Seen:
     float_moment: SecondMoment | None = None
     cross_moment: torch.Tensor | None = None
     float_total: torch.Tensor | None = None
+    output_moments: tuple[torch.Tensor, ...] | None = None
     routed: int | None = None
     paired: bool = True
     name: str = "input"

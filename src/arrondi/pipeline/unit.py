@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -233,6 +234,14 @@ def _round(work: Work, sites: list[Site]) -> None:
         for site in sites:
             _round_blindly(work, site, why)
         return
+    if "output moments" in step.needs | step.wants and not unlike:
+        known = None if work.loss is None else work.loss.of(sites)
+        seen = replace(seen, output_moments=known)
+        unlike = (
+            ""
+            if known
+            else f"rows make up for nothing: {(work.loss and work.loss.why) or 'nothing is known of its outputs'}"
+        )
     weights = [work.weight(s) for s in sites]
     done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, options, seen)
     for site, weight, rounded in zip(sites, weights, done, strict=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -152,13 +152,10 @@ class QTensor:
         """The same tensor on a device; itself where it is there."""
         if self.codes.device == torch.device(device):
             return self
-        moved = {
-            name: part.to(device)
-            for name in ("codes", "scale", "zero_point", "offset", "group_index", "table")
-            if isinstance(part := getattr(self, name), torch.Tensor | QTensor)
-        }
+        whole = {name: getattr(self, name) for name in ("scale", "zero_point", "offset", "group_index", "table")}
+        moved: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in whole.items()}
         apart = None if self.apart is None else Kept(self.apart.index.to(device), self.apart.values.to(device))
-        return replace(self, **moved, apart=apart)
+        return replace(self, codes=self.codes.to(device), apart=apart, **moved)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Back to real numbers, computed in float32 and rounded once to `dtype`."""
