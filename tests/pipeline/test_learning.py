@@ -45,6 +45,17 @@ def test_units_come_nearer_to_the_original(models: Callable[..., Path], tmp_path
     assert measured["kl_mean"] == pytest.approx(report["evaluation"]["kl_mean"], rel=1e-3), "one model"
 
 
+def test_autoround_as_published_begins_with_nearest_codes(models: Callable[..., Path], tmp_path: Path) -> None:
+    options = {"start": "nearest", "signround.iterations": 24}
+    report = call(models("llama"), tmp_path / "out", Recipe.simple("w=int3/g16", "autoround", options=options))
+    assert all("correction" not in row for row in report["layers"]), "GPTAQ says how far it corrects"
+    learned = [row["unit_error"] for row in report["layers"] if "unit_error" in row]
+    assert learned
+    assert all(after < before for before, after in learned)
+    faster = call(models("llama"), tmp_path / "faster", Recipe.simple("w=int3/g16", "autoround"))
+    assert any("correction" in row for row in faster["layers"])
+
+
 def test_a_run_that_was_killed_rewrites_the_original_again(models: Callable[..., Path], tmp_path: Path) -> None:
     """GPTAQ and `tune` look at the original as rewrites left it, which no file holds."""
     recipe = Recipe.simple("w=int3/g16", "gptaq", rewrites=("awq-scale", "rotate"), repairs=("tune",))

@@ -112,7 +112,7 @@ PAIRS: Final = frozenset({"moment", "cross moment"})
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0, refuse_rtn),
     "autoround": Method(
-        autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, repairs=("signround",)
+        autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, wants=PAIRS, repairs=("signround",)
     ),
     "adaround": Method(adaround, PAIRS, "Nagel et al. 2020, arXiv:2004.10568", 20_000.0, refuse_adaround, unpaired="gptq"),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
