@@ -126,7 +126,8 @@ def quantize_network(
     Raises:
         ArrondiError: see its sentence; nothing was written then.
     """
-    out, graph = Path(out), tidy(read_graph(model))
+    out, original = Path(out), read_graph(model)
+    graph = tidy(original)
     if out.suffix != ".onnx":
         raise SchemeError(f"Networks are written as .onnx files, got {out}. Give -o NAME.onnx.")
     if out.exists() and not overwrite:
@@ -178,7 +179,7 @@ def quantize_network(
     if calibration is not None:
         looked = calibration.taken(_CHOOSING, data.seed)
         report["values"] = signals(Program(read_graph(out)), Program(graph), looked.batches(), ranges)
-    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), graph, evaluation)
+    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), original, evaluation)
     out.with_suffix(".report.json").write_text(to_json(report), encoding="utf-8")
     return report
 
