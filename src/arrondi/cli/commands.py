@@ -128,6 +128,7 @@ def quantize(
     targets: opt.Targets = None,
     ignore: opt.Ignore = None,
     embeddings: opt.Embeddings = None,
+    kv: opt.KV = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
     layout: opt.LayoutName = None,
@@ -148,6 +149,8 @@ def quantize(
     resolved = recipe_from(
         scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset, embeddings
     )
+    if kv is not None:
+        resolved = resolved.with_kv(kv)
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = _limits(max_kl, max_ppl_increase)
@@ -232,7 +235,12 @@ def evaluate(
     With --kv both models are in memory, and the text is read in short pieces through the rounded cache.
     """
     limits = _limits(max_kl, max_ppl_increase)
-    if kv is not None:
+    if kv is None:
+        from arrondi.checkpoint import Checkpoint
+        from arrondi.checkpoint.states_file import KIND
+
+        kv = Checkpoint.open(model).folder.config.get(KIND)
+    if kv is not None and kv.strip().lower() not in ("none", "full"):
         _evaluate_with_cache(model, against, text, kv, seq_len, samples, activations, device, limits, json_, quiet)
         return
     from arrondi.measure.compare import compare_models
@@ -269,7 +277,9 @@ def _evaluate_with_cache(
     quiet: bool,
 ) -> None:
     if device != "cpu":
-        raise SchemeError(f"With --kv models are run on the CPU, got --device {device}. Leave it out.")
+        raise SchemeError(
+            f"With --kv models are run on the CPU, got --device {device}. Leave it out, or give --kv none."
+        )
     from arrondi.report import print_evaluation, progress_bar
     from arrondi.runtime.kv.measure import compare_with_cache
 

@@ -217,6 +217,8 @@ def parse_kv(text: str) -> tuple[AnyCache | None, dict[int, AnyCache | None]]:
 
 def _one(text: str) -> AnyCache | None:
     word = text.strip().lower()
+    if word == "none":
+        return None
     if word in KV_KINDS:
         return KV_KINDS[word].scheme
     if "=" not in word:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -58,6 +59,25 @@ def turns_of(model: Any) -> list[Turn]:
         if name.endswith("inv_freq") and buffer.dim() == 1 and not buffer.is_meta:
             found.setdefault(tuple(buffer.tolist()), buffer.detach().float().cpu())
     return [Turn(f, neighbours, last) for f in found.values() for neighbours in (False, True) for last in (False, True)]
+
+
+def rounded_layers(config: Any, kind: AnyKind) -> tuple[list[Any], dict[int, Any]]:
+    """The layers of transformers' own cache for a model, and layer → scheme of those whose keys and values are rounded.
+
+    Raises:
+        SchemeError: there is no such kind, it names a layer that is not there, or the model keeps no keys and values.
+    """
+    default, others = schemes_of(kind)
+    layers = DynamicCache(config=config).layers
+    beyond = [number for number in others if number >= len(layers)]
+    if beyond and layers:
+        raise SchemeError(f"The cache names layer {beyond[0]}, and the model has layers 0 to {len(layers) - 1}.")
+    plain = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
+    if not plain:
+        raise SchemeError(
+            f"A model of the type {config.model_type!r} keeps no keys and values that can be rounded. Leave the kind of cache out."
+        )
+    return layers, {i: scheme for i in plain if (scheme := others.get(i, default)) is not None}
 
 
 class StateWatch:

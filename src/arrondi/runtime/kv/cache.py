@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedConfig
 
+from arrondi.checkpoint.states_file import KIND
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats.kv import AnyCache, AnyKind, schemes_of
 from arrondi.formats.spectral import SpectralCache
-from arrondi.model.states import StateWatch, watching_states
+from arrondi.model.states import StateWatch, rounded_layers, watching_states
 from arrondi.runtime.kv.layer import Clip, PackedLayer
 from arrondi.tensor.spectrum import Basis
 
@@ -52,20 +52,8 @@ class QuantizedCache(Cache):
             raise SchemeError(
                 f"A cache is made for a transformers config, got {type(config).__name__}. Pass model.config."
             )
-        default, others = schemes_of(kind)
-        layers = DynamicCache(config=config).layers
-        beyond = [number for number in others if number >= len(layers)]
-        if beyond and layers:
-            raise SchemeError(f"The cache names layer {beyond[0]}, and the model has layers 0 to {len(layers) - 1}.")
-        plain = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-        if not plain:
-            raise SchemeError(
-                f"A model of the type {config.model_type!r} keeps no keys and values that can be rounded. Leave the kind of cache out."
-            )
-        for i in plain:
-            scheme = others.get(i, default)
-            if scheme is None:
-                continue
+        layers, rounded = rounded_layers(config, kind)
+        for i, scheme in rounded.items():
             layers[i] = PackedLayer(
                 scheme, clips=_clip(scheme, i, clips), sliding=getattr(layers[i], "sliding_window", None), lazily=lazily
             )
@@ -76,14 +64,35 @@ class QuantizedCache(Cache):
         return sum(map(_bytes, self.layers))
 
 
-def kv_cache(model: Any, kind: AnyKind = "int8", *, clips: Clips | None = None, lazily: bool = False) -> QuantizedCache:
+def kv_cache(
+    model: Any, kind: AnyKind | None = None, *, clips: Clips | None = None, lazily: bool = False
+) -> QuantizedCache:
     """An empty cache for a transformers model or its config; see `QuantizedCache`.
+
+    Without a kind it is the one that the model was quantized for, else int8; what calibration found for it is used.
 
     >>> from transformers import LlamaConfig
     >>> kv_cache(LlamaConfig(num_hidden_layers=2), "kivi2")
     QuantizedCache(layers=[PackedLayer, PackedLayer])
     """
-    return QuantizedCache(getattr(model, "config", model), kind, clips=clips, lazily=lazily)
+    config = getattr(model, "config", model)
+    stored, known = stored_kind(model) or "int8", getattr(model, KNOWN, {})
+    if kind is None:
+        kind = stored
+    if clips is None and known:
+        ours, theirs = schemes_of(kind), schemes_of(stored)
+        clips = {i: c for i, c in known.items() if ours[1].get(i, ours[0]) == theirs[1].get(i, theirs[0])}
+    return QuantizedCache(config, kind, clips=clips, lazily=lazily)
+
+
+KNOWN = "arrondi_kv_known"
+"""Attribute of a loaded model: layer → what calibration knows of its keys and values."""
+
+
+def stored_kind(model: Any) -> str | None:
+    """The kind of cache that a loaded model was quantized for; None if it says none."""
+    found = getattr(getattr(model, "config", model), KIND, None)
+    return found if isinstance(found, str) else None
 
 
 @torch.no_grad()
