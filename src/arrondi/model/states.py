@@ -71,7 +71,9 @@ def rounded_layers(config: Any, kind: AnyKind) -> tuple[list[Any], dict[int, Any
     layers = DynamicCache(config=config).layers
     beyond = [number for number in others if number >= len(layers)]
     if beyond and layers:
-        raise SchemeError(f"The cache names layer {beyond[0]}, and the model has layers 0 to {len(layers) - 1}.")
+        raise SchemeError(
+            f"The cache names layer {beyond[0]}, and the model has layers 0 to {len(layers) - 1}. Name those."
+        )
     plain = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
     if not plain:
         raise SchemeError(

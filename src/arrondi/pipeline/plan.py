@@ -254,6 +254,10 @@ def make_plan(
     notes += declared.notes
     notes += _tied_heads(source, tensors, {a.param for a in declared.added})
     if recipe.kv is not None:
+        if not hasattr(source.model, "can_generate") or not source.model.can_generate():
+            raise SchemeError(
+                f"A {type(source.model).__name__} does not continue texts, so it keeps no keys and values. Leave kv out."
+            )
         rounded_layers(source.model.config, recipe.kv)  # or the sentence that says why not
         notes.append(
             f"Keys and values become {recipe.kv} where arrondi runs the model; other programs read the weights and keep full ones. The measurement of this run is of the weights; `arrondi eval` reads through the cache."

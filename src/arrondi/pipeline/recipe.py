@@ -89,8 +89,8 @@ class Recipe:
             raise SchemeError(
                 f"Keys and values become one thing, and the recipe says {' and '.join(sorted(said_of_kv))}. Say it once; layers of another kind follow a semicolon: 'kivi2;0-1=int8'."
             )
-        rules = [r if r.scheme is None else replace(r, scheme=replace(r.scheme, kv=None)) for r in rules]
-        object.__setattr__(self, "rules", _completed(rules))
+        plain = [r if r.scheme is None else replace(r, scheme=replace(r.scheme, kv=None)) for r in rules]
+        object.__setattr__(self, "rules", _completed(plain))
         for kind in said_of_kv:
             parse_kv(kind)
             object.__setattr__(self, "kv", None if kind.strip().lower() in ("none", "full") else kind)

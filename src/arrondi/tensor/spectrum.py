@@ -56,7 +56,7 @@ class Turn:
 class Moments(NamedTuple):
     """Sums over states (…, heads, tokens, width): how many, Σ x (heads, width) and Σ x xᵀ (heads, width, width), float64."""
 
-    count: int
+    tokens: int
     total: torch.Tensor
     square: torch.Tensor
 
@@ -67,15 +67,15 @@ class Moments(NamedTuple):
         return cls(flat.shape[1], flat.sum(1), flat.mT @ flat)
 
     def plus(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.square + other.square)
+        return Moments(self.tokens + other.tokens, self.total + other.total, self.square + other.square)
 
     @property
     def mean(self) -> torch.Tensor:
-        return self.total / self.count
+        return self.total / self.tokens
 
     @property
     def covariance(self) -> torch.Tensor:
-        return self.square / self.count - self.mean[:, :, None] * self.mean[:, None]
+        return self.square / self.tokens - self.mean[:, :, None] * self.mean[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +99,12 @@ class Basis:
     @property
     def bytes(self) -> int:
         """Of one token of one head."""
-        eight, four, two = self.counts
+        eight, four, two = self.tokenss
         return eight + four // 2 + two // 4
 
     def levels(self) -> torch.Tensor:
         """(n,) how far the codes of every direction go."""
-        return torch.tensor([255.0] * self.counts[0] + [15.0] * self.counts[1] + [3.0] * self.counts[2])
+        return torch.tensor([255.0] * self.tokenss[0] + [15.0] * self.tokenss[1] + [3.0] * self.tokenss[2])
 
 
 def basis_of(moments: Moments, bits: float, turn: Turn | None = None) -> tuple[Basis, float]:
