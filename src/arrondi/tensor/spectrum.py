@@ -99,12 +99,12 @@ class Basis:
     @property
     def bytes(self) -> int:
         """Of one token of one head."""
-        eight, four, two = self.tokenss
+        eight, four, two = self.counts
         return eight + four // 2 + two // 4
 
     def levels(self) -> torch.Tensor:
         """(n,) how far the codes of every direction go."""
-        return torch.tensor([255.0] * self.tokenss[0] + [15.0] * self.tokenss[1] + [3.0] * self.tokenss[2])
+        return torch.tensor([255.0] * self.counts[0] + [15.0] * self.tokenss[1] + [3.0] * self.tokenss[2])
 
 
 def basis_of(moments: Moments, bits: float, turn: Turn | None = None) -> tuple[Basis, float]:
