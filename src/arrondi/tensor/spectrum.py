@@ -104,7 +104,7 @@ class Basis:
 
     def levels(self) -> torch.Tensor:
         """(n,) how far the codes of every direction go."""
-        return torch.tensor([255.0] * self.counts[0] + [15.0] * self.tokenss[1] + [3.0] * self.tokenss[2])
+        return torch.tensor([255.0] * self.counts[0] + [15.0] * self.counts[1] + [3.0] * self.counts[2])
 
 
 def basis_of(moments: Moments, bits: float, turn: Turn | None = None) -> tuple[Basis, float]:
