@@ -38,7 +38,7 @@ from arrondi.search import compare_methods
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
+    "out", "kv", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -61,6 +61,7 @@ def quantize(
     repairs: Iterable[str] = (),
     preset: str | None = None,
     embeddings: str | None = None,
+    kv: str | None = None,
     evaluation: Data | None = None,
     evaluate: bool = True,
     samples: int = 128,
@@ -91,6 +92,7 @@ def quantize(
         recipe: rules instead of scheme, method, group_size, targets, options, rewrites, repairs and embeddings.
         group_size, targets, ignore, options, rewrites, repairs, embeddings: see `Recipe.simple`.
         preset: what is done, instead of method, rewrites and repairs: "best", "q8bert" or "zeroquant".
+        kv: what keys and values become while the model runs, see `arrondi.KV_KINDS`; stored with a directory.
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
         samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
@@ -106,6 +108,8 @@ def quantize(
     given = dict(locals())
     check_arguments(quantize, given)
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
+    if kv is not None:
+        rules = rules.with_kv(kv)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)

@@ -40,7 +40,12 @@ def evaluate(
     With --kv both models are in memory, and the text is read in short pieces through the rounded cache.
     """
     limits = limits_of(max_kl, max_ppl_increase)
-    if kv is not None:
+    if kv is None:
+        from arrondi.checkpoint import Checkpoint
+        from arrondi.checkpoint.states_file import KIND
+
+        kv = Checkpoint.open(model).folder.config.get(KIND)
+    if kv is not None and kv.strip().lower() not in ("none", "full"):
         _evaluate_with_cache(model, against, text, kv, seq_len, samples, activations, device, limits, json_, quiet)
         return
     from arrondi.measure.compare import compare_models
@@ -77,7 +82,9 @@ def _evaluate_with_cache(
     quiet: bool,
 ) -> None:
     if device != "cpu":
-        raise SchemeError(f"With --kv models are run on the CPU, got --device {device}. Leave it out.")
+        raise SchemeError(
+            f"With --kv models are run on the CPU, got --device {device}. Leave it out, or give --kv none."
+        )
     from arrondi.report import print_evaluation, progress_bar
     from arrondi.runtime.kv.measure import compare_with_cache
 

@@ -94,6 +94,7 @@ def quantize(
     targets: opt.Targets = None,
     ignore: opt.Ignore = None,
     embeddings: opt.Embeddings = None,
+    kv: opt.KV = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
     layout: opt.LayoutName = None,
@@ -114,6 +115,8 @@ def quantize(
     resolved = recipe_from(
         scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset, embeddings
     )
+    if kv is not None:
+        resolved = resolved.with_kv(kv)
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = limits_of(max_kl, max_ppl_increase)
