@@ -118,7 +118,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("PyTorch has no CUDA device here")
     speed = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves {speed / 1e12:.2f} TB/s", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves {speed / 1e12:.2f} TB/s", flush=True
+    )
     found = []
     for scheme in options.schemes.split(";"):
         for shape in options.shapes.split(","):

@@ -68,7 +68,9 @@ LOADED = {
 
 
 @pytest.mark.parametrize("model", LOADED)
-def test_a_loaded_model_computes_there_what_it_computes_here(models: Callable[..., Path], tmp_path: Path, model: str) -> None:
+def test_a_loaded_model_computes_there_what_it_computes_here(
+    models: Callable[..., Path], tmp_path: Path, model: str
+) -> None:
     out = tmp_path / "out"
     arrondi.quantize(models(model), LOADED[model], out=out, method="rtn")
     ids = torch.randint(0, 90, (1, 12))
@@ -77,7 +79,9 @@ def test_a_loaded_model_computes_there_what_it_computes_here(models: Callable[..
         assert tensor.device.type == "cuda"
     with torch.no_grad():
         wanted = here(ids).logits
-        torch.testing.assert_close(there(ids.cuda()).logits.cpu(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            there(ids.cuda()).logits.cpu(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())
+        )
 
 
 def test_loading_holds_no_float_copy(models: Callable[..., Path], tmp_path: Path) -> None:

@@ -148,7 +148,9 @@ class _Product:
                 self._tiles(flat, out, blocks or blocks_of(tokens, self.rows, self.columns))
             else:
                 for rows, part in self.decoded():
-                    out[:, rows] = torch.nn.functional.linear(flat, part, None if self.bias is None else self.bias[rows])
+                    out[:, rows] = torch.nn.functional.linear(
+                        flat, part, None if self.bias is None else self.bias[rows]
+                    )
         return y
 
     def _stream(self, x: torch.Tensor, y: torch.Tensor, b: Blocks) -> None:
@@ -162,7 +164,7 @@ class _Product:
         grid = (-(-self.rows // b.rows), b.split, -(-len(x) // b.tokens))
         _programs().tiles[grid](
             x, *self.pointers, *self._ends(x, y, b, grid[0] * grid[2]), len(x), self.rows, self.columns, self.chunks,
-            self.groups, **self.named, BIAS=self.bias is not None, EVEN=self.even, BM=b.tokens, BN=b.rows, SPLIT=b.split,
+            self.groups, **self.named | {"RUN": min(self.named["RUN"], 8)}, BIAS=self.bias is not None, EVEN=self.even, BM=b.tokens, BN=b.rows, SPLIT=b.split,
             num_warps=b.warps, num_stages=b.stages,
         )  # fmt: skip
 
@@ -194,7 +196,14 @@ def _planes(bits: int) -> dict[str, int]:
 def _meaning(scheme: Scheme, table: torch.Tensor | None) -> dict[str, Any]:
     """How codes become values."""
     format = scheme.format
-    found: dict[str, Any] = {"KIND": _TABLE, "BASE": 0, "MIDDLE": 0, "MANTISSA": 0, "UNIT": 1.0, "LEVELS": format.levels}
+    found: dict[str, Any] = {
+        "KIND": _TABLE,
+        "BASE": 0,
+        "MIDDLE": 0,
+        "MANTISSA": 0,
+        "UNIT": 1.0,
+        "LEVELS": format.levels,
+    }
     if table is not None:
         return found | {"UNIT": STEP if table.dtype == torch.int8 else 1.0}
     if format.kind != "integer":
