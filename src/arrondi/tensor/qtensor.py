@@ -11,7 +11,7 @@ codes mean there. Products and sums are computed in float32.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -152,13 +152,12 @@ class QTensor:
         """The same tensor on a device; itself where it is there."""
         if self.codes.device == torch.device(device):
             return self
-        moved = {
-            name: part.to(device)
-            for name in ("codes", "scale", "zero_point", "offset", "group_index", "table")
-            if isinstance(part := getattr(self, name), torch.Tensor | QTensor)
-        }
         apart = None if self.apart is None else Kept(self.apart.index.to(device), self.apart.values.to(device))
-        return replace(self, **moved, apart=apart)
+        zero, index, table = (
+            None if t is None else t.to(device) for t in (self.zero_point, self.group_index, self.table)
+        )
+        offset = None if self.offset is None else self.offset.to(device)
+        return QTensor(self.codes.to(device), self.scale.to(device), zero, offset, self.scheme, index, table, apart)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Back to real numbers, computed in float32 and rounded once to `dtype`."""

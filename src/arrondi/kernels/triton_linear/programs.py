@@ -243,15 +243,14 @@ def tiles(
     if SPLIT == 1:
         tl.store(y + where, (total + added).to(y.dtype.element_ty), mask=inside)
     else:
-        size = tl.zeros((), tl.int64) + M
-        size = size * N
-        tl.store(partial + part * size + where, total, mask=inside)
+        apart = M * N
+        tl.store(partial + part * apart + where, total, mask=inside)
         tl.debug_barrier()
         mine = counter + band * tl.num_programs(0) + place
         if tl.atomic_add(mine, 1) == SPLIT - 1:
             whole = tl.zeros((BM, BN), tl.float32)
             for other in tl.static_range(SPLIT):
-                whole += tl.load(partial + other * size + where, mask=inside, other=0.0, cache_modifier=".cg")
+                whole += tl.load(partial + other * apart + where, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(y + where, (whole + added).to(y.dtype.element_ty), mask=inside)
             tl.store(mine, 0)
 
