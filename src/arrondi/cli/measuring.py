@@ -40,11 +40,7 @@ def evaluate(
     With --kv both models are in memory, and the text is read in short pieces through the rounded cache.
     """
     limits = limits_of(max_kl, max_ppl_increase)
-    if kv is None:
-        from arrondi.checkpoint import Checkpoint
-        from arrondi.checkpoint.states_file import KIND
-
-        kv = Checkpoint.open(model).folder.config.get(KIND)
+    kv = _stored_cache(model) if kv is None else kv
     if kv is not None and kv.strip().lower() not in ("none", "full"):
         _evaluate_with_cache(model, against, text, kv, seq_len, samples, activations, device, limits, json_, quiet)
         return
@@ -66,6 +62,15 @@ def evaluate(
         )
     answer(result, json_, print_evaluation)
     hold_to(result, limits, "")
+
+
+def _stored_cache(model: str) -> str | None:
+    """What keys and values become in a directory, if it says so."""
+    from arrondi.checkpoint import Checkpoint
+    from arrondi.checkpoint.states_file import KIND
+
+    kind = Checkpoint.open(model).folder.config.get(KIND) if Path(model).is_dir() else None
+    return kind if isinstance(kind, str) else None
 
 
 def _evaluate_with_cache(

@@ -85,6 +85,8 @@ class Recipe:
             raise SchemeError(
                 f"A recipe is made of rules, got {said(strange[0])}. Each says a scheme and which weights get it."
             )
+        if not isinstance(self.kv, str | None):
+            raise SchemeError(f"kv is a word such as int8, got {said(self.kv)}.")
         said_of_kv = {str(as_cache(r.scheme.kv)) for r in rules if r.scheme is not None and r.scheme.kv is not None}
         said_of_kv |= set() if self.kv is None else {self.kv}
         if len(said_of_kv) > 1:
