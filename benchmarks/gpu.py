@@ -95,7 +95,7 @@ def rows(scheme: str, n: int, k: int, tokens: list[int], speed: float) -> list[d
         error = float((bound[0](x)[:64].double() - exact).norm() / exact.norm())
         assert error < 5e-3, (scheme, n, k, m, error)
         ours = seconds([partial(p, x) for p in bound])
-        floating = seconds([partial(torch.matmul, x, w.T) for w in dense])
+        floating = seconds([partial(torch.nn.functional.linear, x, w) for w in dense])
         theirs = seconds(torch_int4(x, n, k)) if scheme == "W4A16" else None
         limit = (nbytes + 2 * m * (n + k)) / speed
         found.append(

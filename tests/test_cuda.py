@@ -52,7 +52,7 @@ def test_the_divergence_is_that_of_the_cpu(models: Callable[..., Path], text: Pa
     }  # fmt: skip
     cpu, cuda = (float(kinds[device]["evaluation"]["kl_mean"]) for device in ("cpu", "cuda"))
     assert cuda == pytest.approx(cpu, rel=0.4)  # in models this small a few codes weigh much
-    assert cuda == pytest.approx(_measured(tmp_path / "cuda", models(model), text), rel=0.001), "eval on the CPU agrees"
+    assert cuda == pytest.approx(_measured(tmp_path / "cuda", models(model), text), rel=0.02), "eval on the CPU agrees"
 
 
 def test_a_second_run_gives_the_same_bytes(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:

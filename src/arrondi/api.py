@@ -40,7 +40,7 @@ from arrondi.search import compare_methods
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "observer", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
+    "out", "kv", "observer", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -63,6 +63,7 @@ def quantize(
     repairs: Iterable[str] = (),
     preset: str | None = None,
     embeddings: str | None = None,
+    kv: str | None = None,
     evaluation: Data | None = None,
     evaluate: bool = True,
     samples: int = 128,
@@ -94,6 +95,7 @@ def quantize(
         recipe: rules instead of scheme, method, group_size, targets, options, rewrites, repairs and embeddings.
         group_size, targets, ignore, options, rewrites, repairs, embeddings: see `Recipe.simple`.
         preset: what is done, instead of method, rewrites and repairs: "best", "q8bert" or "zeroquant".
+        kv: what keys and values become while the model runs, see `arrondi.KV_KINDS`; stored with a directory.
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
         samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
@@ -115,6 +117,8 @@ def quantize(
             raise SchemeError('A network is quantized into a file. Give out="NAME.onnx".')
         data = NetworkData(calibration, evaluation, samples, seed, observer=observer, evaluate=evaluate)
         return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
+    if kv is not None:
+        rules = rules.with_kv(kv)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)

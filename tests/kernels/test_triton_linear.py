@@ -64,6 +64,7 @@ def test_it_says_why_not() -> None:
     assert "scales" in str(TRITON.refuse(SCHEMES["nf4-double"], (16, 256), torch.float32, cuda))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(RUNS or importlib.util.find_spec("triton") is None, reason="Triton is not installed, or runs here")
 def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]

@@ -51,7 +51,8 @@ def evaluate(
     if text is None:
         raise SchemeError("Language models are measured on text that calibration has not seen. Give --text FILE.")
     limits = limits_of(max_kl, max_ppl_increase)
-    if kv is not None:
+    kv = _stored_cache(model) if kv is None else kv
+    if kv is not None and kv.strip().lower() not in ("none", "full"):
         _evaluate_with_cache(model, against, text, kv, seq_len, samples, activations, device, limits, json_, quiet)
         return
     from arrondi.measure.compare import compare_models
@@ -74,6 +75,15 @@ def evaluate(
     hold_to(result, limits, "")
 
 
+def _stored_cache(model: str) -> str | None:
+    """What keys and values become in a directory, if it says so."""
+    from arrondi.checkpoint import Checkpoint
+    from arrondi.checkpoint.states_file import KIND
+
+    kind = Checkpoint.open(model).folder.config.get(KIND) if Path(model).is_dir() else None
+    return kind if isinstance(kind, str) else None
+
+
 def _evaluate_with_cache(
     model: str,
     against: str,
@@ -88,7 +98,9 @@ def _evaluate_with_cache(
     quiet: bool,
 ) -> None:
     if device != "cpu":
-        raise SchemeError(f"With --kv models are run on the CPU, got --device {device}. Leave it out.")
+        raise SchemeError(
+            f"With --kv models are run on the CPU, got --device {device}. Leave it out, or give --kv none."
+        )
     from arrondi.report import print_evaluation, progress_bar
     from arrondi.runtime.kv.measure import compare_with_cache
 

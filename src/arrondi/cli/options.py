@@ -123,8 +123,8 @@ KV = Annotated[
     str | None,
     typer.Option(
         "--kv",
-        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi-k4v2, kivi2; for some layers another: 'kivi2;0-1=int8'.",
-        show_default="as they are",
+        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi-k4v2, kivi2, and int8-static, pca3, pca2 of models quantized for them; for some layers another: 'kivi2;0-1=int8'; none.",
+        show_default="what the model was quantized for",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]

@@ -95,6 +95,7 @@ def quantize(
     targets: opt.Targets = None,
     ignore: opt.Ignore = None,
     embeddings: opt.Embeddings = None,
+    kv: opt.KV = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
     layout: opt.LayoutName = None,
@@ -125,7 +126,7 @@ def quantize(
     if is_graph_file(model):
         networks.refuse_text_options({
             "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
-            "--layout": layout, "--embeddings": embeddings, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
+            "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
             model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer,
@@ -135,6 +136,8 @@ def quantize(
     networks.refuse_network_options(
         {"--budget": budget, "--data": data, "--mean": mean, "--std": std, "--observer": observer != "mse"}
     )
+    if kv is not None:
+        resolved = resolved.with_kv(kv)
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
     limits = limits_of(max_kl, max_ppl_increase)

@@ -52,9 +52,7 @@ class LossKnown:
                 found += [torch.eye(len(part)) for part in torch.empty(site.shape[0]).split(OutputMoment().widest)]
         return tuple(found)
 
-    def learn(
-        self, plan: Plan, units: Units, batches: Sequence[Any], budget: Budget, folder: Path | None
-    ) -> None:
+    def learn(self, plan: Plan, units: Units, batches: Sequence[Any], budget: Budget, folder: Path | None) -> None:
         """Walk through the original and back, if that can be done; `why` says if not."""
         wanted = _wanted(plan, units)
         if isinstance(units, Whole):

@@ -19,6 +19,7 @@ import torch
 from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
 from arrondi.model import Site, Source, StoredTensor
+from arrondi.model.states import rounded_layers
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import LOOKED_UP, UNREACHED, PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
@@ -47,6 +48,7 @@ class Plan:
         readers: who reads the result, and who does not or computes something else.
         facts: what layouts and readers must know of the model.
         all_experts: experts that few tokens reach are calibrated on all tokens of their block.
+        kv: what keys and values become while the model runs.
     """
 
     source: Source
@@ -59,6 +61,7 @@ class Plan:
     readers: list[Verdict] = field(default_factory=list)
     facts: ModelFacts = ModelFacts()
     all_experts: bool = False
+    kv: str | None = None
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -171,6 +174,7 @@ class Plan:
                 s: sum(t.status == s for t in self.tensors)
                 for s in ("quantized", "kept by rule", "kept because impossible")
             },
+            "kv": self.kv,
             "problems": self.problems,
             "notes": self.notes,
             "steps": [
@@ -270,10 +274,29 @@ def make_plan(
     ]
     notes += declared.notes
     notes += _tied_heads(source, tensors, {a.param for a in declared.added})
+    if recipe.kv is not None:
+        if not hasattr(source.model, "can_generate") or not source.model.can_generate():
+            raise SchemeError(
+                f"A {type(source.model).__name__} does not continue texts, so it keeps no keys and values. Leave kv out."
+            )
+        rounded_layers(source.model.config, recipe.kv)  # or the sentence that says why not
+        notes.append(
+            f"Keys and values become {recipe.kv} where arrondi runs the model; other programs read the weights and keep full ones. The measurement of this run is of the weights; `arrondi eval` reads through the cache."
+        )
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
     plan = Plan(
-        source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
+        source,
+        tensors,
+        resolver.layout,
+        selected,
+        declared,
+        problems,
+        notes,
+        readers,
+        facts,
+        recipe.all_experts,
+        recipe.kv,
     )
     notes += _of_tables(plan)
     return plan

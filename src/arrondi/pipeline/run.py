@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
+from arrondi.checkpoint.states_file import STATES, write_states
 from arrondi.measure.calling import predicted
 from arrondi.measure.compare import comparison_for
 from arrondi.model import Budget, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
+from arrondi.model.states import StateWatch, watching_states
 from arrondi.pipeline.finishing import Finishing
 from arrondi.pipeline.fisher import LossKnown, looks_at_loss
 from arrondi.pipeline.foreseen import inputs_of_heads
@@ -68,6 +70,7 @@ class Run:
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
+        self.watch: StateWatch | None = None
         self.overlay = Overlay(config=dict(plan.declared.config))
         self.heads: dict[str, Seen] = {}
         self.touched = plan.touched
@@ -191,6 +194,7 @@ class Run:
                 self.loss.learn(self.plan, self.original, calibration, budget, folder)
             for stream in (going, floats, learning, measured):
                 stream.begin()
+            self._watch()
             if front := self.plan.front(self.units.early):
                 begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
                 if "front" not in self.journal.steps:
@@ -207,6 +211,8 @@ class Run:
             groups = [[s for s in group if len(s)] for group in ([learning, measured], *originals)]
             for i in walk(groups, self._visit):
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
+            if self.watch is not None:
+                write_states(self.journal.work / STATES, self.watch.known())
             self.progress(len(self.units), total, "outside the blocks")
             ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (learning, floats)]
             self._outside("outside", rest, *ends)
@@ -248,6 +254,18 @@ class Run:
         self._step(f"unit {i}", members, work)
         self.units.drop(i)
         self.units.fill(i)
+        if self.watch is not None:
+            with watching_states(self.instance.model, self.watch.see):
+                for forward in self.learning.forwards(i):
+                    forward()
+
+    def _watch(self) -> None:
+        """Get ready to look at keys and values, where a cache has to know of them."""
+        self.watch = None
+        if self.plan.kv is not None:
+            with self.units.outer_loaded():
+                watch = StateWatch(self.plan.kv, self.instance.model)
+            self.watch = watch if watch.needed else None
 
     def _work(
         self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()

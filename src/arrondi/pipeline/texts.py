@@ -16,6 +16,7 @@ import torch
 
 from arrondi.arguments import check_fields
 from arrondi.errors import DataError
+from arrondi.formats.kv import parse_kv
 from arrondi.measure.calling import Calling
 from arrondi.measure.compare import BATCH_TOKENS, batch_size, comparison_for, is_causal
 from arrondi.measure.data import Data, Windows, check_windows, chosen, read_windows, reads_text, vocabulary_of
@@ -156,6 +157,11 @@ def check_needed(options: TextOptions, recipe: Recipe) -> None:
     Raises:
         DataError: names the method.
     """
+    schemes = [] if recipe.kv is None else [(found := parse_kv(recipe.kv))[0], *found[1].values()]
+    if options.calibration is None and any(s is not None and s.static for s in schemes):
+        raise DataError(
+            f"Keys and values in {recipe.kv} need calibration text, and none was given. Add --calibration FILE, or use --kv int8."
+        )
     given = set() if options.imatrix is None else {"importance"}
     needs = [r.method for r in recipe.rules if get_step(r.method).needs - given]
     if needs and options.calibration is None and options.images is None:

@@ -23,6 +23,7 @@ from arrondi.native import kernel_threads
 from arrondi.runtime.attention import own_attention, uses_own_attention
 from arrondi.runtime.cache import growing_cache
 from arrondi.runtime.kv import kv_cache
+from arrondi.runtime.kv.cache import stored_kind
 
 
 def refuse_decoding(model: Any) -> str | None:
@@ -46,7 +47,8 @@ def tokens(
         count: tokens at most.
         temperature: 0 takes the likeliest; above, torch's generator draws from the tempered distribution.
         stop: tokens after which it ends; the last one is yielded too.
-        kv: what keys and values become, see `arrondi.runtime.kv.QuantizedCache`; None: they stay.
+        kv: what keys and values become, see `arrondi.runtime.kv.QuantizedCache`; None: what the model was quantized for;
+            "none": they stay.
 
     Raises:
         SchemeError: there is no such kind, or it does not go with the model.
@@ -87,6 +89,8 @@ def check_cache(model: Any, kv: str, token: int) -> None:
     Raises:
         SchemeError: there is no such kind of cache, or it does not go with the model.
     """
+    if kv.strip().lower() in ("full", "none"):
+        return
     if "past_key_values" not in _parameters(model):
         raise SchemeError(f"A {type(model).__name__} keeps no keys and values that can be rounded. Drop --kv.")
     with torch.no_grad():
@@ -94,7 +98,8 @@ def check_cache(model: Any, kv: str, token: int) -> None:
 
 
 def _cache(model: Any, kv: str | None) -> Any:
-    if kv is None or kv == "full":
+    kv = stored_kind(model) if kv is None else kv
+    if kv is None or kv.strip().lower() in ("full", "none"):
         return growing_cache(model)
     return kv_cache(model, kv, lazily=uses_own_attention(model))
 

@@ -17,6 +17,7 @@ from arrondi.native import multiplies_bfloat16
 from arrondi.runtime.decoding import check_cache, refuse_decoding, tokens
 from arrondi.runtime.fuse import is_fused
 from arrondi.runtime.generation_config import end_tokens
+from arrondi.runtime.kv.cache import stored_kind
 from arrondi.runtime.load import load
 
 
@@ -43,7 +44,8 @@ def generate(
         dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
             compute all of its products in it, else float32.
         activations: see `load`.
-        kv: what keys and values become: int8, int4, kivi2, … (`arrondi.KV_KINDS`); None: they stay.
+        kv: what keys and values become: int8, int4, kivi2, … (`arrondi.KV_KINDS`), "none"; None: what the
+            model was quantized for.
         device: where the model runs: cpu, cuda or cuda:0.
         stream: prompt and words are printed there as they come.
 
@@ -70,6 +72,7 @@ def generate(
     if not ids:
         raise DataError("The prompt is empty and the tokenizer has no start token. Give a prompt.")
     check_vocabulary(max(ids), "The prompt", model)
+    kv = stored_kind(model) if kv is None else kv
     if kv is not None:
         check_cache(model, kv, ids[0])
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -14,13 +14,16 @@ import torch
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
+from arrondi.checkpoint.states_file import stored_states
 from arrondi.errors import unknown
 from arrondi.formats import ActivationScheme
 from arrondi.model import DTYPES, OnDisk, Site, configs_in, device_named
+from arrondi.model.states import rounded_layers
 from arrondi.nn import DenseLinear, QConv, QLinear, RoundedInputs
 from arrondi.runtime.fuse import fuse as fuse_blocks
 from arrondi.runtime.generation_config import read_generation_config
 from arrondi.runtime.install import install
+from arrondi.runtime.kv.cache import KNOWN
 from arrondi.runtime.save import Held, SavePretrained
 
 
@@ -79,6 +82,9 @@ def load(
             part.use_cache = True
         model.generation_config = read_generation_config(source.where) or model.generation_config
     model.config.dtype = kind
+    if (stored := stored_states(source.where, source.config)) is not None:
+        rounded_layers(model.config, stored[0])  # or the sentence that says why not
+        setattr(model, KNOWN, stored[1])
     if source.checkpoint.quantized:
         again = partial(load, source.where, dtype=dtype, activations=activations, fuse=False, device=where)
         model.save_pretrained = SavePretrained(Held(model), source.where, source.checkpoint.folder.fingerprint(), again)

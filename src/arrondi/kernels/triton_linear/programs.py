@@ -165,6 +165,19 @@ def stream(
 
 
 @triton.jit
+def _eight(chunk, h, first: tl.constexpr, B: tl.constexpr, i: tl.constexpr, L: tl.constexpr):
+    """Words of numbers 8h … 8h + 7 of a plane of B bits that begins at word `first`; of 8 bits their word i."""
+    if B == 8:
+        return tl.load(chunk + (first + h * 2 + i) * L)
+    elif B == 4:
+        return tl.load(chunk + (first + h) * L)
+    elif B == 2:
+        return tl.load(chunk + (first + h // 2) * L) >> (h % 2 * 16)
+    else:
+        return tl.load(chunk + first * L) >> (h * 8)
+
+
+@triton.jit
 def tiles(
     x, words, scale, zero, offset, outer, table, bias, y, partial, counter, M, N, K, C, G,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, KIND: tl.constexpr, BASE: tl.constexpr, MIDDLE: tl.constexpr,
@@ -172,7 +185,10 @@ def tiles(
     RUN: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr,
     EVEN: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N): BM tokens times BN rows. Codes less their zero point are exact in 16 bits; scales multiply float32 sums."""
+    """y (M, N): BM tokens times BN rows. Codes less their zero point are exact in 16 bits; scales multiply float32 sums.
+
+    Eight numbers of a chunk at a time (RUN is at most 8): a program with all of them takes half a minute to compile.
+    """
     BITS: tl.constexpr = B0 + B1 + B2
     place, part, band = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = place * BN + tl.arange(0, BN)
@@ -184,25 +200,19 @@ def tiles(
     grid = safe // HEIGHT * G
     words += safe.to(tl.int64)[:, None] * (C * BITS * L) + lanes[None, :]
     times = tl.load(outer).to(tl.float32) if SCALE == 2 else 1.0
-    each = (C + SPLIT - 1) // SPLIT
+    steps = (K + 8 * L - 1) // (8 * L)
+    each = (steps + SPLIT - 1) // SPLIT
     total = tl.zeros((BM, BN), tl.float32)
-    for c in range(part * each, tl.minimum(part * each + each, C)):
-        start = c * (32 * L)
-        chunk = words + c * (BITS * L)
+    for step in range(part * each, tl.minimum(part * each + each, steps)):
+        start, h = step * (8 * L), step % 4
+        chunk = words + (step // 4) * (BITS * L)
         inner = tl.zeros((BM, BN), tl.float32)
-        for j in tl.static_range(32):
-            if (j * B0) % 32 == 0:
-                w0 = tl.load(chunk + (j * B0 // 32) * L)
-            if B1 > 0:
-                if (j * B1) % 32 == 0:
-                    w1 = tl.load(chunk + (B0 + j * B1 // 32) * L)
-            else:
-                w1 = w0
-            if B2 > 0:
-                if (j * B2) % 32 == 0:
-                    w2 = tl.load(chunk + (B0 + B1 + j * B2 // 32) * L)
-            else:
-                w2 = w0
+        for j in tl.static_range(8):
+            if j * B0 % 32 == 0:
+                w0 = _eight(chunk, h, 0, B0, j * B0 // 32, L)
+            if j == 0:
+                w1 = _eight(chunk, h, B0, B1, 0, L) if B1 > 0 else w0
+                w2 = _eight(chunk, h, B0 + B1, B2, 0, L) if B2 > 0 else w0
             if j % RUN == 0:
                 at = grid + tl.minimum((start + j * L) // WIDTH, G - 1)
                 size = _scale(scale, at, times, SCALE)
@@ -233,14 +243,14 @@ def tiles(
     if SPLIT == 1:
         tl.store(y + where, (total + added).to(y.dtype.element_ty), mask=inside)
     else:
-        step = M.to(tl.int64) * N
-        tl.store(partial + part * step + where, total, mask=inside)
+        apart = M * N
+        tl.store(partial + part * apart + where, total, mask=inside)
         tl.debug_barrier()
         mine = counter + band * tl.num_programs(0) + place
         if tl.atomic_add(mine, 1) == SPLIT - 1:
             whole = tl.zeros((BM, BN), tl.float32)
             for other in tl.static_range(SPLIT):
-                whole += tl.load(partial + other * step + where, mask=inside, other=0.0, cache_modifier=".cg")
+                whole += tl.load(partial + other * apart + where, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(y + where, (whole + added).to(y.dtype.element_ty), mask=inside)
             tl.store(mine, 0)
 

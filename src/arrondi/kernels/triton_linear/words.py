@@ -54,7 +54,7 @@ def _packed(codes: torch.Tensor, bits: int, lanes: int) -> torch.Tensor:
 
 def unpack_words(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of `pack_words`: (rows, columns) uint8."""
-    chunks, lanes = words.shape[1], words.shape[3]
+    _, chunks, _, lanes = words.shape
     step = max(_PACKED // max(chunks * NUMBERS * lanes, 1), 1)
     return torch.cat([_unpacked(part, bits) for part in words.split(step)])[:, :columns].contiguous()
 
