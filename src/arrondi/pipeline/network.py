@@ -43,6 +43,7 @@ TARGETS: Final = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """Layers of a network that become integers."""
 _CHOOSING: Final = 128
 """Samples that a choice of recipes is made on."""
+_BIASED: Final = ("Conv", "ConvTranspose", "Gemm")
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
 
@@ -113,7 +114,9 @@ def quantize_network(
     Raises:
         ArrondiError: see its sentence; nothing was written then.
     """
-    out, graph = Path(out), read_graph(model)
+    out, given = Path(out), read_graph(model)
+    learns = any(STEPS[rule.method].kind == "repair" for rule in recipe.rules)
+    graph = _with_zero_biases(given) if learns else given
     if out.suffix != ".onnx":
         raise SchemeError(f"Networks are written as .onnx files, got {out}. Give -o NAME.onnx.")
     if out.exists() and not overwrite:
@@ -130,12 +133,11 @@ def quantize_network(
         ends = observe(
             program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options
         )
-        ranges = {
-            name: ends[group]
-            for name, group in places(graph, {n: ends[g] for n, g in found.values.items()}).values.items()
-        }
+        groups = places(graph, {n: ends[g] for n, g in found.values.items()}).values
+        spans = {g: span for g, span in ((group, ends[found.values[name]]) for name, group in reversed(groups.items()))}
+        ranges = {name: spans[group] for name, group in groups.items()}
         grids = {name: (grid_from_range(*span, flowing.scheme), flowing.scheme) for name, span in ranges.items()}
-        rounded_graph = round_values(graph, grids)
+        rounded_graph = round_values(graph, grids, groups)
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
     recipe = _of_weights(recipe, program)
@@ -154,7 +156,7 @@ def quantize_network(
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }
-    written = hold_codes(_with_biases(rounded_graph, program), weights)
+    written = hold_codes(_with_grids(_with_biases(rounded_graph, program), program), weights)
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
     report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
@@ -162,7 +164,7 @@ def quantize_network(
     if chosen is not None:
         report["choice"] = chosen.rows
     report["samples"] = 0 if calibration is None else len(calibration)
-    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), graph, evaluation)
+    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), given, evaluation)
     return report
 
 
@@ -230,6 +232,31 @@ def _with_biases(graph: Graph, program: Program) -> Graph:
                 name = f"{node.name}_bias"
                 constants[name] = value
                 node = replace(node, inputs=(*node.inputs[:2], name, *node.inputs[3:]))
+        nodes.append(node)
+    return graph.with_nodes(nodes, constants)
+
+
+def _with_grids(graph: Graph, program: Program) -> Graph:
+    """The graph with the scales of what flows that the program has now."""
+    constants = dict(graph.constants)
+    for node in graph.nodes:
+        if node.name in program.rounders:
+            scale = program.get_buffer(f"{program.rounders[node.name]}.scale")
+            constants[node.inputs[1]] = scale.numpy().reshape(constants[node.inputs[1]].shape)
+    return graph.with_nodes(graph.nodes, constants)
+
+
+def _with_zero_biases(graph: Graph) -> Graph:
+    """The graph in which every layer that can have a bias has one, for steps that learn them."""
+    constants, nodes = dict(graph.constants), []
+    for node in graph.nodes:
+        weight = constants.get(node.inputs[1]) if node.op in _BIASED and len(node.inputs) > 1 else None
+        if weight is not None and (len(node.inputs) == 2 or not node.inputs[2]):
+            flipped = node.op == "ConvTranspose" or (node.op == "Gemm" and not node.attrs.get("transB", 0))
+            count = weight.shape[1] * node.attrs.get("group", 1) if flipped else weight.shape[0]
+            name = next(graph.fresh(f"{node.name}_bias"))
+            constants[name] = np.zeros(count, dtype=weight.dtype)
+            node = replace(node, inputs=(*node.inputs[:2], name))
         nodes.append(node)
     return graph.with_nodes(nodes, constants)
 
