@@ -13,6 +13,7 @@ from torch import nn
 
 from arrondi.graph.codes import tensor_of
 from arrondi.graph.ir import Graph, Node
+from arrondi.graph.recurrent import Recurrent, usual
 from arrondi.graph.windows import edges, transposed_edges
 
 _CONV: Final[Mapping[int, Any]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -105,7 +106,31 @@ def padding_of(node: Node, module: nn.Module) -> list[int]:
     return [] if begin == end else [n for pair in zip(reversed(begin), reversed(end), strict=True) for n in pair]
 
 
+def _recurrent(node: Node, graph: Graph) -> nn.Module | None:
+    names = [*node.inputs, *[""] * 4][1:4]
+    if any(n and n not in graph.constants for n in names) or not usual(node.attrs):
+        return None
+    w, r, b = (tensor_of(graph.constants[n]) if n else None for n in names)
+    return None if w is None or r is None else Recurrent(node.op, node.attrs, w, r, b)
+
+
+def layers_in(node: Node, module: nn.Module) -> dict[str, str]:
+    """Layer → where it lies in the node's module: the node itself, or the parts of a recurrent one."""
+    if not isinstance(module, Recurrent):
+        return {node.name: ""}
+    return {f"{node.name}.{part}.{d}": f".{part}.{d}" for part in RECURRENT for d in range(len(getattr(module, part)))}
+
+
+def read_beside(node: Node) -> tuple[str, ...]:
+    """What a node's module reads when it runs: its input, and what follows the bias of a recurrent one."""
+    return (node.inputs[0], *node.inputs[4:]) if node.op in ("LSTM", "GRU") else node.inputs[:1]
+
+
+RECURRENT: Final[Mapping[str, int]] = {"enter": 1, "again": 2}
+"""Part of a recurrent layer → which input of its node holds the weights."""
+
 LAYERS: Final[Mapping[str, Callable[[Node, Graph], nn.Module | None]]] = {
     "Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul,
+    "LSTM": _recurrent, "GRU": _recurrent,
 }  # fmt: skip
 """Operator → its module, None where its weights are not constant or no module computes it."""

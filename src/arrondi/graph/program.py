@@ -18,7 +18,7 @@ import torch
 from arrondi.errors import DataError
 from arrondi.graph.codes import tensor_of
 from arrondi.graph.ir import QDQ, Graph, Node
-from arrondi.graph.layers import LAYERS, padding_of
+from arrondi.graph.layers import LAYERS, layers_in, padding_of, read_beside
 from arrondi.graph.ops import evaluate
 from arrondi.graph.rounder import Rounder
 from arrondi.graph.rules import RULES
@@ -30,7 +30,7 @@ class Program(Straight):
 
     Attributes:
         graph: what is run.
-        layers: node → the name of its module.
+        layers: layer → the name of its module. A layer has the name of its node; recurrent nodes have several.
         rounders: node that rounds a value → the name of its module. Values that share a grid share the module.
 
     Called with the graph's inputs in their order; gives its output, or a tuple of them.
@@ -44,9 +44,12 @@ class Program(Straight):
         shared: dict[tuple[str, ...], Rounder] = {}
         for i, (nodes, entering, leaving) in enumerate(_parts(graph)):
             parts.append(Part(graph, nodes, entering, leaving, names, shared))
-            for n in nodes:
-                if names[n.name] in parts[-1]._modules:
-                    (rounders if n.op == QDQ else layers)[n.name] = f"{i}.{names[n.name]}"
+            for node in nodes:
+                module, path = parts[-1]._modules.get(names[node.name]), f"{i}.{names[node.name]}"
+                if node.op == QDQ and module is not None:
+                    rounders[node.name] = path
+                elif module is not None:
+                    layers |= {layer: f"{path}{inner}" for layer, inner in layers_in(node, module).items()}
         super().__init__(*parts)
         self.graph, self.layers, self.rounders = graph, layers, rounders
 
@@ -112,7 +115,7 @@ class Part(torch.nn.Module):
             found = _module_of(node, graph, shared)
             if found is not None:
                 self.add_module(names[node.name], found)
-            read = node.inputs if found is None else node.inputs[:1]
+            read = node.inputs if found is None else read_beside(node)
             for name in read:
                 if name in graph.constants and name not in held:
                     held[name] = f"constant_{len(held)}"
@@ -184,9 +187,10 @@ class Part(torch.nn.Module):
     def _run(self, run: _Run, given: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
         if run.module is None:
             return evaluate(run.node, given, self.opset)
-        x = given[0]
+        x, *rest = given
         assert x is not None
-        return (self.get_submodule(run.module)(torch.nn.functional.pad(x, run.padding) if run.padding else x),)
+        found = self.get_submodule(run.module)(torch.nn.functional.pad(x, run.padding) if run.padding else x, *rest)
+        return found if isinstance(found, tuple) else (found,)
 
     def _value(self, name: str, values: dict[str, Any]) -> torch.Tensor | None:
         if not name:

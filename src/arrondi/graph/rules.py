@@ -19,7 +19,7 @@ Rule = Literal["layer", "arithmetic", "joins", "moves", "activation"]
 input's grid. activation: fused into the layer before it."""
 
 RULES: Final[Mapping[str, Rule]] = {
-    "Conv": "layer", "ConvTranspose": "layer", "Gemm": "layer", "MatMul": "layer",
+    "LSTM": "layer", "GRU": "layer", "Conv": "layer", "ConvTranspose": "layer", "Gemm": "layer", "MatMul": "layer",
     "Add": "arithmetic", "Sub": "arithmetic", "Mul": "arithmetic", "AveragePool": "arithmetic", "GlobalAveragePool": "arithmetic",
     "Resize": "arithmetic", "Concat": "joins",
     "MaxPool": "moves", "GlobalMaxPool": "moves", "Reshape": "moves", "Flatten": "moves", "Transpose": "moves", "Squeeze": "moves",
@@ -31,6 +31,9 @@ RULES: Final[Mapping[str, Rule]] = {
 
 FIXED: Final[Mapping[str, tuple[float, float]]] = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}  # fmt: skip
 """Operator → the range of what it gives, which needs no data."""
+
+_STATES: Final = frozenset({"LSTM", "GRU"})
+"""Operators whose other inputs are states, which stay in floating point."""
 
 _SMALL = 2.0
 """Inputs of a Concat whose ranges differ by less than this factor share a grid."""
@@ -60,7 +63,7 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     wanted: set[str] = set()
     for node in graph.nodes:
         if RULES.get(node.op) in ("layer", "arithmetic", "joins"):
-            wanted |= {n for n in node.inputs if n in floating}
+            wanted |= {n for n in (node.inputs[:1] if node.op in _STATES else node.inputs) if n in floating}
     shared: dict[str, str] = {}
 
     def leader(name: str) -> str:

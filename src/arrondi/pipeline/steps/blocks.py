@@ -94,6 +94,8 @@ def block_sides(
         steps: learn scales of what flows.
         step_rate: of Adam, by which scales change.
     """
+    if not sites:
+        return
     block = Block.of(work, sites)
     as_found = block.total()
     for rounder in block.rounders:
@@ -129,6 +131,8 @@ def block_drop(
         drop: the share of elements that are not rounded, and of those that enter as in the original.
         step_rate: of Adam, by which scales change.
     """
+    if not sites:
+        return
     block = Block.of(work, sites)
     as_found = block.total()
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from arrondi.pipeline.step import Choice
 from arrondi.pipeline.work import Work
 from arrondi.repair.layer import LayerRows
 
-ROWS = 16384
+ROWS = 8192
 """Rows of a sample."""
 
 

@@ -33,7 +33,7 @@ def learn_sides(
     rate: Annotated[float, Between(0, 10)] = 0.02,
     regular: Annotated[float, Between(0, 1e6)] = 1.0,
     rows: Annotated[int, Between(1, 1 << 24)] = ROWS,
-    batch: Annotated[int, Between(1, 1 << 20)] = 1024,
+    batch: Annotated[int, Between(1, 1 << 20)] = 512,
 ) -> None:
     """Learn to which side every weight is rounded, with the activation in the loss.
 
@@ -79,7 +79,7 @@ def tune_layers(
     rate: Annotated[float, Between(0, 10)] = 0.003,
     grids: bool = True,
     rows: Annotated[int, Between(1, 1 << 24)] = ROWS,
-    batch: Annotated[int, Between(1, 1 << 20)] = 1024,
+    batch: Annotated[int, Between(1, 1 << 20)] = 512,
 ) -> None:
     """Learn weights, which may move by more than one step, with their scales, the bias and the scale of the input.
 
