@@ -38,3 +38,37 @@ def perturbed(module: nn.Module) -> nn.Module:
 def images(count: int, seed: int = 0) -> torch.Tensor:
     """(count, 3, 12, 12)"""
     return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+class Upward(nn.Module):
+    """A convolution over time, a transposed one that overlaps itself, and a transposed one in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.down, self.slope = nn.Conv1d(3, 8, 5, 2, padding=2, dilation=1), nn.PReLU(8)
+        self.up = nn.ConvTranspose1d(8, 16, 5, 3, padding=1, output_padding=2, dilation=2)
+        self.twice, self.head = nn.ConvTranspose1d(16, 4, 3, 2, groups=2), nn.Conv1d(4, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.up(self.slope(self.down(x))))
+        return self.head(torch.relu(self.twice(x))).mean(2)
+
+
+class Separable(nn.Module):
+    """Depthwise and pointwise convolutions whose channels spread a hundredfold: one scale a tensor is nothing for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.stem, self.depth = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point, self.head = nn.Conv2d(16, 12, 1), nn.Linear(12, 10)
+        with torch.no_grad():
+            gains = torch.logspace(-1, 1, 16)[torch.randperm(16)]
+            self.stem.weight.mul_(gains[:, None, None, None])
+            self.stem.bias.mul_(gains)  # type: ignore[union-attr]
+            self.depth.weight.div_(gains[:, None, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.depth(torch.relu(self.stem(x))))
+        return self.head(torch.relu(self.point(x)).mean((2, 3)))

@@ -140,6 +140,7 @@ def quantize(
     budget: opt.Budget = None,
     data: opt.NetworkData = None,
     observer: opt.ObserverName = "mse",
+    ends: opt.Ends = "8",
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[
@@ -161,12 +162,19 @@ def quantize(
             "--layout": layout, "--embeddings": embeddings, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
-            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, mean=mean,
+            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends, mean=mean,
             std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
     networks.refuse_network_options(
-        {"--budget": budget, "--data": data, "--mean": mean, "--std": std, "--observer": observer != "mse"}
+        {
+            "--budget": budget,
+            "--data": data,
+            "--mean": mean,
+            "--std": std,
+            "--observer": observer != "mse",
+            "--ends": ends != "8",
+        }
     )
     if no_eval and eval_text is not None:
         raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")

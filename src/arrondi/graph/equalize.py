@@ -61,7 +61,9 @@ def equalize(graph: Graph) -> tuple[Graph, Equalized]:
     chains = _chains(graph, links)
     nodes = {n.name: n for n in graph.nodes}
     weights = {name: graph.constants[nodes[name].inputs[1]].astype(np.float64) for chain in chains for name in chain}
-    biases = {name: graph.constants[n.inputs[2]].astype(np.float64) for name in weights if (n := nodes[name]).inputs[2:]}
+    biases = {
+        name: graph.constants[n.inputs[2]].astype(np.float64) for name in weights if (n := nodes[name]).inputs[2:]
+    }
     total = {name: np.ones(_outputs(nodes[name], weights[name])) for name in weights}
     sweeps = 0
     for _ in range(_SWEEPS if chains else 0):
@@ -159,7 +161,9 @@ def _is_layer(node: Node, graph: Graph) -> bool:
     """Whether its weights are its own, and known."""
     if node.op not in ("Conv", "Gemm") or len(node.inputs) < 2:
         return False
-    if node.op == "Gemm" and (node.attrs.get("transA", 0) or {node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)} != {1.0}):
+    if node.op == "Gemm" and (
+        node.attrs.get("transA", 0) or {node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)} != {1.0}
+    ):
         return False
     names = [n for n in node.inputs[1:] if n]
     return all(n in graph.constants and len(graph.consumers[n]) == 1 for n in names)

@@ -12,7 +12,7 @@ import torch
 from arrondi.errors import MissingExtraError, SchemeError
 from arrondi.formats import Format, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.graph.ir import QDQ, Graph, Node
-from arrondi.graph.layers import RECURRENT
+from arrondi.graph.layers import RECURRENT, turned
 from arrondi.graph.rules import RULES
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
@@ -159,8 +159,8 @@ def _held(node: Node, q: QTensor, shape: tuple[int, ...]) -> tuple[np.ndarray, n
     matrix = q.codes.T if flipped else q.codes
     if node.op == "ConvTranspose":
         groups = node.attrs.get("group", 1)
-        split = q.codes.reshape(groups, shape[1], shape[0] // groups, -1)
-        matrix = split.transpose(1, 2)
+        kernel = q.codes.reshape(groups * shape[1], shape[0] // groups, *shape[2:])
+        matrix = turned(kernel, groups)
     if node.op in ("LSTM", "GRU"):  # directions below each other: a scale a row has one axis
         shape = (shape[0] * shape[1], shape[2])
     codes = matrix.reshape(shape).numpy().astype(kind)

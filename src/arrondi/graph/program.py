@@ -18,7 +18,7 @@ import torch
 from arrondi.errors import DataError
 from arrondi.graph.codes import tensor_of
 from arrondi.graph.ir import QDQ, Graph, Node
-from arrondi.graph.layers import LAYERS, layers_in, padding_of, read_beside
+from arrondi.graph.layers import LAYERS, Margin, layers_in, padding_of, read_beside
 from arrondi.graph.ops import evaluate
 from arrondi.graph.rounder import Rounder
 from arrondi.graph.rules import RULES
@@ -76,7 +76,7 @@ class _Run:
 
     node: Node
     module: str | None
-    padding: list[int]
+    padding: Margin | None
     gone: tuple[str, ...]
 
 
@@ -123,7 +123,7 @@ class Part(torch.nn.Module):
             step = replace(node, inputs=read)
             gone = tuple(n for n in dict.fromkeys(read) if last.get(n) == node.name and n not in leaving)
             module = names[node.name] if found is not None else None
-            self._steps.append(_Run(step, module, [] if found is None else padding_of(node, found), gone))
+            self._steps.append(_Run(step, module, None if found is None else padding_of(node, found), gone))
         self._held = held
 
     def around(self, module: str) -> Around:
@@ -189,7 +189,7 @@ class Part(torch.nn.Module):
             return evaluate(run.node, given, self.opset)
         x, *rest = given
         assert x is not None
-        found = self.get_submodule(run.module)(torch.nn.functional.pad(x, run.padding) if run.padding else x, *rest)
+        found = self.get_submodule(run.module)(x if run.padding is None else run.padding(x), *rest)
         return found if isinstance(found, tuple) else (found,)
 
     def _value(self, name: str, values: dict[str, Any]) -> torch.Tensor | None:

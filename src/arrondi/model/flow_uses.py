@@ -215,7 +215,9 @@ def _convolution_uses(
     # Transposed convolutions sum over the channels alone, whatever their geometry.
     number = reads.number(x, (1,), (groups, True) if geometry.transposed else (geometry, kernel))
     rows = region.part(0)
-    yield Use(region.param, None, "convolution", not geometry.transposed, number, order(), rows, None, groups, x, see, see)
+    yield Use(
+        region.param, None, "convolution", not geometry.transposed, number, order(), rows, None, groups, x, see, see
+    )
 
 
 def _patches(x: torch.Tensor, geometry: Convolution, kernel: tuple[int, ...]) -> torch.Tensor:

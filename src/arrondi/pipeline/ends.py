@@ -72,5 +72,7 @@ def with_wider_ends(recipe: Recipe, paths: Sequence[str], bits: int | None) -> R
         found.append(rule)
         scheme = rule.scheme
         if scheme is not None and paths and of_bits(scheme.weights, bits) != scheme.weights:
-            found.append(replace(rule, scheme=replace(scheme, weights=of_bits(scheme.weights, bits)), targets=tuple(paths)))
+            found.append(
+                replace(rule, scheme=replace(scheme, weights=of_bits(scheme.weights, bits)), targets=tuple(paths))
+            )
     return replace(recipe, rules=tuple(found))

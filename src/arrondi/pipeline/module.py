@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
-from arrondi.model import Straight, Budget, InMemory, Inputs, Instance, Site, Stream, Units, settle, walk
+from arrondi.model import Budget, InMemory, Inputs, Instance, Site, Straight, Stream, Units, settle, walk
 from arrondi.nn import QStack
 from arrondi.pipeline.finished import Finished
 from arrondi.pipeline.foreseen import largest_inputs

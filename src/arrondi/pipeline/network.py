@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from arrondi.documents import to_json
@@ -150,7 +149,9 @@ def quantize_network(
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
     recipe = _of_weights(recipe, program)
     if careful:
-        recipe = with_wider_ends(recipe, [program.layers[n] for n in (*firsts, *lasts) if n in program.layers], data.ends)
+        recipe = with_wider_ends(
+            recipe, [program.layers[n] for n in (*firsts, *lasts) if n in program.layers], data.ends
+        )
         notes.append(f"The first and last layers ({', '.join((*firsts, *lasts))}) have {data.ends} bits; --ends same gives them those of the others.")  # fmt: skip
     chosen = None
     if choose is not None:

@@ -23,7 +23,9 @@ def codes_at(weight: Tensor, scale: Tensor, most: int) -> Tensor:
     return (weight / scale).round().clamp(-most, most)
 
 
-def best_weight_scales(weight: Tensor, rows: LayerRows, scale: Tensor, most: int, shares: Tensor) -> tuple[Tensor, Tensor]:
+def best_weight_scales(
+    weight: Tensor, rows: LayerRows, scale: Tensor, most: int, shares: Tensor
+) -> tuple[Tensor, Tensor]:
     """For every output the scale with which it is most like what is wanted.
 
     Args:
@@ -58,7 +60,9 @@ def best_weight_scales(weight: Tensor, rows: LayerRows, scale: Tensor, most: int
     return scale / shares[best][:, None], cosine.gather(0, best[None])[0]
 
 
-def best_input_scale(rows: LayerRows, weight: Tensor, rounds: Callable[[Tensor, float], Tensor], shares: Tensor) -> tuple[float, float]:
+def best_input_scale(
+    rows: LayerRows, weight: Tensor, rounds: Callable[[Tensor, float], Tensor], shares: Tensor
+) -> tuple[float, float]:
     """The share by which the scale of the input is divided, and the cosine of what the layer then gives.
 
     Args:

@@ -50,6 +50,15 @@ class SoftSides:
         share = (tiles - floor).clamp(_INSIDE, 1 - _INSIDE)
         return cls(q, floor, unrectified(share).requires_grad_())
 
+    @classmethod
+    def at(cls, q: QTensor, weight: torch.Tensor) -> SoftSides:
+        """Beginning at the codes that a method has chosen: halfway between the weight and its code, so that every element keeps its side."""
+        made, tile = cls.of(q, weight), tile_shape(q.scheme.granularity, q.shape)
+        codes = to_tiles(q.codes, tile).float()
+        chosen = (codes if made._zero is None else codes - made._zero) - made.floor
+        share = (rectified(made.v.detach()) + chosen.clamp(0, 1)) / 2
+        return cls(q, made.floor, unrectified(share.clamp(_INSIDE, 1 - _INSIDE)).requires_grad_())
+
     @property
     def parameters(self) -> Sequence[torch.Tensor]:
         return (self.v,)
@@ -59,9 +68,7 @@ class SoftSides:
         return (1.0,)
 
     def value(self) -> torch.Tensor:
-        return from_tiles(
-            self._levels(rectified(self.v)) * self.q.real_scale.reshape(-1, 1), self._tile, self.q.shape
-        )
+        return from_tiles(self._levels(rectified(self.v)) * self.q.real_scale.reshape(-1, 1), self._tile, self.q.shape)
 
     def undecided(self, beta: float) -> torch.Tensor:
         """The mean of 1 - |2 h(V) - 1|^β, which is nothing once every element has a side; nothing for an infinite β, too."""
@@ -76,9 +83,7 @@ class SoftSides:
     def hard(self) -> QTensor:
         zero = self._zero
         codes = self._levels((self.v >= 0).float()) + (0 if zero is None else zero)
-        return replace(
-            self.q, codes=from_tiles(codes.to(code_dtype(self.q.scheme.format)), self._tile, self.q.shape)
-        )
+        return replace(self.q, codes=from_tiles(codes.to(code_dtype(self.q.scheme.format)), self._tile, self.q.shape))
 
     def _levels(self, side: torch.Tensor) -> torch.Tensor:
         """Steps from zero, within the codes that there are."""

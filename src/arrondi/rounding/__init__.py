@@ -115,13 +115,13 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     ),
     "adaround": Method(adaround, PAIRS, "Nagel et al. 2020, arXiv:2004.10568", 20_000.0, refuse_adaround, unpaired="gptq"),
     "adaquant": Method(
-        nearest_first, NOTHING, "Hubara et al. 2020, arXiv:2006.10518", 20_000.0, refuse_autoround, repairs=("layer-sides", "layer-tune")
+        adaround, PAIRS, "Hubara et al. 2020, arXiv:2006.10518", 20_000.0, refuse_adaround, unpaired="gptq", repairs=("layer-tune",)
     ),
     "brecq": Method(
-        nearest_first, NOTHING, "Li et al. 2021, arXiv:2102.05426", 50_000.0, refuse_autoround, repairs=("block-sides",)
+        adaround, PAIRS, "Li et al. 2021, arXiv:2102.05426", 50_000.0, refuse_adaround, unpaired="gptq", repairs=("block-sides",)
     ),
     "qdrop": Method(
-        nearest_first, NOTHING, "Wei et al. 2022, arXiv:2203.05740", 50_000.0, refuse_autoround, repairs=("block-drop",)
+        adaround, PAIRS, "Wei et al. 2022, arXiv:2203.05740", 50_000.0, refuse_adaround, unpaired="gptq", repairs=("block-drop",)
     ),
     "easyquant": Method(
         nearest_first, NOTHING, "Wu et al. 2020, arXiv:2006.16669", 20_000.0, refuse_autoround, repairs=("scale-search",)

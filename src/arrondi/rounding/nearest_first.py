@@ -1,6 +1,6 @@
 """Where methods begin that learn codes of networks afterwards: nearest codes on ranges of least error.
 
-Owns: `nearest_first`. What is learned from there are the repairs that come with the methods `adaquant`, `brecq`, `qdrop` and `easyquant`.
+Owns: `nearest_first`. What is learned from there is the repair that comes with the method `easyquant`.
 """
 
 from __future__ import annotations

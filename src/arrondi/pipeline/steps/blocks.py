@@ -53,7 +53,9 @@ class Block:
         norm = max(float(wanted.square().mean()), 1e-30)
         return cls(part, ours, theirs, wanted, inside_only(work.instance.model, number), norm)
 
-    def loss(self, chosen: torch.Tensor, dropped: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
+    def loss(
+        self, chosen: torch.Tensor, dropped: float = 0.0, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """The squared error over the mean square that is wanted, on some samples.
 
         Args:
@@ -77,8 +79,8 @@ def block_sides(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 500,
-    rate: Annotated[float, Between(0, 10)] = 0.02,
+    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
+    rate: Annotated[float, Between(0, 10)] = 0.01,
     regular: Annotated[float, Between(0, 1e6)] = 1.0,
     batch: Annotated[int, Between(1, 1 << 20)] = 16,
     steps: bool = True,
@@ -114,8 +116,8 @@ def block_drop(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 500,
-    rate: Annotated[float, Between(0, 10)] = 0.02,
+    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
+    rate: Annotated[float, Between(0, 10)] = 0.01,
     regular: Annotated[float, Between(0, 1e6)] = 1.0,
     batch: Annotated[int, Between(1, 1 << 20)] = 16,
     drop: Annotated[float, Between(0, 1)] = 0.5,
@@ -151,7 +153,7 @@ def _learn(
     step_rate: float = 0.0, drop: float = 0.0, generator: torch.Generator | None = None,
 ) -> dict[str, SoftSides]:  # fmt: skip
     soft = {
-        s.name: SoftSides.of(work.results[s.name].q, work.before[s.name])
+        s.name: SoftSides.at(work.results[s.name].q, work.before[s.name])
         for s in sites
         if s.name in work.results and learns_rounding(work.results[s.name].q)
     }
@@ -162,7 +164,9 @@ def _learn(
         beta = beta_of(step, iterations)
         with stand.held():
             error = block.loss(chosen, drop, generator) / first
-        return error + regular * sum((s.undecided(beta) * (s.v.numel() / total) for s in soft.values()), torch.zeros(()))
+        return error + regular * sum(
+            (s.undecided(beta) * (s.v.numel() / total) for s in soft.values()), torch.zeros(())
+        )
 
     with _scales(block.rounders if step_rate else []) as changes:
         paced = [(s.v, rate) for s in soft.values()] + [(c, step_rate) for c in changes]

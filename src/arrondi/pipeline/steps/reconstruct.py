@@ -29,8 +29,8 @@ def learn_sides(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 500,
-    rate: Annotated[float, Between(0, 10)] = 0.02,
+    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
+    rate: Annotated[float, Between(0, 10)] = 0.01,
     regular: Annotated[float, Between(0, 1e6)] = 1.0,
     rows: Annotated[int, Between(1, 1 << 24)] = ROWS,
     batch: Annotated[int, Between(1, 1 << 20)] = 512,
@@ -48,34 +48,35 @@ def learn_sides(
     """
     for layer in layers_of(work, sites):
         q = _learned_q(work, layer.site)
-        if q is None:
-            continue
-        seen, loss = _prepared(work, layer, rows)
-        weight, bias = work.before[layer.site.name].float(), layer.bias
-        first = float(loss(seen, q.dequantize(), bias))
-        soft = SoftSides.of(q, weight)
-        descend(
-            lambda chosen, step: (
-                loss(LayerRows(seen.x[chosen], seen.y[chosen]), soft.value(), bias) / max(first, 1e-12)
-                + regular * soft.undecided(beta_of(step, iterations))
-            ),
-            [(soft.v, rate)], len(seen), batch=batch, iterations=iterations, falls=False,
-        )  # fmt: skip
-        learned = soft.hard()
-        # What the layer has now may be better than nearest codes: another method's.
-        better = errors(loss, seen, learned.dequantize(), bias) < errors(loss, seen, q.dequantize(), bias)
-        kept = replace(q, codes=torch.where(better[:, None], learned.codes, q.codes))
-        away = float((kept.codes != q.codes).float().mean())
-        work.replace(
-            layer.site, kept, layer_error=[first, float(loss(seen, kept.dequantize(), bias))], codes_changed=away
-        )
+        if q is not None:
+            _learn_sides(work, layer, q, iterations, rate, regular, rows, batch)
+
+
+def _learn_sides(
+    work: Work, layer: Layer, q: QTensor, iterations: int, rate: float, regular: float, rows: int, batch: int
+) -> None:
+    seen, loss = _prepared(work, layer, rows)
+    bias, soft = layer.bias, SoftSides.at(q, work.before[layer.site.name])
+    first = float(loss(seen, q.dequantize(), bias))
+
+    def error(chosen: torch.Tensor, step: int) -> torch.Tensor:
+        own = loss(LayerRows(seen.x[chosen], seen.y[chosen]), soft.value(), bias)
+        return own / max(first, 1e-12) + regular * soft.undecided(beta_of(step, iterations))
+
+    descend(error, [(soft.v, rate)], len(seen), batch=batch, iterations=iterations, falls=False)
+    learned = soft.hard()
+    # What the layer has now may be better than nearest codes: another method's.
+    better = errors(loss, seen, learned.dequantize(), bias) < errors(loss, seen, q.dequantize(), bias)
+    kept = replace(q, codes=torch.where(better[:, None], learned.codes, q.codes))
+    away, last = float((kept.codes != q.codes).float().mean()), float(loss(seen, kept.dequantize(), bias))
+    work.replace(layer.site, kept, layer_error=[first, last], codes_changed=away)
 
 
 def tune_layers(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 500,
+    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
     rate: Annotated[float, Between(0, 10)] = 0.003,
     grids: bool = True,
     rows: Annotated[int, Between(1, 1 << 24)] = ROWS,
@@ -94,34 +95,41 @@ def tune_layers(
     """
     for layer in layers_of(work, sites):
         q = _learned_q(work, layer.site)
-        if q is None:
-            continue
-        seen, _ = _prepared(work, layer, rows, rounded=False)
-        soft = SoftRounding.at(q, work.before[layer.site.name])
-        bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
-        rounder = layer.rounder if grids and layer.rounder is not None and layer.rounder.on else None
-        change = torch.zeros((), requires_grad=True)
+        if q is not None:
+            _tune(work, layer, q, iterations, rate, grids, rows, batch)
+
+
+def _tune(
+    work: Work, layer: Layer, q: QTensor, iterations: int, rate: float, grids: bool, rows: int, batch: int
+) -> None:
+    seen, _ = _prepared(work, layer, rows, rounded=False)
+    soft = SoftRounding.at(q, work.before[layer.site.name])
+    bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
+    rounder = layer.rounder if grids and layer.rounder is not None and layer.rounder.on else None
+    loss = LayerLoss(layer.activation, layer.rounder or _unchanged)
+    held, rest = seen.part(True), seen.part(False)
+    paced = [(p, rate * speed) for p, speed in zip(soft.parameters, (1.0, 0.1), strict=True)]
+    paced += [] if bias is None else [(bias, rate * max(float(seen.y.std()), 1e-6))]
+
+    def judge() -> float:
+        with torch.no_grad():
+            return float(loss(held, soft.hard().dequantize(), bias))
+
+    first = judge()
+    if rounder is not None:
+        rounder.change = torch.zeros((), requires_grad=True)
+        paced.append((rounder.change, 0.1 * rate))
+    try:
+        last = descend(
+            lambda chosen, step: loss(LayerRows(rest.x[chosen], rest.y[chosen]), soft.value(), bias),
+            paced, len(rest), batch=batch, iterations=iterations, falls=True, limit=soft.limit, judge=judge,
+        )  # fmt: skip
+    finally:
         if rounder is not None:
-            rounder.change = change
-        loss = LayerLoss(layer.activation, layer.rounder or _unchanged)
-        held, rest = seen.part(True), seen.part(False)
-        paced = [(p, rate * speed) for p, speed in zip(soft.parameters, (1.0, 0.1), strict=True)]
-        paced += [] if bias is None else [(bias, rate * max(float(seen.y.std()), 1e-6))]
-        paced += [] if rounder is None else [(change, 0.1 * rate)]
-        try:
-            with torch.no_grad():
-                first = float(loss(held, q.dequantize(), bias))
-            last = descend(
-                lambda chosen, step: loss(LayerRows(rest.x[chosen], rest.y[chosen]), soft.value(), bias),
-                paced, len(rest), batch=batch, iterations=iterations, falls=True, limit=soft.limit,
-                judge=lambda: float(loss(held, soft.hard().dequantize(), bias)),
-            )  # fmt: skip
-        finally:
-            if rounder is not None:
-                rounder.settle()
-        work.replace(layer.site, soft.hard(), layer_error=[first, last])
-        if bias is not None:
-            work.change(layer.bias_name, bias.detach())
+            rounder.settle()
+    work.replace(layer.site, soft.hard(), layer_error=[first, last])
+    if bias is not None:
+        work.change(layer.bias_name, bias.detach())
 
 
 def _unchanged(x: torch.Tensor) -> torch.Tensor:
