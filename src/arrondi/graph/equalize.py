@@ -8,6 +8,7 @@ Source: Nagel et al. 2019, arXiv:1906.04721, sections 4.1 and 4.2.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -77,7 +78,7 @@ def equalize(graph: Graph) -> tuple[Graph, Equalized]:
             constants[nodes[name].inputs[2]] = biases[name].astype(np.float32)
     used = {cap for (one, _), cap in caps.items() for chain in chains if one in chain[:-1]}
     made = [replace(n, op="Relu", inputs=n.inputs[:1], attrs={}) if n.name in used else n for n in graph.nodes]
-    between = {pair: ops for pair, ops in links.items() if any(pair in zip(c, c[1:], strict=False) for c in chains)}
+    between = {pair: ops for pair, ops in links.items() if any(pair in itertools.pairwise(c) for c in chains)}
     return graph.with_nodes(made, constants), Equalized(tuple(map(tuple, chains)), between, len(used), sweeps)
 
 

@@ -140,7 +140,7 @@ def quantize_network(
             program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options, apart
         )
         groups = places(graph, {n: ends[g] for n, g in found.values.items()}).values
-        spans = {g: span for g, span in ((group, ends[found.values[name]]) for name, group in reversed(groups.items()))}
+        spans = {group: ends[found.values[name]] for name, group in reversed(groups.items())}
         ranges = {name: spans[group] for name, group in groups.items()}
         schemes = {group: apart.get(found.values[name], flowing.scheme) for name, group in reversed(groups.items())}
         grids = {n: (grid_from_range(*ranges[n], schemes[g]), schemes[g]) for n, g in groups.items()}
