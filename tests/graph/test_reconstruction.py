@@ -37,20 +37,21 @@ def signal(graph: Path, scheme: str, tmp_path: Path, **settings: Any) -> float:
 
 
 def test_transposed_convolutions_are_convolutions_over_zeros(tmp_path: Path) -> None:
-    module, x = perturbed(Upward()), torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(1))
-    graph = read_graph(module, x[:2])
-    assert sum(n.op == "ConvTranspose" for n in graph.nodes) == 2
+    module, x = Upward().eval(), torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(1))
+    graph = module.graph()
     program = Program(graph)
     assert torch.allclose(program(x), module(x), atol=1e-5)
-    up = next(n.name for n in graph.nodes if n.op == "ConvTranspose")
-    assert up in program.layers
     write_graph(graph, tmp_path / "net.onnx")
-    settings: dict[str, Any] = {"calibration": x, "evaluation": x, "overwrite": True}
-    groups = next(n.name for n in graph.nodes if n.attrs.get("group", 1) == 2)
-    settings["ignore"] = [program.layers[groups]]
+    assert torch.allclose(Program(read_graph(tmp_path / "net.onnx"))(x), module(x), atol=1e-5)
+    settings: dict[str, Any] = {
+        "calibration": x,
+        "evaluation": x,
+        "ignore": [program.layers["twice"]],
+        "overwrite": True,
+    }
     report = arrondi.quantize(tmp_path / "net.onnx", "W8A16", method="gptq", out=tmp_path / "out.onnx", **settings)
     assert report["evaluation"]["sqnr_db"] > 30
-    assert next(row for row in report["layers"] if row["layer"] == up)["status"] == "quantized"
+    assert {row["layer"]: row["status"] for row in report["layers"]}["up"] == "quantized"
     session = ort.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
     (given,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert np.allclose(given, Program(read_graph(tmp_path / "out.onnx"))(x).numpy(), atol=1e-4)

@@ -96,13 +96,16 @@ def absorb(graph: Graph, done: Equalized, batches: Iterable[Sequence[torch.Tenso
     """
     nodes = {n.name: n for n in graph.nodes}
     pairs = [p for p, ops in done.between.items() if ops == ("Relu",) and not any(nodes[p[1]].attrs.get("pads", [])) and all(len(nodes[n].inputs) > 2 for n in p)]  # fmt: skip
-    sums = {nodes[one].outputs[0]: [torch.zeros(()), torch.zeros(()), 0] for one, _ in pairs}
+    nothing = torch.zeros((), dtype=torch.float64)
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {
+        nodes[one].outputs[0]: (nothing, nothing, 0) for one, _ in pairs
+    }
 
     def see(name: str, value: torch.Tensor) -> None:
         if name in sums:
             rows = value.double().movedim(1, -1).flatten(0, -2)
             first, second, count = sums[name]
-            sums[name] = [first + rows.sum(0), second + rows.square().sum(0), count + len(rows)]
+            sums[name] = (first + rows.sum(0), second + rows.square().sum(0), count + len(rows))
 
     program, constants, moved = Program(graph), dict(graph.constants), 0
     for inputs in batches:
@@ -130,7 +133,8 @@ def _links(graph: Graph) -> tuple[dict[tuple[str, str], tuple[str, ...]], dict[t
     for node in graph.nodes:
         if node.name not in layers:
             continue
-        value, between, cap, flat = node.outputs[0], [], "", False
+        value, cap, flat = node.outputs[0], "", False
+        between: list[str] = []
         while value not in outputs and len(consumers.get(value, [])) == 1:
             (reader,) = consumers[value]
             if reader.inputs.count(value) != 1 or reader.inputs[0] != value:

@@ -56,8 +56,9 @@ class Program(Straight):
     def original(self) -> Program:
         """A copy in which nothing that flows is rounded."""
         copied = copy.deepcopy(self)
-        for path in copied.rounders.values():
-            copied.get_submodule(path).on = False
+        for module in copied.modules():
+            if isinstance(module, Rounder):
+                module.on = False
         return copied
 
     def watch(self, inputs: Sequence[torch.Tensor], see: Any) -> Any:

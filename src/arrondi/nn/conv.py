@@ -218,4 +218,4 @@ def positions(y: torch.Tensor, layer: nn.Module) -> int:
 
 
 def _outputs(layer: nn.Module) -> int:
-    return layer.out_channels if isinstance(layer, _ConvNd) else int(layer.weight.shape[0])  # type: ignore[arg-type]
+    return layer.out_channels if isinstance(layer, _ConvNd) else len(layer.get_parameter("weight"))

@@ -140,9 +140,11 @@ def quantize_network(
             program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options, apart
         )
         groups = places(graph, {n: ends[g] for n, g in found.values.items()}).values
-        spans = {group: ends[found.values[name]] for name, group in reversed(groups.items())}
+        spans = {group: ends[found.values[name]] for name, group in reversed(list(groups.items()))}
         ranges = {name: spans[group] for name, group in groups.items()}
-        schemes = {group: apart.get(found.values[name], flowing.scheme) for name, group in reversed(groups.items())}
+        schemes = {
+            group: apart.get(found.values[name], flowing.scheme) for name, group in reversed(list(groups.items()))
+        }
         grids = {n: (grid_from_range(*ranges[n], schemes[g]), schemes[g]) for n, g in groups.items()}
         rounded_graph = round_values(graph, grids, groups)
     program = Program(rounded_graph)

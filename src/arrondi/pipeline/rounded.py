@@ -117,7 +117,8 @@ def _round_groups(
     """Round the weight of a convolution in groups, each group by what enters it."""
     run = get_step(method).round
     assert run is not None
-    parts, error, facts = [], Loss(), {}
+    parts, error = [], Loss()
+    facts: dict[str, Any] = {}
     for rows, own in zip(weight.chunk(len(seen.groups)), seen.groups, strict=True):
         q, facts = run(rows, scheme, own, name=site.name, **options)
         parts.append(q)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -58,35 +58,32 @@ def search_scales(
         for _ in range(rounds):
             given = seen if layer.rounder is None else LayerRows(layer.rounder(seen.x), seen.y)
             scale, cosine = best_weight_scales(weight, given, start, most, shares)
-            if layer.rounder in own:
+            if layer.rounder is not None and layer.rounder in own:
                 share, _ = best_input_scale(seen, codes_at(weight, scale, most) * scale, _rounding(layer), shares)
-                _divide(layer, share)
+                layer.rounder.scale.div_(share)
             if float(cosine.mean()) - before < _SETTLED:
                 break
             before = float(cosine.mean())
         codes = codes_at(weight, scale, most).to(code_dtype(first.scheme.format))
-        work.replace(layer.site, replace(first, codes=codes, scale=scale.reshape(first.scale.shape)), cosine=float(cosine.mean()))  # type: ignore[union-attr]  # fmt: skip
+        found = replace(first, codes=codes, scale=scale.reshape(first.real_scale.shape))
+        work.replace(layer.site, found, cosine=float(cosine.mean()))
         if layer.rounder in own:
             own.remove(layer.rounder)  # the first reader of a value has chosen for all
 
 
-def _rounding(layer: Layer):  # type: ignore[no-untyped-def]
+def _rounding(layer: Layer) -> Callable[[torch.Tensor, float], torch.Tensor]:
     rounder = layer.rounder
     assert rounder is not None
 
     def rounds(x: torch.Tensor, share: float) -> torch.Tensor:
         rounder.change = torch.tensor(1 / share - 1)
         try:
-            return rounder(x)
+            rounded: torch.Tensor = rounder(x)
+            return rounded
         finally:
             rounder.change = None
 
     return rounds
-
-
-def _divide(layer: Layer, share: float) -> None:
-    assert layer.rounder is not None
-    layer.rounder.scale.div_(share)
 
 
 def para_norm(work: Work, sites: Sequence[Site], *, rows: Annotated[int, Between(1, 1 << 24)] = 16384) -> None:
