@@ -75,6 +75,11 @@ def test_sides_are_learned_behind_the_activation(residual: Path, tmp_path: Path)
     assert learned > plain + 1
 
 
+def test_channels_get_their_means_and_variances_back(residual: Path, tmp_path: Path) -> None:
+    plain = signal(residual, W4A4, tmp_path, method="easyquant")
+    assert signal(residual, W4A4, tmp_path, method="easyquant", repairs=["para-norm"]) > plain - 0.2
+
+
 def test_nothing_is_learned_at_no_rate(residual: Path, tmp_path: Path) -> None:
     plain = signal(residual, W4A4, tmp_path, method="gptq")
     options = {"layer-tune.iterations": 10, "layer-tune.rate": 0.0}
