@@ -33,6 +33,7 @@ from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.network import NetworkData, quantize_network
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.texts import read_data
 from arrondi.runtime.load import load as load_model
 from arrondi.runtime.modules import load_into, save
 from arrondi.search import compare_methods
@@ -168,6 +169,7 @@ def plan(
     embeddings: str | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
+    images: str | Path | None = None,
 ) -> Plan:
     """What `quantize` would do with a model directory, before anything is computed; `to_dict()` for plain data.
 
@@ -175,7 +177,9 @@ def plan(
     """
     check_arguments(plan, locals())
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
-    return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
+    source = OnDisk.open(model)
+    read_data(source, TextOptions(images=images))  # refused where they cannot be read
+    return make_plan(source, rules, layout=layout, keep_misfits=keep_misfits, images=images is not None)
 
 
 def _rules(
@@ -230,7 +234,7 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
     Args:
         path: directory or Hub name; quantized or plain.
         model: a fresh module of the class that was saved, for models that transformers does not build; it is filled.
-        options: dtype, activations and fuse of `arrondi.runtime.load.load`.
+        options: dtype, activations, fuse and device of `arrondi.runtime.load.load`.
 
     Raises:
         ArrondiError: see its sentence.
@@ -247,7 +251,10 @@ def compare(
     model: str | Path,
     *,
     schemes: Iterable[AnyScheme] | None = None,
-    methods: Iterable[str] = ("rtn", "gptq"),
+    methods: Iterable[str] | None = None,
+    presets: Iterable[str] = (),
+    rewrites: Iterable[str] = ("none",),
+    embeddings: Iterable[str] = ("none",),
     calibration: Data | None = None,
     text: Data | None = None,
     out: str | Path | None = None,
@@ -268,7 +275,9 @@ def compare(
     Args:
         model: a model directory or a Hub name.
         schemes: words or values, each tried with each method; "W4A16" if none are given.
-        methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`.
+        methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`; "rtn" and
+            "gptq" if neither they nor presets are given.
+        presets, rewrites, embeddings: more to try, with "none" for nothing, see `arrondi.search.candidates`.
         calibration, samples, seq_len, eval_samples, seed: see `TextOptions`.
         text: what to measure on; None takes the last tenth of the calibration data.
         out, keep, device, progress: see `arrondi.search.compare_methods`.
@@ -282,8 +291,11 @@ def compare(
     """
     check_arguments(compare, locals())
     asked = TextOptions(calibration, samples, seq_len, text, True, eval_samples, seed)
+    ready = _several(presets)
+    wanted = ([] if ready else ["rtn", "gptq"]) if methods is None else _several(methods)
     return compare_methods(
-        model, None if schemes is None else _several(schemes), _several(methods), asked, out=out, keep=keep, group_size=group_size, targets=targets,
+        model, None if schemes is None else _several(schemes), wanted, asked, out=out, keep=keep, presets=ready,
+        rewrites=_several(rewrites), embeddings=_several(embeddings), group_size=group_size, targets=targets,
         ignore=ignore, options=options, device=device, progress=progress,
     )  # fmt: skip
 

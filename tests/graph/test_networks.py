@@ -10,7 +10,7 @@ import torch
 
 import arrondi
 from arrondi.errors import ArrondiError
-from arrondi.graph import Program, read_graph, write_graph
+from arrondi.graph import Program, read_graph, tidy, write_graph
 from tests.graph.nets import Residual, images, perturbed
 
 pytest.importorskip("onnx")
@@ -64,7 +64,7 @@ def test_every_value_is_described(network: Path, tmp_path: Path) -> None:
     report = arrondi.quantize(
         network, "W8A8", calibration=x, out=tmp_path / "out.onnx", evaluate=False, observer="percentile"
     )
-    graph, made, moved = read_graph(network), {}, {}
+    graph, made, moved = tidy(read_graph(network)), {}, {}
     Program(graph).watch((x,), made.__setitem__)
     Program(read_graph(tmp_path / "out.onnx")).watch((x,), moved.__setitem__)
     assert set(report["ranges"]) <= set(report["values"]) <= set(made)

@@ -1,4 +1,4 @@
-"""`quantize` and `eval` for networks that are graphs: ONNX files and torch.export archives. Called by `arrondi.cli.commands`."""
+"""`quantize` and `eval` for networks that are graphs: ONNX files and torch.export archives. Called by the commands of the same names."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from arrondi.graph.program import Part, Program
 from arrondi.graph.read import is_graph_file, read_graph
 from arrondi.graph.rounder import Rounder
 from arrondi.graph.rules import describe, places
+from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "places",
     "read_graph",
     "round_values",
+    "tidy",
     "to_onnx",
     "write_graph",
 ]

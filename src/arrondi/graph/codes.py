@@ -12,6 +12,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from arrondi.formats import get_format
+from arrondi.tensor.encoding import nearest
+
 Tensor = torch.Tensor
 
 INTEGERS: Final[Mapping[str, tuple[int, int, torch.dtype]]] = {
@@ -43,8 +46,15 @@ def spread(part: Tensor, x: Tensor, attrs: Mapping[str, Any]) -> Tensor:
     return part.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
 
+FLOATS: Final[Mapping[str, str]] = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", "float4_e2m1fn": "fp4_e2m1"}
+"""Type of ONNX whose codes are small floats → our format of the same values."""
+
+
 def quantize(attrs: Mapping[str, Any], x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """x → codes."""
+    """x → codes; small floats are held as the numbers that they mean."""
+    small = FLOATS.get(attrs.get("codes", "uint8"))
+    if small is not None:
+        return nearest(x.float() / spread(scale, x, attrs).float(), get_format(small))
     low, high, held = INTEGERS[attrs.get("codes", "uint8")]
     codes = torch.round(x / spread(scale, x, attrs).to(x.dtype))
     if zero is not None:

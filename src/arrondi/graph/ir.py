@@ -21,6 +21,10 @@ CODES: Final = "codes"
 """Attribute of operators that make codes, beside those of ONNX: the name of the codes' type."""
 
 
+ARITHMETIC: Final = "arithmetic"
+"""Attribute of integer operators, beside those of ONNX: how sums become codes, see `graph.requantize`."""
+
+
 class Unusual(Exception):
     """Our own version of an operator does not cover this use of it."""
 

@@ -17,7 +17,19 @@ import torch
 import torch.nn.functional as F
 
 from arrondi.errors import SchemeError
-from arrondi.graph.codes import dequantize, dynamic, quantize, rounded
+from arrondi.graph.codes import dequantize, dynamic, quantize, rounded, tensor_of
+from arrondi.graph.integers import (
+    conv_integer,
+    matmul_integer,
+    qgemm,
+    qlinear_add,
+    qlinear_average,
+    qlinear_concat,
+    qlinear_conv,
+    qlinear_global_average,
+    qlinear_matmul,
+    qlinear_mul,
+)
 from arrondi.graph.ir import QDQ, Node, Unusual
 from arrondi.graph.read import onnx_package
 from arrondi.graph.recurrent import gru, lstm
@@ -69,9 +81,7 @@ def _by_reference(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tu
         values = ReferenceEvaluator(model).run(outputs, feeds)
     except Exception as error:  # the reference evaluator raises whatever NumPy does
         raise SchemeError(f"{node.name}: the operator {node.op} cannot be computed here ({error}).") from error
-    found = {
-        n: torch.from_numpy(np.atleast_1d(v).reshape(np.shape(v)).copy()) for n, v in zip(outputs, values, strict=True)
-    }
+    found = {n: tensor_of(np.atleast_1d(v).reshape(np.shape(v))) for n, v in zip(outputs, values, strict=True)}
     return tuple(found.get(name, _NOTHING) for name in node.outputs)
 
 
@@ -234,6 +244,8 @@ def _shape(attrs: Mapping[str, Any], x: Tensor) -> Tensor:
 
 def _cast(attrs: Mapping[str, Any], x: Tensor) -> Tensor:
     kind = onnx_package().helper.tensor_dtype_to_np_dtype(attrs["to"])
+    if kind.kind == "V" or kind.isbuiltin != 1:
+        raise Unusual(f"numbers of type {kind}")
     return x.to(torch.from_numpy(np.zeros(1, kind)).dtype)
 
 
@@ -325,6 +337,10 @@ OPERATORS: Final[Mapping[str, Operator]] = {
     "Tile": lambda attrs, x, repeats: x.repeat(repeats.tolist()),
     "DepthToSpace": _depth_to_space, "SpaceToDepth": _space_to_depth, "ConstantOfShape": _constant_of_shape,
     "QuantizeLinear": quantize, "DequantizeLinear": dequantize, "DynamicQuantizeLinear": dynamic, QDQ: rounded,
+    "QLinearConv": qlinear_conv, "QLinearMatMul": qlinear_matmul, "ConvInteger": conv_integer, "MatMulInteger": matmul_integer,
+    "com.microsoft.QLinearAdd": qlinear_add, "com.microsoft.QLinearMul": qlinear_mul, "com.microsoft.QGemm": qgemm,
+    "com.microsoft.QLinearAveragePool": qlinear_average, "com.microsoft.QLinearGlobalAveragePool": qlinear_global_average,
+    "com.microsoft.QLinearConcat": qlinear_concat,
     "Identity": lambda attrs, x: x, "Dropout": _dropout,
 }  # fmt: skip
 """Operator → what it computes."""

@@ -1,7 +1,8 @@
 """Which values of a graph are rounded, and which share a grid: `RULES`, and `places`, what the table says of one graph.
 
 Inputs of operators that compute in integers are rounded, where they are made: behind a fused activation, never between a layer and
-its activation. Operators that only move numbers have one grid before and after them, so a runtime can run them on codes.
+its activation. Sums and products of what an operator outside the table made (gates, squares) stay in floating
+point: their ranges are not those of activations. Operators that only move numbers have one grid before and after them, so a runtime can run them on codes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from arrondi.graph.ir import Graph
+from arrondi.graph.ir import Graph, Node
 
 Rule = Literal["layer", "arithmetic", "joins", "moves", "activation"]
 """layer, arithmetic: their inputs are rounded. joins: so are they, all on the grid of the output. moves: the output has the
@@ -61,9 +62,16 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     producers = graph.producers
     floating = _floating(graph)
     wanted: set[str] = set()
+    whole = {v.name for v in graph.inputs}  # what integers can be made of without leaving them
     for node in graph.nodes:
-        if RULES.get(node.op) in ("layer", "arithmetic", "joins"):
+        rule, read = RULES.get(node.op), [n for n in dict.fromkeys(node.inputs) if n in floating]
+        if rule == "layer":
             wanted |= {n for n in (node.inputs[:1] if node.op in _STATES else node.inputs) if n in floating}
+        elif rule in ("arithmetic", "joins"):
+            rule = rule if whole.issuperset(read) and not _square(node) else None
+            wanted |= set(read) if rule else set()
+        if rule == "layer" or (rule and whole.issuperset(read)):
+            whole.update(node.outputs)
     shared: dict[str, str] = {}
 
     def leader(name: str) -> str:
@@ -91,6 +99,11 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
         if node.op not in RULES and node.op not in FIXED and any(n in floating for n in node.inputs) and producers:
             plain[node.op] = plain.get(node.op, 0) + 1
     return Places(found, plain)
+
+
+def _square(node: Node) -> bool:
+    """A square has twice the range in powers of two, which eight bits do not hold."""
+    return node.op == "Mul" and len(set(node.inputs)) == 1
 
 
 def _floating(graph: Graph) -> set[str]:

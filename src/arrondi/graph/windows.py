@@ -17,7 +17,7 @@ Attrs = Mapping[str, Any]
 _CONV: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: Final = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _MAX: Final = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_MEAN: Final = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_MEAN: Final = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def edges(attrs: Attrs, sizes: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -133,8 +133,14 @@ def average_pool(attrs: Attrs, x: Tensor) -> Tensor:
         counted = _padded(counted, [0] * len(kernel), [e - o for e, o in zip(end, own_end, strict=True)])
     else:
         counted = _padded(counted, begin, end)
-    pool = _MEAN[len(kernel)]
-    return pool(_padded(x, begin, end), kernel, strides) / pool(counted, kernel, strides)
+    return _window_sums(_padded(x, begin, end), kernel, strides) / _window_sums(counted, kernel, strides)
+
+
+def _window_sums(x: Tensor, kernel: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """The sum of every window, one number after another."""
+    if len(kernel) == 1:
+        return _window_sums(x[:, :, None], [1, *kernel], [1, *strides])[:, :, 0]
+    return _MEAN[len(kernel)](x, list(kernel), list(strides), divisor_override=1)
 
 
 def pad(attrs: Attrs, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from arrondi.errors import OutputError
-from arrondi.graph.ir import CODES, QDQ, Graph, Node
+from arrondi.graph.ir import ARITHMETIC, CODES, QDQ, Graph, Node
 from arrondi.graph.read import onnx_package
 
 _TWO_BITS: Final = 25
@@ -66,7 +66,7 @@ def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
     helper = onnx.helper
     if node.op != QDQ:
         domain, _, op = node.op.rpartition(".")
-        attrs = {k: v for k, v in node.attrs.items() if k != CODES}
+        attrs = {k: v for k, v in node.attrs.items() if k not in (CODES, ARITHMETIC)}
         yield helper.make_node(op, node.inputs, node.outputs, node.name, domain=domain or None, **attrs)
         return
     x, *grid = node.inputs

@@ -15,7 +15,18 @@ import torch
 
 from arrondi.documents import to_json
 from arrondi.errors import DataError, OutputError, SchemeError
-from arrondi.formats import PRESETS, ActivationScheme, LayerScheme, PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from arrondi.formats import (
+    PRESETS,
+    ActivationScheme,
+    Format,
+    LayerScheme,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    integer,
+)
 from arrondi.graph import (
     Graph,
     Program,
@@ -26,6 +37,7 @@ from arrondi.graph import (
     places,
     read_graph,
     round_values,
+    tidy,
     write_graph,
 )
 from arrondi.measure.arrays import Arrays, read_arrays
@@ -117,7 +129,8 @@ def quantize_network(
     Raises:
         ArrondiError: see its sentence; nothing was written then.
     """
-    out, given = Path(out), read_graph(model)
+    out, original = Path(out), read_graph(model)
+    given = tidy(original)
     if out.suffix != ".onnx":
         raise SchemeError(f"Networks are written as .onnx files, got {out}. Give -o NAME.onnx.")
     if out.exists() and not overwrite:
@@ -181,7 +194,7 @@ def quantize_network(
     if calibration is not None:
         looked = calibration.taken(_CHOOSING, data.seed)
         report["values"] = signals(Program(read_graph(out)), Program(graph), looked.batches(), ranges)
-    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), given, evaluation)
+    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), original, evaluation)
     out.with_suffix(".report.json").write_text(to_json(report), encoding="utf-8")
     return report
 
@@ -210,10 +223,17 @@ def _flowing(recipe: Recipe) -> ActivationScheme | None:
     if own.format.kind != "integer":
         raise SchemeError(f"What flows through an ONNX file is rounded to integers, got {own}. Use W8A8 or W4A8.")
     if isinstance(own.granularity, PerToken):  # of language models; an image has no tokens
-        own = replace(own, granularity=PerTensor(), zero_point="integer")
+        own = replace(own, granularity=PerTensor(), zero_point="integer", format=_unsigned(own.format))
     if inputs.dynamic is True and isinstance(inputs.scheme.granularity, PerTensor):
         raise SchemeError(f"Ranges that follow each tensor are not written yet, got {inputs}. Use W8A8.")
     return ActivationScheme(replace(own, scale="float32"), False)
+
+
+def _unsigned(format: Format) -> Format:
+    """The same codes counted from zero: what ONNX Runtime's integer products on x86 take without a detour."""
+    return (
+        integer(format.bits, signed=False) if format.kind == "integer" and format.levels == 2**format.bits else format
+    )
 
 
 def _of_weights(recipe: Recipe, program: Program) -> Recipe:

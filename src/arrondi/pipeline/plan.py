@@ -20,7 +20,7 @@ from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpe
 from arrondi.errors import SchemeError, unknown
 from arrondi.model import Site, Source, StoredTensor
 from arrondi.pipeline.recipe import Recipe, matches
-from arrondi.pipeline.resolve import UNREACHED, PlannedTensor, Resolver
+from arrondi.pipeline.resolve import LOOKED_UP, UNREACHED, PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
@@ -124,6 +124,27 @@ class Plan:
             and (t.status == "quantized" or t.name in touched)
             and any(n in early for p in t.tensor.params if p in names.params for n in names.names_of(p))
         ]
+
+    @property
+    def told_by_heads(self) -> dict[str, str]:
+        """Site of a table → its parameter, where a head that is tied to it says what its codes are multiplied by.
+
+        Methods that want a second moment alone are told that of the head's input in the original. What was rewritten, or is stored apart
+        from its head, has none, and neither has a model that is run as a whole.
+        """
+        apart = {a.param for a in self.declared.added}
+        names = self.source.names
+        return {
+            s.name: s.param
+            for t in self.quantized
+            for s in t.sites
+            if s.kind == "embedding"
+            and t.rule is not None
+            and get_step(t.rule.method).needs == {"moment"}
+            and t.name not in self.touched
+            and not self.source.whole
+            and any(alias != s.param and alias not in apart for alias in names.names_of(s.param))
+        }
 
     @property
     def calibrated(self) -> bool:
@@ -241,7 +262,7 @@ def make_plan(
     if resolver is not tried[0][1]:
         notes.insert(0, _why_not(tried[0][1].layout, tried[0][2]))
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
-    notes += _unreached(tensors)
+    notes += _by_images(tensors) if images else _unreached(tensors)
     notes += [
         f"{one.step.name} is not done, {why}: {_list(names)}."
         for one in selected
@@ -251,9 +272,11 @@ def make_plan(
     notes += _tied_heads(source, tensors, {a.param for a in declared.added})
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
-    return Plan(
+    plan = Plan(
         source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
     )
+    notes += _of_tables(plan)
+    return plan
 
 
 def _tied_heads(source: Source, tensors: Sequence[PlannedTensor], apart: Collection[str]) -> list[str]:
@@ -265,6 +288,20 @@ def _tied_heads(source: Source, tensors: Sequence[PlannedTensor], apart: Collect
         for name, others in heads.items()
         if others
     ]
+
+
+def _of_tables(plan: Plan) -> list[str]:
+    """How tables are rounded by methods that look at inputs."""
+    told, found = plan.told_by_heads, dict[str, list[str]]()
+    for t in plan.quantized:
+        if t.rule is None or t.sites[0].kind != "embedding" or not get_step(t.rule.method).needs:
+            continue
+        blind = t.rule.fallback or get_step(t.rule.method).fallback
+        how = f"Rounded by {blind} instead of {t.rule.method}, for {LOOKED_UP}"
+        if t.sites[0].name in told:
+            how = f"Rounded by {t.rule.method} on what the tied head is given in the original, damped so that rows count as much that are looked up"
+        found.setdefault(how, []).append(t.name)
+    return [f"{how}: {_list(names)}." for how, names in found.items()]
 
 
 def _lost_tables(tensors: Sequence[PlannedTensor]) -> bool:
@@ -281,6 +318,17 @@ def _unreached(tensors: Sequence[PlannedTensor]) -> list[str]:
     share = sum(t.weights for t in kept) / max(sum(t.weights for t in tensors), 1)
     return [
         f"{len(kept)} weights that text does not reach ({100 * share:.0f} % of all) are kept as they are: {_list([t.name for t in kept])}."
+    ]
+
+
+def _by_images(tensors: Sequence[PlannedTensor]) -> list[str]:
+    """What is said of parts that images reach and text does not."""
+    taken = [t for t in tensors if t.status == "quantized" and not all(s.reached for s in t.sites)]
+    if not taken:
+        return []
+    share = sum(t.weights for t in taken) / max(sum(t.weights for t in tensors), 1)
+    return [
+        f"{len(taken)} weights that text does not reach ({100 * share:.0f} % of all) are quantized, too, because the images reach them: {_list([t.name for t in taken])}."
     ]
 
 

@@ -52,7 +52,9 @@ class Rule:
             return
         step = get_step(self.method)
         if step.kind != "round":
-            raise SchemeError(f"{self.method} rounds nothing, so it takes no scheme. Drop {self.scheme}.")
+            raise SchemeError(
+                f"{self.method} is a {step.kind} and rounds nothing, so it takes no scheme. Name it as a {step.kind}, beside a method that rounds."
+            )
         if self.scheme.outputs is not None:
             raise SchemeError(f"Scheme {self.scheme} rounds outputs, which is not done yet. Drop 'o'.")
         if self.scheme.kv is not None:
@@ -114,8 +116,8 @@ class Recipe:
             options: of the method; of another step under `STEP.OPTION`.
             rewrites, repairs: names of steps.
             all_experts: see the class.
-            embeddings: what the table of words becomes, rounded to nearest: `int8/row`, `int4/g64`; None: it stays. A head that
-                is tied to it has the same codes.
+            embeddings: what the table of words becomes: `int8/row`, `int4/g64`; None: it stays. A head that is tied to it has the
+                same codes, which are then chosen by gptq if the method looks at second moments; all else is rounded to nearest.
         """
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
@@ -125,6 +127,9 @@ class Recipe:
         )
         before = [step_of_kind("rewrite", name) for name in _selectors(rewrites)]
         after = [step_of_kind("repair", name) for name in _selectors(repairs)]
+        twice = next((name for name in (*before, *after) if (*before, *after).count(name) > 1), None)
+        if twice is not None:
+            raise SchemeError(f"The {get_step(twice).kind} {twice} is named twice. Leave one out.")
         before += [name for name in step.before if name not in before]
         after = [name for name in step.after if name not in after] + after
         rules = [
@@ -133,7 +138,7 @@ class Recipe:
             *(Rule(None, name, picked, own.pop(name, {})) for name in after),
         ]
         if embeddings is not None:
-            rules.append(Rule(_table_scheme(embeddings), "rtn", ("Embedding",)))
+            rules.append(_of_tables(table_scheme(embeddings), step.needs))
         if own:
             stray = next(iter(own))
             raise SchemeError(
@@ -224,7 +229,16 @@ def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = N
     return layer if group_size is None else layer.with_group_size(group_size)
 
 
-def _table_scheme(text: str) -> LayerScheme:
+def _of_tables(scheme: LayerScheme, needs: Iterable[str]) -> Rule:
+    """The rule for tables beside a method with these needs."""
+    looks = any("moment" in need for need in needs)
+    try:
+        return Rule(scheme, "gptq" if looks else "rtn", ("Embedding",))
+    except SchemeError:  # gptq does not make it
+        return Rule(scheme, "rtn", ("Embedding",))
+
+
+def table_scheme(text: str) -> LayerScheme:
     """A scheme of weights from its word, its grammar, or `int8/row`."""
     words = text.strip().lower().split("/")
     short = "=" not in text and words[0] in FORMATS

@@ -29,6 +29,7 @@ Need = Literal[
     "cross moment",
     "float mean",
     "float outputs",
+    "output moments",
     "batches",
 ]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original, which is
@@ -46,6 +47,7 @@ rewritten as the quantized model is, but not rounded.
     cross moment  Σ x fᵀ, of the same tokens
     float mean    Σ f
     float outputs what the unit gives in the original: nothing of one input, see `Work.targets`
+    output moments Σ g gᵀ of the gradients g of the original's loss with respect to what a site gives; see `arrondi.pipeline.fisher`
     batches       the batches themselves: the unit is run on them
 """
 
@@ -85,9 +87,11 @@ class Seen:
         float_moment: Σ f fᵀ.
         cross_moment: Σ x fᵀ, float32 (n, n).
         float_total: Σ f, float64 (n,).
+        output_moments: Σ g gᵀ of the outputs of the sites that are rounded together, in blocks of its diagonal.
         routed: tokens that the model itself sent here, where more were counted.
         paired: the original sent the same tokens here. Where it did not (it chose other experts), nothing is known of both.
         groups: of a convolution in groups, what was seen of the input of each group; the fields above but `tokens` and `paired` are then None.
+        name: what the input is called in messages.
     """
 
     tokens: int = 0
@@ -103,9 +107,11 @@ class Seen:
     float_moment: SecondMoment | None = None
     cross_moment: torch.Tensor | None = None
     float_total: torch.Tensor | None = None
+    output_moments: tuple[torch.Tensor, ...] | None = None
     routed: int | None = None
     paired: bool = True
     groups: list[Seen] = field(default_factory=list)
+    name: str = "input"
 
     @property
     def mean(self) -> torch.Tensor:
@@ -142,7 +148,7 @@ class Seen:
 
     def add_groups(self, x: torch.Tensor, f: torch.Tensor | None, needs: Collection[Need], pairs: bool, span: int = 0, half: int = 0) -> None:  # fmt: skip
         """Count the input (groups, rows, n) of a convolution in groups, and what the original has there if pairs are wanted."""
-        self.groups = self.groups or [Seen() for _ in range(len(x))]
+        self.groups = self.groups or [Seen(name=self.name) for _ in range(len(x))]
         for g, part in enumerate(self.groups):
             part.add(x[g], needs, span, half)
             if pairs:
@@ -157,7 +163,7 @@ class Seen:
         self.tokens += len(rows)
         if "moment" in needs:
             if self.moment is None:
-                self.moment = SecondMoment(rows.shape[-1])
+                self.moment = SecondMoment(rows.shape[-1], name=self.name, device=rows.device)
             self.moment.update(rows, span=span)
         if "energy" in needs or "importance" in needs:
             self.energy = self.energy or Energy(rows.shape[-1])
@@ -175,7 +181,7 @@ class Seen:
             size = rows.abs().double().sum(0).cpu()
             self.abstotal = size if self.abstotal is None else self.abstotal + size
         if "sample" in needs:
-            self.sample = self.sample or Reservoir(SAMPLE)
+            self.sample = self.sample or Reservoir(SAMPLE, name=self.name)
             self.sample.observe(rows.float())
 
     def add_pair(self, x: torch.Tensor, f: torch.Tensor | None, needs: Collection[Need]) -> None:
@@ -188,7 +194,7 @@ class Seen:
         rows, others = (t.reshape(-1, t.shape[-1]).float() for t in (x, f))
         if "float moment" in needs:
             if self.float_moment is None:
-                self.float_moment = SecondMoment(others.shape[-1])
+                self.float_moment = SecondMoment(others.shape[-1], name=self.name, device=others.device)
             self.float_moment.update(others)
         if "cross moment" in needs:
             cross = rows.T @ others
@@ -256,7 +262,7 @@ def collect(
         def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span, half: int = half, first: dict[str, tuple[Key, torch.Tensor]] = first, j: int = j) -> None:  # fmt: skip
             if experts and _alike(key, x, seen, alike, first, j):
                 return
-            found = seen.setdefault(key, Seen())
+            found = seen.setdefault(key, Seen(name=f"the input of {key[0]}"))
             same = others.get(key)
             f = same.pop(0) if same else None
             if key[0] in grouped and not whole:

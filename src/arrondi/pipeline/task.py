@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Opened:
         texts: the windows, with what is to be said of them whatever the recipe.
         device: where units are run.
         reference: the original after its last unit on the evaluation data, see `followed`; None lets every run follow it anew.
+        largest: what the calibration data give the layers of the original at most, once a recipe has asked; see `largest_inputs`.
     """
 
     source: OnDisk
@@ -53,6 +54,7 @@ class Opened:
     texts: Texts
     device: str
     reference: Stream | None = None
+    largest: dict[bool, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, asked: TextOptions, device: str, recipe: Recipe | None = None) -> Opened:
@@ -105,7 +107,7 @@ class Task:
         check_needed(asked, recipe)
         texts = replace(opened.texts, notes=[*opened.texts.notes, *overlap(opened.texts, recipe)])
         images = texts.images is not None
-        largest = largest_inputs(opened.source, recipe, texts.calibration_batches, opened.device)
+        largest = largest_inputs(opened.source, recipe, texts.calibration_batches, opened.device, opened.largest)
         plan = make_plan(
             opened.source, recipe, layout=layout, keep_misfits=keep_misfits, images=images, largest=largest
         )

@@ -30,6 +30,7 @@ def generate(
     dtype: str = "auto",
     activations: str | None = None,
     kv: str | None = None,
+    device: str = "cpu",
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Generate text.
@@ -43,6 +44,7 @@ def generate(
             compute all of its products in it, else float32.
         activations: see `load`.
         kv: what keys and values become: int8, int4, kivi2, … (`arrondi.KV_KINDS`); None: they stay.
+        device: where the model runs: cpu, cuda or cuda:0.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -56,7 +58,10 @@ def generate(
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    model = load_fast(checkpoint, activations) if dtype == "auto" else load(path, dtype=dtype, activations=activations)
+    if dtype == "auto":
+        model = load_fast(checkpoint, activations, device)
+    else:
+        model = load(path, dtype=dtype, activations=activations, device=device)
     reason = refuse_decoding(model)
     if reason:
         raise SchemeError(f"{path}: {reason}")
@@ -98,14 +103,14 @@ def generate(
     }
 
 
-def load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
-    """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
+def load_fast(checkpoint: Checkpoint, activations: str | None, device: str = "cpu") -> Any:
+    """The model in bfloat16 where that pays: our products of it are fast on every CPU and GPU, PyTorch's only on some CPUs."""
     path = checkpoint.folder.path
     if stored_in_16_bits(checkpoint):
-        model = load(path, dtype="bfloat16", activations=activations)
-        if multiplies_bfloat16() or is_fused(model):
+        model = load(path, dtype="bfloat16", activations=activations, device=device)
+        if device != "cpu" or multiplies_bfloat16() or is_fused(model):
             return model
-    return load(path, dtype="float32", activations=activations)
+    return load(path, dtype="float32", activations=activations, device=device)
 
 
 class _Streamer:

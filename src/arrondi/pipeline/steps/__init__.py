@@ -84,7 +84,9 @@ def step_of_kind(kind: Kind, name: str) -> str:
     """
     known = [step.name for step in STEPS.values() if step.kind == kind]
     if name.lower() not in known:
-        raise unknown(kind, name, known)
+        other = STEPS.get(name.lower())
+        is_one = "" if other is None else f"It is a {'method' if other.kind == 'round' else other.kind}."
+        raise unknown(kind, name, known, hint=is_one)
     return name.lower()
 
 
@@ -106,6 +108,11 @@ def check_step(name: str, options: Mapping[str, Any]) -> None:
         SchemeError: names the option and lists those that exist, or the value and what it should be.
     """
     step = get_step(name)
+    for option in options.keys() - options_of_step(name).keys():
+        others = [f"{other}.{option}" for other in STEPS if option in options_of_step(other)]
+        if others:
+            hint = f"Another step has it: {' or '.join(others)}."
+            raise unknown(f"option of {step.name}", option, options_of_step(name), hint=hint)
     check_options(step.name, _function(step), options)
 
 
