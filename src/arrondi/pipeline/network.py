@@ -141,7 +141,7 @@ def quantize_network(
     graph, recipe = rewritten(given, recipe, calibration, notes)
     found = places(graph)
     firsts, lasts = ends_of(graph)
-    careful = has_few_bits(recipe) and data.ends is not None
+    careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
     rounded_graph, ranges = graph, {}
     if flowing is not None:
         if calibration is None:

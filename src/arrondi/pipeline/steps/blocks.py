@@ -43,15 +43,26 @@ class Block:
     norm: float
 
     @classmethod
-    def of(cls, work: Work, sites: Sequence[Site]) -> Block:
+    def of(cls, work: Work, sites: Sequence[Site]) -> Block | None:
+        """None, and a word in the report, where samples do not lie along the first axis of everything that enters and leaves."""
         assert work.original is not None, "a step that needs float outputs says so"
         number = int(sites[0].modules[0].partition(".")[0])
         part, other = work.instance.model[number], work.original.instance.model[number]
         ours, theirs = entering(part, work.forwards), entering(other, work.original.forwards)
         with work.targets() as outputs:
-            wanted = torch.cat([outputs[j] for j in range(len(outputs))])
+            parts = [outputs[j] for j in range(len(outputs))]
+        batches = [len(one[0]) for one in ours]
+        uneven = any(p.shape[1:] != parts[0].shape[1:] or len(p) != n for p, n in zip(parts, batches, strict=True))
+        if uneven or any(
+            len(x) != n for both in (ours, theirs) for one, n in zip(both, batches, strict=True) for x in one
+        ):
+            for site in sites:
+                work.facts.setdefault(site.tensor, {})["not_learned"] = "samples do not lie along the first axis"
+            return None
+        inputs, others = ([torch.cat(own) for own in zip(*both, strict=True)] for both in (ours, theirs))
+        wanted = torch.cat(parts)
         norm = max(float(wanted.square().mean()), 1e-30)
-        return cls(part, ours, theirs, wanted, inside_only(work.instance.model, number), norm)
+        return cls(part, inputs, others, wanted, inside_only(work.instance.model, number), norm)
 
     def loss(
         self, chosen: torch.Tensor, dropped: float = 0.0, generator: torch.Generator | None = None
@@ -99,6 +110,8 @@ def block_sides(
     if not sites:
         return
     block = Block.of(work, sites)
+    if block is None:
+        return
     as_found = block.total()
     for rounder in block.rounders:
         rounder.on = False
@@ -136,6 +149,8 @@ def block_drop(
     if not sites:
         return
     block = Block.of(work, sites)
+    if block is None:
+        return
     as_found = block.total()
     generator = torch.Generator().manual_seed(0)
     for rounder in block.rounders:

@@ -123,14 +123,18 @@ def networks_only(source: Source, sites: Sequence[Site], together: bool = False)
     if not isinstance(source.model, Program):
         return Choice((), {"it is for networks of operators, .onnx and .pt2 files": tuple(s.name for s in sites)})
     groups: dict[Any, list[Site]] = {}
+    inner = tuple(s.name for s in sites if s.modules[0].count(".") > 1)
     for site in sites:
+        if site.name in inner:
+            continue
         groups.setdefault(site.block if together else site.name, []).append(site)
-    return Choice(tuple(tuple(group) for group in groups.values()))
+    refusals = {"it is a part of a recurrent layer, whose inputs come one after another": inner} if inner else {}
+    return Choice(tuple(tuple(group) for group in groups.values()), refusals)
 
 
-def entering(part: torch.nn.Module, forwards: Sequence[Callable[[], object]]) -> list[torch.Tensor]:
-    """What enters a unit, for every sample: its arguments, batches below each other."""
-    found = []
+def entering(part: torch.nn.Module, forwards: Sequence[Callable[[], object]]) -> list[tuple[torch.Tensor, ...]]:
+    """What enters a unit, for every batch: its arguments."""
+    found: list[tuple[torch.Tensor, ...]] = []
     for forward in forwards:
         args: list[tuple[torch.Tensor, ...]] = []
 
@@ -145,7 +149,7 @@ def entering(part: torch.nn.Module, forwards: Sequence[Callable[[], object]]) ->
         finally:
             handle.remove()
         found.append(args[0])
-    return [torch.cat([one[k] for one in found]) for k in range(len(found[0]))]
+    return found
 
 
 def inside_only(program: Program, number: int) -> list[Rounder]:
