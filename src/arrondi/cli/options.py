@@ -87,6 +87,13 @@ Budget = Annotated[
 ObserverName = Annotated[
     str, typer.Option("--observer", help="For ONNX files: how ranges are found: min-max, percentile, mse, kl, …")
 ]
+Ends = Annotated[
+    str,
+    typer.Option(
+        "--ends",
+        help="For ONNX files: bits of the first and last layers where weights have at most four: 8, or same as all others.",
+    ),
+]
 Mean = Annotated[str | None, typer.Option("--mean", help="For folders of images: means of the channels, with commas.")]
 Std = Annotated[
     str | None, typer.Option("--std", help="For folders of images: deviations of the channels, with commas.")

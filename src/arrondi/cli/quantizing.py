@@ -108,6 +108,7 @@ def quantize(
     budget: opt.Budget = None,
     data: opt.NetworkData = None,
     observer: opt.ObserverName = "mse",
+    ends: opt.Ends = "8",
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[
@@ -129,12 +130,19 @@ def quantize(
             "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
-            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer,
+            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
             mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
     networks.refuse_network_options(
-        {"--budget": budget, "--data": data, "--mean": mean, "--std": std, "--observer": observer != "mse"}
+        {
+            "--budget": budget,
+            "--data": data,
+            "--mean": mean,
+            "--std": std,
+            "--observer": observer != "mse",
+            "--ends": ends != "8",
+        }
     )
     if kv is not None:
         resolved = resolved.with_kv(kv)

@@ -7,8 +7,9 @@ are PyTorch's own, so the steps of the pipeline work on it; `rules` says which v
 from arrondi.graph.insert import held_bits, hold_codes, round_values
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
-from arrondi.graph.program import Program
+from arrondi.graph.program import Part, Program
 from arrondi.graph.read import is_graph_file, read_graph
+from arrondi.graph.rounder import Rounder
 from arrondi.graph.rules import describe, places
 from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
@@ -16,7 +17,9 @@ from arrondi.graph.write import to_onnx, write_graph
 __all__ = [
     "Graph",
     "Node",
+    "Part",
     "Program",
+    "Rounder",
     "Value",
     "describe",
     "held_bits",

@@ -12,7 +12,7 @@ import torch
 from arrondi.errors import MissingExtraError, SchemeError
 from arrondi.formats import Format, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.graph.ir import QDQ, Graph, Node
-from arrondi.graph.layers import RECURRENT
+from arrondi.graph.layers import RECURRENT, turned
 from arrondi.graph.rules import RULES
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
@@ -45,22 +45,26 @@ def _narrow_types() -> Any:
     return ml_dtypes
 
 
-def round_values(graph: Graph, grids: Mapping[str, tuple[Grid, Scheme]]) -> Graph:
+def round_values(
+    graph: Graph, grids: Mapping[str, tuple[Grid, Scheme]], groups: Mapping[str, int] | None = None
+) -> Graph:
     """The graph with values rounded where they are made.
 
     Args:
         grids: value → its grid (one scale) and the scheme of it. Only operators of the table read what is rounded.
+        groups: value → a number, the same for those that share a grid and its constants; None: none do.
     """
     constants, renamed, made = dict(graph.constants), {}, {}
+    first: dict[int, str] = {}
     for name, (grid, scheme) in grids.items():
         kind = code_type(scheme.format)
         given = f"{name}_rounded"
+        stem = name if groups is None else first.setdefault(groups[name], name)
         zero = 0 if grid.zero_point is None else int(grid.zero_point)
-        constants[f"{name}_scale"] = np.array(grid.scale.item(), dtype=np.float32)
-        constants[f"{name}_zero_point"] = np.array(zero).astype(kind)
-        made[name] = Node(
-            f"{name}_grid", QDQ, (name, f"{name}_scale", f"{name}_zero_point"), (given,), _limits(scheme.format, kind)
-        )
+        constants[f"{stem}_scale"] = np.array(grid.scale.item(), dtype=np.float32)
+        constants[f"{stem}_zero_point"] = np.array(zero).astype(kind)
+        read = (name, f"{stem}_scale", f"{stem}_zero_point")
+        made[name] = Node(f"{name}_grid", QDQ, read, (given,), _limits(scheme.format, kind))
         renamed[name] = given
     nodes = [made[v.name] for v in graph.inputs if v.name in made]
     for node in graph.nodes:
@@ -155,8 +159,8 @@ def _held(node: Node, q: QTensor, shape: tuple[int, ...]) -> tuple[np.ndarray, n
     matrix = q.codes.T if flipped else q.codes
     if node.op == "ConvTranspose":
         groups = node.attrs.get("group", 1)
-        split = q.codes.reshape(groups, shape[1], shape[0] // groups, -1)
-        matrix = split.transpose(1, 2)
+        kernel = q.codes.reshape(groups * shape[1], shape[0] // groups, *shape[2:])
+        matrix = turned(kernel, groups)
     if node.op in ("LSTM", "GRU"):  # directions below each other: a scale a row has one axis
         shape = (shape[0] * shape[1], shape[2])
     codes = matrix.reshape(shape).numpy().astype(kind)

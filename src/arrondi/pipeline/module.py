@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
-from arrondi.model import Budget, InMemory, Inputs, Instance, Site, Stream, Units, settle, walk
+from arrondi.model import Budget, InMemory, Inputs, Instance, Site, Straight, Stream, Units, settle, walk
 from arrondi.nn import QStack
 from arrondi.pipeline.finished import Finished
 from arrondi.pipeline.fisher import LossKnown, looks_at_loss
@@ -221,7 +221,8 @@ def _finish(finished: Finished, one: Selected, found: dict[str, LayerValues]) ->
 
 def _copy(source: InMemory) -> Units:
     """The original, whose weights stay as they are."""
-    copied = InMemory(copy.deepcopy(source.model))
+    model = source.model
+    copied = InMemory(model.original() if isinstance(model, Straight) else copy.deepcopy(model))
     if source.whole:
         copied.run_as_whole(source.facts)
     return copied.units_of(copied.instance())

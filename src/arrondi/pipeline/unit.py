@@ -230,6 +230,8 @@ def _round(work: Work, sites: list[Site]) -> None:
         why = "the original sends it other tokens"
     elif not stackable(work.scheme(sites[0]).weights, len(planned.sites)):
         why = "one scale covers all experts"
+    elif seen.groups and not rowwise(work.scheme(sites[0]).weights):
+        why = "one scale covers all groups of the convolution"
     if why or seen is None:
         for site in sites:
             _round_blindly(work, site, why)

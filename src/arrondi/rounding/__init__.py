@@ -29,6 +29,7 @@ from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.imatrix import imatrix
 from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
 from arrondi.rounding.llm_int8 import foresees_llm_int8, llm_int8, refuse_llm_int8, size_llm_int8
+from arrondi.rounding.nearest_first import nearest_first
 from arrondi.rounding.qronos import qronos
 from arrondi.rounding.rtn import refuse_rtn, rtn
 from arrondi.rounding.yaqa import refuse_yaqa, yaqa
@@ -115,6 +116,18 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
         autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, wants=PAIRS, repairs=("signround",)
     ),
     "adaround": Method(adaround, PAIRS, "Nagel et al. 2020, arXiv:2004.10568", 20_000.0, refuse_adaround, unpaired="gptq"),
+    "adaquant": Method(
+        adaround, PAIRS, "Hubara et al. 2020, arXiv:2006.10518", 20_000.0, refuse_adaround, unpaired="gptq", repairs=("layer-tune",)
+    ),
+    "brecq": Method(
+        adaround, PAIRS, "Li et al. 2021, arXiv:2102.05426", 50_000.0, refuse_adaround, unpaired="gptq", repairs=("block-sides",)
+    ),
+    "qdrop": Method(
+        adaround, PAIRS, "Wei et al. 2022, arXiv:2203.05740", 50_000.0, refuse_adaround, unpaired="gptq", repairs=("block-drop",)
+    ),
+    "easyquant": Method(
+        nearest_first, NOTHING, "Wu et al. 2020, arXiv:2006.16669", 20_000.0, refuse_autoround, repairs=("scale-search",)
+    ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0),
     "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
