@@ -60,7 +60,7 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
         ranges: of values, where they have been observed: those of a Concat share a grid only if they are alike.
     """
     producers = graph.producers
-    floating = _floating(graph)
+    floating = floating_values(graph)
     wanted: set[str] = set()
     whole = {v.name for v in graph.inputs}  # what integers can be made of without leaving them
     for node in graph.nodes:
@@ -106,7 +106,7 @@ def _square(node: Node) -> bool:
     return node.op == "Mul" and len(set(node.inputs)) == 1
 
 
-def _floating(graph: Graph) -> set[str]:
+def floating_values(graph: Graph) -> set[str]:
     """Values that are not constants, as far as is known of floating type: those that come of the graph's floating inputs."""
     found = {v.name for v in graph.inputs if v.dtype == np.float32}
     for node in graph.nodes:
