@@ -261,7 +261,7 @@ def test_a_rule_names_what_stands_in_for_its_method(models: Callable[..., Path],
         ({"method": "rtn", "scheme": "W4A16", "fallback": "hqq"}, "rtn looks at no inputs, so it needs no fallback"),
         (
             {"method": "gptq", "scheme": "W4A16", "fallback": "gptq"},
-            "Name one of these as the fallback: any4, autoround, gobo, hqq, kmeans, llm-int8, rtn",
+            "Name one of these as the fallback: any4, autoround, easyquant, gobo, hqq, kmeans, llm-int8, rtn",
         ),
         ({"method": "gptq", "scheme": "W4A16", "fallback": "means"}, "Name one of these as the fallback"),
         ({"method": "gptq", "scheme": "W4A16", "fallback": "awqq"}, "Unknown method 'awqq'"),
@@ -347,7 +347,7 @@ def test_steps_work_on_a_module_in_memory() -> None:
         ({"repairs": ["smoothquant"]}, "Unknown repair 'smoothquant'. It is a rewrite."),
         ({"rewrites": ["rotate", "rotate"]}, "The rewrite rotate is named twice."),
         ({"method": "tune"}, "tune is a repair and rounds nothing"),
-        ({"rewrites": ["smoothquant"], "options": {"alpha": 0.7}}, "Another step has it: smoothquant.alpha."),
+        ({"rewrites": ["smoothquant"], "options": {"alpha": 0.7}}, "Another step has it: smoothquant.alpha or scale-search.alpha."),
     ],
 )
 def test_a_step_in_the_wrong_place_is_told_where_it_belongs(words: dict[str, Any], said: str) -> None:
