@@ -5,6 +5,7 @@ are PyTorch's own, so the steps of the pipeline work on it; `rules` says which v
 """
 
 from arrondi.graph.insert import held_bits, hold_codes, round_values
+from arrondi.graph.integer import Lowered, lower
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
 from arrondi.graph.program import Program
@@ -15,6 +16,7 @@ from arrondi.graph.write import to_onnx, write_graph
 
 __all__ = [
     "Graph",
+    "Lowered",
     "Node",
     "Program",
     "Value",
@@ -22,6 +24,7 @@ __all__ = [
     "held_bits",
     "hold_codes",
     "is_graph_file",
+    "lower",
     "observe",
     "places",
     "read_graph",

@@ -27,7 +27,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "SpaceToDepth": "moves", "Identity": "moves", "Expand": "moves", "Tile": "moves",
     "Relu": "activation", "Clip": "activation", "LeakyRelu": "activation", "PRelu": "activation", "HardSwish": "activation",
 }  # fmt: skip
-"""Operator → what is rounded around it. One that is not here stays in floating point, and so does what it reads."""
+"""Operator → what is rounded around it. One that is not here stays in numbers point, and so does what it reads."""
 
 FIXED: Final[Mapping[str, tuple[float, float]]] = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}  # fmt: skip
 """Operator → the range of what it gives, which needs no data."""
@@ -42,7 +42,7 @@ class Places:
 
     Attributes:
         values: value → the group of values that share its grid, in order of the graph.
-        plain: operators that stay in floating point although they compute → how many there are.
+        plain: operators that stay in numbers point although they compute → how many there are.
     """
 
     values: Mapping[str, int]
@@ -56,11 +56,11 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
         ranges: of values, where they have been observed: those of a Concat share a grid only if they are alike.
     """
     producers = graph.producers
-    floating = _floating(graph)
+    numbers = floating(graph)
     wanted: set[str] = set()
     for node in graph.nodes:
         if RULES.get(node.op) in ("layer", "arithmetic", "joins"):
-            wanted |= {n for n in node.inputs if n in floating}
+            wanted |= {n for n in node.inputs if n in numbers}
     shared: dict[str, str] = {}
 
     def leader(name: str) -> str:
@@ -72,25 +72,25 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
         rule = RULES.get(node.op)
         outputs = [n for n in node.outputs if n in wanted]
         source = node.inputs[0] if node.inputs else ""
-        if rule == "moves" and outputs and source in floating:
+        if rule == "moves" and outputs and source in numbers:
             wanted.add(source)
             for name in outputs:
                 shared[leader(name)] = leader(source)
         if rule == "joins" and outputs and ranges is not None:
             for name in node.inputs:
-                if name in floating and _alike(ranges.get(name), ranges.get(outputs[0])):
+                if name in numbers and _alike(ranges.get(name), ranges.get(outputs[0])):
                     shared[leader(name)] = leader(outputs[0])
     ordered = [*(v.name for v in graph.inputs), *(n for node in graph.nodes for n in node.outputs)]
     groups: dict[str, int] = {}
     found = {n: groups.setdefault(leader(n), len(groups)) for n in ordered if n in wanted}
     plain: dict[str, int] = {}
     for node in graph.nodes:
-        if node.op not in RULES and node.op not in FIXED and any(n in floating for n in node.inputs) and producers:
+        if node.op not in RULES and node.op not in FIXED and any(n in numbers for n in node.inputs) and producers:
             plain[node.op] = plain.get(node.op, 0) + 1
     return Places(found, plain)
 
 
-def _floating(graph: Graph) -> set[str]:
+def floating(graph: Graph) -> set[str]:
     """Values that are not constants, as far as is known of floating type: those that come of the graph's floating inputs."""
     found = {v.name for v in graph.inputs if v.dtype == np.float32}
     for node in graph.nodes:
