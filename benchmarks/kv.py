@@ -23,6 +23,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import arrondi
+from arrondi.measure.data import read_windows
+from arrondi.measure.text import load_tokenizer
 from arrondi.native import kernel_threads
 from arrondi.runtime.attention import own_attention
 from arrondi.runtime.cache import growing_cache
@@ -43,9 +45,17 @@ def random_llama(options: argparse.Namespace, positions: int) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
 
 
+def known(model: Any, kind: str) -> Any:
+    """What a kind has to know of the random model, from random words."""
+    words = torch.randint(1000, (1, 512), generator=torch.Generator().manual_seed(1))
+    return arrondi.calibrate_cache(model, kind, [words])
+
+
 def filled(model: Any, kind: str, length: int) -> Any:
     """A cache that holds so many tokens of random states."""
-    cache = growing_cache(model) if kind == "full" else arrondi.kv_cache(model, kind, lazily=True)
+    cache = (
+        growing_cache(model) if kind == "full" else arrondi.kv_cache(model, kind, clips=known(model, kind), lazily=True)
+    )
     heads, width = model.config.num_key_value_heads, model.config.head_dim
     generator = torch.Generator().manual_seed(0)
     for layer in cache.layers:
@@ -96,12 +106,21 @@ def speed(options: argparse.Namespace) -> None:
             )
 
 
+def calibrated(path: str, kind: str, options: argparse.Namespace) -> Any:
+    """What a kind has to know of a model, from the calibration text."""
+    if options.calibration is None:
+        return None
+    windows = read_windows(Path(options.calibration), load_tokenizer(Path(path)), options.seq_len, "calibration text")
+    return arrondi.calibrate_cache(arrondi.load(path), kind, windows.ids[:16].split(4))
+
+
 def cost(options: argparse.Namespace) -> None:
     for path in [options.model, *options.also]:
         base = None
         for kind in ["full", *options.kinds]:
+            clips = calibrated(path, kind, options)
             found = compare_with_cache(
-                path, options.model, Path(options.text), kind, seq_len=options.seq_len, samples=options.windows, chunk=options.chunk
+                path, options.model, Path(options.text), kind, seq_len=options.seq_len, samples=options.windows, chunk=options.chunk, clips=clips
             )  # fmt: skip
             if base is None:
                 print(
@@ -118,9 +137,10 @@ def cost(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kinds", nargs="+", default=["int8", "int4", "int4-rotated", "kivi4", "kivi2"])
+    parser.add_argument("--kinds", nargs="+", default=["int8", "int4", "int4-rotated", "kivi4", "kivi2", "pca2"])
     parser.add_argument("--model", help="model directory; then KL is measured instead of time")
     parser.add_argument("--text", help="text that the model has not seen")
+    parser.add_argument("--calibration", help="text for kinds that are calibrated: pca2, int8-static")
     parser.add_argument("--also", action="append", default=[], help="a quantized copy of the model; repeatable")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)

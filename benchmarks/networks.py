@@ -100,22 +100,6 @@ class TinyDarknet(nn.Module):
         return x.mean((2, 3))
 
 
-class VDSR(nn.Module):
-    """Twenty convolutions that say what a blown-up picture lacks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input, self.output = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Conv2d(64, 1, 3, padding=1, bias=False)
-        for k in range(1, 19):
-            setattr(self, f"conv{k}", nn.Conv2d(64, 64, 3, padding=1, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.input(x))
-        for k in range(1, 19):
-            y = F.relu(getattr(self, f"conv{k}")(y))
-        return x + self.output(y)
-
-
 class LeNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()

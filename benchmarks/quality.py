@@ -66,6 +66,8 @@ CASES: Final = (
     Case("qronos", FEW, {"method": "qronos"}),
     Case("adaround", FEW, {"method": "adaround"}),
     Case("gptaq", WIDTHS, {"method": "gptaq"}),
+    Case("yaqa", WIDTHS, {"method": "yaqa"}),
+    Case("yaqa refine e2e", FEW, {"method": "yaqa", "options": {"refine": 2}, "repairs": ["e2e"]}),
     Case("gptaq refine", FEW, {"method": "gptaq", "options": REFINED}),
     Case("autoround", WIDTHS, {"method": "autoround"}),
     Case("preset best", WIDTHS, {"preset": "best"}),

@@ -51,6 +51,10 @@ CASES: Final = (
     Case("rtn", (*WEIGHTS, *LOW), {"method": "rtn"}),
     Case("gptq", WEIGHTS, {"method": "gptq"}),
     Case("adaround", (*WEIGHTS, *LOW), {"method": "adaround"}),
+    Case("adaquant", (*WEIGHTS, *LOW), {"method": "adaquant"}),
+    Case("brecq", (*WEIGHTS, *LOW), {"method": "brecq"}),
+    Case("qdrop", LOW, {"method": "qdrop"}),
+    Case("easyquant", (*EIGHT, *LOW), {"method": "easyquant"}),
 )  # fmt: skip
 
 

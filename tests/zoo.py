@@ -115,6 +115,23 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Models with something unusual."""
 
+HALVES = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+}
+SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("BartForConditionalGeneration", {**HALVES, "vocab_size": VOCABULARY, "d_model": 64, "max_position_embeddings": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}),
+    # tables of sines that are parameters and that no file holds
+    "marian": ("MarianMTModel", {**HALVES, "vocab_size": VOCABULARY, "d_model": 64, "max_position_embeddings": 128, "pad_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 1, "forced_eos_token_id": 0}),
+    "mt5": ("MT5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "d_kv": 16, "decoder_start_token_id": 0}),
+}  # fmt: skip
+"""Models with an encoder and a decoder, beside `t5` and `whisper`."""
+
+KNOWN = {**ARCHITECTURES, **UNUSUAL, **SEQ2SEQ}
 ZOO = {**ARCHITECTURES, **UNUSUAL}
 
 
@@ -122,12 +139,12 @@ def class_of(name: str) -> Any:
     """The transformers class of a test model."""
     import transformers
 
-    return getattr(transformers, ZOO[name][0])
+    return getattr(transformers, KNOWN[name][0])
 
 
 def make(name: str, **changes: Any) -> Any:
     """A random model, livelier than its initialisation; nothing has the value that a config alone would give."""
-    cls, settings = class_of(name), ZOO[name][1]
+    cls, settings = class_of(name), KNOWN[name][1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = cls.config_class(**{**settings, **changes})

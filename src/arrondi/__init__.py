@@ -14,7 +14,7 @@ _HOME: Final = {
     "compare": "api", "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api",
     "Recipe": "pipeline", "Rule": "pipeline", "STEPS": "pipeline", "Step": "pipeline",
     "Limits": "measure.limits",
-    "KV_KINDS": "formats.kv", "CacheScheme": "formats.kv", "QuantizedCache": "runtime.kv", "calibrate_clips": "runtime.kv", "kv_cache": "runtime.kv",
+    "KV_KINDS": "formats.kv", "CacheScheme": "formats.kv", "QuantizedCache": "runtime.kv", "calibrate_cache": "runtime.kv", "calibrate_clips": "runtime.kv", "kv_cache": "runtime.kv",
     "ActivationScheme": "formats", "FORMATS": "formats", "Format": "formats", "LayerScheme": "formats", "PRESETS": "formats",
     "PerBlock": "formats", "PerChannel": "formats", "PerGroup": "formats", "PerTensor": "formats", "PerToken": "formats",
     "Scheme": "formats", "codebook": "formats", "get_format": "formats", "parse_scheme": "formats",
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from arrondi.rounding.hqq import hqq as hqq
     from arrondi.rounding.rtn import rtn as rtn
     from arrondi.runtime.kv import QuantizedCache as QuantizedCache
+    from arrondi.runtime.kv import calibrate_cache as calibrate_cache
     from arrondi.runtime.kv import calibrate_clips as calibrate_clips
     from arrondi.runtime.kv import kv_cache as kv_cache
     from arrondi.sample import sample_path as sample_path

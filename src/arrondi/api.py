@@ -33,13 +33,14 @@ from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.network import NetworkData, quantize_network
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.texts import read_data
 from arrondi.runtime.load import load as load_model
 from arrondi.runtime.modules import load_into, save
 from arrondi.search import compare_methods
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "observer", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
+    "out", "kv", "observer", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -62,6 +63,7 @@ def quantize(
     repairs: Iterable[str] = (),
     preset: str | None = None,
     embeddings: str | None = None,
+    kv: str | None = None,
     evaluation: Data | None = None,
     evaluate: bool = True,
     samples: int = 128,
@@ -75,6 +77,7 @@ def quantize(
     layout: str | None = None,
     keep_misfits: bool = False,
     observer: str = "mse",
+    ends: int | None = 8,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -93,11 +96,13 @@ def quantize(
         recipe: rules instead of scheme, method, group_size, targets, options, rewrites, repairs and embeddings.
         group_size, targets, ignore, options, rewrites, repairs, embeddings: see `Recipe.simple`.
         preset: what is done, instead of method, rewrites and repairs: "best", "q8bert" or "zeroquant".
+        kv: what keys and values become while the model runs, see `arrondi.KV_KINDS`; stored with a directory.
         evaluation: data to measure on; None takes the last tenth of the calibration data.
         evaluate: False leaves the measurement out.
         samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
         observer: how ranges of what flows are found, for networks of ONNX operators; see `arrondi.calibration.OBSERVERS`.
+        ends: bits of the first and last layers of such networks where weights have at most four; None: as all others.
         layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
     Returns:
@@ -112,8 +117,10 @@ def quantize(
     if is_graph_file(model):
         if out is None:
             raise SchemeError('A network is quantized into a file. Give out="NAME.onnx".')
-        data = NetworkData(calibration, evaluation, samples, seed, observer=observer, evaluate=evaluate)
+        data = NetworkData(calibration, evaluation, samples, seed, observer=observer, evaluate=evaluate, ends=ends)
         return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
+    if kv is not None:
+        rules = rules.with_kv(kv)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
@@ -166,6 +173,7 @@ def plan(
     embeddings: str | None = None,
     layout: str | None = None,
     keep_misfits: bool = False,
+    images: str | Path | None = None,
 ) -> Plan:
     """What `quantize` would do with a model directory, before anything is computed; `to_dict()` for plain data.
 
@@ -173,7 +181,9 @@ def plan(
     """
     check_arguments(plan, locals())
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
-    return make_plan(OnDisk.open(model), rules, layout=layout, keep_misfits=keep_misfits)
+    source = OnDisk.open(model)
+    read_data(source, TextOptions(images=images))  # refused where they cannot be read
+    return make_plan(source, rules, layout=layout, keep_misfits=keep_misfits, images=images is not None)
 
 
 def _rules(
@@ -228,7 +238,7 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
     Args:
         path: directory or Hub name; quantized or plain.
         model: a fresh module of the class that was saved, for models that transformers does not build; it is filled.
-        options: dtype, activations and fuse of `arrondi.runtime.load.load`.
+        options: dtype, activations, fuse and device of `arrondi.runtime.load.load`.
 
     Raises:
         ArrondiError: see its sentence.
@@ -245,7 +255,10 @@ def compare(
     model: str | Path,
     *,
     schemes: Iterable[AnyScheme] | None = None,
-    methods: Iterable[str] = ("rtn", "gptq"),
+    methods: Iterable[str] | None = None,
+    presets: Iterable[str] = (),
+    rewrites: Iterable[str] = ("none",),
+    embeddings: Iterable[str] = ("none",),
     calibration: Data | None = None,
     text: Data | None = None,
     out: str | Path | None = None,
@@ -266,7 +279,9 @@ def compare(
     Args:
         model: a model directory or a Hub name.
         schemes: words or values, each tried with each method; "W4A16" if none are given.
-        methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`.
+        methods: "gptq", "rotate+gptq", "gptq:damping=0.05", or a recipe file (".json"), see `arrondi.search.candidates`; "rtn" and
+            "gptq" if neither they nor presets are given.
+        presets, rewrites, embeddings: more to try, with "none" for nothing, see `arrondi.search.candidates`.
         calibration, samples, seq_len, eval_samples, seed: see `TextOptions`.
         text: what to measure on; None takes the last tenth of the calibration data.
         out, keep, device, progress: see `arrondi.search.compare_methods`.
@@ -280,8 +295,11 @@ def compare(
     """
     check_arguments(compare, locals())
     asked = TextOptions(calibration, samples, seq_len, text, True, eval_samples, seed)
+    ready = _several(presets)
+    wanted = ([] if ready else ["rtn", "gptq"]) if methods is None else _several(methods)
     return compare_methods(
-        model, None if schemes is None else _several(schemes), _several(methods), asked, out=out, keep=keep, group_size=group_size, targets=targets,
+        model, None if schemes is None else _several(schemes), wanted, asked, out=out, keep=keep, presets=ready,
+        rewrites=_several(rewrites), embeddings=_several(embeddings), group_size=group_size, targets=targets,
         ignore=ignore, options=options, device=device, progress=progress,
     )  # fmt: skip
 

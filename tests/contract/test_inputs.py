@@ -63,7 +63,7 @@ def test_load_and_transformers_run_one_model(
         assert distance(run(name, of_transformers(name, models(name))), computed) > SUMS, "something was rounded"
 
 
-@pytest.mark.parametrize("name", OTHER_INPUTS)
+@pytest.mark.parametrize("name", [n for n in OTHER_INPUTS if n not in ("t5", "whisper")])
 def test_they_are_not_measured_on_text(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(SchemeError, match=r"--method rtn or hqq"):
         quantize_model(models(name), tmp_path / "out", Recipe.simple("w=int4/g32"), TextOptions(eval_text=IDS))

@@ -10,7 +10,7 @@ import torch
 
 import arrondi
 from arrondi.errors import ArrondiError
-from arrondi.graph import Program, read_graph, write_graph
+from arrondi.graph import Program, read_graph, tidy, write_graph
 from tests.graph.nets import Residual, images, perturbed
 
 pytest.importorskip("onnx")
@@ -57,6 +57,27 @@ def test_the_file_computes_what_was_measured(network: Path, tmp_path: Path, sche
     assert report["evaluation"]["agreement"] == pytest.approx(agreement, abs=0.026)
     quantized = [row for row in report["layers"] if row["status"] == "quantized"]
     assert len(quantized) == 5 and all(row["bits_per_weight"] < 13 for row in quantized)
+
+
+def test_every_value_is_described(network: Path, tmp_path: Path) -> None:
+    x = images(32)
+    report = arrondi.quantize(
+        network, "W8A8", calibration=x, out=tmp_path / "out.onnx", evaluate=False, observer="percentile"
+    )
+    graph, made, moved = tidy(read_graph(network)), {}, {}
+    Program(graph).watch((x,), made.__setitem__)
+    Program(read_graph(tmp_path / "out.onnx")).watch((x,), moved.__setitem__)
+    assert set(report["ranges"]) <= set(report["values"]) <= set(made)
+    for name, row in report["values"].items():
+        assert sum(row["histogram"]["counts"]) == made[name].numel()
+        noise = float((made[name] - moved[name]).square().sum())
+        if row["sqnr_db"] is not None:
+            assert row["sqnr_db"] == pytest.approx(10 * np.log10(float(made[name].square().sum()) / noise), abs=0.1)
+        if row["range"] is not None:
+            low, high = row["range"]
+            assert row["beyond_range"] == pytest.approx(
+                float(((made[name] < low) | (made[name] > high)).float().mean())
+            )
 
 
 def test_two_runs_give_the_same_bytes(network: Path, tmp_path: Path) -> None:

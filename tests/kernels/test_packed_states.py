@@ -9,7 +9,7 @@ import torch
 
 from arrondi.errors import ShapeError
 from arrondi.formats import ActivationScheme
-from arrondi.formats.kv import KV_KINDS, parse_kv
+from arrondi.formats.kv import KV_KINDS, CacheScheme, parse_kv
 from arrondi.kernels.hadamard import hadamard
 from arrondi.kernels.packed_states import (
     Packed,
@@ -24,7 +24,7 @@ from arrondi.tensor.states import Lanes, round_states
 
 pytestmark = pytest.mark.skipif(not available(), reason="the compiled attention is not there")
 
-KINDS = [*(name for name, kind in KV_KINDS.items() if kind.scheme), "k=uint2/b16x1/offset,v=uint8/g16/offset/bfloat16,window=16", "k=uint8/b64x1/offset,v=int4/token,window=64", "k=int2/g8,v=uint2/token/offset"]  # fmt: skip
+KINDS = [*(name for name, kind in KV_KINDS.items() if isinstance(kind.scheme, CacheScheme)), "k=uint2/b16x1/offset,v=uint8/g16/offset/bfloat16,window=16", "k=uint8/b64x1/offset,v=int4/token,window=64", "k=int2/g8,v=uint2/token/offset"]  # fmt: skip
 
 
 def packed(

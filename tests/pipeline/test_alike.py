@@ -26,6 +26,7 @@ def divergence(original: torch.nn.Module, other: torch.nn.Module) -> float:
     [
         ("llama", "gptq", ()),
         ("llama", "gptaq", ("tune", "e2e")),
+        ("llama", "yaqa", ()),
         ("gpt2", "gptq", ("bias-correction",)),
         ("qwen3-moe", "gptq", ()),
         ("gemma3", "awq", ()),

@@ -12,13 +12,16 @@ import transformers
 from torch import nn
 
 import arrondi
+from arrondi.calibration import SecondMoment
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import SchemeError
 from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.nn import QEmbedding, QLinear, factor_of
 from arrondi.pipeline import Recipe, TextOptions, make_plan, preset_recipe, quantize_model
+from arrondi.rounding import METHODS
 from arrondi.runtime.modules import load_into
+from arrondi.tensor.checks import layer_scheme_of
 from tests.checkpoint.copies import distance, logits
 from tests.pipeline.stopping import stopped_after
 from tests.pipeline.toys import data
@@ -58,8 +61,9 @@ def test_report_evaluation_and_a_plain_loop_agree(
     source, out = models(name), tmp_path / "out"
     report = quantize_model(source, out, Recipe.simple("w=int4/g16", method, embeddings="int4/g16"), TEXT)
     row = next(r for r in report["layers"] if r["name"] == WORDS[name])
-    assert row["bits_per_weight"] == 4 + 32 / 16 and row["method"] == "rtn", "scales are float32, as the model is"
-    assert row["calibration_tokens"] is None, "there is nothing to calibrate"
+    tied = name == "llama-tied"  # of what is only looked up there is nothing to calibrate on
+    assert row["bits_per_weight"] == 4 + 32 / 16, "scales are float32, as the model is"
+    assert (row["method"], row["calibration_tokens"]) == (("gptq", 6 * 24) if tied else ("rtn", None))
     kept = quantize_model(source, tmp_path / "kept", Recipe.simple("w=int4/g16", method), TEXT)
     assert WORDS[name] in {r["name"] for r in kept["kept"]} and kept["output_bytes"] > report["output_bytes"]
     kl = report["evaluation"]["kl_mean"]
@@ -140,7 +144,31 @@ def test_a_tied_table_stays_until_it_is_named(models: Callable[..., Path]) -> No
     both = make_plan(OnDisk.open(tied), Recipe.simple("W8A8", "gptq", targets=["Linear", "Embedding"]))
     assert str(next(t for t in both.quantized if t.name == words).scheme) == "w=int8/channel", "ids are not rounded"
     assert any(f"{words} is quantized once and serves lm_head.weight too" in note for note in both.notes)
-    assert any(note.startswith("Rounded by rtn instead of gptq, for it is looked up") for note in both.notes)
+    assert any(note.startswith("Rounded by gptq on what the tied head is given") for note in both.notes)
+    turned = make_plan(
+        OnDisk.open(tied), Recipe.simple("W8A8", "gptq", targets=["Linear", "Embedding"], rewrites=["rotate"])
+    )
+    assert not turned.told_by_heads, "the head is stored apart"
+    assert any(note.startswith("Rounded by rtn instead of gptq, for it is looked up") for note in turned.notes)
+
+
+def test_a_tied_table_is_rounded_for_products_and_for_rows(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Its codes are those of gptq on the head's inputs in the original, found here by a hook, with their mean added to the diagonal."""
+    source = models("llama-tied")
+    recipe = Recipe.simple("w=int8/channel", "gptq", embeddings="int3/g16")
+    quantize_model(source, tmp_path / "out", recipe, TEXT)
+    module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    moment = SecondMoment(64)
+    hook = module.lm_head.register_forward_pre_hook(lambda head, args: moment.update(args[0].reshape(-1, 64)))
+    with torch.no_grad():
+        module(torch.as_tensor(data(6, 24, 1)))
+    hook.remove()
+    table = module.get_input_embeddings().weight.detach()
+    expected = METHODS["gptq"].round(table, layer_scheme_of("w=int3/g16").weights, name="x", moment=moment, damping=1.0)
+    found = Checkpoint.open(tmp_path / "out").layer(WORDS["llama-tied"]).weight
+    assert float((found.codes != expected.q.codes).float().mean()) < 0.01, "sums differ in their last digits"
+    arrondi.quantize(module, recipe=recipe, calibration=torch.as_tensor(data(6, 24, 1)))
+    assert float((module.get_input_embeddings().unpack().codes != expected.q.codes).float().mean()) < 0.01
 
 
 def test_a_layout_that_cannot_hold_a_table_says_so(models: Callable[..., Path]) -> None:

@@ -14,12 +14,16 @@ import pytest
 import torch
 import transformers
 
+import arrondi
 from arrondi.errors import DataError, FileFormatError
 from arrondi.measure.images import PROMPT, load_processor, read_images
 from arrondi.measure.metrics import kl_divergence
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, TextOptions, make_plan, quantize_model
 from arrondi.sample import sample_path
+from tests.cli.conftest import Cli, cli, refused
+
+__all__ = ["cli"]
 
 pillow = pytest.importorskip("PIL.Image")
 
@@ -100,7 +104,7 @@ def test_without_images_the_vision_part_is_kept_and_said_so(llava: Path) -> None
     whole = make_plan(OnDisk.open(llava), Recipe.simple("w=int4/g16"), images=True)
     assert {t.name for t in whole.quantized} > {t.name for t in plan.quantized}
     assert any("vision_tower" in t.name and "fc1" in t.name for t in whole.quantized)
-    assert not any("text does not reach" in n for n in whole.notes)
+    assert not any("are kept as they are" in n for n in whole.notes)
 
 
 def test_a_run_on_images(llava: Path, pictures: Path, tmp_path: Path) -> None:
@@ -116,8 +120,6 @@ def test_a_run_on_images(llava: Path, pictures: Path, tmp_path: Path) -> None:
     measured = report["evaluation"]
     assert "every token behind the image" in measured["protocol"] and measured["windows"] == 1
     original = transformers.LlavaForConditionalGeneration.from_pretrained(llava)
-    import arrondi
-
     arrondi.dequantize(out, tmp_path / "plain", "float32")
     rounded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "plain")
     images = read_images(pictures, llava, 12)
@@ -178,3 +180,23 @@ def test_models_that_see_nothing(llava: Path, pictures: Path, models: Callable[.
     shutil.copyfile(pictures / "00.png", one / "a.png")
     with pytest.raises(DataError, match="one image, which cannot be both calibrated and measured on"):
         quantize_model(llava, tmp_path / "out", recipe, TextOptions(images=one))
+
+
+def test_a_plan_says_what_images_reach(cli: Cli, llava: Path, pictures: Path, tmp_path: Path) -> None:
+    """`plan` takes the same option as `quantize`, and says the same of it."""
+    asked = ("plan", llava, "--scheme", "w=int4/g16", "--method", "gptq")
+    without, seen = cli(*asked, "--json").document, cli(*asked, "--calibration-images", pictures, "--json").document
+    reached = {t["name"] for t in seen["tensors"] if t["status"] == "quantized"}
+    assert reached > {t["name"] for t in without["tensors"] if t["status"] == "quantized"}
+    (note,) = [n for n in seen["notes"] if "text does not reach" in n]
+    assert "are quantized, too, because the images reach them" in note
+    (note,) = [n for n in without["notes"] if "text does not reach" in n]
+    assert "are kept as they are" in note
+    report = quantize_model(llava, tmp_path / "out", Recipe.simple("w=int4/g16", "gptq"), TextOptions(images=pictures))
+    assert {row["name"] for row in report["layers"]} == reached
+    api = arrondi.plan(llava, "w=int4/g16", method="gptq", images=pictures)
+    assert {t.name for t in api.quantized} == reached
+    printed = cli(*asked, "--calibration-images", pictures).out
+    assert "because the images reach them" in " ".join(printed.split()), "wherever lines are broken"
+    refused(cli(*asked, "--calibration-images", tmp_path / "gone"), "no such directory")
+    refused(cli("plan", sample_path(), "--calibration-images", pictures), "no processor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import arrondi
-from arrondi.errors import SchemeError
+from arrondi.errors import DataError, SchemeError
 from arrondi.measure.compare import compare_models
 from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe, Rule, TextOptions, make_plan, quantize_model
 from arrondi.pipeline.step import Step
+from arrondi.pipeline.texts import check_needed
 from arrondi.rounding.rtn import rtn
 from tests.pipeline.toys import TOYS, biases_come, call, data, recipe, toys_known
 
@@ -336,3 +338,30 @@ def test_steps_work_on_a_module_in_memory() -> None:
         quantized[i].bias = None
     without = torch.cat([quantized(b) for b in batches]).mean(0)
     assert float((means[1] - means[0]).norm()) < 0.5 * float((without - means[0]).norm())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"rewrites": ["gptq"]}, "Unknown rewrite 'gptq'. It is a method."),
+        ({"repairs": ["smoothquant"]}, "Unknown repair 'smoothquant'. It is a rewrite."),
+        ({"rewrites": ["rotate", "rotate"]}, "The rewrite rotate is named twice."),
+        ({"method": "tune"}, "tune is a repair and rounds nothing"),
+        ({"rewrites": ["smoothquant"], "options": {"alpha": 0.7}}, "Another step has it: smoothquant.alpha."),
+    ],
+)
+def test_a_step_in_the_wrong_place_is_told_where_it_belongs(words: dict[str, Any], said: str) -> None:
+    with pytest.raises(SchemeError, match=re.escape(said)):
+        Recipe.simple("W4A16", **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"method": "awq"}, "Method 'awq' needs calibration text"),
+        ({"rewrites": ["smoothquant"]}, "The rewrite 'smoothquant' needs calibration text"),
+    ],
+)
+def test_what_needs_text_is_called_by_the_name_that_was_given(words: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        check_needed(TextOptions(None), Recipe.simple("W4A16", **words))

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from arrondi.calibration import SecondMoment
-from arrondi.formats import parse_scheme
-from arrondi.repair.soft import SoftRounding, SoftScale, learns_rounding
+from arrondi.formats import parse_scheme, tile_shape
+from arrondi.repair.soft import SoftRounding, SoftScale, is_nearest, learns_rounding
 from arrondi.rounding.gptq import gptq
 from arrondi.rounding.rtn import rtn
+from arrondi.tensor.tiling import from_tiles
 
 SCHEMES = ["w=int3/g16/bfloat16", "w=uint4/g16/asym/bfloat16", "w=int4/channel", "w=int8/tensor"]
 
@@ -76,6 +77,34 @@ def test_it_may_begin_at_the_codes_of_another_method(scheme: str) -> None:
     assert torch.equal(soft.hard().codes, q.codes)
     assert torch.allclose(soft.value(), q.dequantize(), atol=1e-6)
     assert float((rtn(weight(), q.scheme).codes != q.codes).float().mean()) > 0.01, "these are other codes"
+
+
+@pytest.mark.parametrize("shrink", [True, False])
+@pytest.mark.parametrize("scheme", ["w=int3/g16/bfloat16", "w=int4/channel", "w=int2/g16"])
+def test_one_pass_gives_what_the_operations_one_by_one_give(scheme: str, shrink: bool) -> None:
+    q = rtn(weight(), parse_scheme(scheme).weights, range="absmax")
+    generator = torch.Generator().manual_seed(3)
+    pull = torch.randn(12, 48, generator=generator)
+    soft = SoftRounding.of(q, weight(), shrink=shrink)
+    with torch.no_grad():
+        soft.shift.copy_(torch.rand(soft.shift.shape, generator=generator) - 0.5)
+        if soft.shrink is not None:
+            soft.shrink.copy_(torch.rand(soft.shrink.shape, generator=generator) * 0.6 + 0.4)
+    fast = soft.value()
+    slow = from_tiles(soft._by_operations(), tile_shape(q.scheme.granularity, q.shape), q.shape)
+    torch.testing.assert_close(fast, slow)
+    assert bool((fast.detach().abs() > 0).any())
+    wanted = torch.autograd.grad((slow * pull).sum(), list(soft.parameters))
+    for got, want in zip(torch.autograd.grad((fast * pull).sum(), list(soft.parameters)), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_codes_that_a_method_chose_are_told_from_nearest_ones() -> None:
+    scheme = parse_scheme("w=int3/g16").weights
+    moment = SecondMoment(48)
+    moment.update(torch.randn(300, 48, generator=torch.Generator().manual_seed(2)) @ torch.randn(48, 48))
+    assert is_nearest(rtn(weight(), scheme), weight())
+    assert not is_nearest(gptq(weight(), scheme, moment), weight())
 
 
 def test_what_cannot_be_learned_is_known() -> None:

@@ -124,6 +124,16 @@ def test_the_factor_is_the_upper_one(permuted: bool) -> None:
     torch.testing.assert_close(torch.linalg.inv(upper), published, rtol=1e-7, atol=1e-12)
 
 
+def test_the_factor_of_other_devices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch gives its root by columns, which must not keep it from being turned back."""
+    x = torch.randn(300, 40, dtype=torch.float64)
+    wanted, _ = root_factor(x.T @ x, 0.01)
+    monkeypatch.setattr("arrondi.rounding.gptq_factor._root", _root_reference)
+    found, _ = root_factor(x.T @ x, 0.01)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(found, found.triu())
+
+
 def test_inputs_that_never_occur_count_as_unit_rows() -> None:
     hessian = make_layer(n=10).moment.matrix(torch.float64)
     dead = torch.tensor([2, 7])

@@ -155,6 +155,13 @@ def test_methods_without_tables_say_so() -> None:
             METHODS[method].run(weight(), "w=lut4/g32", moment())
 
 
+def test_a_sweep_whose_loss_overflows_still_gives_tables() -> None:
+    huge = SecondMoment(32)
+    huge.update(1e15 * torch.randn(64, 32))
+    q = METHODS["any4"].run(1e20 * torch.randn(8, 32), "w=lut4/channel", huge)
+    assert bool(torch.isfinite(q.dequantize()).all())
+
+
 def test_bad_weights_and_moments() -> None:
     with pytest.raises(ShapeError, match="second moment is for 96 inputs, the weight has 64"):
         METHODS["kmeans"].run(weight(4, 64), "W4A16", moment())

@@ -5,6 +5,7 @@ from arrondi.calibration.halfvectors import unvech, vech
 from arrondi.calibration.histogram_filter import histogram_filter
 from arrondi.calibration.moments import SPANS, SecondMoment, span_of
 from arrondi.calibration.observers import NEEDS_GRID, OBSERVERS, Observer, get_observer
+from arrondi.calibration.outputs import OutputMoment
 from arrondi.calibration.reservoir import Reservoir
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Energy",
     "Moved",
     "Observer",
+    "OutputMoment",
     "Reservoir",
     "SecondMoment",
     "get_observer",

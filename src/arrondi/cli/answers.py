@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from arrondi.cli.parsing import set_by_user
 from arrondi.documents import to_json
 
 
@@ -33,3 +34,11 @@ def note(sentence: str | None) -> None:
     """Something to know, on stderr: it stops nothing and is no part of the answer."""
     if sentence:
         typer.echo(f"arrondi: {sentence}", err=True)
+
+
+def useless(context: typer.Context, without: str, *names: str) -> None:
+    """Say which options of the user have no effect."""
+    given = set_by_user(context, *names)
+    if given:
+        change = "changes" if len(given) == 1 else "change"
+        note(f"{' and '.join(given)} {change} nothing here: there is no {without.removeprefix('a ')}.")

@@ -1,4 +1,4 @@
-"""`quantize` and `eval` for networks that are graphs: ONNX files and torch.export archives. Called by `arrondi.cli.commands`."""
+"""`quantize` and `eval` for networks that are graphs: ONNX files and torch.export archives. Called by the commands of the same names."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def quantize_graph(
     samples: int,
     seed: int,
     observer: str,
+    ends: str,
     mean: str | None,
     std: str | None,
     overwrite: bool,
@@ -56,8 +57,8 @@ def quantize_graph(
     from arrondi.search.mixed import quantize_mixed
 
     given = NetworkData(
-        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer
-    )
+        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends),
+    )  # fmt: skip
     with progress_bar("quantizing", quiet) as progress:
         if budget is None:
             report = quantize_network(model, output, recipe, given, overwrite=overwrite, progress=progress)
@@ -74,6 +75,12 @@ def evaluate_graph(model: str, against: str, data: Path | None, json_: bool) -> 
     if data is None:
         raise SchemeError("Networks of ONNX operators are measured on samples. Give --data test.npz.")
     answer(compare_networks(model, against, data), json_, print_network_evaluation)
+
+
+def _bits(text: str) -> int | None:
+    if text != "same" and text not in ("5", "6", "7", "8"):
+        raise SchemeError(f"--ends is a number of bits from 5 to 8, or same, got {text!r}.")
+    return None if text == "same" else int(text)
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:

@@ -87,6 +87,13 @@ Budget = Annotated[
 ObserverName = Annotated[
     str, typer.Option("--observer", help="For ONNX files: how ranges are found: min-max, percentile, mse, kl, …")
 ]
+Ends = Annotated[
+    str,
+    typer.Option(
+        "--ends",
+        help="For ONNX files: bits of the first and last layers where weights have at most four: 8, or same as all others.",
+    ),
+]
 Mean = Annotated[str | None, typer.Option("--mean", help="For folders of images: means of the channels, with commas.")]
 Std = Annotated[
     str | None, typer.Option("--std", help="For folders of images: deviations of the channels, with commas.")
@@ -123,8 +130,8 @@ KV = Annotated[
     str | None,
     typer.Option(
         "--kv",
-        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi-k4v2, kivi2; for some layers another: 'kivi2;0-1=int8'.",
-        show_default="as they are",
+        help="Round keys and values of the text: int8, int4, int4-rotated, kivi4, kivi-k4v2, kivi2, and int8-static, pca3, pca2 of models quantized for them; for some layers another: 'kivi2;0-1=int8'; none.",
+        show_default="what the model was quantized for",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]

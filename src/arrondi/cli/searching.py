@@ -22,6 +22,23 @@ def compare(
             show_default="rtn,gptq",
         ),
     ] = None,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option(help="Presets with commas between (best,zeroquant): beside the methods, or instead of them."),
+    ] = None,
+    rewrites: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Each put before every method, with commas between: none,rotate,smoothquant; several at once with +.",
+            show_default="none",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the table of words becomes, each with every method: none,int8/row,int4/g64.", show_default="none"
+        ),
+    ] = None,
     schemes: Annotated[
         list[str] | None,
         typer.Option(help="Schemes (presets or grammar) with ; or commas between.", show_default="W4A16"),
@@ -54,7 +71,11 @@ def compare(
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a model by several methods, measure each alike, and say which to take."""
-    wanted = _named("--methods", words(methods or []) if methods else ["rtn", "gptq"])
+    ready = _named("--presets", words(presets)) if presets else []
+    default = [] if ready else ["rtn", "gptq"]
+    wanted = _named("--methods", words(methods)) if methods else default
+    before = _named("--rewrites", words(rewrites)) if rewrites else ["none"]
+    tables = _named("--embeddings", scheme_names(embeddings)) if embeddings else ["none"]
     named = _named("--schemes", scheme_names(schemes)) if schemes else None
     from arrondi.pipeline import TextOptions
     from arrondi.report import print_comparison, progress_bar
@@ -68,6 +89,9 @@ def compare(
             TextOptions(calibration, samples, seq_len, text, True, eval_samples, seed),
             out=output,
             keep=keep,
+            presets=ready,
+            rewrites=before,
+            embeddings=tables,
             group_size=group_size,
             targets=targets or ["Linear"],
             ignore=None if ignore is None else [s for s in ignore if s],
@@ -88,5 +112,7 @@ def methods(json_: opt.Json = False) -> None:
 
 def _named(option: str, names: list[str]) -> list[str]:
     if not names:
-        raise SchemeError(f"{option} names nothing. Example: --schemes W4A16,W3A16 --methods rtn,gptq.")
+        raise SchemeError(
+            f"{option} names nothing. Example: --schemes W4A16,W3A16 --methods rtn,gptq --presets best --embeddings none,int8/row."
+        )
     return names

@@ -1,7 +1,7 @@
 """What the keys and values of attention become while a text grows: schemes of caches and the kinds that have a name.
 
 Owns: `CacheScheme`, the table `KV_KINDS` and `parse_kv`. The text form, `str` of a scheme, is the grammar of tensors for keys and
-for values, and two words: `k=uint2/b32x1/offset,v=uint2/g32/offset,window=128`.
+for values, and two words: `k=uint2/b32x1/offset,v=uint2/g32/offset,window=128`; or `k=pca2,v=pca2,window=128,first=4` (see `arrondi.formats.spectral`).
 
 Keys have the same few large channels in every token, values have none (Liu et al. 2024, arXiv:2402.02750). So few-bit keys share a
 scale along the tokens (`b32x1`: 32 tokens of one channel), or are spread over the head by a Hadamard transform first (`rotate`),
@@ -22,6 +22,7 @@ from arrondi.formats.format import FORMATS
 from arrondi.formats.grammar import parse_scheme
 from arrondi.formats.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from arrondi.formats.scheme import PLAIN, ActivationScheme, Scheme
+from arrondi.formats.spectral import SpectralCache, spectral_bits
 
 BLOCK: Final = 32
 """Tokens whose codes lie together in memory."""
@@ -142,10 +143,14 @@ def _check(name: str, part: ActivationScheme) -> None:
         )
 
 
+AnyCache = CacheScheme | SpectralCache
+"""What keys and values may become."""
+
+
 class Kind(NamedTuple):
     """A cache that has a name; `scheme` is None where nothing is rounded."""
 
-    scheme: CacheScheme | None
+    scheme: AnyCache | None
     source: str
     about: str
 
@@ -158,6 +163,7 @@ def _part(bits: int, granularity: PerToken | PerGroup | PerBlock) -> ActivationS
 
 _STATIC: Final = ActivationScheme(Scheme(FORMATS["int8"], PerTensor()), dynamic=False)
 _TOKENS, _CHANNELS = PerBlock(32, 1), PerGroup(32)
+_PCA: Final = "after KVQuant, Hooper et al. 2024, arXiv:2401.18079"
 _KIVI: Final = "Liu et al. 2024, arXiv:2402.02750"
 
 KV_KINDS: Final[Mapping[str, Kind]] = MappingProxyType({
@@ -169,13 +175,15 @@ KV_KINDS: Final[Mapping[str, Kind]] = MappingProxyType({
     "kivi2": Kind(CacheScheme(_part(2, _TOKENS), _part(2, _CHANNELS), window=128), _KIVI, "the same in 2 bits"),
     "kivi-k4v2": Kind(CacheScheme(_part(4, _TOKENS), _part(2, _CHANNELS), window=128), _KIVI, "keys in 4 bits, values, which bear more, in 2"),
     "int8-static": Kind(CacheScheme(_STATIC, _STATIC), "LightSeq, Wang et al. 2022, arXiv:2110.05722", "one clip value of each layer for keys and for values, from calibration"),
+    "pca2": Kind(SpectralCache(2, 2), _PCA, "2 bits along principal directions from calibration, keys without their rotary embedding; 4 first and 128 newest tokens stay"),
+    "pca3": Kind(SpectralCache(3, 3), _PCA, "the same in 3 bits"),
 })  # fmt: skip
 """Every cache that has a name."""
 
 _RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 
 
-def parse_kv(text: str) -> tuple[CacheScheme | None, dict[int, CacheScheme | None]]:
+def parse_kv(text: str) -> tuple[AnyCache | None, dict[int, AnyCache | None]]:
     """A kind's name or the grammar, and after semicolons other kinds for some layers.
 
     >>> default, layers = parse_kv("kivi2;0-1,5=int8;7=full")
@@ -193,7 +201,7 @@ def parse_kv(text: str) -> tuple[CacheScheme | None, dict[int, CacheScheme | Non
             f"The key/value cache is named by a word such as 'int8', got {type(text).__name__}. {_EXAMPLE}"
         )
     head, *rest = text.split(";")
-    layers: dict[int, CacheScheme | None] = {}
+    layers: dict[int, AnyCache | None] = {}
     for item in rest:
         named, _, kind = item.partition("=")
         for word in named.split(","):
@@ -207,8 +215,10 @@ def parse_kv(text: str) -> tuple[CacheScheme | None, dict[int, CacheScheme | Non
     return _one(head), layers
 
 
-def _one(text: str) -> CacheScheme | None:
+def _one(text: str) -> AnyCache | None:
     word = text.strip().lower()
+    if word == "none":
+        return None
     if word in KV_KINDS:
         return KV_KINDS[word].scheme
     if "=" not in word:
@@ -216,13 +226,24 @@ def _one(text: str) -> CacheScheme | None:
     found: dict[str, str] = {}
     for item in word.split(","):
         key, sign, value = (part.strip() for part in item.partition("="))
-        if key in found or key not in ("k", "v", "window", "rotate") or bool(sign and value) == (key == "rotate"):
+        if (
+            key in found
+            or key not in ("k", "v", "window", "rotate", "first")
+            or bool(sign and value) == (key == "rotate")
+        ):
             raise SchemeError(f"Cannot read {item.strip()!r} of the cache {text!r}. {_EXAMPLE}")
         found[key] = value
-    window = found.get("window", "0")
+    window, first = found.get("window", "0"), found.get("first", "0")
     if not {"k", "v"} <= found.keys() or not window.isdecimal():
         raise SchemeError(
             f"A cache has 'k=…' for keys, 'v=…' for values and optionally 'window=…' and 'rotate', got {text!r}. {_EXAMPLE}"
+        )
+    bits = [spectral_bits(found[key]) for key in ("k", "v")]
+    if bits[0] is not None and bits[1] is not None and first.isdecimal() and "rotate" not in found:
+        return SpectralCache(bits[0], bits[1], int(window), int(first))
+    if bits != [None, None] or "first" in found:
+        raise SchemeError(
+            f"Directions are found for keys and values together, got {text!r}. Example: k=pca2,v=pca2,window=128,first=4."
         )
     keys, values = (_tensor(found[key]) for key in ("k", "v"))
     return CacheScheme(keys, values, int(window), "rotate" in found)
@@ -247,3 +268,14 @@ def as_cache(kv: ActivationScheme) -> CacheScheme:
     if isinstance(kv.scheme.granularity, PerChannel):
         kv = replace(kv, scheme=replace(kv.scheme, granularity=PerToken()))
     return CacheScheme(kv, kv)
+
+
+AnyKind = str | CacheScheme | SpectralCache | ActivationScheme
+"""Whatever says what keys and values become."""
+
+
+def schemes_of(kind: AnyKind) -> tuple[AnyCache | None, dict[int, AnyCache | None]]:
+    """The scheme of all layers, and those of single ones; see `parse_kv`."""
+    if isinstance(kind, CacheScheme | SpectralCache):
+        return kind, {}
+    return (as_cache(kind), {}) if isinstance(kind, ActivationScheme) else parse_kv(kind)

@@ -8,8 +8,9 @@ from arrondi.graph.insert import held_bits, hold_codes, round_values
 from arrondi.graph.integer import Lowered, lower
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
-from arrondi.graph.program import Program
+from arrondi.graph.program import Part, Program
 from arrondi.graph.read import is_graph_file, read_graph
+from arrondi.graph.rounder import Rounder
 from arrondi.graph.rules import describe, places
 from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
@@ -18,7 +19,9 @@ __all__ = [
     "Graph",
     "Lowered",
     "Node",
+    "Part",
     "Program",
+    "Rounder",
     "Value",
     "describe",
     "held_bits",

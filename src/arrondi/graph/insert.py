@@ -12,9 +12,11 @@ import torch
 from arrondi.errors import MissingExtraError, SchemeError
 from arrondi.formats import Format, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.graph.ir import QDQ, Graph, Node
+from arrondi.graph.layers import RECURRENT, turned
 from arrondi.graph.rules import RULES
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.rows import stack_rows
 
 _NARROW: Final = frozenset({"int2", "uint2", "int4", "uint4"})
 """Types that NumPy has through `ml_dtypes`."""
@@ -43,22 +45,26 @@ def _narrow_types() -> Any:
     return ml_dtypes
 
 
-def round_values(graph: Graph, grids: Mapping[str, tuple[Grid, Scheme]]) -> Graph:
+def round_values(
+    graph: Graph, grids: Mapping[str, tuple[Grid, Scheme]], groups: Mapping[str, int] | None = None
+) -> Graph:
     """The graph with values rounded where they are made.
 
     Args:
         grids: value → its grid (one scale) and the scheme of it. Only operators of the table read what is rounded.
+        groups: value → a number, the same for those that share a grid and its constants; None: none do.
     """
     constants, renamed, made = dict(graph.constants), {}, {}
+    first: dict[int, str] = {}
     for name, (grid, scheme) in grids.items():
         kind = code_type(scheme.format)
         given = f"{name}_rounded"
+        stem = name if groups is None else first.setdefault(groups[name], name)
         zero = 0 if grid.zero_point is None else int(grid.zero_point)
-        constants[f"{name}_scale"] = np.array(grid.scale.item(), dtype=np.float32)
-        constants[f"{name}_zero_point"] = np.array(zero).astype(kind)
-        made[name] = Node(
-            f"{name}_grid", QDQ, (name, f"{name}_scale", f"{name}_zero_point"), (given,), _limits(scheme.format, kind)
-        )
+        constants[f"{stem}_scale"] = np.array(grid.scale.item(), dtype=np.float32)
+        constants[f"{stem}_zero_point"] = np.array(zero).astype(kind)
+        read = (name, f"{stem}_scale", f"{stem}_zero_point")
+        made[name] = Node(f"{name}_grid", QDQ, read, (given,), _limits(scheme.format, kind))
         renamed[name] = given
     nodes = [made[v.name] for v in graph.inputs if v.name in made]
     for node in graph.nodes:
@@ -85,22 +91,47 @@ def hold_codes(graph: Graph, weights: Mapping[str, QTensor]) -> Graph:
     Raises:
         SchemeError: ONNX cannot hold it.
     """
-    constants, nodes = dict(graph.constants), []
+    constants = dict(graph.constants)
+    nodes: list[Node] = []
     for node in graph.nodes:
-        q = weights.get(node.name)
-        if q is None:
-            nodes.append(node)
-            continue
-        name = node.inputs[1]
-        codes, scale, zero, attrs = _held(node, q, graph.constants[name].shape)
-        given = next(graph.fresh(f"{name}_{node.name}_float" if len(graph.consumers[name]) > 1 else f"{name}_float"))
-        stem = given.removesuffix("_float")
-        parts = {"codes": codes, "scale": scale, **({} if q.zero_point is None else {"zero_point": zero})}
-        constants |= {f"{stem}_{part}": values for part, values in parts.items()}
-        read = tuple(f"{stem}_{part}" for part in parts)
-        nodes.append(Node(f"{stem}_dequantize", "DequantizeLinear", read, (given,), attrs))
-        nodes.append(replace(node, inputs=(node.inputs[0], given, *node.inputs[2:])))
+        inputs = list(node.inputs)
+        for place, held in _weights_of(node, weights, graph).items():
+            made, parts, inputs[place] = _held_as(graph, node, inputs[place], held)
+            constants |= parts
+            nodes += made
+        nodes.append(replace(node, inputs=tuple(inputs)))
     return graph.with_nodes(nodes, constants)
+
+
+def _weights_of(node: Node, weights: Mapping[str, QTensor], graph: Graph) -> dict[int, QTensor]:
+    """Which input of a node → its codes; the directions of a recurrent one below each other."""
+    if node.name in weights:
+        return {1: weights[node.name]}
+    found = {}
+    for part, place in RECURRENT.items() if node.op in ("LSTM", "GRU") else ():
+        count = graph.constants[node.inputs[place]].shape[0] if node.inputs[place] in graph.constants else 0
+        directions = [weights.get(f"{node.name}.{part}.{d}") for d in range(count)]
+        kept = [q for q in directions if q is not None]
+        if kept and len(kept) == count:
+            found[place] = stack_rows(kept)
+    return found
+
+
+def _held_as(graph: Graph, node: Node, name: str, q: QTensor) -> tuple[list[Node], dict[str, np.ndarray], str]:
+    """The nodes and constants that give a weight, and what it is called."""
+    shape = graph.constants[name].shape
+    codes, scale, zero, attrs = _held(node, q, shape)
+    given = next(graph.fresh(f"{name}_{node.name}_float" if len(graph.consumers[name]) > 1 else f"{name}_float"))
+    stem = given.removesuffix("_float")
+    parts = {"codes": codes, "scale": scale, **({} if q.zero_point is None else {"zero_point": zero})}
+    constants = {f"{stem}_{part}": values for part, values in parts.items()}
+    flat = codes.shape != shape
+    read, made = tuple(constants), f"{stem}_matrix" if flat else given
+    nodes = [Node(f"{stem}_dequantize", "DequantizeLinear", read, (made,), attrs)]
+    if flat:
+        constants[f"{stem}_shape"] = np.array(shape, np.int64)
+        nodes.append(Node(f"{stem}_reshape", "Reshape", (made, f"{stem}_shape"), (given,)))
+    return nodes, constants, given
 
 
 def held_bits(q: QTensor) -> int:
@@ -128,8 +159,10 @@ def _held(node: Node, q: QTensor, shape: tuple[int, ...]) -> tuple[np.ndarray, n
     matrix = q.codes.T if flipped else q.codes
     if node.op == "ConvTranspose":
         groups = node.attrs.get("group", 1)
-        split = q.codes.reshape(groups, shape[1], shape[0] // groups, -1)
-        matrix = split.transpose(1, 2)
+        kernel = q.codes.reshape(groups * shape[1], shape[0] // groups, *shape[2:])
+        matrix = turned(kernel, groups)
+    if node.op in ("LSTM", "GRU"):  # directions below each other: a scale a row has one axis
+        shape = (shape[0] * shape[1], shape[2])
     codes = matrix.reshape(shape).numpy().astype(kind)
     match q.scheme.granularity:
         case PerTensor():

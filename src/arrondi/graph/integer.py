@@ -22,7 +22,7 @@ from arrondi.graph.codes import tensor_of
 from arrondi.graph.integer_parts import Grid, Tail, Weight, biases, fits, grid_of, pair, table_of, tail_of, weight_of
 from arrondi.graph.ir import ARITHMETIC, QDQ, Graph, Node
 from arrondi.graph.requantize import ARITHMETICS, Arithmetic
-from arrondi.graph.rules import floating
+from arrondi.graph.rules import floating_values
 
 _MOVES: Final = frozenset(
     ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Gather", "DepthToSpace",
@@ -95,7 +95,7 @@ class _Lowering:
 
     def run(self) -> Lowered:
         whole = [replace(n, op="Identity") if n.op in _QUANTIZERS else n for n in self.graph.nodes]
-        numbers = floating(replace(self.graph, nodes=tuple(whole)))
+        numbers = floating_values(replace(self.graph, nodes=tuple(whole)))
         for node in self.graph.nodes:
             if node.name in self.done:
                 continue
@@ -252,7 +252,7 @@ class _Lowering:
         if given is None or weight is None:
             return False
         fine = {"alpha": 1.0, "beta": 1.0, "transA": 0}
-        bias = biases(node, given, weight, self.constants, self.waiting)
+        bias = biases(node, given, weight, self.constants, dict(self.waiting))
         if any(node.attrs.get(k, v) != v for k, v in fine.items()) or isinstance(bias, str):
             self.notes.append(f"{node.name}: {bias if isinstance(bias, str) else 'scaled or transposed inputs'}")
             return False

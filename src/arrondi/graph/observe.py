@@ -23,6 +23,7 @@ def observe(
     scheme: Scheme,
     kind: str,
     options: Mapping[str, Any] | None = None,
+    apart: Mapping[int, Scheme] | None = None,
 ) -> dict[int, tuple[float, float]]:
     """The range of every group of values.
 
@@ -31,6 +32,7 @@ def observe(
         batches: its inputs.
         values: value → the group that shares a range.
         scheme: what the values become; some observers look for the best range of its grid.
+        apart: group → another scheme.
         kind, options: of the observer, see `arrondi.calibration.OBSERVERS`.
 
     Returns:
@@ -40,17 +42,20 @@ def observe(
         DataError: a value is NaN or infinite, or there are no batches.
     """
     make = get_observer(kind)
-    grid = {"qmin": scheme.format.qmin, "qmax": scheme.format.qmax, "symmetric": scheme.symmetric}
-    own = {k: v for k, v in grid.items() if k in inspect.signature(make).parameters}
-    if "symmetric" in inspect.signature(make).parameters:
-        own["symmetric"] = scheme.symmetric
+    takes = inspect.signature(make).parameters
+
+    def own(group: int) -> dict[str, Any]:
+        wanted = (apart or {}).get(group, scheme)
+        facts = {"qmin": wanted.format.qmin, "qmax": wanted.format.qmax, "symmetric": wanted.symmetric}
+        return {**{k: v for k, v in facts.items() if k in takes}, **(options or {})}
+
     known = {name: FIXED[node.op] for name, node in program.graph.producers.items() if node.op in FIXED}
     found: dict[int, Observer] = {}
 
     def see(name: str, value: torch.Tensor) -> None:
         group = values.get(name)
         if group is not None and name not in known:
-            found.setdefault(group, make(name=name, **{**own, **(options or {})})).observe(value)
+            found.setdefault(group, make(name=name, **own(group))).observe(value)
 
     count = 0
     for inputs in batches:

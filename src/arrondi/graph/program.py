@@ -2,22 +2,26 @@
 
 Layers with constant weights are PyTorch's own modules, so whatever works on modules works on them: sites, methods, packed codes.
 A part ends wherever one value alone goes on and a layer follows: residual blocks are parts, and so are single layers between them.
+What a part reads is rounded in it, and not in the part before it.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from arrondi.errors import DataError
 from arrondi.graph.codes import tensor_of
-from arrondi.graph.ir import Graph, Node
-from arrondi.graph.layers import LAYERS, padding_of
+from arrondi.graph.ir import QDQ, Graph, Node
+from arrondi.graph.layers import LAYERS, Margin, layers_in, padding_of, read_beside
 from arrondi.graph.ops import evaluate
+from arrondi.graph.rounder import Rounder
+from arrondi.graph.rules import RULES
 from arrondi.model import Straight
 
 
@@ -26,7 +30,8 @@ class Program(Straight):
 
     Attributes:
         graph: what is run.
-        layers: node → the name of its module.
+        layers: layer → the name of its module. A layer has the name of its node; recurrent nodes have several.
+        rounders: node that rounds a value → the name of its module. Values that share a grid share the module.
 
     Called with the graph's inputs in their order; gives its output, or a tuple of them.
     """
@@ -35,11 +40,26 @@ class Program(Straight):
         names = _module_names(graph)
         parts: list[Part] = []
         layers: dict[str, str] = {}
+        rounders: dict[str, str] = {}
+        shared: dict[tuple[str, ...], Rounder] = {}
         for i, (nodes, entering, leaving) in enumerate(_parts(graph)):
-            parts.append(Part(graph, nodes, entering, leaving, names))
-            layers |= {n.name: f"{i}.{names[n.name]}" for n in nodes if names[n.name] in parts[-1]._modules}
+            parts.append(Part(graph, nodes, entering, leaving, names, shared))
+            for node in nodes:
+                module, path = parts[-1]._modules.get(names[node.name]), f"{i}.{names[node.name]}"
+                if node.op == QDQ and module is not None:
+                    rounders[node.name] = path
+                elif module is not None:
+                    layers |= {layer: f"{path}{inner}" for layer, inner in layers_in(node, module).items()}
         super().__init__(*parts)
-        self.graph, self.layers = graph, layers
+        self.graph, self.layers, self.rounders = graph, layers, rounders
+
+    def original(self) -> Program:
+        """A copy in which nothing that flows is rounded."""
+        copied = copy.deepcopy(self)
+        for module in copied.modules():
+            if isinstance(module, Rounder):
+                module.on = False
+        return copied
 
     def watch(self, inputs: Sequence[torch.Tensor], see: Any) -> Any:
         """Run it, calling `see(name, value)` with every value that is made, the inputs among them."""
@@ -57,8 +77,21 @@ class _Run:
 
     node: Node
     module: str | None
-    padding: list[int]
+    padding: Margin | None
     gone: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Around:
+    """What surrounds a layer.
+
+    Attributes:
+        rounder: the module that rounds what it reads, None where nothing does or it is rounded elsewhere.
+        following: the activation behind it.
+    """
+
+    rounder: str | None
+    following: tuple[_Run, ...]
 
 
 class Part(torch.nn.Module):
@@ -71,17 +104,19 @@ class Part(torch.nn.Module):
         entering: Sequence[str],
         leaving: Sequence[str],
         names: dict[str, str],
+        shared: dict[tuple[str, ...], Rounder] | None = None,
     ) -> None:
         super().__init__()
+        shared = {} if shared is None else shared
         self.entering, self.leaving, self.opset = tuple(entering), tuple(leaving), graph.opset
         self._steps: list[_Run] = []
         held: dict[str, str] = {}
         last = {name: node.name for node in nodes for name in node.inputs}
         for node in nodes:
-            found = LAYERS[node.op](node, graph) if node.op in LAYERS else None
+            found = _module_of(node, graph, shared)
             if found is not None:
                 self.add_module(names[node.name], found)
-            read = node.inputs if found is None else node.inputs[:1]
+            read = node.inputs if found is None else read_beside(node)
             for name in read:
                 if name in graph.constants and name not in held:
                     held[name] = f"constant_{len(held)}"
@@ -89,8 +124,44 @@ class Part(torch.nn.Module):
             step = replace(node, inputs=read)
             gone = tuple(n for n in dict.fromkeys(read) if last.get(n) == node.name and n not in leaving)
             module = names[node.name] if found is not None else None
-            self._steps.append(_Run(step, module, [] if found is None else padding_of(node, found), gone))
+            self._steps.append(_Run(step, module, None if found is None else padding_of(node, found), gone))
         self._held = held
+
+    def around(self, module: str) -> Around:
+        """What comes before and after a layer.
+
+        Args:
+            module: its name in the part.
+        """
+        at = next(i for i, run in enumerate(self._steps) if run.module == module)
+        made = {name: run for run in self._steps for name in run.node.outputs}
+        readers: dict[str, list[_Run]] = {}
+        for run in self._steps:
+            for name in dict.fromkeys(run.node.inputs):
+                readers.setdefault(name, []).append(run)
+        before = made.get(self._steps[at].node.inputs[0])
+        rounder = before.module if before is not None and before.node.op == QDQ else None
+        value, following = self._steps[at].node.outputs[0], []
+        while value not in self.leaving and len(readers.get(value, [])) == 1:
+            (run,) = readers[value]
+            if RULES.get(run.node.op) != "activation" or run.node.inputs[0] != value:
+                break
+            following.append(run)
+            value = run.node.outputs[0]
+        return Around(rounder, tuple(following))
+
+    def activate(self, around: Around, y: torch.Tensor, axes: int) -> torch.Tensor:
+        """The activation of a layer on some of its outputs.
+
+        Args:
+            y: (rows, outputs).
+            axes: of space that the layer has.
+        """
+        given = y.reshape(*y.shape, *[1] * axes)
+        for run in around.following:
+            others = [self._value(name, {}) for name in run.node.inputs[1:]]
+            (given,) = evaluate(run.node, [given, *others], self.opset)
+        return given.reshape(y.shape)
 
     def forward(self, *inputs: torch.Tensor, see: Any = None) -> Any:
         """What the nodes give: the one value that goes on, or a tuple of the graph's outputs."""
@@ -117,14 +188,28 @@ class Part(torch.nn.Module):
     def _run(self, run: _Run, given: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
         if run.module is None:
             return evaluate(run.node, given, self.opset)
-        x = given[0]
+        x, *rest = given
         assert x is not None
-        return (self.get_submodule(run.module)(torch.nn.functional.pad(x, run.padding) if run.padding else x),)
+        found = self.get_submodule(run.module)(x if run.padding is None else run.padding(x), *rest)
+        return found if isinstance(found, tuple) else (found,)
 
     def _value(self, name: str, values: dict[str, Any]) -> torch.Tensor | None:
         if not name:
             return None
         return self._buffers[self._held[name]] if name in self._held else values[name]
+
+
+def _module_of(node: Node, graph: Graph, shared: dict[tuple[str, ...], Rounder]) -> torch.nn.Module | None:
+    """The module that stands for a node, if one does."""
+    if node.op in LAYERS:
+        return LAYERS[node.op](node, graph)
+    grid = node.inputs[1:]
+    if node.op != QDQ or any(name not in graph.constants for name in grid):
+        return None
+    if grid not in shared:
+        scale, zero = (tensor_of(graph.constants[name]) for name in grid)
+        shared[grid] = Rounder(scale, zero, node.attrs)
+    return shared[grid]
 
 
 def _module_names(graph: Graph) -> dict[str, str]:
@@ -142,6 +227,10 @@ def _module_names(graph: Graph) -> dict[str, str]:
     return found
 
 
+_BEGINNING: Final = frozenset({*LAYERS, QDQ})
+"""With what a part may begin."""
+
+
 def _parts(graph: Graph) -> Iterator[tuple[list[Node], list[str], list[str]]]:
     """Runs of nodes, what enters each and what leaves it."""
     inputs, outputs = [v.name for v in graph.inputs], [v.name for v in graph.outputs]
@@ -153,7 +242,7 @@ def _parts(graph: Graph) -> Iterator[tuple[list[Node], list[str], list[str]]]:
     entering, layers = inputs, 0
     for i, node in enumerate(graph.nodes):
         alone = next(iter(alive)) if len(alive) == 1 else None
-        if nodes and layers and alone is not None and node.op in LAYERS and alone not in outputs:
+        if nodes and layers and alone is not None and node.op in _BEGINNING and alone not in outputs:
             yield nodes, entering, [alone]
             entering, nodes, layers = [alone], [], 0
         nodes.append(node)

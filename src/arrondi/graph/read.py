@@ -32,20 +32,21 @@ def is_graph_file(path: object) -> bool:
     return isinstance(path, (str, Path)) and Path(path).suffix in SUFFIXES
 
 
-def read_graph(source: Any, example: Any = None) -> Graph:
+def read_graph(source: Any, example: Any = None, *, varying: Sequence[int] = (0,)) -> Graph:
     """A network as a graph.
 
     Args:
         source: path of an `.onnx` file or of a torch.export archive (`.pt2`), an `onnx.ModelProto`, a
             `torch.export.ExportedProgram`, or a module.
-        example: the arguments of a module, a tensor or a tuple of them; its first axis may vary.
+        example: the arguments of a module, a tensor or a tuple of them.
+        varying: axes of the example whose size may be another.
 
     Raises:
         FileFormatError: the file is not there, damaged, or of operators too old to be brought to `OPSET`.
         SchemeError: the module cannot be exported; the sentence says where.
     """
     if isinstance(source, torch.nn.Module):
-        source = _exported(source, example)
+        source = _exported(source, example, varying)
     if isinstance(source, torch.export.ExportedProgram):
         return _graph(_to_onnx(source), type(source).__name__)
     if not isinstance(source, (str, Path)):
@@ -88,11 +89,14 @@ def onnx_package() -> Any:
     return onnx
 
 
-def _exported(module: torch.nn.Module, example: Any) -> torch.export.ExportedProgram:
+def _exported(module: torch.nn.Module, example: Any, varying: Sequence[int]) -> torch.export.ExportedProgram:
     if example is None:
         raise SchemeError("A module is traced by running it. Give an example of its inputs.")
     args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-    dynamic = tuple({0: torch.export.Dim.AUTO} if isinstance(a, torch.Tensor) and a.ndim else None for a in args)
+    axes = dict.fromkeys(varying, torch.export.Dim.AUTO)
+    dynamic = tuple(
+        {a: d for a, d in axes.items() if a < t.ndim} if isinstance(t, torch.Tensor) else None for t in args
+    )
     try:
         return torch.export.export(module.eval(), args, dynamic_shapes=dynamic)
     except Exception as error:  # torch's exporter has many

@@ -29,9 +29,10 @@ from arrondi.kernels.native_linear import NATIVE, integer_linear
 from arrondi.kernels.packed import decoded, decoded_rows, pack_weight, unpack_weight
 from arrondi.kernels.reference import REFERENCE
 from arrondi.kernels.torch_ops import TORCH_INT4, TORCH_INT8
+from arrondi.kernels.triton_linear import TRITON
 
 KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType(
-    {k.name: k for k in (NATIVE, TORCH_INT4, TORCH_INT8, REFERENCE)}
+    {k.name: k for k in (NATIVE, TORCH_INT4, TORCH_INT8, TRITON, REFERENCE)}
 )
 """Every kernel by name, the preferred ones first."""
 

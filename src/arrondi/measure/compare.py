@@ -17,6 +17,7 @@ from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
+from arrondi.measure.calling import Calling, predicted
 from arrondi.measure.comparison import Comparison, EncoderComparison
 from arrondi.measure.data import Data, check_windows, read_windows, reads_text
 from arrondi.measure.limits import Limits, check_limits
@@ -37,12 +38,15 @@ def comparison_for(model: Any) -> Comparison | EncoderComparison:
 
 def is_causal(model: Any) -> bool:
     """Whether the model predicts the next token: its class is one of a language model over a vocabulary."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    import transformers
 
-    kinds = [
-        table.get(type(model.config), None)
-        for table in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    ]
+    tables = (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    )
+    kinds = [table.get(type(model.config), None) for table in tables]
     return any(type(model) is k or (isinstance(k, tuple) and type(model) in k) for k in kinds)
 
 
@@ -111,19 +115,20 @@ def compare_models(
     tokenizer = load_tokenizer(sources[0].where) if reads_text(text) else None
     windows = read_windows(text, tokenizer, seq_len, "evaluation text", column)
     check_windows(windows, model)
-    ids = list(windows.ids[:samples].split(batch_size(model, windows.seq_len)))
-    notes = [note] if note and tokenizer is not None else []
-    notes += settle(sources[0], ids[0])
+    calling = Calling.of(model)
+    batches = [calling(ids) for ids in windows.ids[:samples].split(batch_size(model, windows.seq_len))]
+    notes = [*([note] if note and tokenizer is not None else []), *calling.notes]
+    notes += settle(sources[0], batches[0])
     if sources[0].whole:
         sources[1].run_as_whole(sources[0].facts)
     report = progress or (lambda done, total, what: None)
     comparison = comparison_for(model)
-    _follow(sources, ids, comparison, where, report)
+    _follow(sources, batches, comparison, where, report)
     return {
         **comparison.summary().to_dict(),
         "text": windows.source,
-        "windows": sum(len(b) for b in ids),
-        "protocol": protocol(tokenizer, windows.seq_len),
+        "windows": sum(len(predicted(b)) for b in batches),
+        "protocol": protocol(tokenizer, windows.seq_len) + calling.protocol,
         "notes": notes,
         "activations": None if activations is None else str(sources[1].checkpoint.activations),
     }
@@ -132,7 +137,7 @@ def compare_models(
 @torch.no_grad()
 def _follow(
     sources: list[OnDisk],
-    ids: list[torch.Tensor],
+    batches: list[torch.Tensor | dict[str, torch.Tensor]],
     comparison: Comparison | EncoderComparison,
     device: torch.device,
     report: Callable[[int, int, str], None],
@@ -145,7 +150,7 @@ def _follow(
         instance.spread_inputs({name: scheme.spread for name, (scheme, *_) in rounding.items() if scheme.spread})
     units = [s.units_of(i) for s, i in zip(sources, instances, strict=True)]
     total, budget, folder = len(units[0]) + 1, Budget(_HIDDEN_LIMIT), Path(tempfile.gettempdir())
-    with Stream(units[0], ids, budget, folder) as first, Stream(units[1], ids, budget, folder) as second:
+    with Stream(units[0], batches, budget, folder) as first, Stream(units[1], batches, budget, folder) as second:
         first.begin()
         second.begin()
         for i in walk([[first], [second]]):
@@ -153,5 +158,5 @@ def _follow(
         report(total - 1, total, "comparing outputs")
         with units[0].outer_loaded(), units[1].outer_loaded():
             for j, rows in first.pieces():
-                comparison.add(first.output(j, rows), second.output(j, rows), ids[j][rows])
+                comparison.add(first.output(j, rows), second.output(j, rows), predicted(batches[j])[rows])
             confirm(sources[0], first)

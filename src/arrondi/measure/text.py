@@ -75,7 +75,8 @@ def positions_of(model: Any) -> int | None:
 
     A table of learned positions that begins after the padding index (RoBERTa) has so many fewer.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     if not isinstance(limit, int) or limit < 1:
         return None
     words = None

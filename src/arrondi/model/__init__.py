@@ -1,6 +1,6 @@
 """What a model is: sites, sources, and the walk over its units."""
 
-from arrondi.model.backward import Gradients, kl_loss, next_token_loss, walk_back
+from arrondi.model.backward import Gradients, kl_loss, next_token_loss, sampled_loss, walk_back
 from arrondi.model.build import build_model, configs_in
 from arrondi.model.chain import Chain, Inputs, model_output
 from arrondi.model.device import device_named
@@ -13,10 +13,12 @@ from arrondi.model.overlay import Overlay
 from arrondi.model.precision import DTYPES, bfloat16_pays, stored_in_16_bits
 from arrondi.model.segments import Segments, Straight
 from arrondi.model.settle import confirm, settle
+from arrondi.model.shapes import usual_inputs
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.source import OnDisk
 from arrondi.model.store import Budget, TreeStore
 from arrondi.model.streams import Passage, Stream, Units, walk
+from arrondi.model.towers import deaf_encoder, deaf_parameters, is_seq2seq
 from arrondi.model.whole import Whole
 
 Source = OnDisk | InMemory
@@ -52,15 +54,20 @@ __all__ = [
     "build_model",
     "configs_in",
     "confirm",
+    "deaf_encoder",
+    "deaf_parameters",
     "device_named",
     "find_folds",
     "find_tensors",
+    "is_seq2seq",
     "kl_loss",
     "model_output",
     "next_token_loss",
     "release",
+    "sampled_loss",
     "settle",
     "stored_in_16_bits",
+    "usual_inputs",
     "walk",
     "walk_back",
 ]

@@ -154,6 +154,25 @@ def next_token_loss(batches: Sequence[Any]) -> Loss:
     return loss
 
 
+def sampled_loss(causal: bool) -> Loss:
+    """A loss whose gradients have the Fisher information of the model's own predictions as their second moment, at any weights.
+
+    Args:
+        causal: outputs are logits (n, tokens, vocabulary): cross-entropy of tokens drawn from what the model itself predicts, summed. If not,
+            outputs are what is to be kept: their product with standard normal numbers, as of a Gaussian around them.
+    """
+
+    def loss(j: int, output: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(j)
+        if not causal:
+            return (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
+        logits = output.float().flatten(0, -2)
+        drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
+        return torch.nn.functional.cross_entropy(logits, drawn.to(output.device), reduction="sum")
+
+    return loss
+
+
 def kl_loss(batches: Sequence[Any], reference: Callable[[int], torch.Tensor]) -> Loss:
     """Mean KL divergence from a reference over all positions of all batches.
 

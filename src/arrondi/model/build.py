@@ -7,6 +7,7 @@ config inside it, and experts are called one by one, so that every product can b
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -99,6 +100,36 @@ def _initialise(module: Any, model: Any) -> None:
     for child in module.children():
         _initialise(child, child if isinstance(child, PreTrainedModel) else model)
     model._init_weights(module)
+
+
+def computed_parameter(model: Any, param: str) -> torch.Tensor | None:
+    """A parameter that no file holds because the class computes it (tables of sines); None where it would be random.
+
+    Args:
+        model: of transformers, its parameters on the meta device; it is not changed.
+    """
+    path, _, leaf = param.rpartition(".")
+    drawn = []
+    for seed in range(2):
+        module = copy.deepcopy(model.get_submodule(path))
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.zeros(value.shape), requires_grad=False)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            _innermost(model, path)._init_weights(module)
+        drawn.append(module._parameters[leaf])
+    first, second = drawn
+    return None if first is None or second is None or not torch.equal(first, second) else first.detach()
+
+
+def _innermost(model: Any, path: str) -> Any:
+    """The innermost model of transformers around a module."""
+    from transformers import PreTrainedModel
+
+    parts = path.split(".")
+    around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+    return next(m for m in reversed(around) if isinstance(m, PreTrainedModel))
 
 
 def configs_in(config: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -319,6 +319,7 @@ def result_of(output: Any) -> torch.Tensor:
 
 def model_output(instance: Instance, inputs: Inputs) -> torch.Tensor:
     """What a model that is filled as a whole computes, float32; gradients are recorded where they are wanted."""
+    inputs = moved(inputs, instance.device)
     return result_of(instance.model(*copied(inputs.args), **copied(inputs.kwargs))).float()
 
 
@@ -360,6 +361,19 @@ def copied(tree: Any) -> Any:
     if type(tree) in (tuple, list):
         return type(tree)(copied(v) for v in tree)
     return tree
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """Arguments on the device where a unit runs."""
+    if device.type == "cpu":
+        return tree
+    if isinstance(tree, (Call, Inputs)):
+        return replace(tree, args=moved(tree.args, device), kwargs=moved(tree.kwargs, device))
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if type(tree) is dict:
+        return {k: moved(v, device) for k, v in tree.items()}
+    return type(tree)(moved(v, device) for v in tree) if type(tree) in (tuple, list) else tree
 
 
 def said(error: Exception) -> str:

@@ -46,6 +46,7 @@ class Use:
     groups: int = 1
     source: torch.Tensor | None = field(default=None, repr=False, compare=False)
     see: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x, repr=False, compare=False)
+    see_some: Callable[[torch.Tensor, int], torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def x(self) -> torch.Tensor:
@@ -59,6 +60,12 @@ class Use:
                 f"The activation that {self.param!r} multiplies was not kept: read it while it is reported."
             )
         return self.see(self.source)
+
+    def some(self, most: int) -> torch.Tensor:
+        """The same of a convolution at no more positions than that (or four for every input), chosen at random: the same for inputs of one shape."""
+        if self.source is None or self.see_some is None:
+            return self.x
+        return self.see_some(self.source, most)
 
 
 def uses_of(call: Call, regions: Regions, reads: Reads, order: Callable[[], int]) -> Iterator[Use]:
@@ -194,15 +201,23 @@ def _convolution_uses(
     kernel = tuple(weight.shape[2:])
     groups = geometry.groups
 
-    def see(x: torch.Tensor) -> torch.Tensor:
+    def see(x: torch.Tensor, most: int = 0) -> torch.Tensor:
         rows = x.movedim(1, -1)[..., None] if geometry.transposed else _patches(x, geometry, kernel)
-        rows = rows.reshape(math.prod(rows.shape[: x.ndim - 1]), groups, -1)
+        places = rows.shape[: x.ndim - 1]
+        count = math.prod(places)
+        most = most and max(most, 4 * math.prod(rows.shape[len(places) :]) // groups)
+        if 0 < most < count:
+            chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].to(x.device)
+            rows, count = rows[torch.unravel_index(chosen, places)], most
+        rows = rows.reshape(count, groups, -1)
         return rows[:, 0] if groups == 1 else rows.transpose(0, 1)
 
     # Transposed convolutions sum over the channels alone, whatever their geometry.
     number = reads.number(x, (1,), (groups, True) if geometry.transposed else (geometry, kernel))
     rows = region.part(0)
-    yield Use(region.param, None, "convolution", not geometry.transposed, number, order(), rows, None, groups, x, see)
+    yield Use(
+        region.param, None, "convolution", not geometry.transposed, number, order(), rows, None, groups, x, see, see
+    )
 
 
 def _patches(x: torch.Tensor, geometry: Convolution, kernel: tuple[int, ...]) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError
 from arrondi.formats import ActivationScheme
+from arrondi.model.build import computed_parameter
 from arrondi.model.memory import release
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
@@ -103,7 +104,10 @@ class Instance:
         if own is not None and (group is None or own not in group.sources):
             return {param: self.overlay.changed[own]()}
         if group is None:
-            raise FileFormatError(f"{self.where}: no stored tensor fills {param}.")
+            value = computed_parameter(self.model, param)
+            if value is None:
+                raise FileFormatError(f"{self.where}: no stored tensor fills {param}.")
+            return {param: value.to(dtype)}
         tensors = [self.tensor(s, dtype) for s in group.sources]
         if group.convert is None:
             return {param: tensors[0]}
@@ -237,7 +241,7 @@ def _rounder(inputs: Rounding, name: str) -> Any:
         scheme, grid, *columns = inputs[name]
         if grid is None and scheme.dynamic is not True:
             return args, kwargs
-        return RoundedInputs(scheme.rounding, grid, *columns)(module, args, kwargs)
+        return RoundedInputs(scheme.rounding, grid, *columns, name=f"the input of {name}")(module, args, kwargs)
 
     return hook
 

@@ -123,7 +123,8 @@ class Names:
 
         Buffers of whole numbers (counters, positions) have the values that the model starts with.
         """
-        patterns = list(getattr(self.model, "_keys_to_ignore_on_load_missing", None) or [])
+        ignored = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save")  # the latter are computed
+        patterns = [p for name in ignored for p in getattr(self.model, name, None) or []]
         buffers = [[n] for n, b in self.buffers.items() if b.is_floating_point()]
         return [
             names[0]

@@ -6,6 +6,7 @@ It answers like a `Chain`, but what goes from part to part may have any shape, a
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,10 @@ class Straight(torch.nn.Sequential):
         for part in others:
             value = part(value)
         return value
+
+    def original(self) -> Straight:
+        """A copy that computes what was there before anything is rounded."""
+        return copy.deepcopy(self)
 
 
 class Segments:

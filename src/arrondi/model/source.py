@@ -24,6 +24,7 @@ from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.model.probe import probe
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
+from arrondi.model.towers import deaf_parameters
 from arrondi.model.units import find_lists
 from arrondi.model.whole import Whole
 
@@ -106,7 +107,7 @@ class OnDisk:
                 known |= dict.fromkeys(group.targets, own.transposed)
         facts = self._probed[1]
         flipped = {n for n in facts.flipped if n not in known} | {n for n, turned in known.items() if turned}
-        return replace(facts, flipped=frozenset(flipped))
+        return replace(facts, flipped=frozenset(flipped), unreached=facts.unreached | deaf_parameters(self.model))
 
     @cached_property
     def _probed(self) -> tuple[str, Facts]:
@@ -164,7 +165,7 @@ class OnDisk:
 
     def run_as_whole(self, facts: Facts) -> None:
         """From now on the model is one unit, of which a run has told this."""
-        self.whole, self.facts = True, facts
+        self.whole, self.facts = True, replace(facts, unreached=facts.unreached | deaf_parameters(self.model))
         for name in ("tensors", "sites"):
             self.__dict__.pop(name, None)
 

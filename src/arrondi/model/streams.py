@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from arrondi.model.chain import Call, Chain, Inputs
+from arrondi.model.chain import Call, Chain, Inputs, moved
 from arrondi.model.handed import Handed, named_in
 from arrondi.model.segments import Segments
 from arrondi.model.store import Budget, TreeStore
@@ -75,7 +75,7 @@ class Stream:
         self._kept, self._wanted, self._places = [], {}, {}
         with self.units.outer_loaded():
             for batch in self.batches:
-                hidden, calls = self.units.begin(_moved(batch, self.units.instance.device))
+                hidden, calls = self.units.begin(moved(batch, self.units.instance.device))
                 self._hidden.append(hidden.cpu())
                 shared = _shared(calls)
                 for i, call in enumerate(calls):
@@ -109,7 +109,7 @@ class Stream:
 
     def _run_all(self, i: int, j: int, hidden: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         call = self._show(self._calls[j * len(self.units) + i]).filled(lambda h: self._handed[self._places[j, h]])
-        return self.units.run(i, hidden, _moved(call, self.units.instance.device), bfloat16=self.bfloat16)
+        return self.units.run(i, hidden, moved(call, self.units.instance.device), bfloat16=self.bfloat16)
 
     def forwards(self, i: int) -> list[Passage]:
         """Unit i on every batch, to be run as often as needed; nothing moves on."""
@@ -160,7 +160,7 @@ class Stream:
     def output_on(self, j: int, hidden: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """What follows the last unit, called as on rows of batch j, on other hidden states; gradients are recorded where they are wanted."""
         inputs = self.batches[j] if rows == slice(None) else Inputs.of(self.batches[j].kwargs["input_ids"][rows])
-        return self.units.finish(_moved(inputs, self.units.instance.device), hidden)
+        return self.units.finish(moved(inputs, self.units.instance.device), hidden)
 
     def _place(self, i: int, j: int) -> int:
         return i * len(self) + j if self.keeps_inputs else j
@@ -273,16 +273,3 @@ def _is_tree(value: Any) -> bool:
     if type(value) is dict:
         return all(map(_is_tree, value.values()))
     return value is None or isinstance(value, (torch.Tensor, Handed, bool, int, float, str))
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    """Arguments on the device where a unit runs."""
-    if device.type == "cpu":
-        return tree
-    if isinstance(tree, (Call, Inputs)):
-        return replace(tree, args=_moved(tree.args, device), kwargs=_moved(tree.kwargs, device))
-    if isinstance(tree, torch.Tensor):
-        return tree.to(device)
-    if type(tree) is dict:
-        return {k: _moved(v, device) for k, v in tree.items()}
-    return type(tree)(_moved(v, device) for v in tree) if type(tree) in (tuple, list) else tree

@@ -174,3 +174,48 @@ def _geometry(conv: _ConvNd) -> _ConvNd:
         device="meta",
         **more,
     )
+
+
+def patches(x: torch.Tensor, conv: _ConvNd) -> torch.Tensor:
+    """What a convolution multiplies, as a view: (batch, in, …) → (batch, *positions of the output, in, *places of the kernel).
+
+    Args:
+        x: what enters the module.
+        conv: not transposed, padded with zeros by numbers.
+    """
+    padding = [int(n) for n in conv.padding for _ in range(2)]
+    x = nn.functional.pad(x, padding[::-1])
+    for i, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return x.movedim(1, 1 + len(conv.kernel_size))
+
+
+def multiplied(x: torch.Tensor, layer: nn.Module, chosen: torch.Tensor) -> torch.Tensor:
+    """Some of the rows that a linear layer or a convolution multiplies.
+
+    Args:
+        x: what enters the layer.
+        chosen: numbers of positions of its output, over batch and space in their order.
+
+    Returns:
+        (len(chosen), groups, inputs of a group · places of the kernel).
+    """
+    if not isinstance(layer, _ConvNd):
+        return x.reshape(-1, x.shape[-1])[chosen][:, None]
+    rows = patches(x, layer)
+    where = torch.unravel_index(chosen, rows.shape[: x.ndim - 1])
+    return rows[where].reshape(len(chosen), layer.groups, -1)
+
+
+def given(y: torch.Tensor, layer: nn.Module, chosen: torch.Tensor) -> torch.Tensor:
+    """What a layer gives at the same positions, (len(chosen), outputs)."""
+    return (y.movedim(1, -1) if isinstance(layer, _ConvNd) else y).reshape(-1, _outputs(layer))[chosen]
+
+
+def positions(y: torch.Tensor, layer: nn.Module) -> int:
+    """How many positions an output has, over batch and space."""
+    return y.numel() // _outputs(layer)
+
+
+def _outputs(layer: nn.Module) -> int:
+    return layer.out_channels if isinstance(layer, _ConvNd) else len(layer.get_parameter("weight"))

@@ -116,10 +116,25 @@ class RoundedInputs:
         inputs: how.
         grid: the stored part of the grid; None where scales are dynamic.
         columns: features that are not rounded, because the weight keeps their columns apart; None: there are none.
+        name: what the input is called in messages.
     """
 
-    def __init__(self, inputs: ActivationScheme, grid: Grid | None, columns: torch.Tensor | None = None) -> None:
-        self.inputs, self.grid, self.columns = inputs, grid, columns
+    def __init__(
+        self,
+        inputs: ActivationScheme,
+        grid: Grid | None,
+        columns: torch.Tensor | None = None,
+        *,
+        name: str = "activation",
+    ) -> None:
+        self.inputs, self.grid, self.columns, self.name = inputs, grid, columns, name
+
+    def _on(self, device: torch.device) -> None:
+        """What is stored follows the inputs, which tell where the model runs."""
+        if self.grid is not None and self.grid.scale.device != device:
+            self.grid = self.grid.map(lambda part: part.to(device))
+        if self.columns is not None:
+            self.columns = self.columns.to(device)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -131,12 +146,13 @@ class RoundedInputs:
         return args, {**kwargs, first: self._rounded(kwargs[first])}
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        self._on(x.device)
         if self.inputs.spread:
             x = spread(x, self.inputs.spread)
         values, columns = x.detach(), outlier_columns(x.detach(), self.inputs, self.columns)
         if columns is not None:
             values = values.index_fill(-1, columns.long(), 0.0)
-        rounded = fake_quantize(values, self.inputs.scheme, grid=self.grid, name="activation")
+        rounded = fake_quantize(values, self.inputs.scheme, grid=self.grid, name=self.name)
         if columns is not None:
             rounded[..., columns.long()] = x.detach()[..., columns.long()]
         return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded

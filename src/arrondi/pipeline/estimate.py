@@ -13,6 +13,7 @@ from typing import Final
 from arrondi.formats import Scheme
 from arrondi.measure.compare import BATCH_TOKENS, batch_size, is_causal
 from arrondi.model import OnDisk
+from arrondi.pipeline.fisher import DRAWS, OUTPUT_BYTES, looks_at_loss
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.run import HIDDEN_LIMIT
@@ -129,6 +130,10 @@ def _followed(plan: Plan, tokens: int, eval_tokens: int, seq_len: int) -> dict[s
     if any(one.step.scope == "whole" and one.groups for one in plan.selected):
         # Two models, what stands in for one, its gradient, what is learned; and what every unit keeps for the way back.
         found["the whole model is learned"] = 5 * _FLOAT * _weights(plan.tensors) + running * max(len(units), 1)
+    if looks_at_loss(plan) and tokens:
+        entering = min(_FLOAT * hidden * tokens * (len(units) + 1), HIDDEN_LIMIT)
+        outputs = max(OUTPUT_BYTES, _FLOAT * rows * seq_len)
+        found["the original's gradients are followed"] = entering + max(unit, _loaded(heads)) + 4 * (running + outputs)
     if source.whole:
         found["both models are in memory"] = states + 2 * _FLOAT * _weights(plan.tensors) + running
     return found
@@ -174,6 +179,8 @@ def _seconds(plan: Plan, tokens: int, eval_tokens: int, seq_len: int) -> float:
     moved = sum(t.weights * t.dtype.itemsize for t in plan.tensors) + plan.output_bytes
     matrices = sum(t.weights for t in plan.tensors if t.sites and t.sites[0].kind != "embedding")
     passes = 3.4 * tokens + 2 * eval_tokens + (2 * seq_len if tokens or eval_tokens else 0)
+    if looks_at_loss(plan):
+        passes += 4 * DRAWS * tokens  # forwards, and units forwards and backwards again
     return _START_SECONDS + rounding + moved / _BYTES_A_SECOND + 2 * matrices * passes / _FLOPS
 
 

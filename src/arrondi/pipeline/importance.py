@@ -23,6 +23,7 @@ from arrondi.checkpoint import Checkpoint, file_sha256
 from arrondi.checkpoint.gguf_names import GGUFNames, blocks_of
 from arrondi.checkpoint.imatrix import Importance, ImportanceMatrix, read_imatrix, write_imatrix
 from arrondi.errors import DataError, FileFormatError
+from arrondi.measure.calling import Calling
 from arrondi.measure.data import Data, check_windows, chosen, read_windows
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of
 from arrondi.model import Budget, OnDisk, Site, Source, Stream, device_named, settle, walk
@@ -168,8 +169,9 @@ def make_imatrix(
     tokenizer = load_tokenizer(source.where)
     windows = chosen(read_windows(calibration, tokenizer, seq_len, "calibration text", column), samples, seed)
     check_windows(windows, source.model)
-    batches = windows.batches(max(2048 // windows.seq_len, 1))
-    notes = [*([note] if note else []), *settle(source, batches[0][:1])]
+    calling = Calling.of(source.model)
+    batches = [calling(ids) for ids in windows.batches(max(2048 // windows.seq_len, 1))]
+    notes = [*([note] if note else []), *calling.notes, *settle(source, calling(windows.ids[:1]))]
     sums = sums_of_inputs(source, batches, where, head, progress or (lambda done, total, what: None))
     sites = [s for s in _linear(source) if head or s.block is not None]
     grouped = _grouped(sites, names)

@@ -14,15 +14,16 @@ from torch.nn.parameter import UninitializedParameter
 
 from arrondi.checkpoint import LayerValues
 from arrondi.errors import DataError, SchemeError
-from arrondi.model import Budget, InMemory, Inputs, Instance, Site, Stream, Units, settle, walk
+from arrondi.model import Budget, InMemory, Inputs, Instance, Site, Straight, Stream, Units, settle, walk
 from arrondi.nn import QStack
 from arrondi.pipeline.finished import Finished
-from arrondi.pipeline.foreseen import largest_inputs
+from arrondi.pipeline.fisher import LossKnown, looks_at_loss
+from arrondi.pipeline.foreseen import inputs_of_heads, largest_inputs
 from arrondi.pipeline.plan import Plan, check, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.select import Selected
-from arrondi.pipeline.statistics import Forward
+from arrondi.pipeline.statistics import Forward, Seen
 from arrondi.pipeline.unit import carry_out, check_finite
 from arrondi.pipeline.work import Original, Work
 from arrondi.runtime.install import install
@@ -155,9 +156,13 @@ def _rounded(
     tensors = plan.tensors
     units = source.units_of(instance)
     found: dict[str, LayerValues] = {}
+    heads: dict[str, Seen] = {}
+    budget = Budget(1 << 62)
+    loss = LossKnown(budget, None)
 
     def work(members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()) -> None:
-        work = Work(plan, instance, members, forwards, Original(original.instance, originals) if originals else None)
+        own = Original(original.instance, originals) if originals else None
+        work = Work(plan, instance, members, forwards, own, heads=heads, loss=loss)
         carry_out(work)
         for t in members:
             parts = [work.results[s.name].q for s in t.sites if s.name in work.results]
@@ -173,8 +178,13 @@ def _rounded(
     if not batches:
         work(list(tensors), ())
         return found
-    budget = Budget(1 << 62)
-    with Stream(units, batches, budget, None) as stream, Stream(original, followed, budget, None) as floats:
+    with (
+        Stream(units, batches, budget, None) as stream,
+        Stream(original, followed, budget, None) as floats,
+        loss,
+    ):
+        if looks_at_loss(plan):
+            loss.learn(plan, original, batches, budget, None)
         stream.begin()
         floats.begin()
         # Without these nothing before the units is changed that the order of the work would matter for.
@@ -182,6 +192,7 @@ def _rounded(
         rewrites = any(one.step.kind == "rewrite" for one in plan.selected)
         front = plan.front(units.early) if tables or rewrites else []
         if front:
+            heads.update(inputs_of_heads(units, plan.told_by_heads, batches, budget, None))
             work(front, [partial(units.begin, b) for b in stream.batches])
             stream.begin()
             floats.begin()
@@ -210,7 +221,8 @@ def _finish(finished: Finished, one: Selected, found: dict[str, LayerValues]) ->
 
 def _copy(source: InMemory) -> Units:
     """The original, whose weights stay as they are."""
-    copied = InMemory(copy.deepcopy(source.model))
+    model = source.model
+    copied = InMemory(model.original() if isinstance(model, Straight) else copy.deepcopy(model))
     if source.whole:
         copied.run_as_whole(source.facts)
     return copied.units_of(copied.instance())

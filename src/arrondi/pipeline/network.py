@@ -6,15 +6,14 @@ flows is rounded as in the file; what is written is read again and measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
+from arrondi.documents import to_json
 from arrondi.errors import DataError, OutputError, SchemeError
 from arrondi.formats import (
     PRESETS,
@@ -43,9 +42,12 @@ from arrondi.graph import (
 )
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.networks import compare_graphs
+from arrondi.measure.signals import ratio, signals, spread_of
 from arrondi.model import Inputs
+from arrondi.pipeline.ends import ends_of, has_few_bits, of_bits, read_by, with_wider_ends
 from arrondi.pipeline.module import round_module
 from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.prepare import rewritten, with_what_was_learned
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.steps import STEPS
 from arrondi.tensor.qtensor import QTensor
@@ -54,7 +56,7 @@ from arrondi.tensor.ranges.observed import grid_from_range
 TARGETS: Final = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """Layers of a network that become integers."""
 _CHOOSING: Final = 128
-"""Samples that a choice of recipes is made on."""
+"""Samples that a choice of recipes, and what is said of every value, is made on."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
 
@@ -69,6 +71,7 @@ class NetworkData:
         samples: of calibration at most, chosen by `seed`.
         mean, std: of images.
         evaluate: False leaves the measurement out.
+        ends: bits of the first and the last layers, and of what they read, where weights of others have at most four; None: as others.
         observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
     """
 
@@ -80,6 +83,7 @@ class NetworkData:
     std: Sequence[float] = ()
     evaluate: bool = True
     observer: str = "mse"
+    ends: int | None = 8
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -120,37 +124,50 @@ def quantize_network(
         overwrite: a file that is there may be replaced.
 
     Returns:
-        the report.
+        the report, which is also written beside the file, as NAME.report.json.
 
     Raises:
         ArrondiError: see its sentence; nothing was written then.
     """
-    out, graph = Path(out), tidy(read_graph(model))
+    out, original = Path(out), read_graph(model)
+    given = tidy(original)
     if out.suffix != ".onnx":
         raise SchemeError(f"Networks are written as .onnx files, got {out}. Give -o NAME.onnx.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
-    calibration, evaluation = _data(graph, data)
+    calibration, evaluation = _data(given, data)
     flowing = _flowing(recipe)
-    found = places(graph)
     notes: list[str] = []
+    graph, recipe = rewritten(given, recipe, calibration, notes)
+    found = places(graph)
+    firsts, lasts = ends_of(graph)
+    careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
     rounded_graph, ranges = graph, {}
     if flowing is not None:
         if calibration is None:
             raise DataError("The ranges of what flows between layers are found on data. Give --calibration data.npz, or a scheme of weights alone (W8A16).")  # fmt: skip
         program = Program(graph)
+        wider = of_bits(flowing.scheme, data.ends) if careful else flowing.scheme
+        apart = {found.values[n]: wider for n in read_by(graph, {*firsts, *lasts}) if n in found.values}
         ends = observe(
-            program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options
+            program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options, apart
         )
-        ranges = {
-            name: ends[group]
-            for name, group in places(graph, {n: ends[g] for n, g in found.values.items()}).values.items()
+        groups = places(graph, {n: ends[g] for n, g in found.values.items()}).values
+        spans = {group: ends[found.values[name]] for name, group in reversed(list(groups.items()))}
+        ranges = {name: spans[group] for name, group in groups.items()}
+        schemes = {
+            group: apart.get(found.values[name], flowing.scheme) for name, group in reversed(list(groups.items()))
         }
-        grids = {name: (grid_from_range(*span, flowing.scheme), flowing.scheme) for name, span in ranges.items()}
-        rounded_graph = round_values(graph, grids)
+        grids = {n: (grid_from_range(*ranges[n], schemes[g]), schemes[g]) for n, g in groups.items()}
+        rounded_graph = round_values(graph, grids, groups)
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
     recipe = _of_weights(recipe, program)
+    if careful:
+        recipe = with_wider_ends(
+            recipe, [program.layers[n] for n in (*firsts, *lasts) if n in program.layers], data.ends
+        )
+        notes.append(f"The first and last layers ({', '.join((*firsts, *lasts))}) have {data.ends} bits; --ends same gives them those of the others.")  # fmt: skip
     chosen = None
     if choose is not None:
         if calibration is None:
@@ -166,7 +183,7 @@ def quantize_network(
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }
-    written = hold_codes(_with_biases(rounded_graph, program), weights)
+    written = hold_codes(with_what_was_learned(rounded_graph, program), weights)
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
     report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
@@ -174,7 +191,11 @@ def quantize_network(
     if chosen is not None:
         report["choice"] = chosen.rows
     report["samples"] = 0 if calibration is None else len(calibration)
-    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), graph, evaluation)
+    if calibration is not None:
+        looked = calibration.taken(_CHOOSING, data.seed)
+        report["values"] = signals(Program(read_graph(out)), Program(graph), looked.batches(), ranges)
+    report["evaluation"] = None if evaluation is None else compare_graphs(read_graph(out), original, evaluation)
+    out.with_suffix(".report.json").write_text(to_json(report), encoding="utf-8")
     return report
 
 
@@ -235,24 +256,6 @@ def _by_channel(scheme: LayerScheme) -> Scheme:
     return replace(scheme.weights, granularity=PerChannel(), scale="float32") if grouped else scheme.weights
 
 
-def _with_biases(graph: Graph, program: Program) -> Graph:
-    """The graph with the biases that the program has now."""
-    constants = dict(graph.constants)
-    nodes = []
-    for node in graph.nodes:
-        path = program.layers.get(node.name)
-        bias = None if path is None else getattr(program.get_submodule(path), "bias", None)
-        if bias is not None and len(node.inputs) > 2:
-            own = constants[node.inputs[2]]
-            value = bias.detach().numpy().reshape(own.shape).astype(np.float32)
-            if not np.array_equal(own, value):
-                name = f"{node.name}_bias"
-                constants[name] = value
-                node = replace(node, inputs=(*node.inputs[:2], name, *node.inputs[3:]))
-        nodes.append(node)
-    return graph.with_nodes(nodes, constants)
-
-
 def _report(
     graph: Graph, program: Program, plan: Plan, flowing: ActivationScheme | None,
     weights: Mapping[str, QTensor], before: Mapping[str, torch.Tensor], ranges: Mapping[str, tuple[float, float]],
@@ -270,7 +273,12 @@ def _report(
             row |= {"status": "kept", "reason": "" if tensor is None else tensor.reason}
         else:
             after = _weight(program, path)
-            row |= {"status": "quantized", "scheme": str(q.scheme), "weight_sqnr_db": _sqnr(before[node], after)}
+            row |= {
+                "status": "quantized",
+                "scheme": str(q.scheme),
+                "weight_sqnr_db": _sqnr(before[node], after),
+                "histogram": spread_of(before[node]),
+            }
         rows.append(row)
     return {
         "activations": None if flowing is None else str(flowing), "layers": rows, "bits_per_weight": bits / max(count, 1),
@@ -283,5 +291,4 @@ def _weight(program: Program, path: str) -> torch.Tensor:
 
 
 def _sqnr(original: torch.Tensor, other: torch.Tensor) -> float | None:
-    noise = float((original.double() - other.double()).square().sum())
-    return None if not noise else 10 * math.log10(max(float(original.double().square().sum()), 1e-300) / noise)
+    return ratio(float(original.double().square().sum()), float((original.double() - other.double()).square().sum()))

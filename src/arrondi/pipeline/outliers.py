@@ -17,6 +17,7 @@ import torch
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import DataError, SchemeError
+from arrondi.measure.calling import Calling
 from arrondi.measure.compare import BATCH_TOKENS
 from arrondi.measure.data import Data, check_windows, chosen, read_windows, reads_text
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of
@@ -42,7 +43,8 @@ class _Inputs:
         count: numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.absmax = torch.zeros(())
         self.powers = torch.zeros(4, dtype=torch.float64)
         self.errors = dict.fromkeys(_GRIDS, 0.0)
@@ -59,7 +61,7 @@ class _Inputs:
         self.count += x.numel()
         for name, inputs in _SCHEMES.items():
             assert inputs is not None
-            self.errors[name] += float((fake_quantize(x, inputs.scheme) - x).double().square().sum())
+            self.errors[name] += float((fake_quantize(x, inputs.scheme, name=self.name) - x).double().square().sum())
 
     def row(self) -> dict[str, Any]:
         """In numbers; errors relative to Σ x²."""
@@ -120,8 +122,9 @@ def inspect_outliers(
     tokenizer = load_tokenizer(source.where) if reads_text(calibration) else None
     windows = chosen(read_windows(calibration, tokenizer, seq_len, "calibration text", column), samples, seed)
     check_windows(windows, source.model)
-    batches = windows.batches(max(BATCH_TOKENS // windows.seq_len, 1))
-    notes = [*([note] if note else []), *settle(source, batches[0][:1])]
+    calling = Calling.of(source.model)
+    batches = [calling(ids) for ids in windows.batches(max(BATCH_TOKENS // windows.seq_len, 1))]
+    notes = [*([note] if note else []), *calling.notes, *settle(source, calling(windows.ids[:1]))]
     seen, readers = _followed(source, batches, where, progress or (lambda done, total, what: None))
     rows = [{"read_by": readers[m], **one.row()} for m, one in seen.items() if one.count]
     if not rows:
@@ -130,7 +133,10 @@ def inspect_outliers(
 
 
 def _followed(
-    source: OnDisk, batches: list[torch.Tensor], device: torch.device, report: Callable[[int, int, str], None]
+    source: OnDisk,
+    batches: list[torch.Tensor | dict[str, torch.Tensor]],
+    device: torch.device,
+    report: Callable[[int, int, str], None],
 ) -> tuple[dict[str, _Inputs], dict[str, list[str]]]:
     """First module that reads an activation → what was seen of it, and the weights that read it."""
     instance = source.instance(device=device)
@@ -141,7 +147,7 @@ def _followed(
         if site.kind == "linear" and site.block is not None and site.param_index is None:
             module = first.setdefault(site.reads or site.name, site.modules[0])
             readers.setdefault(module, []).append(site.name)
-    seen = {module: _Inputs() for module in readers}
+    seen = {module: _Inputs(f"the input of {names[0]}") for module, names in readers.items()}
     with (
         torch.no_grad(),
         ExitStack() as hooks,

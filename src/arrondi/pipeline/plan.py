@@ -19,8 +19,9 @@ import torch
 from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
 from arrondi.model import Site, Source, StoredTensor
+from arrondi.model.states import rounded_layers
 from arrondi.pipeline.recipe import Recipe, matches
-from arrondi.pipeline.resolve import UNREACHED, PlannedTensor, Resolver
+from arrondi.pipeline.resolve import LOOKED_UP, UNREACHED, PlannedTensor, Resolver
 from arrondi.pipeline.select import Selected, declared_by, select, unreadable
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
@@ -47,6 +48,7 @@ class Plan:
         readers: who reads the result, and who does not or computes something else.
         facts: what layouts and readers must know of the model.
         all_experts: experts that few tokens reach are calibrated on all tokens of their block.
+        kv: what keys and values become while the model runs.
     """
 
     source: Source
@@ -59,6 +61,7 @@ class Plan:
     readers: list[Verdict] = field(default_factory=list)
     facts: ModelFacts = ModelFacts()
     all_experts: bool = False
+    kv: str | None = None
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -126,6 +129,27 @@ class Plan:
         ]
 
     @property
+    def told_by_heads(self) -> dict[str, str]:
+        """Site of a table → its parameter, where a head that is tied to it says what its codes are multiplied by.
+
+        Methods that want a second moment alone are told that of the head's input in the original. What was rewritten, or is stored apart
+        from its head, has none, and neither has a model that is run as a whole.
+        """
+        apart = {a.param for a in self.declared.added}
+        names = self.source.names
+        return {
+            s.name: s.param
+            for t in self.quantized
+            for s in t.sites
+            if s.kind == "embedding"
+            and t.rule is not None
+            and get_step(t.rule.method).needs == {"moment"}
+            and t.name not in self.touched
+            and not self.source.whole
+            and any(alias != s.param and alias not in apart for alias in names.names_of(s.param))
+        }
+
+    @property
     def calibrated(self) -> bool:
         """Whether something cannot be done without calibration data."""
         return self.needs_text()
@@ -150,6 +174,7 @@ class Plan:
                 s: sum(t.status == s for t in self.tensors)
                 for s in ("quantized", "kept by rule", "kept because impossible")
             },
+            "kv": self.kv,
             "problems": self.problems,
             "notes": self.notes,
             "steps": [
@@ -241,7 +266,7 @@ def make_plan(
     if resolver is not tried[0][1]:
         notes.insert(0, _why_not(tried[0][1].layout, tried[0][2]))
     notes += [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
-    notes += _unreached(tensors)
+    notes += _by_images(tensors) if images else _unreached(tensors)
     notes += [
         f"{one.step.name} is not done, {why}: {_list(names)}."
         for one in selected
@@ -249,11 +274,32 @@ def make_plan(
     ]
     notes += declared.notes
     notes += _tied_heads(source, tensors, {a.param for a in declared.added})
+    if recipe.kv is not None:
+        if not hasattr(source.model, "can_generate") or not source.model.can_generate():
+            raise SchemeError(
+                f"A {type(source.model).__name__} does not continue texts, so it keeps no keys and values. Leave kv out."
+            )
+        rounded_layers(source.model.config, recipe.kv)  # or the sentence that says why not
+        notes.append(
+            f"Keys and values become {recipe.kv} where arrondi runs the model; other programs read the weights and keep full ones. The measurement of this run is of the weights; `arrondi eval` reads through the cache."
+        )
     placed = [t.placed for t in tensors if t.status == "quantized"]
     readers = readers_of(placed, resolver.layout, facts)
-    return Plan(
-        source, tensors, resolver.layout, selected, declared, problems, notes, readers, facts, recipe.all_experts
+    plan = Plan(
+        source,
+        tensors,
+        resolver.layout,
+        selected,
+        declared,
+        problems,
+        notes,
+        readers,
+        facts,
+        recipe.all_experts,
+        recipe.kv,
     )
+    notes += _of_tables(plan)
+    return plan
 
 
 def _tied_heads(source: Source, tensors: Sequence[PlannedTensor], apart: Collection[str]) -> list[str]:
@@ -265,6 +311,20 @@ def _tied_heads(source: Source, tensors: Sequence[PlannedTensor], apart: Collect
         for name, others in heads.items()
         if others
     ]
+
+
+def _of_tables(plan: Plan) -> list[str]:
+    """How tables are rounded by methods that look at inputs."""
+    told, found = plan.told_by_heads, dict[str, list[str]]()
+    for t in plan.quantized:
+        if t.rule is None or t.sites[0].kind != "embedding" or not get_step(t.rule.method).needs:
+            continue
+        blind = t.rule.fallback or get_step(t.rule.method).fallback
+        how = f"Rounded by {blind} instead of {t.rule.method}, for {LOOKED_UP}"
+        if t.sites[0].name in told:
+            how = f"Rounded by {t.rule.method} on what the tied head is given in the original, damped so that rows count as much that are looked up"
+        found.setdefault(how, []).append(t.name)
+    return [f"{how}: {_list(names)}." for how, names in found.items()]
 
 
 def _lost_tables(tensors: Sequence[PlannedTensor]) -> bool:
@@ -281,6 +341,17 @@ def _unreached(tensors: Sequence[PlannedTensor]) -> list[str]:
     share = sum(t.weights for t in kept) / max(sum(t.weights for t in tensors), 1)
     return [
         f"{len(kept)} weights that text does not reach ({100 * share:.0f} % of all) are kept as they are: {_list([t.name for t in kept])}."
+    ]
+
+
+def _by_images(tensors: Sequence[PlannedTensor]) -> list[str]:
+    """What is said of parts that images reach and text does not."""
+    taken = [t for t in tensors if t.status == "quantized" and not all(s.reached for s in t.sites)]
+    if not taken:
+        return []
+    share = sum(t.weights for t in taken) / max(sum(t.weights for t in tensors), 1)
+    return [
+        f"{len(taken)} weights that text does not reach ({100 * share:.0f} % of all) are quantized, too, because the images reach them: {_list([t.name for t in taken])}."
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from arrondi.errors import unknown
 from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.recipe import Recipe
+from arrondi.rounding.yaqa import refuse_yaqa
 from arrondi.tensor.checks import layer_scheme_of
 
 
@@ -45,6 +46,12 @@ _WEIGHTS: Final = Preset(
     repairs=("tune", "e2e"),
     options={"sweeps": 5, "refine": 2, "damping": 0.05},
 )
+_FED_BACK: Final = Preset(
+    "YAQA with GPTAQ's correction, refined, then scales and norms learned end to end where the model fits in memory",
+    "yaqa",
+    repairs=("e2e",),
+    options={"refine": 2},
+)
 _TABLES: Final = Preset(
     "learned tables with GPTAQ's correction, refined, then scales and norms learned unit by unit and end to end",
     "any4",
@@ -65,7 +72,9 @@ def _best(scheme: LayerScheme) -> Preset:
     few = inputs is not None and inputs.scheme.format.kind == "integer" and inputs.scheme.format.bits <= 4
     if scheme.weights.table is not None:
         return replace(_TABLES, options={**_TABLES.options, "rows": scheme.weights.table.rows})
-    return _FEW_BIT_INPUTS if few else _WEIGHTS
+    if few:
+        return _FEW_BIT_INPUTS
+    return _WEIGHTS if refuse_yaqa(scheme.weights, {}) else _FED_BACK
 
 
 PRESETS: Final[Mapping[str, Callable[[LayerScheme], Preset]]] = MappingProxyType({

@@ -39,6 +39,7 @@ def publish(
     config: Mapping[str, Any],
     manifest: Mapping[str, Any],
     documents: Mapping[str, Any] | None = None,
+    made: Mapping[str, Path] | None = None,
 ) -> None:
     """Make the finished run's directory a model, and remove its working folder.
 
@@ -47,6 +48,7 @@ def publish(
         config: config.json of the output.
         manifest: what the manifest says besides `files`.
         documents: name → what is written there as JSON.
+        made: name in the output → file of the run that is copied there.
 
     Raises:
         OutputError: the disk is full; the same command goes on.
@@ -57,12 +59,14 @@ def publish(
     with guard_disk(out):
         for name, path in travelling.items():
             _copy(path, out, name, manifest["model"]["files"].get(name))
+        for name, path in (made or {}).items():
+            _copy(path, out, name, file_sha256(path))
     for name, document in (documents or {}).items():
         write_json(out / name, document)
     last = journal.work / CONFIG
     write_config(last, config)
     files: dict[str, Any] = writer.described(journal.wrote)
-    files |= {name: _described(out / name) for name in {*travelling, *writer.plan.names} - files.keys()}
+    files |= {name: _described(out / name) for name in {*travelling, *(made or {}), *writer.plan.names} - files.keys()}
     files |= {name: {"content": content(read_report(out / name))} for name in documents or ()}
     files[CONFIG] = _described(last)
     write_json(out / MANIFEST, sealed({**manifest, "files": dict(sorted(files.items()))}))

@@ -17,6 +17,7 @@ from typing import Any
 from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import FORMATS, LayerScheme, Scheme
+from arrondi.formats.kv import as_cache, parse_kv
 from arrondi.pipeline.steps import check_fallback, check_scheme, check_step, get_step, step_of_kind
 from arrondi.tensor.checks import layer_scheme_of
 
@@ -52,13 +53,11 @@ class Rule:
             return
         step = get_step(self.method)
         if step.kind != "round":
-            raise SchemeError(f"{self.method} rounds nothing, so it takes no scheme. Drop {self.scheme}.")
+            raise SchemeError(
+                f"{self.method} is a {step.kind} and rounds nothing, so it takes no scheme. Name it as a {step.kind}, beside a method that rounds."
+            )
         if self.scheme.outputs is not None:
             raise SchemeError(f"Scheme {self.scheme} rounds outputs, which is not done yet. Drop 'o'.")
-        if self.scheme.kv is not None:
-            raise SchemeError(
-                f"Keys and values are rounded when the model is run, not when it is written, got {self.scheme}. Drop 'kv' and give --kv int8 to `arrondi run`."
-            )
         check_scheme(self.method, self.scheme, self.options)
         object.__setattr__(self, "scheme", replace(self.scheme, weights=step.makes(self.scheme.weights, self.options)))
         if self.fallback:
@@ -70,12 +69,14 @@ class Recipe:
     """Rules in order, and what stays as it is whatever the rules say. `ignore=None` means the output head.
 
     With `all_experts`, experts that few calibration tokens reach are calibrated on all tokens of their block.
+    `kv` is what keys and values become while the model runs (`arrondi.KV_KINDS`); the `kv=…` of a rule's scheme says the same.
     Rewrites and repairs that come with a method, and that no rule names, are put before and after its rule.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] | None = None
     all_experts: bool = False
+    kv: str | None = None
 
     def __post_init__(self) -> None:
         rules = self.rules if isinstance(self.rules, list | tuple) else (self.rules,)
@@ -84,7 +85,19 @@ class Recipe:
             raise SchemeError(
                 f"A recipe is made of rules, got {said(strange[0])}. Each says a scheme and which weights get it."
             )
-        object.__setattr__(self, "rules", _completed(rules))
+        if not isinstance(self.kv, str | None):
+            raise SchemeError(f"kv is a word such as int8, got {said(self.kv)}.")
+        said_of_kv = {str(as_cache(r.scheme.kv)) for r in rules if r.scheme is not None and r.scheme.kv is not None}
+        said_of_kv |= set() if self.kv is None else {self.kv}
+        if len(said_of_kv) > 1:
+            raise SchemeError(
+                f"Keys and values become one thing, and the recipe says {' and '.join(sorted(said_of_kv))}. Say it once; layers of another kind follow a semicolon: 'kivi2;0-1=int8'."
+            )
+        plain = [r if r.scheme is None else replace(r, scheme=replace(r.scheme, kv=None)) for r in rules]
+        object.__setattr__(self, "rules", _completed(plain))
+        for kind in said_of_kv:
+            parse_kv(kind)
+            object.__setattr__(self, "kv", None if kind.strip().lower() in ("none", "full") else kind)
         if self.ignore is not None:
             object.__setattr__(self, "ignore", _selectors(self.ignore))
         check_fields(self)
@@ -114,8 +127,8 @@ class Recipe:
             options: of the method; of another step under `STEP.OPTION`.
             rewrites, repairs: names of steps.
             all_experts: see the class.
-            embeddings: what the table of words becomes, rounded to nearest: `int8/row`, `int4/g64`; None: it stays. A head that
-                is tied to it has the same codes.
+            embeddings: what the table of words becomes: `int8/row`, `int4/g64`; None: it stays. A head that is tied to it has the
+                same codes, which are then chosen by gptq if the method looks at second moments; all else is rounded to nearest.
         """
         if not isinstance(method, str):
             raise SchemeError(f"The method is a word, got {said(method)}.")
@@ -125,6 +138,9 @@ class Recipe:
         )
         before = [step_of_kind("rewrite", name) for name in _selectors(rewrites)]
         after = [step_of_kind("repair", name) for name in _selectors(repairs)]
+        twice = next((name for name in (*before, *after) if (*before, *after).count(name) > 1), None)
+        if twice is not None:
+            raise SchemeError(f"The {get_step(twice).kind} {twice} is named twice. Leave one out.")
         before += [name for name in step.before if name not in before]
         after = [name for name in step.after if name not in after] + after
         rules = [
@@ -133,7 +149,7 @@ class Recipe:
             *(Rule(None, name, picked, own.pop(name, {})) for name in after),
         ]
         if embeddings is not None:
-            rules.append(Rule(_table_scheme(embeddings), "rtn", ("Embedding",)))
+            rules.append(_of_tables(table_scheme(embeddings), step.needs))
         if own:
             stray = next(iter(own))
             raise SchemeError(
@@ -153,13 +169,16 @@ class Recipe:
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-            _known(document, {"rules", "ignore", "all_experts"}, "the recipe")
+            _known(document, {"rules", "ignore", "all_experts", "kv"}, "the recipe")
             rules = tuple(_rule(entry, i + 1) for i, entry in enumerate(document["rules"]))
             if not rules:
                 raise ValueError("it has no rule")
             everywhere = document.get("all_experts", False)
             if not isinstance(everywhere, bool):
                 raise TypeError(f"all_experts is {everywhere!r}, not true or false")
+            kv = document.get("kv")
+            if not isinstance(kv, str | None):
+                raise TypeError(f"kv is {kv!r}, not a word")
             ignore = None if document.get("ignore") is None else _words(document["ignore"])
         except SchemeError:
             raise
@@ -170,7 +189,17 @@ class Recipe:
             raise FileFormatError(f"{path}: {reason}. Give a recipe file as JSON. Example: {_EXAMPLE}") from error
         except (ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{path}: not a recipe ({error}). Example: {_EXAMPLE}") from error
-        return cls(rules, ignore, everywhere)
+        return cls(rules, ignore, everywhere, kv)
+
+    def with_kv(self, kv: str) -> Recipe:
+        """The same, with what keys and values become.
+
+        Raises:
+            SchemeError: there is no such kind, or the recipe says another.
+        """
+        if self.kv is not None and parse_kv(self.kv) != parse_kv(kv):
+            raise SchemeError(f"The recipe says kv={self.kv}, and --kv says {kv}. Leave one of them out.")
+        return replace(self, kv=kv)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` and the run's key record."""
@@ -187,6 +216,7 @@ class Recipe:
             ],
             "ignore": None if self.ignore is None else list(self.ignore),
             **({"all_experts": True} if self.all_experts else {}),
+            **({"kv": self.kv} if self.kv else {}),
         }
 
 
@@ -224,7 +254,16 @@ def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = N
     return layer if group_size is None else layer.with_group_size(group_size)
 
 
-def _table_scheme(text: str) -> LayerScheme:
+def _of_tables(scheme: LayerScheme, needs: Iterable[str]) -> Rule:
+    """The rule for tables beside a method with these needs."""
+    looks = any("moment" in need for need in needs)
+    try:
+        return Rule(scheme, "gptq" if looks else "rtn", ("Embedding",))
+    except SchemeError:  # gptq does not make it
+        return Rule(scheme, "rtn", ("Embedding",))
+
+
+def table_scheme(text: str) -> LayerScheme:
     """A scheme of weights from its word, its grammar, or `int8/row`."""
     words = text.strip().lower().split("/")
     short = "=" not in text and words[0] in FORMATS

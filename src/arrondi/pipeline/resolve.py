@@ -15,7 +15,7 @@ import torch
 
 from arrondi.checkpoint import Layout, Placed
 from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
-from arrondi.model import Site, Source, StoredTensor
+from arrondi.model import Site, Source, StoredTensor, deaf_parameters
 from arrondi.nn import refuse_table
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.steps import get_step
@@ -128,6 +128,7 @@ class Resolver:
         heads = tuple(n for n, m in model.named_modules() if head is not None and m is head)
         self.ignore = heads if recipe.ignore is None else recipe.ignore
         self.words = _words_of(model)
+        self.deaf = deaf_parameters(model)
 
     def resolve(self, tensor: StoredTensor) -> PlannedTensor:
         dtype = self.source.dtype_of(tensor)
@@ -153,9 +154,9 @@ class Resolver:
         if ignored:
             return replace(plain, reason=f"ignored by {ignored[0]!r}{tied}")
         if not site.reached and not named and not self.images:
-            return replace(
-                plain, reason=f"{UNREACHED}; name it in --targets to quantize it blindly, or give --calibration-images"
-            )
+            noise = any(p in self.deaf for p in tensor.params)
+            how = "calibrated on noise" if noise else "blindly, or give --calibration-images"
+            return replace(plain, reason=f"{UNREACHED}; name it in --targets to quantize it {how}")
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit)
         if site.shape[0] < _SMALL_OUTPUT:
@@ -187,11 +188,7 @@ class Resolver:
             return replace(plain, status="kept because impossible", reason=site.unfit, rule=rule)
         if site.shape[0] < _SMALL_OUTPUT:
             return replace(plain, reason=f"only {site.shape[0]} rows")
-        done = self._quantized(replace(plain, rule=rule))
-        if done.status == "quantized" and get_step(rule.method).needs:
-            blind = rule.fallback or get_step(rule.method).fallback
-            self.notes.setdefault(f"Rounded by {blind} instead of {rule.method}, for {LOOKED_UP}", []).append(plain.name)  # fmt: skip
-        return done
+        return self._quantized(replace(plain, rule=rule))
 
     def _quantized(self, plain: PlannedTensor) -> PlannedTensor:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""

@@ -82,9 +82,11 @@ def round_together(
     seen: Seen,
 ) -> list[Rounded]:
     """Round weights (out, in) that read the same input, in one sweep; each error is the weight's own."""
-    joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     run = get_step(method).round
     assert run is not None
+    if seen.groups:
+        return [_round_groups(site, w, scheme, method, options, seen) for site, w in zip(sites, weights, strict=True)]
+    joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     q, facts = run(joined, scheme, seen, name=sites[0].name, **options)
     sizes = [len(w) for w in weights]
     found = []
@@ -107,6 +109,23 @@ def round_together(
         )
     release()
     return found
+
+
+def _round_groups(
+    site: Site, weight: torch.Tensor, scheme: Scheme, method: str, options: Mapping[str, Any], seen: Seen
+) -> Rounded:
+    """Round the weight of a convolution in groups, each group by what enters it."""
+    run = get_step(method).round
+    assert run is not None
+    parts, error = [], Loss()
+    facts: dict[str, Any] = {}
+    for rows, own in zip(weight.chunk(len(seen.groups)), seen.groups, strict=True):
+        q, facts = run(rows, scheme, own, name=site.name, **options)
+        parts.append(q)
+        if own.moment is not None:
+            error += output_loss(rows, q.dequantize(), own.moment.matrix())
+    whole = stack_rows(parts)
+    return Rounded(whole, weight_loss(weight, whole), error, seen.tokens, method, facts=facts)
 
 
 def row_of(

@@ -16,15 +16,20 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint import LayerValues, ShardWriter
+from arrondi.checkpoint.states_file import STATES, write_states
+from arrondi.measure.calling import predicted
 from arrondi.measure.compare import comparison_for
-from arrondi.model import Budget, Inputs, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
+from arrondi.model import Budget, OnDisk, Overlay, Stream, bfloat16_pays, confirm, walk
+from arrondi.model.states import StateWatch, watching_states
 from arrondi.pipeline.finishing import Finishing
+from arrondi.pipeline.fisher import LossKnown, looks_at_loss
+from arrondi.pipeline.foreseen import inputs_of_heads
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.rounded import Rounded, round_alone, row_of
-from arrondi.pipeline.statistics import Forward
+from arrondi.pipeline.statistics import Forward, Seen
 from arrondi.pipeline.step import Added
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.unit import carry_out, rewrite, stackable
@@ -60,11 +65,14 @@ class Run:
             reference: the original after its last unit on the evaluation data, where several runs share it.
         """
         self.ledger, self.device, self.reference = ledger, device, reference
+        self.loss: LossKnown | None = None
         assert isinstance(plan.source, OnDisk)
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
         self.rows: list[dict[str, Any]] = []
+        self.watch: StateWatch | None = None
         self.overlay = Overlay(config=dict(plan.declared.config))
+        self.heads: dict[str, Seen] = {}
         self.touched = plan.touched
         self.bfloat16 = bfloat16_pays(self.source.checkpoint)
 
@@ -174,16 +182,24 @@ class Run:
         total = len(self.units) + 2
         self.progress(0, total, "reading data")
         with (
+            LossKnown(budget, folder) as self.loss,
             Stream(self.original, evaluation if self.reference is None else (), budget, folder) as going,
             Stream(self.floating, followed, budget, folder) as floats,
             Stream(self.units, calibration, budget, folder, bfloat16=bfloat16) as learning,
             Stream(self.units, () if self.finishing.steps else evaluation, budget, folder) as measured,
         ):
             self.floats, self.learning = floats, learning
+            if looks_at_loss(self.plan) and not all(f"unit {i}" in self.journal.steps for i in range(len(self.units))):
+                self.progress(0, total, "the original's gradients")
+                self.loss.learn(self.plan, self.original, calibration, budget, folder)
             for stream in (going, floats, learning, measured):
                 stream.begin()
+            self._watch()
             if front := self.plan.front(self.units.early):
                 begun = [[lambda b=b, s=s: s.units.begin(b) for b in s.batches] for s in (learning, floats)]
+                if "front" not in self.journal.steps:
+                    told = {s.name: p for t in front for s in t.sites if (p := self.plan.told_by_heads.get(s.name))}
+                    self.heads = inputs_of_heads(self.original, told, calibration, budget, folder)
                 self._outside("front", front, *begun)
                 learning.begin()
                 measured.begin()
@@ -195,6 +211,8 @@ class Run:
             groups = [[s for s in group if len(s)] for group in ([learning, measured], *originals)]
             for i in walk(groups, self._visit):
                 self.progress(i, total, f"block {i + 1} of {len(self.units)}")
+            if self.watch is not None:
+                write_states(self.journal.work / STATES, self.watch.known())
             self.progress(len(self.units), total, "outside the blocks")
             ends = [[lambda p=p, s=s: s.output(*p) for p in s.pieces()] for s in (learning, floats)]
             self._outside("outside", rest, *ends)
@@ -236,6 +254,18 @@ class Run:
         self._step(f"unit {i}", members, work)
         self.units.drop(i)
         self.units.fill(i)
+        if self.watch is not None:
+            with watching_states(self.instance.model, self.watch.see):
+                for forward in self.learning.forwards(i):
+                    forward()
+
+    def _watch(self) -> None:
+        """Get ready to look at keys and values, where a cache has to know of them."""
+        self.watch = None
+        if self.plan.kv is not None:
+            with self.units.outer_loaded():
+                watch = StateWatch(self.plan.kv, self.instance.model)
+            self.watch = watch if watch.needed else None
 
     def _work(
         self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward] = ()
@@ -259,7 +289,7 @@ class Run:
     def _begun(self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]) -> Work:
         own = self.floating is not self.original
         original = Original(self.floating.instance, originals, own) if originals else None
-        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance)
+        return Work(self.plan, self.instance, members, forwards, original, self.texts.importance, self.heads, self.loss)
 
     def _outside(
         self, name: str, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]
@@ -307,14 +337,14 @@ class Run:
         self.instance.lender = self.original.instance  # a head that stays as it is is there once
         with reference.units.outer_loaded(), measured.units.outer_loaded():
             for j, rows in reference.pieces():
-                ids, start = ids_of(reference.batches[j])[rows], self.texts.measured_from(j)
+                ids, start = predicted(reference.batches[j])[rows], self.texts.measured_from(j)
                 expected = reference.output(j, rows)[:, start:]
                 comparison.add(expected, measured.output(j, rows)[:, start:], ids[:, start:])
             confirm(self.source, reference)
         return {
             **comparison.summary().to_dict(),
             "text": self.texts.evaluation_source,
-            "windows": sum(len(ids_of(b)) for b in reference.batches),
+            "windows": sum(len(predicted(b)) for b in reference.batches),
             "protocol": self.texts.protocol,
         }
 
@@ -363,7 +393,7 @@ class Run:
 
     def _put(self, planned: PlannedTensor, parts: Sequence[Rounded], inputs: Grid | None) -> dict[str, Any]:
         assert planned.scheme is not None
-        values = LayerValues(stack_rows([p.q for p in parts]), inputs)
+        values = LayerValues(stack_rows([p.q.to("cpu") for p in parts]), inputs)
         for name, value in self.plan.layout.write(planned.placed, values).items():
             self.writer.put(name, value)
         return row_of(
@@ -383,12 +413,6 @@ class Run:
             self.writer.put(planned.name, instance.parameter(planned.tensor.params[0]).to(planned.dtype))
         else:
             self.ledger.note(planned.name, self.writer.copy(self.source.checkpoint.folder.entries[planned.name]))
-
-
-def ids_of(batch: Inputs) -> torch.Tensor:
-    """The token ids of a batch; its first tensor, where a model takes others."""
-    found: torch.Tensor = batch.kwargs["input_ids"] if "input_ids" in batch.kwargs else batch.args[0]
-    return found
 
 
 def _grouped(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import torch
@@ -29,6 +29,7 @@ Need = Literal[
     "cross moment",
     "float mean",
     "float outputs",
+    "output moments",
     "batches",
 ]
 """What calibration collects of the input of a site. x are inputs as the quantized model has them, f those of the original, which is
@@ -46,6 +47,7 @@ rewritten as the quantized model is, but not rounded.
     cross moment  Σ x fᵀ, of the same tokens
     float mean    Σ f
     float outputs what the unit gives in the original: nothing of one input, see `Work.targets`
+    output moments Σ g gᵀ of the gradients g of the original's loss with respect to what a site gives; see `arrondi.pipeline.fisher`
     batches       the batches themselves: the unit is run on them
 """
 
@@ -63,6 +65,9 @@ FEW: Final = 4
 
 SAMPLE: Final = 512
 """Rows of a sample."""
+
+PATCHES: Final = 2048
+"""Positions of a convolution that are counted of one batch, or four for every input; more change second moments little and take most of the time."""
 
 
 @dataclass
@@ -82,8 +87,11 @@ class Seen:
         float_moment: Σ f fᵀ.
         cross_moment: Σ x fᵀ, float32 (n, n).
         float_total: Σ f, float64 (n,).
+        output_moments: Σ g gᵀ of the outputs of the sites that are rounded together, in blocks of its diagonal.
         routed: tokens that the model itself sent here, where more were counted.
         paired: the original sent the same tokens here. Where it did not (it chose other experts), nothing is known of both.
+        groups: of a convolution in groups, what was seen of the input of each group; the fields above but `tokens` and `paired` are then None.
+        name: what the input is called in messages.
     """
 
     tokens: int = 0
@@ -99,8 +107,11 @@ class Seen:
     float_moment: SecondMoment | None = None
     cross_moment: torch.Tensor | None = None
     float_total: torch.Tensor | None = None
+    output_moments: tuple[torch.Tensor, ...] | None = None
     routed: int | None = None
     paired: bool = True
+    groups: list[Seen] = field(default_factory=list)
+    name: str = "input"
 
     @property
     def mean(self) -> torch.Tensor:
@@ -130,6 +141,20 @@ class Seen:
         """Whether all of this is known."""
         return self.tokens > 0 and (self.paired or not OF_ORIGINAL & set(needs))
 
+    @property
+    def parts(self) -> list[Seen]:
+        """What was seen of every group of inputs: of this one, where there are no groups."""
+        return self.groups or [self]
+
+    def add_groups(self, x: torch.Tensor, f: torch.Tensor | None, needs: Collection[Need], pairs: bool, span: int = 0, half: int = 0) -> None:  # fmt: skip
+        """Count the input (groups, rows, n) of a convolution in groups, and what the original has there if pairs are wanted."""
+        self.groups = self.groups or [Seen(name=self.name) for _ in range(len(x))]
+        for g, part in enumerate(self.groups):
+            part.add(x[g], needs, span, half)
+            if pairs:
+                part.add_pair(x[g], None if f is None else f[g], needs)
+        self.tokens, self.paired = self.groups[0].tokens, self.groups[0].paired
+
     def add(self, x: torch.Tensor, needs: Collection[Need], span: int = 0, half: int = 0) -> None:
         """Count one input (…, n), of a batch of this span and half (see `arrondi.calibration`)."""
         rows = x.reshape(-1, x.shape[-1])
@@ -138,7 +163,7 @@ class Seen:
         self.tokens += len(rows)
         if "moment" in needs:
             if self.moment is None:
-                self.moment = SecondMoment(rows.shape[-1])
+                self.moment = SecondMoment(rows.shape[-1], name=self.name, device=rows.device)
             self.moment.update(rows, span=span)
         if "energy" in needs or "importance" in needs:
             self.energy = self.energy or Energy(rows.shape[-1])
@@ -156,7 +181,7 @@ class Seen:
             size = rows.abs().double().sum(0).cpu()
             self.abstotal = size if self.abstotal is None else self.abstotal + size
         if "sample" in needs:
-            self.sample = self.sample or Reservoir(SAMPLE)
+            self.sample = self.sample or Reservoir(SAMPLE, name=self.name)
             self.sample.observe(rows.float())
 
     def add_pair(self, x: torch.Tensor, f: torch.Tensor | None, needs: Collection[Need]) -> None:
@@ -169,7 +194,7 @@ class Seen:
         rows, others = (t.reshape(-1, t.shape[-1]).float() for t in (x, f))
         if "float moment" in needs:
             if self.float_moment is None:
-                self.float_moment = SecondMoment(others.shape[-1])
+                self.float_moment = SecondMoment(others.shape[-1], name=self.name, device=others.device)
             self.float_moment.update(others)
         if "cross moment" in needs:
             cross = rows.T @ others
@@ -222,10 +247,13 @@ def collect(
     count = sum(uses[p] for p in leaders) if all(p in uses for p in leaders) else 0
     both = bool(OF_ORIGINAL & set(needs))
     assert original is not None or not both
+    whole = set(needs) <= {"range"}
+    most = 0 if {"range", "absmax"} & set(needs) else PATCHES
+    grouped: set[str] = set()
     for j in range(len(side.forwards)):
         others: dict[Key, list[torch.Tensor]] = {}
         if both and original is not None:
-            _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()), experts=experts)  # noqa: B023  # fmt: skip
+            _pass(leaders, count, original, j, lambda key, f: others.setdefault(key, []).append(f.clone()), most=most, experts=experts)  # noqa: B023  # fmt: skip
 
         span, half = span_of(j, len(side.forwards)), half_of(j)
 
@@ -234,13 +262,17 @@ def collect(
         def note(key: Key, x: torch.Tensor, others: dict[Key, list[torch.Tensor]] = others, span: int = span, half: int = half, first: dict[str, tuple[Key, torch.Tensor]] = first, j: int = j) -> None:  # fmt: skip
             if experts and _alike(key, x, seen, alike, first, j):
                 return
-            found = seen.setdefault(key, Seen())
+            found = seen.setdefault(key, Seen(name=f"the input of {key[0]}"))
+            same = others.get(key)
+            f = same.pop(0) if same else None
+            if key[0] in grouped and not whole:
+                found.add_groups(x, f, needs, both, span, half)
+                return
             found.add(x, needs, span, half)
             if both:
-                same = others.get(key)
-                found.add_pair(x, same.pop(0) if same else None, needs)
+                found.add_pair(x, f, needs)
 
-        _pass(leaders, count, side, j, note, grouped=set(needs) == {"range"}, experts=experts)
+        _pass(leaders, count, side, j, note, most=most, grouped=grouped, experts=experts)
     return {**seen, **{key: seen[same] for key, same in alike.items()}}
 
 
@@ -266,13 +298,15 @@ def _pass(
     j: int,
     note: Callable[[Key, torch.Tensor], object],
     *,
-    grouped: bool = False,
+    most: int = 0,
+    grouped: set[str] | None = None,
     experts: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Send one batch through and note the inputs of some parameters, until `count` were seen (0: to the end).
 
     `experts`: stack → matrices that shall see every token; what the model sends there itself is not noted.
-    `grouped`: also those of convolutions in groups, of which every row of the weight sees another part.
+    `most`: positions of a convolution that are noted, 0: all. `grouped`: receives the parameters of convolutions in groups, whose inputs are noted
+    as (groups, rows, n).
     """
     reports, extra = 0, False
 
@@ -284,8 +318,10 @@ def _pass(
         nonlocal reports
         if bool(experts) is not extra:
             return
-        if use.kind != "embedding" and (use.kind != "convolution" or use.groups == 1 or grouped):
-            note((use.param, use.matrix), use.x)
+        if use.groups > 1 and grouped is not None:
+            grouped.add(use.param)
+        if use.kind != "embedding":
+            note((use.param, use.matrix), use.some(most) if most else use.x)
         reports += 1
         if reports == count:
             raise _Enough

@@ -9,13 +9,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from arrondi.checkpoint import Checkpoint, read_report
+from arrondi.checkpoint.states_file import KIND, STATES
 from arrondi.documents import finite
 from arrondi.errors import OutputError, SchemeError
 from arrondi.model import Budget, OnDisk, Stream, device_named, settle, walk
@@ -45,6 +46,7 @@ class Opened:
         texts: the windows, with what is to be said of them whatever the recipe.
         device: where units are run.
         reference: the original after its last unit on the evaluation data, see `followed`; None lets every run follow it anew.
+        largest: what the calibration data give the layers of the original at most, once a recipe has asked; see `largest_inputs`.
     """
 
     source: OnDisk
@@ -53,6 +55,7 @@ class Opened:
     texts: Texts
     device: str
     reference: Stream | None = None
+    largest: dict[bool, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, asked: TextOptions, device: str, recipe: Recipe | None = None) -> Opened:
@@ -105,7 +108,7 @@ class Task:
         check_needed(asked, recipe)
         texts = replace(opened.texts, notes=[*opened.texts.notes, *overlap(opened.texts, recipe)])
         images = texts.images is not None
-        largest = largest_inputs(opened.source, recipe, texts.calibration_batches, opened.device)
+        largest = largest_inputs(opened.source, recipe, texts.calibration_batches, opened.device, opened.largest)
         plan = make_plan(
             opened.source, recipe, layout=layout, keep_misfits=keep_misfits, images=images, largest=largest
         )
@@ -121,7 +124,7 @@ class Task:
         if not overwrite and finished(out, self.key, ledger):
             return read_report(out / "report.json")
         side_files = travelling(checkpoint.folder)
-        files = planned_files(self.plan.shards(self.shard_bytes), side_files, ["report.json"])
+        files = planned_files(self.plan.shards(self.shard_bytes), side_files, ["report.json", STATES])
         with Journal(out, self.key, files, machine(), overwrite=overwrite) as journal:
             _check_space(out, self.plan, bool(journal.steps))
             say, where = progress or (lambda done, total, what: None), device_named(opened.device)
@@ -212,6 +215,7 @@ def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], ke
             "calibration": facts["calibration"] and {**facts["calibration"], **learned},
             "seconds": done["seconds"],
             "evaluation": done["measured"],
+            **({"kv": run.plan.kv} if run.plan.kv else {}),
             "layers": done["rows"],
             **({"whole_model": done["whole"]} if done["whole"] else {}),
             "kept": kept_of(run.plan),
@@ -219,10 +223,14 @@ def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], ke
     )
     described = {"quantization_config": run.plan.config()}
     config = {**merged(run.source.config, run.overlay.config), **described}
+    if run.plan.kv is not None:
+        config[KIND] = run.plan.kv
     if part := run.source.config_key:  # transformers looks for it where the model's own config is
         config[part] = {**config[part], **described}
     manifest = manifest_of(key, run.ledger, facts)
-    publish(run.journal, run.writer, side_files, config, manifest, {"report.json": report})
+    states = run.journal.work / STATES
+    made = {STATES: states} if states.is_file() else {}
+    publish(run.journal, run.writer, side_files, config, manifest, {"report.json": report}, made)
     return report
 
 

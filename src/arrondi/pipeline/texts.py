@@ -16,6 +16,8 @@ import torch
 
 from arrondi.arguments import check_fields
 from arrondi.errors import DataError
+from arrondi.formats.kv import parse_kv
+from arrondi.measure.calling import Calling
 from arrondi.measure.compare import BATCH_TOKENS, batch_size, comparison_for, is_causal
 from arrondi.measure.data import Data, Windows, check_windows, chosen, read_windows, reads_text, vocabulary_of
 from arrondi.measure.describe import describe
@@ -74,7 +76,7 @@ Batch = torch.Tensor | dict[str, torch.Tensor]
 @dataclass
 class Texts:
     """The windows and images of a run; `described` are facts about what is calibrated on, and `importance` what an
-    importance matrix says."""
+    importance matrix says; `calling` is how windows are given to the model."""
 
     calibration: Windows | None = None
     evaluation: Windows | None = None
@@ -84,6 +86,7 @@ class Texts:
     batch_size: int = 1
     described: dict[str, Any] = field(default_factory=dict)
     importance: Known | None = None
+    calling: Calling = Calling()
     images: Images | None = None
     eval_images: Images | None = None
 
@@ -106,14 +109,15 @@ class Texts:
             return found
         size = max(BATCH_TOKENS // self.calibration.seq_len, 1)
         pairs = self.calibration.batches(2 * size)
-        return [*(rows for pair in pairs for rows in (pair[0::2], pair[1::2]) if len(rows)), *found]
+        halves = (rows for pair in pairs for rows in (pair[0::2], pair[1::2]) if len(rows))
+        return [*map(self.calling, halves), *found]
 
     @property
     def evaluation_batches(self) -> list[Batch]:
         """What outputs are compared on: windows, or calls with images."""
         if self.eval_images is not None:
             return list(self.eval_images.batches)
-        return [] if self.evaluation is None else list(self.evaluation.batches(self.batch_size))
+        return [] if self.evaluation is None else [*map(self.calling, self.evaluation.batches(self.batch_size))]
 
     def measured_from(self, batch: int) -> int:
         """The first position of a batch whose output is compared."""
@@ -153,12 +157,20 @@ def check_needed(options: TextOptions, recipe: Recipe) -> None:
     Raises:
         DataError: names the method.
     """
+    schemes = [] if recipe.kv is None else [(found := parse_kv(recipe.kv))[0], *found[1].values()]
+    if options.calibration is None and any(s is not None and s.static for s in schemes):
+        raise DataError(
+            f"Keys and values in {recipe.kv} need calibration text, and none was given. Add --calibration FILE, or use --kv int8."
+        )
     given = set() if options.imatrix is None else {"importance"}
     needs = [r.method for r in recipe.rules if get_step(r.method).needs - given]
     if needs and options.calibration is None and options.images is None:
-        raise DataError(
-            f"Method {needs[0]!r} needs calibration text, and none was given. Add --calibration FILE, or use --method rtn or hqq."
-        )
+        rounding = [r.method for r in recipe.rules if get_step(r.method).kind == "round"]
+        asked = next((m for m in rounding if needs[0] in (m, *get_step(m).before, *get_step(m).after)), None)
+        what, instead = f"The {get_step(needs[0]).kind} {needs[0]!r}", "leave it out"
+        if asked is not None:  # the user never named what comes with a method
+            what, instead = f"Method {asked!r}", "use --method rtn or hqq"
+        raise DataError(f"{what} needs calibration text, and none was given. Add --calibration FILE, or {instead}.")
 
 
 def read_data(source: OnDisk, options: TextOptions) -> Texts:
@@ -178,7 +190,9 @@ def read_data(source: OnDisk, options: TextOptions) -> Texts:
     given = [data for data in (options.calibration, eval_data) if data is not None]
     tokenizer = load_tokenizer(source.where) if any(map(reads_text, given)) else None
     seq_len, note = fit_length(options.seq_len, positions_of(source.model))
-    texts = Texts(notes=[note] if note and tokenizer is not None else [], importance=importance)
+    calling = Calling.of(source.model)
+    notes = [*([note] if note and tokenizer is not None else []), *calling.notes]
+    texts = Texts(notes=notes, importance=importance, calling=calling)
     if options.calibration is not None:
         windows = read_windows(options.calibration, tokenizer, seq_len, "calibration text", options.column)
         measured_on_it = options.evaluate and eval_data is None and eval_images is None
@@ -202,7 +216,7 @@ def read_data(source: OnDisk, options: TextOptions) -> Texts:
         texts.batch_size = batch_size(source.model, texts.evaluation.seq_len)
         measured = options.calibration if eval_data is None else eval_data
         by_text = measured is not None and reads_text(measured)
-        texts.protocol = protocol(tokenizer if by_text else None, texts.evaluation.seq_len)
+        texts.protocol = protocol(tokenizer if by_text else None, texts.evaluation.seq_len) + calling.protocol
     for read in (texts.calibration, texts.evaluation):
         if read is not None:
             check_windows(read, source.model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from arrondi.errors import DataError
 from arrondi.formats import LayerScheme, PerBlock, Scheme
 from arrondi.model import Instance, Site
 from arrondi.pipeline.resolve import LOOKED_UP
-from arrondi.pipeline.rounded import round_alone, round_together
+from arrondi.pipeline.rounded import Rounded, round_alone, round_together
 from arrondi.pipeline.select import Selected
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.steps import get_step, options_of_step
@@ -38,7 +39,10 @@ def carry_out(work: Work) -> None:
     before = {s.name: work.weight(s).clone() for one in late for s in one.sites}
     tables = [s for s in work.sites if s.kind == "embedding"]
     for site in tables:  # whatever multiplies is calibrated on what they give
-        _round_blindly(work, site, LOOKED_UP)
+        if site.name in work.heads:
+            _round_table(work, site, work.heads[site.name])
+        else:
+            _round_blindly(work, site, LOOKED_UP)
     stages = _stages(work)
     for stage in stages:
         _round_stage(work, stage)
@@ -226,16 +230,31 @@ def _round(work: Work, sites: list[Site]) -> None:
         why = "the original sends it other tokens"
     elif not stackable(work.scheme(sites[0]).weights, len(planned.sites)):
         why = "one scale covers all experts"
+    elif seen.groups and not rowwise(work.scheme(sites[0]).weights):
+        why = "one scale covers all groups of the convolution"
     if why or seen is None:
         for site in sites:
             _round_blindly(work, site, why)
         return
+    if "output moments" in step.needs | step.wants and not unlike:
+        known = None if work.loss is None else work.loss.of(sites)
+        seen = replace(seen, output_moments=known)
+        unlike = (
+            ""
+            if known
+            else f"rows make up for nothing: {(work.loss and work.loss.why) or 'nothing is known of its outputs'}"
+        )
     weights = [work.weight(s) for s in sites]
     done = round_together(sites, weights, work.scheme(sites[0]).weights, step.name, options, seen)
     for site, weight, rounded in zip(sites, weights, done, strict=True):
+        restored = rounded.q.dequantize()
+        if not bool(torch.isfinite(restored).all()):
+            _round_blindly(work, site, "")
+            work.results[site.name].why = f"{step.name} gave NaN or infinity"
+            continue
         rounded.why = unlike
         work.results[site.name] = rounded
-        weight.copy_(rounded.q.dequantize())
+        weight.copy_(restored)
         _leave_columns(work, site, rounded.q)
 
 
@@ -255,6 +274,22 @@ def _round_foretold(work: Work, site: Site, told: Seen) -> None:
     work.results[site.name].tokens = 0 if work.forwards else None
 
 
+def _round_table(work: Work, site: Site, told: Seen) -> None:
+    """A table that a tied head multiplies by: one set of codes for rows that are looked up and for products.
+
+    An error in a row that is looked up counts by its length, whatever its direction: its second moment is the identity. Damping by the mean
+    of the head's moment lets both count alike. Measured on one model (books-llama-6m) at 4, 3 and 2 bits: 34, 31 and 19 % less
+    divergence than rounding to nearest; with the usual damping 2 bits come out worse than that.
+    """
+    rule = work.planned[site.name].rule
+    assert rule is not None
+    options = {**rule.options, "damping": max(float(rule.options.get("damping", 0.0)), 1.0)}
+    weight = work.weight(site)
+    rounded = round_together([site], [weight], work.scheme(site).weights, rule.method, options, told)[0]
+    work.results[site.name] = rounded
+    weight.copy_(rounded.q.dequantize())
+
+
 def _round_blindly(work: Work, site: Site, why: str) -> None:
     """Without knowing the inputs, by the rule's fallback; a tensor whose scales cover several sites at once."""
     planned, step = work.planned[site.name], work.step(site)
@@ -266,15 +301,29 @@ def _round_blindly(work: Work, site: Site, why: str) -> None:
         rounded = round_alone(work.weight(site), scheme, method, options, site.name, why)
         rounded.tokens = 0 if work.forwards and site.kind != "embedding" else None
         work.results[site.name] = rounded
-        work.weight(site).copy_(rounded.q.dequantize())
+        work.weight(site).copy_(_sound(site, rounded))
     elif site == planned.sites[-1]:
         stack = torch.cat([work.weight(s) for s in planned.sites])
         rounded = round_alone(stack, scheme, method, options, planned.name, why)
         rounded.tokens = 0 if work.forwards else None
         work.results[planned.sites[0].name] = rounded
-        parts = rounded.q.dequantize().split(site.shape[0])
+        parts = _sound(site, rounded).split(site.shape[0])
         for s, part in zip(planned.sites, parts, strict=True):
             work.weight(s).copy_(part)
+
+
+def _sound(site: Site, rounded: Rounded) -> torch.Tensor:
+    """What a weight reads back as.
+
+    Raises:
+        DataError: it is not finite.
+    """
+    restored = rounded.q.dequantize()
+    if not bool(torch.isfinite(restored).all()):
+        raise DataError(
+            f"{site.name}: {rounded.method} gives NaN or infinity as {rounded.q.scheme}. Store its scales in a wider type, or leave it out with --ignore."
+        )
+    return restored
 
 
 def stackable(scheme: Scheme, count: int) -> bool:

@@ -25,6 +25,7 @@ from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 
 if TYPE_CHECKING:  # steps import this file, and these look steps up
+    from arrondi.pipeline.fisher import LossKnown
     from arrondi.pipeline.plan import Plan
     from arrondi.pipeline.resolve import PlannedTensor
     from arrondi.pipeline.rounded import Rounded
@@ -73,6 +74,8 @@ class Work:
         forwards: one for each calibration batch; empty without calibration.
         original: the same unit of the original on the same batches, if a step needs it.
         importance: what an importance matrix says.
+        heads: site of a table → what the head that is tied to it is given in the original.
+        loss: what the original's loss says of outputs.
         results: site → what rounding gave.
         grids: tensor → the static grid of its inputs.
         changed: tensors of the file whose value a step changed, as they are written.
@@ -91,7 +94,10 @@ class Work:
         forwards: Sequence[Forward],
         original: Original | None = None,
         importance: Known | None = None,
+        heads: Mapping[str, Seen] | None = None,
+        loss: LossKnown | None = None,
     ) -> None:
+        self.heads, self.loss = heads or {}, loss
         self.importance = importance or Known()
         self.plan, self.instance, self.tensors, self.forwards = plan, instance, tensors, forwards
         self.original = original

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -27,6 +27,8 @@ from arrondi.tensor.tiling import from_tiles, to_tiles
 
 _INSIDE: Final = 0.49
 """Of a step: how far from its code a weight begins at most."""
+_TIES: Final = 1e-3
+"""Share of codes that may differ from the nearest ones: ties, and weights beside them."""
 _SLOW: Final = 0.3
 """Scales that are learned beside codes move by this share of the rate of these."""
 
@@ -155,6 +157,17 @@ class SoftRounding:
         return [s for p, s in ((self.shift, 1.0), (self.shrink, 1.0), (self.change, _SLOW)) if p is not None]
 
     def value(self) -> torch.Tensor:
+        format = self.q.scheme.format
+        tile = tile_shape(self.q.scheme.granularity, self.q.shape)
+        if self.q.zero_point is None and self.change is None:
+            scale = self.q.real_scale.reshape(-1, 1)
+            shrink = torch.ones_like(scale) if self.shrink is None else self.shrink
+            value: torch.Tensor = _Rounded.apply(self.shift, shrink, self.tiles, scale, format.qmin, format.qmax)
+            return from_tiles(value, tile, self.q.shape)
+        return from_tiles(self._by_operations(), tile, self.q.shape)
+
+    def _by_operations(self) -> torch.Tensor:
+        """In tiles, with all gradients left to autograd."""
         scale, zero = self._grid()
         format = self.q.scheme.format
         steps = _straight(self.tiles / scale + self.shift)
@@ -164,7 +177,7 @@ class SoftRounding:
         values = (steps - zero if zero is not None else steps) * scale
         if self.change is not None:
             values = values * (1 + self.change)
-        return from_tiles(values, tile_shape(self.q.scheme.granularity, self.q.shape), self.q.shape)
+        return values
 
     def _grid(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and zero points of the shrunken ranges, (groups, 1)."""
@@ -212,6 +225,41 @@ def learns_rounding(q: QTensor) -> bool:
     return plain and q.group_index is None and q.offset is None
 
 
+def is_nearest(q: QTensor, weight: torch.Tensor) -> bool:
+    """Whether codes are, but for ties, the nearest ones of their scales, and no method has chosen others.
+
+    Args:
+        q: integer codes of groups, with plain scales.
+        weight: (m, n), what q stands for.
+    """
+    nearest = SoftRounding.of(q, weight, shrink=False).hard().codes
+    return bool((nearest != q.codes).float().mean() < _TIES)
+
+
 def _straight(x: torch.Tensor) -> torch.Tensor:
     """Rounded half to even; gradients pass as if it were not (a straight-through estimate)."""
     return x + (x.round() - x).detach()
+
+
+class _Rounded(torch.autograd.Function):
+    """round(w / (s β) + V) s β within the codes, in one pass each way: what `SoftRounding._by_operations` gives for symmetric grids."""
+
+    @staticmethod
+    def forward(ctx: Any, shift: torch.Tensor, shrink: torch.Tensor, tiles: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:  # fmt: skip
+        now = scale * shrink
+        there = tiles / now
+        steps = (there + shift).round_()
+        kept = steps.clamp(low, high)
+        ctx.save_for_backward(there, steps, kept, scale, now)
+        return kept * now
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
+        (slope,) = slopes
+        there, steps, kept, scale, now = ctx.saved_tensors
+        inside = steps == kept
+        by_shift = slope * now * inside
+        by_shrink = None
+        if ctx.needs_input_grad[1]:
+            by_shrink = (slope * kept - slope * there * inside).sum(1, keepdim=True) * scale
+        return by_shift, by_shrink, None, None, None, None

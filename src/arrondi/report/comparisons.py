@@ -14,6 +14,8 @@ _LOSSES = {"kl_mean": "KL", "relative_error": "relative error"}
 
 def print_comparison(document: Mapping[str, Any]) -> None:
     """The candidates by size and loss, the front marked, and the answer."""
+    from arrondi.search.front import named
+
     out, original = console(), document["original"]
     done = [row for row in document["rows"] if row["status"] == "done"]
     key = next(k for k in _LOSSES if k in done[0])
@@ -26,7 +28,7 @@ def print_comparison(document: Mapping[str, Any]) -> None:
         low, high = (number(row, f"{key}_interval.{i}") for i in (0, 1))
         found = (f"{_form(row, 'perplexity', '.4g')}", f"{100 * row['top1_agreement']:.1f} %") if causal else ()
         rows.add(
-            f"{row['scheme']} {row['method']}",
+            f"{row['scheme']} {row['method']}" + (f" embeddings {row['embeddings']}" if row["embeddings"] else ""),
             "●" if row["pareto"] else "",
             f"{row['output_bytes'] / 1e6:,.2f}",
             _form(row, "bits_per_weight", ".3f"),
@@ -46,7 +48,7 @@ def print_comparison(document: Mapping[str, Any]) -> None:
     notes: dict[str, list[str]] = {}
     for row in document["rows"]:
         for note in row.get("notes", ()) if row["status"] == "done" else [row["reason"]]:
-            notes.setdefault(note, []).append(f"{row['scheme']} by {row['method']}")
+            notes.setdefault(note, []).append(named(row))
     for note, names in notes.items():
         say(out, f"{', '.join(names)}: {note}", warn=True)
     for note in document["notes"]:

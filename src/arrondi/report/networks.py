@@ -31,6 +31,11 @@ def print_network(report: dict[str, Any]) -> None:
     for sentence in report["notes"]:
         console.print(sentence)
     console.print(f"{report['file_bytes']:,} bytes, weights {report['float_bytes']:,} bytes before.")
+    hurt = sorted(
+        (row["sqnr_db"], name) for name, row in report.get("values", {}).items() if row["sqnr_db"] is not None
+    )[:5]
+    if hurt:
+        console.print("Values that moved most: " + ", ".join(f"{name} ({sqnr:.1f} dB)" for sqnr, name in hurt) + ".")
     if report["evaluation"] is not None:
         print_network_evaluation(report["evaluation"])
 

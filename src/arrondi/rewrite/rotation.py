@@ -50,11 +50,11 @@ class Rotation:
         Returns:
             (…, n) float64.
         """
-        signs, factors = self._signs(), factors_of(self.n)
+        signs, factors = self._signs().to(x.device), factors_of(self.n)
         rows = x.double()
         if not self.ones:
             return _spread(rows * signs, factors, self.seed, transposed=False)
-        first = _spread(_unit(self.n), factors, self.seed, transposed=False).sign()
+        first = _spread(_unit(self.n).to(x.device), factors, self.seed, transposed=False).sign()
         turned = _spread(rows * first, factors, self.seed, transposed=True) * signs
         return _spread(turned, factors, self.seed, transposed=False) * first
 
@@ -100,7 +100,7 @@ def _spread(x: torch.Tensor, factors: tuple[int, ...], seed: int, *, transposed:
     for axis in range(1, len(orders) + 1):
         shaped = hadamard(shaped.movedim(axis, -1), transposed=transposed).movedim(-1, axis)
     if rest > 1:
-        matrix = _random_orthogonal(rest, seed)
+        matrix = _random_orthogonal(rest, seed).to(x.device)
         shaped = shaped @ (matrix.T if transposed else matrix)
     return shaped.reshape(x.shape)
 

@@ -29,13 +29,15 @@ from arrondi.rounding.hqq import hqq, refuse_hqq
 from arrondi.rounding.imatrix import imatrix
 from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
 from arrondi.rounding.llm_int8 import foresees_llm_int8, llm_int8, refuse_llm_int8, size_llm_int8
+from arrondi.rounding.nearest_first import nearest_first
 from arrondi.rounding.qronos import qronos
 from arrondi.rounding.rtn import refuse_rtn, rtn
+from arrondi.rounding.yaqa import refuse_yaqa, yaqa
 from arrondi.tensor.qtensor import QTensor
 
 STATISTICS: Final[Mapping[str, str]] = MappingProxyType({
     "moment": "moment", "cross moment": "cross_moment", "float moment": "float_moment", "absmax": "absmax", "sample": "sample",
-    "importance": "importance",
+    "importance": "importance", "output moments": "output_moments",
 })  # fmt: skip
 """What a method may need of a layer's inputs → the argument by which it takes it; see `arrondi.pipeline.statistics.Need`."""
 
@@ -105,14 +107,27 @@ NOTHING: Final[frozenset[str]] = frozenset()
 MOMENT: Final = frozenset({"moment"})
 ABSMAX: Final = frozenset({"absmax"})
 IMPORTANCE: Final = frozenset({"importance"})
+OUTPUTS: Final = frozenset({"output moments"})
 PAIRS: Final = frozenset({"moment", "cross moment"})
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "rtn": Method(rtn, NOTHING, "Krishnamoorthi 2018, arXiv:1806.08342", 30.0, refuse_rtn),
     "autoround": Method(
-        autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, repairs=("signround",)
+        autoround, NOTHING, "Cheng et al. 2023, arXiv:2309.05516", 10_000.0, refuse_autoround, wants=PAIRS, repairs=("signround",)
     ),
     "adaround": Method(adaround, PAIRS, "Nagel et al. 2020, arXiv:2004.10568", 20_000.0, refuse_adaround, unpaired="gptq"),
+    "adaquant": Method(
+        adaround, PAIRS, "Hubara et al. 2020, arXiv:2006.10518", 20_000.0, refuse_adaround, unpaired="gptq", repairs=("layer-tune",)
+    ),
+    "brecq": Method(
+        adaround, PAIRS, "Li et al. 2021, arXiv:2102.05426", 50_000.0, refuse_adaround, unpaired="gptq", repairs=("block-sides",)
+    ),
+    "qdrop": Method(
+        adaround, PAIRS, "Wei et al. 2022, arXiv:2203.05740", 50_000.0, refuse_adaround, unpaired="gptq", repairs=("block-drop",)
+    ),
+    "easyquant": Method(
+        nearest_first, NOTHING, "Wu et al. 2020, arXiv:2006.16669", 20_000.0, refuse_autoround, repairs=("scale-search",)
+    ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0),
     "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
@@ -123,6 +138,9 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
         gobo, NOTHING, "Zadeh et al. 2020, arXiv:2005.03842", 300.0, refuse_gobo, make_gobo, sizes=size_gobo
     ),
     "gptaq": Method(gptaq, PAIRS, "Li et al. 2025, arXiv:2504.02692", 150.0, refuse_gptq, unpaired="gptq"),
+    "yaqa": Method(
+        yaqa, PAIRS, "Tseng et al. 2025, arXiv:2505.22988", 600.0, refuse_yaqa, wants=OUTPUTS, unpaired="gptq"
+    ),
     "qronos": Method(qronos, PAIRS, "Zhang et al. 2025, arXiv:2505.11695", 150.0, refuse_gptq, unpaired="gptq"),
     "llm-int8": Method(
         llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8, foresees=foresees_llm_int8
@@ -198,4 +216,5 @@ __all__ = [
     "llm_int8",
     "qronos",
     "rtn",
+    "yaqa",
 ]

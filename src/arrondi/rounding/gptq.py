@@ -14,7 +14,7 @@ contiguous groups of the unrounded weight, columns visited by falling diagonal) 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
@@ -145,21 +145,72 @@ def swept(
         work: (m, n) finite, float32 or float64.
         first: (column that is visited first, λ) → (m,), what its codes are chosen for; None: for the weight itself.
     """
-    diagonal = moment.diagonal().to(work.device)
-    silent = int((diagonal == 0).sum())
-    if silent:
-        work = work * (diagonal > 0)
-    permutation = None if order == "none" else torch.argsort(diagonal, descending=True, stable=True)
-    grids = ColumnGrids(work, scheme, range, power, order, permutation, name, diagonal)
-    factor, needed = root_factor(moment.matrix(work.dtype).to(work.device), damping, permutation)
+    seen = Curvature.of(moment, work, damping, order, refine > 0)
     chosen = None
     if first is not None:
-        column = 0 if permutation is None else int(permutation[0])
-        chosen = first(column, needed * float(diagonal.mean()))
-    codes, _ = sweep(work, factor, grids, block_size, permutation, chosen)
+        column = 0 if seen.visit is None else int(seen.visit[0])
+        chosen = first(column, seen.damping * float(seen.diagonal.mean()))
+    q = swept_rows(
+        work, scheme, seen, block_size=block_size, order=order, range=range, power=power, refine=refine, sweeps=sweeps,
+        name=name, first=chosen,
+    )  # fmt: skip
     if facts is not None:
-        facts |= ({"damping": needed} if needed != damping else {}) | ({"inputs_always_zero": silent} if silent else {})
+        facts |= seen.facts(damping)
+    return q
+
+
+class Curvature(NamedTuple):
+    """What the sweep knows of the inputs, the same for all rows.
+
+    Attributes:
+        diagonal: (n,) of H.
+        visit: (n,), the columns in the order of the visit; None: from left to right.
+        factor: V (n, n) of H + λI in that order.
+        damping: what λ needed, as a fraction of the mean diagonal.
+        hessian: H + λI, float32 (n, n), where results are refined.
+    """
+
+    diagonal: torch.Tensor
+    visit: torch.Tensor | None
+    factor: torch.Tensor
+    damping: float
+    hessian: torch.Tensor | None
+
+    @classmethod
+    def of(cls, moment: SecondMoment, work: torch.Tensor, damping: float, order: Order, refines: bool) -> Curvature:
+        """For weights of the type and on the device of `work`."""
+        diagonal = moment.diagonal().to(work.device)
+        visit = None if order == "none" else torch.argsort(diagonal, descending=True, stable=True)
+        factor, needed = root_factor(moment.matrix(work.dtype).to(work.device), damping, visit)
+        return cls(diagonal, visit, factor, needed, damped(moment, needed).to(work.device) if refines else None)
+
+    def facts(self, damping: float) -> dict[str, Any]:
+        """What a report should say."""
+        silent = int((self.diagonal == 0).sum())
+        return ({"damping": self.damping} if self.damping != damping else {}) | (
+            {"inputs_always_zero": silent} if silent else {}
+        )
+
+
+def swept_rows(
+    work: torch.Tensor,
+    scheme: Scheme,
+    seen: Curvature,
+    *,
+    block_size: int,
+    order: Order,
+    range: Range,
+    power: float,
+    refine: int,
+    sweeps: int,
+    name: str,
+    first: torch.Tensor | None = None,
+) -> QTensor:
+    """Sweep, and sweep again, and refine; `first` (m,) is what the codes of the column that is visited first are chosen for."""
+    work = work * (seen.diagonal > 0)
+    grids = ColumnGrids(work, scheme, range, power, order, seen.visit, name, seen.diagonal)
+    codes, _ = sweep(work, seen.factor, grids, block_size, seen.visit, first)
     q = grids.assemble(codes)
-    if sweeps > 1 and resweeps(scheme) and grids.fitted_first and permutation is not None:
-        q = reswept(q, work, factor, permutation, block_size, sweeps - 1, name)
-    return refined(q, work.float(), damped(moment, needed).to(work.device), refine) if refine else q
+    if sweeps > 1 and resweeps(scheme) and grids.fitted_first and seen.visit is not None:
+        q = reswept(q, work, seen.factor, seen.visit, block_size, sweeps - 1, name)
+    return q if seen.hessian is None else refined(q, work.float(), seen.hessian, refine)

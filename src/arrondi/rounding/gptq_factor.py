@@ -76,7 +76,7 @@ def _root(matrix: torch.Tensor) -> torch.Tensor | None:
 def _root_reference(matrix: torch.Tensor) -> torch.Tensor | None:
     """The reference of `_root` on any device, with memory for two more matrices."""
     root, failed = torch.linalg.cholesky_ex(matrix)
-    return None if int(failed) else root
+    return None if int(failed) else root.contiguous()  # it comes by columns, and `_reverse` needs rows
 
 
 def _reverse(matrix: torch.Tensor) -> torch.Tensor:

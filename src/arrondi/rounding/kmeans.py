@@ -236,7 +236,7 @@ def _with_feedback(
         dues = torch.empty_like(weight) if left else None
         grids = LearnedGrids(scheme, scale, table[tables_of], size, dues)
         codes, loss = sweep(weight, factor, grids, _BLOCK, order)
-        if loss < best:
+        if found is None or loss < best:  # a loss that overflows is less than nothing
             best, found = loss, QTensor(codes, scale, None, None, scheme, None, table)
         if dues is not None:
             for part, rows in zip(parts, dues.split([len(p.rows) for p in parts]), strict=True):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from arrondi.native import kernel_threads
 from arrondi.runtime.attention import own_attention, uses_own_attention
 from arrondi.runtime.cache import growing_cache
 from arrondi.runtime.kv import kv_cache
+from arrondi.runtime.kv.cache import stored_kind
 
 
 def refuse_decoding(model: Any) -> str | None:
@@ -45,7 +47,8 @@ def tokens(
         count: tokens at most.
         temperature: 0 takes the likeliest; above, torch's generator draws from the tempered distribution.
         stop: tokens after which it ends; the last one is yielded too.
-        kv: what keys and values become, see `arrondi.runtime.kv.QuantizedCache`; None: they stay.
+        kv: what keys and values become, see `arrondi.runtime.kv.QuantizedCache`; None: what the model was quantized for;
+            "none": they stay.
 
     Raises:
         SchemeError: there is no such kind, or it does not go with the model.
@@ -57,10 +60,11 @@ def tokens(
         name: value for name, value in {"use_cache": True, "logits_to_keep": 1}.items() if name in known
     }
     text, unread = list(ids), list(ids)
+    where = device_of(model)
     with own_attention(model):
         for _ in range(count):
             with torch.no_grad(), kernel_threads(alone=len(unread) == 1):
-                output = model(torch.tensor([unread]), **kept, **options)
+                output = model(torch.tensor([unread], device=where), **kept, **options)
                 chosen = _choose(output.logits[0, -1].float(), temperature)
             yield chosen
             if chosen in stop:
@@ -71,7 +75,12 @@ def tokens(
             if not kept and "use_cache" in options:
                 options["use_cache"] = False
             if "position_ids" in known and not _knows_length(kept, len(text) - 1):
-                options["position_ids"] = torch.arange(len(text) - len(unread), len(text))[None]
+                options["position_ids"] = torch.arange(len(text) - len(unread), len(text), device=where)[None]
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model lies as a whole."""
+    return next(chain(model.parameters(), model.buffers())).device
 
 
 def check_cache(model: Any, kv: str, token: int) -> None:
@@ -80,14 +89,17 @@ def check_cache(model: Any, kv: str, token: int) -> None:
     Raises:
         SchemeError: there is no such kind of cache, or it does not go with the model.
     """
+    if kv.strip().lower() in ("full", "none"):
+        return
     if "past_key_values" not in _parameters(model):
         raise SchemeError(f"A {type(model).__name__} keeps no keys and values that can be rounded. Drop --kv.")
     with torch.no_grad():
-        model(torch.tensor([[token]]), past_key_values=kv_cache(model, kv), use_cache=True)
+        model(torch.tensor([[token]], device=device_of(model)), past_key_values=kv_cache(model, kv), use_cache=True)
 
 
 def _cache(model: Any, kv: str | None) -> Any:
-    if kv is None or kv == "full":
+    kv = stored_kind(model) if kv is None else kv
+    if kv is None or kv.strip().lower() in ("full", "none"):
         return growing_cache(model)
     return kv_cache(model, kv, lazily=uses_own_attention(model))
 

@@ -17,6 +17,7 @@ from arrondi.native import multiplies_bfloat16
 from arrondi.runtime.decoding import check_cache, refuse_decoding, tokens
 from arrondi.runtime.fuse import is_fused
 from arrondi.runtime.generation_config import end_tokens
+from arrondi.runtime.kv.cache import stored_kind
 from arrondi.runtime.load import load
 
 
@@ -30,6 +31,7 @@ def generate(
     dtype: str = "auto",
     activations: str | None = None,
     kv: str | None = None,
+    device: str = "cpu",
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
     """Generate text.
@@ -42,7 +44,9 @@ def generate(
         dtype: type of activations; "auto" is bfloat16 where the checkpoint has no more digits and the CPU or our own kernels
             compute all of its products in it, else float32.
         activations: see `load`.
-        kv: what keys and values become: int8, int4, kivi2, … (`arrondi.KV_KINDS`); None: they stay.
+        kv: what keys and values become: int8, int4, kivi2, … (`arrondi.KV_KINDS`), "none"; None: what the
+            model was quantized for.
+        device: where the model runs: cpu, cuda or cuda:0.
         stream: prompt and words are printed there as they come.
 
     Returns:
@@ -56,7 +60,10 @@ def generate(
     """
     checkpoint = Checkpoint.open(path)
     tokenizer = load_tokenizer(checkpoint.folder.path)
-    model = load_fast(checkpoint, activations) if dtype == "auto" else load(path, dtype=dtype, activations=activations)
+    if dtype == "auto":
+        model = load_fast(checkpoint, activations, device)
+    else:
+        model = load(path, dtype=dtype, activations=activations, device=device)
     reason = refuse_decoding(model)
     if reason:
         raise SchemeError(f"{path}: {reason}")
@@ -65,6 +72,7 @@ def generate(
     if not ids:
         raise DataError("The prompt is empty and the tokenizer has no start token. Give a prompt.")
     check_vocabulary(max(ids), "The prompt", model)
+    kv = stored_kind(model) if kv is None else kv
     if kv is not None:
         check_cache(model, kv, ids[0])
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -98,14 +106,14 @@ def generate(
     }
 
 
-def load_fast(checkpoint: Checkpoint, activations: str | None) -> Any:
-    """The model in bfloat16 where that pays: our products of it are fast on every CPU, PyTorch's only on some."""
+def load_fast(checkpoint: Checkpoint, activations: str | None, device: str = "cpu") -> Any:
+    """The model in bfloat16 where that pays: our products of it are fast on every CPU and GPU, PyTorch's only on some CPUs."""
     path = checkpoint.folder.path
     if stored_in_16_bits(checkpoint):
-        model = load(path, dtype="bfloat16", activations=activations)
-        if multiplies_bfloat16() or is_fused(model):
+        model = load(path, dtype="bfloat16", activations=activations, device=device)
+        if device != "cpu" or multiplies_bfloat16() or is_fused(model):
             return model
-    return load(path, dtype="float32", activations=activations)
+    return load(path, dtype="float32", activations=activations, device=device)
 
 
 class _Streamer:

@@ -24,7 +24,7 @@ from arrondi.pipeline.task import Opened, Task, followed, original
 from arrondi.pipeline.texts import TextOptions, check_needed
 from arrondi.runtime.pace import pace
 from arrondi.search.candidates import Candidate, candidates
-from arrondi.search.front import answer, judge, sizes
+from arrondi.search.front import answer, judge, named, sizes
 from arrondi.search.rows import RowStore
 
 Progress = Callable[[int, int, str], None]
@@ -44,6 +44,9 @@ def compare_methods(
     *,
     out: str | Path | None = None,
     keep: bool = False,
+    presets: Sequence[str] = (),
+    rewrites: Sequence[str] = ("none",),
+    embeddings: Sequence[str] = ("none",),
     group_size: int | None = None,
     targets: Iterable[str] = ("Linear",),
     ignore: Iterable[str] | None = None,
@@ -55,7 +58,7 @@ def compare_methods(
 
     Args:
         model: model directory or Hub name.
-        schemes, methods, group_size, targets, ignore, options: see `arrondi.search.candidates`.
+        schemes, methods, presets, rewrites, embeddings, group_size, targets, ignore, options: see `arrondi.search.candidates`.
         text: what to calibrate and to measure on.
         out: directory of the comparison, `arrondi-compare-MODEL` if none is given; rows that are there already are taken over.
         keep: leave the quantized models there; otherwise each is removed when its row is known.
@@ -64,7 +67,7 @@ def compare_methods(
 
     Returns:
         `rows` by size, then by loss; `answer`, a sentence; `original`; where and how it was measured. A row has `scheme`, `method`,
-        `options` (those of `arrondi quantize` that do the same),
+        `preset`, `rewrites`, `embeddings`, `options` (those of `arrondi quantize` that do the same),
         `status` ("done", "refused" where the method cannot make the scheme, "failed" where it could not with these data, both with a
         `reason` and null for every number), what `evaluate` gives (`kl_mean` with its interval, perplexity, agreement),
         `bits_per_weight` of what is quantized, `model_bits_per_weight` and `output_bytes` of the whole, `seconds` of the run
@@ -74,7 +77,10 @@ def compare_methods(
         SchemeError, DataError, FileFormatError, OutputError: before any work, where something is misspelt or missing; afterwards,
             where no candidate could be done.
     """
-    found = candidates(schemes, methods, group_size=group_size, targets=targets, ignore=ignore, options=options)
+    found = candidates(
+        schemes, methods, presets=presets, rewrites=rewrites, embeddings=embeddings, group_size=group_size,
+        targets=targets, ignore=ignore, options=options,
+    )  # fmt: skip
     device_named(device)
     if text.calibration is None and text.eval_text is None:
         raise DataError("There is nothing to measure on. Give --text FILE, which calibration does not see.")
@@ -93,9 +99,7 @@ def compare_methods(
         rows = [work.row(i, one) for i, one in enumerate(found)]
         done = [row for row in rows if row["status"] == "done"]
         if not done:
-            raise SchemeError(
-                f"Nothing could be compared. {rows[0]['scheme']} by {rows[0]['method']}: {rows[0]['reason']}"
-            )
+            raise SchemeError(f"Nothing could be compared. {named(rows[0])}: {rows[0]['reason']}")
         say(len(found) * _STEPS, (len(found) + 1) * _STEPS, "original")
         return _document(work, rows, done)
 
@@ -110,11 +114,11 @@ class _Work:
 
     def row(self, i: int, one: Candidate) -> dict[str, Any]:
         """The row of a candidate: taken over, or found."""
-        names = {"scheme": one.scheme, "method": one.method, "options": one.options}
+        names = one.names
 
         def said(done: int, of: int, what: str) -> None:
             step = i * _STEPS + _STEPS * done // max(of, 1)
-            self.say(step, self.total * _STEPS, f"{one.scheme} {one.method}: {what}")
+            self.say(step, self.total * _STEPS, f"{named(names)}: {what}")
 
         if one.recipe is None:
             return {**names, "status": "refused", "reason": one.reason, **_nothing()}

@@ -1,6 +1,6 @@
 """What rows say: which are on the front of size and loss, which are level, and which to take.
 
-Owns: `judge`, which marks rows, and `answer`, the sentence. A row's loss is `kl_mean`, or `relative_error` of models that give vectors.
+Owns: `judge`, which marks rows, `named`, a row in words, and `answer`, the sentence. A row's loss is `kl_mean`, or `relative_error` of models that give vectors.
 Two rows are level where their 95 % intervals overlap: the text cannot tell them apart.
 """
 
@@ -75,17 +75,29 @@ def answer(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _said(group: Sequence[Mapping[str, Any]]) -> str:
     best, *others = group
-    level = [_name(row, best) for row in others if level_with(row, best)]
+    level = [named(row, best) for row in others if level_with(row, best)]
     bits = best["model_bits_per_weight"]
     size = f"{best['output_bytes'] / 1e6:,.1f} MB ({bits:.3f} bits a weight of the whole file)"
     lost = f"{LOSSES[loss_key(best)]} {loss(best):.3g}".replace("inf", "∞")
-    said = f"at {size} {_name(best)} {'loses least' if others else 'is the only one'} ({lost})"
+    said = f"at {size} {named(best)} {'loses least' if others else 'is the only one'} ({lost})"
     return f"{said}, level with {' and '.join(level)} within the noise" if level else said
 
 
-def _name(row: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
-    same = beside is not None and beside["scheme"] == row["scheme"]
-    return str(row["method"]) if same else f"{row['scheme']} by {row['method']}"
+def named(row: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
+    """A row in words, by scheme, method and embeddings; without what it shares with another.
+
+    Args:
+        row: see `Candidate.names`; what is missing is not said.
+        beside: a row that was named just before.
+    """
+    way = f"the preset {row['method']}" if row.get("preset") else str(row["method"])
+    said = way if beside is not None and beside["scheme"] == row["scheme"] else f"{row['scheme']} by {way}"
+    table = row.get("embeddings")
+    if beside is not None and beside.get("embeddings") == table:
+        return said
+    if table is None:
+        return said if beside is None else f"{said} with embeddings as they are"
+    return f"{said} with embeddings in {table}"
 
 
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

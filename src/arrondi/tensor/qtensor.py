@@ -11,8 +11,8 @@ codes mean there. Products and sums are computed in float32.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -147,6 +147,15 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """Stored bits, scales included, over the number of elements."""
         return self.stored_bits / max(self.codes.numel(), 1)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same tensor on a device; itself where it is there."""
+        if self.codes.device == torch.device(device):
+            return self
+        whole = {name: getattr(self, name) for name in ("scale", "zero_point", "offset", "group_index", "table")}
+        moved: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in whole.items()}
+        apart = None if self.apart is None else Kept(self.apart.index.to(device), self.apart.values.to(device))
+        return replace(self, codes=self.codes.to(device), apart=apart, **moved)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Back to real numbers, computed in float32 and rounded once to `dtype`."""

@@ -112,6 +112,17 @@ def find(layout: Layout, config: dict[str, object], written: Mapping[str, torch.
     return layout.find({"quantization_config": config}, names, written.__getitem__)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_zero_points_of_few_rows_come_back(layout: str, rows: int) -> None:
+    """They fill one word of a column: a matrix that calls itself contiguous in both orientations."""
+    p = placed(parse_scheme("w=int4/g32/asym"), (rows, 64))
+    values = LayerValues(quantize_tensor(torch.randn(rows, 64), p.scheme.weights))
+    form = torch.contiguous_format
+    file = {name: value.clone(memory_format=form) for name, value in LAYOUTS[layout].write(p, values).items()}
+    same_values(LAYOUTS[layout].read(p, file.__getitem__), values)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refuse_is_honest(layout: str, scheme: str) -> None:

@@ -97,6 +97,11 @@ class LayerValues:
     inputs: Grid | None = None
     outputs: Grid | None = None
 
+    def to(self, device: torch.device) -> LayerValues:
+        """The same numbers on a device."""
+        grids = (None if g is None else g.map(lambda part: part.to(device)) for g in (self.inputs, self.outputs))
+        return LayerValues(self.weight.to(device), *grids)
+
     @property
     def whole_columns(self) -> torch.Tensor | None:
         """The columns that are kept apart, whose inputs are not rounded; of a stack those of any matrix."""

@@ -16,12 +16,17 @@ from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.step import Kind, Step
 from arrondi.pipeline.steps import awq_scale, bias_correction, e2e, equalize, sinq, smoothquant
+from arrondi.pipeline.steps.blocks import BLOCK_DROP, BLOCK_SIDES
+from arrondi.pipeline.steps.reconstruct import LAYER_TUNE, SIDES
 from arrondi.pipeline.steps.rotate import ROTATE
+from arrondi.pipeline.steps.scale_search import PARA_NORM, SCALE_SEARCH
 from arrondi.pipeline.steps.tune import LKD, SIGNROUND, TUNE
 from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_options, options_of
 
 REWRITES: Final[tuple[Step, ...]] = (ROTATE, smoothquant.STEP, awq_scale.STEP, equalize.STEP, sinq.STEP)
-REPAIRS: Final[tuple[Step, ...]] = (TUNE, SIGNROUND, LKD, bias_correction.STEP, e2e.STEP)
+REPAIRS: Final[tuple[Step, ...]] = (
+    TUNE, SIGNROUND, LKD, bias_correction.STEP, e2e.STEP, SIDES, LAYER_TUNE, BLOCK_SIDES, BLOCK_DROP, SCALE_SEARCH, PARA_NORM,
+)  # fmt: skip
 
 
 def _round_step(name: str, method: Method) -> Step:
@@ -79,7 +84,9 @@ def step_of_kind(kind: Kind, name: str) -> str:
     """
     known = [step.name for step in STEPS.values() if step.kind == kind]
     if name.lower() not in known:
-        raise unknown(kind, name, known)
+        other = STEPS.get(name.lower())
+        is_one = "" if other is None else f"It is a {'method' if other.kind == 'round' else other.kind}."
+        raise unknown(kind, name, known, hint=is_one)
     return name.lower()
 
 
@@ -101,6 +108,11 @@ def check_step(name: str, options: Mapping[str, Any]) -> None:
         SchemeError: names the option and lists those that exist, or the value and what it should be.
     """
     step = get_step(name)
+    for option in options.keys() - options_of_step(name).keys():
+        others = [f"{other}.{option}" for other in STEPS if option in options_of_step(other)]
+        if others:
+            hint = f"Another step has it: {' or '.join(others)}."
+            raise unknown(f"option of {step.name}", option, options_of_step(name), hint=hint)
     check_options(step.name, _function(step), options)
 
 

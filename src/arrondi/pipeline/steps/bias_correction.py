@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from arrondi.model import Site, Source
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Choice, Declared, Step
@@ -23,10 +25,11 @@ def correct(work: Work, sites: Sequence[Site]) -> None:
     """
     for site in sites:
         seen, name = work.seen.get(site.name), _bias_of(site)
-        if seen is None or seen.total is None or not seen.tokens:
+        if seen is None or not seen.tokens or any(part.total is None for part in seen.parts):
             continue
-        bias = work.tensor(name)
-        shift = mean_shift(work.before[site.name], work.weight(site), seen.mean, seen.float_mean).to(bias)
+        bias, count = work.tensor(name), len(seen.parts)
+        pairs = zip(work.before[site.name].chunk(count), work.weight(site).chunk(count), seen.parts, strict=True)
+        shift = torch.cat([mean_shift(w, rounded, own.mean, own.float_mean) for w, rounded, own in pairs]).to(bias)
         work.change(name, bias - shift)
         work.facts.setdefault(site.tensor, {})["bias_shift"] = float(shift.square().mean().sqrt())
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
 from arrondi.model import Instance, Passage, Site, Source
 from arrondi.pipeline.work import Work
 from arrondi.repair.soft import Soft
+
+_COMPARED: Final = 4
+"""Every so-manieth batch says whether what was learned is better than what was there."""
 
 Rule = Literal["adam", "sign"]
 """Adam, or the sign of the gradient alone."""
@@ -86,7 +89,11 @@ class StandIns:
     def _values(self) -> dict[str, torch.Tensor]:
         found = {}
         for param, sites in self.sites.items():
-            whole = self.instance.parameter(param).detach().clone()
+            held = self.instance.parameter(param).detach()
+            if len(sites) == 1 and _same_layout(sites[0].region(held), held):
+                found[param] = self.soft[sites[0].name].value().to(held.dtype)
+                continue
+            whole = held.clone()
             for site in sites:
                 site.region(whole).copy_(self.soft[site.name].value())
             found[param] = whole
@@ -137,20 +144,21 @@ class Learner:
                 with torch.no_grad():
                     for parameter, speed in paced:
                         if parameter.grad is not None:
-                            parameter.sub_(now * speed * parameter.grad.sign())
+                            parameter.sub_(parameter.grad.sign(), alpha=now * speed)
             self.stand.limit()
 
     def loss(self, j: int, targets: Targets) -> torch.Tensor:
         """Squared error of the unit's outputs on batch j over the squares that are wanted."""
-        wanted = targets(j)
         with self.stand.held():
             given = self.passages[j].differentiable()
+        wanted = targets(j).to(given.device)
         return (given - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
 
     @torch.no_grad()
     def total(self, targets: Targets) -> float:
-        """The mean loss of all batches."""
-        return sum(float(self.loss(j, targets)) for j in range(len(self.passages))) / max(len(self.passages), 1)
+        """The mean loss of the batches that are looked at to compare: every so-manieth, so that the whole text counts."""
+        compared = range(0, len(self.passages), _COMPARED if len(self.passages) >= 2 * _COMPARED else 1)
+        return sum(float(self.loss(j, targets)) for j in compared) / max(len(compared), 1)
 
     @torch.no_grad()
     def keep(self, **facts: object) -> None:
@@ -177,6 +185,11 @@ def norms_and_biases(source: Source, sites: Sequence[Site], outside: bool = Fals
 def _plain(value: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
     kept = value.detach().float().clone()
     return kept, max(float(kept.square().mean().sqrt()), 1e-3), torch.zeros_like(kept).requires_grad_()
+
+
+def _same_layout(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether a view of a tensor is all of it, in its order."""
+    return part.shape == whole.shape and part.stride() == whole.stride()
 
 
 def _order(count: int, iterations: int, seed: int) -> list[int]:

@@ -7,10 +7,12 @@ gives them, whatever method will round them: what is best for the nearest codes 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import torch
 
 from arrondi.formats import ActivationScheme, Scheme
+from arrondi.formats.format import integer
 from arrondi.model import Site
 from arrondi.pipeline.folding import Joint
 from arrondi.pipeline.statistics import Need, Seen
@@ -76,10 +78,16 @@ def readers_of(work: Work, joint: Joint, seen: dict[str, Seen]) -> list[Reader]:
                 hessians[id(one)] = one.moment.matrix().to(weight.device)
             hessian, diagonal = hessians.get(id(one)), one.moment.diagonal().to(weight.device)
         sample = None if one.sample is None else one.sample.rows().to(weight.device)
-        rounds = _weight_rounding(scheme.weights, diagonal, site)
+        rounds = _weight_rounding(_judged_by(scheme.weights), diagonal, site)
         rounds_inputs = None if inputs is None else _input_rounding(inputs, one)
         found.append(Reader(some, rounds, hessian, rounds_inputs, sample, one.tokens, len(weight) / len(some)))
     return found
+
+
+def _judged_by(scheme: Scheme) -> Scheme:
+    """A scheme that a weight is rounded to again and again: integers for learned values, and nothing is kept apart."""
+    format = integer(scheme.format.bits) if scheme.format.learned else scheme.format
+    return replace(scheme, format=format, table=None, apart=None)
 
 
 def _weight_rounding(

@@ -1,13 +1,13 @@
 """Repairs that learn from what the unit should give: `tune` (scales, norms, biases), `signround` (AutoRound), `lkd` (ZeroQuant).
 
 No labels and no other units are needed: the outputs of the original are the teacher. What is learned is kept only if the error on
-all calibration batches has fallen.
+a part of the calibration batches has fallen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from arrondi.arguments import Between
 from arrondi.formats import LayerScheme
@@ -16,7 +16,10 @@ from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
 from arrondi.pipeline.steps.learning import Learner, Rule, Targets, norms_and_biases
 from arrondi.pipeline.work import Work
-from arrondi.repair.soft import Soft, SoftRounding, SoftScale, learns_rounding, learns_scales
+from arrondi.repair.soft import Soft, SoftRounding, SoftScale, is_nearest, learns_rounding, learns_scales
+
+_RANGE_RATE: Final = 0.003
+"""Of Adam, relative to the size of a scale."""
 
 
 def tune(
@@ -57,14 +60,25 @@ def signround(
     iterations: Annotated[int, Between(1, 100_000)] = 200,
     rate: Annotated[float, Between(0, 1)] = 0.0,
     shrink: bool = True,
+    ranges: Annotated[int, Between(0, 100_000)] = 8,
 ) -> None:
     """Learn to which side weights are rounded, and how far ranges shrink, by the sign of the gradient.
+
+    That is for nearest codes. From codes that were chosen by the outputs, as GPTAQ's are, steps of one size for all weights lead away from
+    the optimum that these lie in, however small; of those the ranges alone are learned, by Adam.
 
     Args:
         iterations: batches.
         rate: at first; 0 is 1 / iterations, so that every weight can just reach its neighbouring level.
         shrink: learn ranges, too.
+        ranges: batches on which ranges are learned where codes are not nearest ones.
     """
+    if not _nearest(work, sites):
+        scales: dict[str, Soft] = {s.name: SoftScale.of(work.results[s.name].q) for s in _learned(work, sites)}
+        if ranges:
+            with work.targets() as wanted:
+                _learn(work, sites, scales, (), lambda j: wanted[j], "adam", _RANGE_RATE, ranges)
+        return
     soft = _rounding(work, sites, 0.5, shrink)
     with work.targets() as wanted:
         _learn(work, sites, soft, (), lambda j: wanted[j], "sign", rate or 1 / iterations, iterations)
@@ -89,11 +103,20 @@ def lkd(
 
 
 def _rounding(work: Work, sites: Sequence[Site], reach: float, shrink: bool) -> dict[str, Soft]:
-    found: dict[str, Soft] = {}
-    for site in sites:
-        if site.name in work.results and learns_rounding(q := work.results[site.name].q):
-            found[site.name] = SoftRounding.of(q, work.before[site.name], reach, shrink)
-    return found
+    return {
+        site.name: SoftRounding.of(work.results[site.name].q, work.before[site.name], reach, shrink)
+        for site in _learned(work, sites)
+    }
+
+
+def _learned(work: Work, sites: Sequence[Site]) -> list[Site]:
+    """Those whose rounding can be learned."""
+    return [s for s in sites if s.name in work.results and learns_rounding(work.results[s.name].q)]
+
+
+def _nearest(work: Work, sites: Sequence[Site]) -> bool:
+    """Whether all codes are nearest ones."""
+    return all(is_nearest(work.results[s.name].q, work.before[s.name]) for s in _learned(work, sites))
 
 
 def _unrounded(work: Work, sites: Sequence[Site]) -> TreeStore:

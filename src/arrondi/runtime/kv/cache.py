@@ -6,16 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedConfig
 
+from arrondi.checkpoint.states_file import KIND
 from arrondi.errors import DataError, SchemeError
-from arrondi.formats import ActivationScheme
-from arrondi.formats.kv import CacheScheme, as_cache, parse_kv
-from arrondi.runtime.kv.layer import PackedLayer
+from arrondi.formats.kv import AnyCache, AnyKind, schemes_of
+from arrondi.formats.spectral import SpectralCache
+from arrondi.model.states import StateWatch, rounded_layers, watching_states
+from arrondi.runtime.kv.layer import Clip, PackedLayer
+from arrondi.tensor.spectrum import Basis
 
-AnyKind = str | CacheScheme | ActivationScheme
-Clips = Mapping[int, tuple[float, float]]
+Clips = Mapping[int, tuple[Clip, Clip]]
 
 
 class QuantizedCache(Cache):
@@ -28,7 +29,8 @@ class QuantizedCache(Cache):
         config: of the model.
         kind: a name of `arrondi.KV_KINDS`; the grammar (`"k=uint4/g64/offset,v=uint4/g64/offset,window=64"`); either with other kinds for
             some layers (`"kivi2;0-1=int8;7=full"`); or a `CacheScheme`.
-        clips: layer → largest magnitudes of its keys and of its values, for stored scales; `calibrate_clips` measures them.
+        clips: layer → what is known of its keys and of its values: largest magnitudes for stored scales, directions for `pca2`;
+            `calibrate_cache` measures them.
         lazily: for models whose attention function is "arrondi": it reads packed states where one token is computed.
 
     Raises:
@@ -50,20 +52,8 @@ class QuantizedCache(Cache):
             raise SchemeError(
                 f"A cache is made for a transformers config, got {type(config).__name__}. Pass model.config."
             )
-        default, others = _schemes(kind)
-        layers = DynamicCache(config=config).layers
-        beyond = [number for number in others if number >= len(layers)]
-        if beyond and layers:
-            raise SchemeError(f"The cache names layer {beyond[0]}, and the model has layers 0 to {len(layers) - 1}.")
-        plain = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-        if not plain:
-            raise SchemeError(
-                f"A model of the type {config.model_type!r} keeps no keys and values that can be rounded. Leave the kind of cache out."
-            )
-        for i in plain:
-            scheme = others.get(i, default)
-            if scheme is None:
-                continue
+        layers, rounded = rounded_layers(config, kind)
+        for i, scheme in rounded.items():
             layers[i] = PackedLayer(
                 scheme, clips=_clip(scheme, i, clips), sliding=getattr(layers[i], "sliding_window", None), lazily=lazily
             )
@@ -74,56 +64,83 @@ class QuantizedCache(Cache):
         return sum(map(_bytes, self.layers))
 
 
-def kv_cache(model: Any, kind: AnyKind = "int8", *, clips: Clips | None = None, lazily: bool = False) -> QuantizedCache:
+def kv_cache(
+    model: Any, kind: AnyKind | None = None, *, clips: Clips | None = None, lazily: bool = False
+) -> QuantizedCache:
     """An empty cache for a transformers model or its config; see `QuantizedCache`.
+
+    Without a kind it is the one that the model was quantized for, else int8; what calibration found for it is used.
 
     >>> from transformers import LlamaConfig
     >>> kv_cache(LlamaConfig(num_hidden_layers=2), "kivi2")
     QuantizedCache(layers=[PackedLayer, PackedLayer])
     """
-    return QuantizedCache(getattr(model, "config", model), kind, clips=clips, lazily=lazily)
+    config = getattr(model, "config", model)
+    stored, known = stored_kind(model) or "int8", getattr(model, KNOWN, {})
+    if kind is None:
+        kind = stored
+    if clips is None and known:
+        ours, theirs = schemes_of(kind), schemes_of(stored)
+        clips = {i: c for i, c in known.items() if ours[1].get(i, ours[0]) == theirs[1].get(i, theirs[0])}
+    return QuantizedCache(config, kind, clips=clips, lazily=lazily)
+
+
+KNOWN = "arrondi_kv_known"
+"""Attribute of a loaded model: layer → what calibration knows of its keys and values."""
+
+
+def stored_kind(model: Any) -> str | None:
+    """The kind of cache that a loaded model was quantized for; None if it says none."""
+    found = getattr(getattr(model, "config", model), KIND, None)
+    return found if isinstance(found, str) else None
 
 
 @torch.no_grad()
-def calibrate_clips(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, tuple[float, float]]:
-    """The largest magnitudes of every layer's keys and values over some text, for `int8-static`.
+def calibrate_cache(model: Any, kind: AnyKind, batches: Iterable[torch.Tensor]) -> dict[int, tuple[Clip, Clip]]:
+    """What a kind of cache has to know of a model's keys and values: `kv_cache(model, kind, clips=calibrate_cache(…))`.
 
     Args:
         model: a decoder of transformers.
-        batches: token ids (batch, tokens) each.
+        kind: see `QuantizedCache`.
+        batches: token ids (batch, tokens) each, the texts from their beginning and without padding.
+
+    Returns:
+        layer → of its keys and of its values, the largest magnitude or the directions; only layers whose kind needs it.
 
     Raises:
-        DataError: there are no batches, or states are not finite.
+        DataError: there are no batches or too few tokens, or states are not finite.
     """
-    found: dict[int, tuple[float, float]] = {}
-    for ids in batches:
-        cache = model(ids, use_cache=True, past_key_values=DynamicCache(config=model.config)).past_key_values
-        for i, layer in enumerate(cache.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized:
-                largest = (float(layer.keys.abs().max()), float(layer.values.abs().max()))
-                before = found.get(i, largest)
-                found[i] = max(before[0], largest[0]), max(before[1], largest[1])
-    if not found:
+    watch = StateWatch(kind, model)
+    empty = True
+    with watching_states(model, watch.see):
+        for ids in batches:
+            empty = False
+            model(ids, use_cache=False)
+    if empty:
         raise DataError("Clips of keys and values are measured on text, and there was none. Give batches of token ids.")
-    return found
+    return watch.known()
 
 
-def _schemes(kind: AnyKind) -> tuple[CacheScheme | None, dict[int, CacheScheme | None]]:
-    if isinstance(kind, CacheScheme):
-        return kind, {}
-    return (as_cache(kind), {}) if isinstance(kind, ActivationScheme) else parse_kv(kind)
+def calibrate_clips(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, tuple[Clip, Clip]]:
+    """`calibrate_cache` for `int8-static`."""
+    return calibrate_cache(model, "int8-static", batches)
 
 
-def _clip(scheme: CacheScheme, layer: int, clips: Clips | None) -> tuple[float, float] | None:
+def _clip(scheme: AnyCache, layer: int, clips: Clips | None) -> tuple[Clip, Clip] | None:
     if not scheme.static:
         return None
+    spectral = isinstance(scheme, SpectralCache)
     if clips is None or layer not in clips:
+        what, kind = ("Directions", "pca2") if spectral else ("Stored scales", "int8-static")
         raise SchemeError(
-            f"Stored scales of keys and values come from calibration, and layer {layer} has none. Use int8; in Python, arrondi.calibrate_clips measures them on text."
+            f"{what} of keys and values come from calibration, and layer {layer} has none. Use int8, or quantize with --kv {kind} --calibration TEXT; in Python, arrondi.calibrate_cache measures them."
         )
-    if not all(0 < c < float("inf") for c in clips[layer]):
-        raise SchemeError(f"Clips are positive numbers, got {clips[layer]} for layer {layer}.")
-    return clips[layer]
+    found = clips[layer]
+    if spectral != all(isinstance(c, Basis) for c in found):
+        raise SchemeError(f"What calibration says of layer {layer} is for another kind of cache than {scheme}.")
+    if not spectral and not all(isinstance(c, float) and 0 < c < float("inf") for c in found):
+        raise SchemeError(f"Clips are positive numbers, got {found} for layer {layer}.")
+    return found
 
 
 def _bytes(layer: Any) -> int:

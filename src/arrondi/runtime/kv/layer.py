@@ -14,39 +14,35 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from arrondi.errors import SchemeError
-from arrondi.formats import ActivationScheme
-from arrondi.formats.kv import CacheScheme
+from arrondi.formats.kv import AnyCache, CacheScheme
+from arrondi.formats.spectral import SpectralCache
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
 from arrondi.kernels.packed_states import Packed
 from arrondi.runtime.kv.lazy import PackedStates
+from arrondi.runtime.kv.spectral import SpectralStore
 from arrondi.runtime.kv.store import Store, Window
+from arrondi.tensor.spectrum import Basis
+
+Clip = float | Basis
+"""What calibration knows of the keys, or of the values, of a layer."""
 
 
 class Side:
     """Keys or values: a store of rounded tokens, and behind it the window.
 
     Args:
-        how: what they become.
+        store: for tokens that left the window.
         like: states that tell batch, heads, width, type and device.
         window: the newest tokens that stay.
         together: tokens are rounded in lots of `window`, not one by one.
         rotated: rounded after a Hadamard transform.
-        keys, clip: see `Store`.
     """
 
     def __init__(
-        self,
-        how: ActivationScheme,
-        like: torch.Tensor,
-        *,
-        window: int,
-        together: bool = False,
-        rotated: bool = False,
-        keys: bool,
-        clip: float | None,
+        self, store: Any, like: torch.Tensor, *, window: int, together: bool = False, rotated: bool = False
     ) -> None:
         self.size, self.together, self.rotated = window, together, rotated
-        self.store = Store(how, like, keys=keys, clip=clip)
+        self.store = store
         self.window = Window(like)
 
     @property
@@ -114,7 +110,7 @@ class PackedLayer(CacheLayerMixin):
 
     Args:
         scheme: what they become.
-        clips: largest magnitudes of keys and of values, for stored scales.
+        clips: what calibration knows of keys and of values: largest magnitudes for stored scales, or their directions.
         sliding: the tokens that a query sees, itself included; None: all.
         lazily: give the states of a single new token to the attention function packed.
     """
@@ -123,14 +119,15 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(
         self,
-        scheme: CacheScheme,
+        scheme: AnyCache,
         *,
-        clips: tuple[float, float] | None = None,
+        clips: tuple[Clip, Clip] | None = None,
         sliding: int | None = None,
         lazily: bool = False,
     ) -> None:
         super().__init__()
-        self.scheme, self.clips, self.lazily = scheme, clips, lazily
+        self.scheme, self.clips = scheme, clips
+        self.lazily = lazily and not isinstance(scheme, SpectralCache)
         self.sliding_window = sliding
         self.is_sliding = sliding is not None
         self.is_croppable = sliding is None
@@ -147,18 +144,36 @@ class PackedLayer(CacheLayerMixin):
         reason = next(filter(None, (scheme.refuse_width(s.shape[-1]) for s in states)), None)
         if reason:
             raise SchemeError(reason)
-        if scheme.rotated:
-            hadamard_matrix(key_states.shape[-1])  # or the sentence that says which widths have one
-        clip = self.clips or (None, None)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.sides = (
-            Side(
-                scheme.keys, key_states, window=scheme.window, together=scheme.key_tokens > 0, rotated=scheme.rotated,
-                keys=True, clip=clip[0],
-            ),
-            Side(scheme.values, value_states, window=scheme.window, keys=False, clip=clip[1]),
-        )  # fmt: skip
+        if isinstance(scheme, SpectralCache):
+            self.sides = self._spectral(scheme, *states)
+        else:
+            self.sides = self._plain(scheme, *states)
         self.is_initialized = True
+
+    def _plain(self, scheme: CacheScheme, keys: torch.Tensor, values: torch.Tensor) -> tuple[Side, Side]:
+        if scheme.rotated:
+            hadamard_matrix(keys.shape[-1])  # or the sentence that says which widths have one
+        clips = [c if isinstance(c, float) else None for c in self.clips or (None, None)]
+        of_keys = Store(scheme.keys, keys, keys=True, clip=clips[0])
+        of_values = Store(scheme.values, values, keys=False, clip=clips[1])
+        together = scheme.key_tokens > 0
+        return (
+            Side(of_keys, keys, window=scheme.window, together=together, rotated=scheme.rotated),
+            Side(of_values, values, window=scheme.window),
+        )
+
+    def _spectral(self, scheme: SpectralCache, keys: torch.Tensor, values: torch.Tensor) -> tuple[Side, ...]:
+        sides = []
+        for states, basis in zip((keys, values), self.clips or (), strict=True):
+            wanted = (states.shape[1], states.shape[3])
+            if not isinstance(basis, Basis) or tuple(basis.mean.shape) != wanted:
+                raise SchemeError(
+                    f"The directions of this cache are of another model than one with {wanted[0]} heads of {wanted[1]}. Calibrate it on this one."
+                )
+            exact = 0 if self.is_sliding else scheme.first
+            sides.append(Side(SpectralStore(basis, states, exact), states, window=scheme.window))
+        return tuple(sides)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

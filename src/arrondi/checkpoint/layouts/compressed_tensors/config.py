@@ -40,6 +40,8 @@ def refuse(placed: Placed) -> str | None:
         return "compressed-tensors keeps no columns or elements apart"
     if weights.zero_point == "float":
         return "compressed-tensors stores integer zero points only"
+    if weights.table is not None:  # also before its groups are turned: tables do not go with blocks
+        return f"compressed-tensors has no format for {scheme}"
     if placed.transposed and (isinstance(weights.scale, Scheme) or weights.scale == "e8m0"):
         return "compressed-tensors has no blocks of the inputs of a transposed weight in NVFP4 or MX"
     if format_of(stored_form(placed).scheme) is None:

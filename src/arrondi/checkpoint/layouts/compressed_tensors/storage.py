@@ -157,7 +157,8 @@ def _packed_read(placed: Placed, tensors: Stored) -> QTensor:
     if scheme.zero_point == "integer" and not _packs_zeros(scheme):
         zero = tensors["weight_zero_point"].int().reshape(scale_shape(scheme.granularity, (rows, columns)))
     elif scheme.zero_point == "integer":
-        stored = tensors["weight_zero_point"].T.contiguous().view(torch.uint8)
+        # Not `contiguous`, which leaves a matrix of one row or column with the strides that it had.
+        stored = tensors["weight_zero_point"].T.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         check_padding(f"{placed.name}: zero points", stored, bits, rows)
         zero = unpack(stored, bits, rows).T.int() + low
     index = tensors["weight_g_idx"] if placed.indexed else None

@@ -1,0 +1,220 @@
+"""The commands that write a quantized model, or say what would be written: `plan` and `quantize`. Registered in `arrondi.cli.commands`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from arrondi.cli import networks
+from arrondi.cli import options as opt
+from arrondi.cli.answers import answer, note, useless
+from arrondi.cli.limits import hold_to, limits_of
+from arrondi.cli.parsing import byte_count, recipe_from
+from arrondi.errors import SchemeError
+
+if TYPE_CHECKING:
+    from arrondi.pipeline import Plan
+
+
+def plan(
+    model: opt.Model,
+    scheme: opt.SchemeName = None,
+    method: opt.MethodName = None,
+    preset: opt.PresetName = None,
+    rewrite: opt.Rewrites = None,
+    repair: opt.Repairs = None,
+    group_size: opt.GroupSize = None,
+    targets: opt.Targets = None,
+    ignore: opt.Ignore = None,
+    embeddings: opt.Embeddings = None,
+    option: opt.Options = None,
+    recipe: opt.RecipeFile = None,
+    layout: opt.LayoutName = None,
+    keep_misfits: opt.KeepMisfits = False,
+    calibration_images: opt.CalibrationImages = None,
+    samples: opt.Samples = 128,
+    seq_len: opt.SeqLen = 512,
+    json_: opt.Json = False,
+) -> None:
+    """Print what `quantize` would do: every tensor, bytes, peak memory, rough time, readers, shapes that do not fit and the fix."""
+    resolved = recipe_from(
+        scheme,
+        method,
+        group_size,
+        targets,
+        ignore,
+        option,
+        recipe,
+        rewrite,
+        repair,
+        preset=preset,
+        embeddings=embeddings,
+    )
+    from arrondi.checkpoint import Checkpoint
+    from arrondi.measure.text import fit_length, positions_of
+    from arrondi.model import OnDisk
+    from arrondi.pipeline import TextOptions, make_plan
+    from arrondi.pipeline.texts import read_data
+
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.quantized:
+        raise SchemeError(f"{model} is already quantized. Plan for the original model.")
+    source = OnDisk(checkpoint)
+    texts = read_data(source, TextOptions(samples=samples, seq_len=seq_len, images=calibration_images))
+    images, measured = texts.images, texts.eval_images
+    planned = make_plan(source, resolved, layout=layout, keep_misfits=keep_misfits, images=images is not None)
+    seq_len, note = fit_length(seq_len, positions_of(source.model))
+    tokens, eval_tokens = (samples * seq_len, 32 * seq_len) if planned.calibrated else (0, 0)
+    if images is not None and measured is not None:  # the same call without text
+        tokens, eval_tokens, note = images.tokens, measured.tokens, None
+        seq_len = max(batch["input_ids"].shape[1] for batch in (*images.batches, *measured.batches))
+    _show_plan(model, planned, tokens, eval_tokens, seq_len, [note] if note and planned.calibrated else [], json_)
+
+
+def quantize(
+    context: typer.Context,
+    model: opt.Model,
+    output: opt.Out,
+    scheme: opt.SchemeName = None,
+    method: opt.MethodName = None,
+    preset: opt.PresetName = None,
+    rewrite: opt.Rewrites = None,
+    repair: opt.Repairs = None,
+    calibration: opt.Calibration = None,
+    column: opt.Column = None,
+    imatrix: opt.Imatrix = None,
+    calibration_images: opt.CalibrationImages = None,
+    all_experts: opt.AllExperts = False,
+    samples: opt.Samples = 128,
+    seq_len: opt.SeqLen = 512,
+    eval_text: opt.EvalText = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result.")] = False,
+    eval_samples: Annotated[int, typer.Option(help="Windows to measure on at most.", min=1)] = 32,
+    group_size: opt.GroupSize = None,
+    targets: opt.Targets = None,
+    ignore: opt.Ignore = None,
+    embeddings: opt.Embeddings = None,
+    kv: opt.KV = None,
+    option: opt.Options = None,
+    recipe: opt.RecipeFile = None,
+    layout: opt.LayoutName = None,
+    keep_misfits: opt.KeepMisfits = False,
+    shard_size: Annotated[str, typer.Option(help="Largest output file: 500MB, 5GB.")] = "5GB",
+    device: opt.Device = "cpu",
+    seed: opt.Seed = 0,
+    max_kl: opt.MaxKl = None,
+    max_ppl_increase: opt.MaxPpl = None,
+    budget: opt.Budget = None,
+    data: opt.NetworkData = None,
+    observer: opt.ObserverName = "mse",
+    ends: opt.Ends = "8",
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
+    resolved = recipe_from(
+        scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset, embeddings
+    )
+    from arrondi.graph import is_graph_file
+
+    if is_graph_file(model):
+        networks.refuse_text_options({
+            "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
+            "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
+        })  # fmt: skip
+        networks.quantize_graph(
+            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
+            mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
+        )  # fmt: skip
+        return
+    networks.refuse_network_options(
+        {
+            "--budget": budget,
+            "--data": data,
+            "--mean": mean,
+            "--std": std,
+            "--observer": observer != "mse",
+            "--ends": ends != "8",
+        }
+    )
+    if kv is not None:
+        resolved = resolved.with_kv(kv)
+    if no_eval and eval_text is not None:
+        raise SchemeError(f"--no-eval and --eval-text {eval_text} contradict each other. Leave one out.")
+    limits = limits_of(max_kl, max_ppl_increase)
+    measured = not no_eval and (calibration or eval_text or calibration_images) is not None
+    if limits and not measured:
+        raise SchemeError(
+            "--max-kl and --max-ppl-increase need a measurement. Give --eval-text FILE (or --calibration FILE), and drop --no-eval."
+        )
+    if calibration is None and calibration_images is None:
+        useless(context, "calibration text", "samples", "seed", *([] if measured else ["seq_len"]))
+    if not measured:
+        useless(context, "a measurement", "eval_samples")
+    shard_bytes = byte_count(shard_size)
+    from arrondi.model import device_named
+    from arrondi.pipeline import TextOptions, quantize_model, rehearse
+    from arrondi.report import print_report, progress_bar, sole_reader
+
+    device_named(device)
+    text = TextOptions(
+        calibration,
+        samples,
+        seq_len,
+        eval_text,
+        not no_eval,
+        eval_samples,
+        seed,
+        limits,
+        column,
+        imatrix,
+        calibration_images,
+    )
+    if dry_run:
+        planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
+        both = texts.calibration, texts.evaluation
+        tokens, eval_tokens = (0 if windows is None else windows.ids.numel() for windows in both)
+        seq_len = max((windows.seq_len for windows in both if windows is not None), default=seq_len)
+        _show_plan(model, planned, tokens, eval_tokens, seq_len, texts.notes, json_)
+        return
+    with progress_bar("quantizing", quiet) as progress:
+        report = quantize_model(
+            model,
+            output,
+            resolved,
+            text,
+            layout=layout,
+            keep_misfits=keep_misfits,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            planned=lambda plan: note(sole_reader(plan)),
+            progress=progress,
+            device=device,
+        )
+    answer(report, json_, print_report)
+    hold_to(report["evaluation"] or {}, limits, f"The files are in {output}.")
+
+
+def _show_plan(
+    model: str, plan: Plan, tokens: int, eval_tokens: int, seq_len: int, notes: list[str], json_: bool
+) -> None:
+    from arrondi.pipeline.estimate import estimate
+    from arrondi.report import print_plan
+
+    cost = estimate(plan, tokens, eval_tokens, seq_len)
+    document = {
+        "model": model,
+        **plan.to_dict(),
+        "peak_memory_bytes": cost.bytes,
+        "peak_moment": cost.moment,
+        "seconds": round(cost.seconds, 1),
+    }
+    document["notes"] = [*document["notes"], *notes]
+    answer(document, json_, print_plan)

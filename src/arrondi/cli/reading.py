@@ -1,0 +1,104 @@
+"""The commands that read a model: `inspect`, `imatrix` and `dequantize`. Registered in `arrondi.cli.commands`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arrondi.cli import options as opt
+from arrondi.cli.answers import answer, note
+from arrondi.errors import SchemeError
+
+
+def inspect(
+    model: opt.Model,
+    folds: Annotated[
+        bool,
+        typer.Option(
+            "--folds",
+            help="Print instead which layers read the same activation, what makes it, and whether scales fold into that.",
+        ),
+    ] = False,
+    outliers: Annotated[
+        bool,
+        typer.Option(
+            "--outliers",
+            help="Print instead how large inputs of layers become on a text, and what int8 would cost them.",
+        ),
+    ] = False,
+    calibration: opt.Calibration = None,
+    device: opt.Device = "cpu",
+    json_: opt.Json = False,
+) -> None:
+    """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
+    from arrondi.pipeline import inspect_folds, inspect_model
+    from arrondi.report import print_folds, print_inspection
+
+    if outliers is not (calibration is not None) or (outliers and folds):
+        raise SchemeError("inspect takes --folds alone, or --outliers with --calibration FILE, a text to look at.")
+    if device != "cpu" and not outliers:
+        raise SchemeError(f"inspect runs a model only with --outliers, got --device {device}. Leave it out.")
+    if outliers and calibration is not None:
+        from arrondi.pipeline.outliers import inspect_outliers
+        from arrondi.report import print_outliers
+
+        document = inspect_outliers(model, calibration, device=device)
+        for sentence in document["notes"]:
+            note(sentence)
+        answer(document, json_, print_outliers)
+    elif folds:
+        answer(inspect_folds(model), json_, print_folds)
+    else:
+        answer(inspect_model(model), json_, print_inspection)
+
+
+def dequantize(
+    model: opt.Model,
+    output: opt.Out,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
+    ] = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Restore ordinary weights that any tool loads."""
+    from arrondi.pipeline import dequantize_model
+    from arrondi.report import print_facts, progress_bar
+
+    with progress_bar("dequantizing", quiet) as progress:
+        result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
+    answer(result, json_, print_facts)
+
+
+def imatrix(
+    model: opt.Model,
+    calibration: Annotated[Path, typer.Option(help="Text to read, as for quantize.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write: .gguf, or .dat for the legacy format.", show_default=False),
+    ],
+    samples: opt.Samples = 128,
+    seq_len: opt.SeqLen = 512,
+    column: opt.Column = None,
+    seed: opt.Seed = 0,
+    head: Annotated[bool, typer.Option("--process-output", help="The output head, too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    device: opt.Device = "cpu",
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write llama.cpp's importance matrix of a model: how large the inputs of every linear layer are on a text."""
+    from arrondi.pipeline.importance import make_imatrix
+    from arrondi.report import print_facts, progress_bar
+
+    with progress_bar("reading", quiet) as progress:
+        result = make_imatrix(
+            model, calibration, output, samples=samples, seq_len=seq_len, seed=seed, column=column, head=head,
+            overwrite=overwrite, device=device, progress=progress,
+        )  # fmt: skip
+    for sentence in result.pop("notes"):
+        note(sentence)
+    answer(result, json_, print_facts)

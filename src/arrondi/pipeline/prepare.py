@@ -1,0 +1,71 @@
+"""What is done to a network's graph before it is rounded and after: `rewritten` and `with_what_was_learned`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from arrondi.graph import Graph, Program
+from arrondi.graph.equalize import absorb, equalize
+from arrondi.measure.arrays import Arrays
+from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.steps import STEPS
+
+_BIASED: Final = ("Conv", "ConvTranspose", "Gemm")
+"""Layers that can have a bias."""
+
+
+def rewritten(graph: Graph, recipe: Recipe, calibration: Arrays | None, notes: list[str]) -> tuple[Graph, Recipe]:
+    """The graph after what the recipe says of graphs, and the rest of the recipe.
+
+    Args:
+        notes: receives what people should know.
+    """
+    kinds = {rule.method for rule in recipe.rules}
+    if "equalize" in kinds:
+        graph, facts = equalize(with_biases(graph))
+        notes.append(facts.said)
+        if calibration is not None:
+            graph, count = absorb(graph, facts, calibration.batches())
+            notes.append(f"{count} channels gave a part of their bias to the layer behind them.")
+    if any(STEPS[name].kind == "repair" for name in kinds):
+        graph = with_biases(graph)
+    return graph, replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.method != "equalize"))
+
+
+def with_biases(graph: Graph) -> Graph:
+    """The graph in which every layer that can have a bias has one of its own, for what changes biases."""
+    constants, nodes = dict(graph.constants), []
+    for node in graph.nodes:
+        weight = constants.get(node.inputs[1]) if node.op in _BIASED and len(node.inputs) > 1 else None
+        if weight is not None and weight.dtype == np.float32 and (len(node.inputs) == 2 or not node.inputs[2]):
+            by_column = node.op == "ConvTranspose" or (node.op == "Gemm" and not node.attrs.get("transB", 0))
+            count = weight.shape[1] * node.attrs.get("group", 1) if by_column else weight.shape[0]
+            name = next(graph.fresh(f"{node.name}_bias"))
+            constants[name] = np.zeros(count, dtype=weight.dtype)
+            node = replace(node, inputs=(*node.inputs[:2], name))
+        nodes.append(node)
+    return graph.with_nodes(nodes, constants)
+
+
+def with_what_was_learned(graph: Graph, program: Program) -> Graph:
+    """The graph with the biases, and the scales of what flows, that the program has now."""
+    constants = dict(graph.constants)
+    nodes = []
+    for node in graph.nodes:
+        path = program.layers.get(node.name)
+        bias = None if path is None else getattr(program.get_submodule(path), "bias", None)
+        if bias is not None and len(node.inputs) > 2:
+            own = constants[node.inputs[2]]
+            value = bias.detach().numpy().reshape(own.shape).astype(np.float32)
+            if not np.array_equal(own, value):
+                name = next(graph.fresh(f"{node.name}_bias"))
+                constants[name] = value
+                node = replace(node, inputs=(*node.inputs[:2], name, *node.inputs[3:]))
+        if node.name in program.rounders:
+            scale = program.get_buffer(f"{program.rounders[node.name]}.scale")
+            constants[node.inputs[1]] = scale.numpy().reshape(constants[node.inputs[1]].shape)
+        nodes.append(node)
+    return graph.with_nodes(nodes, constants)
