@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import arrondi
-from arrondi.graph import Graph, Program, lower, read_graph, write_graph
+from arrondi.graph import Graph, Node, Program, Value, lower, read_graph, write_graph
 from arrondi.graph.ops import evaluate
 from arrondi.graph.requantize import requantize
 from tests.graph.nets import Residual, images, perturbed
@@ -95,11 +96,22 @@ def test_one_rounding_or_two_beside_exact_rounding() -> None:
     assert wrong["single"] <= wrong["double"] < 0.04
 
 
-def test_sums_that_may_leave_int32_stay_in_floating_point(tmp_path: Path) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(140_000, 16, bias=False)).eval()
-    with torch.no_grad():
-        module[0].weight.copy_(torch.ones(16, 140_000))
-    write_graph(read_graph(module, torch.zeros(2, 140_000)), tmp_path / "long.onnx")
-    arrondi.quantize(tmp_path / "long.onnx", "W8A8", calibration=torch.randn(12, 140_000), out=tmp_path / "out.onnx")
-    found = lower(read_graph(tmp_path / "out.onnx"))
-    assert sum(found.floats.values()) == 1 and "140000 products" in found.notes[0]
+def test_sums_that_may_leave_int32_stay_in_floating_point() -> None:
+    one, zero = np.float32(1), np.uint8(0)
+    for columns, lowered in ((60_000, True), (70_000, False)):
+        constants = {
+            "s": np.array(one),
+            "z": np.array(zero),
+            "w": np.full((columns, 2), 127, np.int8),
+            "sw": np.array(one),
+        }
+        nodes = (
+            Node("q", "QuantizeLinear", ("x", "s", "z"), ("codes",), {"codes": "uint8"}),
+            Node("d", "DequantizeLinear", ("codes", "s", "z"), ("rounded",)),
+            Node("dw", "DequantizeLinear", ("w", "sw"), ("weight",)),
+            Node("product", "MatMul", ("rounded", "weight"), ("y",)),
+        )
+        ends = [(Value(n, np.dtype(np.float32), ("N", k)),) for n, k in (("x", columns), ("y", 2))]
+        found = lower(Graph("long", nodes, *ends, constants, 21))
+        assert (not found.floats) is lowered
+        assert lowered or found.notes == (f"product: its sums of {columns} products may leave int32",)
