@@ -347,7 +347,10 @@ def test_steps_work_on_a_module_in_memory() -> None:
         ({"repairs": ["smoothquant"]}, "Unknown repair 'smoothquant'. It is a rewrite."),
         ({"rewrites": ["rotate", "rotate"]}, "The rewrite rotate is named twice."),
         ({"method": "tune"}, "tune is a repair and rounds nothing"),
-        ({"rewrites": ["smoothquant"], "options": {"alpha": 0.7}}, "Another step has it: smoothquant.alpha or scale-search.alpha."),
+        (
+            {"rewrites": ["smoothquant"], "options": {"alpha": 0.7}},
+            "Another step has it: smoothquant.alpha or scale-search.alpha.",
+        ),
     ],
 )
 def test_a_step_in_the_wrong_place_is_told_where_it_belongs(words: dict[str, Any], said: str) -> None:
