@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import arrondi
-from arrondi.graph import Graph, Node, Program, Value, lower, read_graph, write_graph
+from arrondi.graph import Graph, Node, Program, Value, lower, read_graph, to_onnx, write_graph
 from arrondi.graph.ops import evaluate
 from arrondi.graph.requantize import requantize
 from tests.graph.nets import Residual, images, perturbed
@@ -76,6 +76,8 @@ def _constant(graph: Graph, name: str) -> torch.Tensor | None:
 @pytest.mark.parametrize("arithmetic", ["double", "single"])
 def test_fixed_point_is_within_a_step_of_a_float_multiplier(quantized: Path, arithmetic: str) -> None:
     graph, x = read_graph(quantized), images(4, seed=7)
+    with pytest.raises(arrondi.SchemeError, match="fixed-point"):
+        to_onnx(lower(graph, arithmetic).graph)
     whole, fixed = (_codes(lower(graph, how).graph, x) for how in ("float", arithmetic))
     first = next(n.outputs[0] for n in lower(graph).graph.nodes if n.op == "QLinearConv")
     difference = (whole[first].int() - fixed[first].int()).abs()

@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from arrondi.graph.ir import ARITHMETIC
+from arrondi.graph.ir import ARITHMETIC, Unusual
 from arrondi.graph.requantize import Arithmetic, add_codes, requantize
 from arrondi.graph.windows import average_pool, conv
 
@@ -112,7 +112,7 @@ def qlinear_mul(
 def qlinear_global_average(attrs: Attrs, x: Tensor, sx: Tensor, zx: Tensor, sy: Tensor, zy: Tensor) -> Tensor:
     """The mean over space from codes to codes."""
     if attrs.get("channels_last", 0):
-        raise NotImplementedError("channels last")
+        raise Unusual("channels last")
     space = tuple(range(2, x.ndim))
     count = x[0, 0].numel()
     sums = x.long().sum(space, keepdim=True) - count * int(zx)

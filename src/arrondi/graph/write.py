@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from arrondi.errors import OutputError
+from arrondi.errors import OutputError, SchemeError
 from arrondi.graph.ir import ARITHMETIC, CODES, QDQ, Graph, Node
 from arrondi.graph.read import onnx_package
 
@@ -39,7 +39,15 @@ def write_graph(graph: Graph, path: str | Path) -> None:
 
 
 def to_onnx(graph: Graph) -> Any:
-    """The graph as a checked `onnx.ModelProto`."""
+    """The graph as a checked `onnx.ModelProto`.
+
+    Raises:
+        SchemeError: it was lowered to fixed-point arithmetic, which no operator of a file says.
+    """
+    if any(ARITHMETIC in node.attrs for node in graph.nodes):
+        raise SchemeError(
+            "Files hold float multipliers, and this network was lowered to fixed-point ones. Lower it with 'float'."
+        )
     onnx = onnx_package()
     helper = onnx.helper
     nodes = [made for node in graph.nodes for made in _nodes(node, graph, onnx)]
@@ -66,7 +74,7 @@ def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
     helper = onnx.helper
     if node.op != QDQ:
         domain, _, op = node.op.rpartition(".")
-        attrs = {k: v for k, v in node.attrs.items() if k not in (CODES, ARITHMETIC)}
+        attrs = {k: v for k, v in node.attrs.items() if k != CODES}
         yield helper.make_node(op, node.inputs, node.outputs, node.name, domain=domain or None, **attrs)
         return
     x, *grid = node.inputs
