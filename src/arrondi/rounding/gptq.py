@@ -28,7 +28,8 @@ from arrondi.rounding.gptq_sweep import sweep
 from arrondi.rounding.refine import damped, refined
 from arrondi.rounding.resweep import resweeps, reswept
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import QTensor, own_numbers
+from arrondi.tensor.nearest import own_numbers
+from arrondi.tensor.qtensor import QTensor
 
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax", "importance"]

@@ -16,7 +16,8 @@ from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import Parts, QTensor, own_numbers, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.nearest import own_numbers, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.exponents import EXPONENT_RULES
 from arrondi.tensor.ranges.search import search_grid
 from arrondi.tensor.ranges.weighted import FOUR_OVER_SIX, shares_outer_scale, weighted_parts

@@ -20,7 +20,8 @@ from arrondi.graph import Program, held_bits
 from arrondi.pipeline.network import Chosen, NetworkData, quantize_network
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.search.budget import choose_under
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 
 WIDTHS: Final = (2, 4, 8)
 """Bits that a file really holds: codes of three bits take four."""
