@@ -180,9 +180,9 @@ class Builder:
 
         def run(values: dict[str, Tensor]) -> None:
             read = [value(n, values) for n in node.inputs]
-            for name, value in zip(node.outputs, evaluate(node, read, self.graph.opset), strict=False):
+            for name, found in zip(node.outputs, evaluate(node, read, self.graph.opset), strict=False):
                 if name:
-                    values[name] = value
+                    values[name] = found
 
         self.steps.append(run)
         self.loose |= {n for n in node.outputs if n}
