@@ -138,5 +138,7 @@ int try_all_products(uint64_t seed, bool quick);
 void try_callers(uint64_t seed);
 // What the path in use does besides: quantizers, transforms, tokens.
 void try_jobs(uint64_t seed, bool quick);
+// Networks on codes.
+void try_codes(uint64_t seed, bool quick);
 
 }  // namespace arrondi
