@@ -86,8 +86,8 @@ class Line:
             torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
             assert n < samples or len(expected.unique()) > 3
         if whole:
-            one = compiled._single([x])
-            assert one is not None and all(isinstance(step, tuple) for step in one.steps)
+            two = compiled._two([x])
+            assert two is not None and all(isinstance(step, tuple) for step in two.steps)
 
 
 CONVOLUTIONS: list[tuple[tuple[int, ...], int, int, tuple[int, ...], dict[str, Any]]] = [
@@ -216,8 +216,8 @@ def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_a_network_is_the_same_for_any_number_of_samples_and_threads(lowered: Graph) -> None:
     compiled, reference = Executor(lowered), Program(lowered)
-    one = compiled._single([images(1)])
-    assert one is not None and all(isinstance(step, tuple) for step in one.steps)
+    two = compiled._two([images(1)])
+    assert two is not None and all(isinstance(step, tuple) for step in two.steps)
     before = torch.get_num_threads()
     for count in (1, 3):
         torch.set_num_threads(count)

@@ -87,10 +87,10 @@ class Builder:
     def new(self, name: str, codes: bool, signed: bool = False, last: bool = True) -> Held:
         """Room for an output, channels last where it has space."""
         shape = self.shapes[name][0]
-        held = Held(None, shape, last and len(shape) > 2, codes, signed)  # type: ignore[arg-type]
-        direct = not codes and name in self.graph.results and name not in self._read and (not held.last or held.either)
-        count = held.numel * held.size
-        held = replace(held, room=self.rooms.given(count) if direct else self.rooms.take(count))
+        direct = not codes and not last and name in self.graph.results and name not in self._read
+        count = int(np.prod(shape)) * (1 if codes else 4)
+        room = self.rooms.given(count) if direct else self.rooms.take(count)
+        held = Held(room, shape, last and len(shape) > 2, codes, signed)
         if direct:
             self.given.append((name, held))
         self._hold(name, held)

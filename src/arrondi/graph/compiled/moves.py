@@ -26,7 +26,8 @@ def passes(b: Builder, node: Node) -> bool:
         b.alias(node.outputs[0], x)
         return True
     shape = b.shapes[node.outputs[0]][0]
-    b.batched &= bool(shape) and shape[0] == x.shape[0]
+    to = b.constants[node.inputs[1]].reshape(-1) if node.op == "Reshape" else np.zeros(1)
+    b.batched &= bool(shape) and shape[0] == x.shape[0] and bool(to.size) and to[0] in (0, -1)
     if x.last and not x.either:
         y = b.new(node.outputs[0], x.codes, x.signed, last=False)
         b.move(x, y, x.shape, x.strides(), strides_of(x.shape, False))

@@ -56,7 +56,7 @@ class Executor:
             )
         self.graph, self.reference = graph, Program(graph).eval()
         self._plans: dict[Any, Any] = {}
-        self._one: dict[Any, Builder | None] = {}
+        self._found: dict[Any, Builder | None] = {}
         self._lock = threading.Lock()
 
     @torch.no_grad()
@@ -95,36 +95,34 @@ class Executor:
     def _planned(self, inputs: list[Tensor]) -> _Plans:
         """Plans for some samples at a time, or for all where samples do not go their own way."""
         n = len(inputs[0]) if inputs and inputs[0].ndim else 0
-        if n and all(x.ndim and len(x) == n for x in inputs):
-            one = self._single(inputs)
-            if one is not None:
-                memory = sum(len(r.memory) for r in one.rooms.every if r.memory is not None)
-                some = max(1, min(n, _NEAR * threads() // max(memory, 1)))
-                some = -(-n // -(-n // some))
-                found = _Plans({name: (n, *h.shape[1:]) for name, h in one.given})
-                shapes = {name: ((some, *shape[1:]), kind) for name, (shape, kind) in one.shapes.items()}
-                found.add(self._built(shapes, some) if some > 1 else one, n // some, 0)
-                if n % some:
-                    shapes = {name: ((n % some, *shape[1:]), kind) for name, (shape, kind) in one.shapes.items()}
-                    found.add(self._built(shapes, n % some), 1, n - n % some)
-                return found
-        built = self._built(self._shapes(inputs), n)
-        found = _Plans({name: h.shape for name, h in built.given})
-        found.add(built, 1, 0)
+        two = self._two(inputs) if n and all(x.ndim and len(x) == n for x in inputs) else None
+        if two is None:
+            built = self._built(self._shapes(inputs), n)
+            found = _Plans({name: h.shape for name, h in built.given})
+            found.add(built, 1, 0)
+            return found
+        memory = sum(len(r.memory) for r in two.rooms.every if r.memory is not None)
+        most = max(1, min(n, 2 * _NEAR * threads() // max(memory, 1)))
+        some = -(-n // -(-n // most))
+        found = _Plans({name: (n, *h.shape[1:]) for name, h in two.given})
+        for count, times, start in ((some, n // some, 0), (n % some, 1, n - n % some)):
+            if count:
+                shapes = {name: ((count, *shape[1:]), kind) for name, (shape, kind) in two.shapes.items()}
+                found.add(self._built(shapes, count), times, start)
         return found
 
-    def _single(self, inputs: list[Tensor]) -> Builder | None:
-        """The plan of one sample; None where samples do not go their own way."""
+    def _two(self, inputs: list[Tensor]) -> Builder | None:
+        """The plan of two samples, which shows whether they go their own way; None where they do not."""
         key = tuple((x.shape[1:], x.dtype) for x in inputs)
-        if key not in self._one:
-            if len(self._one) >= _PLANS:
-                self._one.clear()
+        if key not in self._found:
+            if len(self._found) >= _PLANS:
+                self._found.clear()
             try:
-                built = self._built(self._shapes([x[:1] for x in inputs]), 1)
+                built = self._built(self._shapes([x[:1].expand(2, *x.shape[1:]) for x in inputs]), 2)
             except (ArrondiError, RuntimeError):
                 built = None
-            self._one[key] = built if built is not None and built.batched else None
-        return self._one[key]
+            self._found[key] = built if built is not None and built.batched else None
+        return self._found[key]
 
     def _shapes(self, inputs: list[Tensor]) -> Shapes:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
