@@ -4,19 +4,28 @@
 #include <cstdint>
 #include <cstring>
 
-#include "codes.h"
+#include "code_fixed.h"
 
 namespace arrondi {
 namespace ARRONDI_PATH {
 
-// Low and high relative to the zero point, as floats: the sum is limited before it is rounded, which gives the same.
+// Low and high relative to the zero point, as floats: the product is limited before it is rounded, which gives the same.
 struct Ends {
+    const Requantizer& r;
     Floats low, high;
     Ints zero;
     explicit Ends(const Requantizer& r)
-        : low(splat(static_cast<float>(r.low - r.zero))), high(splat(static_cast<float>(r.high - r.zero))),
+        : r(r), low(splat(static_cast<float>(r.low - r.zero))), high(splat(static_cast<float>(r.high - r.zero))),
           zero(splat(int32_t{r.zero})) {}
     Ints code(Floats v) const { return add(to_ints(min(max(v, low), high)), zero); }
+    // Sixteen sums whose multipliers begin at a lane.
+    Floats product(Ints sum, int64_t lane) const {
+        return mul(to_floats(sum), load_floats(static_cast<const float*>(r.multiplier) + lane));
+    }
+    Ints codes(Ints sum, int64_t lane) const {
+        return r.how == Arithmetic::floats ? code(product(sum, lane))
+                                           : fixed_codes(sum, r, static_cast<const Fixed*>(r.multiplier) + lane);
+    }
 };
 
 inline void store_some(void* p, const void* from, int64_t bytes) { std::memcpy(p, from, static_cast<size_t>(bytes)); }
@@ -60,21 +69,19 @@ void code_tile(const Convolution& c, const Ends& ends, const uint8_t* const* pla
         }
     }
     for (int v = 0; v < kWide; v++) {
-        const Floats multiplier = load_floats(c.end.multiplier + 16 * (block + v));
         const int from = 16 * (block + v), left = c.outputs - from < 16 ? c.outputs - from : 16;
         for (int r = 0; r < kPixels; r++) {
             if (r >= pixels) break;
-            const Floats value = mul(to_floats(sum[r][v]), multiplier);
             const int64_t to = static_cast<int64_t>(r) * c.y_channels + from;
             if (c.end.floats) {
                 float some[16];
-                store_floats(some, value);
+                store_floats(some, ends.product(sum[r][v], from));
                 store_some(y + 4 * to, some, 4 * left);
             } else if (left == 16) {
-                store_low_bytes(y + to, ends.code(value));
+                store_low_bytes(y + to, ends.codes(sum[r][v], from));
             } else {
                 uint8_t some[16];
-                store_low_bytes(some, ends.code(value));
+                store_low_bytes(some, ends.codes(sum[r][v], from));
                 store_some(y + to, some, left);
             }
         }
@@ -138,15 +145,15 @@ inline void depthwise(const Depthwise& d, const uint8_t* x, uint8_t* y, int firs
             for (int tap = 0; tap < d.taps; tap += 4, weight += 256) {
                 const Bytes a = load_bytes(place + d.offset[tap]), b = load_bytes(place + d.offset[tap + 1]);
                 const Bytes e = load_bytes(place + d.offset[tap + 2]), f = load_bytes(place + d.offset[tap + 3]);
-                const Bytes ab = zip_low<1>(a, b), ef = zip_low<1>(e, f), ab2 = zip_high<1>(a, b), ef2 = zip_high<1>(e, f);
+                const Bytes ab = zip_low<1>(a, b), ef = zip_low<1>(e, f);
+                const Bytes ab2 = zip_high<1>(a, b), ef2 = zip_high<1>(e, f);
                 sum[0] = dot8(sum[0], zip_low<2>(ab, ef), load_bytes(weight));
                 sum[1] = dot8(sum[1], zip_high<2>(ab, ef), load_bytes(weight + 64));
                 sum[2] = dot8(sum[2], zip_low<2>(ab2, ef2), load_bytes(weight + 128));
                 sum[3] = dot8(sum[3], zip_high<2>(ab2, ef2), load_bytes(weight + 192));
             }
             Ints code[4];
-            for (int v = 0; v < 4; v++)
-                code[v] = ends.code(mul(to_floats(sum[v]), load_floats(d.end.multiplier + 64 * block + 16 * v)));
+            for (int v = 0; v < 4; v++) code[v] = ends.codes(sum[v], 64 * block + 16 * v);
             const Ints even = or_ints(code[0], shift_left<8>(code[1])), odd = or_ints(code[2], shift_left<8>(code[3]));
             const Bytes bytes = look_up(bytes_of(or_ints(even, shift_left<16>(odd))), order);
             uint8_t* to = y + static_cast<int64_t>(pixel) * d.channels + block * 64;

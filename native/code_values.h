@@ -31,8 +31,21 @@ void pair_span(const Pair& p, const uint8_t* a, const uint8_t* b, uint8_t* y, in
     }
 }
 
+// In fixed point, one after the other.
+inline void pair_fixed(const Pair& p, const uint8_t* a, const uint8_t* b, uint8_t* y, int64_t first, int64_t last) {
+    const int zero = static_cast<int>(p.fixed);
+    for (int64_t i = first; i < last; i++) {
+        const int64_t u = a[i] - p.down_a, v = b[i] - p.down_b, unit = 1 << 20;
+        const int64_t found = p.product ? times(u * v, p.by[0], p.how)
+                                        : times(times(u * unit, p.by[0], p.how) + times(v * unit, p.by[1], p.how), p.by[2], p.how);
+        y[i] = static_cast<uint8_t>(fixed_code(found, zero, p.low, p.high) + p.up);
+    }
+}
+
 inline void pair(const Pair& p, const uint8_t* a, const uint8_t* b, uint8_t* y, int64_t first, int64_t last) {
-    if (p.product)
+    if (p.how != Arithmetic::floats)
+        pair_fixed(p, a, b, y, first, last);
+    else if (p.product)
         pair_span<true>(p, a, b, y, first, last);
     else
         pair_span<false>(p, a, b, y, first, last);
@@ -78,19 +91,56 @@ inline void largest(const Pool& p, const uint8_t* x, uint8_t* y, int first, int 
 inline void mean(const Pool& p, const uint8_t* x, uint8_t* y, int image) {
     const Ends ends(p.end);
     const int pixels = p.height * p.width;
-    const Floats multiplier = splat(p.end.multiplier[0]);
     const uint8_t* from = x + static_cast<int64_t>(image) * pixels * p.channels;
     for (int c = 0; c < p.channels; c += 16) {
         Ints sum = splat(int32_t{-pixels * p.zero});
         for (int i = 0; i < pixels; i++) sum = add(sum, widen_bytes(from + static_cast<int64_t>(i) * p.channels + c));
         uint8_t some[16];
-        store_low_bytes(some, ends.code(mul(to_floats(sum), multiplier)));
+        store_low_bytes(some, ends.codes(sum, 0));
         store_some(y + static_cast<int64_t>(image) * p.channels + c, some, p.channels - c < 16 ? p.channels - c : 16);
     }
 }
 
+// Sixteen channels of one window.
+inline Ints average_of(const Pool& p, const uint8_t* x, int line, int column, float count) {
+    const Floats scale = splat(p.scale);
+    Floats sum = zero_floats();
+    for (int ky = 0; ky < p.kernel_height; ky++) {
+        const int row = line + ky;
+        if (row < 0 || row >= p.height) continue;
+        for (int kx = 0; kx < p.kernel_width; kx++) {
+            const int at = column + kx;
+            if (at < 0 || at >= p.width) continue;
+            const Ints code = widen_bytes(x + (static_cast<int64_t>(row) * p.width + at) * p.channels);
+            sum = add(sum, mul(to_floats(sub(code, splat(int32_t{p.zero}))), scale));
+        }
+    }
+    const Floats mean = div(div(sum, splat(count)), splat(p.out_scale));
+    const Floats code = add(mean, splat(static_cast<float>(p.end.zero - p.up)));
+    const Floats low = splat(static_cast<float>(p.end.low - p.up)), high = splat(static_cast<float>(p.end.high - p.up));
+    return add(to_ints(min(max(code, low), high)), splat(int32_t{p.up}));
+}
+
+inline void average(const Pool& p, const uint8_t* x, uint8_t* y, int first, int last) {
+    const int64_t image = static_cast<int64_t>(p.height) * p.width * p.channels;
+    for (int row = first; row < last; row++) {
+        const uint8_t* from = x + row / p.out_height * image;
+        uint8_t* to = y + static_cast<int64_t>(row) * p.out_width * p.channels;
+        const int line = row % p.out_height;
+        for (int column = 0; column < p.out_width; column++, to += p.channels) {
+            const float count = p.counts[line * p.out_width + column];
+            for (int c = 0; c < p.channels; c += 16) {
+                uint8_t some[16];
+                store_low_bytes(some, average_of(p, from + c, line * p.stride_height - p.top, column * p.stride_width - p.left, count));
+                store_some(to + c, some, p.channels - c < 16 ? p.channels - c : 16);
+            }
+        }
+    }
+}
+
 inline void round_codes(const Encoding& r, const float* x, uint8_t* y, int image) {
-    const Ends ends({nullptr, r.zero, r.low, r.high, false});
+    const Requantizer end{nullptr, r.zero, r.low, r.high, Arithmetic::floats, false};
+    const Ends ends(end);
     const Floats scale = splat(r.scale);
     const int64_t size = static_cast<int64_t>(r.channels) * r.space;
     x += image * size;

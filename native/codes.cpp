@@ -11,6 +11,8 @@ namespace {
 
 constexpr const char* kSmall = "a value is smaller than what a step reads or writes";
 constexpr const char* kShape = "a step has a shape that does not fit";
+constexpr const char* kMissing = "a part of a layer is missing";
+constexpr const char* kEnd = "multipliers or limits of codes make no sense";
 constexpr int64_t kWork = 200000;  // products, or bytes four times as fast, that are worth another thread
 
 // run(first, last) on parts of 0 … count - 1.
@@ -47,8 +49,20 @@ int64_t furthest(const int32_t* offset, int count) {
     return most;
 }
 
-bool sensible(const Requantizer& r) {
-    return r.multiplier != nullptr && (r.floats || (r.low >= 0 && r.low <= r.high && r.high <= 255 && r.zero >= 0 && r.zero <= 255));
+bool sensible(Fixed f) { return f.whole >= 0 && f.exponent >= -31 && f.exponent <= 30; }
+
+// Whether `lanes` multipliers and the limits make sense.
+bool sensible(const Requantizer& r, int lanes) {
+    if (r.multiplier == nullptr || (r.floats && r.how != Arithmetic::floats)) return false;
+    if (r.how != Arithmetic::floats)
+        for (int i = 0; i < lanes; i++)
+            if (!sensible(static_cast<const Fixed*>(r.multiplier)[i])) return false;
+    return r.floats || (r.low >= 0 && r.low <= r.high && r.high <= 255 && r.zero >= 0 && r.zero <= 255);
+}
+
+bool sensible(const Pool& p) {
+    if (p.n < 1 || p.height < 1 || p.width < 1 || p.channels < 1 || p.out_height < 1 || p.out_width < 1) return false;
+    return p.kernel_height > 0 && p.kernel_width > 0 && static_cast<int64_t>(p.n) * p.out_height <= INT32_MAX;
 }
 
 }  // namespace
@@ -67,7 +81,8 @@ bool CodePlan::holds(int slot, int64_t bytes) const {
 const char* CodePlan::convolution(int x, int y, const Convolution& c) {
     if (c.runs < 1 || c.quads < 1 || c.outputs < 1 || c.x_from < 0 || c.y_from < 0 || c.y_from + c.outputs > c.y_channels)
         return kShape;
-    if (c.offset == nullptr || c.weight == nullptr || c.bias == nullptr || !sensible(c.end)) return "a part of a layer is missing";
+    if (c.offset == nullptr || c.weight == nullptr || c.bias == nullptr) return kMissing;
+    if (!sensible(c.end, (c.outputs + 15) / 16 * 16)) return kEnd;
     if (!fits(c, c.x_from + furthest(c.offset, c.runs) + 4 * static_cast<int64_t>(c.quads))) return kShape;
     const int64_t count = pixels(c.n, c.out_height, c.out_width), made = count * c.y_channels * (c.end.floats ? 4 : 1);
     if (!holds(x, pixels(c.n, c.height, c.width) * c.channels + kSlack) || !holds(y, made)) return kSmall;
@@ -81,7 +96,8 @@ const char* CodePlan::convolution(int x, int y, const Convolution& c) {
 
 const char* CodePlan::depthwise(int x, int y, const Depthwise& d) {
     if (d.taps < 4 || d.taps % 4 != 0 || d.end.floats) return kShape;
-    if (d.offset == nullptr || d.weight == nullptr || d.bias == nullptr || !sensible(d.end)) return "a part of a layer is missing";
+    if (d.offset == nullptr || d.weight == nullptr || d.bias == nullptr) return kMissing;
+    if (!sensible(d.end, (d.channels + 63) / 64 * 64)) return kEnd;
     if (!fits(d, furthest(d.offset, d.taps) + d.channels)) return kShape;
     const int64_t count = pixels(d.n, d.out_height, d.out_width);
     if (!holds(x, pixels(d.n, d.height, d.width) * d.channels + kSlack) || !holds(y, count * d.channels)) return kSmall;
@@ -95,6 +111,8 @@ const char* CodePlan::depthwise(int x, int y, const Depthwise& d) {
 
 const char* CodePlan::pair(int a, int b, int y, const Pair& p) {
     if (p.count < 0) return kShape;
+    for (Fixed f : p.by)
+        if (p.how != Arithmetic::floats && !sensible(f)) return kEnd;
     if (!holds(a, p.count + kSlack) || !holds(b, p.count + kSlack) || !holds(y, p.count)) return kSmall;
     steps_.push_back([=](uint8_t* const* slots, int threads) {
         cut(p.count, p.count, threads, [&](int64_t first, int64_t last) {
@@ -105,9 +123,8 @@ const char* CodePlan::pair(int a, int b, int y, const Pair& p) {
 }
 
 const char* CodePlan::largest(int x, int y, const Pool& p) {
-    if (p.n < 1 || p.height < 1 || p.width < 1 || p.channels < 1 || p.out_height < 1 || p.out_width < 1) return kShape;
+    if (!sensible(p)) return kShape;
     const int64_t rows = static_cast<int64_t>(p.n) * p.out_height, row = static_cast<int64_t>(p.out_width) * p.channels;
-    if (rows > INT32_MAX) return kShape;
     if (!holds(x, pixels(p.n, p.height, p.width) * p.channels + kSlack) || !holds(y, rows * row)) return kSmall;
     steps_.push_back([=](uint8_t* const* slots, int threads) {
         cut(rows, rows * row * p.kernel_height * p.kernel_width, threads, [&](int64_t first, int64_t last) {
@@ -118,13 +135,25 @@ const char* CodePlan::largest(int x, int y, const Pool& p) {
 }
 
 const char* CodePlan::mean(int x, int y, const Pool& p) {
-    if (p.n < 1 || p.height < 1 || p.width < 1 || p.channels < 1 || pixels(1, p.height, p.width) > (1 << 23) || !sensible(p.end))
-        return kShape;
+    if (!sensible(p) || pixels(1, p.height, p.width) > (1 << 23)) return kShape;
+    if (!sensible(p.end, 1)) return kEnd;
     const int64_t size = pixels(p.n, p.height, p.width) * p.channels;
     if (!holds(x, size + kSlack) || !holds(y, static_cast<int64_t>(p.n) * p.channels)) return kSmall;
     steps_.push_back([=](uint8_t* const* slots, int threads) {
         cut(p.n, size, threads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++) path().codes->mean(p, slots[x], slots[y], static_cast<int>(i));
+        });
+    });
+    return nullptr;
+}
+
+const char* CodePlan::average(int x, int y, const Pool& p) {
+    if (!sensible(p) || p.counts == nullptr) return kShape;
+    const int64_t rows = static_cast<int64_t>(p.n) * p.out_height, row = static_cast<int64_t>(p.out_width) * p.channels;
+    if (!holds(x, pixels(p.n, p.height, p.width) * p.channels + kSlack) || !holds(y, rows * row)) return kSmall;
+    steps_.push_back([=](uint8_t* const* slots, int threads) {
+        cut(rows, rows * row * p.kernel_height * p.kernel_width, threads, [&](int64_t first, int64_t last) {
+            path().codes->average(p, slots[x], slots[y], static_cast<int>(first), static_cast<int>(last));
         });
     });
     return nullptr;
@@ -161,6 +190,19 @@ const char* CodePlan::restore(int x, int y, int64_t count, int zero, float scale
         cut(count, count, threads, [&](int64_t first, int64_t last) {
             float* to = reinterpret_cast<float*>(slots[y]);
             for (int64_t i = first; i < last; i++) to[i] = static_cast<float>(slots[x][i] - zero) * scale;
+        });
+    });
+    return nullptr;
+}
+
+const char* CodePlan::leaky(int x, int y, int64_t count, float slope) {
+    if (count < 0) return kShape;
+    if (!holds(x, 4 * count) || !holds(y, 4 * count)) return kSmall;
+    steps_.push_back([=](uint8_t* const* slots, int threads) {
+        cut(count, count, threads, [&](int64_t first, int64_t last) {
+            const float* from = reinterpret_cast<const float*>(slots[x]);
+            float* to = reinterpret_cast<float*>(slots[y]);
+            for (int64_t i = first; i < last; i++) to[i] = from[i] > 0.0f ? from[i] : from[i] * slope;
         });
     });
     return nullptr;

@@ -13,11 +13,20 @@ namespace arrondi {
 
 constexpr int64_t kSlack = 64;
 
+// How sums become codes: by float32 multipliers, or by fixed-point ones that round once or twice (code_fixed.h).
+enum class Arithmetic : int { floats, once, twice };
+
+// whole · 2^(exponent - 31)
+struct Fixed {
+    int32_t whole, exponent;
+};
+
 // From int32 sums to codes: the sum as float32 times a multiplier, rounded half to even, plus zero, within low … high. Or to
 // float32: the product alone.
 struct Requantizer {
-    const float* multiplier;
+    const void* multiplier;  // float32, or Fixed
     int zero, low, high;
+    Arithmetic how;
     bool floats;
 };
 
@@ -52,15 +61,19 @@ struct Depthwise {
 
 // y = a · of_a + (b · of_b + fixed), each rounded once to float32, or (a - zero_a)(b - zero_b) · of_a + fixed, rounded twice;
 // then to the nearest integer. Signed codes take `down` off before and `up` is added after.
+// In fixed point the sum is (a - down_a) · 2^20 · by[0] + (b - down_b) · 2^20 · by[1], times by[2], and the product is times by[0];
+// `fixed` is the zero point.
 struct Pair {
     int64_t count;
     bool product;
     int down_a, down_b, up;
     float of_a, of_b, fixed;
     int low, high;
+    Arithmetic how;
+    Fixed by[3];
 };
 
-// The largest code of a window, or the mean of all pixels.
+// The largest code or the mean of a window, or the mean of all pixels.
 struct Pool {
     int n, height, width, channels;
     int out_height, out_width;
@@ -68,6 +81,11 @@ struct Pool {
     int top, left;   // pixels of a window before the first of the input
     int zero;        // of a mean: what one pixel counts too much
     Requantizer end; // of a mean: one multiplier
+    // Of the mean of every window: the mean of (code - zero) · scale, in float32, one number after another, as float32 over
+    // out_scale plus the zero point of `end`.
+    float scale, out_scale;
+    int up;               // by how much codes are higher in memory than they are
+    const float* counts;  // (out_height, out_width)
 };
 
 // float32 (n, channels, space) → codes (n, space, channels).
@@ -85,6 +103,7 @@ struct Codes {
     void (*pair)(const Pair&, const uint8_t* a, const uint8_t* b, uint8_t* y, int64_t first, int64_t last);
     void (*largest)(const Pool&, const uint8_t* x, uint8_t* y, int first, int last);  // rows of all n results
     void (*mean)(const Pool&, const uint8_t* x, uint8_t* y, int image);
+    void (*average)(const Pool&, const uint8_t* x, uint8_t* y, int first, int last);  // rows, too
     void (*round)(const Encoding&, const float* x, uint8_t* y, int image);
 };
 
@@ -110,9 +129,11 @@ public:
     const char* pair(int a, int b, int y, const Pair& p);
     const char* largest(int x, int y, const Pool& p);
     const char* mean(int x, int y, const Pool& p);
+    const char* average(int x, int y, const Pool& p);
     const char* round(int x, int y, const Encoding& e);
     const char* table(int x, int y, int64_t count, const uint8_t* table);                 // 256 bytes
     const char* restore(int x, int y, int64_t count, int zero, float scale);              // to float32
+    const char* leaky(int x, int y, int64_t count, float slope);  // of float32: x, or x · slope below zero
     const char* move(int x, int y, const Move& m);
     // y[i] = x[index[i]] for numbers of `size` bytes; bytes of value `fill` where the index is negative.
     const char* gather(int x, int y, int size, int64_t count, const int32_t* index, int fill);

@@ -19,7 +19,7 @@ int64_t bytes(const Codes8& x) { return static_cast<int64_t>(x.size()); }
 
 // The multiplication and the rounding of float32, once each.
 int requantized(int32_t sum, const Requantizer& r, size_t lane) {
-    const float product = static_cast<float>(sum) * r.multiplier[lane];
+    const float product = static_cast<float>(sum) * static_cast<const float*>(r.multiplier)[lane];
     const double code = std::nearbyint(static_cast<double>(product)) + r.zero;
     return static_cast<int>(std::min<double>(std::max<double>(code, r.low), r.high));
 }
@@ -61,7 +61,7 @@ void try_convolution(Random& random) {
     const bool floats = random.below(4) == 0;
     const int64_t count = static_cast<int64_t>(n) * out_height * out_width * y_pixel;
     Codes8 y(static_cast<size_t>(count) * (floats ? 4 : 1));
-    const Requantizer end{l.multiplier.data(), random.below(256), random.below(20), 255 - random.below(20), floats};
+    const Requantizer end{l.multiplier.data(), random.below(256), random.below(20), 255 - random.below(20), Arithmetic::floats, floats};
     CodePlan plan;
     const int from = plan.slot(x.data(), bytes(x)), to = plan.slot(y.data(), bytes(y));
     for (int g = 0; g < groups; g++)
@@ -104,7 +104,9 @@ void try_depthwise(Random& random) {
     }
     Codes8 x = codes(static_cast<int64_t>(n) * height * width * channels, random);
     Codes8 y(static_cast<size_t>(n * out_height * out_width * channels));
-    const Requantizer end{multiplier.data(), random.below(256), random.below(20), 255, false}, plain{l.multiplier.data(), end.zero, end.low, 255, false};
+    const Requantizer end{multiplier.data(), random.below(256), random.below(20), 255, Arithmetic::floats, false};
+    Requantizer plain = end;
+    plain.multiplier = l.multiplier.data();
     CodePlan plan;
     const int from = plan.slot(x.data(), bytes(x)), to = plan.slot(y.data(), bytes(y));
     if (const char* wrong = plan.depthwise(from, to, {n, height, width, channels, out_height, out_width, stride, stride, taps,
@@ -126,12 +128,12 @@ void try_pair(Random& random) {
     const int count = 1 + random.below(200);
     const bool product = random.below(2) == 0;
     Codes8 a = codes(count, random), b = codes(count, random), y(static_cast<size_t>(count));
-    const Pair p{count, product, random.below(256), random.below(256), 128 * random.below(2), random.uniform(), random.uniform(),
-                 random.normal() * 50.0f, -128, 127};
-    const Pair shifted{p.count, p.product, p.down_a, p.down_b, p.up, p.of_a, p.of_b, p.fixed, -p.up, 255 - p.up};
+    Pair p{count, product, random.below(256), random.below(256), 128 * random.below(2), random.uniform(), random.uniform(),
+           random.normal() * 50.0f, 0, 255, Arithmetic::floats, {}};
+    p.low -= p.up, p.high -= p.up;
     CodePlan plan;
     const int from = plan.slot(a.data(), bytes(a)), other = plan.slot(b.data(), bytes(b)), to = plan.slot(y.data(), bytes(y));
-    if (const char* wrong = plan.pair(from, other, to, shifted)) return fail("pair: %s", wrong);
+    if (const char* wrong = plan.pair(from, other, to, p)) return fail("pair: %s", wrong);
     plan.run({}, 1, 0, 1, any_of(kThreads, random));
     for (size_t i = 0; i < y.size(); i++) {
         const int u = a[i] - p.down_a, v = b[i] - p.down_b;
@@ -149,8 +151,8 @@ void try_pools(Random& random) {
     Codes8 x = codes(static_cast<int64_t>(n) * height * width * channels, random);
     Codes8 y(static_cast<size_t>(n * out_height * out_width * channels)), m(static_cast<size_t>(n * channels));
     const float multiplier = random.uniform();
-    const Requantizer end{&multiplier, random.below(256), 3, 250, false};
-    const Pool p{n, height, width, channels, out_height, out_width, kernel, kernel, stride, stride, 1, 1, top, left, random.below(256), end};
+    const Requantizer end{&multiplier, random.below(256), 3, 250, Arithmetic::floats, false};
+    const Pool p{n, height, width, channels, out_height, out_width, kernel, kernel, stride, stride, 1, 1, top, left, random.below(256), end, 1.0f, 1.0f, 0, nullptr};
     CodePlan plan;
     const int from = plan.slot(x.data(), bytes(x)), to = plan.slot(y.data(), bytes(y)), mean = plan.slot(m.data(), bytes(m));
     if (const char* wrong = plan.largest(from, to, p)) return fail("largest: %s", wrong);
@@ -213,14 +215,14 @@ void try_refusals() {
     const int8_t weight[64] = {};
     CodePlan plan;
     const int from = plan.slot(x.data(), 128), to = plan.slot(x.data(), 16);
-    const Requantizer end{multiplier, 0, 0, 255, false};
+    const Requantizer end{multiplier, 0, 0, 255, Arithmetic::floats, false};
     const Convolution fine{1, 4, 4, 4, 4, 4, 1, 1, 0, 1, 0, 1, 1, 1, offset, weight, bias, end};
     if (plan.convolution(from, to, fine) != nullptr) fail("a convolution that fits is refused");
     Convolution wide = fine, reaching = fine, many = fine;
     wide.width = 5, reaching.offset = far, many.outputs = 2, many.y_channels = 2;
     for (const Convolution& c : {wide, reaching, many})
         if (plan.convolution(from, to, c) == nullptr) fail("a convolution that does not fit is taken");
-    if (plan.table(from, to, 17, x.data()) == nullptr || plan.pair(from, from, to, {65, false, 0, 0, 0, 1, 1, 0, 0, 255}) == nullptr)
+    if (plan.table(from, to, 17, x.data()) == nullptr || plan.pair(from, from, to, {65, false, 0, 0, 0, 1, 1, 0, 0, 255, Arithmetic::floats, {}}) == nullptr)
         fail("a step that writes too far is taken");
     if (plan.move(from, to, {1, {1, 1, 1, 1, 4}, {0, 0, 0, 0, 50}, {0, 0, 0, 0, 1}, 0, 0, 0, 0}) == nullptr) fail("a move that reads too far is taken");
 }

@@ -189,6 +189,67 @@ def test_matrices(rows: int, kind: Any, path: str) -> None:
     line.check(rows)
 
 
+@pytest.mark.parametrize("arithmetic", ["single", "double"])
+@pytest.mark.parametrize("kind", [np.uint8, np.int8])
+def test_fixed_point(kind: Any, arithmetic: str, path: str) -> None:
+    how = {"arithmetic": arithmetic}
+    line = Line(5, (19, 6, 7), kind)
+    first, grid = line.at, line.last
+    line.conv(19, 1, (3, 3), group=19, pads=[1, 1, 1, 1], **how)
+    line.conv(19, 19, (1, 1), **how)
+    line.add("com.microsoft.QLinearAdd", first, *grid, line.at, *line.last, *line.grid(0.05), **how)
+    line.add("com.microsoft.QLinearMul", line.at, *line.last, first, *grid, *line.grid(0.04), **how)
+    line.check(4)
+    line = Line(6, (9, 5, 5), kind)
+    line.add("com.microsoft.QLinearGlobalAveragePool", line.at, *line.last, *line.grid(0.01), **how)
+    line.check(6)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8])
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"kernel_shape": [2, 3], "strides": [2, 1]},
+        {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1},
+        {"kernel_shape": [3, 2], "pads": [1, 0, 2, 1], "strides": [2, 3], "ceil_mode": 1},
+    ],
+)
+def test_means_of_windows(attrs: dict[str, Any], kind: Any, path: str) -> None:
+    line = Line(7, (21, 8, 9), kind, extreme=True)
+    line.add("com.microsoft.QLinearAveragePool", line.at, *line.last, *line.grid(0.021), **attrs)
+    line.check(5)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8])
+@pytest.mark.parametrize("op", ["com.microsoft.QLinearAdd", "com.microsoft.QLinearMul"])
+def test_two_values_that_broadcast(op: str, kind: Any) -> None:
+    line = Line(8, (11, 4, 6), kind)
+    whole, grid = line.at, line.last
+    line.add("com.microsoft.QLinearGlobalAveragePool", whole, *grid, *line.grid(0.01))
+    line.add(op, whole, *grid, line.at, *line.last, *line.grid(0.03))
+    line.check(4)
+
+
+@pytest.mark.parametrize("group", [1, 6])
+def test_integer_sums_that_go_on_in_floating_point(group: int, path: str) -> None:
+    line = Line(9, (6, 7, 8), np.uint8)
+    grid, rng = line.last, line.rng
+    weight = line.constant(rng.integers(-128, 128, (18, 6 // group, 3, 3)).astype(np.int8))
+    bias = line.constant(rng.integers(-9999, 9999, (18, 1, 1)).astype(np.int32))
+    step = line.constant((10.0 ** rng.uniform(-4, -3, (18, 1, 1))).astype(np.float32))
+    line.add("ConvInteger", line.at, weight, grid[1], pads=[1, 0, 1, 0], group=group)
+    line.add("Cast", line.add("Add", line.at, bias), to=1)
+    line.add("LeakyRelu", line.add("Mul", line.at, step), alpha=0.1)
+    line.add("QuantizeLinear", line.at, *line.grid(0.05), codes="uint8")
+    grid = line.last
+    line.add("Flatten", line.at, axis=1)
+    codes = line.constant(rng.integers(-128, 128, (18 * 7 * 6, 10)).astype(np.int8))
+    line.add("MatMulInteger", line.at, codes, grid[1])
+    line.add("Mul", line.add("Cast", line.at, to=1), line.constant(np.float32(0.001)))
+    line.add("QuantizeLinear", line.at, *line.grid(0.07), codes="uint8")
+    line.check(3)
+
+
 def test_what_has_no_kernel_is_computed_by_pytorch_in_between() -> None:
     """Weights whose zero point leaves int8, fixed-point multipliers, and an operator in floating point."""
     line = Line(0, (6, 8, 8), np.uint8)

@@ -126,14 +126,23 @@ def average_pool(attrs: Attrs, x: Tensor) -> Tensor:
     kernel, strides, dilations, begin, end = windows(attrs, x.shape)
     if any(d != 1 for d in dilations):
         raise Unusual("dilations")
-    own_begin, own_end = edges(attrs, x.shape[2:], kernel)
-    counted = torch.ones_like(x[:1, :1])
+    return _window_sums(_padded(x, begin, end), kernel, strides) / window_counts(attrs, torch.ones_like(x[:1, :1]))
+
+
+def window_counts(attrs: Attrs, ones: Tensor) -> Tensor:
+    """How many numbers count in every window of an average.
+
+    Args:
+        ones: (1, 1, …) of the input's space.
+    """
+    kernel, strides, _, begin, end = windows(attrs, ones.shape)
+    own_begin, own_end = edges(attrs, ones.shape[2:], kernel)
     if attrs.get("count_include_pad", 0):
-        counted = _padded(counted, own_begin, own_end, 1.0)
+        counted = _padded(ones, own_begin, own_end, 1.0)
         counted = _padded(counted, [0] * len(kernel), [e - o for e, o in zip(end, own_end, strict=True)])
     else:
-        counted = _padded(counted, begin, end)
-    return _window_sums(_padded(x, begin, end), kernel, strides) / _window_sums(counted, kernel, strides)
+        counted = _padded(ones, begin, end)
+    return _window_sums(counted, kernel, strides)
 
 
 def _window_sums(x: Tensor, kernel: Sequence[int], strides: Sequence[int]) -> Tensor:

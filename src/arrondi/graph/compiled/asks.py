@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import torch
 
 from arrondi.graph.compiled.builder import Builder
 from arrondi.graph.compiled.room import Held
 from arrondi.graph.ir import ARITHMETIC, Node
+from arrondi.graph.requantize import shift_of
 
 Array = np.ndarray
 
 
-def float_arithmetic(node: Node) -> bool:
-    return node.attrs.get(ARITHMETIC, "float") == "float"
+_HOW: Final = {"float": 0, "single": 1, "double": 2}
+
+
+class Ending(NamedTuple):
+    """How sums become codes.
+
+    Attributes:
+        multiplier: float32, or (…, 2) int32 of fixed-point ones: m and e of m · 2^(e − 31).
+        how: the arithmetic as the kernels number it.
+    """
+
+    multiplier: Array
+    how: int
+
+
+def ending(node: Node, multiplier: torch.Tensor, lanes: int) -> Ending | None:
+    """What multiplies the sums of a node, once for each lane; None where a fixed-point multiplier is too large or too small."""
+    whole = np.broadcast_to(multiplier.float().reshape(-1).numpy(), (lanes,))
+    how = _HOW[node.attrs.get(ARITHMETIC, "float")]
+    if not how:
+        return Ending(whole, how)
+    found = fixed(*(float(v) for v in whole))
+    return None if found is None else Ending(found, how)
+
+
+def fixed(*multipliers: float) -> Array | None:
+    """Each as (m, e), int32; None where one is too large or too small for the kernels."""
+    pairs = [shift_of(v) for v in multipliers]
+    return np.array(pairs, np.int32) if all(-31 <= e <= 30 for _, e in pairs) else None
 
 
 def numbers(b: Builder, *names: str) -> list[Array] | None:

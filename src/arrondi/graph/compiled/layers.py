@@ -21,7 +21,7 @@ class Packed:
     Attributes:
         offsets: int32 bytes from the first pixel of a window to each run of it, or each tap.
         weight: int8, in the kernels' order.
-        bias, multiplier: int32 and float32, one a lane.
+        bias, multiplier: int32 and what `asks.Ending` has, one a lane.
         quads: four-byte pieces of a run.
     """
 
@@ -56,7 +56,7 @@ def folded(weight: Array, bias: Array | None, zero: int) -> Array | None:
 
 def _lanes(values: Array, step: int) -> Array:
     """Numbers for every output, with zeros up to a whole block."""
-    return np.pad(values, (0, -len(values) % step))
+    return np.pad(values, ((0, -len(values) % step), *[(0, 0)] * (values.ndim - 1)))
 
 
 def dense(
@@ -104,7 +104,8 @@ def depthwise(
     quads = whole.reshape(-1, 4, 4, 4, taps // 4, 4).transpose(0, 4, 2, 1, 3, 5)
 
     def ordered(values: Array) -> Array:
-        return np.ascontiguousarray(_lanes(values, 64).reshape(-1, 4, 4, 4).transpose(0, 2, 1, 3)).reshape(-1)
+        blocks = _lanes(values, 64).reshape(-1, 4, 4, 4, *values.shape[1:])
+        return np.ascontiguousarray(blocks.swapaxes(1, 2))
 
     return Packed(
         np.pad(offsets, (0, taps - len(offsets))).astype(np.int32),

@@ -15,7 +15,8 @@ _MOVED: Final = (
 EMITTERS: Final[Mapping[str, Emitter]] = {
     "QuantizeLinear": values.quantize, "DequantizeLinear": values.dequantize, "QLinearConv": products.conv, "com.microsoft.QGemm": products.gemm,
     "QLinearMatMul": products.matmul, "com.microsoft.QLinearAdd": values.pair, "com.microsoft.QLinearMul": values.pair, "MaxPool": values.largest,
-    "com.microsoft.QLinearGlobalAveragePool": values.global_mean, "Clip": values.clip, "Cast": looks_up, "com.microsoft.QLinearConcat": joins,
+    "com.microsoft.QLinearGlobalAveragePool": values.global_mean, "com.microsoft.QLinearAveragePool": values.average, "LeakyRelu": values.leaky, "ConvInteger": products.sums,
+    "MatMulInteger": products.sums, "Clip": values.clip, "Cast": looks_up, "com.microsoft.QLinearConcat": joins,
     **dict.fromkeys(("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"), passes), **dict.fromkeys(_MOVED, index_moves),
 }  # fmt: skip
 """Operator → what adds its steps."""
