@@ -140,5 +140,7 @@ void try_callers(uint64_t seed);
 void try_directions(uint64_t seed, bool quick);
 // What the path in use does besides: quantizers, transforms, tokens.
 void try_jobs(uint64_t seed, bool quick);
+// Networks on codes.
+void try_codes(uint64_t seed, bool quick);
 
 }  // namespace arrondi

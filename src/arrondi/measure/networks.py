@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from arrondi.errors import DataError, SchemeError
-from arrondi.graph import Graph, Program, read_graph
+from arrondi.graph import Graph, executor, read_graph
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.intervals import block_bootstrap
 
@@ -26,7 +26,7 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
     Raises:
         SchemeError: the networks give different shapes.
     """
-    first, second = Program(graph), Program(reference)
+    first, second = executor(graph), executor(reference)
     same: list[torch.Tensor] = []
     hits: list[torch.Tensor] = []
     right: list[torch.Tensor] = []
