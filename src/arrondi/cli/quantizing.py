@@ -109,6 +109,7 @@ def quantize(
     data: opt.NetworkData = None,
     observer: opt.ObserverName = "mse",
     ends: opt.Ends = "8",
+    faint: opt.Faint = "16",
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[
@@ -131,7 +132,7 @@ def quantize(
         })  # fmt: skip
         networks.quantize_graph(
             model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
-            mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
+            faint=faint, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
     networks.refuse_network_options(
@@ -142,6 +143,7 @@ def quantize(
             "--std": std,
             "--observer": observer != "mse",
             "--ends": ends != "8",
+            "--faint": faint != "16",
         }
     )
     if kv is not None:

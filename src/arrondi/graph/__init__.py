@@ -11,7 +11,7 @@ from arrondi.graph.observe import observe
 from arrondi.graph.program import Part, Program
 from arrondi.graph.read import is_graph_file, read_graph
 from arrondi.graph.rounder import Rounder
-from arrondi.graph.rules import describe, places
+from arrondi.graph.rules import Places, describe, places
 from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
 
@@ -20,6 +20,7 @@ __all__ = [
     "Lowered",
     "Node",
     "Part",
+    "Places",
     "Program",
     "Rounder",
     "Value",
