@@ -19,10 +19,10 @@ FLOAT = np.dtype(np.float32)
 def network() -> Graph:
     """x and a convolution of its mirror image, added at the end: what super-resolution networks are."""
     draw = np.random.default_rng(0)
-    held = {"w": draw.normal(0, 0.2, (8, 1, 3)), "v": draw.normal(0, 0.2, (1, 8, 3)), "b": draw.normal(0, 0.1, 8)}
+    held = {"w": draw.normal(0, 0.2, (8, 1, 3)), "v": draw.normal(0, 0.2, (1, 8, 3))}
     same = {"pads": [1, 1]}
     nodes = (
-        Node("one", "Conv", ("x", "w", "b"), ("a",), same),
+        Node("one", "Conv", ("x", "w"), ("a",), same),
         Node("relu", "Relu", ("a",), ("r",)),
         Node("two", "Conv", ("r", "v"), ("d",), same),
         Node("sum", "Add", ("x", "d"), ("y",)),
@@ -67,7 +67,7 @@ def test_quiet_samples_get_sixteen_bits(tmp_path: Path, quiet: float, faint: boo
     (theirs,) = session.run(None, {"x": x.numpy()})
     ours = Program(graph)(x).numpy()
     assert np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
-    soft = x[1::2]  # the quiet ones: what the convolutions add, beside the sum's own x
+    soft = x[1::2]  # the quiet ones: what the convolutions add, beside what the sum adds itself
     wanted, found = Program(network())(soft) - soft, Program(graph)(soft) - soft
     clear = 10 * float(torch.log10(wanted.square().sum() / (wanted - found).square().sum()))
     assert (clear > 25) == (wide or quiet == 1.0)
