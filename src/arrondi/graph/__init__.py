@@ -4,6 +4,7 @@ A graph is plain data (`ir`); files and PyTorch's exporter are read by `read`, w
 are PyTorch's own, so the steps of the pipeline work on it; `rules` says which values are rounded.
 """
 
+from arrondi.graph.dynamic import check_dynamic, integer_products, round_dynamically
 from arrondi.graph.insert import held_bits, hold_codes, round_values
 from arrondi.graph.integer import Lowered, lower
 from arrondi.graph.ir import Graph, Node, Value
@@ -24,14 +25,17 @@ __all__ = [
     "Program",
     "Rounder",
     "Value",
+    "check_dynamic",
     "describe",
     "held_bits",
     "hold_codes",
+    "integer_products",
     "is_graph_file",
     "lower",
     "observe",
     "places",
     "read_graph",
+    "round_dynamically",
     "round_values",
     "tidy",
     "to_onnx",

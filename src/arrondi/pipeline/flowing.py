@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from arrondi.errors import SchemeError
 from arrondi.formats import ActivationScheme, Format, PerTensor, PerToken, Scheme, integer
-from arrondi.graph import Graph, Places, Program, observe, places, round_values
+from arrondi.graph import Graph, Places, Program, check_dynamic, observe, places, round_values
 from arrondi.graph.faint import FAINT, clearness
 from arrondi.measure.arrays import Arrays
 from arrondi.pipeline.ends import ends_of, of_bits, read_by
@@ -58,7 +58,8 @@ class Flow:
 
 
 def flowing_scheme(recipe: Recipe) -> ActivationScheme | None:
-    """What flows between layers becomes: one stored grid a tensor, with a zero point unless the scheme says static itself."""
+    """What flows between layers becomes: one stored grid a tensor, with a zero point unless the scheme says static itself; or, where
+    it is asked for one dynamic scale a tensor, that."""
     found = {rule.scheme.inputs for rule in recipe.rules if rule.scheme is not None}
     if len(found) > 1:
         raise SchemeError("What flows between layers has one scheme in a network. Give all rules the same inputs.")
@@ -71,7 +72,8 @@ def flowing_scheme(recipe: Recipe) -> ActivationScheme | None:
     if isinstance(own.granularity, PerToken):  # of language models; an image has no tokens
         own = replace(own, granularity=PerTensor(), zero_point="integer", format=_unsigned(own.format))
     if inputs.dynamic is True and isinstance(inputs.scheme.granularity, PerTensor):
-        raise SchemeError(f"Ranges that follow each tensor are not written yet, got {inputs}. Use W8A8.")
+        check_dynamic(inputs)
+        return inputs
     return ActivationScheme(replace(own, scale="float32"), False)
 
 

@@ -29,8 +29,10 @@ from arrondi.graph import (
     describe,
     held_bits,
     hold_codes,
+    integer_products,
     places,
     read_graph,
+    round_dynamically,
     tidy,
     write_graph,
 )
@@ -138,7 +140,9 @@ def quantize_network(
     found, rounded_graph = places(graph), graph
     ranges: Mapping[str, tuple[float, float]] = {}
     careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
-    if flowing is not None:
+    if flowing is not None and flowing.dynamic:
+        rounded_graph = round_dynamically(graph)
+    elif flowing is not None:
         if calibration is None:
             raise DataError("The ranges of what flows between layers are found on data. Give --calibration data.npz, or a scheme of weights alone (W8A16).")  # fmt: skip
         how = Ranges(data.observer, data.observer_options, data.ends if careful else None, data.faint)
@@ -170,7 +174,10 @@ def quantize_network(
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }
-    written = hold_codes(with_what_was_learned(rounded_graph, program), weights)
+    learned, left = with_what_was_learned(rounded_graph, program), weights
+    if flowing is not None and flowing.dynamic:
+        learned, left = integer_products(learned, weights)
+    written = hold_codes(learned, left)
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
     report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
