@@ -91,7 +91,8 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     found = {n: groups.setdefault(leader(n), len(groups)) for n in ordered if n in wanted}
     plain: dict[str, int] = {}
     for node in graph.nodes:
-        if node.op not in RULES and node.op not in FIXED and any(n in floating for n in node.inputs):
+        computes = any(n in floating for n in node.inputs) and any(n in floating for n in node.outputs)
+        if node.op not in RULES and node.op not in FIXED and computes:
             plain[node.op] = plain.get(node.op, 0) + 1
     return Places(found, readers, plain)
 
@@ -132,12 +133,22 @@ def _square(node: Node) -> bool:
 
 
 def floating_values(graph: Graph) -> set[str]:
-    """Values that are not constants, as far as is known of floating type: those that come of the graph's floating inputs."""
+    """Values that come of the graph's inputs, as far as is known of floating type: of floating inputs, or looked up in floating constants."""
     found = {v.name for v in graph.inputs if v.dtype == np.float32}
+    varying = {v.name for v in graph.inputs}
+    real = {n for n, v in graph.constants.items() if v.dtype == np.float32}
     for node in graph.nodes:
-        if node.op not in _TO_INTEGERS and any(n in found for n in node.inputs):
+        if not any(n in varying for n in node.inputs):
+            continue
+        varying |= {n for n in node.outputs if n}
+        to_float = node.op == "Cast" and node.attrs.get("to") == _FLOAT
+        if to_float or (node.op not in _TO_INTEGERS and any(n in found or n in real for n in node.inputs)):
             found |= {n for n in node.outputs if n}
     return found
+
+
+_FLOAT: Final = 1
+"""ONNX's number for float32."""
 
 
 _TO_INTEGERS: Final = frozenset(
