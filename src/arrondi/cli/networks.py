@@ -46,6 +46,7 @@ def quantize_graph(
     observer: str,
     ends: str,
     faint: str,
+    int32_bias: bool,
     mean: str | None,
     std: str | None,
     overwrite: bool,
@@ -59,7 +60,7 @@ def quantize_graph(
 
     given = NetworkData(
         calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends),
-        faint=_sixteen(faint),
+        faint=_sixteen(faint), int32_bias=int32_bias,
     )  # fmt: skip
     with progress_bar("quantizing", quiet) as progress:
         if budget is None:

@@ -5,7 +5,7 @@ are PyTorch's own, so the steps of the pipeline work on it; `rules` says which v
 """
 
 from arrondi.graph.dynamic import check_dynamic, integer_products, round_dynamically
-from arrondi.graph.insert import held_bits, hold_codes, round_values
+from arrondi.graph.insert import held_bits, hold_biases, hold_codes, round_values
 from arrondi.graph.integer import Lowered, lower
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
@@ -28,6 +28,7 @@ __all__ = [
     "check_dynamic",
     "describe",
     "held_bits",
+    "hold_biases",
     "hold_codes",
     "integer_products",
     "is_graph_file",

@@ -62,10 +62,10 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
         ranges: of values, where they have been observed: those of a Concat share a grid only if they are alike.
     """
     floating = floating_values(graph)
-    readers = _readers(graph, floating)
+    readers, producers = _readers(graph, floating), graph.producers
     wanted: set[str] = set()
     for node in graph.nodes:
-        if node.name in readers and RULES[node.op] in ("layer", "arithmetic", "joins"):
+        if node.name in readers and _rule(node, graph, producers) in ("layer", "arithmetic", "joins"):
             wanted |= set(_multiplied(node, floating))
     shared: dict[str, str] = {}
 
@@ -103,10 +103,11 @@ def _readers(graph: Graph, floating: set[str]) -> frozenset[str]:
     A sum that leaves the network, or goes into a function in floating point, is a floating-point sum in every runtime: its terms
     are better as they are.
     """
+    producers = graph.producers
     whole = {v.name for v in graph.inputs}  # what integers can be made of without leaving them
     able: set[str] = set()
     for node in graph.nodes:
-        rule = RULES.get(node.op)
+        rule = _rule(node, graph, producers)
         from_whole = whole.issuperset(n for n in node.inputs if n in floating)
         if rule == "layer" or (rule and from_whole and not (rule == "arithmetic" and _square(node))):
             able.add(node.name)
@@ -120,6 +121,16 @@ def _readers(graph: Graph, floating: set[str]) -> frozenset[str]:
             found.add(node.name)
             read |= set(_multiplied(node, floating))
     return frozenset(found)
+
+
+def _rule(node: Node, graph: Graph, producers: Mapping[str, Node]) -> Rule | None:
+    """What is rounded around a node. A constant that is added to a product of matrices is its bias, and belongs to it as an activation does."""
+    if node.op == "Add":
+        products = [n for n in node.inputs if n in producers and producers[n].op == "MatMul"]
+        alone = len(products) == 1 and graph.only_reader(products[0]) is not None
+        if alone and any(n in graph.constants for n in node.inputs):
+            return "activation"
+    return RULES.get(node.op)
 
 
 def _multiplied(node: Node, floating: set[str]) -> list[str]:

@@ -28,6 +28,7 @@ from arrondi.graph import (
     Program,
     describe,
     held_bits,
+    hold_biases,
     hold_codes,
     integer_products,
     places,
@@ -69,6 +70,7 @@ class NetworkData:
         evaluate: False leaves the measurement out.
         ends: bits of the first and the last layers, and of what they read, where weights of others have at most four; None: as others.
         faint: whether values whose quiet samples eight bits drown get sixteen.
+        int32_bias: whether biases are written as int32 codes of scale S_x · S_w instead of floating numbers.
         observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
     """
 
@@ -82,6 +84,7 @@ class NetworkData:
     observer: str = "mse"
     ends: int | None = 8
     faint: bool = True
+    int32_bias: bool = False
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -178,6 +181,10 @@ def quantize_network(
     if flowing is not None and flowing.dynamic:
         learned, left = integer_products(learned, weights)
     written = hold_codes(learned, left)
+    if data.int32_bias:
+        if flowing is None or flowing.dynamic:
+            raise SchemeError("Biases are codes of the scale of what a layer reads, which is not stored here. Use W8A8, or leave --int32-bias out.")  # fmt: skip
+        written = hold_biases(written, weights)
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
     report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
