@@ -47,7 +47,7 @@ def test_what_a_runtime_computes_is_what_was_simulated(network: Path, tmp_path: 
         away = (ours - theirs).abs()
         limit = 0.004 if level == "ORT_DISABLE_ALL" else 0.02  # codes at ties may differ
         assert float(away.norm() / ours.norm()) < limit, level
-        assert float((ours.argmax(1) == theirs.argmax(1)).double().mean()) > 0.995
+        assert float((ours.argmax(1) == theirs.argmax(1)).double().mean()) > 0.98
     lost = float((ours - before).norm() / before.norm())
     assert 0 < lost < (0.5 if scheme == "W4A8" else 0.06)
 
