@@ -94,6 +94,19 @@ Ends = Annotated[
         help="For ONNX files: bits of the first and last layers where weights have at most four: 8, or same as all others.",
     ),
 ]
+Faint = Annotated[
+    str,
+    typer.Option(
+        "--faint",
+        help="For ONNX files: bits of values whose quiet samples eight bits drown: 16, or same as all others.",
+    ),
+]
+Int32Bias = Annotated[
+    bool,
+    typer.Option(
+        "--int32-bias", help="For ONNX files: write biases as int32 codes of the scale of input times weight."
+    ),
+]
 Mean = Annotated[str | None, typer.Option("--mean", help="For folders of images: means of the channels, with commas.")]
 Std = Annotated[
     str | None, typer.Option("--std", help="For folders of images: deviations of the channels, with commas.")
