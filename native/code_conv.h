@@ -38,7 +38,8 @@ struct Walk {
     Walk(const Layer& c, int pixel) : c(c), column(pixel % c.out_width), line(pixel / c.out_width % c.out_height),
                                       image(pixel / c.out_width / c.out_height) {}
     int64_t place() const {
-        return ((static_cast<int64_t>(image) * c.height + line * c.stride_height) * c.width + column * c.stride_width) * c.channels;
+        const int64_t row = static_cast<int64_t>(image) * c.height + line * c.stride_height;
+        return (row * c.width + column * c.stride_width) * c.channels;
     }
     void next() {
         if (++column < c.out_width) return;
@@ -128,8 +129,8 @@ inline void convolve(const Convolution& c, const uint8_t* x, void* out, int firs
     }
 }
 
-// Four taps of 64 channels become quads by two zips; vector v then has channels 4v … 4v+3 of each sixteen. The sums' low bytes, one
-// of every vector in a lane, lie like that too: a look-up within sixteen bytes puts them in order.
+// Four taps of 64 channels become quads by two zips; vector v then has channels 4v … 4v+3 of each sixteen. The sums' low bytes,
+// one of every vector in a lane, lie like that too: a look-up within sixteen bytes puts them in order.
 inline void depthwise(const Depthwise& d, const uint8_t* x, uint8_t* y, int first, int last) {
     static const uint8_t kOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
     const Bytes order = repeat16(kOrder);

@@ -36,8 +36,8 @@ inline void pair_fixed(const Pair& p, const uint8_t* a, const uint8_t* b, uint8_
     const int zero = static_cast<int>(p.fixed);
     for (int64_t i = first; i < last; i++) {
         const int64_t u = a[i] - p.down_a, v = b[i] - p.down_b, unit = 1 << 20;
-        const int64_t found = p.product ? times(u * v, p.by[0], p.how)
-                                        : times(times(u * unit, p.by[0], p.how) + times(v * unit, p.by[1], p.how), p.by[2], p.how);
+        const int64_t sum = p.product ? u * v : times(u * unit, p.by[0], p.how) + times(v * unit, p.by[1], p.how);
+        const int64_t found = times(sum, p.by[p.product ? 0 : 2], p.how);
         y[i] = static_cast<uint8_t>(fixed_code(found, zero, p.low, p.high) + p.up);
     }
 }
@@ -126,12 +126,13 @@ inline void average(const Pool& p, const uint8_t* x, uint8_t* y, int first, int 
     for (int row = first; row < last; row++) {
         const uint8_t* from = x + row / p.out_height * image;
         uint8_t* to = y + static_cast<int64_t>(row) * p.out_width * p.channels;
-        const int line = row % p.out_height;
+        const int line = row % p.out_height, top = line * p.stride_height - p.top;
         for (int column = 0; column < p.out_width; column++, to += p.channels) {
             const float count = p.counts[line * p.out_width + column];
+            const int left = column * p.stride_width - p.left;
             for (int c = 0; c < p.channels; c += 16) {
                 uint8_t some[16];
-                store_low_bytes(some, average_of(p, from + c, line * p.stride_height - p.top, column * p.stride_width - p.left, count));
+                store_low_bytes(some, average_of(p, from + c, top, left, count));
                 store_some(to + c, some, p.channels - c < 16 ? p.channels - c : 16);
             }
         }

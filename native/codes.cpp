@@ -136,7 +136,7 @@ const char* CodePlan::largest(int x, int y, const Pool& p) {
 
 const char* CodePlan::mean(int x, int y, const Pool& p) {
     if (!sensible(p) || pixels(1, p.height, p.width) > (1 << 23)) return kShape;
-    if (!sensible(p.end, 1)) return kEnd;
+    if (!sensible(p.end, 16)) return kEnd;
     const int64_t size = pixels(p.n, p.height, p.width) * p.channels;
     if (!holds(x, size + kSlack) || !holds(y, static_cast<int64_t>(p.n) * p.channels)) return kSmall;
     steps_.push_back([=](uint8_t* const* slots, int threads) {

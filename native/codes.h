@@ -80,7 +80,7 @@ struct Pool {
     int kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
     int top, left;   // pixels of a window before the first of the input
     int zero;        // of a mean: what one pixel counts too much
-    Requantizer end; // of a mean: one multiplier
+    Requantizer end; // of a mean: sixteen times its multiplier
     // Of the mean of every window: the mean of (code - zero) · scale, in float32, one number after another, as float32 over
     // out_scale plus the zero point of `end`.
     float scale, out_scale;

@@ -149,7 +149,8 @@ inline Ints dot7(Ints sum, Bytes u, Bytes s) {
 }
 // Bytes 0 and 2, 1 and 3 of every lane as numbers of 16 bits: two products of bytes above 127 would not fit there.
 inline __m256i dot8_half(__m256i sum, __m256i u, __m256i s) {
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+    const __m256i low = _mm256_and_si256(u, _mm256_set1_epi16(255));
+    const __m256i even = _mm256_madd_epi16(low, _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
     return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 }

@@ -15,10 +15,25 @@ Codes8 codes(int64_t count, Random& random) {
     return x;
 }
 
-int64_t bytes(const Codes8& x) { return static_cast<int64_t>(x.size()); }
+int64_t bytes(const Codes8& x) {
+    return static_cast<int64_t>(x.size());
+}
+
+// A sum times whole · 2^(exponent - 31), rounded half up, or half away from zero by a product and then by a shift.
+double fixed_point(int64_t sum, Fixed f, Arithmetic how) {
+    if (how == Arithmetic::once)  // below 2^53
+        return std::floor(std::ldexp(static_cast<double>(sum) * f.whole, f.exponent - 31) + 0.5);
+    const double left =
+        std::min(std::max(std::ldexp(static_cast<double>(sum), std::max(f.exponent, 0)), -0x1p31), 0x1p31 - 1.0);
+    return std::round(std::ldexp(std::round(std::ldexp(left * f.whole, -31)), std::min(f.exponent, 0)));
+}
 
 // The multiplication and the rounding of float32, once each.
 int requantized(int32_t sum, const Requantizer& r, size_t lane) {
+    if (r.how != Arithmetic::floats) {
+        const double code = fixed_point(sum, static_cast<const Fixed*>(r.multiplier)[lane], r.how) + r.zero;
+        return static_cast<int>(std::min<double>(std::max<double>(code, r.low), r.high));
+    }
     const float product = static_cast<float>(sum) * static_cast<const float*>(r.multiplier)[lane];
     const double code = std::nearbyint(static_cast<double>(product)) + r.zero;
     return static_cast<int>(std::min<double>(std::max<double>(code, r.low), r.high));
@@ -30,26 +45,38 @@ struct Layer {
     std::vector<int8_t> plain, packed;
     std::vector<int32_t> bias, offset;
     std::vector<float> multiplier;
+    std::vector<Fixed> fixed;
 
     Layer(int outputs, int runs, int inside, Random& random)
-        : outputs(outputs), runs(runs), inside(inside), quads((inside + 3) / 4),
+        : outputs(outputs),
+          runs(runs),
+          inside(inside),
+          quads((inside + 3) / 4),
           plain(static_cast<size_t>(outputs * runs * inside)),
-          packed(static_cast<size_t>((outputs + 15) / 16 * runs * quads * 64)), bias((static_cast<size_t>(outputs) + 15) / 16 * 16),
-          offset(static_cast<size_t>(runs)), multiplier(bias.size()) {
-        for (int8_t& v : plain) v = static_cast<int8_t>(random.below(4) == 0 ? -128 + 255 * random.below(2) : random.below(256) - 128);
+          packed(static_cast<size_t>((outputs + 15) / 16 * runs * quads * 64)),
+          bias((static_cast<size_t>(outputs) + 15) / 16 * 16),
+          offset(static_cast<size_t>(runs)),
+          multiplier(bias.size()),
+          fixed(bias.size()) {
+        for (int8_t& v : plain)
+            v = static_cast<int8_t>(random.below(4) == 0 ? -128 + 255 * random.below(2) : random.below(256) - 128);
         for (int o = 0; o < outputs; o++) {
             bias[static_cast<size_t>(o)] = random.below(20000) - 10000;
             multiplier[static_cast<size_t>(o)] = random.uniform() * 0.01f;
+            fixed[static_cast<size_t>(o)] = {(1 << 30) + random.below(1 << 20) * 1024,
+                                             -random.below(12)};  // products that float64 holds
             for (int r = 0; r < runs; r++)
                 for (int i = 0; i < inside; i++)
-                    packed[static_cast<size_t>((((o / 16 * runs + r) * quads + i / 4) * 16 + o % 16) * 4 + i % 4)] = at(o, r, i);
+                    packed[static_cast<size_t>((((o / 16 * runs + r) * quads + i / 4) * 16 + o % 16) * 4 + i % 4)] =
+                        at(o, r, i);
         }
     }
     int8_t at(int o, int r, int i) const { return plain[static_cast<size_t>((o * runs + r) * inside + i)]; }
 };
 
 void try_convolution(Random& random) {
-    const int kernel = 1 + random.below(3), stride = 1 + random.below(2), channels = 1 + random.below(20), groups = 1 + random.below(2);
+    const int kernel = 1 + random.below(3), stride = 1 + random.below(2), channels = 1 + random.below(20),
+              groups = 1 + random.below(2);
     const int n = 1 + random.below(3), height = kernel + random.below(6), width = kernel + random.below(6);
     const int out_height = (height - kernel) / stride + 1, out_width = (width - kernel) / stride + 1;
     const bool alone = groups == 1;
@@ -61,27 +88,34 @@ void try_convolution(Random& random) {
     const bool floats = random.below(4) == 0;
     const int64_t count = static_cast<int64_t>(n) * out_height * out_width * y_pixel;
     Codes8 y(static_cast<size_t>(count) * (floats ? 4 : 1));
-    const Requantizer end{l.multiplier.data(), random.below(256), random.below(20), 255 - random.below(20), Arithmetic::floats, floats};
+    const Arithmetic how = floats ? Arithmetic::floats : static_cast<Arithmetic>(random.below(3));
+    const void* multiplier = how == Arithmetic::floats ? static_cast<const void*>(l.multiplier.data()) : l.fixed.data();
+    const Requantizer end{multiplier, random.below(256), random.below(20), 255 - random.below(20), how, floats};
     CodePlan plan;
     const int from = plan.slot(x.data(), bytes(x)), to = plan.slot(y.data(), bytes(y));
     for (int g = 0; g < groups; g++)
-        if (const char* wrong = plan.convolution(
-                from, to, {n, height, width, pixel, out_height, out_width, stride, stride, g * channels, outputs, g * outputs, y_pixel,
-                           l.runs, l.quads, l.offset.data(), l.packed.data(), l.bias.data(), end}))
+        if (const char* wrong =
+                plan.convolution(from, to,
+                                 {n, height, width, pixel, out_height, out_width, stride, stride, g * channels, outputs,
+                                  g * outputs, y_pixel, l.runs, l.quads, l.offset.data(), l.packed.data(), l.bias.data(), end}))
             return fail("convolution of codes: %s", wrong);
     plan.run({}, 1, 0, plan.steps(), any_of(kThreads, random));
     for (int64_t i = 0; i < count; i++) {
         const int o = static_cast<int>(i % outputs), g = static_cast<int>(i / outputs % groups);
-        const int64_t at = i / y_pixel, column = at % out_width, line = at / out_width % out_height, image = at / out_width / out_height;
+        const int64_t at = i / y_pixel, column = at % out_width, line = at / out_width % out_height,
+                      image = at / out_width / out_height;
         const int64_t place = ((image * height + line * stride) * width + column * stride) * pixel + g * channels;
         int32_t sum = l.bias[static_cast<size_t>(o)];
         for (int r = 0; r < l.runs; r++)
-            for (int k = 0; k < l.inside; k++) sum += x[static_cast<size_t>(place + l.offset[static_cast<size_t>(r)] + k)] * l.at(o, r, k);
+            for (int k = 0; k < l.inside; k++)
+                sum += x[static_cast<size_t>(place + l.offset[static_cast<size_t>(r)] + k)] * l.at(o, r, k);
         float real;
         std::memcpy(&real, &y[static_cast<size_t>(floats ? 4 * i : 0)], floats ? 4 : 0);
         const bool same = floats ? real == static_cast<float>(sum) * l.multiplier[static_cast<size_t>(o)]
                                  : y[static_cast<size_t>(i)] == requantized(sum, end, static_cast<size_t>(o));
-        if (!same) return fail("convolution of codes: %d × %d of %d channels to %d: another result at %d", kernel, kernel, channels, outputs, static_cast<int>(i));
+        if (!same)
+            return fail("convolution of codes: %d × %d of %d channels to %d: another result at %d", kernel, kernel, channels,
+                        outputs, static_cast<int>(i));
     }
 }
 
@@ -109,8 +143,9 @@ void try_depthwise(Random& random) {
     plain.multiplier = l.multiplier.data();
     CodePlan plan;
     const int from = plan.slot(x.data(), bytes(x)), to = plan.slot(y.data(), bytes(y));
-    if (const char* wrong = plan.depthwise(from, to, {n, height, width, channels, out_height, out_width, stride, stride, taps,
-                                                      offset.data(), packed.data(), bias.data(), end}))
+    if (const char* wrong = plan.depthwise(from, to,
+                                           {n, height, width, channels, out_height, out_width, stride, stride, taps,
+                                            offset.data(), packed.data(), bias.data(), end}))
         return fail("depthwise: %s", wrong);
     plan.run({}, 1, 0, 1, any_of(kThreads, random));
     for (size_t i = 0; i < y.size(); i++) {
@@ -118,7 +153,8 @@ void try_depthwise(Random& random) {
         const int line = at / channels / out_width % out_height, image = at / channels / out_width / out_height;
         const int place = ((image * height + line * stride) * width + column * stride) * channels + c;
         int32_t sum = l.bias[static_cast<size_t>(c)];
-        for (int t = 0; t < kernel * kernel; t++) sum += x[static_cast<size_t>(place + offset[static_cast<size_t>(t)])] * l.at(c, 0, t);
+        for (int t = 0; t < kernel * kernel; t++)
+            sum += x[static_cast<size_t>(place + offset[static_cast<size_t>(t)])] * l.at(c, 0, t);
         if (y[i] != requantized(sum, plain, static_cast<size_t>(c)))
             return fail("depthwise: %d × %d of %d channels: another code at %d", kernel, kernel, channels, at);
     }
@@ -128,8 +164,18 @@ void try_pair(Random& random) {
     const int count = 1 + random.below(200);
     const bool product = random.below(2) == 0;
     Codes8 a = codes(count, random), b = codes(count, random), y(static_cast<size_t>(count));
-    Pair p{count, product, random.below(256), random.below(256), 128 * random.below(2), random.uniform(), random.uniform(),
-           random.normal() * 50.0f, 0, 255, Arithmetic::floats, {}};
+    Pair p{count,
+           product,
+           random.below(256),
+           random.below(256),
+           128 * random.below(2),
+           random.uniform(),
+           random.uniform(),
+           random.normal() * 50.0f,
+           0,
+           255,
+           Arithmetic::floats,
+           {}};
     p.low -= p.up, p.high -= p.up;
     CodePlan plan;
     const int from = plan.slot(a.data(), bytes(a)), other = plan.slot(b.data(), bytes(b)), to = plan.slot(y.data(), bytes(y));
@@ -138,26 +184,51 @@ void try_pair(Random& random) {
     for (size_t i = 0; i < y.size(); i++) {
         const int u = a[i] - p.down_a, v = b[i] - p.down_b;
         const float inner = static_cast<float>(static_cast<double>(v) * p.of_b + p.fixed);
-        const float sum = product ? static_cast<float>(u * v) * p.of_a + p.fixed : static_cast<float>(static_cast<double>(u) * p.of_a + inner);
+        const float sum = product ? static_cast<float>(u * v) * p.of_a + p.fixed
+                                  : static_cast<float>(static_cast<double>(u) * p.of_a + inner);
         const double code = std::min(std::max(std::nearbyint(static_cast<double>(sum)), -1.0 * p.up), 255.0 - p.up) + p.up;
         if (y[i] != static_cast<int>(code)) return fail("pair: %d, expected %g at %d", y[i], code, static_cast<int>(i));
     }
 }
 
 void try_pools(Random& random) {
-    const int n = 1 + random.below(3), height = 1 + random.below(8), width = 1 + random.below(8), channels = any_of({1, 6, 16, 64, 100}, random);
-    const int kernel = 1 + random.below(3), stride = 1 + random.below(2), top = random.below(kernel), left = random.below(kernel);
+    const int n = 1 + random.below(3), height = 1 + random.below(8), width = 1 + random.below(8),
+              channels = any_of({1, 6, 16, 64, 100}, random);
+    const int kernel = 1 + random.below(3), stride = 1 + random.below(2), top = random.below(kernel),
+              left = random.below(kernel);
     const int out_height = (height + top - 1) / stride + 1, out_width = (width + left - 1) / stride + 1;
     Codes8 x = codes(static_cast<int64_t>(n) * height * width * channels, random);
-    Codes8 y(static_cast<size_t>(n * out_height * out_width * channels)), m(static_cast<size_t>(n * channels));
-    const float multiplier = random.uniform();
-    const Requantizer end{&multiplier, random.below(256), 3, 250, Arithmetic::floats, false};
-    const Pool p{n, height, width, channels, out_height, out_width, kernel, kernel, stride, stride, 1, 1, top, left, random.below(256), end, 1.0f, 1.0f, 0, nullptr};
+    Codes8 y(static_cast<size_t>(n * out_height * out_width * channels)), m(static_cast<size_t>(n * channels)), v(y);
+    const std::vector<float> multiplier(16, random.uniform());
+    const Requantizer end{multiplier.data(), random.below(256), 3, 250, Arithmetic::floats, false};
+    const std::vector<float> counts(static_cast<size_t>(out_height * out_width), static_cast<float>(kernel * kernel));
+    const Pool p{n,
+                 height,
+                 width,
+                 channels,
+                 out_height,
+                 out_width,
+                 kernel,
+                 kernel,
+                 stride,
+                 stride,
+                 1,
+                 1,
+                 top,
+                 left,
+                 random.below(256),
+                 end,
+                 0.25f,
+                 0.5f,
+                 128 * random.below(2),
+                 counts.data()};
     CodePlan plan;
-    const int from = plan.slot(x.data(), bytes(x)), to = plan.slot(y.data(), bytes(y)), mean = plan.slot(m.data(), bytes(m));
+    const int from = plan.slot(x.data(), bytes(x)), to = plan.slot(y.data(), bytes(y));
+    const int mean = plan.slot(m.data(), bytes(m)), average = plan.slot(v.data(), bytes(v));
     if (const char* wrong = plan.largest(from, to, p)) return fail("largest: %s", wrong);
     if (const char* wrong = plan.mean(from, mean, p)) return fail("mean: %s", wrong);
-    plan.run({}, 1, 0, 2, any_of(kThreads, random));
+    if (const char* wrong = plan.average(from, average, p)) return fail("average: %s", wrong);
+    plan.run({}, 1, 0, 3, any_of(kThreads, random));
     const auto code = [&](int image, int line, int column, int c) {
         return static_cast<int>(x[static_cast<size_t>(((image * height + line) * width + column) * channels + c)]);
     };
@@ -165,9 +236,17 @@ void try_pools(Random& random) {
         const int at = static_cast<int>(i), column = at / channels % out_width * stride - left;
         const int line = at / channels / out_width % out_height * stride - top, image = at / channels / out_width / out_height;
         int found = 0;
+        float sum = 0.0f;  // exact: quarters
         for (int u = std::max(line, 0); u < std::min(line + kernel, height); u++)
-            for (int v = std::max(column, 0); v < std::min(column + kernel, width); v++) found = std::max(found, code(image, u, v, at % channels));
+            for (int w = std::max(column, 0); w < std::min(column + kernel, width); w++) {
+                found = std::max(found, code(image, u, w, at % channels));
+                sum += static_cast<float>(code(image, u, w, at % channels) - p.zero) * p.scale;
+            }
         if (y[i] != found) return fail("largest: %d, expected %d at %d", y[i], found, at);
+        const float shifted = sum / counts[0] / p.out_scale + static_cast<float>(end.zero - p.up);
+        const double mean_code =
+            std::min(std::max(std::nearbyint(static_cast<double>(shifted)) + p.up, 1.0 * end.low), 1.0 * end.high);
+        if (v[i] != static_cast<int>(mean_code)) return fail("average: %d, expected %g at %d", v[i], mean_code, at);
     }
     for (size_t i = 0; i < m.size(); i++) {
         int sum = -height * width * p.zero;
@@ -187,12 +266,18 @@ void try_ends(Random& random) {
     std::vector<int32_t> index(static_cast<size_t>(size));
     for (int32_t& i : index) i = random.below(size + 1) - 1;
     CodePlan plan;
-    const int from = plan.slot(nullptr, 4 * size), a = plan.slot(last.data(), bytes(last)), b = plan.slot(plain.data(), bytes(plain));
+    const int from = plan.slot(nullptr, 4 * size), a = plan.slot(last.data(), bytes(last)),
+              b = plan.slot(plain.data(), bytes(plain));
+    std::vector<float> between(static_cast<size_t>(size));
     const int c = plan.slot(mixed.data(), bytes(mixed)), to = plan.slot(nullptr, 4 * size);
+    const int floats = plan.slot(reinterpret_cast<uint8_t*>(between.data()), 4 * size);
     const char* wrong[] = {
         plan.round(from, a, {1, channels, space, 0.5f, 100, 2, 255}),
         plan.move(a, b, {1, {1, 1, 1, channels, space}, {0, 0, 0, 1, channels}, {0, 0, 0, space, 1}, 0, 0, size, 0}),
-        plan.gather(b, c, 1, size, index.data(), 7), plan.table(c, b, size, table.data()), plan.restore(b, to, size, 100, 0.5f)};
+        plan.gather(b, c, 1, size, index.data(), 7),
+        plan.table(c, b, size, table.data()),
+        plan.restore(b, floats, size, 100, 0.5f),
+        plan.leaky(floats, to, size, 0.125f)};
     for (const char* one : wrong)
         if (one != nullptr) return fail("ends: %s", one);
     plan.run({reinterpret_cast<uint8_t*>(x.floats.data()), reinterpret_cast<uint8_t*>(y.data())}, 2, 0, plan.steps(), 1);
@@ -203,7 +288,8 @@ void try_ends(Random& random) {
             const float v = x.floats[sample + static_cast<size_t>(index[at])] / 0.5f;
             code = static_cast<int>(std::min(std::max(std::nearbyint(static_cast<double>(v)) + 100.0, 2.0), 255.0));
         }
-        if (y[i] != static_cast<float>(table[static_cast<size_t>(code)] - 100) * 0.5f) return fail("ends: another number at %d", static_cast<int>(i));
+        const float real = static_cast<float>(table[static_cast<size_t>(code)] - 100) * 0.5f;
+        if (y[i] != (real > 0.0f ? real : real * 0.125f)) return fail("ends: another number at %d", static_cast<int>(i));
     }
 }
 
@@ -222,9 +308,11 @@ void try_refusals() {
     wide.width = 5, reaching.offset = far, many.outputs = 2, many.y_channels = 2;
     for (const Convolution& c : {wide, reaching, many})
         if (plan.convolution(from, to, c) == nullptr) fail("a convolution that does not fit is taken");
-    if (plan.table(from, to, 17, x.data()) == nullptr || plan.pair(from, from, to, {65, false, 0, 0, 0, 1, 1, 0, 0, 255, Arithmetic::floats, {}}) == nullptr)
+    if (plan.table(from, to, 17, x.data()) == nullptr ||
+        plan.pair(from, from, to, {65, false, 0, 0, 0, 1, 1, 0, 0, 255, Arithmetic::floats, {}}) == nullptr)
         fail("a step that writes too far is taken");
-    if (plan.move(from, to, {1, {1, 1, 1, 1, 4}, {0, 0, 0, 0, 50}, {0, 0, 0, 0, 1}, 0, 0, 0, 0}) == nullptr) fail("a move that reads too far is taken");
+    if (plan.move(from, to, {1, {1, 1, 1, 1, 4}, {0, 0, 0, 0, 50}, {0, 0, 0, 0, 1}, 0, 0, 0, 0}) == nullptr)
+        fail("a move that reads too far is taken");
 }
 
 }  // namespace

@@ -96,20 +96,28 @@ class Executor:
         """Plans for some samples at a time, or for all where samples do not go their own way."""
         n = len(inputs[0]) if inputs and inputs[0].ndim else 0
         two = self._two(inputs) if n and all(x.ndim and len(x) == n for x in inputs) else None
-        if two is None:
+        parts = [] if two is None else self._cut(two, n)
+        if two is None or not all(built.batched for built, _, _ in parts):
             built = self._built(self._shapes(inputs), n)
             found = _Plans({name: h.shape for name, h in built.given})
             found.add(built, 1, 0)
             return found
+        found = _Plans({name: (n, *h.shape[1:]) for name, h in two.given})
+        for part in parts:
+            found.add(*part)
+        return found
+
+    def _cut(self, two: Builder, n: int) -> list[tuple[Builder, int, int]]:
+        """Plans for as many samples as stay in the cache, and for the rest: how often each runs and from which sample on."""
         memory = sum(len(r.memory) for r in two.rooms.every if r.memory is not None)
         most = max(1, min(n, 2 * _NEAR * threads() // max(memory, 1)))
         some = -(-n // -(-n // most))
-        found = _Plans({name: (n, *h.shape[1:]) for name, h in two.given})
+        parts = []
         for count, times, start in ((some, n // some, 0), (n % some, 1, n - n % some)):
             if count:
                 shapes = {name: ((count, *shape[1:]), kind) for name, (shape, kind) in two.shapes.items()}
-                found.add(self._built(shapes, count), times, start)
-        return found
+                parts.append((self._built(shapes, count), times, start))
+        return parts
 
     def _two(self, inputs: list[Tensor]) -> Builder | None:
         """The plan of two samples, which shows whether they go their own way; None where they do not."""
