@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from arrondi.errors import SchemeError
+from arrondi.errors import ArrondiError
 from arrondi.graph.codes import INTEGERS, tensor_of
 from arrondi.graph.ir import QDQ, Graph, Node
 from arrondi.graph.ops import evaluate
@@ -53,7 +53,7 @@ def _odd(value: np.ndarray | None) -> bool:
 def _computed(node: Node, given: list[np.ndarray | None], opset: int) -> list[np.ndarray] | None:
     try:
         found = evaluate(node, [None if v is None else tensor_of(v) for v in given], opset)
-    except (SchemeError, RuntimeError, ValueError, IndexError, TypeError):
+    except (ArrondiError, RuntimeError, ValueError, IndexError, TypeError):
         return None  # what is wrong with it shows where the network runs
     return [np.ascontiguousarray(t.numpy()) for t in found]
 

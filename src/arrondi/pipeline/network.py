@@ -38,7 +38,7 @@ from arrondi.graph import (
     write_graph,
 )
 from arrondi.measure.arrays import Arrays, read_arrays
-from arrondi.measure.networks import compare_graphs
+from arrondi.measure.networks import check_samples, compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
 from arrondi.model import Inputs
 from arrondi.pipeline.ends import ends_of, has_few_bits, with_wider_ends
@@ -56,6 +56,8 @@ _CHOOSING: Final = 128
 """Samples that a choice of recipes, and what is said of every value, is made on."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
+_FEWEST: Final = 4
+"""Samples to calibrate on, fewer than which are refused."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ def quantize_network(
     if flowing is not None and flowing.dynamic:
         learned, left = integer_products(learned, weights)
     written = hold_codes(learned, left)
+    if evaluation is not None:
+        check_samples(written, evaluation)
     if data.int32_bias:
         if flowing is None or flowing.dynamic:
             raise SchemeError("Biases are codes of the scale of what a layer reads, which is not stored here. Use W8A8, or leave --int32-bias out.")  # fmt: skip
@@ -209,6 +213,8 @@ def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None
     elif calibration is not None and evaluation is None and len(calibration) >= _HELD_OUT:
         kept = len(calibration) - len(calibration) // _HELD_OUT
         calibration, evaluation = calibration.part(0, kept), calibration.part(kept)
+    if calibration is not None and len(calibration) < _FEWEST:
+        raise DataError(f"{calibration.source} holds {len(calibration)} samples to calibrate on, and ranges of so few mean nothing. Give at least {_FEWEST}, better a hundred.")  # fmt: skip
     return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation
 
 
