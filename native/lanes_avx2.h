@@ -147,8 +147,13 @@ inline Ints fold(Ints sum, Shorts part) {
 inline Ints dot7(Ints sum, Bytes u, Bytes s) {
     return fold(sum, {_mm256_maddubs_epi16(u.a, s.a), _mm256_maddubs_epi16(u.b, s.b)});
 }
-// Codes above 127 meet activations as words.
-inline Ints dot8(Ints sum, Bytes, Bytes) { return sum; }
+// Bytes 0 and 2, 1 and 3 of every lane as numbers of 16 bits: two products of bytes above 127 would not fit there.
+inline __m256i dot8_half(__m256i sum, __m256i u, __m256i s) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+inline Ints dot8(Ints sum, Bytes u, Bytes s) { return {dot8_half(sum.a, u.a, s.a), dot8_half(sum.b, u.b, s.b)}; }
 #endif
 inline Bytes even_words(Bytes v) { return both(v, {_mm256_set1_epi16(255), _mm256_set1_epi16(255)}); }
 inline Bytes odd_words(Bytes v) { return shift_down<8>(v); }
@@ -205,6 +210,7 @@ inline Floats round_even(Floats v) {
     return {_mm256_round_ps(v.a, kEven), _mm256_round_ps(v.b, kEven)};
 }
 inline Floats fma(Floats x, Floats y, Floats z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline Floats fused(Floats x, Floats y, Floats z) { return fma(x, y, z); }
 inline float sum(Floats v) {
     const __m256 eight = _mm256_add_ps(v.a, v.b);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -122,6 +122,7 @@ inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats sqrt(Floats v) { return _mm512_sqrt_ps(v); }
 inline Floats round_even(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
 // The sums of four at once: halves first, then neighbours, twice.
 inline __m256 half_sums(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }

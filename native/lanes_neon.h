@@ -188,6 +188,7 @@ inline Floats max(Floats a, Floats b) { ARRONDI_EACH(Floats, vbslq_f32(vcgtq_f32
 inline Floats sqrt(Floats v) { ARRONDI_EACH(Floats, vsqrtq_f32(v.v[i])); }
 inline Floats round_even(Floats v) { ARRONDI_EACH(Floats, vrndnq_f32(v.v[i])); }
 inline Floats fma(Floats a, Floats b, Floats c) { ARRONDI_EACH(Floats, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
+inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 inline float sum(Floats v) { return vaddvq_f32(vaddq_f32(vaddq_f32(v.v[0], v.v[2]), vaddq_f32(v.v[1], v.v[3]))); }
 // The sums of four at once.
 inline void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {

@@ -222,6 +222,10 @@ inline Ints to_ints(Floats v) {
 inline Floats round_even(Floats v) { ARRONDI_EACH(Floats, 16, round_one(v.v[i])); }
 // a · b + c, rounded once where the CPU can, else twice: not for results that must equal a twin's.
 inline Floats fma(Floats a, Floats b, Floats c) { ARRONDI_EACH(Floats, 16, a.v[i] * b.v[i] + c.v[i]); }
+// The same rounded once everywhere, for numbers a of few bits: float64 holds their products.
+inline Floats fused(Floats a, Floats b, Floats c) {
+    ARRONDI_EACH(Floats, 16, static_cast<float>(static_cast<double>(a.v[i]) * b.v[i] + c.v[i]));
+}
 inline float sum(Floats v) {
     float r = 0;
     for (int i = 0; i < 16; i++) r += v.v[i];

@@ -34,6 +34,10 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda tiny: ["--data", data(tiny), "--model", tiny, "--repeat", 1],
         r"tiny, gptq W4A16(?s:.*)arrondi +\d.*CPU s(?s:.*)mean relative loss(?s:.*)gptq/arrondi-0 +21 (?s:.*)books-llama-6m is not there",
     ),
+    "integer_speed.py": (
+        lambda _: ["--networks", "made-up", "--turns", 1],
+        r"made-up: 35 operators on codes, 0 in floating point(?s:.*) 1 +\d.*PyTorch, ORT(?s:.*) 32 +\d.*PyTorch, ORT",
+    ),
     "kernels.py": (
         lambda _: ["--shapes", "64x128", "--m", 1, "--rounds", 1, "--threads", 1, "--seconds", 0.01, "--rotate-mb", 0.1, "--cases", "w4 bf16"],
         r"64x128 m=1 +4 bits +arrondi +w4 bf16 .*GB/s",

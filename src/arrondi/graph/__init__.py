@@ -4,6 +4,7 @@ A graph is plain data (`ir`); files and PyTorch's exporter are read by `read`, w
 are PyTorch's own, so the steps of the pipeline work on it; `rules` says which values are rounded.
 """
 
+from arrondi.graph.compiled import Executor, executor
 from arrondi.graph.dynamic import check_dynamic, integer_products, round_dynamically
 from arrondi.graph.insert import held_bits, hold_biases, hold_codes, round_values
 from arrondi.graph.integer import Lowered, lower
@@ -17,6 +18,7 @@ from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
 
 __all__ = [
+    "Executor",
     "Graph",
     "Lowered",
     "Node",
@@ -27,6 +29,7 @@ __all__ = [
     "Value",
     "check_dynamic",
     "describe",
+    "executor",
     "held_bits",
     "hold_biases",
     "hold_codes",

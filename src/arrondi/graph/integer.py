@@ -156,10 +156,10 @@ class _Lowering:
     def _dequantize(self, node: Node) -> bool:
         weight = weight_of(node, self.constants)
         grid = None if node.inputs[0] in self.constants else grid_of(node, self.constants)
-        if weight is None and grid is None:
+        if weight is None and grid is None and any(n and n not in self.constants for n in node.inputs):
             return False
         (value,) = node.outputs
-        self.waiting[value] = node
+        self.waiting[value] = node  # a constant that is no weight may be a bias
         if weight is not None:
             self.weights[value] = weight
         elif grid is not None:

@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 Arithmetic = Literal["float", "double", "single"]
 ARITHMETICS: Final = ("float", "double", "single")
 
-_LEFT: Final = 20
+LEFT: Final = 20
 """Bits by which codes are shifted left before they are added in fixed point."""
 
 
@@ -97,8 +97,8 @@ def add_codes(
     parts = []
     for codes, scale, zero in zip((a, b), scales, zeros, strict=False):
         m, e = (torch.tensor(v) for v in shift_of(scale / largest))
-        parts.append(times((codes.long() - zero) << _LEFT, m, e, how))
-    m, e = (torch.tensor(v) for v in shift_of(largest / ((1 << _LEFT) * scales[2])))
+        parts.append(times((codes.long() - zero) << LEFT, m, e, how))
+    m, e = (torch.tensor(v) for v in shift_of(largest / ((1 << LEFT) * scales[2])))
     return times(parts[0] + parts[1], m, e, how) + zeros[2]
 
 

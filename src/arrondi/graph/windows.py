@@ -96,14 +96,14 @@ def transposed_edges(attrs: Attrs, sizes: Sequence[int], kernel: Sequence[int]) 
     return (small, large) if how == "SAME_UPPER" else (large, small)
 
 
-def _window(attrs: Attrs, x: Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+def windows(attrs: Attrs, shape: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
     """Kernel, strides, dilations, and what is added before and after, with the rest that `ceil_mode` asks for."""
     kernel = list(attrs["kernel_shape"])
     one = [1] * len(kernel)
     strides, dilations = list(attrs.get("strides", one)), list(attrs.get("dilations", one))
-    begin, end = edges(attrs, x.shape[2:], kernel)
+    begin, end = edges(attrs, shape[2:], kernel)
     if attrs.get("ceil_mode", 0):
-        for i, size in enumerate(x.shape[2:]):
+        for i, size in enumerate(shape[2:]):
             reach = (kernel[i] - 1) * dilations[i] + 1
             steps = -(-(size + begin[i] + end[i] - reach) // strides[i])
             if steps * strides[i] >= size + begin[i]:  # a window that would begin behind the input is left out
@@ -114,7 +114,7 @@ def _window(attrs: Attrs, x: Tensor) -> tuple[list[int], list[int], list[int], l
 
 def max_pool(attrs: Attrs, x: Tensor) -> Tensor:
     """The largest of a window."""
-    kernel, strides, dilations, begin, end = _window(attrs, x)
+    kernel, strides, dilations, begin, end = windows(attrs, x.shape)
     lowest = -math.inf if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
     x = _padded(x, begin, end, lowest)
     floating = x if x.dtype.is_floating_point else x.float()
@@ -123,17 +123,26 @@ def max_pool(attrs: Attrs, x: Tensor) -> Tensor:
 
 def average_pool(attrs: Attrs, x: Tensor) -> Tensor:
     """The mean of a window; what was added counts only if `count_include_pad` says so, and never what `ceil_mode` added."""
-    kernel, strides, dilations, begin, end = _window(attrs, x)
+    kernel, strides, dilations, begin, end = windows(attrs, x.shape)
     if any(d != 1 for d in dilations):
         raise Unusual("dilations")
-    own_begin, own_end = edges(attrs, x.shape[2:], kernel)
-    counted = torch.ones_like(x[:1, :1])
+    return _window_sums(_padded(x, begin, end), kernel, strides) / window_counts(attrs, torch.ones_like(x[:1, :1]))
+
+
+def window_counts(attrs: Attrs, ones: Tensor) -> Tensor:
+    """How many numbers count in every window of an average.
+
+    Args:
+        ones: (1, 1, …) of the input's space.
+    """
+    kernel, strides, _, begin, end = windows(attrs, ones.shape)
+    own_begin, own_end = edges(attrs, ones.shape[2:], kernel)
     if attrs.get("count_include_pad", 0):
-        counted = _padded(counted, own_begin, own_end, 1.0)
+        counted = _padded(ones, own_begin, own_end, 1.0)
         counted = _padded(counted, [0] * len(kernel), [e - o for e, o in zip(end, own_end, strict=True)])
     else:
-        counted = _padded(counted, begin, end)
-    return _window_sums(_padded(x, begin, end), kernel, strides) / _window_sums(counted, kernel, strides)
+        counted = _padded(ones, begin, end)
+    return _window_sums(counted, kernel, strides)
 
 
 def _window_sums(x: Tensor, kernel: Sequence[int], strides: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from arrondi.errors import DataError, SchemeError
-from arrondi.graph import Graph, Program, read_graph
+from arrondi.graph import Graph, executor, read_graph
 from arrondi.graph.codes import INTEGERS
 from arrondi.graph.ir import CODES, QDQ
 from arrondi.measure.arrays import Arrays, read_arrays
@@ -32,7 +32,7 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
     Raises:
         SchemeError: the networks give different shapes.
     """
-    first, second = Program(graph), Program(reference)
+    first, second = executor(graph), executor(reference)
     same: list[torch.Tensor] = []
     hits: list[torch.Tensor] = []
     right: list[torch.Tensor] = []

@@ -78,11 +78,13 @@ def round_module(
     calibration: Any = None,
     *,
     keep_misfits: bool = False,
+    layout: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[InMemory, Plan, dict[str, LayerValues]]:
     """Round the weights of a module where they are; its layers stay what they were.
 
-    Takes the arguments of `quantize_module`.
+    Takes the arguments of `quantize_module`, and:
+        layout: see `make_plan`; a layout that holds every kind of layer, where codes are written elsewhere.
 
     Returns:
         the module as a source, what was planned, and tensor → its codes.
@@ -99,7 +101,7 @@ def round_module(
             else:
                 source.learn_alone()
             largest = largest_inputs(source, recipe, batches)
-            plan = make_plan(source, recipe, keep_misfits=keep_misfits, largest=largest)
+            plan = make_plan(source, recipe, layout=layout, keep_misfits=keep_misfits, largest=largest)
             check(plan)
             for site in [s for t in plan.quantized for s in t.sites]:
                 check_finite(site, site.region(source.names.params[site.param]))

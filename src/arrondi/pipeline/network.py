@@ -175,7 +175,7 @@ def quantize_network(
     if looks and calibration is None:
         raise DataError("The method looks at what enters every layer. Give --calibration data.npz, or --method rtn.")
     batches = [Inputs(batch) for batch in calibration.batches()] if calibration is not None and looks else None
-    _, plan, values = round_module(program, recipe, batches, keep_misfits=True, progress=progress)
+    _, plan, values = round_module(program, recipe, batches, keep_misfits=True, layout="arrondi", progress=progress)
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }

@@ -159,7 +159,7 @@ class Resolver:
             return replace(plain, reason=f"{UNREACHED}; name it in --targets to quantize it {how}")
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit)
-        if site.shape[0] < _SMALL_OUTPUT:
+        if site.shape[0] < _SMALL_OUTPUT and site.kind != "convolution":  # whose outputs are channels of images
             return replace(plain, reason=f"only {site.shape[0]} outputs", picked=picked)
         return self._quantized(replace(plain, rule=rule, picked=picked))
 

@@ -1,0 +1,3 @@
+#define ARRONDI_PATH avx512_vnni
+#include "lanes_avx512.h"
+#include "code_path.h"
