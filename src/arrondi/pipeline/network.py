@@ -45,7 +45,7 @@ from arrondi.pipeline.ends import ends_of, has_few_bits, with_wider_ends
 from arrondi.pipeline.flowing import Ranges, flowing_scheme, rounded_flow
 from arrondi.pipeline.module import round_module
 from arrondi.pipeline.plan import Plan
-from arrondi.pipeline.prepare import rewritten, with_what_was_learned
+from arrondi.pipeline.prepare import correct_by_norms, is_analytic, rewritten, with_what_was_learned
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.steps import STEPS
 from arrondi.tensor.qtensor import QTensor
@@ -141,6 +141,7 @@ def quantize_network(
     calibration, evaluation = _data(given, data)
     flowing = flowing_scheme(recipe)
     notes: list[str] = []
+    analytic = is_analytic(recipe)
     graph, recipe = rewritten(given, recipe, calibration, notes)
     found, rounded_graph = places(graph), graph
     ranges: Mapping[str, tuple[float, float]] = {}
@@ -179,6 +180,9 @@ def quantize_network(
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }
+    if analytic:
+        corrected = correct_by_norms(program, original, graph, before)
+        notes.append(f"{len(corrected)} of {len(program.layers)} layers had their bias corrected by the means that normalizations tell; the others read something else, or have no bias.")  # fmt: skip
     learned, left = with_what_was_learned(rounded_graph, program), weights
     if flowing is not None and flowing.dynamic:
         learned, left = integer_products(learned, weights)
