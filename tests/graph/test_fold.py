@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import arrondi
@@ -60,3 +61,31 @@ def test_large_arrays_are_not_made_of_small_ones() -> None:
     nodes = (Node("wide", "Expand", ("v", "s"), ("w",)), Node("sum", "Add", ("x", "w"), ("y",)))
     graph = Graph("net", nodes, (Value("x", FLOAT, (1,)),), (Value("y", FLOAT, (1 << 20,)),), held, 21)
     assert tidy(graph).nodes == graph.nodes
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_normalizations_become_parts_of_layers(groups: int) -> None:
+    draw = np.random.default_rng(4)
+    shapes = {"w": (8, 4 // groups, 3), "t": (8, 10 // groups, 2), "m": (10, 6), "c": (6,)}
+    held = {n: draw.normal(0, 0.5, s).astype(np.float32) for n, s in shapes.items()}
+    for i, count in enumerate((8, 10, 6)):
+        parts = draw.uniform(0.5, 2, (4, count)) * [[1], [-1], [0.3], [1]]
+        held |= {f"n{i}{j}": part.astype(np.float32) for j, part in enumerate(parts)}
+
+    def norm(i: int, x: str, y: str) -> Node:
+        return Node(f"norm{i}", "BatchNormalization", (x, *(f"n{i}{j}" for j in range(4))), (y,), {"epsilon": 1e-3})
+
+    nodes = (
+        Node("conv", "Conv", ("x", "w"), ("a",), {"group": groups}), norm(0, "a", "b"), Node("relu", "Relu", ("b",), ("r",)),
+        Node("up", "ConvTranspose", ("r", "t"), ("d",), {"group": groups, "strides": [2]}), norm(1, "d", "e"),
+        Node("mean", "GlobalAveragePool", ("e",), ("f",)), Node("flat", "Flatten", ("f",), ("g",)),
+        Node("head", "Gemm", ("g", "m", "c"), ("h",)), norm(2, "h", "y"),
+    )  # fmt: skip
+    graph = Graph("net", nodes, (Value("x", FLOAT, ("n", 4, 9)),), (Value("y", FLOAT, ("n", 6)),), held, 21)
+    x, made = torch.randn(3, 4, 9), tidy(graph)
+    assert [n.op for n in made.nodes] == ["Conv", "Relu", "ConvTranspose", "GlobalAveragePool", "Flatten", "Gemm"]
+    assert torch.allclose(Program(made)(x), Program(graph)(x), atol=1e-5)
+    shared = graph.with_nodes(
+        (*nodes, Node("other", "Relu", ("a",), ("o",)))
+    )  # somebody else reads what is not normalized
+    assert "BatchNormalization" in [n.op for n in tidy(shared).nodes]

@@ -1,4 +1,5 @@
-"""What a network computes of constants alone, computed once (`fold`), and products of matrices with their bias as one layer (`with_bias`).
+"""What a network computes of constants alone, computed once (`fold`), normalizations as parts of the layer before them (`fold_norms`), and
+products of matrices with their bias as one layer (`with_bias`).
 
 Exporters slice and turn weights with operators; behind those a layer's weight would not be known.
 """
@@ -11,7 +12,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from arrondi.errors import SchemeError
+from arrondi.errors import ArrondiError
 from arrondi.graph.codes import INTEGERS, tensor_of
 from arrondi.graph.ir import QDQ, Graph, Node
 from arrondi.graph.ops import evaluate
@@ -53,9 +54,53 @@ def _odd(value: np.ndarray | None) -> bool:
 def _computed(node: Node, given: list[np.ndarray | None], opset: int) -> list[np.ndarray] | None:
     try:
         found = evaluate(node, [None if v is None else tensor_of(v) for v in given], opset)
-    except (SchemeError, RuntimeError, ValueError, IndexError, TypeError):
+    except (ArrondiError, RuntimeError, ValueError, IndexError, TypeError):
         return None  # what is wrong with it shows where the network runs
     return [np.ascontiguousarray(t.numpy()) for t in found]
+
+
+def fold_norms(graph: Graph) -> Graph:
+    """BatchNormalization behind a layer that nobody else reads → the layer's own weight and bias (Jacob et al. 2018, arXiv:1712.05877)."""
+    constants, producers = dict(graph.constants), graph.producers
+    merged: dict[str, Node] = {}
+    for node in graph.nodes:
+        layer = producers.get(node.inputs[0]) if node.op == "BatchNormalization" else None
+        if layer is None or layer.op not in _NORMED or graph.only_reader(layer.outputs[0]) is None:
+            continue
+        names = [n for n in (*layer.inputs[1:], *node.inputs[1:]) if n]
+        if any(n not in constants or constants[n].dtype != np.float32 for n in names) or node.attrs.get(
+            "training_mode", 0
+        ):
+            continue
+        weight, bias = (
+            constants[layer.inputs[1]],
+            constants[layer.inputs[2]] if len(layer.inputs) > 2 and layer.inputs[2] else 0.0,
+        )
+        scale, shift, mean, variance = (constants[n].astype(np.float64) for n in node.inputs[1:5])
+        if layer.op == "Gemm" and (layer.attrs.get("alpha", 1.0) != 1.0 or layer.attrs.get("beta", 1.0) != 1.0):
+            continue
+        factor = scale / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
+        stem = next(graph.fresh(f"{node.name}_folded"))
+        constants[f"{stem}_weight"] = (weight * _by_output(layer, weight, factor)).astype(np.float32)
+        constants[f"{stem}_bias"] = ((bias - mean) * factor + shift).astype(np.float32)
+        read = (layer.inputs[0], f"{stem}_weight", f"{stem}_bias")
+        merged[node.name] = replace(layer, inputs=read, outputs=node.outputs[:1])
+    gone = {made.name for made in merged.values()}
+    return graph.with_nodes((merged.get(n.name, n) for n in graph.nodes if n.name not in gone), constants)
+
+
+_NORMED: Final = frozenset(("Conv", "ConvTranspose", "Gemm"))
+
+
+def _by_output(layer: Node, weight: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """A number for each output as an array that goes with the layer's weight."""
+    if layer.op == "Gemm":
+        return factor[:, None] if layer.attrs.get("transB", 0) else factor[None]
+    ones = (1,) * (weight.ndim - 2)
+    if layer.op == "Conv":
+        return factor.reshape(-1, 1, *ones)
+    groups = layer.attrs.get("group", 1)
+    return np.repeat(factor.reshape(groups, -1), weight.shape[0] // groups, axis=0).reshape(*weight.shape[:2], *ones)
 
 
 def with_bias(graph: Graph) -> Graph:

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import torch
 
 from arrondi.graph.ir import ARITHMETIC, Unusual
-from arrondi.graph.requantize import Arithmetic, add_codes, requantize
+from arrondi.graph.requantize import Arithmetic, add_codes, multiplier_of, requantize
 from arrondi.graph.windows import average_pool, conv
 
 Tensor = torch.Tensor
@@ -24,14 +24,6 @@ _RANGE: Final = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 def _how(attrs: Attrs) -> Arithmetic:
     return cast(Arithmetic, attrs.get(ARITHMETIC, "float"))
-
-
-def _multiplier(attrs: Attrs, sx: Tensor, sw: Tensor, sy: Tensor) -> Tensor:
-    """S_x · S_w / S_y: in float32, or, as TFLite prepares fixed-point multipliers, in float64; S_x · S_w of a tensor is a float32 product there."""
-    sx, sy = sx.reshape(()), sy.reshape(())
-    if _how(attrs) == "float":
-        return sx * sw / sy
-    return (sx * sw).double() / sy.double() if sw.numel() == 1 else sx.double() * sw.double() / sy.double()
 
 
 def _along(part: Tensor, ndim: int, axis: int) -> Tensor:
@@ -69,7 +61,7 @@ def qlinear_conv(
 ) -> Tensor:  # fmt: skip
     """A convolution from codes to codes; bias int32 of scale S_x · S_w."""
     sums = conv(attrs, _centred(x, zx), _centred(w, zw), None if bias is None else bias.double())
-    multiplier = _along(_multiplier(attrs, sx, sw, sy), sums.ndim, 1)
+    multiplier = _along(multiplier_of(sx, sw, sy, _how(attrs)), sums.ndim, 1)
     return requantize(sums, multiplier, zy, *_RANGE[zy.dtype], _how(attrs)).to(zy.dtype)
 
 
@@ -94,7 +86,7 @@ def qgemm(
     sums = sums if c is None else sums + c.double()
     if sy is None or zy is None:
         return sums.to(torch.float32) * (attrs.get("alpha", 1.0) * sa.reshape(()) * _along(sb, 2, 1))
-    scale = attrs.get("alpha", 1.0) * _along(_multiplier(attrs, sa, sb, sy), 2, 1)
+    scale = _along(multiplier_of(attrs.get("alpha", 1.0) * sa, sb, sy, _how(attrs)), 2, 1)
     return requantize(sums, scale, zy, *_RANGE[zy.dtype], _how(attrs)).to(zy.dtype)
 
 

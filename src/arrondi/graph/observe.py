@@ -55,7 +55,12 @@ def observe(
     def see(name: str, value: torch.Tensor) -> None:
         group = values.get(name)
         if group is not None and name not in known:
-            found.setdefault(group, make(name=name, **own(group))).observe(value)
+            try:
+                found.setdefault(group, make(name=name, **own(group))).observe(value)
+            except DataError as error:
+                raise DataError(
+                    f"The network gives NaN or infinite numbers at {name}. Check its weights, and that the samples are in its own scale."
+                ) from error
 
     count = 0
     for inputs in batches:

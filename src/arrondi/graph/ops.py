@@ -64,6 +64,10 @@ _NOTHING: Final = torch.zeros(0)
 
 
 def _by_reference(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tuple[Tensor, ...]:
+    if "." in node.op:
+        raise SchemeError(
+            f"{node.name}: the operator {node.op} is none of ONNX's own, so the network cannot be run here. Export it without."
+        )
     onnx = onnx_package()
     from onnx.reference import ReferenceEvaluator
 

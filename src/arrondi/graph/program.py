@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from arrondi.errors import DataError
+from arrondi.errors import ArrondiError, DataError, SchemeError
 from arrondi.graph.codes import tensor_of
 from arrondi.graph.ir import QDQ, Graph, Node
 from arrondi.graph.layers import LAYERS, Margin, layers_in, padding_of, read_beside
@@ -175,7 +175,18 @@ class Part(torch.nn.Module):
                 see(name, value)
         for run in self._steps:
             given = [self._value(name, values) for name in run.node.inputs]
-            for name, value in zip(run.node.outputs, self._run(run, given), strict=False):
+            try:
+                made = self._run(run, given)
+            except ArrondiError:
+                raise
+            except (
+                RuntimeError,
+                ValueError,
+                IndexError,
+                TypeError,
+            ) as error:  # shapes and types that do not go together
+                raise SchemeError(_said(run, given, error)) from error
+            for name, value in zip(run.node.outputs, made, strict=False):
                 if name:
                     values[name] = value
                     if see is not None:
@@ -197,6 +208,12 @@ class Part(torch.nn.Module):
         if not name:
             return None
         return self._buffers[self._held[name]] if name in self._held else values[name]
+
+
+def _said(run: _Run, given: Sequence[torch.Tensor | None], error: Exception) -> str:
+    shapes = ", ".join(str(tuple(x.shape)) for x in given if x is not None)
+    line = str(error).strip().partition("\n")[0][:200]
+    return f"{run.node.name}: the operator {run.node.op} cannot be computed on inputs of shape {shapes} ({line}). Check the shapes in the file."
 
 
 def _module_of(node: Node, graph: Graph, shared: dict[tuple[str, ...], Rounder]) -> torch.nn.Module | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from arrondi.errors import FileFormatError, MissingExtraError, SchemeError
+from arrondi.errors import ArrondiError, FileFormatError, MissingExtraError, SchemeError
 from arrondi.graph.ir import CODES, Graph, Node, Value
 
 OPSET: Final = 21
@@ -56,7 +57,8 @@ def read_graph(source: Any, example: Any = None, *, varying: Sequence[int] = (0,
         raise FileFormatError(f"{path} is no file. Give an .onnx file or a .pt2 archive of torch.export.")
     if path.suffix == ".pt2":
         try:
-            program = torch.export.load(path)
+            with _silent("torch.export", "torch.onnx"):
+                program = torch.export.load(path)
         except Exception as error:
             raise FileFormatError(
                 f"{path} cannot be read as an archive of torch.export ({_first_line(error)}). Save it with torch.export.save."
@@ -70,7 +72,18 @@ def read_graph(source: Any, example: Any = None, *, varying: Sequence[int] = (0,
         raise FileFormatError(
             f"{path} cannot be read as an ONNX model ({_first_line(error)}). Export it again."
         ) from error
-    return _graph(model, str(path))
+    try:
+        return _graph(model, str(path))
+    except ArrondiError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        StopIteration,
+    ) as error:  # types and sizes that are none
+        raise FileFormatError(f"{path} is damaged ({_first_line(error)}). Export it again.") from error
 
 
 def onnx_package() -> Any:
@@ -98,11 +111,20 @@ def _exported(module: torch.nn.Module, example: Any, varying: Sequence[int]) -> 
         {a: d for a, d in axes.items() if a < t.ndim} if isinstance(t, torch.Tensor) else None for t in args
     )
     try:
-        return torch.export.export(module.eval(), args, dynamic_shapes=dynamic)
+        with _silent("torch.export", "torch.fx"):
+            return torch.export.export(module.eval(), args, dynamic_shapes=dynamic)
     except Exception as error:  # torch's exporter has many
         raise SchemeError(
-            f"{type(module).__name__} cannot be traced ({_first_line(error)}). Quantize the module in memory instead."
+            f"{type(module).__name__} cannot be traced{_place(error)} ({_first_line(error)}). Quantize the module in memory instead, which needs no trace."
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code a trace ended, if that is known."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    inner = [f for f in frames if f.name == "forward"]
+    return f" at {inner[-1].filename}, line {inner[-1].lineno}: {inner[-1].line}" if inner else ""
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> Any:
@@ -113,7 +135,7 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
             "Exported PyTorch programs need the package onnxscript: pip install 'arrondi[onnx]'."
         ) from error
     try:
-        with _silent():
+        with _silent("torch.onnx"):
             made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     except Exception as error:
         raise SchemeError(f"The program cannot be written with ONNX operators ({_first_line(error)}).") from error
@@ -135,10 +157,17 @@ def _graph(model: Any, where: str) -> Graph:
     used: set[str] = set()
     for position, node in enumerate(proto.node):
         op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        if any(isinstance(n, bytes) for n in (node.name, op, *node.input, *node.output)):
+            raise FileFormatError(f"{where} is damaged: the name of node {position} is no text. Export it again.")
         attrs = {a.name: _plain(onnx.helper.get_attribute_value(a), onnx) for a in node.attribute}
         if op == "Constant":
             constants[node.output[0]] = _constant(attrs)
             continue
+        outer = _outer_values(node, onnx)
+        if outer:
+            raise SchemeError(
+                f"{where}: {node.name or op} is control flow that depends on the data ({op}, which reads {outer[0]} from outside), and cannot be traced. Export the network with one branch, or quantize the PyTorch module in memory."
+            )
         if op == "QuantizeLinear":
             attrs[CODES] = _code_type(attrs, node, constants, proto, onnx)
         name = node.name or f"{op}_{position}"
@@ -151,10 +180,25 @@ def _graph(model: Any, where: str) -> Graph:
     return graph.with_nodes(nodes)
 
 
+def _outer_values(node: Any, onnx: Any) -> list[str]:
+    """What the branches of a node read without being given it."""
+    found: list[str] = []
+    for attribute in node.attribute:
+        for body in [*([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []), *attribute.graphs]:
+            own = {v.name for v in (*body.input, *body.initializer)} | {n for inner in body.node for n in inner.output}
+            read = [*(n for inner in body.node for n in inner.input), *(v.name for v in body.output)]
+            read += [n for inner in body.node for n in _outer_values(inner, onnx)]
+            found += [n for n in read if n and n not in own]
+    return found
+
+
 def _modern(model: Any, where: str) -> Any:
     """The model with the operators of `OPSET`, or those it has, if the converter cannot and they are new enough."""
     onnx = onnx_package()
     own = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    newest = onnx.defs.onnx_opset_version()
+    if own > newest:
+        raise FileFormatError(f"{where} uses operator set {own}, and the onnx package that is installed knows {newest}. Export it with opset {OPSET}.")  # fmt: skip
     if own >= OPSET:
         return model
     try:
@@ -214,14 +258,25 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """The exporter tells its progress to whoever listens."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _silent(*names: str) -> Iterator[None]:
+    """Exporters tell their progress, and what went wrong, to whoever listens."""
+    before = {name: logging.getLogger(name).disabled for name in names}
+    quiet = [logger for n, logger in logging.root.manager.loggerDict.items() if n.startswith(names) and isinstance(logger, logging.Logger)]  # fmt: skip
+    levels = {logger: logger.level for logger in quiet}
+    for logger in quiet:
+        logger.setLevel(logging.CRITICAL)
+    for name in names:
+        logging.getLogger(name).disabled = True
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        for name, disabled in before.items():
+            logging.getLogger(name).disabled = disabled

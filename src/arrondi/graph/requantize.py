@@ -1,4 +1,4 @@
-"""From int32 sums to codes of eight bits, in three arithmetics: `requantize`, `add_codes`, `shift_of`.
+"""From int32 sums to codes of eight bits, in three arithmetics: `requantize`, `add_codes`, `multiplier_of`, `shift_of`.
 
 * "float": ONNX Runtime's. The sum as float32 times a float32 multiplier, rounded half to even.
 * "double": TFLite's reference kernels (gemmlowp): a 32-bit multiplier with a doubling high product that rounds half away from zero, then a
@@ -30,6 +30,15 @@ def shift_of(multiplier: float) -> tuple[int, int]:
     fraction, exponent = math.frexp(multiplier)
     whole = math.floor(fraction * 2.0**31 + 0.5)
     return (whole // 2, exponent + 1) if whole == 2**31 else (whole, exponent)
+
+
+def multiplier_of(sx: Tensor, sw: Tensor, sy: Tensor, how: Arithmetic) -> Tensor:
+    """S_x · S_w / S_y, S_w one or several: in float32, or, as TFLite prepares fixed-point multipliers, in float64, where the product with
+    the one S_w of a tensor is a float32 one."""
+    sx, sy = sx.reshape(()), sy.reshape(())
+    if how == "float":
+        return sx * sw / sy
+    return (sx * sw).double() / sy.double() if sw.numel() == 1 else sx.double() * sw.double() / sy.double()
 
 
 def _high_product(a: Tensor, b: Tensor) -> Tensor:
@@ -64,7 +73,7 @@ def requantize(
 
     Args:
         sums: integers of any shape, in any type that holds them.
-        multiplier: float32, S_x · S_w / S_y; broadcasts against the sums.
+        multiplier: float32, or float64 for fixed point, S_x · S_w / S_y; broadcasts against the sums.
         zero: the output's zero point.
         low, high: smallest and largest code; a fused activation narrows them.
 

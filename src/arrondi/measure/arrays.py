@@ -7,6 +7,7 @@ Images are scaled to the network's input: the shorter side to its size, the midd
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,12 +87,22 @@ def _archive(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise DataError(f"{path} does not exist. Give an .npz file with inputs (N, …), or a folder of images.")
     try:
-        with np.load(path, allow_pickle=False) as held:
-            if isinstance(held, np.ndarray):
-                return {"inputs": held}
-            return {name: held[name] for name in held.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise FileFormatError(f"{path} cannot be read as an .npz file ({error}). Write it with numpy.savez.") from error
+        with path.open("rb") as file:
+            held = np.load(file, allow_pickle=False)
+            return {"inputs": held} if isinstance(held, np.ndarray) else {name: held[name] for name in held.files}
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
+        why = "it is none, or holds Python objects, which are not read" if "pickle" in str(error) else str(error)
+        raise FileFormatError(
+            f"{path} cannot be read as an .npz file ({why}). Write numbers with numpy.savez."
+        ) from error
 
 
 def _checked(held: Mapping[str, Any], graph: Graph, where: str) -> Arrays:
@@ -111,10 +122,13 @@ def _checked(held: Mapping[str, Any], graph: Graph, where: str) -> Arrays:
     labels = held.get("labels")
     if labels is None:
         return Arrays(inputs, None, where)
-    found = torch.as_tensor(np.asarray(labels)).reshape(-1)
-    if len(found) != count or found.dtype.is_floating_point:
-        raise DataError(f"{where}: labels are {count} whole numbers, got {len(found)} of type {found.dtype}.")
-    return Arrays(inputs, found.long(), where)
+    classes = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    classes = classes.reshape(-1)
+    if len(classes) != count or classes.dtype.kind not in "iu":
+        raise DataError(f"{where}: labels are {count} whole numbers, got {len(classes)} of type {classes.dtype}.")
+    if classes.min() < 0:
+        raise DataError(f"{where}: labels are classes counted from 0, got {classes.min()}.")
+    return Arrays(inputs, torch.from_numpy(classes.astype(np.int64)), where)
 
 
 def _input(values: Any, wanted: Value, where: str) -> torch.Tensor:
@@ -131,7 +145,11 @@ def _input(values: Any, wanted: Value, where: str) -> torch.Tensor:
         raise DataError(f"{where}: {wanted.name} has the shape ({shape}), got {array.shape}.{hint}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{where}: {wanted.name} holds NaN or infinite numbers. Leave those samples out.")
-    return torch.from_numpy(np.ascontiguousarray(array).astype(wanted.dtype))
+    with np.errstate(over="ignore"):
+        given = np.ascontiguousarray(array).astype(wanted.dtype)
+    if given.dtype.kind == "f" and not np.isfinite(given).all():
+        raise DataError(f"{where}: {wanted.name} holds numbers that are too large for {wanted.dtype}.")
+    return torch.from_numpy(given)
 
 
 def _layout_hint(given: tuple[int, ...], wanted: Sequence[Any]) -> str:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 
 from arrondi.errors import DataError, SchemeError
 from arrondi.graph import Graph, executor, read_graph
+from arrondi.graph.codes import INTEGERS
+from arrondi.graph.ir import CODES, QDQ
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.intervals import block_bootstrap
+
+FAR: Final = 20.0
+"""How many times farther than what calibrated samples may go: outliers do, other scales go 255 times as far."""
 
 
 @torch.no_grad()
@@ -34,6 +40,8 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
     start = 0
     for inputs in samples.batches():
         ours, theirs = _first(first(*inputs)), _first(second(*inputs))
+        if samples.labels is not None and theirs.ndim >= 2:
+            _check_classes(samples, theirs.shape[1])
         if ours.shape != theirs.shape:
             raise SchemeError(
                 f"The networks give outputs of different shapes, {tuple(ours.shape)} and {tuple(theirs.shape)}."
@@ -65,11 +73,42 @@ def compare_networks(model: str | Path, against: str | Path, data: Any) -> dict[
         reference.inputs
     ):
         raise DataError(f"{model} and {against} take different inputs.")
-    return {
-        "model": str(model),
-        "against": str(against),
-        **compare_graphs(graph, reference, read_arrays(data, reference)),
-    }
+    samples = read_arrays(data, reference)
+    check_samples(graph, samples)
+    return {"model": str(model), "against": str(against), **compare_graphs(graph, reference, samples)}
+
+
+def check_samples(graph: Graph, samples: Arrays) -> None:
+    """Refuse samples in another scale than those that calibrated a network, and labels of other classes.
+
+    Raises:
+        DataError: they go far beyond the grid of what they enter, as pictures of 0 … 255 do where those were 0 … 1; or a label is
+            none of the classes that the network's output has.
+    """
+    shape = graph.outputs[0].shape
+    if samples.labels is not None and len(shape) >= 2 and isinstance(shape[1], int):
+        _check_classes(samples, shape[1])
+    readers = graph.consumers
+    for value, x in zip(graph.inputs, samples.inputs, strict=True):
+        for node in readers.get(value.name, []):
+            parts = [graph.constants.get(n) for n in node.inputs[1:3]]
+            if node.op not in ("QuantizeLinear", QDQ) or len(parts) < 2 or any(p is None or p.size != 1 for p in parts):
+                continue
+            low, high, _ = INTEGERS[node.attrs[CODES]]
+            scale, zero = (float(np.asarray(p).astype(np.float64).reshape(())) for p in parts)
+            end, most = max(zero - low, high - zero) * scale, float(x.abs().max())
+            if most > FAR * end:
+                raise DataError(
+                    f"{samples.source}: {value.name} reaches {most:.4g}, and the samples that calibrated the network reached {end:.4g}. Give both in the network's own scale."
+                )
+
+
+def _check_classes(samples: Arrays, count: int) -> None:
+    last = -1 if samples.labels is None else int(samples.labels.max())
+    if last >= count:
+        raise DataError(
+            f"{samples.source}: labels go up to {last}, and the network tells {count} classes apart, counted from 0."
+        )
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -38,14 +38,14 @@ from arrondi.graph import (
     write_graph,
 )
 from arrondi.measure.arrays import Arrays, read_arrays
-from arrondi.measure.networks import compare_graphs
+from arrondi.measure.networks import check_samples, compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
 from arrondi.model import Inputs
 from arrondi.pipeline.ends import ends_of, has_few_bits, with_wider_ends
 from arrondi.pipeline.flowing import Ranges, flowing_scheme, rounded_flow
 from arrondi.pipeline.module import round_module
 from arrondi.pipeline.plan import Plan
-from arrondi.pipeline.prepare import rewritten, with_what_was_learned
+from arrondi.pipeline.prepare import correct_by_norms, is_analytic, rewritten, with_what_was_learned
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.steps import STEPS
 from arrondi.tensor.qtensor import QTensor
@@ -56,6 +56,8 @@ _CHOOSING: Final = 128
 """Samples that a choice of recipes, and what is said of every value, is made on."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
+_FEWEST: Final = 4
+"""Samples to calibrate on, fewer than which are refused."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def quantize_network(
     calibration, evaluation = _data(given, data)
     flowing = flowing_scheme(recipe)
     notes: list[str] = []
+    analytic = is_analytic(recipe)
     graph, recipe = rewritten(given, recipe, calibration, notes)
     found, rounded_graph = places(graph), graph
     ranges: Mapping[str, tuple[float, float]] = {}
@@ -177,10 +180,15 @@ def quantize_network(
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }
+    if analytic:
+        corrected = correct_by_norms(program, original, graph, before)
+        notes.append(f"{len(corrected)} of {len(program.layers)} layers had their bias corrected by the means that normalizations tell; the others read something else, or have no bias.")  # fmt: skip
     learned, left = with_what_was_learned(rounded_graph, program), weights
     if flowing is not None and flowing.dynamic:
         learned, left = integer_products(learned, weights)
     written = hold_codes(learned, left)
+    if evaluation is not None:
+        check_samples(written, evaluation)
     if data.int32_bias:
         if flowing is None or flowing.dynamic:
             raise SchemeError("Biases are codes of the scale of what a layer reads, which is not stored here. Use W8A8, or leave --int32-bias out.")  # fmt: skip
@@ -209,6 +217,8 @@ def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None
     elif calibration is not None and evaluation is None and len(calibration) >= _HELD_OUT:
         kept = len(calibration) - len(calibration) // _HELD_OUT
         calibration, evaluation = calibration.part(0, kept), calibration.part(kept)
+    if calibration is not None and len(calibration) < _FEWEST:
+        raise DataError(f"{calibration.source} holds {len(calibration)} samples to calibrate on, and ranges of so few mean nothing. Give at least {_FEWEST}, better a hundred.")  # fmt: skip
     return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation
 
 

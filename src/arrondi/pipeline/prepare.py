@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import torch
 
+from arrondi.errors import SchemeError
 from arrondi.graph import Graph, Program
 from arrondi.graph.equalize import absorb, equalize
+from arrondi.graph.expected import expected_means
 from arrondi.measure.arrays import Arrays
-from arrondi.pipeline.recipe import Recipe
+from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.pipeline.steps import STEPS
+from arrondi.repair.bias import mean_shift
 
 _BIASED: Final = ("Conv", "ConvTranspose", "Gemm")
 """Layers that can have a bias."""
@@ -32,7 +37,48 @@ def rewritten(graph: Graph, recipe: Recipe, calibration: Arrays | None, notes: l
             notes.append(f"{count} channels gave a part of their bias to the layer behind them.")
     if any(STEPS[name].kind == "repair" for name in kinds):
         graph = with_biases(graph)
-    return graph, replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.method != "equalize"))
+    if is_analytic(recipe) and "equalize" in kinds:
+        raise SchemeError("The means that normalizations tell are those of channels before equalization. Leave equalize or bias-correction.analytic out.")  # fmt: skip
+    gone = [rule for rule in recipe.rules if rule.method == "equalize" or _analytic(rule)]
+    return graph, replace(recipe, rules=tuple(rule for rule in recipe.rules if rule not in gone))
+
+
+def _analytic(rule: Rule) -> bool:
+    return rule.method == "bias-correction" and bool(rule.options.get("analytic", False))
+
+
+def is_analytic(recipe: Recipe) -> bool:
+    """Whether biases are corrected by what normalizations tell."""
+    return any(_analytic(rule) for rule in recipe.rules)
+
+
+def correct_by_norms(program: Program, original: Graph, graph: Graph, before: Mapping[str, torch.Tensor]) -> list[str]:
+    """Take out of every bias what rounding its weight shifts, on average over inputs as normalizations tell them.
+
+    Args:
+        program: with rounded weights; changed.
+        original: with its normalizations.
+        graph: what the program is made of, its values not yet rounded.
+        before: layer → its weight as it was.
+
+    Returns:
+        the layers that were corrected.
+    """
+    means, read = expected_means(original), {node.name: node.inputs[0] for node in graph.nodes}
+    done = []
+    for layer, path in program.layers.items():
+        module: Any = program.get_submodule(path)
+        mean, old = means.get(read.get(layer, "")), before[layer]
+        groups = getattr(module, "groups", 1)
+        if mean is None or getattr(module, "bias", None) is None or len(mean) != old.shape[1] * groups:
+            continue
+        places, rows = old[0, 0].numel(), old.shape[0] // groups
+        own = torch.from_numpy(mean).reshape(groups, -1).repeat_interleave(places, dim=1)
+        weights = (w.detach().reshape(groups, rows, -1) for w in (old, module.weight))
+        shift = torch.cat([mean_shift(*parts) for parts in zip(*weights, own, strict=True)])
+        module.bias.data -= shift
+        done.append(layer)
+    return done
 
 
 def with_biases(graph: Graph) -> Graph:

@@ -32,10 +32,10 @@ class Ending(NamedTuple):
 
 def ending(node: Node, multiplier: torch.Tensor, lanes: int) -> Ending | None:
     """What multiplies the sums of a node, once for each lane; None where a fixed-point multiplier is too large or too small."""
-    whole = np.broadcast_to(multiplier.float().reshape(-1).numpy(), (lanes,))
+    whole = np.broadcast_to(multiplier.reshape(-1).numpy(), (lanes,))
     how = _HOW[node.attrs.get(ARITHMETIC, "float")]
     if not how:
-        return Ending(whole, how)
+        return Ending(whole.astype(np.float32), how)
     found = fixed(*(float(v) for v in whole))
     return None if found is None else Ending(found, how)
 

@@ -14,7 +14,8 @@ from arrondi.graph.compiled import layers
 from arrondi.graph.compiled.asks import Ending, codes_of, eight, ending, limits, numbers, plane, raised
 from arrondi.graph.compiled.builder import Builder
 from arrondi.graph.compiled.room import Held
-from arrondi.graph.ir import Node
+from arrondi.graph.ir import ARITHMETIC, Node
+from arrondi.graph.requantize import multiplier_of
 from arrondi.graph.windows import edges
 
 Array = np.ndarray
@@ -85,7 +86,7 @@ def conv(b: Builder, node: Node) -> bool:
     sx, zx, w, sw, zw, sy, zy = grids
     if not _slides(b, node, w) or not eight(zy) or sx.size != 1 or sy.size != 1:
         return False
-    scale = tensor_of(sx).reshape(()) * tensor_of(sw) / tensor_of(sy).reshape(())
+    scale = multiplier_of(tensor_of(sx), tensor_of(sw), tensor_of(sy), node.attrs.get(ARITHMETIC, "float"))
     layer = _layer(b, node, node.inputs[0], zx, w, zw, bias, scale, (node.outputs[0], zy))
     if layer is not None:
         _window_layer(b, node.attrs, layer)
@@ -167,8 +168,12 @@ def gemm(b: Builder, node: Node) -> bool:
     sx, zx, w, sw, zw = grids
     if w.ndim != 2 or sx.size != 1 or (ends and not eight(ends[1])):
         return False
-    scale = node.attrs.get("alpha", 1.0) * tensor_of(sx).reshape(()) * tensor_of(sw)
-    scale = scale / tensor_of(ends[0]).reshape(()) if ends else scale
+    first = node.attrs.get("alpha", 1.0) * tensor_of(sx).reshape(())
+    scale = (
+        multiplier_of(first, tensor_of(sw), tensor_of(ends[0]), node.attrs.get(ARITHMETIC, "float"))
+        if ends
+        else first * tensor_of(sw)
+    )
     weight = w if node.attrs.get("transB", 0) else w.T
     layer = _layer(b, node, inputs[0], zx, weight, zw, bias, scale, (node.outputs[0], ends[1] if ends else None))
     return layer is not None and _matrix(b, layer)

@@ -160,7 +160,7 @@ def global_mean(b: Builder, node: Node) -> bool:
 
 
 def average(b: Builder, node: Node) -> bool:
-    """QLinearAveragePool, by way of float32."""
+    """QLinearAveragePool, by way of float32; fixed point has a mean of its own."""
     grids = numbers(b, *node.inputs[1:5])
     if grids is None or len(grids) != 4 or node.attrs.get("channels_last", 0) or not eight(*grids[1::2]):
         return False
@@ -168,7 +168,7 @@ def average(b: Builder, node: Node) -> bool:
     x = codes_of(b, node.inputs[0], zx)
     if x is None or not 3 <= len(x.shape) <= 4 or any(s.size != 1 or s.dtype != np.float32 for s in (sx, sy)):
         return False
-    if any(d != 1 for d in node.attrs.get("dilations", [])):
+    if any(d != 1 for d in node.attrs.get("dilations", [])) or node.attrs.get(ARITHMETIC, "float") != "float":
         return False
     kernel, strides, _, begin, _ = windows(node.attrs, x.shape)
     counts = b.keep(window_counts(node.attrs, torch.ones(1, 1, *x.shape[2:])).numpy())

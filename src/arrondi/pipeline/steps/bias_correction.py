@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from arrondi.errors import SchemeError
 from arrondi.model import Site, Source
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Choice, Declared, Step
@@ -17,12 +18,20 @@ from arrondi.pipeline.work import Work
 from arrondi.repair.bias import mean_shift
 
 
-def correct(work: Work, sites: Sequence[Site]) -> None:
+def correct(work: Work, sites: Sequence[Site], *, analytic: bool = False) -> None:
     """Let every layer with a bias give, on average over the calibration tokens, what it gives in the original.
 
     Where the original sends a layer other tokens, only what the rounding of its own weight shifts is taken out. A layer that no token
     reaches keeps its bias.
+
+    Args:
+        analytic: of networks of ONNX operators, which have normalizations that tell means without data, and never come here.
+
+    Raises:
+        SchemeError: `analytic` of any other model.
     """
+    if analytic:
+        raise SchemeError("Means without data are those of normalizations in networks of ONNX operators. Leave bias-correction.analytic out.")  # fmt: skip
     for site in sites:
         seen, name = work.seen.get(site.name), _bias_of(site)
         if seen is None or not seen.tokens or any(part.total is None for part in seen.parts):
