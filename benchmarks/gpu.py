@@ -22,7 +22,7 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.kernels import KERNELS, Meta
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 
 TURNS = 9
 

@@ -57,6 +57,8 @@ CASES: Final = (
     Case("awq", WIDTHS, {"method": "awq"}),
     Case("gptq absmax", WIDTHS, {"method": "gptq", "options": ABSMAX}),
     Case("gptq", (*WIDTHS, *FLOATS), {"method": "gptq"}),
+    Case("awq-scale gptq", FEW, {"method": "gptq", "rewrites": ["awq-scale"]}),
+    Case("equalize gptq", FEW, {"method": "gptq", "rewrites": ["equalize"]}),
     Case("gptq refine", WIDTHS, {"method": "gptq", "options": {"refine": 3}}),
     Case("gobo", FEW, {"method": "gobo"}),
     Case("kmeans", FEW, {"method": "kmeans", "options": {"rows": 16}}),
@@ -70,6 +72,7 @@ CASES: Final = (
     Case("yaqa refine e2e", FEW, {"method": "yaqa", "options": {"refine": 2}, "repairs": ["e2e"]}),
     Case("gptaq refine", FEW, {"method": "gptaq", "options": REFINED}),
     Case("autoround", WIDTHS, {"method": "autoround"}),
+    Case("autoround nearest", FEW[:1], {"method": "autoround", "options": {"start": "nearest"}}),
     Case("preset best", WIDTHS, {"preset": "best"}),
     Case("preset best", TABLES, {"preset": "best"}),
     Case("gptaq sweeps", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}}),
@@ -80,11 +83,11 @@ CASES: Final = (
     Case("smoothquant rtn", ("W8A8",), {"method": "rtn", "rewrites": ["smoothquant"]}),
     Case("rtn", FOUR_BITS, {"method": "rtn"}),
     Case("gptq", ("W4A8", *FOUR_BITS), {"method": "gptq"}),
-    Case("rotate gptq", ("W4A8", *FOUR_BITS), {"method": "gptq", "rewrites": ["rotate"]}),
+    Case("rotate gptq", ("W4A16", "W4A8", *FOUR_BITS), {"method": "gptq", "rewrites": ["rotate"]}),
     Case("rotate.online gptq", ("W4A8", *FOUR_BITS), {"method": "gptq", "rewrites": ["rotate"], "options": ONLINE}),
     Case("preset best", FOUR_BITS[:1], {"preset": "best"}),
 )
-CACHES: Final = ("full", "int8", "int4", "kivi2")
+CACHES: Final = ("full", "int8", "int8-static", "int4", "kivi2", "pca2", "pca3")
 """Kinds of keys and values, beside the original's weights."""
 
 BASIC: Final = r"^W\dA16 (rtn|hqq|gptq)( absmax)?$"
@@ -115,8 +118,18 @@ def measured(
 ) -> dict[str, Any]:
     """Quantize and measure: one row."""
     if not settings:
+        words = read_windows(calibration, load_tokenizer(args.model), 2 * args.seq_len)
+        clips = arrondi.calibrate_cache(
+            arrondi.load(args.model), scheme, chosen(words, -(-args.samples // 2), seed=0).ids.split(4)
+        )
         found = compare_with_cache(
-            args.model, args.model, evaluation, scheme, seq_len=2 * args.seq_len, samples=-(-args.windows // 2)
+            args.model,
+            args.model,
+            evaluation,
+            scheme,
+            seq_len=2 * args.seq_len,
+            samples=-(-args.windows // 2),
+            clips=clips,
         )
         return {"result": found, "bits": None, "seconds": None}
     with tempfile.TemporaryDirectory() as scratch:

@@ -22,8 +22,8 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.rounding import hqq
+from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.packing import pack
-from arrondi.tensor.qtensor import quantize_tensor
 from arrondi.tensor.quantizers import round_packed
 
 

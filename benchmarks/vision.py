@@ -1,11 +1,11 @@
 """What each method costs networks of convolutions at each width: the tables in the README and in docs/benchmarks.md.
 
 Owns: the cases, each a scheme and what `arrondi.quantize` is told, and the table of their top-1, agreement with the network in floating point, signal to
-difference, bytes and CPU seconds. Peers quantize the same file on the same samples, in environments of their own, and are measured by the same code.
+difference, bytes and CPU seconds. ONNX Runtime runs every file. Peers quantize the same network on the same samples, in environments of their own.
 
     python benchmarks/vision.py --data DIR                               every case on every network
     python benchmarks/vision.py --data DIR --networks resnet20 --only 'W4A16 (rtn|adaround)' --rows FILE.jsonl
-    python benchmarks/vision.py --data DIR --peer ort=PYTHON             rows of ONNX Runtime's static quantizer
+    python benchmarks/vision.py --data DIR --peer ort=PYTHON --peer nncf=PYTHON --peer pt2e=PYTHON    rows of others, see benchmarks/peers
 
 `--latency` adds the time of one sample and of 32 in ONNX Runtime, over that of the float file, best of several turns.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -27,11 +28,11 @@ import torch
 
 import arrondi
 from arrondi.graph import read_graph, write_graph
-from arrondi.measure.networks import compare_networks
 from networks import NETWORKS, REAL, built
 
 PEERS: Final = Path(__file__).parent / "peers"
 TURNS: Final = 15
+BATCH: Final = 32
 
 
 class Case(NamedTuple):
@@ -67,13 +68,28 @@ def rows_of(pattern: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     return (row for row in every if re.search(pattern, row[0]))
 
 
-def latency(path: Path, sample: np.ndarray, batch: int) -> float:
-    """Seconds of one call in ONNX Runtime with one thread, the best of several."""
+def session_of(path: Path) -> Any:
+    """ONNX Runtime on one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def outputs_of(path: Path, inputs: np.ndarray) -> np.ndarray:
+    """(samples, classes): what a file gives, or what a peer says that it gives."""
+    if path.suffix == ".npz":
+        return np.load(path)["outputs"]
+    session = session_of(path)
+    name = session.get_inputs()[0].name
+    parts = [session.run(None, {name: inputs[i : i + BATCH]})[0] for i in range(0, len(inputs), BATCH)]
+    return np.concatenate(parts)
+
+
+def latency(path: Path, sample: np.ndarray, batch: int) -> float:
+    """Seconds of one call in ONNX Runtime, the best of several."""
+    session = session_of(path)
     feed = {session.get_inputs()[0].name: np.repeat(sample, batch, 0)}
     times = []
     for _ in range(TURNS):
@@ -92,11 +108,12 @@ class Bench:
         self.name, self.folder, self.with_latency = name, folder, with_latency
         self.calibration, self.test = NETWORKS[name].samples(data, count)
         self.float_file = folder / f"{name}.onnx"
-        write_graph(
-            read_graph(built(name, data, trained), torch.from_numpy(self.calibration["inputs"][:2])), self.float_file
-        )
-        self.calibration_file = folder / f"{name}.npz"
-        np.savez(self.calibration_file, **self.calibration)
+        self.module = built(name, data, trained)
+        write_graph(read_graph(self.module, torch.from_numpy(self.calibration["inputs"][:2])), self.float_file)
+        self.expected = outputs_of(self.float_file, self.test["inputs"])
+        self.given = [folder / f"{name}.{part}.npz" for part in ("calibration", "test")]
+        for path, arrays in zip(self.given, (self.calibration, self.test), strict=True):
+            np.savez(path, **arrays)
 
     def ours(self, scheme: str, settings: dict[str, Any]) -> dict[str, Any]:
         out = self.folder / "out.onnx"
@@ -113,31 +130,44 @@ class Bench:
         )
         return self.measured(out, time.process_time() - began)
 
+    def exported(self) -> Path:
+        """The network as torch.export keeps it, for peers that want it so."""
+        path = self.folder / f"{self.name}.pt2"
+        if not path.exists():
+            batch = torch.export.Dim("batch", min=1, max=1024)
+            sample = torch.from_numpy(self.calibration["inputs"][:2])
+            torch.export.save(torch.export.export(self.module, (sample,), dynamic_shapes=({0: batch},)), path)
+        return path
+
     def peer(self, name: str, python: str, scheme: str) -> dict[str, Any]:
-        out = self.folder / "peer.onnx"
-        script = PEERS / f"{name}_networks.py"
+        out = self.folder / ("peer.npz" if name == "pt2e" else "peer.onnx")
+        given = [self.exported(), out, *self.given] if name == "pt2e" else [self.float_file, out, self.given[0]]
         made = subprocess.run(
-            [python, script, self.float_file, out, self.calibration_file, scheme],
-            check=True,
-            capture_output=True,
-            text=True,
+            [python, PEERS / f"{name}_networks.py", *given, scheme], check=True, capture_output=True, text=True
         )
         return self.measured(out, json.loads(made.stdout.splitlines()[-1])["seconds"])
 
     def measured(self, out: Path, seconds: float) -> dict[str, Any]:
-        found = compare_networks(out, self.float_file, self.test)
-        found |= {"bytes": out.stat().st_size, "seconds": seconds}
-        if self.with_latency:
+        found, wanted = outputs_of(out, self.test["inputs"]), self.expected
+        classes, labels = found.argmax(1), self.test["labels"]
+        noise = float(np.square(found.astype(np.float64) - wanted).sum())
+        row = {
+            "top1": float((classes == labels).mean()), "agreement": float((classes == wanted.argmax(1)).mean()),
+            "sqnr_db": 10 * math.log10(float(np.square(wanted.astype(np.float64)).sum()) / noise) if noise else math.inf,
+            "bytes": out.stat().st_size if out.suffix == ".onnx" else None, "seconds": seconds,
+        }  # fmt: skip
+        if self.with_latency and out.suffix == ".onnx":
             for batch in (1, 32):
                 sample = self.test["inputs"][:1]
-                found[f"speed_{batch}"] = latency(self.float_file, sample, batch) / latency(out, sample, batch)
-        return found
+                row[f"speed_{batch}"] = latency(self.float_file, sample, batch) / latency(out, sample, batch)
+        return row
 
 
 def show(label: str, row: dict[str, Any]) -> None:
     speed = "".join(f"  {row[key]:5.2f} x" for key in ("speed_1", "speed_32") if key in row)
+    size = "–" if row["bytes"] is None else f"{row['bytes']:,}"
     print(
-        f"{label:46s} {100 * row['top1']:6.2f} %  {100 * row['agreement']:6.2f} %  {row['sqnr_db']:6.2f} dB  {row['bytes']:>9,}  {row['seconds']:7.1f}{speed}",
+        f"{label:46s} {100 * row['top1']:6.2f} %  {100 * row['agreement']:6.2f} %  {row['sqnr_db']:6.2f} dB  {size:>9s}  {row['seconds']:7.1f}{speed}",
         flush=True,
     )
 

@@ -72,6 +72,25 @@ void bind_tokens(nb::module_& m) {
         }
         if (wrong != nullptr) throw nb::value_error(wrong);
     });
+    // Codes, stride from head to head, and bytes of 8, 4 and 2 bits.
+    using Packed = std::tuple<uintptr_t, int64_t, int, int, int>;
+    const auto directions = [](const Packed& s) {
+        return Directions{at<uint8_t>(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s), std::get<4>(s)};
+    };
+    m.def("attend_along", [directions](int heads, int key_heads, int half, int plain, int tokens, int parts, uintptr_t query,
+                                       const Packed& keys, const Packed& values, int count, uintptr_t rows, uintptr_t places,
+                                       uintptr_t base, int64_t first, uintptr_t starts, uintptr_t steps, uintptr_t sums,
+                                       uintptr_t tops, uintptr_t totals, int threads) {
+        const char* wrong;
+        {
+            nb::gil_scoped_release free;
+            wrong = attend_along({heads, key_heads, half, plain, tokens, parts, at<float>(query), directions(keys),
+                                  directions(values), count, at<float>(rows), at<int32_t>(places), at<float>(base), first,
+                                  at<float>(starts), at<float>(steps), at<float>(sums), at<float>(tops), at<float>(totals),
+                                  threads});
+        }
+        if (wrong != nullptr) throw nb::value_error(wrong);
+    });
 }
 
 }  // namespace arrondi

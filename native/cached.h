@@ -139,15 +139,21 @@ inline void packed_values(const PackedStates& v, int width, int head, const floa
     }
 }
 
-// Scores become shares of one; their sum. NaN where the largest is no number.
-inline float shares_of(float* scores, int count) {
+// The largest of some scores; NaN where one is, or the largest is infinite.
+inline float top_of(const float* scores, int count) {
     float top = -__builtin_inff();
     bool unordered = false;
     for (int t = 0; t < count; t++) {
         top = scores[t] > top ? scores[t] : top;
         unordered |= scores[t] != scores[t];
     }
-    if (unordered || top - top != 0.0f) return __builtin_nanf("");
+    return unordered || top - top != 0.0f ? __builtin_nanf("") : top;
+}
+
+// Scores become exp(score - top); their sum. NaN where the top is.
+inline float shares_of(float* scores, int count) {
+    const float top = top_of(scores, count);
+    if (top != top) return top;
     Floats all = zero_floats();
     for (int t = 0; t < count; t += 16) {
         const Floats power = max(mul(sub(load_some(scores, Type::f32, t, count), splat(top)), splat(1.44269504f)), splat(-125.0f));

@@ -1,6 +1,7 @@
 // The table of one path: included last by path_*.cpp.
 #pragma once
 
+#include "along.h"
 #include "cached.h"
 #include "gptq.h"
 #include "hadamard.h"
@@ -18,7 +19,7 @@ namespace arrondi {
 namespace ARRONDI_PATH {
 
 const Transforms kTransforms = {butterflies, base_product, pack_signs, multiply_signs, read};
-const Tokens kTokens = {dense, attend, rotate, attend_packed};
+const Tokens kTokens = {dense, attend, rotate, attend_packed, attend_along};
 extern const Codes kCodes;  // codes_*.cpp
 extern const Path kPath;
 const Path kPath = {ARRONDI_NAME(ARRONDI_PATH), kRows, kVectors, kFastDot, kHasBf16Dot, kWords, pack_tile, stream, panel,

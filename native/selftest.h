@@ -136,6 +136,8 @@ struct Numbers {
 int try_all_products(uint64_t seed, bool quick);
 // Two threads with products of their own.
 void try_callers(uint64_t seed);
+// Attention along principal directions.
+void try_directions(uint64_t seed, bool quick);
 // What the path in use does besides: quantizers, transforms, tokens.
 void try_jobs(uint64_t seed, bool quick);
 // Networks on codes.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "directions.h"
 #include "kernels.h"
 
 namespace arrondi {
@@ -90,6 +91,7 @@ struct Tokens {
     void (*attend)(const Attention&, int head, float* scores);
     void (*rotate)(const Rotation&, int row);
     void (*attend_packed)(const PackedAttention&, int head, float* memory);
+    void (*attend_along)(const AlongDirections&, int head, int part, float* scores);
 };
 
 // Null, or a sentence that says what is wrong.

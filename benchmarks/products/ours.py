@@ -13,7 +13,7 @@ from common import Bind, Case, main
 from arrondi.formats import parse_scheme
 from arrondi.kernels import choose
 from arrondi.nn import QLinear
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 
 SCHEMES = {
     "w8": "W8A16", "w6": "W6A16", "w5": "W5A16", "w4": "W4A16", "w3": "W3A16", "w2": "W2A16", "ternary": "TERNARY",

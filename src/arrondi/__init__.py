@@ -18,7 +18,7 @@ _HOME: Final = {
     "ActivationScheme": "formats", "FORMATS": "formats", "Format": "formats", "LayerScheme": "formats", "PRESETS": "formats",
     "PerBlock": "formats", "PerChannel": "formats", "PerGroup": "formats", "PerTensor": "formats", "PerToken": "formats",
     "Scheme": "formats", "codebook": "formats", "get_format": "formats", "parse_scheme": "formats",
-    "QTensor": "tensor.qtensor", "fake_quantize": "tensor.qtensor", "quantize_tensor": "tensor.qtensor",
+    "QTensor": "tensor.qtensor", "fake_quantize": "tensor.nearest", "quantize_tensor": "tensor.nearest",
     "pack": "tensor.packing", "unpack": "tensor.packing",
     "METHODS": "rounding", "gptq": "rounding", "hqq": "rounding", "rtn": "rounding",
     "SecondMoment": "calibration",
@@ -74,11 +74,11 @@ if TYPE_CHECKING:
     from arrondi.runtime.kv import calibrate_clips as calibrate_clips
     from arrondi.runtime.kv import kv_cache as kv_cache
     from arrondi.sample import sample_path as sample_path
+    from arrondi.tensor.nearest import fake_quantize as fake_quantize
+    from arrondi.tensor.nearest import quantize_tensor as quantize_tensor
     from arrondi.tensor.packing import pack as pack
     from arrondi.tensor.packing import unpack as unpack
     from arrondi.tensor.qtensor import QTensor as QTensor
-    from arrondi.tensor.qtensor import fake_quantize as fake_quantize
-    from arrondi.tensor.qtensor import quantize_tensor as quantize_tensor
 
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -78,6 +78,8 @@ def quantize(
     keep_misfits: bool = False,
     observer: str = "mse",
     ends: int | None = 8,
+    faint: bool = True,
+    int32_bias: bool = False,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -103,6 +105,8 @@ def quantize(
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
         observer: how ranges of what flows are found, for networks of ONNX operators; see `arrondi.calibration.OBSERVERS`.
         ends: bits of the first and last layers of such networks where weights have at most four; None: as all others.
+        faint: whether values of such networks whose quiet samples eight bits drown have sixteen.
+        int32_bias: whether biases of such networks are written as int32 codes of scale S_x · S_w.
         layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
     Returns:
@@ -117,7 +121,17 @@ def quantize(
     if is_graph_file(model):
         if out is None:
             raise SchemeError('A network is quantized into a file. Give out="NAME.onnx".')
-        data = NetworkData(calibration, evaluation, samples, seed, observer=observer, evaluate=evaluate, ends=ends)
+        data = NetworkData(
+            calibration,
+            evaluation,
+            samples,
+            seed,
+            observer=observer,
+            evaluate=evaluate,
+            ends=ends,
+            faint=faint,
+            int32_bias=int32_bias,
+        )
         return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
     if kv is not None:
         rules = rules.with_kv(kv)

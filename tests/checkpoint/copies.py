@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from arrondi.checkpoint import LAYOUTS, LayerValues, ModelFacts, Placed
 from arrondi.formats import LayerScheme, PerTensor, Scheme
-from arrondi.tensor.qtensor import fake_quantize, quantize_tensor
+from arrondi.tensor.nearest import fake_quantize, quantize_tensor
 from arrondi.tensor.ranges.grid import Grid
 
 Pick = Callable[[str, tuple[int, ...]], LayerScheme | None]

@@ -29,7 +29,8 @@ from safetensors.torch import load, save
 from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
 from arrondi.errors import ArrondiError
 from arrondi.formats import parse_scheme
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from tests.checkpoint.copies import static_grid
 from tests.fuzz.inputs import inputs_apart
 from tests.fuzz.mutations import mutate_header, mutate_json, mutate_text

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from arrondi.checkpoint import Checkpoint
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 
 TIES: Final = 0.02
 """Share of numbers that may differ: the package adds a zero point before it rounds, so a tie may fall to the other side."""

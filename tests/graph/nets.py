@@ -90,3 +90,26 @@ class Separable(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.depth(torch.relu(self.stem(x))))
         return self.head(torch.relu(self.point(x)).mean((2, 3)))
+
+
+class Segmenting(nn.Module):
+    """What ESPNet is made of: pyramids of dilated convolutions that are added up and joined, PReLU, a transposed convolution in groups, and
+    a bilinear resize back to the size of the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.stem, self.slopes = nn.Conv2d(3, 16, 3, 2, padding=1), nn.PReLU(16)
+        self.reduce = nn.Conv2d(16, 8, 1)
+        self.pyramid = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=d, dilation=d) for d in (1, 2, 4)])
+        self.norm, self.more = nn.BatchNorm2d(24), nn.PReLU(24)
+        self.shortcut, self.up = nn.Conv2d(16, 24, 1), nn.ConvTranspose2d(24, 16, 2, 2, groups=4)
+        self.classes = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.slopes(self.stem(x))
+        small = self.reduce(first)
+        one, two, four = (conv(small) for conv in self.pyramid)
+        joined = self.norm(torch.cat([one, one + two, one + two + four], 1)) + self.shortcut(first)
+        wide = self.classes(torch.relu(self.up(self.more(joined))))
+        return nn.functional.interpolate(wide, scale_factor=2, mode="bilinear", align_corners=False)

@@ -11,7 +11,8 @@ from arrondi.formats import FORMATS, ActivationScheme, LayerScheme, Scheme, pars
 from arrondi.kernels import Meta
 from arrondi.kernels import native_linear as module
 from arrondi.native import native
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.tables import round_table
 from tests.cases import pairwise as pairwise

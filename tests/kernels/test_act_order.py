@@ -9,7 +9,8 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.kernels import contiguous_groups, decoded, pack_weight
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 
 
 def scattered(shape: tuple[int, int], scheme: str = "w=int4/g32/asym") -> QTensor:

@@ -20,7 +20,8 @@ from arrondi.kernels import native_linear as module
 from arrondi.kernels.native_linear.coding import KIND, packing_of
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor, quantize_with
+from arrondi.tensor.nearest import fake_quantize, quantize_tensor, quantize_with
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import PATHS, inputs, normal, packed, weight
 
@@ -441,7 +442,7 @@ def test_without_the_extension_everything_goes_to_pytorch():
         "from arrondi.formats import parse_scheme\n"
         "from arrondi.kernels import choose\n"
         "from arrondi.nn import QLinear\n"
-        "from arrondi.tensor.qtensor import quantize_tensor\n"
+        "from arrondi.tensor.nearest import quantize_tensor\n"
         "scheme = parse_scheme('W4A16').weights\n"
         "print(choose(scheme, (16, 128), torch.float32).name)\n"
         "print(QLinear(quantize_tensor(torch.randn(16, 128), scheme))(torch.ones(1, 128)).shape)\n"

@@ -25,8 +25,9 @@ from arrondi.kernels.tokens import attend, dense_linear, rotate
 from arrondi.native import native, operand
 from arrondi.tensor import quantizers
 from arrondi.tensor.encoding import decode, encode
+from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.packing import pack, pack_reference, unpack, unpack_reference
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import normal, packed, weight
 

@@ -16,7 +16,8 @@ from arrondi.formats import LayerScheme, Scheme, parse_scheme
 from arrondi.kernels import native_linear as module
 from arrondi.kernels.product import GATES
 from arrondi.native import native
-from arrondi.tensor.qtensor import QTensor, fake_quantize
+from arrondi.tensor.nearest import fake_quantize
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import PATHS, inputs, normal, packed, pairwise, weight
 

@@ -7,7 +7,7 @@ import torch
 
 from arrondi.formats import parse_scheme
 from arrondi.kernels import KERNELS, Meta, torch_ops
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 
 CPU = torch.device("cpu")
 

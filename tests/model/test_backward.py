@@ -15,7 +15,7 @@ from arrondi.errors import SchemeError
 from arrondi.formats import ActivationScheme, PerToken, Scheme, get_format
 from arrondi.model import Budget, Gradients, OnDisk, Rounding, Stream, kl_loss, next_token_loss, walk, walk_back
 from arrondi.model.backward import Loss
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 from tests.conftest import ARCHITECTURES
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.nn import QConv, conv_matrix, conv_weight
-from arrondi.tensor.qtensor import fake_quantize, quantize_tensor
+from arrondi.tensor.nearest import fake_quantize, quantize_tensor
 from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import assert_same, inputs, normal
 

@@ -8,7 +8,7 @@ import torch
 from arrondi.errors import DataError, ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.nn import QEmbedding
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 from tests.kernels.common import assert_same
 
 

@@ -16,7 +16,7 @@ from arrondi.formats import ActivationScheme, parse_scheme
 from arrondi.kernels import KERNELS
 from arrondi.native import native
 from arrondi.nn import QLinear
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import inputs, normal
 

@@ -15,7 +15,8 @@ from arrondi.errors import SchemeError, ShapeError
 from arrondi.kernels import FORCE, KERNELS
 from arrondi.nn import QLinear, joined_product
 from arrondi.nn import linear as linear_module
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
+from arrondi.tensor.nearest import fake_quantize, quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from tests.kernels.common import assert_same, inputs
 

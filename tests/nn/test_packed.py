@@ -10,7 +10,7 @@ from torch import nn
 
 from arrondi.errors import SchemeError
 from arrondi.nn import PackedWeight, QEmbedding, QLinear
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 from tests.kernels.common import normal
 
 Q = quantize_tensor(normal(6, 16), "w=int8/channel")

@@ -12,7 +12,8 @@ from torch import nn
 from arrondi.errors import ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.nn import QStack, replace_parameter
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from tests.kernels.common import assert_same
 
 EXPERTS, HIDDEN, INNER = 4, 64, 96

@@ -20,7 +20,7 @@ from arrondi.native import native
 from arrondi.nn import QLinear
 from arrondi.pipeline import quantize_model
 from arrondi.runtime.fuse import is_fused
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 
 
 @pytest.fixture(scope="module")

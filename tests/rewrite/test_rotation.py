@@ -10,7 +10,7 @@ from arrondi.formats import FORMATS, PerToken, Scheme
 from arrondi.kernels.hadamard import hadamard_matrix
 from arrondi.rewrite.rotation import Rotation, block_of, factors_of, turn
 from arrondi.rewrite.spread import best_block, check_block, spread, spread_weight, unspread
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 
 ORDERS = (1, 2, 7, 12, 16, 45, 52, 90, 172, 344)
 """Sylvester's, both of Paley's over primes and prime powers (52 needs a field of 25, 344 one of 343), and what has none."""

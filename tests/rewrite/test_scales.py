@@ -14,7 +14,7 @@ from arrondi.rewrite.equalize import Link, equalize
 from arrondi.rewrite.search import Reader, best_scale
 from arrondi.rewrite.sinq import imbalance, sinkhorn
 from arrondi.rewrite.smoothquant import ALPHAS, smoothing, smoothings
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 
 N = 512
 EACH = torch.arange(N)

@@ -10,7 +10,7 @@ from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import parse_scheme, tile_shape
 from arrondi.rounding.awq import awq
 from arrondi.rounding.rtn import rtn
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 
 
 def case(m: int = 6, n: int = 40, seed: int = 0) -> tuple[torch.Tensor, SecondMoment]:

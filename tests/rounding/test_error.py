@@ -12,7 +12,7 @@ from arrondi.errors import ShapeError
 from arrondi.formats import parse_scheme
 from arrondi.rounding import gptq, rtn
 from arrondi.rounding.error import Loss, output_loss, sqnr, weight_loss
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 
 
 def inputs(n: int, tokens: int = 700, seed: int = 0) -> torch.Tensor:

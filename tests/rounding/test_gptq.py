@@ -28,7 +28,8 @@ from arrondi.rounding.gptq_factor import _reverse, _root, _root_reference, root_
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.qtensor import QTensor, quantize_with
+from arrondi.tensor.nearest import quantize_with
+from arrondi.tensor.qtensor import QTensor
 from tests.cases import each_once
 
 INT4 = FORMATS["int4"]

@@ -8,7 +8,8 @@ import torch
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.rounding import METHODS, check_options, imatrix, rtn
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.weighted import weighted_parts
 
 SCHEMES = [

@@ -12,7 +12,7 @@ from arrondi.errors import DataError, SchemeError
 from arrondi.formats import FORMATS, PRESETS, PerChannel, PerGroup, PerTensor, Scheme, integer, parse_scheme
 from arrondi.rounding import rtn
 from arrondi.rounding.rtn import pays_to_search
-from arrondi.tensor.qtensor import quantize_tensor, quantize_with
+from arrondi.tensor.nearest import quantize_tensor, quantize_with
 from arrondi.tensor.ranges.search import search_grid
 from tests.cases import each_once
 

@@ -12,7 +12,7 @@ from torch import nn
 from arrondi.formats import parse_scheme
 from arrondi.nn import QLinear
 from arrondi.runtime.fuse import fuse, unfuse
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 
 SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

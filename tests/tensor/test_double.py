@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from arrondi.formats import FORMATS, PRESETS, PerRun, parse_scheme, tile_shape
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 
 PLAIN = {"NF4_DQ": "NF4", "FP4_BNB_DQ": "FP4_BNB"}
 

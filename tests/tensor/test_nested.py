@@ -11,7 +11,8 @@ from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import FORMATS, PerGroup, Scheme, parse_scheme
 from arrondi.rounding import gptq, hqq, rtn
-from arrondi.tensor.qtensor import QTensor, quantize_tensor, store_grid
+from arrondi.tensor.nearest import quantize_tensor, store_grid
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.tiling import to_tiles
 

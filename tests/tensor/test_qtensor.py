@@ -32,15 +32,8 @@ from arrondi.formats import (
     tile_shape,
 )
 from arrondi.tensor.encoding import decode
-from arrondi.tensor.qtensor import (
-    Parts,
-    QTensor,
-    dequantize,
-    fake_quantize,
-    quantize_scales,
-    quantize_tensor,
-    quantize_with,
-)
+from arrondi.tensor.nearest import fake_quantize, quantize_scales, quantize_tensor, quantize_with
+from arrondi.tensor.qtensor import Parts, QTensor, dequantize
 from arrondi.tensor.tiling import to_tiles
 from tests.cases import each_once, pairwise
 

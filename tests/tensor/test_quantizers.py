@@ -30,8 +30,9 @@ from arrondi.formats import (
 from arrondi.native import native
 from arrondi.rounding import gptq, hqq, rtn
 from arrondi.tensor import quantizers
+from arrondi.tensor.nearest import quantize_tensor, quantize_with
 from arrondi.tensor.packing import pack, pack_reference, unpack
-from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.ranges.search import on_grid, search_grid, search_grid_reference
 from arrondi.tensor.tiling import to_tiles

@@ -12,7 +12,7 @@ from arrondi.errors import DataError
 from arrondi.formats import ActivationScheme, parse_scheme
 from arrondi.formats.kv import CacheScheme, parse_kv
 from arrondi.kernels.hadamard import hadamard
-from arrondi.tensor.qtensor import quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.states import Lanes, real_states, round_states
 
 

@@ -9,7 +9,8 @@ import torch
 
 from arrondi.errors import FileFormatError
 from arrondi.formats import FORMATS, PRESETS, parse_scheme
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.storage import load_scale
 from arrondi.tensor.validate import validate
 

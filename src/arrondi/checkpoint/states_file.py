@@ -42,6 +42,8 @@ def _tensors(one: float | Basis) -> dict[str, torch.Tensor]:
     if isinstance(one, float):
         return {"clip": torch.tensor(one, dtype=torch.float64)}
     found = {"mean": one.mean, "rows": one.rows, "scale": one.scale, "counts": torch.tensor(one.counts)}
+    if one.weight is not None:
+        found["weight"] = one.weight
     if one.turn is not None:
         turn = one.turn
         found |= {"turn": turn.frequencies, "pairs": torch.tensor([int(turn.neighbours), int(turn.last)])}
@@ -85,7 +87,13 @@ def _one(tensors: Mapping[str, torch.Tensor]) -> float | Basis:
     sound = min(eight, four, two) >= 0 and not four % 2 and not two % 4
     if not sound or rows.shape != (len(mean), n, mean.shape[1]) or scale.shape != (len(mean), n):
         raise ValueError("shapes that do not go together")
-    if not all(bool(torch.isfinite(x).all()) for x in (mean, rows, scale)) or not bool((scale > 0).all()):
+    weight = tensors.get("weight")
+    if weight is not None and weight.shape != mean.shape:
+        raise ValueError("shapes that do not go together")
+    positive = [scale] if weight is None else [scale, weight]
+    if not all(bool(torch.isfinite(x).all()) for x in (mean, rows, *positive)) or not all(
+        bool((x > 0).all()) for x in positive
+    ):
         raise ValueError("numbers that are not finite")
     turn = None
     if "turn" in tensors:
@@ -93,7 +101,7 @@ def _one(tensors: Mapping[str, torch.Tensor]) -> float | Basis:
         turn = Turn(tensors["turn"], neighbours, last)
         if 2 * len(turn.frequencies) > mean.shape[1]:
             raise ValueError("shapes that do not go together")
-    return Basis(mean, rows, scale, (eight, four, two), turn)
+    return Basis(mean, rows, scale, (eight, four, two), turn, weight)
 
 
 def stored_states(folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[int, tuple[float | Basis, float | Basis]]] | None:  # fmt: skip

@@ -45,6 +45,8 @@ def quantize_graph(
     seed: int,
     observer: str,
     ends: str,
+    faint: str,
+    int32_bias: bool,
     mean: str | None,
     std: str | None,
     overwrite: bool,
@@ -58,6 +60,7 @@ def quantize_graph(
 
     given = NetworkData(
         calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends),
+        faint=_sixteen(faint), int32_bias=int32_bias,
     )  # fmt: skip
     with progress_bar("quantizing", quiet) as progress:
         if budget is None:
@@ -81,6 +84,12 @@ def _bits(text: str) -> int | None:
     if text != "same" and text not in ("5", "6", "7", "8"):
         raise SchemeError(f"--ends is a number of bits from 5 to 8, or same, got {text!r}.")
     return None if text == "same" else int(text)
+
+
+def _sixteen(text: str) -> bool:
+    if text not in ("16", "same"):
+        raise SchemeError(f"--faint is 16 or same, got {text!r}.")
+    return text == "16"
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:

@@ -80,7 +80,7 @@ Budget = Annotated[
     str | None,
     typer.Option(
         "--budget",
-        help="For ONNX files: choose the bits of every layer: 4bpw on average, or 200KB.",
+        help="For ONNX files: choose the bits of every layer: 4bpw on average, 200KB, or 2.5GBOP (bit operations of one sample).",
         show_default=False,
     ),
 ]
@@ -92,6 +92,19 @@ Ends = Annotated[
     typer.Option(
         "--ends",
         help="For ONNX files: bits of the first and last layers where weights have at most four: 8, or same as all others.",
+    ),
+]
+Faint = Annotated[
+    str,
+    typer.Option(
+        "--faint",
+        help="For ONNX files: bits of values whose quiet samples eight bits drown: 16, or same as all others.",
+    ),
+]
+Int32Bias = Annotated[
+    bool,
+    typer.Option(
+        "--int32-bias", help="For ONNX files: write biases as int32 codes of the scale of input times weight."
     ),
 ]
 Mean = Annotated[str | None, typer.Option("--mean", help="For folders of images: means of the channels, with commas.")]

@@ -109,6 +109,8 @@ def quantize(
     data: opt.NetworkData = None,
     observer: opt.ObserverName = "mse",
     ends: opt.Ends = "8",
+    faint: opt.Faint = "16",
+    int32_bias: opt.Int32Bias = False,
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[
@@ -131,7 +133,7 @@ def quantize(
         })  # fmt: skip
         networks.quantize_graph(
             model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
-            mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
+            faint=faint, int32_bias=int32_bias, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
     networks.refuse_network_options(
@@ -142,6 +144,8 @@ def quantize(
             "--std": std,
             "--observer": observer != "mse",
             "--ends": ends != "8",
+            "--faint": faint != "16",
+            "--int32-bias": int32_bias,
         }
     )
     if kv is not None:

@@ -5,14 +5,15 @@ are PyTorch's own, so the steps of the pipeline work on it; `rules` says which v
 """
 
 from arrondi.graph.compiled import Executor, executor
-from arrondi.graph.insert import held_bits, hold_codes, round_values
+from arrondi.graph.dynamic import check_dynamic, integer_products, round_dynamically
+from arrondi.graph.insert import held_bits, hold_biases, hold_codes, round_values
 from arrondi.graph.integer import Lowered, lower
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
 from arrondi.graph.program import Part, Program
 from arrondi.graph.read import is_graph_file, read_graph
 from arrondi.graph.rounder import Rounder
-from arrondi.graph.rules import describe, places
+from arrondi.graph.rules import Places, describe, places
 from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
 
@@ -22,18 +23,23 @@ __all__ = [
     "Lowered",
     "Node",
     "Part",
+    "Places",
     "Program",
     "Rounder",
     "Value",
+    "check_dynamic",
     "describe",
     "executor",
     "held_bits",
+    "hold_biases",
     "hold_codes",
+    "integer_products",
     "is_graph_file",
     "lower",
     "observe",
     "places",
     "read_graph",
+    "round_dynamically",
     "round_values",
     "tidy",
     "to_onnx",

@@ -70,8 +70,14 @@ def dequantize(attrs: Mapping[str, Any], codes: Tensor, scale: Tensor, zero: Ten
     return whole.to(scale.dtype) * spread(scale, codes, attrs)
 
 
-def rounded(attrs: Mapping[str, Any], x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x on its grid, whose codes may be limited to `low` … `high`; the gradient passes where x lies within the grid's range."""
+def rounded(attrs: Mapping[str, Any], x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+    """x on its grid, whose codes may be limited to `low` … `high`; the gradient passes where x lies within the grid's range.
+
+    Without a grid: that which spans x and zero, beyond which nothing lies.
+    """
+    if scale is None or zero is None:
+        given = dequantize(attrs, *dynamic(attrs, x.detach()))
+        return x + (given - x).detach() if x.requires_grad else given
     low, high, _ = INTEGERS[attrs["codes"]]
     low, high = attrs.get("low", low), attrs.get("high", high)
     step, center = spread(scale, x, attrs), spread(zero, x, attrs).to(x.dtype)

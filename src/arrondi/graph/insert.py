@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -46,13 +46,17 @@ def _narrow_types() -> Any:
 
 
 def round_values(
-    graph: Graph, grids: Mapping[str, tuple[Grid, Scheme]], groups: Mapping[str, int] | None = None
+    graph: Graph,
+    grids: Mapping[str, tuple[Grid, Scheme]],
+    groups: Mapping[str, int] | None = None,
+    readers: Container[str] | None = None,
 ) -> Graph:
     """The graph with values rounded where they are made.
 
     Args:
-        grids: value → its grid (one scale) and the scheme of it. Only operators of the table read what is rounded.
+        grids: value → its grid (one scale) and the scheme of it.
         groups: value → a number, the same for those that share a grid and its constants; None: none do.
+        readers: nodes that read what is rounded; None: all operators of the table.
     """
     constants, renamed, made = dict(graph.constants), {}, {}
     first: dict[int, str] = {}
@@ -68,7 +72,7 @@ def round_values(
         renamed[name] = given
     nodes = [made[v.name] for v in graph.inputs if v.name in made]
     for node in graph.nodes:
-        reads = node.op in RULES
+        reads = node.op in RULES if readers is None else node.name in readers
         nodes.append(replace(node, inputs=tuple(renamed.get(n, n) for n in node.inputs) if reads else node.inputs))
         nodes += [made[n] for n in node.outputs if n in made]
     return graph.with_nodes(nodes, constants)
@@ -120,6 +124,9 @@ def _weights_of(node: Node, weights: Mapping[str, QTensor], graph: Graph) -> dic
 def _held_as(graph: Graph, node: Node, name: str, q: QTensor) -> tuple[list[Node], dict[str, np.ndarray], str]:
     """The nodes and constants that give a weight, and what it is called."""
     shape = graph.constants[name].shape
+    groups = node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1
+    if groups > 1 and isinstance(q.scheme.granularity, PerChannel):
+        return _held_in_groups(graph, node, name, q, groups)
     codes, scale, zero, attrs = _held(node, q, shape)
     given = next(graph.fresh(f"{name}_{node.name}_float" if len(graph.consumers[name]) > 1 else f"{name}_float"))
     stem = given.removesuffix("_float")
@@ -132,6 +139,59 @@ def _held_as(graph: Graph, node: Node, name: str, q: QTensor) -> tuple[list[Node
         constants[f"{stem}_shape"] = np.array(shape, np.int64)
         nodes.append(Node(f"{stem}_reshape", "Reshape", (made, f"{stem}_shape"), (given,)))
     return nodes, constants, given
+
+
+def _held_in_groups(
+    graph: Graph, node: Node, name: str, q: QTensor, groups: int
+) -> tuple[list[Node], dict[str, np.ndarray], str]:
+    """A transposed convolution in groups: its output channels lie along two axes of its weight, so codes lie (out, in of a group, …)
+    in the file and are turned behind their scales."""
+    inside, outside, *places = graph.constants[name].shape
+    own = (groups * outside, inside // groups, *places)
+    flipped = torch.flip(q.codes.reshape(own), tuple(range(2, len(own))))
+    codes, scale, zero, attrs = _held(Node(node.name, "Conv", node.inputs, node.outputs), replace(q, codes=flipped.reshape(q.codes.shape)), own)  # fmt: skip
+    given = next(graph.fresh(f"{name}_float"))
+    stem = given.removesuffix("_float")
+    parts = {"codes": codes, "scale": scale, **({} if q.zero_point is None else {"zero_point": zero})}
+    constants = {f"{stem}_{part}": values for part, values in parts.items()}
+    nodes = [Node(f"{stem}_dequantize", "DequantizeLinear", tuple(constants), (f"{stem}_rows",), attrs)]
+    constants[f"{stem}_split"] = np.array((groups, outside, inside // groups, *places), np.int64)
+    constants[f"{stem}_shape"] = np.array((inside, outside, *places), np.int64)
+    order = [0, 2, 1, *range(3, 3 + len(places))]
+    nodes += [
+        Node(f"{stem}_in_groups", "Reshape", (f"{stem}_rows", f"{stem}_split"), (f"{stem}_parts",)),
+        Node(f"{stem}_turn", "Transpose", (f"{stem}_parts",), (f"{stem}_turned",), {"perm": order}),
+        Node(f"{stem}_reshape", "Reshape", (f"{stem}_turned", f"{stem}_shape"), (given,)),
+    ]
+    return nodes, constants, given
+
+
+def hold_biases(graph: Graph, weights: Mapping[str, QTensor]) -> Graph:
+    """The graph with biases of layers as int32 codes of scale S_x · S_w, as integer runtimes add them.
+
+    Args:
+        graph: with grids of what flows, stored ones.
+        weights: layer → its weight; those whose scales are not one for an output, or all of them, keep a floating bias.
+    """
+    constants = dict(graph.constants)
+    grids = {n.outputs[0]: n.inputs[1] for n in graph.nodes if n.op == QDQ and len(n.inputs) > 1}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        q, bias = weights.get(node.name), node.inputs[2] if len(node.inputs) > 2 else ""
+        step, own = constants.get(grids.get(node.inputs[0], "")) if node.inputs else None, constants.get(bias)
+        plain = q is not None and isinstance(q.scale, torch.Tensor) and isinstance(q.scheme.granularity, PerTensor | PerChannel)  # fmt: skip
+        if plain and q is not None and isinstance(q.scale, torch.Tensor) and step is not None and own is not None:
+            scale = (step.reshape(()) * q.scale.float().reshape(-1).numpy()).astype(np.float32)
+            limits = np.iinfo(np.int32)
+            codes = np.round(own.reshape(-1).astype(np.float64) / scale).clip(limits.min, limits.max).astype(np.int32)
+            stem = next(graph.fresh(f"{node.name}_bias"))
+            read = (f"{stem}_codes", f"{stem}_scale")
+            constants |= {read[0]: codes, read[1]: scale if len(scale) > 1 else scale.reshape(())}
+            axis = {"axis": 0} if len(scale) > 1 else {}
+            nodes.append(Node(f"{stem}_dequantize", "DequantizeLinear", read, (f"{stem}_float",), axis))
+            node = replace(node, inputs=(*node.inputs[:2], f"{stem}_float", *node.inputs[3:]))
+        nodes.append(node)
+    return graph.with_nodes(nodes, constants)
 
 
 def held_bits(q: QTensor) -> int:

@@ -26,6 +26,14 @@ def _how(attrs: Attrs) -> Arithmetic:
     return cast(Arithmetic, attrs.get(ARITHMETIC, "float"))
 
 
+def _multiplier(attrs: Attrs, sx: Tensor, sw: Tensor, sy: Tensor) -> Tensor:
+    """S_x · S_w / S_y: in float32, or, as TFLite prepares fixed-point multipliers, in float64; S_x · S_w of a tensor is a float32 product there."""
+    sx, sy = sx.reshape(()), sy.reshape(())
+    if _how(attrs) == "float":
+        return sx * sw / sy
+    return (sx * sw).double() / sy.double() if sw.numel() == 1 else sx.double() * sw.double() / sy.double()
+
+
 def _along(part: Tensor, ndim: int, axis: int) -> Tensor:
     """A scale or zero point for each index of an axis, or one for all."""
     return part.reshape(()) if part.numel() == 1 else part.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
@@ -61,7 +69,7 @@ def qlinear_conv(
 ) -> Tensor:  # fmt: skip
     """A convolution from codes to codes; bias int32 of scale S_x · S_w."""
     sums = conv(attrs, _centred(x, zx), _centred(w, zw), None if bias is None else bias.double())
-    multiplier = _along(sx.reshape(()) * sw / sy.reshape(()), sums.ndim, 1)
+    multiplier = _along(_multiplier(attrs, sx, sw, sy), sums.ndim, 1)
     return requantize(sums, multiplier, zy, *_RANGE[zy.dtype], _how(attrs)).to(zy.dtype)
 
 
@@ -84,10 +92,10 @@ def qgemm(
     weight = _centred(b, zb, 0 if transposed else 1)
     sums = torch.matmul(_centred(a, za), weight.mT if transposed else weight)
     sums = sums if c is None else sums + c.double()
-    scale = attrs.get("alpha", 1.0) * sa.reshape(()) * _along(sb, 2, 1)
     if sy is None or zy is None:
-        return sums.to(torch.float32) * scale
-    return requantize(sums, scale / sy.reshape(()), zy, *_RANGE[zy.dtype], _how(attrs)).to(zy.dtype)
+        return sums.to(torch.float32) * (attrs.get("alpha", 1.0) * sa.reshape(()) * _along(sb, 2, 1))
+    scale = attrs.get("alpha", 1.0) * _along(_multiplier(attrs, sa, sb, sy), 2, 1)
+    return requantize(sums, scale, zy, *_RANGE[zy.dtype], _how(attrs)).to(zy.dtype)
 
 
 def qlinear_add(
@@ -121,8 +129,12 @@ def qlinear_global_average(attrs: Attrs, x: Tensor, sx: Tensor, zx: Tensor, sy: 
 
 
 def qlinear_average(attrs: Attrs, x: Tensor, sx: Tensor, zx: Tensor, sy: Tensor, zy: Tensor | None = None) -> Tensor:
-    """The mean of windows from codes to codes, by way of float32 as ONNX Runtime does."""
+    """The mean of windows from codes to codes: by way of float32 as ONNX Runtime does, or, on one grid, of the codes with halves away
+    from zero as TFLite does."""
     zero = torch.zeros((), dtype=x.dtype) if zy is None else zy
+    if _how(attrs) != "float" and float(sx) == float(sy) and int(zx) == int(zero):
+        exact = average_pool(attrs, x.double())
+        return _fit(torch.trunc(exact + torch.copysign(torch.full_like(exact, 0.5), exact)), zero.dtype)
     mean = average_pool(attrs, (x.float() - zx.float()) * sx)
     return _fit(torch.round(mean / sy + zero.float()), zero.dtype)
 

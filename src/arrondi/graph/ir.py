@@ -14,7 +14,10 @@ import numpy as np
 
 QDQ: Final = "QDQ"
 """The one operator of our own: a value rounded to a grid. Inputs (x, scale, zero point); files hold it as a pair of QuantizeLinear
-and DequantizeLinear."""
+and DequantizeLinear. With x alone its grid spans what x is each time, as DynamicQuantizeLinear has it."""
+
+DYNAMIC: Final = "dynamic"
+"""Attribute of recurrent operators, beside those of ONNX: whether hidden states are rounded at every step."""
 
 
 CODES: Final = "codes"

@@ -32,7 +32,7 @@ from arrondi.graph.integers import (
 )
 from arrondi.graph.ir import QDQ, Node, Unusual
 from arrondi.graph.read import onnx_package
-from arrondi.graph.recurrent import gru, lstm
+from arrondi.graph.recurrent import dynamic_lstm, gru, lstm
 from arrondi.graph.windows import average_pool, conv, conv_transpose, max_pool, pad, resize
 
 Tensor = torch.Tensor
@@ -340,7 +340,7 @@ OPERATORS: Final[Mapping[str, Operator]] = {
     "QLinearConv": qlinear_conv, "QLinearMatMul": qlinear_matmul, "ConvInteger": conv_integer, "MatMulInteger": matmul_integer,
     "com.microsoft.QLinearAdd": qlinear_add, "com.microsoft.QLinearMul": qlinear_mul, "com.microsoft.QGemm": qgemm,
     "com.microsoft.QLinearAveragePool": qlinear_average, "com.microsoft.QLinearGlobalAveragePool": qlinear_global_average,
-    "com.microsoft.QLinearConcat": qlinear_concat,
+    "com.microsoft.QLinearConcat": qlinear_concat, "com.microsoft.DynamicQuantizeLSTM": dynamic_lstm,
     "Identity": lambda attrs, x: x, "Dropout": _dropout,
 }  # fmt: skip
 """Operator → what it computes."""

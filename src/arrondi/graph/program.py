@@ -204,7 +204,7 @@ def _module_of(node: Node, graph: Graph, shared: dict[tuple[str, ...], Rounder])
     if node.op in LAYERS:
         return LAYERS[node.op](node, graph)
     grid = node.inputs[1:]
-    if node.op != QDQ or any(name not in graph.constants for name in grid):
+    if node.op != QDQ or not grid or any(name not in graph.constants for name in grid):
         return None
     if grid not in shared:
         scale, zero = (tensor_of(graph.constants[name]) for name in grid)

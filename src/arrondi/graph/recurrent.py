@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from arrondi.graph.ir import Unusual
+from arrondi.graph.codes import rounded
+from arrondi.graph.ir import DYNAMIC, Unusual
 
 Tensor = torch.Tensor
 Products = tuple[Callable[[int, Tensor], Tensor], Callable[[int, Tensor], Tensor]]
@@ -24,6 +25,28 @@ def lstm(
     """Gates input, output, forget, cell. Gives every hidden state (steps, directions, batch, hidden), the last one, and the last cell state."""
     _check(attrs, x, lengths, peepholes)
     return lstm_by(attrs, x, _products(w, r), r.shape[-1], w.shape[0], b, h0, c0)
+
+
+def dynamic_lstm(
+    attrs: Mapping[str, Any], x: Tensor, w: Tensor, r: Tensor, b: Tensor | None, lengths: Tensor | None, h0: Tensor | None, c0: Tensor | None,
+    peepholes: Tensor | None, w_scale: Tensor, w_zero: Tensor, r_scale: Tensor, r_zero: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """ONNX Runtime's DynamicQuantizeLSTM: x is rounded over its own range once, hidden states of the whole batch at every step.
+
+    w, r: codes (directions, in, 4 · hidden); scales and zero points for each direction, or for each column of it too.
+    """
+    _check(attrs, x, lengths, peepholes)
+    known = [_weights(*part) for part in ((w, w_scale, w_zero), (r, r_scale, r_zero))]
+    enter, again = _products(*known)
+    x = rounded({"codes": "uint8"}, x)
+    products = enter, lambda d, h: again(d, rounded({"codes": "uint8"}, h))
+    return lstm_by(attrs, x, products, r.shape[1], w.shape[0], b, h0, c0)
+
+
+def _weights(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Codes (directions, in, out) → numbers (directions, out, in)."""
+    parts = [p.reshape(len(codes), 1, -1) for p in (scale, zero)]
+    return ((codes.int() - parts[1].int()) * parts[0]).mT
 
 
 def lstm_by(
@@ -104,7 +127,8 @@ class Recurrent(torch.nn.Module):
         """x and what follows the bias among the operator's inputs: lengths, and the first states."""
         lengths, h0, c0, peepholes = (*rest, *[None] * 4)[:4]
         _check(self.attrs, x, lengths, peepholes)
-        products = (lambda d, v: self.enter[d](v)), (lambda d, v: self.again[d](v))
+        still = not self.attrs.get(DYNAMIC)
+        products = (lambda d, v: self.enter[d](v)), (lambda d, v: self.again[d](v if still else rounded({"codes": "uint8"}, v)))  # fmt: skip
         bias: Any = self.bias
         if self.op == "LSTM":
             return lstm_by(self.attrs, x, products, self.hidden, len(self.enter), bias, h0, c0)

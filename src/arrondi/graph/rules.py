@@ -46,10 +46,12 @@ class Places:
 
     Attributes:
         values: value → the group of values that share its grid, in order of the graph.
+        readers: nodes that read rounded values; the others read the same values in floating point.
         plain: operators that stay in floating point although they compute → how many there are.
     """
 
     values: Mapping[str, int]
+    readers: frozenset[str]
     plain: Mapping[str, int]
 
 
@@ -59,19 +61,12 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     Args:
         ranges: of values, where they have been observed: those of a Concat share a grid only if they are alike.
     """
-    producers = graph.producers
     floating = floating_values(graph)
+    readers, producers = _readers(graph, floating), graph.producers
     wanted: set[str] = set()
-    whole = {v.name for v in graph.inputs}  # what integers can be made of without leaving them
     for node in graph.nodes:
-        rule, read = RULES.get(node.op), [n for n in dict.fromkeys(node.inputs) if n in floating]
-        if rule == "layer":
-            wanted |= {n for n in (node.inputs[:1] if node.op in _STATES else node.inputs) if n in floating}
-        elif rule in ("arithmetic", "joins"):
-            rule = rule if whole.issuperset(read) and not _square(node) else None
-            wanted |= set(read) if rule else set()
-        if rule == "layer" or (rule and whole.issuperset(read)):
-            whole.update(node.outputs)
+        if node.name in readers and _rule(node, graph, producers) in ("layer", "arithmetic", "joins"):
+            wanted |= set(_multiplied(node, floating))
     shared: dict[str, str] = {}
 
     def leader(name: str) -> str:
@@ -96,9 +91,51 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     found = {n: groups.setdefault(leader(n), len(groups)) for n in ordered if n in wanted}
     plain: dict[str, int] = {}
     for node in graph.nodes:
-        if node.op not in RULES and node.op not in FIXED and any(n in floating for n in node.inputs) and producers:
+        computes = any(n in floating for n in node.inputs) and any(n in floating for n in node.outputs)
+        if node.op not in RULES and node.op not in FIXED and computes:
             plain[node.op] = plain.get(node.op, 0) + 1
-    return Places(found, plain)
+    return Places(found, readers, plain)
+
+
+def _readers(graph: Graph, floating: set[str]) -> frozenset[str]:
+    """Nodes that read rounded values: layers, and whatever computes from integers alone what a layer reads in the end.
+
+    A sum that leaves the network, or goes into a function in floating point, is a floating-point sum in every runtime: its terms
+    are better as they are.
+    """
+    producers = graph.producers
+    whole = {v.name for v in graph.inputs}  # what integers can be made of without leaving them
+    able: set[str] = set()
+    for node in graph.nodes:
+        rule = _rule(node, graph, producers)
+        from_whole = whole.issuperset(n for n in node.inputs if n in floating)
+        if rule == "layer" or (rule and from_whole and not (rule == "arithmetic" and _square(node))):
+            able.add(node.name)
+            whole.update(node.outputs)
+        elif rule in ("moves", "activation"):
+            able.add(node.name)
+    read: set[str] = set()
+    found: set[str] = set()
+    for node in reversed(graph.nodes):
+        if node.name in able and (RULES[node.op] == "layer" or any(n in read for n in node.outputs)):
+            found.add(node.name)
+            read |= set(_multiplied(node, floating))
+    return frozenset(found)
+
+
+def _rule(node: Node, graph: Graph, producers: Mapping[str, Node]) -> Rule | None:
+    """What is rounded around a node. A constant that is added to a product of matrices is its bias, and belongs to it as an activation does."""
+    if node.op == "Add":
+        products = [n for n in node.inputs if n in producers and producers[n].op == "MatMul"]
+        alone = len(products) == 1 and graph.only_reader(products[0]) is not None
+        if alone and any(n in graph.constants for n in node.inputs):
+            return "activation"
+    return RULES.get(node.op)
+
+
+def _multiplied(node: Node, floating: set[str]) -> list[str]:
+    """The values that a node takes as codes: all floating ones, but no states."""
+    return [n for n in (node.inputs[:1] if node.op in _STATES else node.inputs) if n in floating]
 
 
 def _square(node: Node) -> bool:
@@ -107,12 +144,22 @@ def _square(node: Node) -> bool:
 
 
 def floating_values(graph: Graph) -> set[str]:
-    """Values that are not constants, as far as is known of floating type: those that come of the graph's floating inputs."""
+    """Values that come of the graph's inputs, as far as is known of floating type: of floating inputs, or looked up in floating constants."""
     found = {v.name for v in graph.inputs if v.dtype == np.float32}
+    varying = {v.name for v in graph.inputs}
+    real = {n for n, v in graph.constants.items() if v.dtype == np.float32}
     for node in graph.nodes:
-        if node.op not in _TO_INTEGERS and any(n in found for n in node.inputs):
+        if not any(n in varying for n in node.inputs):
+            continue
+        varying |= {n for n in node.outputs if n}
+        to_float = node.op == "Cast" and node.attrs.get("to") == _FLOAT
+        if to_float or (node.op not in _TO_INTEGERS and any(n in found or n in real for n in node.inputs)):
             found |= {n for n in node.outputs if n}
     return found
+
+
+_FLOAT: Final = 1
+"""ONNX's number for float32."""
 
 
 _TO_INTEGERS: Final = frozenset(

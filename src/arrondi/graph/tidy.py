@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from arrondi.graph.fold import fold, with_bias
 from arrondi.graph.ir import Graph, Node
 
 
 def tidy(graph: Graph) -> Graph:
-    """The graph with means over space as GlobalAveragePool, and slices of slices as one."""
-    return _merge_slices(_pool(graph))
+    """The graph with constants computed, products with their bias, means over space as GlobalAveragePool, and slices of slices as one."""
+    return _merge_slices(_pool(with_bias(fold(graph))))
 
 
 def _pool(graph: Graph) -> Graph:

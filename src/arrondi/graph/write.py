@@ -78,6 +78,11 @@ def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
         yield helper.make_node(op, node.inputs, node.outputs, node.name, domain=domain or None, **attrs)
         return
     x, *grid = node.inputs
+    if not grid:
+        made = [f"{node.outputs[0]}_{part}" for part in ("codes", "scale", "zero_point")]
+        yield helper.make_node("DynamicQuantizeLinear", [x], made, f"{node.name}_quantize")
+        yield helper.make_node("DequantizeLinear", made, node.outputs, f"{node.name}_dequantize")
+        return
     attrs = {k: v for k, v in node.attrs.items() if k in ("axis", "block_size")}
     codes = f"{node.outputs[0]}_codes"
     if "low" in node.attrs:  # codes of fewer bits than their type: what is beyond them is cut off before

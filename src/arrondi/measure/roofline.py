@@ -28,7 +28,8 @@ from arrondi.errors import SchemeError
 from arrondi.formats import FORMATS, ActivationScheme, LayerScheme, PerToken, Scheme, parse_scheme
 from arrondi.kernels import KERNELS, Meta, binary_linear, choose, hadamard, pack_signs, sign_tiles
 from arrondi.native import native, operand, threads
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
+from arrondi.tensor.nearest import fake_quantize, quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.tables import round_table
 
 SCHEMES: Final = (

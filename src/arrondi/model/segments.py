@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from arrondi.errors import ArrondiError, SchemeError
-from arrondi.model.chain import REFUSALS, Call, Inputs, copied, result_of, said
+from arrondi.model.called import called
+from arrondi.model.chain import Call, Inputs, result_of
 from arrondi.model.flow_routers import tensors_of
 from arrondi.model.instance import Instance
 
@@ -73,16 +73,10 @@ class Segments:
         Raises:
             SchemeError: it does not run on this data.
         """
-        part = self.model[i]
-        try:
-            with torch.autocast(self.instance.device.type, torch.bfloat16, enabled=bfloat16):
-                output = part(*copied(call.args), **copied(call.kwargs)) if i == 0 else part(hidden)
-            first = result_of(output)
-            return first.float(), [t for t in tensors_of(output) if t is not first]
-        except ArrondiError:
-            raise
-        except REFUSALS as error:
-            raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
+        args, kwargs = (call.args, call.kwargs) if i == 0 else ((hidden,), {})
+        output = called(self.model[i], args, kwargs, self.instance.device.type, bfloat16)
+        first = result_of(output)
+        return first.float(), [t for t in tensors_of(output) if t is not first]
 
     def finish(self, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         """What the last part gave."""

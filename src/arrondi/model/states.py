@@ -18,8 +18,8 @@ from arrondi.formats.kv import AnyKind, schemes_of
 from arrondi.tensor.spectrum import Basis, Turn
 
 _NAME: Final = "arrondi_watched"
-See = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""Called with a layer's number in the cache, and its keys and values (batch, heads, tokens, width)."""
+See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called with a layer's number in the cache, and its queries, keys and values (batch, heads, tokens, width)."""
 _watchers: list[See] = []
 
 
@@ -27,7 +27,7 @@ def _attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, 
     number = getattr(module, "layer_idx", None)
     if number is not None:
         for see in _watchers:
-            see(number, key.detach(), value.detach())
+            see(number, query.detach(), key.detach(), value.detach())
     return sdpa_attention_forward(module, query, key, value, *args, **options)
 
 
@@ -37,7 +37,7 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 @contextmanager
 def watching_states(model: Any, see: See) -> Iterator[None]:
-    """Inside, every attention of a decoder that uses `sdpa` shows its keys and values as a cache would be given them; others show none."""
+    """Inside, every attention of a decoder that uses `sdpa` shows its queries, keys and values as a cache would be given them; others show none."""
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
     if before != "sdpa":
@@ -96,11 +96,11 @@ class StateWatch:
         self.turns = turns_of(model)
         self.seen: dict[int, StateStatistics] = {}
 
-    def see(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add keys and values (batch, heads, tokens, width) of texts that begin here."""
+    def see(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add queries, keys and values (batch, heads, tokens, width) of texts that begin here."""
         scheme = self.others.get(layer, self.default)
         if scheme is not None and scheme.static:
-            self.seen.setdefault(layer, StateStatistics(scheme, self.turns)).see(keys, values)
+            self.seen.setdefault(layer, StateStatistics(scheme, self.turns)).see(queries, keys, values)
 
     def known(self) -> dict[int, tuple[float | Basis, float | Basis]]:
         """Layer → what is known of its keys and of its values.

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from arrondi.errors import ArrondiError, SchemeError
-from arrondi.model.chain import REFUSALS, Call, Inputs, copied, result_of, said
+from arrondi.model.called import called
+from arrondi.model.chain import Call, Inputs, result_of
 from arrondi.model.instance import Instance
 
 
@@ -57,13 +57,7 @@ class Whole:
             SchemeError: it does not run on these inputs.
         """
         device = next((p.device.type for p in self.model.parameters()), "cpu")
-        try:
-            with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-                return result_of(self.model(*copied(call.args), **copied(call.kwargs))).float(), []
-        except ArrondiError:
-            raise
-        except REFUSALS as error:
-            raise SchemeError(f"The model does not run on this data ({said(error)}).") from error
+        return result_of(called(self.model, call.args, call.kwargs, device, bfloat16)).float(), []
 
     def finish(self, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         """What it computed."""

@@ -17,7 +17,7 @@ from torch import nn
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import ActivationScheme, PerTensor, Scheme
 from arrondi.rewrite.spread import spread
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 from arrondi.tensor.ranges.grid import Grid
 
 _NAMES: Final = ("input_scale", "input_zero_point", "input_offset")

@@ -18,25 +18,22 @@ from arrondi.errors import DataError, OutputError, SchemeError
 from arrondi.formats import (
     PRESETS,
     ActivationScheme,
-    Format,
     LayerScheme,
     PerChannel,
     PerGroup,
-    PerTensor,
-    PerToken,
     Scheme,
-    integer,
 )
 from arrondi.graph import (
     Graph,
     Program,
     describe,
     held_bits,
+    hold_biases,
     hold_codes,
-    observe,
+    integer_products,
     places,
     read_graph,
-    round_values,
+    round_dynamically,
     tidy,
     write_graph,
 )
@@ -44,14 +41,14 @@ from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.networks import compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
 from arrondi.model import Inputs
-from arrondi.pipeline.ends import ends_of, has_few_bits, of_bits, read_by, with_wider_ends
+from arrondi.pipeline.ends import ends_of, has_few_bits, with_wider_ends
+from arrondi.pipeline.flowing import Ranges, flowing_scheme, rounded_flow
 from arrondi.pipeline.module import round_module
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.prepare import rewritten, with_what_was_learned
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.steps import STEPS
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.ranges.observed import grid_from_range
 
 TARGETS: Final = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """Layers of a network that become integers."""
@@ -72,6 +69,8 @@ class NetworkData:
         mean, std: of images.
         evaluate: False leaves the measurement out.
         ends: bits of the first and the last layers, and of what they read, where weights of others have at most four; None: as others.
+        faint: whether values whose quiet samples eight bits drown get sixteen.
+        int32_bias: whether biases are written as int32 codes of scale S_x · S_w instead of floating numbers.
         observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
     """
 
@@ -84,6 +83,8 @@ class NetworkData:
     evaluate: bool = True
     observer: str = "mse"
     ends: int | None = 8
+    faint: bool = True
+    int32_bias: bool = False
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -136,34 +137,27 @@ def quantize_network(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
     calibration, evaluation = _data(given, data)
-    flowing = _flowing(recipe)
+    flowing = flowing_scheme(recipe)
     notes: list[str] = []
     graph, recipe = rewritten(given, recipe, calibration, notes)
-    found = places(graph)
-    firsts, lasts = ends_of(graph)
+    found, rounded_graph = places(graph), graph
+    ranges: Mapping[str, tuple[float, float]] = {}
     careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
-    rounded_graph, ranges = graph, {}
-    if flowing is not None:
+    if flowing is not None and flowing.dynamic:
+        rounded_graph = round_dynamically(graph)
+    elif flowing is not None:
         if calibration is None:
             raise DataError("The ranges of what flows between layers are found on data. Give --calibration data.npz, or a scheme of weights alone (W8A16).")  # fmt: skip
-        program = Program(graph)
-        wider = of_bits(flowing.scheme, data.ends) if careful else flowing.scheme
-        apart = {found.values[n]: wider for n in read_by(graph, {*firsts, *lasts}) if n in found.values}
-        ends = observe(
-            program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options, apart
-        )
-        groups = places(graph, {n: ends[g] for n, g in found.values.items()}).values
-        spans = {group: ends[found.values[name]] for name, group in reversed(list(groups.items()))}
-        ranges = {name: spans[group] for name, group in groups.items()}
-        schemes = {
-            group: apart.get(found.values[name], flowing.scheme) for name, group in reversed(list(groups.items()))
-        }
-        grids = {n: (grid_from_range(*ranges[n], schemes[g]), schemes[g]) for n, g in groups.items()}
-        rounded_graph = round_values(graph, grids, groups)
+        how = Ranges(data.observer, data.observer_options, data.ends if careful else None, data.faint)
+        flow = rounded_flow(graph, flowing.scheme, calibration, how)
+        found, rounded_graph, ranges = flow.found, flow.graph, flow.ranges
+        if flow.wide:
+            notes.append(f"Eight bits would drown the quiet samples of {', '.join(flow.wide)}: sixteen there; --faint same gives eight.")  # fmt: skip
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
     recipe = _of_weights(recipe, program)
     if careful:
+        firsts, lasts = ends_of(graph)
         recipe = with_wider_ends(
             recipe, [program.layers[n] for n in (*firsts, *lasts) if n in program.layers], data.ends
         )
@@ -183,7 +177,14 @@ def quantize_network(
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }
-    written = hold_codes(with_what_was_learned(rounded_graph, program), weights)
+    learned, left = with_what_was_learned(rounded_graph, program), weights
+    if flowing is not None and flowing.dynamic:
+        learned, left = integer_products(learned, weights)
+    written = hold_codes(learned, left)
+    if data.int32_bias:
+        if flowing is None or flowing.dynamic:
+            raise SchemeError("Biases are codes of the scale of what a layer reads, which is not stored here. Use W8A8, or leave --int32-bias out.")  # fmt: skip
+        written = hold_biases(written, weights)
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
     report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
@@ -209,31 +210,6 @@ def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None
         kept = len(calibration) - len(calibration) // _HELD_OUT
         calibration, evaluation = calibration.part(0, kept), calibration.part(kept)
     return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation
-
-
-def _flowing(recipe: Recipe) -> ActivationScheme | None:
-    """What flows between layers becomes: one stored grid a tensor, with a zero point unless the scheme says static itself."""
-    found = {rule.scheme.inputs for rule in recipe.rules if rule.scheme is not None}
-    if len(found) > 1:
-        raise SchemeError("What flows between layers has one scheme in a network. Give all rules the same inputs.")
-    inputs = next(iter(found), None)
-    if inputs is None:
-        return None
-    own = inputs.scheme
-    if own.format.kind != "integer":
-        raise SchemeError(f"What flows through an ONNX file is rounded to integers, got {own}. Use W8A8 or W4A8.")
-    if isinstance(own.granularity, PerToken):  # of language models; an image has no tokens
-        own = replace(own, granularity=PerTensor(), zero_point="integer", format=_unsigned(own.format))
-    if inputs.dynamic is True and isinstance(inputs.scheme.granularity, PerTensor):
-        raise SchemeError(f"Ranges that follow each tensor are not written yet, got {inputs}. Use W8A8.")
-    return ActivationScheme(replace(own, scale="float32"), False)
-
-
-def _unsigned(format: Format) -> Format:
-    """The same codes counted from zero: what ONNX Runtime's integer products on x86 take without a detour."""
-    return (
-        integer(format.bits, signed=False) if format.kind == "integer" and format.levels == 2**format.bits else format
-    )
 
 
 def _of_weights(recipe: Recipe, program: Program) -> Recipe:

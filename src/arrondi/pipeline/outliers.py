@@ -23,7 +23,7 @@ from arrondi.measure.data import Data, check_windows, chosen, read_windows, read
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of
 from arrondi.model import Budget, OnDisk, Stream, device_named, settle, walk
 from arrondi.tensor.checks import layer_scheme_of
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 
 LARGE: Final = 20.0
 """A channel that reaches so many times what the median channel reaches is an outlier."""

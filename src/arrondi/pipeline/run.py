@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from arrondi.checkpoint import LayerValues, ShardWriter
+from arrondi.checkpoint import ShardWriter
 from arrondi.checkpoint.states_file import STATES, write_states
 from arrondi.measure.calling import predicted
 from arrondi.measure.compare import comparison_for
@@ -28,14 +28,12 @@ from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import Ledger
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.resolve import PlannedTensor
-from arrondi.pipeline.rounded import Rounded, round_alone, row_of
+from arrondi.pipeline.rounded import round_alone
 from arrondi.pipeline.statistics import Forward, Seen
-from arrondi.pipeline.step import Added
 from arrondi.pipeline.texts import Texts
 from arrondi.pipeline.unit import carry_out, rewrite, stackable
 from arrondi.pipeline.work import Original, Work
-from arrondi.tensor.ranges.grid import Grid
-from arrondi.tensor.rows import stack_rows
+from arrondi.pipeline.written import Written
 
 HIDDEN_LIMIT = 512 << 20
 """Bytes of hidden states and arguments kept in memory; more goes to a file in the output directory."""
@@ -69,7 +67,6 @@ class Run:
         assert isinstance(plan.source, OnDisk)
         self.plan, self.source, self.texts, self.journal, self.progress = plan, plan.source, texts, journal, progress
         self.shards = plan.shards(shard_bytes)
-        self.rows: list[dict[str, Any]] = []
         self.watch: StateWatch | None = None
         self.overlay = Overlay(config=dict(plan.declared.config))
         self.heads: dict[str, Seen] = {}
@@ -79,8 +76,9 @@ class Run:
     def execute(self) -> None:
         """Everything up to complete files without their final names."""
         started = time.monotonic()
-        self.writer = ShardWriter(self.journal.work, self.shards, self.journal.out)
-        self.finishing = Finishing(self.plan, self.journal, self.writer)
+        writer = ShardWriter(self.journal.work, self.shards, self.journal.out)
+        self.written = Written(self.plan, self.source, self.journal, self.ledger, writer, self.overlay)
+        self.finishing = Finishing(self.plan, self.journal, writer)
         self.journal.verify(self.finishing.digest, self.ledger.check)
         if self.journal.note:
             self.progress(0, 1, self.journal.note)
@@ -95,9 +93,9 @@ class Run:
             else:
                 self._tensor_by_tensor()
         seconds = round(time.monotonic() - started, 2)
-        rows = [self.finishing.after(row) for row in self.rows]
+        rows = [self.finishing.after(row) for row in self.written.rows]
         done = {"measured": measured, "rows": rows, "seconds": seconds, "whole": self.finishing.facts()}
-        self._record("measured", done)
+        self.written.record("measured", done)
 
     # ── without data: tensors go from file to file ────────────────────────────────────────────────────────────────────
 
@@ -105,7 +103,7 @@ class Run:
         groups = _grouped(self.plan.tensors)
         for i, group in enumerate(groups):
             self.progress(i, len(groups), f"tensors {i + 1} of {len(groups)}")
-            self._step(f"tensors {i}", group, partial(self._all_alone, group))
+            self.written.step(f"tensors {i}", group, partial(self._all_alone, group))
 
     def _all_alone(self, group: list[PlannedTensor]) -> list[dict[str, Any]]:
         return [row for planned in group for row in self._alone(planned)]
@@ -113,7 +111,7 @@ class Run:
     def _alone(self, planned: PlannedTensor) -> list[dict[str, Any]]:
         """Round one tensor by itself, or copy it."""
         if planned.status != "quantized":
-            self._keep(planned, {})
+            self.written.keep(planned, {})
             return []
         assert planned.rule is not None and planned.scheme is not None
         scheme, rule = planned.scheme.weights, planned.rule
@@ -121,7 +119,7 @@ class Run:
         if not stackable(scheme, len(weights)):
             weights = [torch.cat(weights)]
         parts = [round_alone(w, scheme, rule.method, rule.options, planned.name) for w in weights]
-        return [self._put(planned, parts, None)]
+        return [self.written.put(planned, parts, None)]
 
     def _stored_weights(self, planned: PlannedTensor) -> list[torch.Tensor]:
         """The weights of a tensor's sites, (out, in), in their stored type where nothing is converted."""
@@ -136,7 +134,7 @@ class Run:
 
     def _open(self) -> None:
         """Two models: the original, and the quantized one as far as earlier runs have got."""
-        self.instance = self.source.instance(self.overlay, self.device)
+        self.instance = self.written.instance = self.source.instance(self.overlay, self.device)
         self.units = self.source.units_of(self.instance)
         shared = self.reference
         self.original = (
@@ -149,7 +147,7 @@ class Run:
         rounded = [(t.scheme.inputs, s) for t in self.plan.quantized if t.scheme and t.scheme.inputs for s in t.sites]
         self.instance.round_inputs({m: (inputs, None) for inputs, s in rounded for m in s.rounds_inputs})
         for done in self.journal.steps.values() if not self._rewrites_floats() else ():
-            self._adopt([t for t in self.plan.tensors if t.name in set(done["tensors"])])
+            self.written.adopt([t for t in self.plan.tensors if t.name in set(done["tensors"])])
 
     def _rewrites_floats(self) -> bool:
         """Whether the original is followed on the calibration data, rewritten."""
@@ -168,7 +166,7 @@ class Run:
             if i in blocks:
                 self.units.fill(i)
                 members = [t for t in self.plan.tensors if t.block == i]
-                self._step(f"unit {i}", members, partial(self._work, members, ()))
+                self.written.step(f"unit {i}", members, partial(self._work, members, ()))
                 self.units.drop(i)
         self._outside("outside", [t for t in self.plan.tensors if t.block is None], (), ())
 
@@ -251,7 +249,7 @@ class Run:
         if self._rewrites_floats() and f"unit {i}" in self.journal.steps:
             self.floating.fill(i)
             rewrite(self._begun(members, self.learning.forwards(i), self.floats.forwards(i)))
-        self._step(f"unit {i}", members, work)
+        self.written.step(f"unit {i}", members, work)
         self.units.drop(i)
         self.units.fill(i)
         if self.watch is not None:
@@ -278,12 +276,11 @@ class Run:
             if planned.status == "quantized":
                 parts = [work.results[s.name] for s in planned.sites if s.name in work.results]
                 done = list(dict.fromkeys(name for s in planned.sites for name in work.done.get(s.name, ())))
-                row = self._put(planned, parts, work.grids.get(planned.name))
+                row = self.written.put(planned, parts, work.grids.get(planned.name))
                 rows.append({**row, **({"steps": done} if done else {}), **work.facts.get(planned.name, {})})
             else:
-                self._keep(planned, work.changed)
-        for added in self._added(members):
-            self.writer.put(added.name, work.added[added.name])
+                self.written.keep(planned, work.changed)
+        self.written.put_added(members, work.added)
         return rows
 
     def _begun(self, members: list[PlannedTensor], forwards: Sequence[Forward], originals: Sequence[Forward]) -> Work:
@@ -316,7 +313,7 @@ class Run:
         if originals and self._rewrites_floats() and name in self.journal.steps:
             with loaded():
                 rewrite(self._begun(members, forwards, originals))
-        self._step(name, members, work)
+        self.written.step(name, members, work)
 
     def _keep_rewritten(self, members: Sequence[PlannedTensor]) -> None:
         """The rewritten original keeps what lies outside the units; inside it is rewritten where it passes."""
@@ -347,72 +344,6 @@ class Run:
             "windows": sum(len(predicted(b)) for b in reference.batches),
             "protocol": self.texts.protocol,
         }
-
-    # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _step(self, name: str, members: list[PlannedTensor], work: Callable[[], list[dict[str, Any]]]) -> None:
-        """Do a step once: its bytes are on the disk before the journal says so."""
-        if name not in self.journal.steps:
-            self._record(name, {"rows": work(), "tensors": [t.name for t in members]})
-        self.rows += self.journal.steps[name]["rows"]
-        self._adopt(members)
-
-    def _record(self, name: str, data: dict[str, Any]) -> None:
-        self.journal.record(name, data, wrote=self.writer.sync(), read=self.ledger.taken())
-
-    def _adopt(self, members: Sequence[PlannedTensor]) -> None:
-        """From now on the quantized model has the values that the file holds."""
-        for planned in members:
-            if planned.status == "quantized":
-                self.overlay.changed[planned.name] = partial(self._restored, planned)
-                inputs = planned.scheme.inputs if planned.scheme else None
-                if inputs is not None and inputs.spread:
-                    modules = [m for s in planned.sites for m in s.rounds_inputs]
-                    self.instance.spread_inputs(dict.fromkeys(modules, inputs.spread))
-                apart = planned.scheme.weights.apart if planned.scheme else None
-                if inputs is not None and (inputs.dynamic is not True or apart is not None):
-                    values = self.plan.layout.read(planned.placed, self.writer.get)
-                    modules = [m for s in planned.sites for m in s.rounds_inputs]
-                    self.instance.round_inputs(dict.fromkeys(modules, (inputs, values.inputs, values.whole_columns)))
-            elif planned.name in self.plan.declared.changed:
-                self.overlay.changed[planned.name] = partial(self._written, planned.name)
-        for added in self._added(members):
-            self.overlay.added[added.param] = partial(self._written, added.name)
-
-    def _added(self, members: Sequence[PlannedTensor]) -> list[Added]:
-        """What steps add for these tensors."""
-        names = {t.name for t in members}
-        return [a for a in self.plan.declared.added if a.tensor in names]
-
-    def _written(self, name: str) -> torch.Tensor:
-        return self.writer.get(name).float()
-
-    def _restored(self, planned: PlannedTensor) -> torch.Tensor:
-        values = self.plan.layout.read(planned.placed, self.writer.get)
-        return planned.placed.restored(values.weight.dequantize())
-
-    def _put(self, planned: PlannedTensor, parts: Sequence[Rounded], inputs: Grid | None) -> dict[str, Any]:
-        assert planned.scheme is not None
-        values = LayerValues(stack_rows([p.q.to("cpu") for p in parts]), inputs)
-        for name, value in self.plan.layout.write(planned.placed, values).items():
-            self.writer.put(name, value)
-        return row_of(
-            planned.name,
-            planned.scheme,
-            parts,
-            self.plan.nbytes(planned),
-            experts=planned.sites[0].param_index is not None,
-        )
-
-    def _keep(self, planned: PlannedTensor, changed: dict[str, torch.Tensor]) -> None:
-        if planned.name in changed:
-            self.writer.put(planned.name, changed[planned.name])
-        elif planned.tensor.converted:
-            instance = self.source.instance()
-            instance.fill(planned.tensor.params)
-            self.writer.put(planned.name, instance.parameter(planned.tensor.params[0]).to(planned.dtype))
-        else:
-            self.ledger.note(planned.name, self.writer.copy(self.source.checkpoint.folder.entries[planned.name]))
 
 
 def _grouped(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:

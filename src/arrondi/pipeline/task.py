@@ -230,7 +230,7 @@ def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], ke
     manifest = manifest_of(key, run.ledger, facts)
     states = run.journal.work / STATES
     made = {STATES: states} if states.is_file() else {}
-    publish(run.journal, run.writer, side_files, config, manifest, {"report.json": report}, made)
+    publish(run.journal, run.written.writer, side_files, config, manifest, {"report.json": report}, made)
     return report
 
 

@@ -26,6 +26,7 @@ from arrondi.formats import Scheme, tile_shape
 from arrondi.rounding.autoround import refuse_autoround
 from arrondi.rounding.gptaq import check_moments, corrected
 from arrondi.rounding.gptq import checked
+from arrondi.rounding.options import Damping
 from arrondi.rounding.rtn import rtn
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import code_dtype
@@ -73,7 +74,7 @@ def adaround(
     iterations: Annotated[int, Between(1, 1_000_000)] = 1000,
     rate: Annotated[float, Between(0, 10)] = 0.03,
     regular: Annotated[float, Between(0, 1e6)] = 10.0,
-    damping: Annotated[float, Between(0, 1e6)] = 0.01,
+    damping: Damping = 0.01,
     range: Literal["absmax", "search"] = "search",
     name: str = "weight",
     facts: dict[str, Any] | None = None,

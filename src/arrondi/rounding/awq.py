@@ -22,7 +22,8 @@ from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, ShapeError
 from arrondi.formats import Scheme, tile_shape
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import QTensor, quantize_with, store_grid
+from arrondi.tensor.nearest import quantize_with, store_grid
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids
 from arrondi.tensor.ranges.search import choose, mirrors, on_grid

@@ -10,15 +10,16 @@ Source: Li, Yin, Lee, Xiao, Panda 2025, arXiv:2504.02692.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from arrondi.arguments import Between, check_arguments
+from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, ShapeError
 from arrondi.rounding.gptq import Order, Range, gptq
 from arrondi.rounding.gptq_factor import root_factor
+from arrondi.rounding.options import BlockSize, Damping, Power, Refine, Strength, Sweeps
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 
@@ -73,14 +74,14 @@ def gptaq(
     moment: SecondMoment | None = None,
     *,
     cross_moment: torch.Tensor | None = None,
-    strength: Annotated[float, Between(0, 2)] = 1.0,
-    damping: Annotated[float, Between(0, 1e6)] = 0.01,
-    block_size: Annotated[int, Between(1, 100_000)] = 128,
+    strength: Strength = 1.0,
+    damping: Damping = 0.01,
+    block_size: BlockSize = 128,
     order: Order = "static",
     range: Range = "search",
-    power: Annotated[float, Between(0.1, 16)] = 4.0,
-    refine: Annotated[int, Between(0, 100)] = 0,
-    sweeps: Annotated[int, Between(1, 100)] = 1,
+    power: Power = 4.0,
+    refine: Refine = 0,
+    sweeps: Sweeps = 1,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:

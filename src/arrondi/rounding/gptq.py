@@ -14,21 +14,23 @@ contiguous groups of the unrounded weight, columns visited by falling diagonal) 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from arrondi.arguments import Between, check_arguments
+from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import PerGroup, Scheme
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
+from arrondi.rounding.options import BlockSize, Damping, Power, Refine, Sweeps
 from arrondi.rounding.refine import damped, refined
 from arrondi.rounding.resweep import resweeps, reswept
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import QTensor, own_numbers
+from arrondi.tensor.nearest import own_numbers
+from arrondi.tensor.qtensor import QTensor
 
 Order = Literal["static", "dynamic", "none"]
 Range = Literal["search", "absmax", "importance"]
@@ -51,13 +53,13 @@ def gptq(
     scheme: SchemeLike,
     moment: SecondMoment | None = None,
     *,
-    damping: Annotated[float, Between(0, 1e6)] = 0.01,
-    block_size: Annotated[int, Between(1, 100_000)] = 128,
+    damping: Damping = 0.01,
+    block_size: BlockSize = 128,
     order: Order = "static",
     range: Range = "search",
-    power: Annotated[float, Between(0.1, 16)] = 4.0,
-    refine: Annotated[int, Between(0, 100)] = 0,
-    sweeps: Annotated[int, Between(1, 100)] = 1,
+    power: Power = 4.0,
+    refine: Refine = 0,
+    sweeps: Sweeps = 1,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:

@@ -12,7 +12,8 @@ import torch
 
 from arrondi.errors import SchemeError
 from arrondi.formats import PerGroup, Scheme, scale_shape, tile_shape
-from arrondi.tensor.qtensor import Parts, QTensor, store_grid
+from arrondi.tensor.nearest import store_grid
+from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.ranges.search import search_grid

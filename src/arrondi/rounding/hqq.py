@@ -22,7 +22,8 @@ from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, tile_shape
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
+from arrondi.tensor.nearest import quantize_tensor, quantize_with
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.quantizers import split as split_compiled
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import STORED, Grid, round_offset, round_scale

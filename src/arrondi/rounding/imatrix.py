@@ -17,7 +17,8 @@ from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, ShapeError
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import QTensor, quantize_tensor, quantize_with
+from arrondi.tensor.nearest import quantize_tensor, quantize_with
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.weighted import weighted_parts
 
 

@@ -28,6 +28,7 @@ from arrondi.rounding.gptaq import corrected
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import LearnedGrids
 from arrondi.rounding.gptq_sweep import sweep
+from arrondi.rounding.options import Damping, Refine, Strength, Sweeps
 from arrondi.rounding.refine import damped, refined
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
@@ -70,10 +71,6 @@ def refuse_tables(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
 
 Rows = Annotated[int, Between(0, 1_000_000)]
 Iterations = Annotated[int, Between(0, 1000)]
-Sweeps = Annotated[int, Between(1, 100)]
-Strength = Annotated[float, Between(0, 2)]
-Refine = Annotated[int, Between(0, 100)]
-Damping = Annotated[float, Between(0, 1e6)]
 
 
 def kmeans(

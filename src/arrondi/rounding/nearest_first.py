@@ -5,12 +5,12 @@ Owns: `nearest_first`. What is learned from there is the repair that comes with 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from arrondi.arguments import Between
 from arrondi.calibration import SecondMoment
+from arrondi.rounding.options import Power
 from arrondi.rounding.rtn import rtn
 from arrondi.tensor.checks import SchemeLike
 from arrondi.tensor.qtensor import QTensor
@@ -22,7 +22,7 @@ def nearest_first(
     moment: SecondMoment | None = None,
     *,
     range: Literal["absmax", "search"] = "search",
-    power: Annotated[float, Between(0.1, 16)] = 2.4,
+    power: Power = 2.4,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:

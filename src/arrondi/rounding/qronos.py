@@ -13,15 +13,16 @@ Source: Zhang, Zhang, Colbert, Saab 2025, arXiv:2505.11695.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from arrondi.arguments import Between, check_arguments
+from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.formats import Scheme
 from arrondi.rounding.gptaq import check_moments, corrected
 from arrondi.rounding.gptq import Range, checked, swept
+from arrondi.rounding.options import BlockSize, Damping, Power, Refine
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 
@@ -32,11 +33,11 @@ def qronos(
     moment: SecondMoment | None = None,
     *,
     cross_moment: torch.Tensor | None = None,
-    damping: Annotated[float, Between(0, 1e6)] = 0.01,
-    block_size: Annotated[int, Between(1, 100_000)] = 128,
+    damping: Damping = 0.01,
+    block_size: BlockSize = 128,
     range: Range = "search",
-    power: Annotated[float, Between(0.1, 16)] = 4.0,
-    refine: Annotated[int, Between(0, 100)] = 0,
+    power: Power = 4.0,
+    refine: Refine = 0,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:

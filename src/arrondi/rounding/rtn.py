@@ -7,16 +7,18 @@ go to even, as in IEEE 754.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from arrondi.arguments import Between, check_arguments
+from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
+from arrondi.rounding.options import Power
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.qtensor import Parts, QTensor, own_numbers, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.nearest import own_numbers, quantize_tensor, quantize_with, store_grid
+from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.exponents import EXPONENT_RULES
 from arrondi.tensor.ranges.search import search_grid
 from arrondi.tensor.ranges.weighted import FOUR_OVER_SIX, shares_outer_scale, weighted_parts
@@ -44,7 +46,7 @@ def rtn(
     moment: SecondMoment | None = None,
     *,
     range: Range = "auto",
-    power: Annotated[float, Between(0.1, 16)] = 2.5,
+    power: Power = 2.5,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:

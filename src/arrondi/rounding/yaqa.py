@@ -26,6 +26,7 @@ from arrondi.formats import Scheme
 from arrondi.rounding.gptaq import check_moments, corrected
 from arrondi.rounding.gptq import Curvature, Range, checked, refuse_gptq, swept_rows
 from arrondi.rounding.gptq_factor import root_factor
+from arrondi.rounding.options import BlockSize, Damping, Power, Refine, Strength, Sweeps
 from arrondi.rounding.resweep import resweeps
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
@@ -49,14 +50,14 @@ def yaqa(
     cross_moment: torch.Tensor | None = None,
     output_moments: Sequence[torch.Tensor] | None = None,
     rows: Annotated[int, Between(1, 100_000)] = 8,
-    output_damping: Annotated[float, Between(0, 1e6)] = 0.05,
-    strength: Annotated[float, Between(0, 2)] = 1.0,
-    damping: Annotated[float, Between(0, 1e6)] = 0.05,
-    block_size: Annotated[int, Between(1, 100_000)] = 128,
+    output_damping: Damping = 0.05,
+    strength: Strength = 1.0,
+    damping: Damping = 0.05,
+    block_size: BlockSize = 128,
     range: Range = "search",
-    power: Annotated[float, Between(0.1, 16)] = 4.0,
-    refine: Annotated[int, Between(0, 100)] = 0,
-    sweeps: Annotated[int, Between(1, 100)] = 1,
+    power: Power = 4.0,
+    refine: Refine = 0,
+    sweeps: Sweeps = 1,
     name: str = "weight",
     facts: dict[str, Any] | None = None,
 ) -> QTensor:

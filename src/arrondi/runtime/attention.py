@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from arrondi.kernels.tokens import attend, takes_attention
+from arrondi.runtime.kv.attend import attend_states
 from arrondi.runtime.kv.lazy import PackedStates
 
 NAME: Final = "arrondi"
@@ -37,7 +38,7 @@ def attention(
     scale = options.get("scaling")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(key, PackedStates) and isinstance(value, PackedStates):
-        if plain and (found := key.attend(query, value, factor)) is not None:
+        if plain and (found := attend_states(query, key, value, factor)) is not None:
             return found, None
         key, value = key.restored(), value.restored()
     if plain and takes_attention(query, key, value):

@@ -45,7 +45,7 @@ class _Rows(NamedTuple):
 
 
 def round_groups(x: torch.Tensor, scheme: Scheme, rule: str = "auto") -> tuple[torch.Tensor, Grid] | None:
-    """Fit and round to nearest: codes like `x`, the grid as (tiles, 1). The reference is `arrondi.tensor.qtensor.quantize_tensor`."""
+    """Fit and round to nearest: codes like `x`, the grid as (tiles, 1). The reference is `arrondi.tensor.nearest.quantize_tensor`."""
     fit = _fit(scheme, rule)
     rows = _rows(x, scheme)
     if fit is None or rows is None:
@@ -77,7 +77,7 @@ def round_packed(
 
 
 def round_on(x: torch.Tensor, scheme: Scheme, grid: Grid) -> torch.Tensor | None:
-    """Codes for a given grid. The reference is `arrondi.tensor.qtensor.quantize_with`."""
+    """Codes for a given grid. The reference is `arrondi.tensor.nearest.quantize_with`."""
     rows = _rows(x, scheme)
     if rows is None or not _fits_grid(grid, rows):
         return None

@@ -1,6 +1,6 @@
 """Keys and values along their principal directions: (batch, heads, tokens, width) ↔ bytes.
 
-Owns: `Turn`, the rotary embedding that keys are freed of; `Basis`, the directions of one layer's keys or values with their bits and
+Owns: `Turn`, the rotary embedding that keys are freed of; `energies`, what they meet; `Basis`, the directions of one layer's keys or values with their bits and
 steps; `basis_of`, which finds them from moments; `encode` and `decode`. Pure functions of tensors.
 
 A token of a head is `Basis.bytes` bytes: its channels of 8 bits, then pairs of 4 bits, then fours of 2 bits, the first one lowest.
@@ -53,6 +53,22 @@ class Turn:
         return torch.cat([x[..., :skipped], joined, x[..., skipped + size :]], dim=-1)
 
 
+def energies(squares: torch.Tensor, turn: Turn | None) -> torch.Tensor:
+    """What the channels of keys meet on average: Σ q² of queries (heads, width), shared by the two of a pair that a rotary embedding turns.
+
+    How far a query is turned against a key depends on the distance of their tokens, so of a pair only the sum is known.
+    """
+    if turn is None:
+        return squares
+    size, shared = 2 * len(turn.frequencies), squares.clone()
+    skipped = squares.shape[-1] - size if turn.last else 0
+    part = squares[..., skipped : skipped + size]
+    pairs = part.unflatten(-1, (-1, 2)) if turn.neighbours else part.unflatten(-1, (2, -1)).mT
+    means = pairs.mean(-1, keepdim=True).expand_as(pairs)
+    shared[..., skipped : skipped + size] = (means if turn.neighbours else means.mT).flatten(-2)
+    return shared
+
+
 class Moments(NamedTuple):
     """Sums over states (…, heads, tokens, width): how many, Σ x (heads, width) and Σ x xᵀ (heads, width, width), float64."""
 
@@ -85,9 +101,11 @@ class Basis:
     Attributes:
         mean: (heads, width) float32.
         rows: (heads, n, width) float32, orthonormal: the directions that have bits, those of 8 bits first, then 4, then 2.
+            They are directions of what is left when the mean is taken away and every channel multiplied by its weight.
         scale: (heads, n) float32, the step of each.
         counts: how many have 8, 4 and 2 bits.
         turn: what is undone before and done after; None for values, and for keys that are not turned.
+        weight: (heads, width) float32, positive: how much an error of each channel counts; None: all alike.
     """
 
     mean: torch.Tensor
@@ -95,6 +113,17 @@ class Basis:
     scale: torch.Tensor
     counts: tuple[int, int, int]
     turn: Turn | None = None
+    weight: torch.Tensor | None = None
+
+    @property
+    def into(self) -> torch.Tensor:
+        """(heads, n, width): what of a state without its mean gives the place along each direction."""
+        return self.rows if self.weight is None else self.rows * self.weight[:, None]
+
+    @property
+    def back(self) -> torch.Tensor:
+        """(heads, n, width): what each direction is of a state."""
+        return self.rows if self.weight is None else self.rows / self.weight[:, None]
 
     @property
     def bytes(self) -> int:
@@ -107,9 +136,18 @@ class Basis:
         return torch.tensor([255.0] * self.counts[0] + [15.0] * self.counts[1] + [3.0] * self.counts[2])
 
 
-def basis_of(moments: Moments, bits: float, turn: Turn | None = None) -> tuple[Basis, float]:
-    """Principal directions with bits where they are worth most, the same numbers of bits for all heads; and the variance that is left."""
-    values, vectors = torch.linalg.eigh(moments.covariance)
+def basis_of(
+    moments: Moments, bits: float, turn: Turn | None = None, weight: torch.Tensor | None = None
+) -> tuple[Basis, float]:
+    """Principal directions with bits where they are worth most, the same numbers of bits for all heads; and the variance that is left.
+
+    Args:
+        weight: (heads, width) float64: as of `Basis`; the variance that is left is that of weighted states.
+    """
+    covariance = moments.covariance
+    if weight is not None:
+        covariance = covariance * weight[:, :, None] * weight[:, None]
+    values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
     counts = _counts(values.mean(0), bits)
     n = sum(counts)
@@ -120,7 +158,8 @@ def basis_of(moments: Moments, bits: float, turn: Turn | None = None) -> tuple[B
     left = torch.tensor([_LEFT[int(w)] for w in widths], dtype=torch.float64)
     loss = float((values[:, :n] * left).sum() + values[:, n:].sum())
     rows = vectors[:, :, :n].mT.contiguous()
-    return Basis(moments.mean.float(), rows.float(), scale.float(), counts, turn), loss
+    floats = None if weight is None else weight.float()
+    return Basis(moments.mean.float(), rows.float(), scale.float(), counts, turn, floats), loss
 
 
 def _counts(variance: torch.Tensor, bits: float) -> tuple[int, int, int]:
@@ -151,7 +190,7 @@ def encode(x: torch.Tensor, basis: Basis, start: int) -> torch.Tensor:
         raise DataError("A key or value is NaN or infinite, so it has no code. Look for the layer that computes it.")
     if basis.turn is not None:
         real = basis.turn.apply(real, start, back=True)
-    z = (real - basis.mean[:, None]) @ basis.rows.mT / basis.scale[:, None]
+    z = (real - basis.mean[:, None]) @ basis.into.mT / basis.scale[:, None]
     top = basis.levels().to(z.device)
     codes = (z + top / 2).round_().clamp_(torch.zeros_like(top), top).to(torch.uint8)
     eight, four, two = codes.split(basis.counts, dim=-1)
@@ -173,5 +212,5 @@ def decode(packed: torch.Tensor, basis: Basis, start: int) -> torch.Tensor:
         torch.stack([two >> s & 3 for s in (0, 2, 4, 6)], dim=-1).flatten(-2),
     ]
     z = (torch.cat(parts, dim=-1).float() - basis.levels().to(packed.device) / 2) * basis.scale[:, None]
-    real = z @ basis.rows + basis.mean[:, None]
+    real = z @ basis.back + basis.mean[:, None]
     return real if basis.turn is None else basis.turn.apply(real, start)

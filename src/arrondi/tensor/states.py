@@ -23,7 +23,7 @@ import torch
 
 from arrondi.formats import ActivationScheme, PerBlock, PerGroup, PerTensor
 from arrondi.formats.kv import BLOCK
-from arrondi.tensor.qtensor import quantize_tensor, quantize_with
+from arrondi.tensor.nearest import quantize_tensor, quantize_with
 from arrondi.tensor.ranges.grid import STORED, Grid
 
 

@@ -24,7 +24,8 @@ from arrondi.formats import (
     codebook,
     parse_scheme,
 )
-from arrondi.tensor.qtensor import QTensor, quantize_tensor
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from tests.checkpoint.copies import static_grid
 

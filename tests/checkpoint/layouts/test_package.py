@@ -22,7 +22,8 @@ from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
 from arrondi.checkpoint.layouts.compressed_tensors.matching import is_ignored, match
 from arrondi.errors import FileFormatError
 from arrondi.formats import PRESETS, parse_scheme
-from arrondi.tensor.qtensor import QTensor, fake_quantize, quantize_tensor
+from arrondi.tensor.nearest import fake_quantize, quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 from tests.checkpoint.copies import local_rounding, static_grid
 
 LAYOUT = LAYOUTS["compressed-tensors"]

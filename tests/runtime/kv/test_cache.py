@@ -15,7 +15,7 @@ from arrondi.formats.kv import KV_KINDS, CacheScheme, parse_kv
 from arrondi.kernels.hadamard import hadamard_matrix
 from arrondi.runtime.kv import QuantizedCache, calibrate_clips, kv_cache
 from arrondi.runtime.kv.layer import PackedLayer
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 from tests.runtime.test_decoding import made
 
 SMALL_KIVI = "k=uint2/b16x1/offset/float16,v=uint2/g8/offset/float16,window=32"

@@ -10,20 +10,19 @@ import torch
 from arrondi.errors import SchemeError
 from arrondi.kernels import packed_states
 from arrondi.native import native
-from arrondi.runtime import decoding
+from arrondi.runtime import attention, decoding
 from arrondi.runtime.attention import own_attention
 from arrondi.runtime.decoding import check_cache, tokens
-from arrondi.runtime.kv import kv_cache
-from arrondi.runtime.kv.lazy import PackedStates
+from arrondi.runtime.kv import calibrate_cache, kv_cache
 from tests.runtime.small import fused
 from tests.runtime.test_decoding import PROMPT, made
 
-KINDS = ["int8", "k=uint4/g16/offset/float16,v=uint4/g16/offset/float16,rotate", "k=uint2/b16x1/offset/float16,v=uint2/g16/offset/float16,window=32"]  # fmt: skip
+KINDS = ["int8", "k=uint4/g16/offset/float16,v=uint4/g16/offset/float16,rotate", "k=uint2/b16x1/offset/float16,v=uint2/g16/offset/float16,window=32", "k=pca2,v=pca3,window=0,first=4"]  # fmt: skip
 
 
-def logits_of(model: Any, ids: torch.Tensor, kind: str, *, lazily: bool) -> torch.Tensor:
+def logits_of(model: Any, ids: torch.Tensor, kind: str, clips: Any, *, lazily: bool) -> torch.Tensor:
     """Of a prompt and then one token after another."""
-    cache = kv_cache(model, kind, lazily=lazily)
+    cache = kv_cache(model, kind, clips=clips, lazily=lazily)
     with torch.no_grad(), own_attention(model):
         found = [model(ids[:, :40], past_key_values=cache).logits[:, -1:]]
         found += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(40, ids.shape[1])]
@@ -44,17 +43,19 @@ def test_packed_states_give_what_unpacked_ones_give(
     model = make()
     ids = torch.arange(100)[None] * 31 % 95 + 2
     called: list[int] = []
-    kernel = PackedStates.attend
+    kernel = attention.attend_states
 
-    def counted(self: PackedStates, *args: Any) -> torch.Tensor | None:
-        found = kernel(self, *args)
+    def counted(*args: Any) -> torch.Tensor | None:
+        found = kernel(*args)
         called.append(found is not None)
         return found
 
-    monkeypatch.setattr(PackedStates, "attend", counted)
-    found = logits_of(model, ids, kind, lazily=True)
+    monkeypatch.setattr(attention, "attend_states", counted)
+    words = torch.arange(256).reshape(2, 128) * 37 % 95 + 2
+    clips = calibrate_cache(model, kind, [words])
+    found = logits_of(model, ids, kind, clips, lazily=True)
     assert len(called) == 60 * len(model.model.layers) and all(called) == packed_states.available()
-    wanted = logits_of(model, ids, kind, lazily=False)
+    wanted = logits_of(model, ids, kind, clips, lazily=False)
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
 
 

@@ -12,7 +12,7 @@ from arrondi.formats.kv import parse_kv
 from arrondi.formats.spectral import SpectralCache
 from arrondi.runtime.kv import calibrate_cache, kv_cache
 from arrondi.runtime.kv.measure import compare_caches
-from arrondi.tensor.spectrum import Moments, Turn, basis_of, decode, encode
+from arrondi.tensor.spectrum import Moments, Turn, basis_of, decode, encode, energies
 from tests.runtime.kv.test_cache import IDS, generated
 from tests.runtime.test_decoding import made
 
@@ -52,6 +52,29 @@ def test_bits_go_where_states_vary(bits: float):
     spread = float((x - x.mean(2, keepdim=True)).square().sum(-1).mean())
     assert error < {1.0: 0.03, 2.0: 0.0006, 2.5: 0.0006, 4.0: 0.0006}[bits] * spread
     assert left / 2 == pytest.approx(error, rel=1.0)
+
+
+def test_errors_count_as_the_queries_make_them():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 2, 400, 16, generator=generator) @ torch.randn(2, 16, 16, generator=generator)
+    queries = torch.randn(300, 16, generator=generator) * torch.logspace(-2, 1, 16)
+    weight = energies(queries.double().square().mean(0).expand(2, -1), None).sqrt()
+    errors = []
+    for one in (None, weight):
+        basis, left = basis_of(Moments.of(x), 2.0, None, one)
+        off = (decode(encode(x, basis, 0), basis, 0) - x) @ queries.T
+        errors.append(float(off.square().sum(1).mean()))  # of both heads
+    assert errors[1] < 0.3 * errors[0]
+    assert left == pytest.approx(errors[1], rel=0.5)
+
+
+@pytest.mark.parametrize("turn", [Turn(torch.ones(4)), Turn(torch.ones(4), True), Turn(torch.ones(4), False, True), Turn(torch.ones(4), True, True)])  # fmt: skip
+def test_the_two_of_a_pair_share_what_they_meet(turn: Turn):
+    """Whatever angle they are turned by: the sum of both is what stays."""
+    q = torch.randn(2, 50, 10, dtype=torch.float64)
+    found = energies(q.square().sum(1), turn)
+    torch.testing.assert_close(found, energies(turn.apply(q, 3).square().sum(1), turn))
+    torch.testing.assert_close(found.sum(-1), q.square().sum((1, 2)))
 
 
 def test_one_call_or_many_give_the_same_bytes():

@@ -18,7 +18,7 @@ from gguf.quants import MXFP4, Q4_0, Q8_0
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import FORMATS, Format, PerGroup, PerTensor, Scheme, codebook, integer
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.qtensor import quantize_tensor, quantize_with
+from arrondi.tensor.nearest import quantize_tensor, quantize_with
 from arrondi.tensor.ranges.fits import FITS, fit
 from arrondi.tensor.ranges.grid import SMALLEST, STORED, Grid, round_scale
 from tests.cases import each_once

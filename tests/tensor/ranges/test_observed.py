@@ -14,7 +14,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from arrondi.calibration import OBSERVERS
 from arrondi.errors import DataError, SchemeError
 from arrondi.formats import PRESETS, ActivationScheme, Scheme, parse_scheme
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.ranges.observed import grid_from_range, static_grid
 

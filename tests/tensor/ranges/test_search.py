@@ -18,7 +18,7 @@ from arrondi.formats import (
     tile_shape,
 )
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.qtensor import quantize_tensor, quantize_with
+from arrondi.tensor.nearest import quantize_tensor, quantize_with
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.ranges.search import on_grid, search_grid
 from arrondi.tensor.tiling import to_tiles

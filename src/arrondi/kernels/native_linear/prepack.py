@@ -28,7 +28,8 @@ from arrondi.kernels.native_linear.coding import (
 from arrondi.kernels.packed import on_grid, pack_part, unpack_part
 from arrondi.native import TYPES, native, operand, threads
 from arrondi.tensor.encoding import code_dtype
-from arrondi.tensor.qtensor import QTensor, quantize_with
+from arrondi.tensor.nearest import quantize_with
+from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.storage import signed
 from arrondi.tensor.tables import round_table

@@ -20,7 +20,7 @@ from arrondi.pipeline.work import Work
 from arrondi.rewrite.channels import reduce_columns
 from arrondi.rewrite.search import Reader
 from arrondi.rounding.rtn import nearest
-from arrondi.tensor.qtensor import fake_quantize
+from arrondi.tensor.nearest import fake_quantize
 from arrondi.tensor.ranges.observed import static_grid
 from arrondi.tensor.rows import rowwise
 

@@ -1,9 +1,9 @@
 """One layer of a rounded cache: `PackedLayer` for transformers, made of two `Side`s, keys and values.
 
 The rule (Liu et al. 2024, arXiv:2402.02750): what a call brings is seen by that call as it is. Afterwards keys whose scales run along
-the tokens are rounded `window` tokens at a time, everything else token by token as it leaves the window. So what is rounded at a
-length of T tokens depends on T alone, not on how they came: of such keys the first T - T mod R, of everything else all but the
-last R.
+the tokens are rounded `window` tokens at a time, everything else token by token as it leaves the window, or, along directions, in lots.
+So what is rounded at a length of T tokens depends on T alone, not on how they came: of such keys the first T - T mod R, of everything
+else all but the last R and what has not filled a lot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from arrondi.formats.spectral import SpectralCache
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
 from arrondi.kernels.packed_states import Packed
 from arrondi.runtime.kv.lazy import PackedStates
-from arrondi.runtime.kv.spectral import SpectralStore
+from arrondi.runtime.kv.spectral import LOT, SpectralStore
 from arrondi.runtime.kv.store import Store, Window
 from arrondi.tensor.spectrum import Basis
 
@@ -36,12 +36,20 @@ class Side:
         window: the newest tokens that stay.
         together: tokens are rounded in lots of `window`, not one by one.
         rotated: rounded after a Hadamard transform.
+        lot: what is rounded one by one waits until there are so many.
     """
 
     def __init__(
-        self, store: Any, like: torch.Tensor, *, window: int, together: bool = False, rotated: bool = False
+        self,
+        store: Any,
+        like: torch.Tensor,
+        *,
+        window: int,
+        together: bool = False,
+        rotated: bool = False,
+        lot: int = 1,
     ) -> None:
-        self.size, self.together, self.rotated = window, together, rotated
+        self.size, self.together, self.rotated, self.lot = window, together, rotated, lot
         self.store = store
         self.window = Window(like)
 
@@ -53,7 +61,7 @@ class Side:
     def settle(self) -> None:
         """Round what is due."""
         count = len(self.window)
-        due = count // self.size * self.size if self.together else max(count - self.size, 0)
+        due = count // self.size * self.size if self.together else max(count - self.size, 0) // self.lot * self.lot
         if due:
             taken = self.window.take(due)
             self.store.append(hadamard(taken) if self.rotated else taken)
@@ -127,7 +135,7 @@ class PackedLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.scheme, self.clips = scheme, clips
-        self.lazily = lazily and not isinstance(scheme, SpectralCache)
+        self.lazily = lazily
         self.sliding_window = sliding
         self.is_sliding = sliding is not None
         self.is_croppable = sliding is None
@@ -172,7 +180,7 @@ class PackedLayer(CacheLayerMixin):
                     f"The directions of this cache are of another model than one with {wanted[0]} heads of {wanted[1]}. Calibrate it on this one."
                 )
             exact = 0 if self.is_sliding else scheme.first
-            sides.append(Side(SpectralStore(basis, states, exact), states, window=scheme.window))
+            sides.append(Side(SpectralStore(basis, states, exact), states, window=scheme.window, lot=LOT))
         return tuple(sides)
 
     def update(

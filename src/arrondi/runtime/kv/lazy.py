@@ -12,8 +12,6 @@ import torch
 from torch.utils._pytree import tree_map
 
 from arrondi.errors import ShapeError
-from arrondi.kernels.hadamard import hadamard
-from arrondi.kernels.packed_states import attend_packed, takes_packed
 
 _Tensor: Any = torch.Tensor  # whose methods are replaced here by others
 
@@ -42,14 +40,6 @@ class PackedStates(_Tensor):
                 raise ShapeError("These keys or values were read after the next tokens came. Read them before.")
             self.numbers = self.side.read(self.tokens, self.dtype)
         return self.numbers
-
-    def attend(self, query: torch.Tensor, values: PackedStates, scale: float) -> torch.Tensor | None:
-        """The attention of a query to these keys and to values, (1, 1, heads, width); None if the kernel does not take it."""
-        keys = self.side
-        if self.tokens != values.tokens or not takes_packed(query, keys.store.lanes, values.side.store.lanes):
-            return None
-        turned = hadamard(query.float()) if keys.rotated and keys.store.stop else None
-        return attend_packed(query, keys.packed(self.tokens), values.side.packed(self.tokens), scale, turned=turned)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PackedStates({tuple(self.shape)}, {self.dtype})"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from arrondi.kernels.directions import SPARE, Prepared
 from arrondi.tensor.spectrum import Basis, decode, encode
 
-_BLOCK = 32
-"""Tokens for which room is made at least."""
+LOT = 32
+"""Tokens that are rounded at once, and for which room is made at least."""
 
 
 class SpectralStore:
@@ -26,6 +29,11 @@ class SpectralStore:
         self.exact = like.new_zeros((*like.shape[:2], 0, like.shape[-1]))
         self._kept = exact
 
+    @functools.cached_property
+    def prepared(self) -> Prepared:
+        """The directions as the kernel wants them."""
+        return Prepared.of(self.basis)
+
     def append(self, x: torch.Tensor) -> None:
         """Round (batch, heads, tokens, width) and keep it behind what is there."""
         count, at = x.shape[2], self.stop - self.begin
@@ -34,8 +42,9 @@ class SpectralStore:
         missing = self._kept - self.stop
         if missing > 0:
             self.exact = torch.cat([self.exact, x[:, :, :missing]], dim=2)
-        if at + count > self.codes.shape[2]:
-            room = -(-(at + count) * 9 // 8 // _BLOCK) * _BLOCK
+        spare = -(-SPARE // self.basis.bytes)
+        if at + count + spare > self.codes.shape[2]:
+            room = -(-((at + count) * 9 // 8 + spare) // LOT) * LOT
             larger = self.codes.new_zeros((*self.codes.shape[:2], room, self.basis.bytes))
             larger[:, :, :at] = self.codes[:, :, :at]
             self.codes = larger
@@ -58,7 +67,7 @@ class SpectralStore:
         """Forget tokens before `first`; their room is given back when they fill a quarter of it."""
         self.first = max(self.first, min(first, self.stop))
         gone = self.first - self.begin
-        if gone > max(self.codes.shape[2] // 4, _BLOCK):
+        if gone > max(self.codes.shape[2] // 4, LOT):
             self.codes = self.codes[:, :, gone:].clone()
             self.begin = self.first
 

@@ -22,7 +22,8 @@ import torch
 from arrondi.errors import DataError, ShapeError
 from arrondi.formats import PerTensor, Scheme, tile_shape
 from arrondi.tensor.encoding import decode, encode
-from arrondi.tensor.qtensor import Parts, QTensor, quantize_scales, store_grid
+from arrondi.tensor.nearest import quantize_scales, store_grid
+from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids, round_offset, round_scale
 from arrondi.tensor.ranges.search import mirrors, on_grid, powered
