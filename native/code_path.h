@@ -7,7 +7,7 @@ namespace arrondi {
 namespace ARRONDI_PATH {
 
 extern const Codes kCodes;
-const Codes kCodes = {pixels_of(1), convolve, depthwise, pair, largest, mean, average, round_codes};
+const Codes kCodes = {convolve, depthwise, pair, largest, mean, average, round_codes};
 
 }  // namespace ARRONDI_PATH
 }  // namespace arrondi

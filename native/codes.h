@@ -96,7 +96,6 @@ struct Encoding {
 };
 
 struct Codes {
-    int rows;  // pixels that go well together
     // Outputs of pixels first … last of all n images.
     void (*convolve)(const Convolution&, const uint8_t* x, void* y, int first, int last);
     void (*depthwise)(const Depthwise&, const uint8_t* x, uint8_t* y, int first, int last);

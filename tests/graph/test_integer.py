@@ -98,6 +98,38 @@ def test_one_rounding_or_two_beside_exact_rounding() -> None:
     assert wrong["single"] <= wrong["double"] < 0.04
 
 
+def test_small_convolutions_before_large_matrices_become_codes(tmp_path: Path) -> None:
+    """Nine tenths of the weights are in the matrix, and the first convolution has fewer than eight channels."""
+    layers = torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(600, 40)
+    write_graph(read_graph(perturbed(torch.nn.Sequential(*layers)), images(2)), tmp_path / "net.onnx")
+    arrondi.quantize(tmp_path / "net.onnx", "W8A8", calibration=images(16), out=tmp_path / "out.onnx", evaluate=False)
+    found = lower(read_graph(tmp_path / "out.onnx"))
+    assert not found.floats and not found.notes
+
+
+def test_a_bias_of_int32_codes_is_lowered() -> None:
+    """As ONNX Runtime's quantizer writes it, at the scale of the products."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "s": np.array(0.02, np.float32), "z": np.array(7, np.uint8), "w": rng.integers(-128, 128, (5, 9)).astype(np.int8),
+        "sw": np.array(0.01, np.float32), "b": rng.integers(-999, 999, 5).astype(np.int32),
+        "sb": np.float32(0.02) * np.array(0.01, np.float32), "zb": np.array(0, np.int32),
+    }  # fmt: skip
+    nodes = (
+        Node("q", "QuantizeLinear", ("x", "s", "z"), ("codes",), {"codes": "uint8"}),
+        Node("d", "DequantizeLinear", ("codes", "s", "z"), ("rounded",)),
+        Node("dw", "DequantizeLinear", ("w", "sw"), ("weight",)),
+        Node("db", "DequantizeLinear", ("b", "sb", "zb"), ("bias",)),
+        Node("product", "Gemm", ("rounded", "weight", "bias"), ("y",), {"transB": 1}),
+    )
+    ends = [(Value(n, np.dtype(np.float32), ("N", k)),) for n, k in (("x", 9), ("y", 5))]
+    graph = Graph("biased", nodes, *ends, constants, 21)
+    found = lower(graph)
+    assert not found.floats and not [n for n in found.graph.nodes if n.op == "DequantizeLinear"]
+    x = torch.from_numpy(rng.normal(0, 1, (4, 9)).astype(np.float32))
+    torch.testing.assert_close(Program(found.graph)(x), Program(graph)(x), rtol=1e-5, atol=1e-5)
+
+
 def test_sums_that_may_leave_int32_stay_in_floating_point() -> None:
     one, zero = np.float32(1), np.uint8(0)
     for columns, lowered in ((60_000, True), (70_000, False)):
