@@ -83,7 +83,7 @@ CASES: Final = (
     Case("smoothquant rtn", ("W8A8",), {"method": "rtn", "rewrites": ["smoothquant"]}),
     Case("rtn", FOUR_BITS, {"method": "rtn"}),
     Case("gptq", ("W4A8", *FOUR_BITS), {"method": "gptq"}),
-    Case("rotate gptq", ("W4A8", *FOUR_BITS), {"method": "gptq", "rewrites": ["rotate"]}),
+    Case("rotate gptq", ("W4A16", "W4A8", *FOUR_BITS), {"method": "gptq", "rewrites": ["rotate"]}),
     Case("rotate.online gptq", ("W4A8", *FOUR_BITS), {"method": "gptq", "rewrites": ["rotate"], "options": ONLINE}),
     Case("preset best", FOUR_BITS[:1], {"preset": "best"}),
 )

@@ -5,7 +5,7 @@ difference, bytes and CPU seconds. ONNX Runtime runs every file. Peers quantize 
 
     python benchmarks/vision.py --data DIR                               every case on every network
     python benchmarks/vision.py --data DIR --networks resnet20 --only 'W4A16 (rtn|adaround)' --rows FILE.jsonl
-    python benchmarks/vision.py --data DIR --peer ort=PYTHON --peer nncf=PYTHON --peer pt2e=PYTHON    rows of others, see benchmarks/peers
+    python benchmarks/vision.py --data DIR --peer ort=PYTHON --peer nncf=PYTHON --peer pt2e=PYTHON    also aimet=PYTHON, see benchmarks/peers
 
 `--latency` adds the time of one sample and of 32 in ONNX Runtime, over that of the float file, best of several turns.
 """

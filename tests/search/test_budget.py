@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from arrondi.errors import SchemeError
-from arrondi.graph import read_graph, write_graph
+from arrondi.graph import Program, read_graph, write_graph
 from arrondi.pipeline import Recipe
 from arrondi.pipeline.network import NetworkData
+from arrondi.search.allowance import products_of
 from arrondi.search.budget import choose_under
 from arrondi.search.mixed import quantize_mixed
 from tests.graph.nets import Residual, images, perturbed
@@ -61,3 +63,37 @@ def test_a_network_takes_the_budget_and_no_more(tmp_path: Path) -> None:
         quantize_mixed(net, tmp_path / "none.onnx", recipe, data, "1bpw")
     with pytest.raises(SchemeError, match="4bpw"):
         quantize_mixed(net, tmp_path / "none.onnx", recipe, data, "small")
+
+
+def test_multiplications_are_counted_as_they_are() -> None:
+    """Beside what the shapes say: a strided convolution, one in groups, a transposed one, and a matrix."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 8, 3, 2, 1)
+            self.second = torch.nn.Conv2d(8, 8, 3, 1, 1, groups=4)
+            self.third = torch.nn.ConvTranspose2d(8, 4, 2, 2)
+            self.last = torch.nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.last(self.third(self.second(self.first(x))).mean((2, 3)))
+            return y
+
+    program = Program(read_graph(perturbed(Net()), images(2)))
+    side = images(2).shape[-1] // 2
+    found = products_of(program, (images(3),))
+    by_layer = [found[path] for path in program.layers.values()]
+    assert by_layer == [32 * n for n in (side**2 * 8 * 27, side**2 * 8 * 18, side**2 * 8 * 16, 20)]
+
+
+def test_bit_operations_are_a_budget(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    net = tmp_path / "net.onnx"
+    write_graph(read_graph(perturbed(Residual()), images(2)), net)
+    data, recipe = NetworkData(images(64).numpy(), samples=64), Recipe.simple("w=int8/channel,a=int8/token")
+    whole = sum(products_of(Program(read_graph(net)), (images(2),)).values()) / 32 * 64
+    report = quantize_mixed(net, tmp_path / "out.onnx", recipe, data, f"{whole * 0.6 / 1e3}KBOP")
+    assert len({row["bits"] for row in report["choice"]}) > 1
+    with pytest.raises(SchemeError, match="bit operations, more than"):
+        quantize_mixed(net, tmp_path / "none.onnx", recipe, data, f"{whole * 0.2 / 1e3}KBOP")

@@ -80,7 +80,7 @@ Budget = Annotated[
     str | None,
     typer.Option(
         "--budget",
-        help="For ONNX files: choose the bits of every layer: 4bpw on average, or 200KB.",
+        help="For ONNX files: choose the bits of every layer: 4bpw on average, 200KB, or 2.5GBOP (bit operations of one sample).",
         show_default=False,
     ),
 ]

@@ -13,12 +13,15 @@ import numpy as np
 from arrondi.errors import SchemeError
 
 
-def choose_under(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:
+def choose_under(
+    losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float, noun: str = "bits"
+) -> list[int]:
     """The choice of every part.
 
     Args:
         losses, costs: of every choice of every part; parts may have different numbers of choices.
         budget: what all may cost together.
+        noun: what is counted, for messages.
 
     Raises:
         SchemeError: even the cheapest choices cost more; the sentence names what they cost.
@@ -29,7 +32,7 @@ def choose_under(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[flo
     least = sum(min(row) for row in costs)
     if least > budget * (1 + 1e-12):
         raise SchemeError(
-            f"The smallest choice for every layer takes {least:,.0f} bits, more than the budget of {budget:,.0f}. Raise --budget."
+            f"The smallest choice for every layer takes {least:,.0f} {noun}, more than the budget of {budget:,.0f}. Raise --budget."
         )
     part = np.repeat(np.arange(len(costs)), [len(row) for row in costs])
     flat_loss, flat_cost = (np.array([v for row in rows for v in row], float) for rows in (losses, costs))
@@ -43,7 +46,7 @@ def choose_under(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[flo
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
-        raise SchemeError(f"No choice for every layer fits the budget of {budget:,.0f} bits. Raise --budget.")
+        raise SchemeError(f"No choice for every layer fits the budget of {budget:,.0f} {noun}. Raise --budget.")
     picked = np.flatnonzero(found.x > 0.5)
     first = np.searchsorted(part, np.arange(len(costs)))
     return [int(i - f) for i, f in zip(picked, first, strict=True)]

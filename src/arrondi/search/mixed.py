@@ -16,9 +16,10 @@ import torch
 
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme, get_format
-from arrondi.graph import Program, held_bits
+from arrondi.graph import Program
 from arrondi.pipeline.network import Chosen, NetworkData, quantize_network
 from arrondi.pipeline.recipe import Recipe, Rule
+from arrondi.search.allowance import Allowance, products_of
 from arrondi.search.budget import choose_under
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
@@ -40,28 +41,15 @@ def quantize_mixed(
     """Quantize a network with a width for every layer; see `arrondi.pipeline.network.quantize_network`.
 
     Args:
-        budget: `4bpw`, bits per weight on average with scales counted, or a size of all weights: `200KB`.
+        budget: see `Allowance`: `4bpw`, `200KB`, `2.5GBOP`.
     """
     say = progress or (lambda done, total, what: None)
+    allowance = Allowance.parse(budget)
 
     def choose(program: Program, batches: Sequence[Sequence[torch.Tensor]], rules: Recipe) -> Chosen:
-        count = sum(program.get_parameter(f"{path}.weight").numel() for path in program.layers.values())
-        return mixed_recipe(program, batches, rules, _bits(budget, count), say)
+        return mixed_recipe(program, batches, rules, allowance, say)
 
     return quantize_network(model, out, recipe, data, choose=choose, overwrite=overwrite, progress=progress)
-
-
-def _bits(budget: str, count: int) -> float:
-    """Bits of all weights."""
-    units = {"bpw": float(count), "kb": 8e3, "mb": 8e6, "gb": 8e9}
-    unit = next((u for u in units if budget.lower().endswith(u)), "")
-    try:
-        bits = float(budget[: len(budget) - len(unit)]) * units[unit]
-    except (ValueError, KeyError):
-        bits = 0.0
-    if not bits > 0 or bits == float("inf"):
-        raise SchemeError(f"A budget is bits per weight or a size, such as 4bpw or 200KB, got {budget!r}.")
-    return bits
 
 
 @torch.no_grad()
@@ -69,7 +57,7 @@ def mixed_recipe(
     program: Program,
     batches: Sequence[Sequence[torch.Tensor]],
     recipe: Recipe,
-    budget: float,
+    allowance: Allowance,
     progress: Callable[[int, int, str], None],
 ) -> Chosen:
     """The recipe with a width for every layer.
@@ -78,7 +66,7 @@ def mixed_recipe(
         program: with what flows rounded as it will be.
         batches: its inputs.
         recipe: one rule that rounds weights; others (rewrites, repairs) stay.
-        budget: bits of all weights together, scales counted.
+        allowance: what all layers may take together.
 
     Raises:
         SchemeError: the recipe rounds by several rules, or not to integers; or the budget is too small.
@@ -87,17 +75,20 @@ def mixed_recipe(
     if len(rules) != 1 or rules[0].scheme is None or rules[0].scheme.weights.format.kind != "integer":
         raise SchemeError("A budget chooses widths for one rule that rounds to integers. Give --scheme and --method.")
     (rule,) = rules
+    scheme = rules[0].scheme
     layers = list(program.layers.values())
+    budget = allowance.limit(sum(program.get_parameter(f"{path}.weight").numel() for path in layers))
+    products = products_of(program, batches[0])
     wanted = [_output(program, batch) for batch in batches]
-    schemes = [_with_bits(rule.scheme.weights, bits) for bits in WIDTHS]  # type: ignore[union-attr]
+    schemes = [_with_bits(scheme.weights, bits) for bits in WIDTHS]
     losses: list[list[float]] = []
     costs: list[list[float]] = []
     for i, path in enumerate(layers):
         progress(i, len(layers), f"layer {i + 1} of {len(layers)} at {', '.join(map(str, WIDTHS))} bits")
         rounded = [_rounded(program, path, scheme) for scheme in schemes]
-        costs.append([float(held_bits(q)) for q in rounded])
+        costs.append([allowance.cost(q, products[path]) for q in rounded])
         losses.append([_loss(program, batches, wanted, {path: q}) for q in rounded])
-    picks = choose_under(losses, costs, budget)
+    picks = choose_under(losses, costs, budget, allowance.noun)
     note = ""
     uniform = [k for k in range(len(WIDTHS)) if sum(row[k] for row in costs) <= budget]
     if uniform and len(set(picks)) > 1:
@@ -121,7 +112,7 @@ def mixed_recipe(
     spent = sum(row[k] for row, k in zip(costs, picks, strict=True))
     note = (
         note
-        or f"Widths {', '.join(f'{b}: {len(p)} layers' for b, p in chosen.items() if p)} take {spent:,.0f} of {budget:,.0f} bits."
+        or f"Widths {', '.join(f'{b}: {len(p)} layers' for b, p in chosen.items() if p)} take {spent:,.0f} of {budget:,.0f} {allowance.noun}."
     )
     return Chosen(replace(recipe, rules=_in_place(recipe.rules, rule, made)), rows, note)
 
