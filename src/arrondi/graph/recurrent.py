@@ -33,6 +33,8 @@ def dynamic_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """ONNX Runtime's DynamicQuantizeLSTM: x is rounded over its own range once, hidden states of the whole batch at every step.
 
+    With one thread, that is: with several, the runtime gives each of them a part of the batch, which it rounds over its own range.
+
     w, r: codes (directions, in, 4 · hidden); scales and zero points for each direction, or for each column of it too.
     """
     _check(attrs, x, lengths, peepholes)
