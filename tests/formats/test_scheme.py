@@ -62,6 +62,7 @@ def test_the_shared_names_are_the_expected_ones() -> None:
     wanted = {f"W{b}A16" for b in range(2, 9)} | {
         "W4A16_ASYM",
         "W8A8",
+        "W4A4",
         "W4A8",
         "W4AFP8",
         "FP8",

@@ -45,6 +45,7 @@ def quantize_graph(
     seed: int,
     observer: str,
     ends: str,
+    rounded: str | None,
     mean: str | None,
     std: str | None,
     overwrite: bool,
@@ -57,7 +58,7 @@ def quantize_graph(
     from arrondi.search.mixed import quantize_mixed
 
     given = NetworkData(
-        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends),
+        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends), rounded=rounded,
     )  # fmt: skip
     with progress_bar("quantizing", quiet) as progress:
         if budget is None:

@@ -94,6 +94,13 @@ Ends = Annotated[
         help="For ONNX files: bits of the first and last layers where weights have at most four: 8, or same as all others.",
     ),
 ]
+Rounded = Annotated[
+    str | None,
+    typer.Option(
+        "--rounded",
+        help="For ONNX files: round what products read (products), or what sums read too (all); by itself products where attention has under 8 bits.",
+    ),
+]
 Mean = Annotated[str | None, typer.Option("--mean", help="For folders of images: means of the channels, with commas.")]
 Std = Annotated[
     str | None, typer.Option("--std", help="For folders of images: deviations of the channels, with commas.")

@@ -109,6 +109,7 @@ def quantize(
     data: opt.NetworkData = None,
     observer: opt.ObserverName = "mse",
     ends: opt.Ends = "8",
+    rounded: opt.Rounded = None,
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[
@@ -130,7 +131,7 @@ def quantize(
             "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
-            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
+            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends, rounded=rounded,
             mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
@@ -142,6 +143,7 @@ def quantize(
             "--std": std,
             "--observer": observer != "mse",
             "--ends": ends != "8",
+            "--rounded": rounded,
         }
     )
     if kv is not None:

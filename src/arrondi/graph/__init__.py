@@ -11,11 +11,13 @@ from arrondi.graph.observe import observe
 from arrondi.graph.program import Part, Program
 from arrondi.graph.read import is_graph_file, read_graph
 from arrondi.graph.rounder import Rounder
-from arrondi.graph.rules import describe, places
+from arrondi.graph.rules import PRODUCTS, RULES, describe, has_attention, places, product_places
 from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
 
 __all__ = [
+    "PRODUCTS",
+    "RULES",
     "Graph",
     "Lowered",
     "Node",
@@ -24,12 +26,14 @@ __all__ = [
     "Rounder",
     "Value",
     "describe",
+    "has_attention",
     "held_bits",
     "hold_codes",
     "is_graph_file",
     "lower",
     "observe",
     "places",
+    "product_places",
     "read_graph",
     "round_values",
     "tidy",

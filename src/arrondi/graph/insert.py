@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -46,12 +46,16 @@ def _narrow_types() -> Any:
 
 
 def round_values(
-    graph: Graph, grids: Mapping[str, tuple[Grid, Scheme]], groups: Mapping[str, int] | None = None
+    graph: Graph,
+    grids: Mapping[str, tuple[Grid, Scheme]],
+    groups: Mapping[str, int] | None = None,
+    readers: Collection[str] = RULES,
 ) -> Graph:
     """The graph with values rounded where they are made.
 
     Args:
-        grids: value → its grid (one scale) and the scheme of it. Only operators of the table read what is rounded.
+        grids: value → its grid (one scale) and the scheme of it.
+        readers: operators that read what is rounded; others read the value itself.
         groups: value → a number, the same for those that share a grid and its constants; None: none do.
     """
     constants, renamed, made = dict(graph.constants), {}, {}
@@ -68,7 +72,7 @@ def round_values(
         renamed[name] = given
     nodes = [made[v.name] for v in graph.inputs if v.name in made]
     for node in graph.nodes:
-        reads = node.op in RULES
+        reads = node.op in readers
         nodes.append(replace(node, inputs=tuple(renamed.get(n, n) for n in node.inputs) if reads else node.inputs))
         nodes += [made[n] for n in node.outputs if n in made]
     return graph.with_nodes(nodes, constants)

@@ -304,13 +304,19 @@ def _folded(of: Callable[[Tensor, Tensor], Tensor]) -> Operator:
     return all_of
 
 
+def _matmul(attrs: Mapping[str, Any], x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product, and what `tidy` has added to it."""
+    given = torch.matmul(x, y)
+    return given if bias is None else given + bias
+
+
 def _mean_of(attrs: Mapping[str, Any], *x: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*x)).mean(0)
 
 
 OPERATORS: Final[Mapping[str, Operator]] = {
     "Conv": conv, "ConvTranspose": conv_transpose, "MaxPool": max_pool, "AveragePool": average_pool, "Pad": pad, "Resize": resize,
-    "LSTM": lstm, "GRU": gru, "Gemm": _gemm, "MatMul": _plain(torch.matmul),
+    "LSTM": lstm, "GRU": gru, "Gemm": _gemm, "MatMul": _matmul,
     "GlobalAveragePool": lambda attrs, x: x.mean(tuple(range(2, x.ndim)), keepdim=True),
     "GlobalMaxPool": lambda attrs, x: x.amax(tuple(range(2, x.ndim)), keepdim=True),
     "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "InstanceNormalization": _instance_norm,

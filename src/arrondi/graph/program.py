@@ -227,8 +227,8 @@ def _module_names(graph: Graph) -> dict[str, str]:
     return found
 
 
-_BEGINNING: Final = frozenset({*LAYERS, QDQ})
-"""With what a part may begin."""
+_BEGINNING: Final = frozenset({*LAYERS, QDQ, "LayerNormalization"})
+"""With what a part may begin: a layer, what rounds its input, or the norm before it."""
 
 
 def _parts(graph: Graph) -> Iterator[tuple[list[Node], list[str], list[str]]]:

@@ -30,6 +30,9 @@ RULES: Final[Mapping[str, Rule]] = {
 }  # fmt: skip
 """Operator → what is rounded around it. One that is not here stays in floating point, and so does what it reads."""
 
+PRODUCTS: Final = frozenset(op for op, rule in RULES.items() if rule == "layer")
+"""Operators that multiply."""
+
 FIXED: Final[Mapping[str, tuple[float, float]]] = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}  # fmt: skip
 """Operator → the range of what it gives, which needs no data."""
 
@@ -99,6 +102,32 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
         if node.op not in RULES and node.op not in FIXED and any(n in floating for n in node.inputs) and producers:
             plain[node.op] = plain.get(node.op, 0) + 1
     return Places(found, plain)
+
+
+def product_places(graph: Graph) -> Places:
+    """The values that products read, and no others, each on a grid of its own where it is read: what papers on vision transformers round."""
+    floating = floating_values(graph)
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        if RULES.get(node.op) == "layer":
+            for name in node.inputs[:1] if node.op in _STATES else node.inputs:
+                if name in floating:
+                    found.setdefault(name, len(found))
+    plain: dict[str, int] = {}
+    for node in graph.nodes:
+        if (
+            node.op not in FIXED
+            and RULES.get(node.op) not in ("layer", "moves")
+            and any(n in floating for n in node.inputs)
+        ):
+            plain[node.op] = plain.get(node.op, 0) + 1
+    return Places(found, plain)
+
+
+def has_attention(graph: Graph) -> bool:
+    """Whether values are multiplied by values: products of which neither side is a constant."""
+    floating = floating_values(graph)
+    return any(node.op == "MatMul" and floating.issuperset(node.inputs[:2]) for node in graph.nodes)
 
 
 def _square(node: Node) -> bool:

@@ -11,8 +11,28 @@ from arrondi.graph.ir import Graph, Node
 
 
 def tidy(graph: Graph) -> Graph:
-    """The graph with means over space as GlobalAveragePool, and slices of slices as one."""
-    return _merge_slices(_pool(graph))
+    """The graph with means over space as GlobalAveragePool, slices of slices as one, and a product's bias as its third input."""
+    return _with_bias(_merge_slices(_pool(graph)))
+
+
+def _with_bias(graph: Graph) -> Graph:
+    """MatMul by a constant matrix and Add of a constant row → one MatMul of three inputs, which `to_onnx` writes as the two again."""
+    constants = graph.constants
+    nodes: list[Node] = []
+    products: dict[str, int] = {}
+    for node in graph.nodes:
+        at = next((products[n] for n in node.inputs if n in products), None) if node.op == "Add" else None
+        others = [n for n in node.inputs if n not in products]
+        bias = constants.get(others[0]) if at is not None and len(others) == 1 else None
+        if at is not None and bias is not None and bias.shape == constants[nodes[at].inputs[1]].shape[1:]:
+            product = nodes[at]
+            nodes[at] = replace(product, inputs=(*product.inputs, others[0]), outputs=node.outputs)
+            continue
+        weight = constants.get(node.inputs[1]) if node.op == "MatMul" and len(node.inputs) == 2 else None
+        if weight is not None and weight.ndim == 2 and graph.only_reader(node.outputs[0]) is not None:
+            products[node.outputs[0]] = len(nodes)
+        nodes.append(node)
+    return graph.with_nodes(nodes)
 
 
 def _pool(graph: Graph) -> Graph:

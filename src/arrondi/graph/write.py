@@ -72,6 +72,11 @@ def to_onnx(graph: Graph) -> Any:
 def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
     """A node of the file, or the two or three that round a value."""
     helper = onnx.helper
+    if node.op == "MatMul" and len(node.inputs) > 2:  # see `tidy`
+        (output,) = node.outputs
+        yield helper.make_node("MatMul", node.inputs[:2], [f"{output}_product"], node.name)
+        yield helper.make_node("Add", [f"{output}_product", node.inputs[2]], [output], f"{node.name}_bias")
+        return
     if node.op != QDQ:
         domain, _, op = node.op.rpartition(".")
         attrs = {k: v for k, v in node.attrs.items() if k != CODES}

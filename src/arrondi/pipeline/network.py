@@ -28,13 +28,17 @@ from arrondi.formats import (
     integer,
 )
 from arrondi.graph import (
+    PRODUCTS,
+    RULES,
     Graph,
     Program,
     describe,
+    has_attention,
     held_bits,
     hold_codes,
     observe,
     places,
+    product_places,
     read_graph,
     round_values,
     tidy,
@@ -57,6 +61,8 @@ TARGETS: Final = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """Layers of a network that become integers."""
 _CHOOSING: Final = 128
 """Samples that a choice of recipes, and what is said of every value, is made on."""
+_WIDE: Final = 8
+"""Bits with which sums can be rounded too."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
 
@@ -72,6 +78,8 @@ class NetworkData:
         mean, std: of images.
         evaluate: False leaves the measurement out.
         ends: bits of the first and the last layers, and of what they read, where weights of others have at most four; None: as others.
+        rounded: which values: "all" that integer operators read, or those that "products" read; None: "products" in networks with attention
+            where values have fewer than eight bits, else "all".
         observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
     """
 
@@ -84,6 +92,7 @@ class NetworkData:
     evaluate: bool = True
     observer: str = "mse"
     ends: int | None = 8
+    rounded: str | None = None
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -139,7 +148,8 @@ def quantize_network(
     flowing = _flowing(recipe)
     notes: list[str] = []
     graph, recipe = rewritten(given, recipe, calibration, notes)
-    found = places(graph)
+    rounded = _rounded(graph, data.rounded, flowing)
+    found = product_places(graph) if rounded == "products" else places(graph)
     firsts, lasts = ends_of(graph)
     careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
     rounded_graph, ranges = graph, {}
@@ -152,14 +162,20 @@ def quantize_network(
         ends = observe(
             program, calibration.batches(), found.values, flowing.scheme, data.observer, data.observer_options, apart
         )
-        groups = places(graph, {n: ends[g] for n, g in found.values.items()}).values
+        groups = (
+            found.values
+            if rounded == "products"
+            else places(graph, {n: ends[g] for n, g in found.values.items()}).values
+        )
         spans = {group: ends[found.values[name]] for name, group in reversed(list(groups.items()))}
         ranges = {name: spans[group] for name, group in groups.items()}
         schemes = {
             group: apart.get(found.values[name], flowing.scheme) for name, group in reversed(list(groups.items()))
         }
         grids = {n: (grid_from_range(*ranges[n], schemes[g]), schemes[g]) for n, g in groups.items()}
-        rounded_graph = round_values(graph, grids, groups)
+        rounded_graph = round_values(graph, grids, groups, PRODUCTS if rounded == "products" else RULES)
+        if rounded == "products":
+            notes.append("What products read is rounded, both sides of those in attention; sums, norms and what they read stay in floating point. --rounded all rounds these too.")  # fmt: skip
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
     recipe = _of_weights(recipe, program)
@@ -227,6 +243,14 @@ def _flowing(recipe: Recipe) -> ActivationScheme | None:
     if inputs.dynamic is True and isinstance(inputs.scheme.granularity, PerTensor):
         raise SchemeError(f"Ranges that follow each tensor are not written yet, got {inputs}. Use W8A8.")
     return ActivationScheme(replace(own, scale="float32"), False)
+
+
+def _rounded(graph: Graph, asked: str | None, flowing: ActivationScheme | None) -> str:
+    """Which values are rounded."""
+    if asked not in (None, "all", "products"):
+        raise SchemeError(f"Rounded is all or products, got {asked!r}.")
+    few = flowing is not None and flowing.scheme.format.bits < _WIDE
+    return asked or ("products" if few and has_attention(graph) else "all")
 
 
 def _unsigned(format: Format) -> Format:
