@@ -61,7 +61,7 @@ def round_values(
     constants, renamed, made = dict(graph.constants), {}, {}
     first: dict[int, str] = {}
     for name, (grid, scheme) in grids.items():
-        kind = code_type(scheme.format)
+        kind = _of_values(scheme.format)
         given = f"{name}_rounded"
         stem = name if groups is None else first.setdefault(groups[name], name)
         zero = 0 if grid.zero_point is None else int(grid.zero_point)
@@ -76,6 +76,12 @@ def round_values(
         nodes.append(replace(node, inputs=tuple(renamed.get(n, n) for n in node.inputs) if reads else node.inputs))
         nodes += [made[n] for n in node.outputs if n in made]
     return graph.with_nodes(nodes, constants)
+
+
+def _of_values(format: Format) -> np.dtype[Any]:
+    """What flows takes no room in the file: codes that do not fill a narrow type are bytes, as ONNX Runtime cuts off no others before it rounds."""
+    kind = code_type(format)
+    return np.dtype("int8" if format.qmin < 0 else "uint8") if kind.name in _NARROW and "low" in _limits(format, kind) else kind
 
 
 def _limits(format: Format, kind: np.dtype[Any]) -> dict[str, Any]:

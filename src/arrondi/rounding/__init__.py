@@ -125,6 +125,9 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "qdrop": Method(
         adaround, PAIRS, "Wei et al. 2022, arXiv:2203.05740", 50_000.0, refuse_adaround, unpaired="gptq", repairs=("block-drop",)
     ),
+    "fima-q": Method(
+        adaround, PAIRS, "Wu et al. 2025, arXiv:2506.11543", 100_000.0, refuse_adaround, unpaired="gptq", repairs=("block-fisher",)
+    ),
     "easyquant": Method(
         nearest_first, NOTHING, "Wu et al. 2020, arXiv:2006.16669", 20_000.0, refuse_autoround, repairs=("scale-search",)
     ),
