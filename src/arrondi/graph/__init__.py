@@ -8,7 +8,7 @@ from arrondi.graph.insert import held_bits, hold_codes, round_values
 from arrondi.graph.integer import Lowered, lower
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
-from arrondi.graph.program import Part, Program
+from arrondi.graph.program import Part, Program, Use
 from arrondi.graph.read import is_graph_file, read_graph
 from arrondi.graph.rounder import Rounder
 from arrondi.graph.rules import PRODUCTS, RULES, describe, has_attention, places, product_places
@@ -24,6 +24,7 @@ __all__ = [
     "Part",
     "Program",
     "Rounder",
+    "Use",
     "Value",
     "describe",
     "has_attention",

@@ -81,7 +81,11 @@ def round_values(
 def _of_values(format: Format) -> np.dtype[Any]:
     """What flows takes no room in the file: codes that do not fill a narrow type are bytes, as ONNX Runtime cuts off no others before it rounds."""
     kind = code_type(format)
-    return np.dtype("int8" if format.qmin < 0 else "uint8") if kind.name in _NARROW and "low" in _limits(format, kind) else kind
+    return (
+        np.dtype("int8" if format.qmin < 0 else "uint8")
+        if kind.name in _NARROW and "low" in _limits(format, kind)
+        else kind
+    )
 
 
 def _limits(format: Format, kind: np.dtype[Any]) -> dict[str, Any]:

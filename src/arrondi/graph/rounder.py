@@ -20,6 +20,7 @@ class Rounder(nn.Module):
         change: ρ, a number that is learned: the scale is 1 + ρ times the own one; None where it stays.
         kept: the share of elements that stay as they are, chosen anew at every call.
         generator: of that choice.
+        whole: the scale of the whole range of what `span` saw.
 
     The gradient with respect to the scale is that of Esser et al. 2020, arXiv:1902.08153 (LSQ).
     """
@@ -32,6 +33,7 @@ class Rounder(nn.Module):
         self.attrs, self.on, self.kept = dict(attrs), True, 0.0
         self.change: torch.Tensor | None = None
         self.generator: torch.Generator | None = None
+        self.whole: torch.Tensor | None = None
         self.register_buffer("scale", scale.clone(), persistent=False)
         self.register_buffer("zero_point", zero_point.clone(), persistent=False)
 
@@ -53,6 +55,21 @@ class Rounder(nn.Module):
             return given
         drawn = torch.rand(x.shape, generator=self.generator, device=x.device)
         return torch.where(drawn < self.kept, x, given)
+
+    @torch.no_grad()
+    def span(self, x: torch.Tensor) -> None:
+        """Reach over all of x; where negative codes lie around zero, equally far on both sides."""
+        low, high = self.ends
+        least, most = x.min().clamp(max=0), x.max().clamp(min=0)
+        if low < 0 and not self.zero_point.any():
+            scale = torch.maximum(-least, most) / high
+        else:
+            scale = (most - least) / (high - low)
+        scale = scale.clamp(min=2.0**-100).reshape(self.scale.shape)
+        if low >= 0 or self.zero_point.any():
+            self.zero_point.copy_((low - least / scale).round().clamp(low, high))
+        self.whole = scale.clone()
+        self.scale.copy_(scale)
 
     @torch.no_grad()
     def settle(self) -> None:

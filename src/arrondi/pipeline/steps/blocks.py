@@ -27,7 +27,6 @@ from arrondi.repair.sides import SoftSides
 from arrondi.repair.soft import learns_rounding
 from arrondi.rounding.adaround import beta_of
 
-
 _FACTORS: WeakKeyDictionary[torch.nn.Module, dict[int, torch.Tensor]] = WeakKeyDictionary()
 """The original → unit → factors that its step has not asked for yet."""
 
