@@ -79,6 +79,7 @@ def quantize(
     observer: str = "mse",
     ends: int | None = 8,
     rounded: str | None = None,
+    grids: Mapping[str, str] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -103,7 +104,7 @@ def quantize(
         samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
         observer: how ranges of what flows are found, for networks of ONNX operators; see `arrondi.calibration.OBSERVERS`.
-        rounded: which values of such networks, see `arrondi.pipeline.network.NetworkData`.
+        rounded, grids: which values of such networks, and those that are not on uniform grids, see `arrondi.pipeline.network.NetworkData`.
         ends: bits of the first and last layers of such networks where weights have at most four; None: as all others.
         layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
@@ -120,7 +121,15 @@ def quantize(
         if out is None:
             raise SchemeError('A network is quantized into a file. Give out="NAME.onnx".')
         data = NetworkData(
-            calibration, evaluation, samples, seed, observer=observer, evaluate=evaluate, ends=ends, rounded=rounded
+            calibration,
+            evaluation,
+            samples,
+            seed,
+            observer=observer,
+            evaluate=evaluate,
+            ends=ends,
+            rounded=rounded,
+            grids=grids or {},
         )
         return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
     if kv is not None:

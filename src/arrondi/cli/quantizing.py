@@ -110,6 +110,7 @@ def quantize(
     observer: opt.ObserverName = "mse",
     ends: opt.Ends = "8",
     rounded: opt.Rounded = None,
+    grids: opt.Grids = None,
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[
@@ -131,7 +132,7 @@ def quantize(
             "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
-            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends, rounded=rounded,
+            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends, rounded=rounded, grids=grids,
             mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
@@ -144,6 +145,7 @@ def quantize(
             "--observer": observer != "mse",
             "--ends": ends != "8",
             "--rounded": rounded,
+            "--grids": grids,
         }
     )
     if kv is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -14,6 +15,7 @@ from arrondi.formats import Format, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.graph.ir import QDQ, Graph, Node
 from arrondi.graph.layers import RECURRENT, turned
 from arrondi.graph.rules import RULES
+from arrondi.graph.uneven import uneven
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
@@ -50,16 +52,19 @@ def round_values(
     grids: Mapping[str, tuple[Grid, Scheme]],
     groups: Mapping[str, int] | None = None,
     readers: Collection[str] = RULES,
+    apart: Mapping[str, str] | None = None,
 ) -> Graph:
     """The graph with values rounded where they are made.
 
     Args:
         grids: value → its grid (one scale) and the scheme of it.
+        apart: operator → the uneven grid of what it makes, see `arrondi.graph.uneven`; of values that share none.
         readers: operators that read what is rounded; others read the value itself.
         groups: value → a number, the same for those that share a grid and its constants; None: none do.
     """
     constants, renamed, made = dict(graph.constants), {}, {}
     first: dict[int, str] = {}
+    makers, count = graph.producers, Counter(() if groups is None else groups.values())
     for name, (grid, scheme) in grids.items():
         kind = _of_values(scheme.format)
         given = f"{name}_rounded"
@@ -68,7 +73,13 @@ def round_values(
         constants[f"{stem}_scale"] = np.array(grid.scale.item(), dtype=np.float32)
         constants[f"{stem}_zero_point"] = np.array(zero).astype(kind)
         read = (name, f"{stem}_scale", f"{stem}_zero_point")
-        made[name] = Node(f"{name}_grid", QDQ, read, (given,), _limits(scheme.format, kind))
+        limits = _limits(scheme.format, kind)
+        maker = makers[name].op if name in makers else ""
+        if apart and maker in apart and (groups is None or count[groups[name]] == 1):
+            high = float(grid.scale) * (scheme.format.qmax - zero)
+            limits, constants[f"{stem}_scale"] = uneven(maker, apart[maker], scheme.format.bits, high)
+            constants[f"{stem}_zero_point"] = np.zeros((), np.int8)
+        made[name] = Node(f"{name}_grid", QDQ, read, (given,), limits)
         renamed[name] = given
     nodes = [made[v.name] for v in graph.inputs if v.name in made]
     for node in graph.nodes:

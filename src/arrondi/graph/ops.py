@@ -33,6 +33,7 @@ from arrondi.graph.integers import (
 from arrondi.graph.ir import QDQ, Node, Unusual
 from arrondi.graph.read import onnx_package
 from arrondi.graph.recurrent import gru, lstm
+from arrondi.graph.uneven import on_uneven
 from arrondi.graph.windows import average_pool, conv, conv_transpose, max_pool, pad, resize
 
 Tensor = torch.Tensor
@@ -304,6 +305,10 @@ def _folded(of: Callable[[Tensor, Tensor], Tensor]) -> Operator:
     return all_of
 
 
+def _on_grid(attrs: Mapping[str, Any], x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return on_uneven(attrs, x, scale) if "grid" in attrs else rounded(attrs, x, scale, zero)
+
+
 def _matmul(attrs: Mapping[str, Any], x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product, and what `tidy` has added to it."""
     given = torch.matmul(x, y)
@@ -342,7 +347,7 @@ OPERATORS: Final[Mapping[str, Operator]] = {
     "Concat": lambda attrs, *x: torch.cat(x, attrs["axis"]), "Split": _split, "Expand": _expand, "Shape": _shape, "Cast": _cast,
     "Tile": lambda attrs, x, repeats: x.repeat(repeats.tolist()),
     "DepthToSpace": _depth_to_space, "SpaceToDepth": _space_to_depth, "ConstantOfShape": _constant_of_shape,
-    "QuantizeLinear": quantize, "DequantizeLinear": dequantize, "DynamicQuantizeLinear": dynamic, QDQ: rounded,
+    "QuantizeLinear": quantize, "DequantizeLinear": dequantize, "DynamicQuantizeLinear": dynamic, QDQ: _on_grid,
     "QLinearConv": qlinear_conv, "QLinearMatMul": qlinear_matmul, "ConvInteger": conv_integer, "MatMulInteger": matmul_integer,
     "com.microsoft.QLinearAdd": qlinear_add, "com.microsoft.QLinearMul": qlinear_mul, "com.microsoft.QGemm": qgemm,
     "com.microsoft.QLinearAveragePool": qlinear_average, "com.microsoft.QLinearGlobalAveragePool": qlinear_global_average,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from arrondi.graph.codes import INTEGERS, rounded
+from arrondi.graph.uneven import looked_at, on_uneven
 
 
 class Rounder(nn.Module):
@@ -20,7 +21,6 @@ class Rounder(nn.Module):
         change: ρ, a number that is learned: the scale is 1 + ρ times the own one; None where it stays.
         kept: the share of elements that stay as they are, chosen anew at every call.
         generator: of that choice.
-        whole: the scale of the whole range of what `span` saw.
 
     The gradient with respect to the scale is that of Esser et al. 2020, arXiv:1902.08153 (LSQ).
     """
@@ -33,7 +33,6 @@ class Rounder(nn.Module):
         self.attrs, self.on, self.kept = dict(attrs), True, 0.0
         self.change: torch.Tensor | None = None
         self.generator: torch.Generator | None = None
-        self.whole: torch.Tensor | None = None
         self.register_buffer("scale", scale.clone(), persistent=False)
         self.register_buffer("zero_point", zero_point.clone(), persistent=False)
 
@@ -43,11 +42,18 @@ class Rounder(nn.Module):
         low, high, _ = INTEGERS[self.attrs["codes"]]
         return self.attrs.get("low", low), self.attrs.get("high", high)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether it has two scales, or powers of two; then nothing of it is learned."""
+        return "grid" in self.attrs
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x on its grid."""
         if not self.on:
             return x
-        if self.change is None:
+        if self.uneven:
+            given = on_uneven(self.attrs, x, self.scale)
+        elif self.change is None:
             given = rounded(self.attrs, x, self.scale, self.zero_point)
         else:
             given = on_grid(x, self.scale * (1 + self.change), self.zero_point.to(x.dtype), *self.ends)
@@ -57,7 +63,15 @@ class Rounder(nn.Module):
         return torch.where(drawn < self.kept, x, given)
 
     @torch.no_grad()
-    def span(self, x: torch.Tensor) -> None:
+    def looks(self, x: torch.Tensor, shares: Sequence[float]) -> list[torch.Tensor]:
+        """Scales to choose from, for x: these shares of the one that reaches over all of it, or what an uneven grid can have."""
+        if self.uneven:
+            return looked_at(self.attrs, self.scale, float(x.max()), list(shares))
+        self._span(x)
+        whole = self.scale.clone()
+        return [whole * share for share in shares]
+
+    def _span(self, x: torch.Tensor) -> None:
         """Reach over all of x; where negative codes lie around zero, equally far on both sides."""
         low, high = self.ends
         least, most = x.min().clamp(max=0), x.max().clamp(min=0)
@@ -68,7 +82,6 @@ class Rounder(nn.Module):
         scale = scale.clamp(min=2.0**-100).reshape(self.scale.shape)
         if low >= 0 or self.zero_point.any():
             self.zero_point.copy_((low - least / scale).round().clamp(low, high))
-        self.whole = scale.clone()
         self.scale.copy_(scale)
 
     @torch.no_grad()

@@ -44,6 +44,7 @@ from arrondi.graph import (
     tidy,
     write_graph,
 )
+from arrondi.graph.uneven import check_grids
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.networks import compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
@@ -80,6 +81,7 @@ class NetworkData:
         ends: bits of the first and the last layers, and of what they read, where weights of others have at most four; None: as others.
         rounded: which values: "all" that integer operators read, or those that "products" read; None: "products" in networks with attention
             where values have fewer than eight bits, else "all".
+        grids: operator (softmax, gelu) → "twin" or "log2", grids of what it makes that are not uniform.
         observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
     """
 
@@ -93,6 +95,7 @@ class NetworkData:
     observer: str = "mse"
     ends: int | None = 8
     rounded: str | None = None
+    grids: Mapping[str, str] = field(default_factory=dict)
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -145,7 +148,7 @@ def quantize_network(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
     calibration, evaluation = _data(given, data)
-    flowing = _flowing(recipe)
+    flowing, uneven = _flowing(recipe), check_grids(data.grids)
     notes: list[str] = []
     graph, recipe = rewritten(given, recipe, calibration, notes)
     rounded = _rounded(graph, data.rounded, flowing)
@@ -173,7 +176,7 @@ def quantize_network(
             group: apart.get(found.values[name], flowing.scheme) for name, group in reversed(list(groups.items()))
         }
         grids = {n: (grid_from_range(*ranges[n], schemes[g]), schemes[g]) for n, g in groups.items()}
-        rounded_graph = round_values(graph, grids, groups, PRODUCTS if rounded == "products" else RULES)
+        rounded_graph = round_values(graph, grids, groups, PRODUCTS if rounded == "products" else RULES, uneven)
         if rounded == "products":
             notes.append("What products read is rounded, both sides of those in attention; sums, norms and what they read stay in floating point. --rounded all rounds these too.")  # fmt: skip
     program = Program(rounded_graph)

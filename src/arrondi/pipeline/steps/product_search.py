@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -108,20 +109,18 @@ def _search(
         use = seen.use
         rounders = [None if n is None else part.get_submodule(n) for n in use.rounders]
         free = [r if isinstance(r, Rounder) and r in own and r.on else None for r in rounders]
-        for rounder, x in zip(free, seen.sides, strict=True):
-            if rounder is not None:
-                rounder.span(x)
+        looks = [None if r is None else r.looks(x, shares) for r, x in zip(free, seen.sides, strict=True)]
         site = by_module.get(use.module or "")
         if use.module is not None and site is not None:
-            _layer(work, site, part, seen, free[0], rounders[0], score, shares, rounds)
+            _layer(work, site, part, seen, rounders[0], score, shares, rounds, looks[0])
         elif use.module is None:
-            _pair(seen, free, rounders, score, shares, rounds)
+            _pair(seen, rounders, score, rounds, looks)
         own -= {r for r in free if r is not None}  # the first reader of a value has chosen for all
 
 
 def _layer(
-    work: Work, site: Site, part: Any, seen: Seen, free: Rounder | None, rounder: Any, score: Callable[..., Tensor],
-    shares: Sequence[float], rounds: int,
+    work: Work, site: Site, part: Any, seen: Seen, rounder: Any, score: Callable[..., Tensor],
+    shares: Sequence[float], rounds: int, looks: list[Tensor] | None,
 ) -> None:  # fmt: skip
     """A layer: its weight, channel by channel, then its input."""
     assert seen.use.module is not None
@@ -133,6 +132,9 @@ def _layer(
         x = x if seen.use.padding is None else seen.use.padding(x)
         return torch.func.functional_call(module, {"weight": w.reshape(module.weight.shape)}, (x,))
 
+    def by_weight(w: Tensor, side: Tensor) -> Tensor:
+        return score(product(side, w))
+
     start = (weight.abs().amax(1, keepdim=True) / most).clamp(min=2.0**-100)
     scale, (x,) = start, seen.sides
     for _ in range(rounds):
@@ -140,44 +142,42 @@ def _layer(
         tried = [score(product(given, codes_at(weight, start * s, most) * start * s), axis) for s in shares]
         best = torch.stack(tried).argmax(0)
         scale = start * torch.tensor(shares)[best][:, None]
-        if free is None:
+        if looks is None:
             break
         rounded = codes_at(weight, scale, most) * scale
-        _choose(free, x, shares, lambda side, w=rounded: score(product(side, w)))
+        _choose(rounder, x, looks, partial(by_weight, rounded))
     codes = codes_at(weight, scale, most).to(code_dtype(first.scheme.format))
     work.replace(site, replace(first, codes=codes, scale=scale.reshape(first.real_scale.shape)))
 
 
 def _pair(
-    seen: Seen, free: Sequence[Rounder | None], rounders: Sequence[Any], score: Callable[..., Tensor],
-    shares: Sequence[float], rounds: int,
+    seen: Seen, rounders: Sequence[Any], score: Callable[..., Tensor], rounds: int, looks: Sequence[list[Tensor] | None],
 ) -> None:  # fmt: skip
     """A product of two values: one, then the other."""
 
     def rounded(k: int) -> Tensor:
         return seen.sides[k] if rounders[k] is None else rounders[k](seen.sides[k])
 
+    def left(other: Tensor, side: Tensor) -> Tensor:
+        return score(side @ other)
+
+    def right(other: Tensor, side: Tensor) -> Tensor:
+        return score(other @ side)
+
     for _ in range(rounds):
-        for k, rounder in enumerate(free):
-            if rounder is not None:
+        for k, own in enumerate(looks):
+            if own is not None:
                 other = rounded(1 - k)
-                _choose(
-                    rounder,
-                    seen.sides[k],
-                    shares,
-                    lambda side, k=k, other=other: score(side @ other if k == 0 else other @ side),
-                )
+                _choose(rounders[k], seen.sides[k], own, partial(left if k == 0 else right, other))
 
 
-def _choose(rounder: Rounder, x: Tensor, shares: Sequence[float], score: Callable[[Tensor], Tensor]) -> None:
-    """Give a rounder, whose scale is that of the whole range, the best share of it; it is put back to that scale before each look."""
-    whole = rounder.whole
-    assert whole is not None, "the rounder spans its values"
+def _choose(rounder: Rounder, x: Tensor, looks: Sequence[Tensor], score: Callable[[Tensor], Tensor]) -> None:
+    """Give a rounder the scale with which x gives most."""
     found = []
-    for share in shares:
-        rounder.scale.copy_(whole * share)
+    for scale in looks:
+        rounder.scale.copy_(scale)
         found.append(float(score(rounder(x))))
-    rounder.scale.copy_(whole * shares[max(range(len(found)), key=found.__getitem__)])
+    rounder.scale.copy_(looks[max(range(len(found)), key=found.__getitem__)])
 
 
 def _seen(work: Work, number: int, samples: int) -> list[Seen]:
