@@ -119,31 +119,13 @@ def spelled(node: Node, scale: np.ndarray) -> Iterator[tuple[Node, dict[str, np.
     by_size = node.attrs["grid"] == "size"
     middle, known = one("middle", float(np.float32(fine) * np.float32(high)) if by_size else 0.0)
     yield Node(f"{stem}_less", "Less", (x, middle), (f"{stem}_below",)), known
-    for part, step, (least_code, most_code) in (("fine", fine, (low, high)), ("coarse", coarse, (0, high))):
-        (least, a), (most, b), (s, c) = (
-            one(f"{part}_low", least_code * step),
-            one(f"{part}_high", most_code * step),
-            one(part, step),
-        )
-        z = {f"{stem}_{part}_center": np.zeros((), np.int8)}
-        yield Node(f"{stem}_{part}_clip", "Clip", (x, least, most), (f"{stem}_{part}_clipped",)), a | b
-        grid = (s, *z)
+    for part, step, least_code in (("fine", fine, low), ("coarse", coarse, 0)):
+        (s, a), (least, b), (most, c) = one(part, step), one(f"{part}_low", least_code), one(f"{part}_high", high)
+        yield Node(f"{stem}_{part}_steps", "Div", (x, s), (f"{stem}_{part}_divided",)), a
+        yield Node(f"{stem}_{part}_round", "Round", (f"{stem}_{part}_divided",), (f"{stem}_{part}_codes",)), {}
         yield (
-            Node(
-                f"{stem}_{part}_quantize",
-                "QuantizeLinear",
-                (f"{stem}_{part}_clipped", *grid),
-                (f"{stem}_{part}_codes",),
-            ),
-            c | z,
+            Node(f"{stem}_{part}_clip", "Clip", (f"{stem}_{part}_codes", least, most), (f"{stem}_{part}_clipped",)),
+            b | c,
         )
-        yield (
-            Node(
-                f"{stem}_{part}_dequantize",
-                "DequantizeLinear",
-                (f"{stem}_{part}_codes", *grid),
-                (f"{stem}_{part}_value",),
-            ),
-            {},
-        )
-    yield Node(f"{stem}_pick", "Where", (f"{stem}_below", f"{stem}_fine_value", f"{stem}_coarse_value"), (output,)), {}
+        yield Node(f"{stem}_{part}_value", "Mul", (f"{stem}_{part}_clipped", s), (f"{stem}_{part}_given",)), {}
+    yield Node(f"{stem}_pick", "Where", (f"{stem}_below", f"{stem}_fine_given", f"{stem}_coarse_given"), (output,)), {}
