@@ -349,7 +349,7 @@ def test_steps_work_on_a_module_in_memory() -> None:
         ({"method": "tune"}, "tune is a repair and rounds nothing"),
         (
             {"rewrites": ["smoothquant"], "options": {"alpha": 0.7}},
-            "Another step has it: smoothquant.alpha or scale-search.alpha.",
+            "Another step has it: smoothquant.alpha or scale-search.alpha or hessian-search.alpha or similarity-search.alpha.",
         ),
     ],
 )
