@@ -171,7 +171,7 @@ class ViT(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.place
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.place
         for block in self.blocks:
             x = x + block["attention"](block["norm1"](x))
             x = x + block["mlp"](block["norm2"](x))

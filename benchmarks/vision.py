@@ -1,4 +1,4 @@
-"""What each method costs networks of convolutions at each width: the tables in the README and in docs/benchmarks.md.
+"""What each method costs networks of convolutions and vision transformers at each width: the tables in the README and in docs/benchmarks.md.
 
 Owns: the cases, each a scheme and what `arrondi.quantize` is told, and the table of their top-1, agreement with the network in floating point, signal to
 difference, bytes and CPU seconds. ONNX Runtime runs every file. Peers quantize the same network on the same samples, in environments of their own.
@@ -46,6 +46,9 @@ class Case(NamedTuple):
 EIGHT: Final = ("W8A8",)
 WEIGHTS: Final = ("w=int4/channel", "w=int3/channel", "w=int2/channel")
 LOW: Final = ("w=int4/channel,a=int8/token", "w=int4/channel,a=int4/token")
+ATTENTION: Final = ("W6A6", "W4A4", "W3A3")
+"""For networks with attention: there products alone are rounded, both of their sides."""
+TWIN: Final = {"softmax": "twin", "gelu": "twin"}
 OBSERVERS: Final = ("min-max", "moving-average", "percentile", "histogram", "mse", "kl", "cosine")
 CASES: Final = (
     *(Case(f"rtn {observer}", EIGHT, {"method": "rtn", "observer": observer}) for observer in OBSERVERS),
@@ -56,6 +59,13 @@ CASES: Final = (
     Case("brecq", (*WEIGHTS, *LOW), {"method": "brecq"}),
     Case("qdrop", LOW, {"method": "qdrop"}),
     Case("easyquant", (*EIGHT, *LOW), {"method": "easyquant"}),
+    Case("rtn", ATTENTION, {"method": "rtn"}),
+    Case("qdrop", ATTENTION[1:], {"method": "qdrop"}),
+    Case("liu", ATTENTION, {"method": "liu"}),
+    Case("ptq4vit uniform", ATTENTION, {"method": "ptq4vit"}),
+    Case("ptq4vit twin", ATTENTION, {"method": "ptq4vit", "grids": TWIN}),
+    Case("ptq4vit log2", ATTENTION[1:], {"method": "ptq4vit", "grids": {"softmax": "log2"}}),
+    Case("fima-q", ATTENTION[1:], {"method": "fima-q"}),
 )  # fmt: skip
 
 

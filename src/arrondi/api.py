@@ -80,6 +80,8 @@ def quantize(
     ends: int | None = 8,
     faint: bool = True,
     int32_bias: bool = False,
+    rounded: str | None = None,
+    grids: Mapping[str, str] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -104,6 +106,7 @@ def quantize(
         samples, seq_len, eval_samples, seed, column, imatrix, images: see `TextOptions`.
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
         observer: how ranges of what flows are found, for networks of ONNX operators; see `arrondi.calibration.OBSERVERS`.
+        rounded, grids: which values of such networks, and those that are not on uniform grids, see `arrondi.pipeline.network.NetworkData`.
         ends: bits of the first and last layers of such networks where weights have at most four; None: as all others.
         faint: whether values of such networks whose quiet samples eight bits drown have sixteen.
         int32_bias: whether biases of such networks are written as int32 codes of scale S_x · S_w.
@@ -131,6 +134,8 @@ def quantize(
             ends=ends,
             faint=faint,
             int32_bias=int32_bias,
+            rounded=rounded,
+            grids=grids or {},
         )
         return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
     if kv is not None:

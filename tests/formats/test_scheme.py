@@ -62,6 +62,7 @@ def test_the_shared_names_are_the_expected_ones() -> None:
     wanted = {f"W{b}A16" for b in range(2, 9)} | {
         "W4A16_ASYM",
         "W8A8",
+        "W4A4",
         "W4A8",
         "W4AFP8",
         "FP8",
@@ -223,7 +224,7 @@ def test_a_mistake_is_answered_with_what_to_write(text: str, words: str) -> None
         ("e4m3", "FP8_DYNAMIC"),
         ("bf16", "plain type"),
         ("1.58bit", "T158"),
-        ("W4A4", "NVFP4"),
+        ("W4A4_MX", "NVFP4"),
         ("W16A16", "plain type"),
         ("W1A16", "BINARY"),
         ("UD-Q4_K_XL", "w=int4/g32/asym"),

@@ -261,7 +261,7 @@ def test_a_rule_names_what_stands_in_for_its_method(models: Callable[..., Path],
         ({"method": "rtn", "scheme": "W4A16", "fallback": "hqq"}, "rtn looks at no inputs, so it needs no fallback"),
         (
             {"method": "gptq", "scheme": "W4A16", "fallback": "gptq"},
-            "Name one of these as the fallback: any4, autoround, easyquant, gobo, hqq, kmeans, llm-int8, rtn",
+            "Name one of these as the fallback: any4, autoround, easyquant, fima-q, gobo, hqq, kmeans, liu, llm-int8, ptq4vit, rtn",
         ),
         ({"method": "gptq", "scheme": "W4A16", "fallback": "means"}, "Name one of these as the fallback"),
         ({"method": "gptq", "scheme": "W4A16", "fallback": "awqq"}, "Unknown method 'awqq'"),
@@ -349,7 +349,7 @@ def test_steps_work_on_a_module_in_memory() -> None:
         ({"method": "tune"}, "tune is a repair and rounds nothing"),
         (
             {"rewrites": ["smoothquant"], "options": {"alpha": 0.7}},
-            "Another step has it: smoothquant.alpha or scale-search.alpha.",
+            "Another step has it: smoothquant.alpha or scale-search.alpha or hessian-search.alpha or similarity-search.alpha.",
         ),
     ],
 )

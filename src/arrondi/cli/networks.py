@@ -47,6 +47,8 @@ def quantize_graph(
     ends: str,
     faint: str,
     int32_bias: bool,
+    rounded: str | None,
+    grids: str | None,
     mean: str | None,
     std: str | None,
     overwrite: bool,
@@ -60,7 +62,7 @@ def quantize_graph(
 
     given = NetworkData(
         calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends),
-        faint=_sixteen(faint), int32_bias=int32_bias,
+        faint=_sixteen(faint), int32_bias=int32_bias, rounded=rounded, grids=_pairs(grids),
     )  # fmt: skip
     with progress_bar("quantizing", quiet) as progress:
         if budget is None:
@@ -78,6 +80,11 @@ def evaluate_graph(model: str, against: str, data: Path | None, json_: bool) -> 
     if data is None:
         raise SchemeError("Networks of ONNX operators are measured on samples. Give --data test.npz.")
     answer(compare_networks(model, against, data), json_, print_network_evaluation)
+
+
+def _pairs(text: str | None) -> dict[str, str]:
+    parts = [part.partition("=") for part in (text or "").split(",") if part]
+    return {name.strip(): grid.strip() for name, _, grid in parts}
 
 
 def _bits(text: str) -> int | None:

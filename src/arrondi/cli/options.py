@@ -107,6 +107,20 @@ Int32Bias = Annotated[
         "--int32-bias", help="For ONNX files: write biases as int32 codes of the scale of input times weight."
     ),
 ]
+Rounded = Annotated[
+    str | None,
+    typer.Option(
+        "--rounded",
+        help="For ONNX files: round what products read (products), or what sums read too (all); by itself products where attention has under 8 bits.",
+    ),
+]
+Grids = Annotated[
+    str | None,
+    typer.Option(
+        "--grids",
+        help="For ONNX files: softmax=twin or softmax=log2, gelu=twin, with a comma between: grids that are not uniform.",
+    ),
+]
 Mean = Annotated[str | None, typer.Option("--mean", help="For folders of images: means of the channels, with commas.")]
 Std = Annotated[
     str | None, typer.Option("--std", help="For folders of images: deviations of the channels, with commas.")

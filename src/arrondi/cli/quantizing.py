@@ -111,6 +111,8 @@ def quantize(
     ends: opt.Ends = "8",
     faint: opt.Faint = "16",
     int32_bias: opt.Int32Bias = False,
+    rounded: opt.Rounded = None,
+    grids: opt.Grids = None,
     mean: opt.Mean = None,
     std: opt.Std = None,
     overwrite: Annotated[
@@ -133,7 +135,7 @@ def quantize(
         })  # fmt: skip
         networks.quantize_graph(
             model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
-            faint=faint, int32_bias=int32_bias, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
+            faint=faint, int32_bias=int32_bias, rounded=rounded, grids=grids, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
     networks.refuse_network_options(
@@ -146,6 +148,8 @@ def quantize(
             "--ends": ends != "8",
             "--faint": faint != "16",
             "--int32-bias": int32_bias,
+            "--rounded": rounded,
+            "--grids": grids,
         }
     )
     if kv is not None:

@@ -96,7 +96,7 @@ _MEANINGS: Final[tuple[tuple[str, Callable[[re.Match[str]], str]], ...]] = (
     (r"(BNB|BITSANDBYTES|LLM)_?\.?(INT)?8.*", _say("Weights of 8 bits are W8A16, with rounded inputs W8A8")),
     (r"(E4M3|FP8_?E4M3|FLOAT8|F8|E5M2|FP8_?E5M2).*", _say("FP8 rounds weights and inputs by stored scales, FP8_DYNAMIC inputs by their own, FP8A16 weights alone")),
     (r"(FLOAT4|F4|E2M1|FP4_?E2M1).*", _say("FP4 in blocks is NVFP4 or MXFP4; NVFP4A16 and MXFP4A16 round weights alone")),
-    (r"W4A4.*", _say("Weights and inputs of 4 bits are NVFP4, MXFP4 or w=int4/g128,a=int4/token")),
+    (r"W4A4.+", _say("Weights and inputs of 4 bits are NVFP4, MXFP4 or w=int4/g128,a=int4/token")),
     (r"(BF16|BFLOAT16|FP16|FLOAT16|HALF|FP32|FLOAT32|F16|F32|NONE)", _say(_PLAIN)),
     (r"(BITNET|B?1\.58).*", _say("Ternary weights are T158 (one scale) or TERNARY (one a row)")),
 )  # fmt: skip

@@ -33,6 +33,7 @@ PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
     "W8A8": LayerScheme(_int(8, PerChannel()), _TOKEN8),
     "W8A8_STATIC": LayerScheme(_int(8, PerChannel()), ActivationScheme(_int(8, PerTensor()), False)),
     "W4A8": LayerScheme(_int(4, _G), _TOKEN8),
+    **{f"W{b}A{b}": LayerScheme(_int(b, _G), ActivationScheme(_int(b, PerToken()))) for b in (3, 4, 6)},
     "W4AFP8": LayerScheme(_int(4, _G), ActivationScheme(Scheme(_F8, PerToken()))),
     "FP8": LayerScheme(Scheme(_F8, PerTensor()), ActivationScheme(Scheme(_F8, PerTensor()), False)),
     "FP8_DYNAMIC": LayerScheme(Scheme(_F8, PerChannel()), ActivationScheme(Scheme(_F8, PerToken()))),

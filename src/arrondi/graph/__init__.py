@@ -10,10 +10,10 @@ from arrondi.graph.insert import held_bits, hold_biases, hold_codes, round_value
 from arrondi.graph.integer import Lowered, lower
 from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.observe import observe
-from arrondi.graph.program import Part, Program
+from arrondi.graph.program import Part, Program, Use
 from arrondi.graph.read import is_graph_file, read_graph
 from arrondi.graph.rounder import Rounder
-from arrondi.graph.rules import Places, describe, places
+from arrondi.graph.rules import Places, describe, has_attention, places, product_places
 from arrondi.graph.tidy import tidy
 from arrondi.graph.write import to_onnx, write_graph
 
@@ -26,10 +26,12 @@ __all__ = [
     "Places",
     "Program",
     "Rounder",
+    "Use",
     "Value",
     "check_dynamic",
     "describe",
     "executor",
+    "has_attention",
     "held_bits",
     "hold_biases",
     "hold_codes",
@@ -38,6 +40,7 @@ __all__ = [
     "lower",
     "observe",
     "places",
+    "product_places",
     "read_graph",
     "round_dynamically",
     "round_values",

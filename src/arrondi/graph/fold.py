@@ -1,5 +1,5 @@
 """What a network computes of constants alone, computed once (`fold`), normalizations as parts of the layer before them (`fold_norms`), and
-products of matrices with their bias as one layer (`with_bias`).
+products with their bias as one layer (`with_bias`, `join_biases`).
 
 Exporters slice and turn weights with operators; behind those a layer's weight would not be known.
 """
@@ -120,6 +120,26 @@ def with_bias(graph: Graph) -> Graph:
             gone[node.name] = replace(product, op="Gemm", inputs=(*product.inputs, bias), outputs=node.outputs)
     taken = {made.name for made in gone.values()}
     return graph.with_nodes(gone.get(n.name, n) for n in graph.nodes if n.name not in taken)
+
+
+def join_biases(graph: Graph) -> Graph:
+    """MatMul of any rank by a constant matrix and Add of a constant row → one MatMul of three inputs, which `to_onnx` writes as the two again."""
+    constants = graph.constants
+    nodes: list[Node] = []
+    products: dict[str, int] = {}
+    for node in graph.nodes:
+        at = next((products[n] for n in node.inputs if n in products), None) if node.op == "Add" else None
+        others = [n for n in node.inputs if n not in products]
+        bias = constants.get(others[0]) if at is not None and len(others) == 1 else None
+        if at is not None and bias is not None and bias.shape == constants[nodes[at].inputs[1]].shape[1:]:
+            product = nodes[at]
+            nodes[at] = replace(product, inputs=(*product.inputs, others[0]), outputs=node.outputs)
+            continue
+        weight = constants.get(node.inputs[1]) if node.op == "MatMul" and len(node.inputs) == 2 else None
+        if weight is not None and weight.ndim == 2 and graph.only_reader(node.outputs[0]) is not None:
+            products[node.outputs[0]] = len(nodes)
+        nodes.append(node)
+    return graph.with_nodes(nodes)
 
 
 def _rank(graph: Graph, product: Node) -> int | None:

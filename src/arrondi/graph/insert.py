@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -14,6 +15,7 @@ from arrondi.formats import Format, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.graph.ir import QDQ, Graph, Node
 from arrondi.graph.layers import RECURRENT, turned
 from arrondi.graph.rules import RULES
+from arrondi.graph.uneven import uneven
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.rows import stack_rows
@@ -50,25 +52,34 @@ def round_values(
     grids: Mapping[str, tuple[Grid, Scheme]],
     groups: Mapping[str, int] | None = None,
     readers: Container[str] | None = None,
+    apart: Mapping[str, str] | None = None,
 ) -> Graph:
     """The graph with values rounded where they are made.
 
     Args:
         grids: value → its grid (one scale) and the scheme of it.
+        apart: operator → the uneven grid of what it makes, see `arrondi.graph.uneven`; of values that share none.
         groups: value → a number, the same for those that share a grid and its constants; None: none do.
         readers: nodes that read what is rounded; None: all operators of the table.
     """
     constants, renamed, made = dict(graph.constants), {}, {}
     first: dict[int, str] = {}
+    makers, count = graph.producers, Counter(() if groups is None else groups.values())
     for name, (grid, scheme) in grids.items():
-        kind = code_type(scheme.format)
+        kind = _of_values(scheme.format)
         given = f"{name}_rounded"
         stem = name if groups is None else first.setdefault(groups[name], name)
         zero = 0 if grid.zero_point is None else int(grid.zero_point)
         constants[f"{stem}_scale"] = np.array(grid.scale.item(), dtype=np.float32)
         constants[f"{stem}_zero_point"] = np.array(zero).astype(kind)
         read = (name, f"{stem}_scale", f"{stem}_zero_point")
-        made[name] = Node(f"{name}_grid", QDQ, read, (given,), _limits(scheme.format, kind))
+        limits = _limits(scheme.format, kind)
+        maker = makers[name].op if name in makers else ""
+        if apart and maker in apart and (groups is None or count[groups[name]] == 1):
+            high = float(grid.scale) * (scheme.format.qmax - zero)
+            limits, constants[f"{stem}_scale"] = uneven(maker, apart[maker], scheme.format.bits, high)
+            constants[f"{stem}_zero_point"] = np.zeros((), np.int8)
+        made[name] = Node(f"{name}_grid", QDQ, read, (given,), limits)
         renamed[name] = given
     nodes = [made[v.name] for v in graph.inputs if v.name in made]
     for node in graph.nodes:
@@ -76,6 +87,16 @@ def round_values(
         nodes.append(replace(node, inputs=tuple(renamed.get(n, n) for n in node.inputs) if reads else node.inputs))
         nodes += [made[n] for n in node.outputs if n in made]
     return graph.with_nodes(nodes, constants)
+
+
+def _of_values(format: Format) -> np.dtype[Any]:
+    """What flows takes no room in the file: codes that do not fill a narrow type are bytes, as ONNX Runtime cuts off no others before it rounds."""
+    kind = code_type(format)
+    return (
+        np.dtype("int8" if format.qmin < 0 else "uint8")
+        if kind.name in _NARROW and "low" in _limits(format, kind)
+        else kind
+    )
 
 
 def _limits(format: Format, kind: np.dtype[Any]) -> dict[str, Any]:

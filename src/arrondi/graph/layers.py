@@ -132,7 +132,7 @@ def _gemm(node: Node, graph: Graph) -> nn.Module | None:
 
 def _matmul(node: Node, graph: Graph) -> nn.Module | None:
     found = _constants(node, graph)
-    return None if found is None or found[0].ndim != 2 else _linear(found[0].T, None)
+    return None if found is None or found[0].ndim != 2 else _linear(found[0].T, found[1] if len(found) > 1 else None)
 
 
 def padding_of(node: Node, module: nn.Module) -> Margin:

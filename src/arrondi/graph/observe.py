@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -13,6 +13,9 @@ from arrondi.errors import DataError
 from arrondi.formats import Scheme
 from arrondi.graph.program import Program
 from arrondi.graph.rules import FIXED
+
+_WIDE: Final = 8
+"""Bits from which on the whole range that an operator can give is kept; with fewer, what it does give counts."""
 
 
 @torch.no_grad()
@@ -49,7 +52,9 @@ def observe(
         facts = {"qmin": wanted.format.qmin, "qmax": wanted.format.qmax, "symmetric": wanted.symmetric}
         return {**{k: v for k, v in facts.items() if k in takes}, **(options or {})}
 
-    known = {name: FIXED[node.op] for name, node in program.graph.producers.items() if node.op in FIXED}
+    makers = program.graph.producers
+    few = {g for g in values.values() if (apart or {}).get(g, scheme).format.bits < _WIDE}
+    known = {n: FIXED[node.op] for n, node in makers.items() if node.op in FIXED and values.get(n) not in few}
     found: dict[int, Observer] = {}
 
     def see(name: str, value: torch.Tensor) -> None:

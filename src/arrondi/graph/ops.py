@@ -33,6 +33,7 @@ from arrondi.graph.integers import (
 from arrondi.graph.ir import QDQ, Node, Unusual
 from arrondi.graph.read import onnx_package
 from arrondi.graph.recurrent import dynamic_lstm, gru, lstm
+from arrondi.graph.uneven import on_uneven
 from arrondi.graph.windows import average_pool, conv, conv_transpose, max_pool, pad, resize
 
 Tensor = torch.Tensor
@@ -308,13 +309,23 @@ def _folded(of: Callable[[Tensor, Tensor], Tensor]) -> Operator:
     return all_of
 
 
+def _on_grid(attrs: Mapping[str, Any], x: Tensor, *grid: Tensor) -> Tensor:
+    return on_uneven(attrs, x, grid[0]) if "grid" in attrs else rounded(attrs, x, *grid)
+
+
+def _matmul(attrs: Mapping[str, Any], x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product, and what `tidy` has added to it."""
+    given = torch.matmul(x, y)
+    return given if bias is None else given + bias
+
+
 def _mean_of(attrs: Mapping[str, Any], *x: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*x)).mean(0)
 
 
 OPERATORS: Final[Mapping[str, Operator]] = {
     "Conv": conv, "ConvTranspose": conv_transpose, "MaxPool": max_pool, "AveragePool": average_pool, "Pad": pad, "Resize": resize,
-    "LSTM": lstm, "GRU": gru, "Gemm": _gemm, "MatMul": _plain(torch.matmul),
+    "LSTM": lstm, "GRU": gru, "Gemm": _gemm, "MatMul": _matmul,
     "GlobalAveragePool": lambda attrs, x: x.mean(tuple(range(2, x.ndim)), keepdim=True),
     "GlobalMaxPool": lambda attrs, x: x.amax(tuple(range(2, x.ndim)), keepdim=True),
     "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "InstanceNormalization": _instance_norm,
@@ -340,7 +351,7 @@ OPERATORS: Final[Mapping[str, Operator]] = {
     "Concat": lambda attrs, *x: torch.cat(x, attrs["axis"]), "Split": _split, "Expand": _expand, "Shape": _shape, "Cast": _cast,
     "Tile": lambda attrs, x, repeats: x.repeat(repeats.tolist()),
     "DepthToSpace": _depth_to_space, "SpaceToDepth": _space_to_depth, "ConstantOfShape": _constant_of_shape,
-    "QuantizeLinear": quantize, "DequantizeLinear": dequantize, "DynamicQuantizeLinear": dynamic, QDQ: rounded,
+    "QuantizeLinear": quantize, "DequantizeLinear": dequantize, "DynamicQuantizeLinear": dynamic, QDQ: _on_grid,
     "QLinearConv": qlinear_conv, "QLinearMatMul": qlinear_matmul, "ConvInteger": conv_integer, "MatMulInteger": matmul_integer,
     "com.microsoft.QLinearAdd": qlinear_add, "com.microsoft.QLinearMul": qlinear_mul, "com.microsoft.QGemm": qgemm,
     "com.microsoft.QLinearAveragePool": qlinear_average, "com.microsoft.QLinearGlobalAveragePool": qlinear_global_average,

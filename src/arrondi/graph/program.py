@@ -94,6 +94,25 @@ class Around:
     following: tuple[_Run, ...]
 
 
+@dataclass(frozen=True)
+class Use:
+    """A product in a part.
+
+    Attributes:
+        node: it.
+        module: of a layer; None where both sides are values.
+        padding: what is put around what a layer reads.
+        rounders: the module that rounds each value that is multiplied, None where nothing does.
+        scores: whether a softmax reads what it gives, scaled perhaps.
+    """
+
+    node: Node
+    module: str | None
+    padding: Margin | None
+    rounders: tuple[str | None, ...]
+    scores: bool
+
+
 class Part(torch.nn.Module):
     """Some nodes of a graph in order."""
 
@@ -149,6 +168,27 @@ class Part(torch.nn.Module):
             following.append(run)
             value = run.node.outputs[0]
         return Around(rounder, tuple(following))
+
+    def uses(self) -> list[Use]:
+        """The products in it, in order; not those of recurrent layers."""
+        made = {name: run for run in self._steps for name in run.node.outputs}
+        softmax = {run.node.inputs[0] for run in self._steps if run.node.op == "Softmax"}
+        scaled = {
+            n
+            for run in self._steps
+            if run.node.op in ("Mul", "Div") and run.node.outputs[0] in softmax
+            for n in run.node.inputs
+        }
+        found = []
+        for run in self._steps:
+            layer = run.module is not None and run.node.op in LAYERS and run.node.op not in ("LSTM", "GRU")
+            if not layer and run.node.op != "MatMul":
+                continue
+            before = [made.get(n) for n in run.node.inputs[: 1 if layer else 2]]
+            rounders = tuple(b.module if b is not None and b.node.op == QDQ else None for b in before)
+            scores = not layer and run.node.outputs[0] in softmax | scaled
+            found.append(Use(run.node, run.module if layer else None, run.padding, rounders, scores))
+        return found
 
     def activate(self, around: Around, y: torch.Tensor, axes: int) -> torch.Tensor:
         """The activation of a layer on some of its outputs.
@@ -244,8 +284,8 @@ def _module_names(graph: Graph) -> dict[str, str]:
     return found
 
 
-_BEGINNING: Final = frozenset({*LAYERS, QDQ})
-"""With what a part may begin."""
+_BEGINNING: Final = frozenset({*LAYERS, QDQ, "LayerNormalization"})
+"""With what a part may begin: a layer, what rounds its input, or the norm before it."""
 
 
 def _parts(graph: Graph) -> Iterator[tuple[list[Node], list[str], list[str]]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from arrondi.graph.codes import INTEGERS, rounded
+from arrondi.graph.uneven import looked_at, on_uneven
 
 
 class Rounder(nn.Module):
@@ -41,11 +42,18 @@ class Rounder(nn.Module):
         low, high, _ = INTEGERS[self.attrs["codes"]]
         return self.attrs.get("low", low), self.attrs.get("high", high)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether it has two scales, or powers of two; then nothing of it is learned."""
+        return "grid" in self.attrs
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x on its grid."""
         if not self.on:
             return x
-        if self.change is None:
+        if self.uneven:
+            given = on_uneven(self.attrs, x, self.scale)
+        elif self.change is None:
             given = rounded(self.attrs, x, self.scale, self.zero_point)
         else:
             given = on_grid(x, self.scale * (1 + self.change), self.zero_point.to(x.dtype), *self.ends)
@@ -53,6 +61,28 @@ class Rounder(nn.Module):
             return given
         drawn = torch.rand(x.shape, generator=self.generator, device=x.device)
         return torch.where(drawn < self.kept, x, given)
+
+    @torch.no_grad()
+    def looks(self, x: torch.Tensor, shares: Sequence[float]) -> list[torch.Tensor]:
+        """Scales to choose from, for x: these shares of the one that reaches over all of it, or what an uneven grid can have."""
+        if self.uneven:
+            return looked_at(self.attrs, self.scale, float(x.max()), list(shares))
+        self._span(x)
+        whole = self.scale.clone()
+        return [whole * share for share in shares]
+
+    def _span(self, x: torch.Tensor) -> None:
+        """Reach over all of x; where negative codes lie around zero, equally far on both sides."""
+        low, high = self.ends
+        least, most = x.min().clamp(max=0), x.max().clamp(min=0)
+        if low < 0 and not self.zero_point.any():
+            scale = torch.maximum(-least, most) / high
+        else:
+            scale = (most - least) / (high - low)
+        scale = scale.clamp(min=2.0**-100).reshape(self.scale.shape)
+        if low >= 0 or self.zero_point.any():
+            self.zero_point.copy_((low - least / scale).round().clamp(low, high))
+        self.scale.copy_(scale)
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -138,6 +138,31 @@ def _multiplied(node: Node, floating: set[str]) -> list[str]:
     return [n for n in (node.inputs[:1] if node.op in _STATES else node.inputs) if n in floating]
 
 
+def product_places(graph: Graph) -> Places:
+    """The values that products read, and no others, each on a grid of its own where it is read: what papers on vision transformers round."""
+    floating = floating_values(graph)
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        if RULES.get(node.op) == "layer":
+            for name in _multiplied(node, floating):
+                found.setdefault(name, len(found))
+    plain: dict[str, int] = {}
+    for node in graph.nodes:
+        if (
+            node.op not in FIXED
+            and RULES.get(node.op) not in ("layer", "moves")
+            and any(n in floating for n in node.inputs)
+        ):
+            plain[node.op] = plain.get(node.op, 0) + 1
+    return Places(found, frozenset(n.name for n in graph.nodes if RULES.get(n.op) == "layer"), plain)
+
+
+def has_attention(graph: Graph) -> bool:
+    """Whether values are multiplied by values: products of which neither side is a constant."""
+    floating = floating_values(graph)
+    return any(node.op == "MatMul" and floating.issuperset(node.inputs[:2]) for node in graph.nodes)
+
+
 def _square(node: Node) -> bool:
     """A square has twice the range in powers of two, which eight bits do not hold."""
     return node.op == "Mul" and len(set(node.inputs)) == 1

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from arrondi.graph.fold import fold, fold_norms, with_bias
+from arrondi.graph.fold import fold, fold_norms, join_biases, with_bias
 from arrondi.graph.ir import Graph, Node
 
 
 def tidy(graph: Graph) -> Graph:
     """The graph with constants computed, normalizations in the layers before them, products with their bias, means over space as GlobalAveragePool, and slices of slices as one."""
-    return _merge_slices(_pool(with_bias(fold_norms(fold(graph)))))
+    return join_biases(_merge_slices(_pool(with_bias(fold_norms(fold(graph))))))
 
 
 def _pool(graph: Graph) -> Graph:

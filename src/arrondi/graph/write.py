@@ -12,6 +12,7 @@ import numpy as np
 from arrondi.errors import OutputError, SchemeError
 from arrondi.graph.ir import ARITHMETIC, CODES, QDQ, Graph, Node
 from arrondi.graph.read import onnx_package
+from arrondi.graph.uneven import spelled
 
 _TWO_BITS: Final = 25
 """The first operator set with codes of two bits."""
@@ -51,7 +52,8 @@ def to_onnx(graph: Graph) -> Any:
     onnx = onnx_package()
     helper = onnx.helper
     nodes = [made for node in graph.nodes for made in _nodes(node, graph, onnx)]
-    initializers = [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in graph.constants.items()]
+    read = {name for node in nodes for name in node.input} | graph.results
+    initializers = [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in graph.constants.items() if n in read]
     ends = [
         [helper.make_tensor_value_info(v.name, helper.np_dtype_to_tensor_dtype(v.dtype), list(v.shape)) for v in values]
         for values in (graph.inputs, graph.outputs)
@@ -72,6 +74,17 @@ def to_onnx(graph: Graph) -> Any:
 def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
     """A node of the file, or the two or three that round a value."""
     helper = onnx.helper
+    if node.op == "MatMul" and len(node.inputs) > 2:  # see `tidy`
+        (output,) = node.outputs
+        yield helper.make_node("MatMul", node.inputs[:2], [f"{output}_product"], node.name)
+        yield helper.make_node("Add", [f"{output}_product", node.inputs[2]], [output], f"{node.name}_bias")
+        return
+    if "grid" in node.attrs:
+        for spelled_node, constants in spelled(node, graph.constants[node.inputs[1]]):
+            for name, value in constants.items():
+                yield helper.make_node("Constant", [], [name], name, value=onnx.numpy_helper.from_array(value, name))
+            yield helper.make_node(spelled_node.op, spelled_node.inputs, spelled_node.outputs, spelled_node.name)
+        return
     if node.op != QDQ:
         domain, _, op = node.op.rpartition(".")
         attrs = {k: v for k, v in node.attrs.items() if k != CODES}

@@ -8,7 +8,17 @@ from typing import Any, Final
 
 from arrondi.errors import SchemeError
 from arrondi.formats import ActivationScheme, Format, PerTensor, PerToken, Scheme, integer
-from arrondi.graph import Graph, Places, Program, check_dynamic, observe, places, round_values
+from arrondi.graph import (
+    Graph,
+    Places,
+    Program,
+    check_dynamic,
+    has_attention,
+    observe,
+    places,
+    product_places,
+    round_values,
+)
 from arrondi.graph.faint import FAINT, clearness
 from arrondi.measure.arrays import Arrays
 from arrondi.pipeline.ends import ends_of, of_bits, read_by
@@ -20,6 +30,8 @@ _SIXTEEN: Final = {
     False: Format("uint16", "integer", 16, 0, 2**16 - 1),
 }
 """Signed → sixteen bits, which only what flows has."""
+_WIDE: Final = 8
+"""Bits with which sums can be rounded too."""
 _FIRST: Final = 21
 """The first operator set whose quantizers know them."""
 
@@ -32,12 +44,16 @@ class Ranges:
         observer, options: see `arrondi.calibration.OBSERVERS`.
         ends: bits of what the first and the last layers read; None: as others.
         faint: whether values that eight bits drown get sixteen, see `arrondi.graph.faint`.
+        rounded: "all" values that integer operators read, or those that "products" read.
+        uneven: operator → the uneven grid of what it makes, see `arrondi.graph.uneven`.
     """
 
     observer: str = "mse"
     options: Mapping[str, Any] = field(default_factory=dict)
     ends: int | None = None
     faint: bool = True
+    rounded: str = "all"
+    uneven: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,18 @@ def flowing_scheme(recipe: Recipe) -> ActivationScheme | None:
     return ActivationScheme(replace(own, scale="float32"), False)
 
 
+def which_values(graph: Graph, asked: str | None, flowing: ActivationScheme | None) -> str:
+    """Which values are rounded: what is asked for, else "products" in networks with attention and few bits, else "all".
+
+    Raises:
+        SchemeError: it is neither.
+    """
+    if asked not in (None, "all", "products"):
+        raise SchemeError(f"Rounded is all or products, got {asked!r}.")
+    few = flowing is not None and flowing.scheme.format.bits < _WIDE
+    return asked or ("products" if few and has_attention(graph) else "all")
+
+
 def _unsigned(format: Format) -> Format:
     """The same codes counted from zero: what ONNX Runtime's integer products on x86 take without a detour."""
     return (
@@ -92,12 +120,13 @@ def rounded_flow(graph: Graph, scheme: Scheme, calibration: Arrays, how: Ranges)
         calibration: the samples.
         how: the ranges are found.
     """
-    program, found = Program(graph), places(graph)
+    products = how.rounded == "products"
+    program, found = Program(graph), product_places(graph) if products else places(graph)
     firsts, lasts = ends_of(graph)
     wider = of_bits(scheme, how.ends)
     apart = {found.values[n]: wider for n in read_by(graph, {*firsts, *lasts}) if n in found.values}
     ends = observe(program, calibration.batches(), found.values, scheme, how.observer, how.options, apart)
-    groups = places(graph, {n: ends[g] for n, g in found.values.items()}).values
+    groups = found.values if products else places(graph, {n: ends[g] for n, g in found.values.items()}).values
     first = {group: name for name, group in reversed(list(groups.items()))}
     spans = {group: ends[found.values[name]] for group, name in first.items()}
     schemes = {group: apart.get(found.values[name], scheme) for group, name in first.items()}
@@ -112,4 +141,4 @@ def rounded_flow(graph: Graph, scheme: Scheme, calibration: Arrays, how: Ranges)
             wide += [n for n, g in groups.items() if g == group]
     chosen = {n: (grids[g], schemes[g]) for n, g in groups.items()}
     ranges = {n: spans[g] for n, g in groups.items()}
-    return Flow(round_values(graph, chosen, groups, found.readers), found, ranges, tuple(wide))
+    return Flow(round_values(graph, chosen, groups, found.readers, how.uneven), found, ranges, tuple(wide))

@@ -37,12 +37,13 @@ from arrondi.graph import (
     tidy,
     write_graph,
 )
+from arrondi.graph.uneven import check_grids
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.networks import check_samples, compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
 from arrondi.model import Inputs
 from arrondi.pipeline.ends import ends_of, has_few_bits, with_wider_ends
-from arrondi.pipeline.flowing import Ranges, flowing_scheme, rounded_flow
+from arrondi.pipeline.flowing import Ranges, flowing_scheme, rounded_flow, which_values
 from arrondi.pipeline.module import round_module
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.prepare import correct_by_norms, is_analytic, rewritten, with_what_was_learned
@@ -73,6 +74,9 @@ class NetworkData:
         ends: bits of the first and the last layers, and of what they read, where weights of others have at most four; None: as others.
         faint: whether values whose quiet samples eight bits drown get sixteen.
         int32_bias: whether biases are written as int32 codes of scale S_x · S_w instead of floating numbers.
+        rounded: which values: "all" that integer operators read, or those that "products" read; None: "products" in networks with attention
+            where values have fewer than eight bits, else "all".
+        grids: operator (softmax, gelu) → "twin" or "log2", grids of what it makes that are not uniform.
         observer, observer_options: how ranges of what flows are found, see `arrondi.calibration.OBSERVERS`.
     """
 
@@ -87,6 +91,8 @@ class NetworkData:
     ends: int | None = 8
     faint: bool = True
     int32_bias: bool = False
+    rounded: str | None = None
+    grids: Mapping[str, str] = field(default_factory=dict)
     observer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -139,10 +145,11 @@ def quantize_network(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
     calibration, evaluation = _data(given, data)
-    flowing = flowing_scheme(recipe)
+    flowing, uneven = flowing_scheme(recipe), check_grids(data.grids)
     notes: list[str] = []
     analytic = is_analytic(recipe)
     graph, recipe = rewritten(given, recipe, calibration, notes)
+    rounded = which_values(graph, data.rounded, flowing)
     found, rounded_graph = places(graph), graph
     ranges: Mapping[str, tuple[float, float]] = {}
     careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
@@ -151,11 +158,13 @@ def quantize_network(
     elif flowing is not None:
         if calibration is None:
             raise DataError("The ranges of what flows between layers are found on data. Give --calibration data.npz, or a scheme of weights alone (W8A16).")  # fmt: skip
-        how = Ranges(data.observer, data.observer_options, data.ends if careful else None, data.faint)
+        how = Ranges(data.observer, data.observer_options, data.ends if careful else None, data.faint, rounded, uneven)
         flow = rounded_flow(graph, flowing.scheme, calibration, how)
         found, rounded_graph, ranges = flow.found, flow.graph, flow.ranges
         if flow.wide:
             notes.append(f"Eight bits would drown the quiet samples of {', '.join(flow.wide)}: sixteen there; --faint same gives eight.")  # fmt: skip
+        if rounded == "products":
+            notes.append("What products read is rounded, both sides of those in attention; sums, norms and what they read stay in floating point. --rounded all rounds these too.")  # fmt: skip
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
     recipe = _of_weights(recipe, program)

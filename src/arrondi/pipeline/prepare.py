@@ -111,7 +111,8 @@ def with_what_was_learned(graph: Graph, program: Program) -> Graph:
                 constants[name] = value
                 node = replace(node, inputs=(*node.inputs[:2], name, *node.inputs[3:]))
         if node.name in program.rounders:
-            scale = program.get_buffer(f"{program.rounders[node.name]}.scale")
-            constants[node.inputs[1]] = scale.numpy().reshape(constants[node.inputs[1]].shape)
+            for name, part in zip(node.inputs[1:], ("scale", "zero_point"), strict=True):
+                value, own = program.get_buffer(f"{program.rounders[node.name]}.{part}"), constants[name]
+                constants[name] = value.numpy().reshape(own.shape).astype(own.dtype)
         nodes.append(node)
     return graph.with_nodes(nodes, constants)

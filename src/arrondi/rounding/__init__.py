@@ -128,6 +128,15 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     "easyquant": Method(
         nearest_first, NOTHING, "Wu et al. 2020, arXiv:2006.16669", 20_000.0, refuse_autoround, repairs=("scale-search",)
     ),
+    "ptq4vit": Method(
+        nearest_first, NOTHING, "Yuan et al. 2022, arXiv:2111.12293", 50_000.0, refuse_autoround, repairs=("hessian-search",)
+    ),
+    "liu": Method(
+        nearest_first, NOTHING, "Liu et al. 2021, arXiv:2106.14156", 50_000.0, refuse_autoround, repairs=("similarity-search", "bias-correction")
+    ),
+    "fima-q": Method(
+        nearest_first, NOTHING, "Wu et al. 2025, arXiv:2506.11543", 100_000.0, refuse_autoround, repairs=("hessian-search", "block-fisher")
+    ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0),
     "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),

@@ -16,7 +16,8 @@ from arrondi.formats import LayerScheme, Scheme
 from arrondi.pipeline.statistics import Need, Seen
 from arrondi.pipeline.step import Kind, Step
 from arrondi.pipeline.steps import awq_scale, bias_correction, e2e, equalize, sinq, smoothquant
-from arrondi.pipeline.steps.blocks import BLOCK_DROP, BLOCK_SIDES
+from arrondi.pipeline.steps.blocks import BLOCK_DROP, BLOCK_FISHER, BLOCK_SIDES
+from arrondi.pipeline.steps.product_search import HESSIAN_SEARCH, SIMILARITY_SEARCH
 from arrondi.pipeline.steps.reconstruct import LAYER_TUNE, SIDES
 from arrondi.pipeline.steps.rotate import ROTATE
 from arrondi.pipeline.steps.scale_search import PARA_NORM, SCALE_SEARCH
@@ -25,7 +26,8 @@ from arrondi.rounding import METHODS, STATISTICS, Method, Rounding, check_option
 
 REWRITES: Final[tuple[Step, ...]] = (ROTATE, smoothquant.STEP, awq_scale.STEP, equalize.STEP, sinq.STEP)
 REPAIRS: Final[tuple[Step, ...]] = (
-    TUNE, SIGNROUND, LKD, bias_correction.STEP, e2e.STEP, SIDES, LAYER_TUNE, BLOCK_SIDES, BLOCK_DROP, SCALE_SEARCH, PARA_NORM,
+    TUNE, SIGNROUND, LKD, bias_correction.STEP, e2e.STEP, SIDES, LAYER_TUNE, BLOCK_SIDES, BLOCK_DROP, BLOCK_FISHER, SCALE_SEARCH, PARA_NORM,
+    HESSIAN_SEARCH, SIMILARITY_SEARCH,
 )  # fmt: skip
 
 

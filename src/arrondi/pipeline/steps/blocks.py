@@ -1,6 +1,7 @@
-"""Repairs of networks that learn all layers of a unit together: `block-sides` (BRECQ) and `block-drop` (QDrop).
+"""Repairs of networks that learn all layers of a unit together: `block-sides` (BRECQ), `block-drop` (QDrop) and `block-fisher` (FIMA-Q).
 
-A unit of a network ends where one value alone goes on: a residual block, or a layer between two. It is held to what it gives in the original.
+A unit of a network ends where one value alone goes on: a residual block, or a layer between two. It is held to what it gives in the original, every
+number alike, or as much as the predictions of the original depend on it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,10 +21,14 @@ from arrondi.pipeline.steps.layers import entering, inside_only
 from arrondi.pipeline.steps.learning import StandIns
 from arrondi.pipeline.steps.reconstruct import FLOATS, of_units, refuse_plain
 from arrondi.pipeline.work import Work
+from arrondi.repair.curvature import Curved, factors
 from arrondi.repair.layer import descend
 from arrondi.repair.sides import SoftSides
 from arrondi.repair.soft import learns_rounding
 from arrondi.rounding.adaround import beta_of
+
+_FACTORS: WeakKeyDictionary[torch.nn.Module, dict[int, torch.Tensor]] = WeakKeyDictionary()
+"""The original → unit → factors that its step has not asked for yet."""
 
 
 @dataclass
@@ -41,6 +47,7 @@ class Block:
     wanted: torch.Tensor
     rounders: list[Rounder]
     norm: float
+    curved: Curved | None = None
 
     @classmethod
     def of(cls, work: Work, sites: Sequence[Site]) -> Block | None:
@@ -77,7 +84,22 @@ class Block:
             others = [x[chosen] for x in self.float_inputs]
             masks = [torch.rand(x.shape, generator=generator) < dropped for x in given]
             given = [torch.where(mask, f, x) for mask, f, x in zip(masks, others, given, strict=True)]
-        return (self.part(*given) - self.wanted[chosen]).square().mean() / self.norm
+        errors = self.part(*given) - self.wanted[chosen]
+        return errors.square().mean() / self.norm if self.curved is None else self.curved(errors, chosen)
+
+    def weigh(self, work: Work, sites: Sequence[Site], draws: int, share: float) -> None:
+        """Let errors count by what the predictions of the original make of them."""
+        assert work.original is not None, "a step that needs float outputs says so"
+        model, number = work.original.instance.model, int(sites[0].modules[0].partition(".")[0])
+        known = _FACTORS.setdefault(model, {})
+        if number not in known:  # the first unit asks, and later ones find what the same way back has left
+            generator = torch.Generator().manual_seed(0)
+            found = [factors(list(model)[number + 1 :], z, draws, generator) for z in self.wanted.split(64)]
+            known |= {number + i: torch.cat(own, 1) for i, own in enumerate(zip(*found, strict=True))}
+        self.curved = Curved.of(known.pop(number), share)
+        with torch.no_grad():
+            chunks = torch.arange(len(self.wanted)).split(64)
+            self.curved.begin(torch.cat([self.part(*(x[c] for x in self.inputs)) - self.wanted[c] for c in chunks]))
 
     @torch.no_grad()
     def total(self) -> float:
@@ -149,8 +171,14 @@ def block_drop(
     if not sites:
         return
     block = Block.of(work, sites)
-    if block is None:
-        return
+    if block is not None:
+        _drop(work, sites, block, iterations, rate, regular, batch, drop, step_rate)
+
+
+def _drop(
+    work: Work, sites: Sequence[Site], block: Block, iterations: int, rate: float, regular: float, batch: int,
+    drop: float, step_rate: float,
+) -> None:  # fmt: skip
     as_found = block.total()
     generator = torch.Generator().manual_seed(0)
     for rounder in block.rounders:
@@ -161,6 +189,37 @@ def block_drop(
         for rounder in block.rounders:
             rounder.kept, rounder.generator = 0.0, None
     _keep(work, sites, block, soft, as_found)
+
+
+def block_fisher(
+    work: Work,
+    sites: Sequence[Site],
+    *,
+    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
+    rate: Annotated[float, Between(0, 10)] = 0.01,
+    regular: Annotated[float, Between(0, 1e6)] = 1.0,
+    batch: Annotated[int, Between(1, 1 << 20)] = 16,
+    drop: Annotated[float, Between(0, 1)] = 0.5,
+    step_rate: Annotated[float, Between(0, 10)] = 0.001,
+    draws: Annotated[int, Between(1, 1000)] = 4,
+    share: Annotated[float, Between(0, 1)] = 0.2,
+) -> None:
+    """Learn sides and scales of a unit together, held by what the network's predictions make of its errors.
+
+    Args:
+        iterations: of Adam.
+        rate: of Adam, of V.
+        regular: weight of the regulariser, beside the error in units of what the first codes leave.
+        batch: samples of one iteration.
+        drop: the share of elements that are not rounded, and of those that enter as in the original.
+        step_rate: of Adam, by which scales change.
+        draws: directions for every sample in which errors count; all that there are of no more classes.
+        share: of the loss that every number's mean importance has, beside these directions.
+    """
+    block = Block.of(work, sites) if sites else None
+    if block is not None:
+        block.weigh(work, sites, draws, share)
+        _drop(work, sites, block, iterations, rate, regular, batch, drop, step_rate)
 
 
 def _learn(
@@ -232,6 +291,10 @@ class _scales:
 BLOCK_SIDES = Step(
     "block-sides", "repair", "Li et al. 2021, arXiv:2102.05426", apply=block_sides, needs=FLOATS, scope="unit",
     refuse=refuse_plain, choose=of_units, cost=50_000.0,
+)  # fmt: skip
+BLOCK_FISHER = Step(
+    "block-fisher", "repair", "Wu et al. 2025, arXiv:2506.11543", apply=block_fisher, needs=FLOATS, scope="unit",
+    refuse=refuse_plain, choose=of_units, cost=100_000.0,
 )  # fmt: skip
 BLOCK_DROP = Step(
     "block-drop", "repair", "Wei et al. 2022, arXiv:2203.05740", apply=block_drop, needs=FLOATS, scope="unit",

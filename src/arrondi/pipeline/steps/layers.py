@@ -30,7 +30,7 @@ class Layer:
     Attributes:
         site: its weight.
         module: it.
-        rounder: what rounds its input, None where nothing does.
+        rounder: what rounds its input, None where nothing does, or not on one uniform grid.
         activation: what follows it, on (rows, outputs).
     """
 
@@ -61,6 +61,7 @@ def _layer(work: Work, site: Site) -> Layer:
     module, around = part.get_submodule(name), part.around(name)
     rounder = None if around.rounder is None else part.get_submodule(around.rounder)
     assert rounder is None or isinstance(rounder, Rounder)
+    rounder = None if rounder is not None and rounder.uneven else rounder
     axes = site.shape[2:]
     return Layer(site, module, rounder, lambda y: part.activate(around, y, len(axes)))
 

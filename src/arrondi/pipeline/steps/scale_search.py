@@ -105,7 +105,8 @@ def para_norm(work: Work, sites: Sequence[Site], *, rows: Annotated[int, Between
         work.change(layer.bias_name, (bias - given.mean(0)) * gain + seen.y.mean(0))
 
 
-def _by_channel(site: Site, scheme: LayerScheme | None) -> str | None:
+def by_channel(site: Site, scheme: LayerScheme | None) -> str | None:
+    """Why scales are not searched for; None if they are."""
     plain = scheme is not None and scheme.weights.format.kind == "integer" and scheme.weights.symmetric
     if not plain or scheme is None or not isinstance(scheme.weights.granularity, PerChannel):
         return f"scales are searched for symmetric integers by channel, got {scheme}"
@@ -114,9 +115,9 @@ def _by_channel(site: Site, scheme: LayerScheme | None) -> str | None:
 
 SCALE_SEARCH = Step(
     "scale-search", "repair", "Wu et al. 2020, arXiv:2006.16669", apply=search_scales, needs=FLOATS, scope="unit",
-    refuse=_by_channel, choose=of_units, cost=20_000.0,
+    refuse=by_channel, choose=of_units, cost=20_000.0,
 )  # fmt: skip
 PARA_NORM = Step(
     "para-norm", "repair", "Hubara et al. 2020, arXiv:2006.10518", apply=para_norm, needs=FLOATS, scope="unit",
-    refuse=_by_channel, choose=of_units, declare=biases_change, cost=5000.0,
+    refuse=by_channel, choose=of_units, declare=biases_change, cost=5000.0,
 )  # fmt: skip
