@@ -53,8 +53,8 @@ OBSERVERS: Final = ("min-max", "moving-average", "percentile", "histogram", "mse
 CASES: Final = (
     *(Case(f"rtn {observer}", EIGHT, {"method": "rtn", "observer": observer}) for observer in OBSERVERS),
     Case("rtn", (*WEIGHTS, *LOW), {"method": "rtn"}),
-    Case("gptq", WEIGHTS, {"method": "gptq"}),
-    Case("adaround", (*WEIGHTS, *LOW), {"method": "adaround"}),
+    Case("gptq", (*EIGHT, *WEIGHTS), {"method": "gptq"}),
+    Case("adaround", (*EIGHT, *WEIGHTS, *LOW), {"method": "adaround"}),
     Case("adaquant", (*WEIGHTS, *LOW), {"method": "adaquant"}),
     Case("brecq", (*WEIGHTS, *LOW), {"method": "brecq"}),
     Case("qdrop", LOW, {"method": "qdrop"}),
@@ -67,6 +67,10 @@ CASES: Final = (
     Case("ptq4vit log2", ATTENTION[1:], {"method": "ptq4vit", "grids": {"softmax": "log2"}}),
     Case("fima-q", ATTENTION[1:], {"method": "fima-q"}),
 )  # fmt: skip
+
+
+class Refused(Exception):
+    """A peer has no such scheme, or failed."""
 
 
 Job = tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]
@@ -152,9 +156,9 @@ class Bench:
     def peer(self, name: str, python: str, scheme: str) -> dict[str, Any]:
         out = self.folder / ("peer.npz" if name == "pt2e" else "peer.onnx")
         given = [self.exported(), out, *self.given] if name == "pt2e" else [self.float_file, out, self.given[0]]
-        made = subprocess.run(
-            [python, PEERS / f"{name}_networks.py", *given, scheme], check=True, capture_output=True, text=True
-        )
+        made = subprocess.run([python, PEERS / f"{name}_networks.py", *given, scheme], capture_output=True, text=True)
+        if made.returncode:
+            raise Refused(made.stderr.strip().splitlines()[-1])
         return self.measured(out, json.loads(made.stdout.splitlines()[-1])["seconds"])
 
     def measured(self, out: Path, seconds: float) -> dict[str, Any]:
@@ -215,7 +219,11 @@ def main() -> None:
             for label, job, given in jobs:
                 key = name, asked, label
                 if key not in known:
-                    known[key] = job(*given)
+                    try:
+                        known[key] = job(*given)
+                    except Refused as why:
+                        print(f"{label:46s} {why}", flush=True)
+                        continue
                     if args.rows:
                         with args.rows.open("a") as file:
                             print(
