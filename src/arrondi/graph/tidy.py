@@ -1,9 +1,10 @@
-"""Rewrites that leave what a network computes the same, but say it as runtimes like to read it: `tidy`."""
+"""Rewrites that leave what a network computes the same, but say it as runtimes like to read it: `PASSES`, and `tidy`, which runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
@@ -11,9 +12,17 @@ from arrondi.graph.fold import fold, fold_norms, join_biases, with_bias
 from arrondi.graph.ir import Graph, Node
 
 
-def tidy(graph: Graph) -> Graph:
-    """The graph with constants computed, normalizations in the layers before them, products with their bias, means over space as GlobalAveragePool, and slices of slices as one."""
-    return join_biases(_merge_slices(_pool(with_bias(fold_norms(fold(graph))))))
+def tidy(graph: Graph, seen: list[tuple[str, int]] | None = None) -> Graph:
+    """The graph after all passes.
+
+    Args:
+        seen: receives the name of every pass, and how many operators there are after it.
+    """
+    for name, run in PASSES.items():
+        graph = run(graph)
+        if seen is not None:
+            seen.append((name, len(graph.nodes)))
+    return graph
 
 
 def _pool(graph: Graph) -> Graph:
@@ -82,3 +91,14 @@ def _slice_parts(node: Node, constants: Mapping[str, np.ndarray]) -> tuple[list[
     if len(parts) == 3:
         parts.append([1] * len(parts[0]))
     return tuple(parts) if len(parts) == 4 and min(parts[2]) >= 0 else None
+
+
+PASSES: Final[Mapping[str, Callable[[Graph], Graph]]] = {
+    "constants computed": fold,
+    "normalizations folded into layers": fold_norms,
+    "products of matrices with their bias": with_bias,
+    "means over space": _pool,
+    "slices of slices": _merge_slices,
+    "other products with their bias": join_biases,
+}
+"""Name → pass, in the order in which they run."""

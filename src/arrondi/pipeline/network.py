@@ -139,7 +139,8 @@ def quantize_network(
         ArrondiError: see its sentence; nothing was written then.
     """
     out, original = Path(out), read_graph(model)
-    given = tidy(original)
+    passes: list[tuple[str, int]] = [("read", len(original.nodes))]
+    given = tidy(original, passes)
     if out.suffix != ".onnx":
         raise SchemeError(f"Networks are written as .onnx files, got {out}. Give -o NAME.onnx.")
     if out.exists() and not overwrite:
@@ -149,6 +150,7 @@ def quantize_network(
     notes: list[str] = []
     analytic = is_analytic(recipe)
     graph, recipe = rewritten(given, recipe, calibration, notes)
+    passes += [("channels equalized, biases added", len(graph.nodes))] if graph is not given else []
     rounded = which_values(graph, data.rounded, flowing)
     found, rounded_graph = places(graph), graph
     ranges: Mapping[str, tuple[float, float]] = {}
@@ -205,6 +207,8 @@ def quantize_network(
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
     report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
+    passes += [("values rounded", len(rounded_graph.nodes)), ("codes held", len(written.nodes))]
+    report["passes"] = [{"pass": name, "operators": count} for name, count in passes]
     report["observer"] = data.observer if flowing is not None else None
     if chosen is not None:
         report["choice"] = chosen.rows

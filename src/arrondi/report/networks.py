@@ -20,6 +20,8 @@ def print_network(report: dict[str, Any]) -> None:
             "" if sqnr is None else f"{sqnr:.1f} dB", f"{row['bits_per_weight']:.2f}",
         )  # fmt: skip
     console.print(table)
+    steps = (f"{row['pass']} ({row['operators']})" for row in report["passes"])
+    console.print(f"Passes, and operators after each: {', '.join(steps)}.")
     flowing = report["activations"]
     if flowing is not None:
         console.print(
