@@ -113,6 +113,21 @@ def test_fp4_of_bitsandbytes_code_by_code() -> None:
     assert values(FORMATS["fp4_bnb"]).tolist() == magnitudes + [-v for v in magnitudes]
 
 
+def test_log8_has_sixteen_steps_an_octave() -> None:
+    """Codes as the chip's formula has them: z = 16 log2 c - 127, ±2^((q + z) / 16), a byte of sign and q, 0x80 for zero."""
+    c = 2.0 ** (37 / 16)
+    z = 37 - 127
+    wanted = sorted(
+        {*(2.0 ** ((q + z) / 16) for q in range(128)), *(-(2.0 ** ((q + z) / 16)) for q in range(1, 128)), 0.0}
+    )
+    found = np.array(values(FORMATS["log8"])) * c
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    assert FORMATS["log8"].levels == 256
+    x = np.geomspace(2.0 ** ((z + 1) / 16), c, 10_001)
+    nearest = found[np.abs(x[:, None] - found).argmin(1)]
+    assert np.max(np.abs(nearest - x) / x) <= 2 ** (1 / 32) - 1 + 1e-9
+
+
 def test_dynamic8_follows_its_published_construction() -> None:
     # bitsandbytes' create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8), rewritten.
     data = [0.0, 1.0]

@@ -162,6 +162,15 @@ def _dynamic8() -> Format:
     return codebook("dynamic8", sorted(levels))
 
 
+def _log8() -> Format:
+    """Sixteen steps an octave below 1, as HiSilicon's NNIE has them: ±2^(q/16 - 127/16), 0, and one more positive number below all others.
+
+    A number is at most 2.2 % off down to 2^(-126/16) of the largest, where the steps of int8 are a quarter of it.
+    """
+    sizes = [2.0 ** ((q - 127) / 16) for q in range(128)]
+    return codebook("log8", [*(-v for v in reversed(sizes[1:])), 0.0, *sizes])
+
+
 e8m0: Final = Format("e8m0", "codebook", 8, 0, 255, (*(2.0 ** (i - 127) for i in range(255)), math.nan))
 """Powers of two: the scale format of MX blocks. It has no zero and no sign."""
 
@@ -178,6 +187,7 @@ _TABLE: Final = (
     Format("ternary", "integer", 2, -1, 1),
     codebook("binary", (-1.0, 1.0)),
     _dynamic8(),
+    _log8(),
     e8m0,
 )
 
