@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from arrondi.errors import SchemeError
-from arrondi.graph import Program, read_graph, write_graph
+from arrondi.graph import Program, read_graph, tidy, write_graph
 from arrondi.pipeline import Recipe
 from arrondi.pipeline.network import NetworkData
 from arrondi.search.allowance import products_of
 from arrondi.search.budget import choose_under
 from arrondi.search.mixed import quantize_mixed
+from arrondi.search.nuclear import nuclear_losses
+from arrondi.tensor.nearest import quantize_tensor
 from tests.graph.nets import Residual, images, perturbed
 
 
@@ -97,3 +99,27 @@ def test_bit_operations_are_a_budget(tmp_path: Path) -> None:
     assert len({row["bits"] for row in report["choice"]}) > 1
     with pytest.raises(SchemeError, match="bit operations, more than"):
         quantize_mixed(net, tmp_path / "none.onnx", recipe, data, f"{whole * 0.2 / 1e3}KBOP")
+
+
+def test_a_layer_is_measured_by_the_norm_of_what_it_gives(tmp_path: Path) -> None:
+    """Beside singular values and squared differences computed apart; the module's weight is what it was."""
+    layer = perturbed(torch.nn.Linear(12, 7))
+    program = Program(tidy(read_graph(layer, torch.randn(2, 5, 12))))
+    (path,) = program.layers.values()
+    weight = program.get_parameter(f"{path}.weight").detach().clone()
+    choices = [quantize_tensor(weight, f"w=int{bits}/channel") for bits in (2, 4, 8)]
+    x = torch.randn(3, 5, 12)
+    found = nuclear_losses(program, (x,), {path: choices})[path]
+    y = layer(x).detach()
+    worth = float(torch.stack([torch.linalg.matrix_norm(one, "nuc") for one in y]).mean())
+    for loss, q in zip(found, choices, strict=True):
+        off = x @ (q.dequantize() - weight).T
+        assert loss == pytest.approx(worth * float(off.square().sum()), rel=1e-3)
+    assert torch.equal(program.get_parameter(f"{path}.weight"), weight)
+    net = tmp_path / "net.onnx"
+    write_graph(read_graph(perturbed(Residual()), images(2)), net)
+    data, recipe = NetworkData(images(64).numpy(), samples=64), Recipe.simple("w=int8/channel,a=int8/token")
+    report = quantize_mixed(net, tmp_path / "out.onnx", recipe, data, "7bpw", measure="nuclear")
+    assert report["bits_per_weight"] <= 7
+    with pytest.raises(SchemeError, match="nuclear"):
+        quantize_mixed(net, tmp_path / "none.onnx", recipe, data, "7bpw", measure="nuclaer")

@@ -39,6 +39,7 @@ def quantize_graph(
     recipe: Recipe,
     *,
     budget: str | None,
+    budget_by: str,
     calibration: Path | None,
     data: Path | None,
     samples: int,
@@ -68,7 +69,16 @@ def quantize_graph(
         if budget is None:
             report = quantize_network(model, output, recipe, given, overwrite=overwrite, progress=progress)
         else:
-            report = quantize_mixed(model, output, recipe, given, budget, overwrite=overwrite, progress=progress)
+            report = quantize_mixed(
+                model,
+                output,
+                recipe,
+                given,
+                budget,
+                measure=budget_by,
+                overwrite=overwrite,
+                progress=progress,
+            )
     answer(report, json_, print_network)
 
 

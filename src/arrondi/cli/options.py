@@ -84,6 +84,13 @@ Budget = Annotated[
         show_default=False,
     ),
 ]
+BudgetBy = Annotated[
+    str,
+    typer.Option(
+        "--budget-by",
+        help="For ONNX files: what a width costs a layer: loss (of the whole network) or nuclear (norm of the layer's outputs, faster).",
+    ),
+]
 ObserverName = Annotated[
     str, typer.Option("--observer", help="For ONNX files: how ranges are found: min-max, percentile, mse, kl, …")
 ]

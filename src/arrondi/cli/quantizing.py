@@ -106,6 +106,7 @@ def quantize(
     max_kl: opt.MaxKl = None,
     max_ppl_increase: opt.MaxPpl = None,
     budget: opt.Budget = None,
+    budget_by: opt.BudgetBy = "loss",
     data: opt.NetworkData = None,
     observer: opt.ObserverName = "mse",
     ends: opt.Ends = "8",
@@ -134,13 +135,14 @@ def quantize(
             "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
-            model, output, resolved, budget=budget, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
+            model, output, resolved, budget=budget, budget_by=budget_by, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
             faint=faint, int32_bias=int32_bias, rounded=rounded, grids=grids, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         return
     networks.refuse_network_options(
         {
             "--budget": budget,
+            "--budget-by": budget_by != "loss",
             "--data": data,
             "--mean": mean,
             "--std": std,

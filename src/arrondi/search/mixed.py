@@ -14,16 +14,18 @@ from typing import Any, Final
 
 import torch
 
-from arrondi.errors import SchemeError
+from arrondi.errors import SchemeError, unknown
 from arrondi.formats import Scheme, get_format
 from arrondi.graph import Program
 from arrondi.pipeline.network import Chosen, NetworkData, quantize_network
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.search.allowance import Allowance, products_of
 from arrondi.search.budget import choose_under
+from arrondi.search.nuclear import nuclear_losses
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
 
+MEASURES: Final = ("loss", "nuclear")
 WIDTHS: Final = (2, 4, 8)
 """Bits that a file really holds: codes of three bits take four."""
 
@@ -35,6 +37,7 @@ def quantize_mixed(
     data: NetworkData,
     budget: str,
     *,
+    measure: str = "loss",
     overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -42,12 +45,15 @@ def quantize_mixed(
 
     Args:
         budget: see `Allowance`: `4bpw`, `200KB`, `2.5GBOP`.
+        measure: what a width costs a layer: "loss", of the whole network; or "nuclear", by the layer's own outputs, faster: see `nuclear_losses`.
     """
+    if measure not in MEASURES:
+        raise unknown("measure of a budget", measure, MEASURES)
     say = progress or (lambda done, total, what: None)
     allowance = Allowance.parse(budget)
 
     def choose(program: Program, batches: Sequence[Sequence[torch.Tensor]], rules: Recipe) -> Chosen:
-        return mixed_recipe(program, batches, rules, allowance, say)
+        return mixed_recipe(program, batches, rules, allowance, say, measure)
 
     return quantize_network(model, out, recipe, data, choose=choose, overwrite=overwrite, progress=progress)
 
@@ -59,6 +65,7 @@ def mixed_recipe(
     recipe: Recipe,
     allowance: Allowance,
     progress: Callable[[int, int, str], None],
+    measure: str = "loss",
 ) -> Chosen:
     """The recipe with a width for every layer.
 
@@ -67,6 +74,7 @@ def mixed_recipe(
         batches: its inputs.
         recipe: one rule that rounds weights; others (rewrites, repairs) stay.
         allowance: what all layers may take together.
+        measure: see `quantize_mixed`.
 
     Raises:
         SchemeError: the recipe rounds by several rules, or not to integers; or the budget is too small.
@@ -81,13 +89,14 @@ def mixed_recipe(
     products = products_of(program, batches[0])
     wanted = [_output(program, batch) for batch in batches]
     schemes = [_with_bits(scheme.weights, bits) for bits in WIDTHS]
+    choices = {path: [_rounded(program, path, scheme) for scheme in schemes] for path in layers}
+    costs = [[allowance.cost(q, products[path]) for q in some] for path, some in choices.items()]
+    by_norm = nuclear_losses(program, batches[0], choices) if measure == "nuclear" else {}
     losses: list[list[float]] = []
-    costs: list[list[float]] = []
-    for i, path in enumerate(layers):
+    for i, (path, some) in enumerate(choices.items()):
         progress(i, len(layers), f"layer {i + 1} of {len(layers)} at {', '.join(map(str, WIDTHS))} bits")
-        rounded = [_rounded(program, path, scheme) for scheme in schemes]
-        costs.append([allowance.cost(q, products[path]) for q in rounded])
-        losses.append([_loss(program, batches, wanted, {path: q}) for q in rounded])
+        # What is never called as a module (a recurrent cell) is measured by the network.
+        losses.append(by_norm.get(path) or [_loss(program, batches, wanted, {path: q}) for q in some])
     picks = choose_under(losses, costs, budget, allowance.noun)
     note = ""
     uniform = [k for k in range(len(WIDTHS)) if sum(row[k] for row in costs) <= budget]

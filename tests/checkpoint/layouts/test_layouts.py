@@ -47,7 +47,7 @@ SCHEMES["learned codebook"] = LayerScheme(Scheme(codebook("mine", [-1.0, 0.5, 2.
 
 STORED_BY = {
     "compressed-tensors": {
-        *(f"W{b}A16" for b in range(2, 9)), *(f"W{b}A16_ASYM" for b in range(2, 8)), "W8A8", "W8A8_STATIC", "W4A8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8A16",
+        *(f"W{b}A16" for b in range(2, 9)), *(f"W{b}A16_ASYM" for b in range(2, 8)), "W3A3", "W4A4", "W6A6", "W8A8", "W8A8_STATIC", "W4A8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8A16",
         "FP8_BLOCK", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "NVFP4", "NVFP4A16", "w=int4/channel", "w=int4/tensor", "w=int4/channel/asym",
         "w=int8/channel/asym", "w=int3/g32/asym", "w=int5/g16/bfloat16", "w=int8/g64/float16", "w=int4/b16x32", "w=int8/g32/asym,a=int8/tensor",
         "w=int8/channel,a=int8/g32", "w=int8/channel,a=int8/token/asym", "w=int8/channel,a=int8/tensor/asym/static", "w=fp8/tensor,a=fp8/tensor", "w=fp8/g64",
