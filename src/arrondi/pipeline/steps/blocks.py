@@ -19,6 +19,7 @@ from arrondi.model import Site
 from arrondi.pipeline.step import Step
 from arrondi.pipeline.steps.layers import entering, inside_only
 from arrondi.pipeline.steps.learning import StandIns
+from arrondi.pipeline.steps.options import Batch, Iterations, Rate, Regular, Share
 from arrondi.pipeline.steps.reconstruct import FLOATS, of_units, refuse_plain
 from arrondi.pipeline.work import Work
 from arrondi.repair.curvature import Curved, factors
@@ -112,12 +113,12 @@ def block_sides(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
-    rate: Annotated[float, Between(0, 10)] = 0.01,
-    regular: Annotated[float, Between(0, 1e6)] = 1.0,
-    batch: Annotated[int, Between(1, 1 << 20)] = 16,
+    iterations: Iterations = 400,
+    rate: Rate = 0.01,
+    regular: Regular = 1.0,
+    batch: Batch = 16,
     steps: bool = True,
-    step_rate: Annotated[float, Between(0, 10)] = 0.002,
+    step_rate: Rate = 0.002,
 ) -> None:
     """Learn to which side every weight of a unit is rounded, then the scales of what flows in it.
 
@@ -151,12 +152,12 @@ def block_drop(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
-    rate: Annotated[float, Between(0, 10)] = 0.01,
-    regular: Annotated[float, Between(0, 1e6)] = 1.0,
-    batch: Annotated[int, Between(1, 1 << 20)] = 16,
-    drop: Annotated[float, Between(0, 1)] = 0.5,
-    step_rate: Annotated[float, Between(0, 10)] = 0.001,
+    iterations: Iterations = 400,
+    rate: Rate = 0.01,
+    regular: Regular = 1.0,
+    batch: Batch = 16,
+    drop: Share = 0.5,
+    step_rate: Rate = 0.001,
 ) -> None:
     """Learn sides and scales of a unit together, while some of what flows is rounded and the rest is not.
 
@@ -195,14 +196,14 @@ def block_fisher(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
-    rate: Annotated[float, Between(0, 10)] = 0.01,
-    regular: Annotated[float, Between(0, 1e6)] = 1.0,
-    batch: Annotated[int, Between(1, 1 << 20)] = 16,
-    drop: Annotated[float, Between(0, 1)] = 0.5,
-    step_rate: Annotated[float, Between(0, 10)] = 0.001,
+    iterations: Iterations = 400,
+    rate: Rate = 0.01,
+    regular: Regular = 1.0,
+    batch: Batch = 16,
+    drop: Share = 0.5,
+    step_rate: Rate = 0.001,
     draws: Annotated[int, Between(1, 1000)] = 4,
-    share: Annotated[float, Between(0, 1)] = 0.2,
+    share: Share = 0.2,
 ) -> None:
     """Learn sides and scales of a unit together, held by what the network's predictions make of its errors.
 

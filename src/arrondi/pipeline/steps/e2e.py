@@ -21,6 +21,7 @@ from arrondi.model import Inputs, Instance, Site, Source, model_output
 from arrondi.pipeline.finished import Finished
 from arrondi.pipeline.step import Choice, Declared, Step
 from arrondi.pipeline.steps.learning import StandIns, norms_and_biases
+from arrondi.pipeline.steps.options import Share
 from arrondi.repair.soft import SoftScale, learns_scales
 
 _HELD: Final = 8
@@ -38,7 +39,7 @@ def e2e(
     sites: Sequence[Site],
     *,
     passes: Annotated[int, Between(1, 1000)] = 4,
-    rate: Annotated[float, Between(0, 1)] = 0.0,
+    rate: Share = 0.0,
     scales: bool = True,
     norms: bool = True,
 ) -> None:

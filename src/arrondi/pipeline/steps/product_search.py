@@ -18,6 +18,7 @@ from arrondi.graph import Rounder, Use
 from arrondi.model import Site
 from arrondi.pipeline.step import Step
 from arrondi.pipeline.steps.layers import entering, inside_only
+from arrondi.pipeline.steps.options import Batch
 from arrondi.pipeline.steps.reconstruct import FLOATS, of_units
 from arrondi.pipeline.steps.scale_search import by_channel
 from arrondi.pipeline.work import Work
@@ -52,7 +53,7 @@ def hessian_search(
     beta: Annotated[float, Between(1, 100)] = 1.2,
     candidates: Annotated[int, Between(1, 10_000)] = 100,
     rounds: Annotated[int, Between(1, 100)] = 3,
-    samples: Annotated[int, Between(1, 1 << 20)] = 32,
+    samples: Batch = 32,
 ) -> None:
     """Choose scales by the errors of products, weighted by the gradient of the loss, weights and values one after the other.
 
@@ -73,7 +74,7 @@ def similarity_search(
     beta: Annotated[float, Between(1, 100)] = 1.2,
     candidates: Annotated[int, Between(1, 10_000)] = 100,
     rounds: Annotated[int, Between(1, 100)] = 2,
-    samples: Annotated[int, Between(1, 1 << 20)] = 32,
+    samples: Batch = 32,
     ranking: Annotated[float, Between(0, 1000)] = 0.1,
 ) -> None:
     """Choose scales by the correlation of what products give with what they should, weights and values one after the other.

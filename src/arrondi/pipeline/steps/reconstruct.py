@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from arrondi.arguments import Between
 from arrondi.formats import LayerScheme
 from arrondi.model import Site, Source
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Choice, Declared, Step
 from arrondi.pipeline.steps.layers import ROWS, Layer, layers_of, networks_only, sampled
+from arrondi.pipeline.steps.options import Batch, Iterations, Rate, Regular, SampledRows
 from arrondi.pipeline.work import Work
 from arrondi.repair.layer import LayerLoss, LayerRows, descend, errors
 from arrondi.repair.sides import SoftSides
@@ -29,11 +29,11 @@ def learn_sides(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
-    rate: Annotated[float, Between(0, 10)] = 0.01,
-    regular: Annotated[float, Between(0, 1e6)] = 1.0,
-    rows: Annotated[int, Between(1, 1 << 24)] = ROWS,
-    batch: Annotated[int, Between(1, 1 << 20)] = 512,
+    iterations: Iterations = 400,
+    rate: Rate = 0.01,
+    regular: Regular = 1.0,
+    rows: SampledRows = ROWS,
+    batch: Batch = 512,
 ) -> None:
     """Learn to which side every weight is rounded, with the activation in the loss.
 
@@ -76,11 +76,11 @@ def tune_layers(
     work: Work,
     sites: Sequence[Site],
     *,
-    iterations: Annotated[int, Between(1, 1_000_000)] = 400,
-    rate: Annotated[float, Between(0, 10)] = 0.003,
+    iterations: Iterations = 400,
+    rate: Rate = 0.003,
     grids: bool = True,
-    rows: Annotated[int, Between(1, 1 << 24)] = ROWS,
-    batch: Annotated[int, Between(1, 1 << 20)] = 512,
+    rows: SampledRows = ROWS,
+    batch: Batch = 512,
 ) -> None:
     """Learn weights, which may move by more than one step, with their scales, the bias and the scale of the input.
 

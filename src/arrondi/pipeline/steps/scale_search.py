@@ -13,6 +13,7 @@ from arrondi.formats import LayerScheme, PerChannel
 from arrondi.model import Site
 from arrondi.pipeline.step import Step
 from arrondi.pipeline.steps.layers import Layer, inside_only, layers_of, sampled
+from arrondi.pipeline.steps.options import SampledRows
 from arrondi.pipeline.steps.reconstruct import FLOATS, biases_change, of_units
 from arrondi.pipeline.work import Work
 from arrondi.repair.cosine import best_input_scale, best_weight_scales, codes_at
@@ -30,7 +31,7 @@ def search_scales(
     beta: Annotated[float, Between(1, 100)] = 2.0,
     candidates: Annotated[int, Between(1, 10_000)] = 100,
     rounds: Annotated[int, Between(1, 100)] = 2,
-    rows: Annotated[int, Between(1, 1 << 24)] = 4096,
+    rows: SampledRows = 4096,
 ) -> None:
     """Choose scales of weights and inputs, one after the other, with which every layer gives what is most like the original.
 
@@ -86,7 +87,7 @@ def _rounding(layer: Layer) -> Callable[[torch.Tensor, float], torch.Tensor]:
     return rounds
 
 
-def para_norm(work: Work, sites: Sequence[Site], *, rows: Annotated[int, Between(1, 1 << 24)] = 16384) -> None:
+def para_norm(work: Work, sites: Sequence[Site], *, rows: SampledRows = 16384) -> None:
     """Give every channel of every layer the mean and the variance that it has in the original: scales and biases follow, codes stay.
 
     Args:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from arrondi.arguments import Between
 from arrondi.pipeline.folding import Joint, changed_by, fold
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Step
+from arrondi.pipeline.steps.options import Share
 from arrondi.pipeline.steps.scales import largest_weights, needs_of_search, readers_of, say, seen_by, shared
 from arrondi.pipeline.work import Work
 from arrondi.rewrite.channels import reduce_columns
@@ -16,9 +15,7 @@ from arrondi.rewrite.search import best_scale
 from arrondi.rewrite.smoothquant import smoothing, smoothings
 
 
-def smooth(
-    work: Work, joints: Sequence[Joint], *, alpha: Annotated[float, Between(0, 1)] = 0.5, search: bool = False
-) -> None:
+def smooth(work: Work, joints: Sequence[Joint], *, alpha: Share = 0.5, search: bool = False) -> None:
     """Smooth every activation that a scale can be moved out of.
 
     Args:

@@ -15,6 +15,7 @@ from arrondi.model import Site, Source, TreeStore
 from arrondi.pipeline.statistics import Need
 from arrondi.pipeline.step import Declared, Step
 from arrondi.pipeline.steps.learning import Learner, Rule, Targets, norms_and_biases
+from arrondi.pipeline.steps.options import Share
 from arrondi.pipeline.work import Work
 from arrondi.repair.soft import Soft, SoftRounding, SoftScale, is_nearest, learns_rounding, learns_scales
 
@@ -27,7 +28,7 @@ def tune(
     sites: Sequence[Site],
     *,
     passes: Annotated[int, Between(1, 1000)] = 4,
-    rate: Annotated[float, Between(0, 1)] = 0.003,
+    rate: Share = 0.003,
     scales: bool = True,
     norms: bool = True,
     codes: bool = False,
@@ -58,7 +59,7 @@ def signround(
     sites: Sequence[Site],
     *,
     iterations: Annotated[int, Between(1, 100_000)] = 200,
-    rate: Annotated[float, Between(0, 1)] = 0.0,
+    rate: Share = 0.0,
     shrink: bool = True,
     ranges: Annotated[int, Between(0, 100_000)] = 8,
 ) -> None:
@@ -89,7 +90,7 @@ def lkd(
     sites: Sequence[Site],
     *,
     iterations: Annotated[int, Between(1, 100_000)] = 100,
-    rate: Annotated[float, Between(0, 1)] = 0.01,
+    rate: Share = 0.01,
 ) -> None:
     """Learn latent weights on what the unrounded unit gives for the inputs that the quantized model has (layer-by-layer distillation).
 
