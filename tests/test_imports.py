@@ -140,3 +140,8 @@ def test_quantizing_a_tensor_loads_no_model_library() -> None:
     loaded = loaded_by("import arrondi.tensor.qtensor, arrondi.rounding")
     assert "torch" in loaded
     assert not loaded & {"transformers", "scipy", "safetensors", "tokenizers", "compressed_tensors"}
+
+
+def test_the_commands_load_no_library_before_one_is_run() -> None:
+    loaded = loaded_by("import arrondi.cli.commands")
+    assert not loaded & {"torch", "numpy", "transformers", "scipy", "onnx"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arrondi.cli.answers import answer
 from arrondi.errors import SchemeError
-from arrondi.pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from arrondi.pipeline.recipe import Recipe
 
 
 def refuse_text_options(given: Mapping[str, Any]) -> None:
