@@ -1,0 +1,21 @@
+"""The table of low-bit training.
+
+Owns: `TRAINING_METHODS`. To add one: its file, a line here, its test; the tests of all methods run over the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from arrondi.training.hlq import HLQ
+from arrondi.training.int4 import INT4, LSQ_ONLY, LUQ
+from arrondi.training.int8 import INT8, INT8_ADAPTIVE, INT8_UNIFIED
+from arrondi.training.method import TrainingMethod
+from arrondi.training.small_floats import FP8, MXFP4
+
+TRAINING_METHODS: Final[Mapping[str, TrainingMethod]] = MappingProxyType(
+    {m.name: m for m in (INT8, INT8_UNIFIED, INT8_ADAPTIVE, INT4, LUQ, LSQ_ONLY, HLQ, MXFP4, FP8)}
+)
+"""Every method by name."""
