@@ -79,6 +79,7 @@ def unbecome(module: LowBitLinear | LowBitConv2d) -> None:
     object.__delattr__(module, "lowbit")
 
 
+@torch.compiler.disable(reason="products of codes are compiled kernels that cannot be traced")
 def _product(module: Any, lowbit: LowBit, x: torch.Tensor, geometry: Any) -> torch.Tensor:
     weight, bias = module.weight, module.bias
     if torch.is_autocast_enabled(x.device.type):
