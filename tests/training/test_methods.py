@@ -20,8 +20,8 @@ from arrondi.training import (
     follow_deviation,
     learned_state,
     load_learned_state,
-    report,
     restore_training,
+    training_report,
 )
 from arrondi.training.clips import channel_clips, deviation, sensitive_clip
 from arrondi.training.geometry import Windows
@@ -316,7 +316,7 @@ def test_steps_shrink_with_the_deviation() -> None:
     pace = follow_deviation(model, optimizer)
     heavy = torch.distributions.StudentT(1.5).sample((4096, 16))
     model(torch.randn(4096, 16)).backward(heavy)
-    factor = report(model)[0].learning_rate
+    factor = training_report(model)[0].learning_rate
     assert 0.1 <= factor < 0.9
     before, slope = model[0].weight.detach().clone(), model[0].weight.grad.clone()
     optimizer.step()
@@ -354,7 +354,7 @@ def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(SchemeError, match="Nothing in the model"):
         convert_to_lowbit_training(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), "int8")
     convert_to_lowbit_training(model, "int8", exclude=("0", "8"))
-    assert [row.method for row in report(model)] == [None, "int8", "int8", None]
+    assert [row.method for row in training_report(model)] == [None, "int8", "int8", None]
     with pytest.raises(SchemeError, match="already"):
         convert_to_lowbit_training(model, "int4")
     with pytest.raises(SchemeError, match="no layer"):

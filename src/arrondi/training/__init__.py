@@ -13,8 +13,8 @@ from arrondi.training.convert import (
     convert_to_lowbit_training,
     learned_state,
     load_learned_state,
-    report,
     restore_training,
+    training_report,
 )
 from arrondi.training.method import TrainingMethod
 from arrondi.training.methods import TRAINING_METHODS
@@ -28,6 +28,6 @@ __all__ = [
     "follow_deviation",
     "learned_state",
     "load_learned_state",
-    "report",
     "restore_training",
+    "training_report",
 ]

@@ -1,6 +1,6 @@
 """Models that train in few bits, and back.
 
-Owns: `convert_to_lowbit_training`, `restore_training`, `report`, `learned_state`, `load_learned_state`.
+Owns: `convert_to_lowbit_training`, `restore_training`, `training_report`, `learned_state`, `load_learned_state`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def convert_to_lowbit_training(
         options: of the method; see its class of options.
 
     Returns:
-        What became of every layer with a matrix, as `report` gives it.
+        What became of every layer with a matrix, as `training_report` gives it.
 
     Raises:
         SchemeError: there is no such method or option, the model is converted already, or nothing in it can be.
@@ -76,7 +76,7 @@ def convert_to_lowbit_training(
         if reason is None:
             assert isinstance(module, nn.Linear | nn.Conv2d)
             become(module, chosen, given)
-    return report(model)
+    return training_report(model)
 
 
 def restore_training(model: nn.Module) -> None:
@@ -86,7 +86,7 @@ def restore_training(model: nn.Module) -> None:
             unbecome(module)
 
 
-def report(model: nn.Module) -> list[LayerReport]:
+def training_report(model: nn.Module) -> list[LayerReport]:
     """In which arithmetic every layer of a converted model runs, and why others stay in float."""
     rows = []
     for name, module in _layers(model):
