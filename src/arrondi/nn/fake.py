@@ -30,7 +30,7 @@ def first_step(x: torch.Tensor, highest: int) -> torch.Tensor:
 
 
 def step_slope(
-    there: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, lowest: int, highest: int
+    there: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, lowest: int, highest: int, numel: int = 0
 ) -> torch.Tensor:
     """The gradient of a learned step, scaled by 1 / √(numel · highest) as LSQ does.
 
@@ -39,13 +39,14 @@ def step_slope(
         codes: clip(round(there)).
         slope: gradient of codes · step. All of one shape.
         lowest, highest: codes.
+        numel: of the whole tensor, where this is a part of it.
 
     Returns:
         () float32.
     """
     inside = (there > lowest) & (there < highest)
     by_step = torch.where(inside, codes - there, codes)
-    return (slope * by_step).sum() / math.sqrt(max(there.numel(), 1) * highest)
+    return (slope * by_step).sum() / math.sqrt(max(numel or there.numel(), 1) * highest)
 
 
 class _Learned(torch.autograd.Function):
