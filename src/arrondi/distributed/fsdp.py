@@ -165,8 +165,6 @@ def compress_fsdp(
 
     Source: Wang et al. 2023, arXiv:2306.10209 (ZeRO++).
     """
-    from torch.distributed.fsdp import FSDPModule
-
     default_group()
     check_arguments(compress_fsdp, locals())
     modules: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, FSDPModule)]

@@ -15,7 +15,6 @@ from arrondi.distributed.scripts import Exchange, Script
 from arrondi.distributed.topology import Hop, Topology, topology_of
 from arrondi.errors import SchemeError
 
-
 gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """Their names since torch 2.13, and before."""
