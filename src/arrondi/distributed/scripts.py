@@ -107,7 +107,8 @@ def shared_scale(flat: torch.Tensor, topology: Topology, told: Shared | None = N
     """LightSeq's all-reduce: codes on scales that all ranks share are summed as int8, which cannot overflow.
 
     A rank has the codes -t … t with t = ⌊127 / N⌋ only, and clips what lies beyond the 0.99 quantile of its row; a row with fewer
-    numbers than that takes its largest. A row with NaN or infinity on any rank comes back as NaN.
+    numbers than that takes its largest, and so do all rows with error feedback: what is clipped in every step would pile up there
+    for ever. A row with NaN or infinity on any rank comes back as NaN.
 
     Args:
         flat: (n,).
@@ -119,7 +120,7 @@ def shared_scale(flat: torch.Tensor, topology: Topology, told: Shared | None = N
     """
     levels = 127 // topology.world
     rows = torch.nn.functional.pad(flat.float(), (0, -len(flat) % SCALE_ROW)).view(-1, SCALE_ROW)
-    wanted = yield Exchange("max", "all", _spans(rows, len(flat)))
+    wanted = yield Exchange("max", "all", _spans(rows, len(flat), largest=told is not None))
     scale = (wanted / 127)[:, None]
     usable = scale.isfinite() & (scale > 0)
     units = torch.where(usable, rows / torch.where(usable, scale, 1.0) / topology.world, 0.0)
@@ -131,9 +132,11 @@ def shared_scale(flat: torch.Tensor, topology: Topology, told: Shared | None = N
     return mean.view(-1)[: len(flat)]
 
 
-def _spans(rows: torch.Tensor, count: int) -> torch.Tensor:
+def _spans(rows: torch.Tensor, count: int, *, largest: bool) -> torch.Tensor:
     """What the codes of each row span on this rank; infinite where something is not finite, which a maximum carries along."""
     sizes = rows.abs()
+    if largest:
+        return torch.where(rows.isfinite().all(dim=1), sizes.amax(dim=1), torch.inf)
     top = sizes.topk(_rank_of(SCALE_ROW), dim=1).values
     spans = torch.where(top[:, -1] > 0, top[:, -1], top[:, 0])
     if last := count % SCALE_ROW:  # the row that was filled up has fewer numbers to take a quantile of
