@@ -15,6 +15,7 @@ from arrondi.report.tables import (
     print_plan,
     print_report,
 )
+from arrondi.report.traffic import print_traffic
 
 __all__ = [
     "print_bench",
@@ -30,6 +31,7 @@ __all__ = [
     "print_outliers",
     "print_plan",
     "print_report",
+    "print_traffic",
     "progress_bar",
     "sole_reader",
 ]
