@@ -1,0 +1,1 @@
+"""Training in few bits: layers whose latent weights are float and whose products are not."""
