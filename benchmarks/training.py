@@ -29,9 +29,10 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import arrondi
+from arrondi.training import PRODUCTS
 from networks import _CIFAR, ResNet20, ViT, _pictures, _scaled
 
-METHODS: Final = ("float32", *arrondi.TRAINING_METHODS)
+METHODS: Final = ("float32", *PRODUCTS)
 SHAPES: Final = ((512, 2048, 2048), (4096, 2048, 2048), (512, 4096, 11008), (4096, 4096, 11008))
 """Tokens, inputs, outputs of one layer."""
 
@@ -46,7 +47,7 @@ class Task(NamedTuple):
     loss: Loss
     metric: Callable[[], float]
     rate: float
-    exclude: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
 
 
 def pictures(data: Path, count: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
@@ -180,7 +181,7 @@ def train(make: Callable[[Path, int], Task], data: Path, method: str, seed: int,
     torch.manual_seed(seed)
     task = make(data, seed)
     if method != "float32":
-        arrondi.convert_to_lowbit_training(task.model, method, exclude=task.exclude)
+        arrondi.convert_to_lowbit_training(task.model, method, ignore=task.ignore)
     task.model.train()
     first = next(task.batches)
     task.loss(task.model, first)  # learned steps begin with the first batch

@@ -1,6 +1,6 @@
-"""Rounding that gradients can go through: what training with quantization in mind and training in few bits both need.
+"""Rounding to steps that are learned: what training with quantization in mind and training in few bits both need.
 
-Owns: `straight_round`, `first_step`, `lsq`, `step_slope`.
+Owns: `first_step`, `lsq`, `step_slope`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,6 @@ import math
 from typing import Any
 
 import torch
-
-
-def straight_round(x: torch.Tensor) -> torch.Tensor:
-    """Rounded half to even; gradients pass as if it were not (a straight-through estimate; Bengio et al., 2013, arXiv:1308.3432)."""
-    return x + (x.round() - x).detach()
 
 
 def first_step(x: torch.Tensor, highest: int) -> torch.Tensor:

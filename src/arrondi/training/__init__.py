@@ -17,10 +17,11 @@ from arrondi.training.convert import (
     training_report,
 )
 from arrondi.training.method import TrainingMethod
-from arrondi.training.methods import TRAINING_METHODS
+from arrondi.training.methods import PRODUCTS, TRAINING_METHODS
 from arrondi.training.pace import follow_deviation
 
 __all__ = [
+    "PRODUCTS",
     "TRAINING_METHODS",
     "LayerReport",
     "TrainingMethod",
