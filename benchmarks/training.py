@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import math
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,7 +237,19 @@ def _seconds(layer: nn.Linear, tokens: int, dtype: torch.dtype, rounds: int) -> 
     return min(both[1:]), min(forward[1:])
 
 
-def speed(shapes: tuple[tuple[int, int, int], ...], methods: list[str], rounds: int) -> None:
+def _torchao(python: str, shape: tuple[int, int, int], rounds: int) -> None:
+    """torchao's int8 training of the same layer, in an environment of its own, beside float32 there."""
+    script = Path(__file__).parent / "peers" / "torchao_training.py"
+    command = [python, script, *map(str, (*shape, rounds, torch.get_num_threads()))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"  torchao int8   {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"  torchao int8   {found['float32'] / found['torchao']:5.2f} ×", flush=True)
+
+
+def speed(shapes: tuple[tuple[int, int, int], ...], methods: list[str], rounds: int, torchao: str = "") -> None:
     print(f"A training step of a linear layer, {torch.get_num_threads()} threads: times of float32 over those of")
     for tokens, inputs, outputs in shapes:
         layer = nn.Linear(inputs, outputs)
@@ -251,6 +264,8 @@ def speed(shapes: tuple[tuple[int, int, int], ...], methods: list[str], rounds: 
             arrondi.restore_training(layer)
             back = (base - base_forward) / max(whole - forward, 1e-9)
             print(f"  {method:14s} {base / whole:5.2f} ×   backward {back:5.2f} ×   {half / whole:5.2f} × bfloat16", flush=True)  # fmt: skip
+        if torchao:
+            _torchao(torchao, (tokens, inputs, outputs), rounds)
 
 
 def main() -> None:
@@ -258,6 +273,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--shapes", help="tokens×inputs×outputs, several with commas")
+    parser.add_argument("--peer", default="", help="torchao=PYTHON: its int8 training beside --speed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -268,7 +284,8 @@ def main() -> None:
     methods = args.methods.split(",")
     if args.speed:
         given = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or "").split(",") if shape]
-        speed(tuple((a, b, c) for a, b, c in given) or SHAPES, methods, args.rounds)
+        peer = args.peer.removeprefix("torchao=")
+        speed(tuple((a, b, c) for a, b, c in given) or SHAPES, methods, args.rounds, peer)
     if args.data is None:
         return
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
