@@ -314,7 +314,9 @@ def check_fsdp_secondary_copy(rank: int, world: int) -> None:
         forward = state.count.inter
         loss.backward()
         grown[reshard] = (state.count.inter - forward, flat_gradient(model))
-    assert grown[True][0] > 0 and grown[PER_NODE][0] == 0
+    # What is left between the nodes is the reduce-scatter of gradients, a quarter of them from each of 2 × 2 ranks.
+    padded = sum(-(-p.shape[0] // world) * world * p.shape[1:].numel() for p in network().parameters())
+    assert grown[PER_NODE][0] == 4 * padded / 4 < grown[True][0]
     assert torch.equal(grown[True][1], grown[PER_NODE][1])
 
 
@@ -352,12 +354,9 @@ def run(rank: int, world: int, folder: str, port: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     results = {}
     for name, check in CHECKS.items():
-        t0 = time.perf_counter()
         try:
             check(rank, world)
             results[name] = "fine"
-            if rank == 0:
-                print(name, time.perf_counter() - t0, flush=True)
         except Exception:
             results[name] = traceback.format_exc()
             break

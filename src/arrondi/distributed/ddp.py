@@ -189,10 +189,6 @@ def _hook(state: GradientState, bucket: dist.GradBucket) -> torch.futures.Future
     return done
 
 
-# DDP looks for the classes themselves, which annotations are not in this module.
-_hook.__annotations__.update({"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]})
-
-
 def _plain_mean(flat: torch.Tensor, world: int) -> Script:
     total = yield Exchange("sum", "all", flat / world)
     return total
@@ -205,5 +201,17 @@ def _power(model: DistributedDataParallel, given: tuple[Any, ...], start_iter: i
     state = powerSGD_hook.PowerSGDState(
         model.process_group, matrix_approximation_rank=rank, start_powerSGD_iter=start_iter, random_seed=seed
     )
-    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    model.register_comm_hook(state, _power_hook)
     return state
+
+
+def _power_hook(state: powerSGD_hook.PowerSGDState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """PyTorch's hook, waited for: it starts collectives in callbacks, which with gloo come in another order on every rank."""
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(powerSGD_hook.powerSGD_hook(state, bucket).wait())
+    return done
+
+
+# DDP looks for the classes themselves, which annotations are not in this module.
+for _one in (_hook, _power_hook):
+    _one.__annotations__.update({"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]})

@@ -147,7 +147,7 @@ def compress_fsdp(
     `fully_shard(module, reshard_after_forward=ranks per node)`; gathers of that copy stay as they are.
 
     Args:
-        weights, gradients: bits of a number on its way; "none" leaves that collective alone.
+        weights, gradients: bits of a number on its way; "none" leaves them as they are, counted all the same.
         block: numbers under one scale: float32 for weights, bfloat16 for gradients.
         per_node: ranks on one machine; default: what torchrun says, else one machine for all.
         error_feedback: of gradients: "none", "ef" (float32, as large as the whole gradient) or "loco" (8 bits).
@@ -196,13 +196,14 @@ def compress_fsdp(
             links[id(process_group)] = Links.of(process_group, per_node)
             check_agreement(model.named_parameters(), process_group, values=False)
         link = links[id(process_group)]
-        if weights != "none":
-            codec = BlockCodec(_BITS[weights], block, propagate=True)
-            module.set_custom_all_gather(QuantizedAllGather(link, codec, _pieces(group.fsdp_params, small, block)))
-        if gradients != "none":
-            codec = BlockCodec(_BITS[gradients], block, rounding=how, side="bfloat16", propagate=True)
-            pieces = _pieces((p for p in group.fsdp_params if p.sharded_param.requires_grad), small, block)
-            module.set_custom_reduce_scatter(QuantizedReduceScatter(link, codec, pieces, state.memory, name, seed))
+        # What is not compressed is only counted: without pieces nothing is coded.
+        codec = BlockCodec(_BITS.get(weights, 8), block, propagate=True)
+        pieces = _pieces(group.fsdp_params if weights != "none" else (), small, block)
+        module.set_custom_all_gather(QuantizedAllGather(link, codec, pieces))
+        codec = BlockCodec(_BITS.get(gradients, 8), block, rounding=how, side="bfloat16", propagate=True)
+        trained = (p for p in group.fsdp_params if p.sharded_param.requires_grad)
+        pieces = _pieces(trained if gradients != "none" else (), small, block)
+        module.set_custom_reduce_scatter(QuantizedReduceScatter(link, codec, pieces, state.memory, name, seed))
     state.links = list(links.values())
     return state
 
@@ -227,4 +228,4 @@ def _pieces(parameters: Iterable[Any], small: int, block: int) -> list[Piece]:
 
 def _fitting(layout: Layout, count: int, block: int) -> Layout:
     """The layout of a buffer; of one with other parameters than foreseen (some got no gradient) nothing is known."""
-    return layout if layout.count == count else whole(count, block)
+    return layout if layout.count == count or not layout.pieces else whole(count, block)
