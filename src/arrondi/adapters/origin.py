@@ -12,17 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from arrondi.errors import FileFormatError
 from arrondi.nn import QEmbedding, QLinear
-from arrondi.tensor.qtensor import QTensor
 
 ORIGIN: Final = "arrondi_base.json"
 _CONFIG: Final = "adapter_config.json"
 
 
-def digest(weight: QTensor) -> str:
-    """SHA-256 of the numbers that a packed weight means, in float32: the same whoever packed it, and for which type."""
-    return hashlib.sha256(weight.dequantize().contiguous().numpy(force=True).tobytes()).hexdigest()
+def digest(weight: torch.Tensor) -> str:
+    """SHA-256 of the numbers that packed codes mean (out, in): the same whoever packed them, and for which type."""
+    return hashlib.sha256(weight.float().contiguous().numpy(force=True).tobytes()).hexdigest()
 
 
 def note_origin(model: Any, directory: str | Path) -> None:
@@ -37,7 +38,7 @@ def note_origin(model: Any, directory: str | Path) -> None:
     if inner is None:
         return
     packed = {
-        name: digest(layer.base_layer.unpack())
+        name: digest(layer.base_layer.unpack().dequantize())
         for name, layer in inner.named_modules()
         if isinstance(getattr(layer, "base_layer", None), (QLinear, QEmbedding))
     }
