@@ -154,7 +154,7 @@ def initialize(
             work.compensated(base, recipe, text, out)
         rows = work.rows(base)
         _write(out, work, base, source)
-        result = {
+        result: dict[str, Any] = {
             "init": init.name,
             "rank": init.rank,
             "alpha": init.alpha or init.rank,
@@ -163,9 +163,8 @@ def initialize(
         }
         if measured_on is not None:
             rewritten(base, folder / "together", work.together, work.places, torch.float32)
-            options = {"seq_len": seq_len, "samples": measured_windows}
             for what, directory in (("base", out), ("start", folder / "together")):
-                said = compare_models(directory, model, measured_on, **options)
+                said = compare_models(directory, model, measured_on, seq_len=seq_len, samples=measured_windows)
                 result[what] = {k: said[k] for k in ("kl_mean", "perplexity", "reference_perplexity") if k in said}
     return result
 
