@@ -19,6 +19,7 @@ namespace arrondi {
 namespace {
 
 constexpr int64_t kPiece = 1 << 14;  // numbers of a piece, about
+constexpr int64_t kRun = 256;        // numbers whose codes wait to be narrowed
 
 ARRONDI_INLINE uint32_t bits_of(float f) {
     uint32_t bits;
@@ -26,13 +27,13 @@ ARRONDI_INLINE uint32_t bits_of(float f) {
     return bits;
 }
 
-ARRONDI_INLINE void decode(const State& s, int64_t at, int64_t count, float scale, float* out) {
-    const uint8_t* codes = s.codes + at;
-    const float* values = s.map.values;
+ARRONDI_INLINE void decode(const State& s, int64_t at, int64_t count, float scale, float* __restrict out) {
+    const uint8_t* __restrict codes = s.codes + at;
+    const float* __restrict values = s.map.values;
     for (int64_t i = 0; i < count; i++) out[i] = values[static_cast<int32_t>(codes[i])] * scale;
 }
 
-ARRONDI_INLINE void encode(const State& s, int64_t at, int64_t count, int64_t block, const float* x) {
+ARRONDI_INLINE void encode(const State& s, int64_t at, int64_t count, int64_t block, const float* __restrict x) {
     uint32_t most = 0;  // as integers, so that NaN is above infinity
     for (int64_t i = 0; i < count; i++) {
         const uint32_t size = bits_of(x[i]) & 0x7fffffffu;
@@ -42,26 +43,36 @@ ARRONDI_INLINE void encode(const State& s, int64_t at, int64_t count, int64_t bl
     std::memcpy(&scale, &most, 4);
     s.scale[block] = scale;
     const float by = most == 0 ? 1.0f : scale;
-    uint8_t* codes = s.codes + at;
-    const int32_t first = s.map.first, last = s.map.cells - 1, cells = s.map.cells;
-    const int32_t* low = s.map.codes;
-    const float* thresholds = s.map.thresholds;
-    for (int64_t i = 0; i < count; i++) {
-        const float y = x[i] / by;
-        const uint32_t bits = bits_of(y);
-        int32_t cell = static_cast<int32_t>((bits & 0x7fffffffu) >> 16) - first;
-        cell = cell < 0 ? 0 : cell > last ? last : cell;
-        cell += static_cast<int32_t>(bits >> 31) * cells;
-        codes[i] = static_cast<uint8_t>(low[cell] + (y > thresholds[cell] ? 1 : 0));
+    uint8_t* __restrict codes = s.codes + at;
+    const uint32_t first = static_cast<uint32_t>(s.map.first), last = static_cast<uint32_t>(s.map.cells - 1);
+    const int32_t cells = s.map.cells;
+    const int32_t* __restrict low = s.map.codes;
+    const float* __restrict thresholds = s.map.thresholds;
+    int32_t found[kRun];  // in between, so that each loop has numbers of one size
+    for (int64_t begin = 0; begin < count; begin += kRun) {
+        const int32_t some = static_cast<int32_t>(count - begin < kRun ? count - begin : kRun);
+        const float* __restrict from = x + begin;
+        for (int32_t i = 0; i < some; i++) {
+            const float y = from[i] / by;
+            const uint32_t bits = bits_of(y);
+            uint32_t cell = (bits & 0x7fffffffu) >> 16;
+            cell = cell < first ? first : cell;
+            cell = cell - first;
+            cell = cell > last ? last : cell;
+            const int32_t place = static_cast<int32_t>(cell) + static_cast<int32_t>(bits >> 31) * cells;
+            const float threshold = thresholds[place];
+            found[i] = low[place] + static_cast<int32_t>(y > threshold);
+        }
+        for (int32_t i = 0; i < some; i++) codes[begin + i] = static_cast<uint8_t>(found[i]);
     }
 }
 
-ARRONDI_INLINE void adam_block(const Moments& j, int64_t block, float* m, float* v) {
+ARRONDI_INLINE void adam_block(const Moments& j, int64_t block, float* __restrict m, float* __restrict v) {
     const int64_t at = block * j.block, count = j.n - at < j.block ? j.n - at : j.block;
     decode(j.m, at, count, j.m.scale[block], m);
     decode(j.v, at, count, j.v.scale[block], v);
-    float* p = j.p + at;
-    const float* g = j.g + at;
+    float* __restrict p = j.p + at;
+    const float* __restrict g = j.g + at;
     const float keep = j.keep, decay = j.decay, towards = j.towards, beta = j.beta, share = j.share, root = j.root,
                 eps = j.eps, size = j.size;
     for (int64_t i = 0; i < count; i++) {
@@ -74,11 +85,11 @@ ARRONDI_INLINE void adam_block(const Moments& j, int64_t block, float* m, float*
     encode(j.v, at, count, block, v);
 }
 
-ARRONDI_INLINE void momentum_block(const Moments& j, int64_t block, float* m) {
+ARRONDI_INLINE void momentum_block(const Moments& j, int64_t block, float* __restrict m) {
     const int64_t at = block * j.block, count = j.n - at < j.block ? j.n - at : j.block;
     decode(j.m, at, count, j.m.scale[block], m);
-    float* p = j.p + at;
-    const float* g = j.g + at;
+    float* __restrict p = j.p + at;
+    const float* __restrict g = j.g + at;
     const float decay = j.decay, momentum = j.first ? 0.0f : j.momentum, fresh = j.first ? 1.0f : j.fresh, size = j.size;
     const float ahead = j.nesterov ? j.momentum : 1.0f, direct = j.nesterov ? 1.0f : 0.0f;
     for (int64_t i = 0; i < count; i++) {

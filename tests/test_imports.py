@@ -19,7 +19,7 @@ FLOORS = {
     "nn": 3,
     "checkpoint": 4,
     "model": 5,
-    "graph": 5, "measure": 6, "runtime": 6,
+    "graph": 5, "measure": 6, "runtime": 6, "distributed": 6,
     "pipeline": 7, "search": 7, "adapters": 7, "training": 7,
     "api": 8,
     "cli": 9, "report": 9,

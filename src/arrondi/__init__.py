@@ -24,6 +24,7 @@ _HOME: Final = {
     "SecondMoment": "calibration",
     "ArrondiError": "errors", "DataError": "errors", "FileFormatError": "errors", "OutputError": "errors",
     "SchemeError": "errors", "ShapeError": "errors",
+    "GRADIENT_SCHEMES": "distributed.schemes", "compress_fsdp": "distributed.fsdp", "compress_gradients": "distributed.ddp",
     "sample_path": "sample",
 }  # fmt: skip
 """Public name → the module that owns it."""
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from arrondi.api import quantize as quantize
     from arrondi.api import save as save
     from arrondi.calibration import SecondMoment as SecondMoment
+    from arrondi.distributed.ddp import compress_gradients as compress_gradients
+    from arrondi.distributed.fsdp import compress_fsdp as compress_fsdp
+    from arrondi.distributed.schemes import GRADIENT_SCHEMES as GRADIENT_SCHEMES
     from arrondi.errors import ArrondiError as ArrondiError
     from arrondi.errors import DataError as DataError
     from arrondi.errors import FileFormatError as FileFormatError

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from arrondi.errors import DataError, SchemeError
+from arrondi.optim import kernel
 from arrondi.optim.blocks import Blocks
 from arrondi.optim.update import Adam, Momentum
 
@@ -82,20 +83,26 @@ class _Optimizer8bit(torch.optim.Optimizer):
         if not isinstance(states[0], Blocks):
             rule(p, grad, *states)
             return
-        flat, g = p.detach().contiguous().view(-1), grad.contiguous().view(-1)
+        flat, g = p.detach().contiguous().view(-1), grad.detach().contiguous().view(-1)
         self._blocks(rule, flat, g, states)
-        if not p.is_contiguous():
+        if flat.data_ptr() != p.data_ptr():
             p.copy_(flat.view(p.shape))
 
     def _blocks(self, rule: Callable[..., None], p: torch.Tensor, g: torch.Tensor, states: list[Blocks]) -> None:
-        """One step on flat numbers, some at a time."""
+        """One step on flat numbers, in float32 and some at a time."""
         size = max(_CHUNK // self.block, 1) * self.block
+        compiled = kernel.step_of(rule) if kernel.takes(p, states) else None
+        if compiled is not None and p.dtype == g.dtype == torch.float32:
+            compiled(rule, p, g, *states)
+            return
         for start in range(0, p.numel(), size):
             stop = min(start + size, p.numel())
+            moved, grad = p[start:stop].float(), g[start:stop].float()
             values = [s.read(start, stop) for s in states]
-            rule(p[start:stop], g[start:stop], *values)
+            rule(moved, grad, *values)
             for state, value in zip(states, values, strict=True):
                 state.write(start, value)
+            p[start:stop] = moved
 
     def _new(self, p: torch.Tensor, map: str) -> Blocks | torch.Tensor:
         if self._rounds(p):

@@ -16,6 +16,7 @@ from arrondi.report.tables import (
     print_plan,
     print_report,
 )
+from arrondi.report.traffic import print_traffic
 
 __all__ = [
     "print_bench",
@@ -33,6 +34,7 @@ __all__ = [
     "print_plan",
     "print_report",
     "print_start",
+    "print_traffic",
     "progress_bar",
     "sole_reader",
 ]
