@@ -21,5 +21,6 @@ void bind_transforms(nb::module_& m);
 void bind_tokens(nb::module_& m);
 void bind_moments(nb::module_& m);
 void bind_codes(nb::module_& m);
+void bind_training(nb::module_& m);
 
 }  // namespace arrondi

@@ -168,6 +168,7 @@ inline int rows_of_token(const Product& p) { return p.digits == 0 || p.words ? 1
 struct Transforms;  // transforms.h
 struct Tokens;      // tokens.h
 struct Codes;       // codes.h
+struct Training;    // training.h
 
 struct Path {
     const char* name;
@@ -188,6 +189,7 @@ struct Path {
     const Transforms* transforms;
     const Tokens* tokens;
     const Codes* codes;
+    const Training* training;
 };
 
 // The path in use: the best one that this CPU can run, or the one that the environment variable ARRONDI_CPU names.

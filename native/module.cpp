@@ -30,6 +30,7 @@ NB_MODULE(_native, m) {
     bind_tokens(m);
     bind_moments(m);
     bind_codes(m);
+    bind_training(m);
 }
 
 }  // namespace arrondi

@@ -9,6 +9,7 @@
 #include "product.h"
 #include "quantize.h"
 #include "search.h"
+#include "sides.h"
 #include "signs.h"
 #include "token.h"
 
@@ -20,11 +21,12 @@ namespace ARRONDI_PATH {
 
 const Transforms kTransforms = {butterflies, base_product, pack_signs, multiply_signs, read};
 const Tokens kTokens = {dense, attend, rotate, attend_packed, attend_along};
+const Training kTraining = {largest_of_rows, largest_of_columns, round_codes, scale_sums};
 extern const Codes kCodes;  // codes_*.cpp
 extern const Path kPath;
 const Path kPath = {ARRONDI_NAME(ARRONDI_PATH), kRows, kVectors, kFastDot, kHasBf16Dot, kWords, pack_tile, stream, panel,
                     panel_scratch, gate_token, {round, pack, restore, search, split, sweep}, &kTransforms, &kTokens,
-                    &kCodes};
+                    &kCodes, &kTraining};
 
 }  // namespace ARRONDI_PATH
 }  // namespace arrondi

@@ -189,6 +189,7 @@ int run(int argc, char** argv) {
         try_jobs(seed, quick);
         try_directions(seed, quick);
         try_codes(seed, quick);
+        try_training(seed, quick);
         std::printf("%-12s %d products, %d failures, %.1f s\n", *name, products, failures.load() - before,
                     std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }

@@ -142,5 +142,7 @@ void try_directions(uint64_t seed, bool quick);
 void try_jobs(uint64_t seed, bool quick);
 // Networks on codes.
 void try_codes(uint64_t seed, bool quick);
+// What surrounds the products of a training step.
+void try_training(uint64_t seed, bool quick);
 
 }  // namespace arrondi

@@ -1,0 +1,62 @@
+"""A method's products in PyTorch's autograd.
+
+Owns: `product`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from arrondi.training.geometry import Geometry
+from arrondi.training.method import Layer, Passed, TrainingMethod
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        method: TrainingMethod,
+        layer: Layer,
+        geometry: Geometry,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *learned: torch.Tensor,
+    ) -> torch.Tensor:
+        matrix = weight.reshape(layer.sums)
+        y, passed = method.forward(x, matrix, bias, geometry, layer)
+        ctx.method, ctx.layer, ctx.geometry = method, layer, geometry
+        ctx.facts, ctx.shape, ctx.types = passed.facts, weight.shape, (x.dtype, weight.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(*passed.tensors)
+        return geometry.result(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> Any:
+        rows = ctx.geometry.rows(slope)
+        wanted = (ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        passed = Passed(ctx.saved_tensors, ctx.facts)
+        by_x, by_weight, by_learned = ctx.method.backward(rows, passed, ctx.geometry, ctx.layer, wanted)
+        if by_x is not None:
+            by_x = ctx.geometry.back(by_x).to(ctx.types[0])
+        if by_weight is not None:
+            by_weight = by_weight.reshape(ctx.shape).to(ctx.types[1])
+        by_bias = rows.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+        return None, None, None, by_x, by_weight, by_bias, *(by_learned.get(name) for name in ctx.layer.learned)
+
+
+def product(
+    method: TrainingMethod,
+    layer: Layer,
+    geometry: Geometry,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The layer's output by a method, with the method's gradients."""
+    y: torch.Tensor = _Product.apply(method, layer, geometry, x, weight, bias, *layer.learned.values())
+    return y
