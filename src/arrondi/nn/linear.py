@@ -84,7 +84,8 @@ class QLinear(nn.Module):
         self.apart, weight = weight.scheme.apart, self._keep_apart(weight)
         if weight.group_index is not None:
             weight, order = _sorted(weight)
-        kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=weight.group_index is None)
+        where, plain = weight.codes.device, weight.group_index is None
+        kernel = choose(weight.scheme, weight.shape, dtype, where, plain=plain, inputs=inputs)
         self.kernel = kernel.name
         # In another order, columns would meet in other groups.
         apart = (

@@ -23,7 +23,7 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.formats import ActivationScheme, Granularity, LayerScheme, PerChannel, PerTensor, Scheme, get_format
 from arrondi.formats.grammar import parse_activations
 from arrondi.formats.scheme import Table
-from arrondi.nn import RoundedInputs, keep_hooks
+from arrondi.nn import DenseLinear, RoundedInputs, keep_hooks
 from arrondi.nn.straight import sign, straight
 from arrondi.tensor.nearest import fake_quantize
 from arrondi.tensor.ranges.grid import Grid
@@ -41,7 +41,7 @@ class Options:
     """How a weight is rounded while it is trained.
 
     Attributes:
-        threshold: of twn, see `arrondi.training.ternary.twn`.
+        threshold: of twn, see `arrondi.training.ternary.twn`; None is the best one, for which every step sorts the weight.
         rows: a scale for each output; else one for all of the weight.
         inputs: what becomes of the inputs: "" leaves them, "sign" takes their signs, or a word such as "int8/token".
         window: of binary and bibert: where the latent weight is larger, its gradient is 0; None: it passes everywhere.
@@ -98,7 +98,7 @@ class Latent:
 LATENT: Final[Mapping[str, Latent]] = MappingProxyType({
     "twn": Latent(
         "Li, Zhang, Liu 2016, arXiv:1605.04711", lambda w, o, _: twn_weight(w, o.threshold, rows=o.rows), "ternary",
-        takes=frozenset({"threshold", "rows", "inputs"}),
+        Options(threshold=0.75), frozenset({"threshold", "rows", "inputs"}),
     ),
     "bitnet": Latent(
         "Ma et al. 2024, arXiv:2402.17764", lambda w, o, _: bitnet_weight(w, o.eps), "ternary", Options(rows=False, inputs="int8/token"),
@@ -261,7 +261,8 @@ def refuse_latent(layer: nn.Module) -> str | None:
     plain = next((c for c, _ in _CLASSES if isinstance(layer, c)), None)
     if isinstance(layer, _Latent):
         return f"It is trained by {layer.method} already."
-    if plain is None or type(layer).forward is not plain.forward:
+    own = type(layer).forward
+    if plain is None or own not in (plain.forward, DenseLinear.forward):
         return f"{type(layer).__name__} computes something else than a linear layer, a convolution or a table."
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq):
         return "A table that renormalises its rows, or has sparse or scaled gradients, is not trained in few bits."

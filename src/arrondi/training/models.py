@@ -8,6 +8,7 @@ A trained model becomes an ordinary arrondi model here: its layers are packed by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ def make_latent(
         options: of the method, see `arrondi.training.latent.Options`.
 
     Returns:
-        the model.
+        the model. A warning names layers of the targets' classes that compute something of their own and stay in float.
 
     Raises:
         SchemeError: a selector finds nothing, or no layer is left, or no such method or option.
@@ -63,6 +64,7 @@ def make_latent(
     known: Any = model
     head = known.get_output_embeddings() if ignore is None and hasattr(model, "get_output_embeddings") else None
     used: set[str] = set()
+    left: list[str] = []
 
     def made(path: str, layer: nn.Module) -> nn.Module | None:
         classes = tuple(c.__name__ for c in type(layer).__mro__)
@@ -77,13 +79,18 @@ def make_latent(
             or not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
         ):
             return None
-        if path not in hits and (refuse_latent(layer) is not None or layer.weight.shape[0] < SMALL_OUTPUT):
+        if path not in hits and layer.weight.shape[0] < SMALL_OUTPUT:
+            return None
+        if path not in hits and (reason := refuse_latent(layer)) is not None:
+            left.append(f"{path} ({reason})")
             return None
         return to_latent(layer, method, **options)
 
     changed = _replace(model, made)
     if unused := [t for t in (*targets, *(ignore or ())) if t not in used]:
         raise SchemeError(f"The selector {unused[0]!r} finds no layer of {type(model).__name__}. Check its spelling.")
+    if changed and left:
+        warnings.warn(f"Some layers stay in float: {'; '.join(left)}", stacklevel=2)
     if not changed:
         raise SchemeError(f"{type(model).__name__} has no layer that {method} could train. Name some in targets.")
     return model
