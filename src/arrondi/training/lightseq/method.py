@@ -1,6 +1,6 @@
 """LightSeq's int8 training: both sides of a product and its result are codes of a byte.
 
-Owns: `LIGHTSEQ`, `LightseqOptions`, `LEAST` and `offset_of`. The clip of what enters is learned by what lies beyond it; the clip of the
+Owns: `LIGHTSEQ`, `LightseqOptions`, and what its integer inference shares: `Clips`, `positive`, `offset_of`, `widened`. The clip of what enters is learned by what lies beyond it; the clip of the
 weight is its range; the clip of what leaves follows what was seen, from one step to the next, since the factor by which sums become
 codes has to be known before they are.
 """
@@ -8,7 +8,7 @@ codes has to be known before they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -76,6 +76,43 @@ def offset_of(of_weight: torch.Tensor, clip: torch.Tensor, clip_weight: torch.Te
     return of_weight.sum(1, dtype=torch.int32).float() * (clip / 2 * (clip_weight / MOST))
 
 
+class Clips(NamedTuple):
+    """The clips of one product: of what enters, of the weight, and of what leaves where that is narrowed."""
+
+    inputs: torch.Tensor
+    weight: torch.Tensor
+    outputs: torch.Tensor | None
+    unsigned: bool
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """By which sums become codes."""
+        assert self.outputs is not None
+        return self.inputs * self.weight / (self.outputs * MOST)
+
+    @property
+    def unit(self) -> torch.Tensor:
+        """What a code that leaves is worth, or a sum."""
+        if self.outputs is not None:
+            return self.outputs / MOST
+        return self.inputs * self.weight / (MOST**2 * (2 if self.unsigned else 1))
+
+
+def widened(
+    codes: torch.Tensor, clips: Clips, bias: torch.Tensor | None, unsound: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """What leaves a product as numbers.
+
+    Args:
+        codes: (rows, out), int8, or sums as int32.
+        clips: of the product.
+        bias: (out,) float32, with the offset of unsigned inputs in it, or None.
+        unsound: (rows,) float32, 0, or NaN in rows of which something was not finite, which codes would hide.
+        dtype: of the result.
+    """
+    return scaled(codes.to(torch.int32), clips.unit + unsound, None, bias, dtype)
+
+
 def _products(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -113,19 +150,19 @@ def _forward(
     settle(layer, "begun", find)
     clip = positive(layer.learned["clip"])
     sums, codes, beyond, of_weight = _products(x, weight, clip, clip_weight, geometry, layer)
-    # Codes would hide what is not finite.
     unsound = geometry.spread(0 * sizes) + 0 * clip_weight
+    clip_out = None if options.outputs == "int32" else positive(layer.kept["clip_out"].to(x.device))
     bias = None if bias is None else bias.detach().float()
-    if options.outputs == "int32":
-        unit = clip * clip_weight / MOST**2
-        if options.inputs == "unsigned":
-            unit, offset = unit / 2, offset_of(of_weight, clip, clip_weight)
-            bias = offset if bias is None else bias + offset
-        y = scaled(sums, unit + unsound, None, bias, x.dtype)
-        return y, Passed((codes, beyond, of_weight, clip, clip_weight, None, None))
-    clip_out = positive(layer.kept["clip_out"].to(x.device))
-    narrowed = narrow(sums, clip * clip_weight / (clip_out * MOST), marked=True)
-    y = scaled(narrowed.codes.int(), clip_out / MOST + unsound, None, bias, x.dtype)
+    if options.inputs == "unsigned":
+        offset = offset_of(of_weight, clip, clip_weight)
+        bias = offset if bias is None else bias + offset
+    clips = Clips(clip, clip_weight, clip_out, options.inputs == "unsigned")
+    if clip_out is None:
+        return widened(sums, clips, bias, unsound, x.dtype), Passed(
+            (codes, beyond, of_weight, clip, clip_weight, None, None)
+        )
+    narrowed = narrow(sums, clips.factor, marked=True)
+    y = widened(narrowed.codes, clips, bias, unsound, x.dtype)
     seen = _largest(sums) * (clip * clip_weight / MOST**2)
     return y, Passed((codes, beyond, of_weight, clip, clip_weight, narrowed.beyond, seen))
 
