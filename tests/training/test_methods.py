@@ -30,7 +30,7 @@ from arrondi.training.sampling import chances, logarithmic, split
 from arrondi.training.small_floats import blocks_of_fp4
 
 METHODS = list(PRODUCTS)
-CLOSE = {"int8": 0.01, "int8-unified": 0.02, "int8-adaptive": 0.02, "hlq": 1e-6, "fp8": 0.05}
+CLOSE = {"int8": 0.01, "int8-unified": 0.02, "int8-adaptive": 0.02, "hlq": 1e-6, "fp8": 0.05, "lightseq": 0.03}
 """Relative error of outputs; 0.3 for what has 4 bits."""
 
 
@@ -111,7 +111,7 @@ def test_checkpointing_autocast_and_compile(method: str) -> None:
     assert half.dtype == torch.bfloat16 and (half.float() - y).norm() / y.norm() < 0.15
     (half.float().square().sum()).backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
-    assert torch.allclose(torch.compile(model, backend="eager")(x), y, atol=1e-5)
+    assert torch.allclose(torch.compile(model, backend="eager")(x), model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import torch
-from torch import distributed
 from torch.nn import functional as F
 
 from arrondi.arguments import check_fields
-from arrondi.errors import ArrondiError, SchemeError
+from arrondi.errors import SchemeError
 from arrondi.kernels import hadamard
 from arrondi.kernels.sides import engine, extremes, integer_product, round_codes, scaled
 from arrondi.nn.fake import first_step, step_slope
+from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry
 from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, seed
 from arrondi.training.sampling import MOST, chances, drawn, logarithmic, split
@@ -99,23 +99,15 @@ def _plain(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _settled(layer: Layer, x: torch.Tensor, weight: torch.Tensor, searched: bool) -> int:
-    """The block and first steps by the first batch; ranks take those of the first one. Returns the block."""
-    if "block" not in layer.kept:
+    """The block, chosen with the first steps by the first batch."""
+
+    def find() -> dict[str, torch.Tensor]:
         block = layer.options.block if searched else 1
-        block = torch.tensor(best_block(x) if searched and not block else max(block, 1))
-        steps = [first_step(_turned(_padded(side.float(), int(block)), int(block)), _HIGH) for side in (x, weight)]
-        if distributed.is_available() and distributed.is_initialized():
-            for value in (block, *steps):
-                distributed.broadcast(value, 0)
-        layer.kept["block"] = block
-        with torch.no_grad():
-            for name, value in zip(("step_x", "step_weight"), steps, strict=True):
-                if not bool(layer.learned[name] != 0):
-                    layer.learned[name].copy_(value)
-    if not bool(layer.learned["step_x"] != 0):
-        raise ArrondiError(
-            "The steps of low-bit training are set by the first batch and were lost: run one batch before fully_shard()."
-        )
+        block = best_block(x) if searched and not block else max(block, 1)
+        x_step, weight_step = (first_step(_turned(_padded(side.float(), block), block), _HIGH) for side in (x, weight))
+        return {"block": torch.tensor(block), "step_x": x_step, "step_weight": weight_step}
+
+    settle(layer, "block", find)
     return int(layer.kept["block"])
 
 

@@ -14,11 +14,12 @@ from arrondi.training.hlq import HLQ
 from arrondi.training.int4 import INT4, LSQ_ONLY, LUQ
 from arrondi.training.int8 import INT8, INT8_ADAPTIVE, INT8_UNIFIED
 from arrondi.training.latent import LATENT, Latent
+from arrondi.training.lightseq import LIGHTSEQ
 from arrondi.training.method import TrainingMethod
 from arrondi.training.small_floats import FP8, MXFP4
 
 PRODUCTS: Final[Mapping[str, TrainingMethod]] = MappingProxyType(
-    {m.name: m for m in (INT8, INT8_UNIFIED, INT8_ADAPTIVE, INT4, LUQ, LSQ_ONLY, HLQ, MXFP4, FP8)}
+    {m.name: m for m in (INT8, INT8_UNIFIED, INT8_ADAPTIVE, LIGHTSEQ, INT4, LUQ, LSQ_ONLY, HLQ, MXFP4, FP8)}
 )
 """Methods whose products run in few bits, by name."""
 
