@@ -11,7 +11,7 @@ from torch import nn
 
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.kernels.clipping import clip_codes, half_up, marks, narrow
-from arrondi.training import convert_to_lowbit_training, learned_state, load_learned_state, report
+from arrondi.training import convert_to_lowbit_training, learned_state, load_learned_state, training_report
 from arrondi.training.lightseq import (
     IntegerLinear,
     LightSeqDecoderLayer,
@@ -189,7 +189,7 @@ def test_clips_follow_and_are_saved() -> None:
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(16, 8))
     convert_to_lowbit_training(layer, "lightseq")
-    assert "int32 → int8" in report(layer)[0].arithmetic[0]
+    assert "int32 → int8" in training_report(layer)[0].arithmetic[0]
     x = torch.randn(64, 16)
     layer(x)
     state = learned_state(layer)

@@ -50,7 +50,7 @@ class _Optimizer8bit(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the closure, if there is one, is called first and its loss returned.
 
         Raises:
