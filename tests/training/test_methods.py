@@ -392,5 +392,6 @@ def test_widths_that_no_block_divides() -> None:
         convert_to_lowbit_training(layer, method)
         x = torch.randn(2, 19, 37, requires_grad=True)
         layer(x).sum().backward()
+        assert "padded to" in " ".join(training_report(layer)[0].arithmetic)
         assert x.grad.shape == x.shape and layer.weight.grad.shape == (29, 37)
         assert torch.isfinite(x.grad).all() and torch.isfinite(layer.weight.grad).all()

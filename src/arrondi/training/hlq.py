@@ -19,7 +19,7 @@ from arrondi.errors import SchemeError
 from arrondi.kernels import hadamard, hadamard_matrix
 from arrondi.kernels.sides import engine, integer_product, scaled
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, seed
+from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, padding, seed
 from arrondi.training.scales import Rounded, rounded
 
 _STRIP: Final = 256
@@ -141,7 +141,9 @@ def _product(left: Rounded, right: Rounded) -> torch.Tensor:
 
 def _arithmetic(layer: Layer) -> Arithmetic:
     lanes = "" if engine("cpu") == "torch" else ", in exact float32 pieces"
-    by_input = "int8 × int8 → int32, low rank" if layer.options.input_rank else "int4 × int4 → int32 in int8 lanes"
+    options: HlqOptions = layer.options
+    by_input = "int8 × int8 → int32, low rank" if options.input_rank else "int4 × int4 → int32 in int8 lanes"
+    by_input += "" if options.input_rank else padding("outputs", layer.sums[0], options.block)
     return "as before", f"{by_input}{lanes}", f"int8 × int8 → int32, low rank{lanes}"
 
 

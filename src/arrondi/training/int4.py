@@ -21,7 +21,7 @@ from arrondi.kernels.sides import engine, extremes, integer_product, round_codes
 from arrondi.nn.fake import first_step, step_slope
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, seed
+from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, padding, seed
 from arrondi.training.sampling import MOST, chances, drawn, logarithmic, split
 from arrondi.training.scales import inverse, rounded
 
@@ -251,6 +251,7 @@ def _nearest(slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Lay
 
 def _arithmetic(layer: Layer, backward: str) -> Arithmetic:
     lanes = "in int8 lanes" if engine("cpu") == "torch" else "in exact float32 pieces"
+    lanes += padding("inputs", layer.sums[1], int(layer.kept.get("block", 1)))
     return f"int4 × int4 → int32, {lanes}", f"{backward}, {lanes}", f"{backward}, {lanes}"
 
 

@@ -1,7 +1,7 @@
 """What a method of low-bit training is.
 
 Owns: `TrainingMethod`, `Layer` (what a method may know and keep of a layer), `Passed` (what it hands from the way forward to the
-way back), and `seed`, where noise begins.
+way back), `seed`, where noise begins, and `padding`, what a report says of it.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ class TrainingMethod:
     backward: Backward
     arithmetic: Callable[[Layer], Arithmetic]
     learn: Callable[[torch.Tensor, Any], dict[str, torch.Tensor]] = nothing
+
+
+def padding(what: str, width: int, block: int) -> str:
+    """What a report adds where a block of a transform does not divide a width."""
+    return f", {width} {what} padded to {width + -width % block}" if width % block else ""
 
 
 def seed() -> int:

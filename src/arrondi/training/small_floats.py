@@ -17,7 +17,7 @@ from arrondi.arguments import check_fields
 from arrondi.kernels import hadamard
 from arrondi.kernels.sides import round_codes
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, seed
+from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, padding, seed
 
 _BLOCK: Final = 32
 _E2M1_MAX: Final = 6.0
@@ -134,8 +134,10 @@ def _fp8_backward(
     return by_x, by_weight, {}
 
 
-def _arithmetic(layer: Layer, forward: str, backward: str) -> Arithmetic:
-    return f"{forward} in float32", f"{backward} in float32", f"{backward} in float32"
+def _arithmetic(layer: Layer, forward: str, backward: str, block: int = 1) -> Arithmetic:
+    outputs, inputs = layer.sums
+    wide = padding("inputs", inputs, block), padding("outputs", outputs, block)
+    return f"{forward} in float32{wide[0]}", f"{backward} in float32{wide[1]}", f"{backward} in float32"
 
 
 MXFP4: Final = TrainingMethod(
@@ -145,7 +147,7 @@ MXFP4: Final = TrainingMethod(
     Mxfp4Options,
     _mx_forward,
     _mx_backward,
-    partial(_arithmetic, forward="mxfp4 values", backward="mxfp4 values"),
+    partial(_arithmetic, forward="mxfp4 values", backward="mxfp4 values", block=_BLOCK),
 )
 
 FP8: Final = TrainingMethod(
