@@ -26,13 +26,14 @@ def check_agreement(named: Iterable[tuple[str, torch.Tensor]], group: dist.Proce
         DataError: on all ranks, if one differs from rank 0.
     """
     digest = hashlib.blake2b(digest_size=32)
-    device = torch.device("cpu")
     for name, parameter in named:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad};".encode())
-        device = parameter.device
         if values:
             flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
             digest.update(flat.numpy().data)
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    )
     mine = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=device)
     world = dist.get_world_size(group)
     everyone = mine.new_empty(world, len(mine))

@@ -169,8 +169,8 @@ def compress_gradients(
         if found.kind == "shared" and given[:3] != (None, None, None):
             raise SchemeError(f"{found.name} has its own codes. Leave bits, block and rounding out, or use block8.")
         feedback = found.feedback if error_feedback is None else error_feedback
-        if found.bits == 1 and feedback == "none":
-            raise SchemeError("onebit does not converge without error feedback. Use error_feedback='ef' or 'loco'.")
+        if (bits or found.bits) == 1 and feedback == "none":
+            raise SchemeError("One bit does not converge without error feedback. Use error_feedback='ef' or 'loco'.")
         codec = found.codec(bits, block, rounding, feedback)
         state = GradientState(found, codec, Memory(feedback, beta, reset), start_iter, small, seed, per_node)
     state.attach(model)

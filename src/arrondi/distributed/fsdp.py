@@ -144,7 +144,8 @@ def compress_fsdp(
     The shards, and so the optimizer, stay in full precision; only what travels is rounded, and all ranks compute with the same
     decoded weights. Vectors (biases, norms), parameters with fewer than `small` numbers and shards of less than a block travel as they
     are, in the same messages. The third part of ZeRO++, a copy of the weights inside each node (hpZ), is FSDP's own:
-    `fully_shard(module, reshard_after_forward=ranks per node)`; gathers of that copy stay as they are.
+    `fully_shard(module, reshard_after_forward=ranks per node)`; gathers of that copy stay as they are, and so does the all-reduce of
+    hybrid sharding.
 
     Args:
         weights, gradients: bits of a number on its way; "none" leaves them as they are, counted all the same.
@@ -167,6 +168,10 @@ def compress_fsdp(
     """
     default_group()
     check_arguments(compress_fsdp, locals())
+    if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+        raise SchemeError(
+            f"torch {torch.__version__} does not let fully_shard's collectives be replaced. Install a newer one."
+        )
     modules: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, FSDPModule)]
     parts = [(name, module, group) for name, module in modules for group in _groups(module)]
     if not parts:
@@ -178,10 +183,6 @@ def compress_fsdp(
         for *_, group in parts
     ):
         raise SchemeError("The collectives of this model are compressed already. Call compress_fsdp once.")
-    if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
-        raise SchemeError(
-            f"torch {torch.__version__} does not let fully_shard's collectives be replaced. Install a newer one."
-        )
     noisy = gradients in ("int4", "int2") and error_feedback == "none"
     how: Rounding = rounding or ("stochastic" if noisy else "nearest")
     state = ShardedState(weights, gradients, Memory(error_feedback, beta, reset))

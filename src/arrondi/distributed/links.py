@@ -85,7 +85,10 @@ class Links:
                 for first in range(topology.world):
                     peers = topology.peers(first, hop)
                     if peers[0] == first:  # once for each group
-                        made = dist.new_group([members[p] for p in peers], use_local_synchronization=True)
+                        backend = dist.get_backend(group)
+                        made = dist.new_group(
+                            [members[p] for p in peers], backend=backend, use_local_synchronization=True
+                        )
                         if rank in peers:
                             groups[hop] = made
         return cls(topology, rank, groups)
