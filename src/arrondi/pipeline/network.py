@@ -37,6 +37,7 @@ from arrondi.graph import (
     tidy,
     write_graph,
 )
+from arrondi.graph.ir import QDQ
 from arrondi.graph.uneven import check_grids
 from arrondi.measure.arrays import Arrays, read_arrays
 from arrondi.measure.networks import check_samples, compare_graphs
@@ -104,11 +105,13 @@ class Chosen:
         recipe: what is done.
         rows: what is said of every layer.
         note: one sentence for people.
+        graph: with fewer values rounded; None: as it was.
     """
 
     recipe: Recipe
     rows: list[dict[str, Any]]
     note: str
+    graph: Graph | None = None
 
 
 def quantize_network(
@@ -183,6 +186,11 @@ def quantize_network(
         chosen = choose(program, list(calibration.taken(_CHOOSING, data.seed).batches()), recipe)
         recipe = chosen.recipe
         notes.append(chosen.note)
+        if chosen.graph is not None:
+            rounded_graph, program = chosen.graph, Program(chosen.graph)
+            there = {n.inputs[0] for n in rounded_graph.nodes if n.op == QDQ}
+            found = replace(found, values={n: g for n, g in found.values.items() if n in there})
+            ranges = {n: ends for n, ends in ranges.items() if n in there}
     looks = any(STEPS[rule.method].needs for rule in recipe.rules)
     if looks and calibration is None:
         raise DataError("The method looks at what enters every layer. Give --calibration data.npz, or --method rtn.")
@@ -212,6 +220,8 @@ def quantize_network(
     report["observer"] = data.observer if flowing is not None else None
     if chosen is not None:
         report["choice"] = chosen.rows
+        for row in (r for r in report["layers"] if r["status"] == "kept" and chosen.graph is not None):
+            row["reason"] = "the budget leaves it in floating point"
     report["samples"] = 0 if calibration is None else len(calibration)
     if calibration is not None:
         looked = calibration.taken(_CHOOSING, data.seed)
