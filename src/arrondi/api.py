@@ -38,6 +38,7 @@ from arrondi.pipeline.texts import read_data
 from arrondi.runtime.load import load as load_model
 from arrondi.runtime.modules import load_into, save
 from arrondi.search import compare_methods
+from arrondi.search.mixed import quantize_mixed
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
@@ -83,6 +84,8 @@ def quantize(
     int32_bias: bool = False,
     rounded: str | None = None,
     grids: Mapping[str, str] | None = None,
+    budget: str | None = None,
+    budget_by: str = "loss",
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -108,6 +111,7 @@ def quantize(
         limits: refused before the work where the model cannot be held to them; `Limits.missed` tells afterwards.
         observer: how ranges of what flows are found, for networks of ONNX operators; see `arrondi.calibration.OBSERVERS`.
         rounded, grids: which values of such networks, and those that are not on uniform grids, see `arrondi.pipeline.network.NetworkData`.
+        budget, budget_by: of such networks, what all layers may take together, and what is lost: see `arrondi.search.mixed.quantize_mixed`.
         ends: bits of the first and last layers of such networks where weights have at most four; None: as all others.
         faint: whether values of such networks whose quiet samples eight bits drown have sixteen.
         int32_bias: whether biases of such networks are written as int32 codes of scale S_x · S_w.
@@ -138,7 +142,13 @@ def quantize(
             rounded=rounded,
             grids=grids or {},
         )
-        return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
+        if budget is None:
+            return quantize_network(model, out, rules, data, overwrite=overwrite, progress=progress)
+        return quantize_mixed(
+            model, out, rules, data, budget, measure=budget_by, overwrite=overwrite, progress=progress
+        )
+    if budget is not None:
+        raise SchemeError("A budget is for networks of ONNX operators (.onnx, .pt2). Leave budget out.")
     if kv is not None:
         rules = rules.with_kv(kv)
     if isinstance(model, torch.nn.Module):

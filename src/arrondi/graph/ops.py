@@ -284,6 +284,14 @@ def _dropout(
     return x, torch.ones_like(x, dtype=torch.bool)
 
 
+def _across_channels(attrs: Mapping[str, Any], x: Tensor) -> Tensor:
+    if attrs["size"] % 2 == 0:
+        raise Unusual("windows that reach farther on one side")
+    return F.local_response_norm(
+        x, attrs["size"], attrs.get("alpha", 1e-4), attrs.get("beta", 0.75), attrs.get("bias", 1.0)
+    )
+
+
 def _prelu(attrs: Mapping[str, Any], x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, x * slope, x)
 
@@ -329,7 +337,7 @@ OPERATORS: Final[Mapping[str, Operator]] = {
     "GlobalAveragePool": lambda attrs, x: x.mean(tuple(range(2, x.ndim)), keepdim=True),
     "GlobalMaxPool": lambda attrs, x: x.amax(tuple(range(2, x.ndim)), keepdim=True),
     "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "InstanceNormalization": _instance_norm,
-    "GroupNormalization": _group_norm,
+    "GroupNormalization": _group_norm, "LRN": _across_channels,
     "Relu": _plain(torch.relu), "LeakyRelu": _leaky, "PRelu": _prelu, "Elu": _elu, "Selu": _selu, "Clip": _clip,
     "Sigmoid": _plain(torch.sigmoid), "HardSigmoid": _hard_sigmoid, "HardSwish": _plain(F.hardswish), "Tanh": _plain(torch.tanh),
     "Softplus": _plain(F.softplus), "Mish": _plain(F.mish), "Gelu": _gelu, "Erf": _plain(torch.erf),

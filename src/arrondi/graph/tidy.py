@@ -10,6 +10,7 @@ import numpy as np
 
 from arrondi.graph.fold import fold, fold_norms, join_biases, with_bias
 from arrondi.graph.ir import Graph, Node
+from arrondi.graph.sizes import fixed_edges, free_batch
 
 
 def tidy(graph: Graph, seen: list[tuple[str, int]] | None = None) -> Graph:
@@ -95,6 +96,8 @@ def _slice_parts(node: Node, constants: Mapping[str, np.ndarray]) -> tuple[list[
 
 PASSES: Final[Mapping[str, Callable[[Graph], Graph]]] = {
     "constants computed": fold,
+    "padding in numbers": fixed_edges,
+    "any number of samples": free_batch,
     "normalizations folded into layers": fold_norms,
     "products of matrices with their bias": with_bias,
     "means over space": _pool,

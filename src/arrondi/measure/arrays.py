@@ -32,11 +32,13 @@ class Arrays:
         inputs: one tensor for each input of the network, (N, …) each.
         labels: (N,) classes, or None.
         source: for people.
+        size: how many are run at once, where the network takes no other number; None: `BATCH`.
     """
 
     inputs: tuple[torch.Tensor, ...]
     labels: torch.Tensor | None
     source: str
+    size: int | None = None
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -54,9 +56,10 @@ class Arrays:
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, inputs=tuple(t[chosen] for t in self.inputs), labels=labels)
 
-    def batches(self, size: int = BATCH) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Samples in order, some at a time."""
-        for start in range(0, len(self), size):
+    def batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Samples in order, some at a time; of a network that takes `size`, no fewer."""
+        size = self.size or BATCH
+        for start in range(0, len(self) - (len(self) % size if self.size else 0), size):
             yield tuple(t[start : start + size] for t in self.inputs)
 
 

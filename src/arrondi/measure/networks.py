@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from arrondi.errors import DataError, SchemeError
-from arrondi.graph import Graph, executor, read_graph
+from arrondi.graph import Graph, Program, executor, read_graph
 from arrondi.graph.codes import INTEGERS
 from arrondi.graph.ir import CODES, QDQ
+from arrondi.graph.sizes import free_batch
 from arrondi.measure.arrays import Arrays, read_arrays
+from arrondi.measure.batching import in_batches
 from arrondi.measure.intervals import block_bootstrap
 
 FAR: Final = 20.0
@@ -32,7 +34,7 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
     Raises:
         SchemeError: the networks give different shapes.
     """
-    first, second = executor(graph), executor(reference)
+    first, second = executor(free_batch(graph)), executor(free_batch(reference))
     same: list[torch.Tensor] = []
     hits: list[torch.Tensor] = []
     right: list[torch.Tensor] = []
@@ -42,6 +44,9 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
         ours, theirs = _first(first(*inputs)), _first(second(*inputs))
         if samples.labels is not None and theirs.ndim >= 2:
             _check_classes(samples, theirs.shape[1])
+        for given, whose in ((theirs, "network"), (ours, "rounded network")):
+            if given.is_floating_point() and not given.isfinite().all():
+                raise DataError(f"The {whose} gives NaN or infinite numbers at its output. Check its weights, and that the samples are in its own scale.")  # fmt: skip
         if ours.shape != theirs.shape:
             raise SchemeError(
                 f"The networks give outputs of different shapes, {tuple(ours.shape)} and {tuple(theirs.shape)}."
@@ -65,6 +70,19 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
     return found
 
 
+@torch.no_grad()
+def check_finite(graph: Graph, samples: Arrays) -> None:
+    """Refuse a network whose outputs are no numbers on the first samples.
+
+    Raises:
+        DataError: they are not.
+    """
+    found = Program(free_batch(graph))(*next(samples.batches()))
+    for value, output in zip(graph.outputs, found if isinstance(found, tuple) else (found,), strict=True):
+        if output.is_floating_point() and not output.isfinite().all():
+            raise DataError(f"The network gives NaN or infinite numbers at {value.name}. Check its weights, and that the samples are in its own scale.")  # fmt: skip
+
+
 def compare_networks(model: str | Path, against: str | Path, data: Any) -> dict[str, Any]:
     """The same for files; see `compare_graphs`."""
     reference = read_graph(against)
@@ -73,7 +91,7 @@ def compare_networks(model: str | Path, against: str | Path, data: Any) -> dict[
         reference.inputs
     ):
         raise DataError(f"{model} and {against} take different inputs.")
-    samples = read_arrays(data, reference)
+    samples = in_batches(reference, read_arrays(data, reference))
     check_samples(graph, samples)
     return {"model": str(model), "against": str(against), **compare_graphs(graph, reference, samples)}
 

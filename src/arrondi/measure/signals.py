@@ -26,9 +26,16 @@ class _Signal:
         self.beyond = self.seen = 0
 
     def widen(self, value: torch.Tensor) -> None:
+        value = value[value.isfinite()]  # masks are made of infinite numbers
+        if not value.numel():
+            return
         self.low, self.high = min(self.low, float(value.min())), max(self.high, float(value.max()))
 
     def add(self, ours: torch.Tensor, theirs: torch.Tensor, span: Sequence[float] | None) -> None:
+        if not math.isfinite(self.low):
+            return
+        finite = theirs.isfinite() & ours.isfinite()
+        ours, theirs = ours[finite], theirs[finite]
         self.signal += float(theirs.double().square().sum())
         self.noise += float((ours.double() - theirs.double()).square().sum())
         self.counts += torch.histc(theirs.float(), BINS, self.low, max(self.high, self.low + 1e-12)).double()

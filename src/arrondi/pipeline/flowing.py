@@ -126,9 +126,12 @@ def rounded_flow(graph: Graph, scheme: Scheme, calibration: Arrays, how: Ranges)
     wider = of_bits(scheme, how.ends)
     apart = {found.values[n]: wider for n in read_by(graph, {*firsts, *lasts}) if n in found.values}
     ends = observe(program, calibration.batches(), found.values, scheme, how.observer, how.options, apart)
-    groups = found.values if products else places(graph, {n: ends[g] for n, g in found.values.items()}).values
+    # What is joined shares a grid where it has as many bits; the grid then reaches over all that share it.
+    alike = {n: ends[g] for n, g in found.values.items() if apart.get(g, scheme) == scheme}
+    groups = found.values if products else places(graph, alike).values
     first = {group: name for name, group in reversed(list(groups.items()))}
-    spans = {group: ends[found.values[name]] for group, name in first.items()}
+    members = {group: [ends[found.values[n]] for n, g in groups.items() if g == group] for group in first}
+    spans = {group: (min(low for low, _ in some), max(high for _, high in some)) for group, some in members.items()}
     schemes = {group: apart.get(found.values[name], scheme) for group, name in first.items()}
     grids = {group: grid_from_range(*spans[group], own) for group, own in schemes.items()}
     wide: list[str] = []

@@ -37,9 +37,12 @@ from arrondi.graph import (
     tidy,
     write_graph,
 )
+from arrondi.graph.ir import QDQ
+from arrondi.graph.refuse import check_rounded
 from arrondi.graph.uneven import check_grids
 from arrondi.measure.arrays import Arrays, read_arrays
-from arrondi.measure.networks import check_samples, compare_graphs
+from arrondi.measure.batching import in_batches
+from arrondi.measure.networks import check_finite, check_samples, compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
 from arrondi.model import Inputs
 from arrondi.pipeline.ends import ends_of, has_few_bits, with_wider_ends
@@ -104,11 +107,13 @@ class Chosen:
         recipe: what is done.
         rows: what is said of every layer.
         note: one sentence for people.
+        graph: with fewer values rounded; None: as it was.
     """
 
     recipe: Recipe
     rows: list[dict[str, Any]]
     note: str
+    graph: Graph | None = None
 
 
 def quantize_network(
@@ -145,7 +150,10 @@ def quantize_network(
         raise SchemeError(f"Networks are written as .onnx files, got {out}. Give -o NAME.onnx.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
+    check_rounded(given)
     calibration, evaluation = _data(given, data)
+    if calibration is not None:
+        check_finite(original, calibration)
     flowing, uneven = flowing_scheme(recipe), check_grids(data.grids)
     notes: list[str] = []
     analytic = is_analytic(recipe)
@@ -183,11 +191,21 @@ def quantize_network(
         chosen = choose(program, list(calibration.taken(_CHOOSING, data.seed).batches()), recipe)
         recipe = chosen.recipe
         notes.append(chosen.note)
+        if chosen.graph is not None:
+            rounded_graph, program = chosen.graph, Program(chosen.graph)
+            there = {n.inputs[0] for n in rounded_graph.nodes if n.op == QDQ}
+            found = replace(found, values={n: g for n, g in found.values.items() if n in there})
+            ranges = {n: ends for n, ends in ranges.items() if n in there}
     looks = any(STEPS[rule.method].needs for rule in recipe.rules)
     if looks and calibration is None:
         raise DataError("The method looks at what enters every layer. Give --calibration data.npz, or --method rtn.")
     batches = [Inputs(batch) for batch in calibration.batches()] if calibration is not None and looks else None
-    _, plan, values = round_module(program, recipe, batches, keep_misfits=True, layout="arrondi", progress=progress)
+    try:
+        _, plan, values = round_module(program, recipe, batches, keep_misfits=True, layout="arrondi", progress=progress)
+    except SchemeError as error:
+        if calibration is None or calibration.size is None or "cannot be computed" not in str(error):
+            raise
+        raise SchemeError(f"The network takes {calibration.size} samples at a time, and the method runs parts of it on other numbers of them. Export it with a number of samples that may vary, or take --method rtn.") from error  # fmt: skip
     weights = {
         node: values[f"{path}.weight"].weight for node, path in program.layers.items() if f"{path}.weight" in values
     }
@@ -212,6 +230,8 @@ def quantize_network(
     report["observer"] = data.observer if flowing is not None else None
     if chosen is not None:
         report["choice"] = chosen.rows
+        for row in (r for r in report["layers"] if r["status"] == "kept" and chosen.graph is not None):
+            row["reason"] = "the budget leaves it in floating point"
     report["samples"] = 0 if calibration is None else len(calibration)
     if calibration is not None:
         looked = calibration.taken(_CHOOSING, data.seed)
@@ -223,13 +243,14 @@ def quantize_network(
 
 def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None]:
     """What is calibrated on and what is measured on, no sample in both."""
-    calibration = None if data.calibration is None else read_arrays(data.calibration, graph, data.mean, data.std)
-    evaluation = None if data.evaluation is None else read_arrays(data.evaluation, graph, data.mean, data.std)
-    if not data.evaluate:
-        evaluation = None
-    elif calibration is not None and evaluation is None and len(calibration) >= _HELD_OUT:
-        kept = len(calibration) - len(calibration) // _HELD_OUT
-        calibration, evaluation = calibration.part(0, kept), calibration.part(kept)
+    given = (data.calibration, data.evaluation if data.evaluate else None)
+    read = (None if d is None else read_arrays(d, graph, data.mean, data.std) for d in given)
+    calibration, evaluation = (None if some is None else in_batches(graph, some) for some in read)
+    if data.evaluate and calibration is not None and evaluation is None:
+        held = len(calibration) // _HELD_OUT
+        kept = len(calibration) - (held - held % calibration.size if calibration.size else held)
+        if kept < len(calibration):
+            calibration, evaluation = calibration.part(0, kept), calibration.part(kept)
     if calibration is not None and len(calibration) < _FEWEST:
         raise DataError(f"{calibration.source} holds {len(calibration)} samples to calibrate on, and ranges of so few mean nothing. Give at least {_FEWEST}, better a hundred.")  # fmt: skip
     return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation

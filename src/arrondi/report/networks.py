@@ -33,6 +33,10 @@ def print_network(report: dict[str, Any]) -> None:
     for sentence in report["notes"]:
         console.print(sentence)
     console.print(f"{report['file_bytes']:,} bytes, weights {report['float_bytes']:,} bytes before.")
+    if "latency" in report:
+        time = report["latency"]
+        kept = "within" if time["kept"] else "which misses"
+        console.print(f"One call of the file: {time['milliseconds']:.3f} ms in {time['runtime']} (samples: {time['samples']}, threads: {time['threads']}), {kept} the budget of {time['budget_ms']:g} ms.")  # fmt: skip
     hurt = sorted(
         (row["sqnr_db"], name) for name, row in report.get("values", {}).items() if row["sqnr_db"] is not None
     )[:5]

@@ -1,4 +1,4 @@
-"""What a budget counts: `Allowance`, bits that a file holds or bit operations of one sample; and `products_of`, how much layers multiply."""
+"""What a budget counts: `Allowance`, bits that a file holds, bit operations of one sample, or its time; and `products_of`, how much layers multiply."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from arrondi.tensor.qtensor import QTensor
 
 _SIZES: Final = {"KB": 8e3, "MB": 8e6, "GB": 8e9}
 _OPERATIONS: Final = {"KBOP": 1e3, "MBOP": 1e6, "GBOP": 1e9}
+_TIMES: Final = {"US": 1.0, "MS": 1e3}
 _AMOUNT: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)")
 _FLOAT_BITS: Final = 32
 """Of inputs that are not rounded."""
@@ -30,7 +31,7 @@ class Allowance:
     Attributes:
         amount: how much of its unit.
         unit: `BPW`, bits per weight on average, scales counted; `KB`, `MB`, `GB`, of all weights; `KBOP`, `MBOP`, `GBOP`: multiplications of one
-            sample times bits of the weight times bits of the input (van Baalen et al. 2020, arXiv:2005.07093).
+            sample times bits of the weight times bits of the input (van Baalen et al. 2020, arXiv:2005.07093); `US`, `MS`: of one call on this machine.
     """
 
     amount: float
@@ -38,23 +39,29 @@ class Allowance:
 
     @classmethod
     def parse(cls, text: str) -> Allowance:
-        """`4bpw`, `200KB`, `2.5GBOP`; small letters do, too.
+        """`4bpw`, `200KB`, `2.5GBOP`, `1.5ms`; small letters do, too.
 
         Raises:
             SchemeError: it is no such text.
         """
         found = _AMOUNT.fullmatch(text.strip())
-        unit = found[2].upper().removesuffix("S") if found else ""
+        unit = found[2].upper() if found else ""
+        unit = unit if unit in _TIMES else unit.removesuffix("S")
         amount = float(found[1]) if found else 0.0
-        if unit not in {"BPW", *_SIZES, *_OPERATIONS} or not 0 < amount < float("inf"):
+        if unit not in {"BPW", *_SIZES, *_OPERATIONS, *_TIMES} or not 0 < amount < float("inf"):
             raise SchemeError(
-                f"A budget is bits per weight, a size, or bit operations of one sample, such as 4bpw, 200KB or 2.5GBOP, got {text!r}."
+                f"A budget is bits per weight, a size, bit operations or time of one sample, such as 4bpw, 200KB, 2.5GBOP or 1.5ms, got {text!r}."
             )
         return cls(amount, unit)
 
     @property
     def counts_operations(self) -> bool:
         return self.unit in _OPERATIONS
+
+    @property
+    def microseconds(self) -> float | None:
+        """Of a budget of time; None of others."""
+        return self.amount * _TIMES[self.unit] if self.unit in _TIMES else None
 
     @property
     def noun(self) -> str:

@@ -14,16 +14,16 @@ from typing import Any, Final
 
 import torch
 
+from arrondi.documents import to_json
 from arrondi.errors import SchemeError, unknown
-from arrondi.formats import Scheme, get_format
-from arrondi.graph import Program
+from arrondi.graph import Program, read_graph
 from arrondi.pipeline.network import Chosen, NetworkData, quantize_network
 from arrondi.pipeline.recipe import Recipe, Rule
 from arrondi.search.allowance import Allowance, products_of
 from arrondi.search.budget import choose_under
+from arrondi.search.losses import loss_of, output_of, rounded_weight, sole_rule, with_bits
 from arrondi.search.nuclear import nuclear_losses
-from arrondi.tensor.nearest import quantize_tensor
-from arrondi.tensor.qtensor import QTensor
+from arrondi.search.timed import measured, one_sample, timed_recipe
 
 MEASURES: Final = ("loss", "nuclear")
 WIDTHS: Final = (2, 4, 8)
@@ -44,7 +44,7 @@ def quantize_mixed(
     """Quantize a network with a width for every layer; see `arrondi.pipeline.network.quantize_network`.
 
     Args:
-        budget: see `Allowance`: `4bpw`, `200KB`, `2.5GBOP`.
+        budget: see `Allowance`: `4bpw`, `200KB`, `2.5GBOP`; or a time, `1.5ms`: see `arrondi.search.timed`.
         measure: what a width costs a layer: "loss", of the whole network; or "nuclear", by the layer's own outputs, faster: see `nuclear_losses`.
     """
     if measure not in MEASURES:
@@ -52,10 +52,23 @@ def quantize_mixed(
     say = progress or (lambda done, total, what: None)
     allowance = Allowance.parse(budget)
 
+    time = allowance.microseconds
+    if time is not None and measure != "loss":
+        raise SchemeError(f"A budget of time is kept by losses, not by {measure}. Leave --budget-by out.")
+
+    call: list[Sequence[torch.Tensor]] = []
+
     def choose(program: Program, batches: Sequence[Sequence[torch.Tensor]], rules: Recipe) -> Chosen:
+        if time is not None:
+            call.append(one_sample(program.graph, batches[0]))
+            return timed_recipe(program.graph, batches, rules, time, say)
         return mixed_recipe(program, batches, rules, allowance, say, measure)
 
-    return quantize_network(model, out, recipe, data, choose=choose, overwrite=overwrite, progress=progress)
+    report = quantize_network(model, out, recipe, data, choose=choose, overwrite=overwrite, progress=progress)
+    if time is not None:
+        report["latency"] = measured(read_graph(out), call[0], time)
+        Path(out).with_suffix(".report.json").write_text(to_json(report), encoding="utf-8")
+    return report
 
 
 @torch.no_grad()
@@ -79,32 +92,35 @@ def mixed_recipe(
     Raises:
         SchemeError: the recipe rounds by several rules, or not to integers; or the budget is too small.
     """
-    rules = [rule for rule in recipe.rules if rule.scheme is not None]
-    if len(rules) != 1 or rules[0].scheme is None or rules[0].scheme.weights.format.kind != "integer":
-        raise SchemeError("A budget chooses widths for one rule that rounds to integers. Give --scheme and --method.")
-    (rule,) = rules
-    scheme = rules[0].scheme
+    rule, scheme = sole_rule(recipe)
     layers = list(program.layers.values())
+    if not layers:
+        raise SchemeError(
+            "The network has no layer that could be rounded, so there is nothing to choose. Leave --budget out."
+        )
     budget = allowance.limit(sum(program.get_parameter(f"{path}.weight").numel() for path in layers))
     products = products_of(program, batches[0])
-    wanted = [_output(program, batch) for batch in batches]
-    schemes = [_with_bits(scheme.weights, bits) for bits in WIDTHS]
-    choices = {path: [_rounded(program, path, scheme) for scheme in schemes] for path in layers}
+    wanted = [output_of(program, batch) for batch in batches]
+    schemes = [with_bits(scheme.weights, bits) for bits in WIDTHS]
+    choices = {path: [rounded_weight(program, path, scheme) for scheme in schemes] for path in layers}
     costs = [[allowance.cost(q, products[path]) for q in some] for path, some in choices.items()]
     by_norm = nuclear_losses(program, batches[0], choices) if measure == "nuclear" else {}
     losses: list[list[float]] = []
     for i, (path, some) in enumerate(choices.items()):
         progress(i, len(layers), f"layer {i + 1} of {len(layers)} at {', '.join(map(str, WIDTHS))} bits")
         # What is never called as a module (a recurrent cell) is measured by the network.
-        losses.append(by_norm.get(path) or [_loss(program, batches, wanted, {path: q}) for q in some])
+        losses.append(by_norm.get(path) or [loss_of(program, batches, wanted, {path: q}) for q in some])
     picks = choose_under(losses, costs, budget, allowance.noun)
     note = ""
     uniform = [k for k in range(len(WIDTHS)) if sum(row[k] for row in costs) <= budget]
     if uniform and len(set(picks)) > 1:
-        ours = _loss(
-            program, batches, wanted, {p: _rounded(program, p, schemes[k]) for p, k in zip(layers, picks, strict=True)}
+        ours = loss_of(
+            program,
+            batches,
+            wanted,
+            {p: rounded_weight(program, p, schemes[k]) for p, k in zip(layers, picks, strict=True)},
         )
-        plain = _loss(program, batches, wanted, {p: _rounded(program, p, schemes[uniform[-1]]) for p in layers})
+        plain = loss_of(program, batches, wanted, {p: rounded_weight(program, p, schemes[uniform[-1]]) for p in layers})
         if plain < ours:
             picks = [uniform[-1]] * len(layers)
             note = f"{WIDTHS[uniform[-1]]} bits for every layer lose less than any mix that was found."
@@ -114,7 +130,7 @@ def mixed_recipe(
     ]
     chosen = {bits: tuple(path for path, k in zip(layers, picks, strict=True) if WIDTHS[k] == bits) for bits in WIDTHS}
     made = [
-        replace(rule, scheme=replace(rule.scheme, weights=_with_bits(rule.scheme.weights, bits)), targets=paths)
+        replace(rule, scheme=replace(rule.scheme, weights=with_bits(rule.scheme.weights, bits)), targets=paths)
         for bits, paths in chosen.items()
         if paths and rule.scheme is not None
     ]
@@ -128,44 +144,3 @@ def mixed_recipe(
 
 def _in_place(rules: Sequence[Rule], old: Rule, new: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(r for rule in rules for r in (new if rule is old else (rule,)))
-
-
-def _with_bits(scheme: Scheme, bits: int) -> Scheme:
-    return replace(scheme, format=get_format(f"{'int' if scheme.format.qmin < 0 else 'uint'}{bits}"))
-
-
-def _rounded(program: Program, path: str, scheme: Scheme) -> QTensor:
-    return quantize_tensor(program.get_parameter(f"{path}.weight").detach().flatten(1), scheme)
-
-
-def _output(program: Program, batch: Sequence[torch.Tensor]) -> torch.Tensor:
-    output = program(*batch)
-    return (output[0] if isinstance(output, tuple) else output).float()
-
-
-def _loss(
-    program: Program,
-    batches: Sequence[Sequence[torch.Tensor]],
-    wanted: Sequence[torch.Tensor],
-    weights: dict[str, QTensor],
-) -> float:
-    """What the network loses with these weights: the divergence of its classes, or the squared difference where it gives no classes."""
-    parameters = {path: program.get_parameter(f"{path}.weight") for path in weights}
-    before = {path: weight.detach().clone() for path, weight in parameters.items()}
-    for path, weight in parameters.items():
-        weight.copy_(weights[path].dequantize().reshape(weight.shape))
-    total = count = 0.0
-    try:
-        for batch, reference in zip(batches, wanted, strict=True):
-            given = _output(program, batch)
-            if reference.ndim == 2 and reference.shape[1] > 1:
-                p, q = reference.log_softmax(1), given.log_softmax(1)
-                total += float((p.exp() * (p - q)).sum())
-                count += len(reference)
-            else:
-                total += float((given - reference).square().sum())
-                count += float(reference.square().sum())
-    finally:
-        for path, weight in parameters.items():
-            weight.copy_(before[path])
-    return max(total / max(count, 1e-30), 1e-12)
