@@ -156,10 +156,10 @@ class Attention(nn.Module):
 class ViT(nn.Module):
     """A vision transformer of patches of 4 × 4, pre-norm, with a class token."""
 
-    def __init__(self, width: int = 96, depth: int = 6, heads: int = 4) -> None:
+    def __init__(self, width: int = 96, depth: int = 6, heads: int = 4, channels: int = 1, patches: int = 49) -> None:
         super().__init__()
-        self.patch, self.cls = nn.Conv2d(1, width, 4, 4), nn.Parameter(torch.zeros(1, 1, width))
-        self.place = nn.Parameter(0.02 * torch.randn(1, 50, width))
+        self.patch, self.cls = nn.Conv2d(channels, width, 4, 4), nn.Parameter(torch.zeros(1, 1, width))
+        self.place = nn.Parameter(0.02 * torch.randn(1, patches + 1, width))
         self.blocks = nn.ModuleList(
             nn.ModuleDict({
                 "norm1": nn.LayerNorm(width), "attention": Attention(width, heads), "norm2": nn.LayerNorm(width),

@@ -28,6 +28,7 @@ NB_MODULE(_native, m) {
     bind_quantizers(m);
     bind_transforms(m);
     bind_tokens(m);
+    bind_moments(m);
     bind_codes(m);
     bind_training(m);
 }

@@ -34,6 +34,10 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda tiny: ["--data", data(tiny), "--model", tiny, "--repeat", 1],
         r"tiny, gptq W4A16(?s:.*)arrondi +\d.*CPU s(?s:.*)mean relative loss(?s:.*)gptq/arrondi-0 +21 (?s:.*)books-llama-6m is not there",
     ),
+    "communication.py": (
+        lambda _: ["--text", TEXT, "--worlds", 2, "--steps", 4, "--seeds", 1, "--width", 32, "--layers", 1, "--schemes", "DDP fp16", "qgz", "FSDP2 qwz + qgz"],
+        r"2 machines × 1 ranks(?s:.*)DDP fp16 .* 1\.000 (?s:.*)qgz \| \d(?s:.*)FSDP2 qwz \+ qgz \| \d",
+    ),
     "integer_speed.py": (
         lambda _: ["--networks", "made-up", "--turns", 1],
         r"made-up: 35 operators on codes, 0 in floating point(?s:.*) 1 +\d.*PyTorch, ORT(?s:.*) 32 +\d.*PyTorch, ORT",

@@ -24,6 +24,9 @@ _HOME: Final = {
     "SecondMoment": "calibration",
     "ArrondiError": "errors", "DataError": "errors", "FileFormatError": "errors", "OutputError": "errors",
     "SchemeError": "errors", "ShapeError": "errors",
+    "TRAINING_METHODS": "training", "convert_to_lowbit_training": "training", "follow_deviation": "training", "restore_training": "training",
+    "training_report": "training",
+    "GRADIENT_SCHEMES": "distributed.schemes", "compress_fsdp": "distributed.fsdp", "compress_gradients": "distributed.ddp",
     "sample_path": "sample",
 }  # fmt: skip
 """Public name → the module that owns it."""
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
     from arrondi.api import quantize as quantize
     from arrondi.api import save as save
     from arrondi.calibration import SecondMoment as SecondMoment
+    from arrondi.distributed.ddp import compress_gradients as compress_gradients
+    from arrondi.distributed.fsdp import compress_fsdp as compress_fsdp
+    from arrondi.distributed.schemes import GRADIENT_SCHEMES as GRADIENT_SCHEMES
     from arrondi.errors import ArrondiError as ArrondiError
     from arrondi.errors import DataError as DataError
     from arrondi.errors import FileFormatError as FileFormatError
@@ -79,6 +85,11 @@ if TYPE_CHECKING:
     from arrondi.tensor.packing import pack as pack
     from arrondi.tensor.packing import unpack as unpack
     from arrondi.tensor.qtensor import QTensor as QTensor
+    from arrondi.training import TRAINING_METHODS as TRAINING_METHODS
+    from arrondi.training import convert_to_lowbit_training as convert_to_lowbit_training
+    from arrondi.training import follow_deviation as follow_deviation
+    from arrondi.training import restore_training as restore_training
+    from arrondi.training import training_report as training_report
 
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from arrondi.adapters.register import when_imported
 from arrondi.arguments import check_arguments
 from arrondi.errors import SchemeError
 from arrondi.formats import LayerScheme, Scheme
@@ -142,6 +143,7 @@ def quantize(
         rules = rules.with_kv(kv)
     if isinstance(model, torch.nn.Module):
         _refuse_unused(given)
+        when_imported()
         return quantize_module(model, rules, calibration, keep_misfits=keep_misfits, progress=progress)
     if out is None:
         raise SchemeError('A model directory is quantized into another. Give out="DIRECTORY".')
@@ -252,7 +254,7 @@ def _rules(
 
 
 def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: Any) -> Any:
-    """A saved model whose layers hold packed codes.
+    """A saved model whose layers hold packed codes. Gradients pass through them, and peft puts adapters over them.
 
     Args:
         path: directory or Hub name; quantized or plain.
@@ -263,6 +265,7 @@ def load(path: str | Path, *, model: torch.nn.Module | None = None, **options: A
         ArrondiError: see its sentence.
     """
     check_arguments(load, locals())
+    when_imported()
     if model is None:
         return load_model(path, **options)
     if options:

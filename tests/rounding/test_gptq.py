@@ -396,7 +396,8 @@ def test_other_orders_keep_contiguous_groups(order: str) -> None:
 def test_static_scales_are_those_of_the_unrounded_weight(name: str, range: str) -> None:
     layer = make_layer(n=50)
     q = gptq(layer.weight, SCHEMES[name], layer.moment, order="static", range=range)
-    nearest = rtn(layer.weight, SCHEMES[name], range=range, power=4.0)
+    same = "four-over-six" if (name, range) == ("nvfp4", "search") else range  # what gptq's search is for such blocks
+    nearest = rtn(layer.weight, SCHEMES[name], range=same, power=4.0)
     assert torch.equal(q.real_scale, nearest.real_scale)
 
 

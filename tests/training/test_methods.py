@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from arrondi.errors import SchemeError
 from arrondi.kernels.hadamard import hadamard_matrix
 from arrondi.training import (
-    TRAINING_METHODS,
+    PRODUCTS,
     convert_to_lowbit_training,
     follow_deviation,
     learned_state,
     load_learned_state,
-    report,
     restore_training,
+    training_report,
 )
 from arrondi.training.clips import channel_clips, deviation, sensitive_clip
 from arrondi.training.geometry import Windows
@@ -29,7 +29,7 @@ from arrondi.training.hlq import compressed, low_frequencies
 from arrondi.training.sampling import chances, logarithmic, split
 from arrondi.training.small_floats import blocks_of_fp4
 
-METHODS = list(TRAINING_METHODS)
+METHODS = list(PRODUCTS)
 CLOSE = {"int8": 0.01, "int8-unified": 0.02, "int8-adaptive": 0.02, "hlq": 1e-6, "fp8": 0.05, "lightseq": 0.03}
 """Relative error of outputs; 0.3 for what has 4 bits."""
 
@@ -316,7 +316,7 @@ def test_steps_shrink_with_the_deviation() -> None:
     pace = follow_deviation(model, optimizer)
     heavy = torch.distributions.StudentT(1.5).sample((4096, 16))
     model(torch.randn(4096, 16)).backward(heavy)
-    factor = report(model)[0].learning_rate
+    factor = training_report(model)[0].learning_rate
     assert 0.1 <= factor < 0.9
     before, slope = model[0].weight.detach().clone(), model[0].weight.grad.clone()
     optimizer.step()
@@ -338,6 +338,29 @@ def test_blocks_of_fp4() -> None:
     assert (mean - x).abs().max() < 0.3 and (mean - x).norm() / x.norm() < 0.012
 
 
+# ---- one and two bits ----
+
+
+@pytest.mark.parametrize("method", ["twn", "bitnet", "terdit", "binary", "bibert", "split"])
+def test_weights_of_few_bits_come_from_the_same_call(method: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 16))
+    names = set(model.state_dict())
+    rows = convert_to_lowbit_training(model, method, ignore=("2",))
+    assert [row.method for row in rows] == [method, None] and names <= set(model.state_dict())
+    x = torch.randn(64, 64)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :16]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    restore_training(model)
+    assert set(model.state_dict()) == names and type(model[0]) is nn.Linear
+
+
 # ---- what is refused ----
 
 
@@ -353,12 +376,14 @@ def test_bad_input_is_one_sentence() -> None:
         convert_to_lowbit_training(model, "int8", stochastic="no")
     with pytest.raises(SchemeError, match="Nothing in the model"):
         convert_to_lowbit_training(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), "int8")
-    convert_to_lowbit_training(model, "int8", exclude=("0", "8"))
-    assert [row.method for row in report(model)] == [None, "int8", "int8", None]
+    convert_to_lowbit_training(model, "int8", ignore=("0", "8"))
+    assert [row.method for row in training_report(model)] == [None, "int8", "int8", None]
     with pytest.raises(SchemeError, match="already"):
         convert_to_lowbit_training(model, "int4")
     with pytest.raises(SchemeError, match="no layer"):
         load_learned_state(model, {"nowhere.step_x": torch.ones(1)})
+    with pytest.raises(SchemeError, match="finds no layer"):
+        convert_to_lowbit_training(net(), "int8", ignore=["lm_head"])
 
 
 def test_widths_that_no_block_divides() -> None:

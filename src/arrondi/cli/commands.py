@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from arrondi.cli.adapting import adapt
+from arrondi.cli.communicating import traffic
 from arrondi.cli.measuring import bench, evaluate
 from arrondi.cli.quantizing import plan, quantize
 from arrondi.cli.reading import dequantize, imatrix, inspect
@@ -49,3 +51,5 @@ app.command(cls=Strict)(imatrix)
 app.command(cls=Strict)(run)
 app.command(cls=Strict)(demo)
 app.command(cls=Strict)(bench)
+app.add_typer(adapt)
+app.command(cls=Strict)(traffic)

@@ -1,6 +1,6 @@
 """Number formats, granularities and schemes: floor 0, plain data that imports neither torch nor NumPy."""
 
-from arrondi.formats.format import FORMATS, Format, codebook, get_format, integer, look_up
+from arrondi.formats.format import FORMATS, Format, codebook, dynamic_levels, get_format, integer, look_up
 from arrondi.formats.grammar import parse_activations, parse_scheme
 from arrondi.formats.granularity import (
     Granularity,
@@ -34,6 +34,7 @@ __all__ = [
     "Scheme",
     "Table",
     "codebook",
+    "dynamic_levels",
     "get_format",
     "integer",
     "look_up",

@@ -151,15 +151,19 @@ _FP4_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """Magnitudes of bitsandbytes' FP4 in code order, before dividing by 12; bit 3 is the sign."""
 
 
-def _dynamic8() -> Format:
-    """The signed log-spaced 8-bit code of double quantization: 7 decades, 2^i - 1 midpoints each, plus 0 and 1."""
+def dynamic_levels(signed: bool = True) -> tuple[float, ...]:
+    """The 256 values of the log-spaced 8-bit map, ascending: 7 decades of 2^i intervals of [0.1, 1] (2^(i+1) without signs), their midpoints, 0 and 1.
+
+    Source: Dettmers 2016, arXiv:1511.04561; as in Dettmers et al. 2021, arXiv:2110.02861.
+    """
     levels = {0.0, 1.0}
     for i in range(7):
-        edges = [0.1 + 0.9 * k / 2**i for k in range(2**i + 1)]
+        count = 2**i if signed else 2 ** (i + 1)
+        edges = [0.1 + 0.9 * k / count for k in range(count + 1)]
         for low, high in itertools.pairwise(edges):
             middle = (low + high) / 2 * 10.0 ** (i - 6)
-            levels |= {middle, -middle}
-    return codebook("dynamic8", sorted(levels))
+            levels |= {middle, -middle} if signed else {middle}
+    return tuple(sorted(levels))
 
 
 def _log8() -> Format:
@@ -186,7 +190,7 @@ _TABLE: Final = (
     Format("fp4_bnb", "float", 4, 0, 15, tuple(s * v / 12 for s in (1, -1) for v in _FP4_BNB)),
     Format("ternary", "integer", 2, -1, 1),
     codebook("binary", (-1.0, 1.0)),
-    _dynamic8(),
+    codebook("dynamic8", dynamic_levels()),
     _log8(),
     e8m0,
 )

@@ -20,7 +20,7 @@ from typing import Final
 import torch
 
 from arrondi.errors import SchemeError, unknown
-from arrondi.formats import Scheme
+from arrondi.formats import ActivationScheme, Scheme
 from arrondi.kernels.act_order import contiguous_groups, scattered_groups
 from arrondi.kernels.binary import binary_linear, pack_signs, sign_tiles
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
@@ -28,11 +28,12 @@ from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
 from arrondi.kernels.native_linear import NATIVE, integer_linear
 from arrondi.kernels.packed import decoded, decoded_rows, pack_weight, unpack_weight
 from arrondi.kernels.reference import REFERENCE
+from arrondi.kernels.signs import SIGNS
 from arrondi.kernels.torch_ops import TORCH_INT4, TORCH_INT8
 from arrondi.kernels.triton_linear import TRITON
 
 KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType(
-    {k.name: k for k in (NATIVE, TORCH_INT4, TORCH_INT8, TRITON, REFERENCE)}
+    {k.name: k for k in (SIGNS, NATIVE, TORCH_INT4, TORCH_INT8, TRITON, REFERENCE)}
 )
 """Every kernel by name, the preferred ones first."""
 
@@ -47,6 +48,7 @@ def choose(
     device: torch.device | str = "cpu",
     *,
     plain: bool = True,
+    inputs: ActivationScheme | None = None,
 ) -> Kernel:
     """The first kernel of the table that can do it, or the one that the environment variable `ARRONDI_KERNEL` names.
 
@@ -56,11 +58,12 @@ def choose(
         x_dtype: in which the product is computed.
         device: where the weight lies.
         plain: False for a weight whose groups are scattered over the columns.
+        inputs: how x is rounded at every call; None if it is not, or not always.
 
     Raises:
         SchemeError: no kernel can, or the one asked for cannot, or it does not exist; the message has the reason.
     """
-    reasons = explain(scheme, shape, x_dtype, device, plain=plain)
+    reasons = explain(scheme, shape, x_dtype, device, plain=plain, inputs=inputs)
     forced = os.environ.get(FORCE, "").strip()
     if forced:
         if forced not in KERNELS:
@@ -87,6 +90,7 @@ def explain(
     device: torch.device | str = "cpu",
     *,
     plain: bool = True,
+    inputs: ActivationScheme | None = None,
 ) -> list[tuple[str, str | None]]:
     """Every kernel in order of preference with the sentence why it refuses, None if it does not.
 
@@ -98,6 +102,8 @@ def explain(
     reasons = []
     for name, kernel in KERNELS.items():
         own = None if kernel is REFERENCE else scattered or apart
+        if kernel is SIGNS and (inputs is None or not SIGNS.rounds(scheme, inputs)):
+            own = own or "It multiplies the signs of inputs that are rounded to signs, with one stored scale."
         reasons.append((name, own or kernel.refuse(scheme, tuple(shape), x_dtype, where)))
     return reasons
 

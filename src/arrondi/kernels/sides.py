@@ -108,15 +108,15 @@ def scaled(sums: torch.Tensor, row: Factor, column: Factor, bias: Factor, dtype:
     """sums · row · column + bias.
 
     Args:
-        sums: (rows, columns) int32.
+        sums: (rows, columns) int32; used up, since a float32 result takes their place in memory.
         row, column, bias: (rows,), (columns,) and (columns,) float32, or None.
         dtype: of the result, a floating type.
     """
     rows, columns = _shape(sums)
     if not (sums.is_cpu and available() and dtype in (torch.float32, torch.bfloat16)):
         return scaled_reference(sums, row, column, bias, dtype)
-    y = torch.empty((rows, columns), dtype=dtype)
     sums = sums.contiguous()
+    y = sums.view(dtype) if dtype == torch.float32 else torch.empty((rows, columns), dtype=dtype)
     kept = (_factor(row), _factor(column), _factor(bias))
     assert native is not None
     native.scale_sums(

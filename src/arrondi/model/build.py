@@ -40,6 +40,8 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
     """
     import transformers
 
+    import arrondi.model.bi_attention  # noqa: F401 (a config may name it)
+
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     names = plain.get("architectures") or []
     kind = plain.get("model_type")

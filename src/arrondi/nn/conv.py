@@ -7,6 +7,7 @@ channel, its inputs of a group times the kernel's places along it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.formats import ActivationScheme, PerTensor
 from arrondi.kernels import decoded, pack_weight, unpack_weight
+from arrondi.nn.gradients import through, wanted
 from arrondi.nn.inputs import check_input, keep_grid, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
@@ -62,6 +64,8 @@ class QConv(nn.Module):
         input_grid: its stored scale (and zero point) where it is static; else None.
         dtype: in which the product is computed; x is cast to it, and y cast back to the type of x.
 
+    Gradients reach x and, where it is asked for, the bias; never the weight. Rounding x counts as the identity.
+
     Raises:
         ShapeError: the weight does not fit the convolution.
         SchemeError: `conv` is of a class that is not known, or inputs are rounded by token or group.
@@ -102,21 +106,39 @@ class QConv(nn.Module):
     def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """x (batch, in, …) or (in, …) → (batch, out, …), same dtype; `output_size` as in PyTorch's transposed convolutions."""
         check_input(x)
+        if wanted(x, self.bias) and not torch.compiler.is_compiling():
+            back = partial(self._back, x.shape, output_size)
+            return through(
+                x, self.bias, partial(self._whole, output_size), back, -1 - len(self._geometry[0].kernel_size)
+            )
+        return self._whole(output_size, x)
+
+    def _whole(self, output_size: list[int] | None, x: torch.Tensor) -> torch.Tensor:
         values = x.to(self.dtype)
         if self.inputs is not None:
             values = round_inputs(values, self.inputs, self)
+        return self._convolved(values, output_size).to(x.dtype)
+
+    def _back(self, shape: torch.Size, output_size: list[int] | None, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of x, which is the same wherever it is taken."""
+        with torch.enable_grad():
+            anywhere = torch.zeros(shape, dtype=self.dtype, device=grad.device, requires_grad=True)
+            y = self._convolved(anywhere, output_size)
+        return torch.autograd.grad(y, anywhere, grad.to(y.dtype), create_graph=grad.requires_grad)[0]
+
+    def _convolved(self, values: torch.Tensor, output_size: list[int] | None) -> torch.Tensor:
+        """The convolution of values of the compute dtype with the weight, decoded for this call."""
         conv = self._geometry[0]
         weight = conv_weight(decoded(self._tensors(), self.scheme, self.shape, self.dtype), conv)
         bias = None if self.bias is None else self.bias.to(self.dtype)
         if not isinstance(conv, _ConvTransposeNd):
-            return conv._conv_forward(values, weight, bias).to(x.dtype)
+            return conv._conv_forward(values, weight, bias)
         stride, padding, kernel, dilation = (
             [int(n) for n in part] for part in (conv.stride, conv.padding, conv.kernel_size, conv.dilation)
         )
         more = conv._output_padding(values, output_size, stride, padding, kernel, len(kernel), dilation)
         product = _TRANSPOSED[type(conv)]
-        y = product(values, weight, bias, conv.stride, conv.padding, more, conv.groups, conv.dilation)
-        return y.to(x.dtype)
+        return product(values, weight, bias, conv.stride, conv.padding, more, conv.groups, conv.dilation)
 
     def unpack(self) -> QTensor:
         """The weight again, as a matrix: the same codes, scales, zero points, offsets and scheme."""

@@ -1,6 +1,6 @@
-"""Rounding that gradients can go through: what training with quantization in mind and training in few bits both need.
+"""Rounding to steps that are learned: what training with quantization in mind and training in few bits both need.
 
-Owns: `straight_round`, `first_step`, `lsq`, `step_slope`.
+Owns: `first_step`, `lsq`, `step_slope`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,6 @@ import math
 from typing import Any
 
 import torch
-
-
-def straight_round(x: torch.Tensor) -> torch.Tensor:
-    """Rounded half to even; gradients pass as if it were not (a straight-through estimate; Bengio et al., 2013, arXiv:1308.3432)."""
-    return x + (x.round() - x).detach()
 
 
 def first_step(x: torch.Tensor, highest: int) -> torch.Tensor:
@@ -30,7 +25,7 @@ def first_step(x: torch.Tensor, highest: int) -> torch.Tensor:
 
 
 def step_slope(
-    there: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, lowest: int, highest: int
+    there: torch.Tensor, codes: torch.Tensor, slope: torch.Tensor, lowest: int, highest: int, numel: int = 0
 ) -> torch.Tensor:
     """The gradient of a learned step, scaled by 1 / √(numel · highest) as LSQ does.
 
@@ -39,13 +34,14 @@ def step_slope(
         codes: clip(round(there)).
         slope: gradient of codes · step. All of one shape.
         lowest, highest: codes.
+        numel: of the whole tensor, where this is a part of it.
 
     Returns:
         () float32.
     """
     inside = (there > lowest) & (there < highest)
     by_step = torch.where(inside, codes - there, codes)
-    return (slope * by_step).sum() / math.sqrt(max(there.numel(), 1) * highest)
+    return (slope * by_step).sum() / math.sqrt(max(numel or there.numel(), 1) * highest)
 
 
 class _Learned(torch.autograd.Function):

@@ -82,13 +82,15 @@ def keep_grid(module: nn.Module, inputs: ActivationScheme | None, grid: Grid | N
 def round_inputs(x: torch.Tensor, inputs: ActivationScheme, module: nn.Module) -> torch.Tensor:
     """`x` as it reads back after rounding, in its own dtype, with the grid that `keep_grid` gave the module.
 
+    Gradients pass as if it were not rounded.
+
     Raises:
         DataError: x has NaN or infinity.
     """
-    if inputs.dynamic is True:
-        return fake_quantize(x, inputs.scheme, name="inputs")
-    stored = Grid(module.get_buffer("input_scale"), *(module._buffers.get(name) for name in _NAMES[1:]))
-    return fake_quantize(x, inputs.scheme, stored, name="inputs")
+    stored = None
+    if inputs.dynamic is not True:
+        stored = Grid(module.get_buffer("input_scale"), *(module._buffers.get(name) for name in _NAMES[1:]))
+    return _straight(x, fake_quantize(x.detach(), inputs.scheme, stored, name="inputs"))
 
 
 def outlier_columns(x: torch.Tensor, inputs: ActivationScheme, columns: torch.Tensor | None) -> torch.Tensor | None:
@@ -155,7 +157,12 @@ class RoundedInputs:
         rounded = fake_quantize(values, self.inputs.scheme, grid=self.grid, name=self.name)
         if columns is not None:
             rounded[..., columns.long()] = x.detach()[..., columns.long()]
-        return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
+        return _straight(x, rounded)
+
+
+def _straight(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """`rounded`, with the gradient of x."""
+    return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 def _outer(inputs: ActivationScheme) -> Scheme:

@@ -19,9 +19,10 @@ from arrondi.formats import ActivationScheme, PerTensor, PerToken
 from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, scattered_groups
 from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
 from arrondi.kernels.product import Product
+from arrondi.nn.gradients import through, times, wanted
 from arrondi.nn.inputs import check_input, keep_grid, outlier_columns, round_inputs
 from arrondi.nn.packed import PackedWeight, keep_types
-from arrondi.rewrite.spread import check_block, spread
+from arrondi.rewrite.spread import check_block, spread, unspread
 from arrondi.tensor.apart import Kept
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
@@ -42,6 +43,7 @@ class QLinear(nn.Module):
         SchemeError: the kernel named by `ARRONDI_KERNEL` cannot run this layer, or the grid does not go with the inputs.
         DataError: the grid is no positive number.
 
+    Gradients reach x and, where it is asked for, the bias; never the weight. Rounding x counts as the identity.
     `.to(dtype)` and `.half()` leave the packed weight as it is. Moving the layer to a device where its kernel does not
     run is a SchemeError.
     """
@@ -82,7 +84,8 @@ class QLinear(nn.Module):
         self.apart, weight = weight.scheme.apart, self._keep_apart(weight)
         if weight.group_index is not None:
             weight, order = _sorted(weight)
-        kernel = choose(weight.scheme, weight.shape, dtype, weight.codes.device, plain=weight.group_index is None)
+        where, plain = weight.codes.device, weight.group_index is None
+        kernel = choose(weight.scheme, weight.shape, dtype, where, plain=plain, inputs=inputs)
         self.kernel = kernel.name
         # In another order, columns would meet in other groups.
         apart = (
@@ -103,9 +106,12 @@ class QLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in), any float dtype → (..., out), same dtype."""
+        bias = self._parameters["bias"]
+        if isinstance(x, torch.Tensor) and wanted(x, bias) and not _tracing():
+            check_input(x)
+            return through(x, bias, self._product, self._back)
         if type(x) is not torch.Tensor or x.dtype != self.meta.dtype or x.requires_grad or _tracing():
             return self._product(x)
-        bias = self._parameters["bias"]
         if self._bound is None or self._bound.bias is not bias or self._bound.version != _version(bias):
             self._bound = _Bound(bias, _version(bias), self._bind())
         return self._bound.product(x)
@@ -128,6 +134,11 @@ class QLinear(nn.Module):
         elif self.apart_index is not None:
             y = y + self._apart_product(kept)
         return y.to(x.dtype)
+
+    def _back(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of x."""
+        of_x = times(grad, lambda dtype: self.unpack().dequantize(dtype), self.meta.dtype)
+        return unspread(of_x, self.spread) if self.spread else of_x
 
     def _multiply(self, values: torch.Tensor, meta: Meta, bias: torch.Tensor | None) -> torch.Tensor:
         """The kernel's product, with columns in its order."""
@@ -212,6 +223,11 @@ class QLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         """The weight that the layer computes with, (out, in), in the compute dtype."""
         return self.unpack().dequantize(self.meta.dtype)
+
+    def dense(self) -> torch.Tensor:
+        """The weight for inputs as they are given, not spread: (out, in), in the compute dtype."""
+        weight = self.dequantize()
+        return unspread(weight.float(), self.spread).to(weight.dtype) if self.spread else weight
 
     @property
     def direct(self) -> bool:

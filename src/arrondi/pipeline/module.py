@@ -64,7 +64,7 @@ def quantize_module(
     """
     with _experts_one_by_one(model):
         source, plan, done = round_module(model, recipe, calibration, keep_misfits=keep_misfits, progress=progress)
-        _install(source, plan, done)
+        install_plan(source, plan, done)
     for name, value in plan.declared.config.items():
         if hasattr(getattr(model, "config", None), name) and not isinstance(value, Mapping):
             setattr(model.config, name, value)
@@ -230,7 +230,12 @@ def _copy(source: InMemory) -> Units:
     return copied.units_of(copied.instance())
 
 
-def _install(source: InMemory, plan: Plan, values: dict[str, LayerValues]) -> None:
+def install_plan(source: InMemory, plan: Plan, values: dict[str, LayerValues]) -> None:
+    """Packed modules in the place of those that a plan quantizes.
+
+    Args:
+        values: the numbers of every tensor that it quantizes.
+    """
     planned = plan.quantized
     by_param: dict[str, list[Site]] = {}
     inputs = {}

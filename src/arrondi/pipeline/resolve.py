@@ -32,7 +32,7 @@ UNREACHED: Final = "text does not reach it"
 """How the reason begins for which towers of images and sound are kept."""
 LOOKED_UP: Final = "it is looked up, not multiplied"
 """Why an embedding is rounded by a method that looks at no inputs."""
-_SMALL_OUTPUT = 8
+SMALL_OUTPUT = 8
 """A linear with fewer outputs (a gate) is kept: nothing to gain, and runtimes expect it plain."""
 _NAME_TABLES: Final = (
     "Tables of embeddings that are tied to a head stay; name them in --targets, or give --embeddings, to quantize both"
@@ -159,7 +159,7 @@ class Resolver:
             return replace(plain, reason=f"{UNREACHED}; name it in --targets to quantize it {how}")
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit)
-        if site.shape[0] < _SMALL_OUTPUT and site.kind != "convolution":  # whose outputs are channels of images
+        if site.shape[0] < SMALL_OUTPUT and site.kind != "convolution":  # whose outputs are channels of images
             return replace(plain, reason=f"only {site.shape[0]} outputs", picked=picked)
         return self._quantized(replace(plain, rule=rule, picked=picked))
 
@@ -186,7 +186,7 @@ class Resolver:
             return replace(plain, reason="a table, but not of words; name it in --targets to quantize it")
         if site.unfit:
             return replace(plain, status="kept because impossible", reason=site.unfit, rule=rule)
-        if site.shape[0] < _SMALL_OUTPUT:
+        if site.shape[0] < SMALL_OUTPUT:
             return replace(plain, reason=f"only {site.shape[0]} rows")
         return self._quantized(replace(plain, rule=rule))
 

@@ -82,7 +82,7 @@ def dequantize_model(
                     writer.put(name, _plain(checkpoint, name, kind))
                 journal.record(f"tensors {i}", None, wrote=writer.sync(), read=ledger.taken())
             done += len(group)
-        config = _unquantized(checkpoint.folder.config)
+        config = unquantized(checkpoint.folder.config)
         for name in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             config[name] = dtype
         facts = {"dtype": dtype, "versions": versions()}
@@ -114,6 +114,6 @@ def _grouped(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
     return groups
 
 
-def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what it, or a part of it, says of a quantization."""
-    return {k: _unquantized(v) if isinstance(v, dict) else v for k, v in config.items() if k != "quantization_config"}
+    return {k: unquantized(v) if isinstance(v, dict) else v for k, v in config.items() if k != "quantization_config"}

@@ -1,5 +1,6 @@
 """Words and tables for people. Nothing here computes."""
 
+from arrondi.report.adapters import print_merge, print_start
 from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.folds import print_folds
 from arrondi.report.networks import print_network, print_network_evaluation
@@ -15,6 +16,7 @@ from arrondi.report.tables import (
     print_plan,
     print_report,
 )
+from arrondi.report.traffic import print_traffic
 
 __all__ = [
     "print_bench",
@@ -24,12 +26,15 @@ __all__ = [
     "print_facts",
     "print_folds",
     "print_inspection",
+    "print_merge",
     "print_methods",
     "print_network",
     "print_network_evaluation",
     "print_outliers",
     "print_plan",
     "print_report",
+    "print_start",
+    "print_traffic",
     "progress_bar",
     "sole_reader",
 ]

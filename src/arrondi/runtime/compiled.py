@@ -53,6 +53,7 @@ class Compiled:
         if pattern.query_norm is not None and pattern.key_norm is not None:
             norm, key_norm = (_weight(block, n) for n in (pattern.query_norm, pattern.key_norm))
             self.head_norms = {"norm": norm, "key_norm": key_norm, "eps": pattern.query_norm.eps}
+        self.layers = [_place(block, name) for name in pattern.linears]
         modules = list(block.modules())
         self.inside = [vars(m) for m in modules if m is not block]
         self.hooks = [hooks for m in self.inside for hooks in (m["_forward_hooks"], m["_forward_pre_hooks"])]
@@ -71,6 +72,10 @@ class Compiled:
 
     def needs_gradients(self) -> bool:
         return any(p.requires_grad for p in self.parameters)
+
+    def holds_its_layers(self) -> bool:
+        """Whether no linear layer was replaced, as an adapter does; quick enough for every token."""
+        return all(held.get(name) is value for held, name, value in self.layers)
 
     def holds_its_parts(self) -> bool:
         """Whether no part, parameter or forward was replaced."""
@@ -109,6 +114,12 @@ def _linear(block: nn.Module, name: str) -> QLinear:
     if not isinstance(layer, QLinear):
         raise Differs(f"Its {name} is a {type(layer).__name__}, no QLinear.")
     return layer
+
+
+def _place(block: nn.Module, name: str) -> tuple[dict[str, Any], str, nn.Module]:
+    """Where a layer is held, under which name, and itself."""
+    owner, _, leaf = name.rpartition(".")
+    return vars(block.get_submodule(owner))["_modules"], leaf, block.get_submodule(name)
 
 
 def _weight(block: nn.Module, norm: Norm) -> torch.Tensor:

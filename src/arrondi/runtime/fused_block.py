@@ -93,6 +93,7 @@ class FusedBlock(nn.Module):
             and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled("cpu")
             and not (torch.is_grad_enabled() and (hidden.requires_grad or compiled.needs_gradients()))
+            and compiled.holds_its_layers()
             and ((hidden.shape[1] == 1 and given.get("past_key_values") is not None) or self._untouched(compiled))
         )
 

@@ -29,6 +29,7 @@ from arrondi.checkpoint import (
 )
 from arrondi.errors import FileFormatError, OutputError, SchemeError, unknown
 from arrondi.model import InMemory, Site
+from arrondi.model.bi_attention import stored_attention
 from arrondi.nn import QConv, QEmbedding, QLinear, QStack
 from arrondi.runtime.install import install
 from arrondi.runtime.save import Held, SavePretrained
@@ -153,7 +154,9 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> dic
         writer.put(name, tensor.detach().cpu())
     writer.publish()
     config: Any = getattr(model, "config", None)
-    facts = config.to_dict() if hasattr(config, "to_dict") else {"architectures": [type(model).__name__]}
+    facts = config.to_dict() if hasattr(config, "to_dict") else {}
+    facts["architectures"] = facts.get("architectures") or [type(model).__name__]
+    facts |= stored_attention(config)
     kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     placed, known_facts = [layer.placed for layer in layers.values()], getattr(model, _FACTS)
     described = chosen.config(placed, kept, known_facts)

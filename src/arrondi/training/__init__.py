@@ -13,14 +13,15 @@ from arrondi.training.convert import (
     convert_to_lowbit_training,
     learned_state,
     load_learned_state,
-    report,
     restore_training,
+    training_report,
 )
 from arrondi.training.method import TrainingMethod
-from arrondi.training.methods import TRAINING_METHODS
+from arrondi.training.methods import PRODUCTS, TRAINING_METHODS
 from arrondi.training.pace import follow_deviation
 
 __all__ = [
+    "PRODUCTS",
     "TRAINING_METHODS",
     "LayerReport",
     "TrainingMethod",
@@ -28,6 +29,6 @@ __all__ = [
     "follow_deviation",
     "learned_state",
     "load_learned_state",
-    "report",
     "restore_training",
+    "training_report",
 ]

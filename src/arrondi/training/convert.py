@@ -1,25 +1,27 @@
 """Models that train in few bits, and back.
 
-Owns: `convert_to_lowbit_training`, `restore_training`, `report`, `learned_state`, `load_learned_state`.
+Owns: `convert_to_lowbit_training`, `restore_training`, `training_report`, `learned_state`, `load_learned_state`.
 """
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError, unknown
+from arrondi.pipeline.recipe import matches
+from arrondi.training.latent import LATENT, _Latent
 from arrondi.training.method import Arithmetic, TrainingMethod
-from arrondi.training.methods import TRAINING_METHODS
+from arrondi.training.methods import PRODUCTS, TRAINING_METHODS
+from arrondi.training.models import make_latent, make_plain
 from arrondi.training.modules import PREFIX, LowBitConv2d, LowBitLinear, become, unbecome
 
-LowBitLayer = LowBitLinear | LowBitConv2d
+LOWBIT: Final = (LowBitLinear, LowBitConv2d)
 
 
 @dataclass(frozen=True)
@@ -42,33 +44,41 @@ class LayerReport:
 
 
 def convert_to_lowbit_training(
-    model: nn.Module, method: str, *, exclude: Sequence[str] = (), **options: Any
+    model: nn.Module, method: str, *, ignore: Iterable[str] | None = None, **options: Any
 ) -> list[LayerReport]:
     """Let the linear layers and convolutions of a model train in few bits, in place.
 
-    They stay the same modules with the same parameters under the same names: optimizers that hold them, hooks, tied layers and
-    state dicts go on as before. Convert before a model is wrapped by DDP or `fully_shard`.
+    Their parameters stay, under their names: optimizers that hold them, hooks, tied layers and state dicts go on as before. Convert
+    before a model is wrapped by DDP or `fully_shard`. `torch.compile` leaves the converted layers out of its graphs.
 
     Args:
-        model: any module. Layers whose class computes in a way of its own, grouped convolutions, tables that are tied to an
+        model: any module. Layers whose class computes in a way of its own, grouped convolutions, heads that are tied to an
             embedding and the output layer of a transformers model stay in float.
-        method: a name of `TRAINING_METHODS`.
-        exclude: patterns of names that stay in float, such as `"*.fc"`.
+        method: a name of `TRAINING_METHODS`. Of those with weights of one or two bits, `arrondi.training.models.pack` makes an
+            ordinary quantized model.
+        ignore: what stays in float: class names, paths of modules, or "re:" and a pattern.
         options: of the method; see its class of options.
 
     Returns:
-        What became of every layer with a matrix, as `report` gives it.
+        What became of every layer with a matrix, as `training_report` gives it.
 
     Raises:
-        SchemeError: there is no such method or option, the model is converted already, or nothing in it can be.
+        SchemeError: there is no such method or option, the model is converted already, a selector finds nothing, or nothing in the
+            model can be converted.
     """
-    chosen = TRAINING_METHODS.get(method)
-    if chosen is None:
+    if method not in TRAINING_METHODS:
         raise unknown("training method", method, TRAINING_METHODS)
-    given = _options(chosen, options)
-    if any(isinstance(module, LowBitLayer) for module in model.modules()):
+    if any(isinstance(module, (*LOWBIT, _Latent)) for module in model.modules()):
         raise SchemeError("The model trains in few bits already: call restore_training() first.")
-    found = [(name, module, _why_not(model, name, module, exclude)) for name, module in _layers(model)]
+    if method in LATENT:
+        make_latent(model, method, ignore=ignore, **options)
+        return training_report(model)
+    chosen = PRODUCTS[method]
+    given = _options(chosen, options)
+    found = [(name, module, _why_not(model, name, module, _words(ignore))) for name, module in _layers(model)]
+    for word in _words(ignore):
+        if not any(matches(word, [name], _classes(module)) for name, module in model.named_modules()):
+            raise SchemeError(f"The selector {word!r} finds no layer of {type(model).__name__}. Check its spelling.")
     if not any(reason is None for _, _, reason in found):
         said = "; ".join(f"{name or 'the model'}: {reason}" for name, _, reason in found[:3]) or "it has no layers"
         raise SchemeError(f"Nothing in the model can train by {method} ({said}).")
@@ -76,26 +86,30 @@ def convert_to_lowbit_training(
         if reason is None:
             assert isinstance(module, nn.Linear | nn.Conv2d)
             become(module, chosen, given)
-    return report(model)
+    return training_report(model)
 
 
 def restore_training(model: nn.Module) -> None:
     """Undo `convert_to_lowbit_training`, in place. Trained weights stay; what a method learned besides is dropped."""
     for module in list(model.modules()):
-        if isinstance(module, LowBitLayer):
+        if isinstance(module, LOWBIT):
             unbecome(module)
+    make_plain(model)
 
 
-def report(model: nn.Module) -> list[LayerReport]:
+def training_report(model: nn.Module) -> list[LayerReport]:
     """In which arithmetic every layer of a converted model runs, and why others stay in float."""
     rows = []
     for name, module in _layers(model):
-        if isinstance(module, LowBitLayer):
+        if isinstance(module, LOWBIT):
             lowbit = module.lowbit
             arithmetic = lowbit.method.arithmetic(lowbit.layer)
             rows.append(LayerReport(name, lowbit.method.name, arithmetic, None, lowbit.layer.learning_rate))
+        elif isinstance(module, _Latent):
+            way = f"float32, weights rounded to {module.kind.format}"
+            rows.append(LayerReport(name, module.method, (way, way, "float32, straight through")))
         else:
-            reason = _why_not(model, name, module, ()) or "It was excluded."
+            reason = _why_not(model, name, module, ()) or "It was told to."
             rows.append(LayerReport(name, None, reason=reason))
     return rows
 
@@ -104,7 +118,7 @@ def learned_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What methods learned and keep besides weights, which no state dict has: to save beside it."""
     state: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LowBitLayer):
+        if isinstance(module, LOWBIT):
             layer = module.lowbit.layer
             state |= {f"{name}.{key}": getattr(module, PREFIX + key).detach().clone() for key in layer.learned}
             state |= {f"{name}.{key}": value.clone() for key, value in layer.kept.items()}
@@ -119,7 +133,7 @@ def load_learned_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> N
     """
     rest = dict(state)
     for name, module in model.named_modules():
-        if isinstance(module, LowBitLayer):
+        if isinstance(module, LOWBIT):
             layer = module.lowbit.layer
             for key in layer.learned:
                 if f"{name}.{key}" in rest:
@@ -151,10 +165,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _why_not(model: nn.Module, name: str, module: nn.Module, exclude: Sequence[str]) -> str | None:
+def _why_not(model: nn.Module, name: str, module: nn.Module, ignore: tuple[str, ...]) -> str | None:
     """Why a layer stays in float; None if it need not."""
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-        return "It was excluded."
+    if any(matches(word, [name], _classes(module)) for word in ignore):
+        return "It was told to."
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"Its class {type(module).__name__} computes in a way of its own."
     assert isinstance(module, nn.Linear | nn.Conv2d)
@@ -168,6 +182,14 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, exclude: Sequence[s
     if any(isinstance(other, nn.Embedding) and other.weight is module.weight for other in model.modules()):
         return "Its weight is an embedding's, too."
     return None
+
+
+def _classes(module: nn.Module) -> tuple[str, ...]:
+    return tuple(c.__name__ for c in type(module).__mro__)
+
+
+def _words(given: Iterable[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def _why_not_conv(conv: nn.Conv2d) -> str | None:

@@ -1,6 +1,6 @@
 """Backward products in few bits, with the forward product untouched.
 
-Owns: `HLQ`, `low_frequencies`, `compressed`. The gradient of the input is an int4 product after a Hadamard transform; that of the
+Owns: `HLQ`, `low_frequencies`, `compressed`, `turned_weight`. The gradient of the input is an int4 product after a Hadamard transform; that of the
 weight an int8 product of what neighbouring rows have in common, of which x is computed on the way forward: an eighth of x in
 float32 is all that waits for the way back.
 """
@@ -20,7 +20,10 @@ from arrondi.kernels import hadamard, hadamard_matrix
 from arrondi.kernels.sides import engine, integer_product, scaled
 from arrondi.training.geometry import Geometry
 from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, seed
-from arrondi.training.scales import rounded
+from arrondi.training.scales import Rounded, rounded
+
+_STRIP: Final = 256
+"""Inputs of a weight that are transformed at a time."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +99,44 @@ def _backward(
     rows, line, block = len(slope), geometry.line, options.block
     by_x = by_weight = None
     if wanted[0] and options.input_rank:
-        common = compressed(slope, line, block, options.input_rank)
-        by_x = _restored(_by_input(common, weight, 127), rows, line, block, options.input_rank)
+        left = rounded(compressed(slope, line, block, options.input_rank), seed=seed())
+        by_x = _restored(_product(left, rounded(weight, by_column=True)), rows, line, block, options.input_rank)
     elif wanted[0]:
-        pad = (0, -slope.shape[1] % block)
-        there, turned = (_turned(F.pad(side.float(), pad), block) for side in (slope, weight.T))
-        by_x = _by_input(there, turned.T, 7)
+        there = F.pad(slope.float(), (0, -slope.shape[1] % block))
+        left = rounded(hadamard(there.reshape(-1, block)).reshape(there.shape), 7, seed=seed())
+        by_x = _product(left, turned_weight(weight, block))
     if wanted[1]:
         left = rounded(compressed(slope, line, block, options.rank), by_column=True, seed=seed())
         by_weight = scaled(integer_product(left.codes.T, codes.T), left.scale, scale, None, torch.float32)
     return by_x, by_weight, {}
 
 
-def _turned(x: torch.Tensor, block: int) -> torch.Tensor:
-    return hadamard(x.reshape(-1, block)).reshape(x.shape)
+def turned_weight(weight: torch.Tensor, block: int) -> Rounded:
+    """A weight times a Hadamard matrix along its outputs, in codes of 4 bits with a scale for each input.
+
+    Args:
+        weight: (out, in) floating.
+        block: outputs that the transform mixes; zeros fill the last block.
+
+    Returns:
+        Codes (out, in) int8, and scales (in,).
+    """
+    outputs, inputs = weight.shape
+    basis = (hadamard_matrix(block).float() / block**0.5).to(weight.device)
+    codes = torch.empty((outputs + -outputs % block, inputs), dtype=torch.int8, device=weight.device)
+    scales = []
+    for start in range(0, inputs, _STRIP):  # strips stay in cache, and their memory is used again
+        strip = weight[:, start : start + _STRIP].float()
+        strip = F.pad(strip, (0, 0, 0, len(codes) - outputs)).reshape(-1, block, strip.shape[1])
+        found = rounded((basis @ strip).reshape(len(codes), -1), 7, by_column=True)
+        codes[:, start : start + _STRIP] = found.codes
+        scales.append(found.scale)
+    return Rounded(codes, torch.cat(scales))
 
 
-def _by_input(slope: torch.Tensor, weight: torch.Tensor, most: int) -> torch.Tensor:
-    """slope (rows, out) · weight (out, in) in codes up to `most`, with a scale for each row and each input."""
-    left, right = rounded(slope, most, seed=seed()), rounded(weight.T, most)
-    return scaled(integer_product(left.codes, right.codes), left.scale, right.scale, None, torch.float32)
+def _product(left: Rounded, right: Rounded) -> torch.Tensor:
+    """(rows, out) with a scale for each row times (out, in) with one for each input."""
+    return scaled(integer_product(left.codes, right.codes.T), left.scale, right.scale, None, torch.float32)
 
 
 def _arithmetic(layer: Layer) -> Arithmetic:

@@ -6,6 +6,7 @@ spreads outliers. Backward, `int4` splits a gradient into two 4-bit numbers and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -30,6 +31,9 @@ _CLIPPED: Final = 32
 
 _FINE: Final = 254
 """Parts of a step in which what rounding left is kept for the gradient of the step."""
+
+_STRIP: Final = 1 << 17
+"""Weights that are turned and rounded at a time."""
 
 _BLOCKS: Final = (8, 16, 32, 64, 128)
 
@@ -107,6 +111,23 @@ def _settled(layer: Layer, x: torch.Tensor, weight: torch.Tensor, searched: bool
     return int(layer.kept["block"])
 
 
+def _strips(rows: int, width: int) -> Iterator[slice]:
+    """Rows of a weight that are worked on at a time: they stay in cache, and their memory is used again."""
+    size = max(_STRIP // max(width, 1), 1)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _weight_codes(weight: torch.Tensor, block: int, step: torch.Tensor) -> torch.Tensor:
+    """Codes of a turned weight, (out, padded in) int8."""
+    width = weight.shape[1] + -weight.shape[1] % block
+    codes = torch.empty((weight.shape[0], width), dtype=torch.int8, device=weight.device)
+    there = inverse(step)
+    for strip in _strips(*codes.shape):
+        turned = _turned(_padded(weight[strip], block).float(), block)
+        codes[strip] = round_codes(turned, row=there.expand(len(turned)), lowest=_LOW, highest=_HIGH)
+    return codes
+
+
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -119,28 +140,28 @@ def _forward(
     matrix = geometry.matrix(x)
     block = _settled(layer, matrix, weight, turn)
     there = _turned(_padded(matrix, block).float(), block)
-    turned = _turned(_padded(weight, block).float(), block)
     step_x, step_weight = (layer.learned[name].detach().abs().reshape(()) for name in ("step_x", "step_weight"))
-    codes, of_weight = _rounded(there, step_x), _rounded(turned, step_weight)
+    codes, of_weight = _rounded(there, step_x), _weight_codes(weight, block, step_weight)
     plain = _plain(codes)
-    sums = integer_product(plain, _plain(of_weight))
+    sums = integer_product(plain, of_weight)
     unsound = 0 * extremes(there)  # a learned step would hide what is not finite
     y = scaled(sums, step_x * step_weight + unsound, None, bias, x.dtype)
     left = round_codes(there * inverse(step_x) - plain, row=torch.full((len(there),), float(_FINE)))
-    return y, Passed((codes, left, of_weight, turned, step_x, step_weight), (block, weight.shape[1]))
+    return y, Passed((codes, left, of_weight, weight, step_x, step_weight), (block, weight.shape[1]))
 
 
 def _learn(weight: torch.Tensor, options: Any) -> dict[str, torch.Tensor]:
     return {"step_x": torch.zeros(1), "step_weight": torch.zeros(1)}
 
 
-def _finish(
-    by_x: torch.Tensor | None, by_weight: torch.Tensor | None, passed: Passed
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
+_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]
+
+
+def _finish(by_x: torch.Tensor | None, by_weight: torch.Tensor | None, passed: Passed) -> _Gradients:
     """Gradients of rounded values → of what was rounded, turned back, and of the steps."""
-    codes, left, of_weight, turned, step_x, step_weight = passed.tensors
+    codes, left, of_weight, weight, step_x, step_weight = passed.tensors
     assert codes is not None and left is not None and of_weight is not None
-    assert turned is not None and step_x is not None and step_weight is not None
+    assert weight is not None and step_x is not None and step_weight is not None
     block, width = passed.facts
     learned = {}
     if by_x is not None:
@@ -150,9 +171,15 @@ def _finish(
         learned["step_x"] = step_slope(there, plain, by_x, _LOW, _HIGH).reshape(1)
         by_x = _turned(by_x * (codes <= _HIGH), block, back=True)[:, :width]
     if by_weight is not None:
-        plain = _plain(of_weight).float()
-        learned["step_weight"] = step_slope(turned / step_weight, plain, by_weight, _LOW, _HIGH).reshape(1)
-        by_weight = _turned(by_weight * (of_weight <= _HIGH), block, back=True)[:, :width]
+        total = torch.zeros((), device=weight.device)
+        there = inverse(step_weight)
+        for strip in _strips(*by_weight.shape):
+            turned = _turned(_padded(weight[strip], block).float(), block) * there
+            slope = by_weight[strip]
+            total += step_slope(turned, of_weight[strip], slope, _LOW, _HIGH, of_weight.numel())
+            by_weight[strip] = _turned(slope * ((turned > _LOW) & (turned < _HIGH)), block, back=True)
+        learned["step_weight"] = total.reshape(1)
+        by_weight = by_weight[:, :width]
     return by_x, by_weight, learned
 
 
@@ -166,46 +193,45 @@ def _chances(sizes: torch.Tensor, budget: float, how: str) -> torch.Tensor:
 
 def _sampled(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
+) -> _Gradients:
     """Both products from two 4-bit halves of the gradient, of whose 2 · rows about as many as there are rows are multiplied."""
     codes, _, of_weight, _, step_x, step_weight = passed.tensors
     assert codes is not None and of_weight is not None and step_x is not None and step_weight is not None
     halves = split(slope, seed())
     generator = torch.Generator().manual_seed(seed())
-    x, weight = _plain(codes), _plain(of_weight)
+    x = _plain(codes)
     parts = ((halves.coarse, halves.scale), (halves.fine, halves.scale / (2 * MOST)))
     sizes = torch.cat([part.float().norm(dim=1) * scale for part, scale in parts])
     rows, how = len(slope), layer.options.sampling
     by_x = by_weight = None
     if wanted[0]:
-        by_x = torch.zeros((rows, weight.shape[1]), dtype=torch.float32, device=slope.device)
+        by_x = torch.zeros((rows, x.shape[1]), dtype=torch.float32, device=slope.device)
         for (part, scale), p in zip(parts, _chances(sizes, rows, how).split(rows), strict=True):
             kept, more = drawn(p, generator)
-            sums = integer_product(part[kept], weight.T)
+            sums = integer_product(part[kept], of_weight.T)
             by_x.index_add_(0, kept, scaled(sums, more * scale * step_weight, None, None, torch.float32))
         by_x += 0 * halves.scale  # of what is not finite no row is drawn, and nothing may hide it
     if wanted[1]:
-        by_weight = torch.zeros((slope.shape[1], x.shape[1]), dtype=torch.float32, device=slope.device)
         leverage = sizes * x.float().norm(dim=1).repeat(2)
         for (part, scale), p in zip(parts, _chances(leverage, rows, how).split(rows), strict=True):
             kept, more = drawn(p, generator)
             # The weights of rows stand inside the sum: rows take them in and are rounded anew, by output.
             again = rounded(part[kept].to(torch.bfloat16), row=more, by_column=True, seed=seed())
             sums = integer_product(again.codes.T, x[kept].T)
-            by_weight += scaled(sums, again.scale * scale * step_x, None, None, torch.float32)
+            half = scaled(sums, again.scale * scale * step_x, None, None, torch.float32)
+            by_weight = half if by_weight is None else by_weight.add_(half)
+        assert by_weight is not None
         by_weight += 0 * halves.scale
     return _finish(by_x, by_weight, passed)
 
 
-def _plain_products(
-    slopes: torch.Tensor, scale: torch.Tensor, passed: Passed, wanted: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
+def _plain_products(slopes: torch.Tensor, scale: torch.Tensor, passed: Passed, wanted: tuple[bool, bool]) -> _Gradients:
     """Both products from one matrix of codes with one scale."""
     codes, _, of_weight, _, step_x, step_weight = passed.tensors
     assert codes is not None and of_weight is not None and step_x is not None and step_weight is not None
     by_x = by_weight = None
     if wanted[0]:
-        sums = integer_product(slopes, _plain(of_weight).T)
+        sums = integer_product(slopes, of_weight.T)
         by_x = scaled(sums, (scale * step_weight).expand(len(sums)), None, None, torch.float32)
     if wanted[1]:
         sums = integer_product(slopes.T, _plain(codes).T)

@@ -1,0 +1,307 @@
+"""What training in few bits costs and gains: the tables in the README and in docs/benchmarks.md.
+
+    python benchmarks/training.py --speed                                     a training step of a linear layer, beside PyTorch
+    python benchmarks/training.py --data DIR                                  every task by every method, three seeds
+    python benchmarks/training.py --data DIR --tasks vit --methods int8,int4 --seeds 1 --rows FILE.jsonl
+
+Tasks: `minilm` fine-tunes the sentence encoder on CoLA (Matthews correlation, in-domain sentences held out), `gpt` trains a small Llama on Shakespeare
+(nats a token of the last tenth), `resnet20` fine-tunes the network of the lossless pictures on JPEG ones, `vit` trains a vision transformer on the same
+(top-1). A row has the metric with its range over seeds, CPU seconds a step, and megabytes that wait for the way back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import arrondi
+from arrondi.training import PRODUCTS
+from networks import _CIFAR, ResNet20, ViT, _pictures, _scaled
+
+METHODS: Final = ("float32", *PRODUCTS)
+SHAPES: Final = ((512, 2048, 2048), (4096, 2048, 2048), (512, 4096, 11008), (4096, 4096, 11008))
+"""Tokens, inputs, outputs of one layer."""
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+class Task(NamedTuple):
+    """What is trained: a model, batches of one seed, the loss of one, and a figure of merit on what was held out."""
+
+    model: nn.Module
+    batches: Iterator[Any]
+    loss: Loss
+    metric: Callable[[], float]
+    rate: float
+    ignore: tuple[str, ...] = ()
+
+
+def pictures(data: Path, count: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    images, labels = _pictures(data / "cifar10" / "cifar10_train10k_jpg.zip", 10_000)
+    held = np.load(data / "cifar10" / "cifar10_test.npz")
+    test = torch.from_numpy(_scaled(held["images"][:count], *_CIFAR)), torch.from_numpy(held["labels"][:count]).long()
+    return (torch.from_numpy(_scaled(images, *_CIFAR)), torch.from_numpy(labels).long()), test
+
+
+def drawn(x: torch.Tensor, y: torch.Tensor, batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(x), generator=generator).split(batch):
+            flip = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
+            yield torch.where(flip, x[chosen].flip(3), x[chosen]), y[chosen]
+
+
+def _of_pictures(model: nn.Module, data: Path, seed: int, batch: int, rate: float) -> Task:
+    (x, y), (held, classes) = pictures(data, 2000)
+
+    def top1() -> float:
+        right = [model(a).argmax(1) == b for a, b in zip(held.split(250), classes.split(250), strict=True)]
+        return 100 * float(torch.cat(right).float().mean())
+
+    return Task(model, drawn(x, y, batch, seed), lambda m, b: F.cross_entropy(m(b[0]), b[1]), top1, rate)
+
+
+def resnet20(data: Path, seed: int) -> Task:
+    model = ResNet20()
+    model.load_state_dict(load_file(data / "cifar10" / "resnet20.safetensors"), strict=False)
+    return _of_pictures(model, data, seed, 64, 5e-4)
+
+
+def vit(data: Path, seed: int) -> Task:
+    return _of_pictures(ViT(channels=3, patches=64, depth=4), data, seed, 64, 1e-3)
+
+
+def gpt(data: Path, seed: int) -> Task:
+    tokenizer = AutoTokenizer.from_pretrained(data / "books-llama-6m")
+    text = (data / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    length = 128
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    train, held = windows[: len(windows) * 9 // 10], windows[len(windows) * 9 // 10 :][:96]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=length, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            for chosen in torch.randperm(len(train), generator=generator).split(16):
+                yield train[chosen]
+
+    def nats() -> float:
+        return float(torch.stack([model(part, labels=part).loss for part in held.split(16)]).mean())
+
+    return Task(model, batches(), lambda m, b: m(b, labels=b).loss, nats, 2e-3)
+
+
+class Judge(nn.Module):
+    """An encoder whose mean vector says whether a sentence is acceptable."""
+
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, 2)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        states = self.encoder(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None].float()
+        return self.head((states * mask).sum(1) / mask.sum(1))
+
+
+def minilm(data: Path, seed: int) -> Task:
+    tokenizer = AutoTokenizer.from_pretrained(data / "minilm-l6")
+    encoder = AutoModel.from_pretrained(data / "minilm-l6", dtype=torch.float32)
+    model = Judge(encoder, encoder.config.hidden_size)
+
+    def read(name: str) -> tuple[list[str], torch.Tensor]:
+        with (data / "cola" / name).open(encoding="utf-8") as lines:
+            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        return [row[3] for row in rows], torch.tensor([int(row[1]) for row in rows])
+
+    (said, labels), (held, truth) = read("in_domain_train.tsv"), read("in_domain_dev.tsv")
+    generator = torch.Generator().manual_seed(seed)
+
+    def of(sentences: list[str]) -> dict[str, torch.Tensor]:
+        return dict(tokenizer(sentences, padding=True, truncation=True, max_length=32, return_tensors="pt"))
+
+    def batches() -> Iterator[Any]:
+        while True:
+            for chosen in torch.randperm(len(said), generator=generator).split(32):
+                yield of([said[i] for i in chosen]), labels[chosen]
+
+    def matthews() -> float:
+        given = torch.cat([model(of(held[i : i + 64])).argmax(1) for i in range(0, len(held), 64)])
+        return float(torch.corrcoef(torch.stack((given, truth)).float())[0, 1].nan_to_num())
+
+    return Task(model, batches(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), matthews, 1e-4, ("head",))
+
+
+TASKS: Final[dict[str, tuple[Callable[[Path, int], Task], int, str]]] = {
+    "minilm": (minilm, 100, "Matthews correlation"),
+    "gpt": (gpt, 150, "nats a token"),
+    "resnet20": (resnet20, 40, "top-1, %"),
+    "vit": (vit, 250, "top-1, %"),
+}
+"""Task → how it is made, steps, what its metric is."""
+
+
+def waiting(task: Task, batch: Any) -> float:
+    """Megabytes that autograd keeps for the way back, without parameters, each piece of memory once."""
+    own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in own:
+            found[memory.data_ptr()] = memory.nbytes()
+        return x
+
+    kept = []  # what is freed would give its address to another
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), keep(x))[1], lambda x: x):
+        task.loss(task.model, batch)
+    return sum(found.values()) / 1e6
+
+
+def train(make: Callable[[Path, int], Task], data: Path, method: str, seed: int, steps: int) -> dict[str, float]:
+    torch.manual_seed(seed)
+    task = make(data, seed)
+    if method != "float32":
+        arrondi.convert_to_lowbit_training(task.model, method, ignore=task.ignore)
+    task.model.train()
+    first = next(task.batches)
+    task.loss(task.model, first)  # learned steps begin with the first batch
+    optimizer = torch.optim.AdamW(task.model.parameters(), task.rate)
+    if method == "int8-unified":
+        arrondi.follow_deviation(task.model, optimizer)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=steps)
+    megabytes, losses, spent = waiting(task, first), [], []
+    for _ in range(steps):
+        batch = next(task.batches)
+        start = time.process_time()
+        optimizer.zero_grad()
+        loss = task.loss(task.model, batch)
+        loss.backward()
+        optimizer.step()
+        spent.append(time.process_time() - start)
+        schedule.step()
+        losses.append(float(loss.detach()))
+    task.model.eval()
+    with torch.no_grad():
+        metric = task.metric()
+    tail = losses[-max(steps // 10, 1) :]
+    return {"metric": metric, "loss": sum(tail) / len(tail), "seconds": median(spent), "megabytes": megabytes}
+
+
+def table(rows: list[dict[str, Any]], name: str, steps: int, what: str) -> None:
+    print(f"\n{name}, {steps} steps, {what}\n{'':14s}  metric (least … most)        loss   CPU s a step   MB waiting")
+    for method in METHODS:
+        found = [row for row in rows if (row["task"], row["method"]) == (name, method)]
+        if found:
+            metrics = [row["metric"] for row in found]
+            mean = {key: sum(row[key] for row in found) / len(found) for key in ("loss", "seconds", "megabytes")}
+            print(
+                f"{method:14s}  {sum(metrics) / len(metrics):7.3f} ({min(metrics):7.3f} … {max(metrics):7.3f})"
+                f"  {mean['loss']:6.3f}   {mean['seconds']:8.3f}   {mean['megabytes']:9.1f}"
+            )
+
+
+def _seconds(layer: nn.Linear, tokens: int, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+    """CPU seconds of a step, forward and backward, and of its forward part; best of several."""
+    x = torch.randn(tokens, layer.in_features, dtype=dtype, requires_grad=True)
+    slope = torch.randn(tokens, layer.out_features, dtype=dtype)
+    both, forward = [], []
+    for _ in range(rounds + 1):
+        layer.weight.grad = x.grad = None
+        start = time.process_time()
+        y = layer(x)
+        middle = time.process_time()
+        y.backward(slope)
+        both.append(time.process_time() - start)
+        forward.append(middle - start)
+    return min(both[1:]), min(forward[1:])
+
+
+def _torchao(python: str, shape: tuple[int, int, int], rounds: int) -> None:
+    """torchao's int8 training of the same layer, in an environment of its own, beside float32 there."""
+    script = Path(__file__).parent / "peers" / "torchao_training.py"
+    command = [python, script, *map(str, (*shape, rounds, torch.get_num_threads()))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"  torchao int8   {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"  torchao int8   {found['float32'] / found['torchao']:5.2f} ×", flush=True)
+
+
+def speed(shapes: tuple[tuple[int, int, int], ...], methods: list[str], rounds: int, torchao: str = "") -> None:
+    print(f"A training step of a linear layer, {torch.get_num_threads()} threads: times of float32 over those of")
+    for tokens, inputs, outputs in shapes:
+        layer = nn.Linear(inputs, outputs)
+        base, base_forward = _seconds(layer, tokens, torch.float32, rounds)
+        half, _ = _seconds(nn.Linear(inputs, outputs, dtype=torch.bfloat16), tokens, torch.bfloat16, rounds)
+        print(f"{tokens} tokens, {inputs} → {outputs}: float32 {base:.3f} CPU s, bfloat16 {base / half:.2f} ×")
+        for method in methods:
+            if method == "float32":
+                continue
+            arrondi.convert_to_lowbit_training(layer, method)
+            whole, forward = _seconds(layer, tokens, torch.float32, rounds)
+            arrondi.restore_training(layer)
+            back = (base - base_forward) / max(whole - forward, 1e-9)
+            print(f"  {method:14s} {base / whole:5.2f} ×   backward {back:5.2f} ×   {half / whole:5.2f} × bfloat16", flush=True)  # fmt: skip
+        if torchao:
+            _torchao(torchao, (tokens, inputs, outputs), rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--shapes", help="tokens×inputs×outputs, several with commas")
+    parser.add_argument("--peer", default="", help="torchao=PYTHON: its int8 training beside --speed")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=float, default=1.0, help="times the steps of each task")
+    parser.add_argument("--rows", type=Path, help="file in which finished rows are kept and found again")
+    args = parser.parse_args()
+    methods = args.methods.split(",")
+    if args.speed:
+        given = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or "").split(",") if shape]
+        peer = args.peer.removeprefix("torchao=")
+        speed(tuple((a, b, c) for a, b, c in given) or SHAPES, methods, args.rounds, peer)
+    if args.data is None:
+        return
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
+    for name in args.tasks.split(","):
+        make, steps, what = TASKS[name]
+        steps = max(math.ceil(steps * args.steps), 10)
+        for seed in range(args.seeds):
+            for method in methods:
+                key = {"task": name, "method": method, "seed": seed, "steps": steps}
+                if not any(key.items() <= row.items() for row in rows):
+                    rows.append(key | train(make, args.data, method, seed, steps))
+                    if args.rows:
+                        with args.rows.open("a") as file:
+                            file.write(json.dumps(rows[-1]) + "\n")
+        table([row for row in rows if row["steps"] == steps], name, steps, what)
+
+
+if __name__ == "__main__":
+    main()

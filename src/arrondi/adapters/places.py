@@ -1,0 +1,110 @@
+"""Where adapters sit in a model directory: `Place`, `places`, and a copy of a directory with other numbers there (`rewritten`, `scratch`).
+
+A place is a linear layer whose weight is one matrix of one stored tensor; peft calls it by its module, files by their tensors.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, write_config
+from arrondi.model import OnDisk, Site
+from arrondi.pipeline.restore import unquantized
+
+_SHARD_BYTES = 5_000_000_000
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""The weight of a place (out, in) in float32 → another."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer.
+
+    Attributes:
+        module: its path in the model.
+        site: its weight.
+        stored: the tensor of the file that holds it.
+    """
+
+    module: str
+    site: Site
+    stored: str
+
+    def weight(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """(out, in) float32, as it multiplies inputs that are not spread."""
+        return self.view(checkpoint.plain(self.stored)).contiguous()
+
+    def codes(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """(out, in) float32, as its codes mean it."""
+        return self.view(checkpoint.dense(self.stored)).contiguous()
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The place inside its stored tensor."""
+        return self.site.stored(tensor)
+
+
+def places(source: OnDisk) -> dict[str, Place]:
+    """Every place of a model by its module; a weight that several modules share counts for the first."""
+    by_param: dict[str, list[Site]] = {}
+    for site in source.sites:
+        by_param.setdefault(site.param, []).append(site)
+    found = {}
+    for sites in by_param.values():
+        site = sites[0]
+        if len(sites) == 1 and site.kind == "linear" and site.param_index is None and site.piece and site.modules:
+            found[site.modules[0]] = Place(site.modules[0], site, site.piece.source)
+    return found
+
+
+def rewritten(
+    checkpoint: Checkpoint, out: Path, changes: Mapping[str, Change], at: Collection[Place], dtype: torch.dtype | None
+) -> None:
+    """Write a plain model with other weights at some places; one tensor is in memory at a time.
+
+    Args:
+        checkpoint: quantized or not.
+        out: a new directory.
+        changes: module → what becomes of its weight.
+        at: the places of these modules.
+        dtype: of what is changed or was quantized; None: as stored.
+    """
+    there: dict[str, list[Place]] = {}
+    for place in at:
+        there.setdefault(place.stored, []).append(place)
+    kinds = {}
+    for name in checkpoint.names:
+        old = torch.float32 if name in checkpoint.placed else checkpoint.folder.entries[name].torch_dtype
+        kinds[name] = dtype if dtype is not None and (name in there or name in checkpoint.placed) else old
+    plan = ShardPlan.split([(n, kinds[n], shape) for n, shape in checkpoint.names.items()], _SHARD_BYTES)
+    writer = ShardWriter(out, plan)
+    for name, kind in kinds.items():
+        if name not in there and name not in checkpoint.placed:
+            writer.copy(checkpoint.folder.entries[name])
+            continue
+        tensor = checkpoint.plain(name)
+        for place in there.get(name, ()):
+            view = place.view(tensor)
+            view.copy_(changes[place.module](view.clone()))
+        writer.put(name, tensor.to(kind).contiguous())
+    writer.publish()
+    checkpoint.folder.copy_other_files(out)
+    write_config(out / "config.json", unquantized(checkpoint.folder.config))
+
+
+@contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A folder beside an output, on the same disk, that is gone afterwards."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
