@@ -318,6 +318,18 @@ def test_codes_packed_by_an_old_version_are_refused() -> None:
     assert find(layout, config, layout.write(four, rounded(four))) == [four], "whole bytes did not change"
 
 
+def test_a_format_that_the_package_refuses_is_refused() -> None:
+    """No format at all is inferred; null is none that the package takes."""
+    p = placed(SCHEMES["W4A16"], (64, 128))
+    layout = LAYOUTS["compressed-tensors"]
+    config, written = layout.config([p], []), layout.write(p, rounded(p))
+    with pytest.raises(FileFormatError, match="format is null"):
+        find(layout, {**config, "format": None}, written)
+    for group in config["config_groups"].values():
+        group.pop("format", None)
+    assert find(layout, {k: v for k, v in config.items() if k != "format"}, written) == [p]
+
+
 def test_a_later_version_of_our_layout_is_refused() -> None:
     p = placed(SCHEMES["NF4"], (64, 128))
     with pytest.raises(FileFormatError, match=r"version 2.*reads 1"):

@@ -77,6 +77,8 @@ def read_config(config: Mapping[str, Any]) -> Config:
     for key in ("dequantize", "run_compressed", "use_optimized_inference"):
         if not isinstance(config.get(key, False), bool):
             raise FileFormatError(f"{key} should be true or false, found {config[key]!r}.")
+    if config.get("format", "") is None:
+        raise FileFormatError("format is null, which compressed-tensors refuses. Name it, or leave the key out.")
     version = config.get("version", "0.18")
     if not isinstance(version, str) or not re.match(r"\d{1,6}\.\d{1,6}(?!\d)", version):
         raise FileFormatError(f"version should be a version of compressed-tensors, found {str(version)[:60]!r}.")
