@@ -138,6 +138,7 @@ SCHEMES: dict[str, Callable[[nn.Module, int], Wrapped]] = {
     "qgz, ef": ddp("qgz", error_feedback="ef"),
     "qgz, loco": ddp("qgz", error_feedback="loco"),
     "onebit": ddp("onebit"),
+    "onebit, plain for 20 steps": ddp("onebit", start_iter=20),
     "powersgd, rank 4": ddp("powersgd", rank=4, start_iter=2),
     "FSDP2 fp32": fsdp(),
     "FSDP2 qwz": fsdp(weights="int8", gradients="none"),
@@ -179,9 +180,9 @@ def train(name: str, seed: int, options: argparse.Namespace, text: torch.Tensor,
     with torch.no_grad():
         windows = held[: 32 * (options.length + 1)].view(32, -1).long()
         after = float(F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()))
-    steps = len(counts) - 3  # the first two are not compressed yet
+    steps = min(len(counts) - 3, 10)  # at the end, where everything is compressed
     grown = torch.tensor(
-        [(getattr(counts[-1], w) - getattr(counts[2], w)) / steps for w in ("intra", "inter")]
+        [(getattr(counts[-1], w) - getattr(counts[-1 - steps], w)) / steps for w in ("intra", "inter")]
         if steps > 0
         else [0.0, 0.0]
     )

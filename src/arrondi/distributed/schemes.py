@@ -30,6 +30,7 @@ class GradientScheme:
     Attributes:
         source: who proposed it.
         what: one line for people.
+        needs: of the backend, the machines or the memory.
         kind: "blocks" (messages with a scale for each block), "shared" (one scale of all ranks) or "torch" (PyTorch's own hook).
         hops: "one": an all-to-all among all ranks; "two": inside the nodes, then between them.
         feedback: what happens by default to what was lost.
@@ -39,6 +40,7 @@ class GradientScheme:
     name: str
     source: str
     what: str
+    needs: str
     kind: Literal["blocks", "shared", "torch"] = "blocks"
     bits: Bits = 8
     block: int = 256
@@ -61,24 +63,24 @@ GRADIENT_SCHEMES: Final[Mapping[str, GradientScheme]] = MappingProxyType(
         for scheme in (
             GradientScheme(
                 "int8", "LightSeq gradient communication quantization; Wang et al. 2021 (NAACL), arXiv:2110.05722",
-                "int8 codes on scales that all ranks share, summed by an ordinary all-reduce", kind="shared", block=1024,
+                "int8 codes on scales that all ranks share, summed by an ordinary all-reduce", "two all-reduces, a maximum of float32 and a sum of int8", kind="shared", block=1024,
                 refuses="more than 127 ranks: none of int8 would be left to each; it warns beyond 16",
             ),
-            GradientScheme("block8", "Wang et al. 2023, arXiv:2306.10209", "block-wise int8: all-to-all, mean, all-gather"),
-            GradientScheme("block4", "Wang et al. 2023, arXiv:2306.10209", "block-wise int4: all-to-all, mean, all-gather", bits=4),
+            GradientScheme("block8", "Wang et al. 2023, arXiv:2306.10209", "block-wise int8: all-to-all, mean, all-gather", "an all-to-all of bytes"),
+            GradientScheme("block4", "Wang et al. 2023, arXiv:2306.10209", "block-wise int4: all-to-all, mean, all-gather", "an all-to-all of bytes", bits=4),
             GradientScheme(
                 "qgz", "ZeRO++; Wang et al. 2023, arXiv:2306.10209",
-                "block-wise int4 in two hops: all-to-all inside the nodes, then between them", bits=4, hops="two",
+                "block-wise int4 in two hops: all-to-all inside the nodes, then between them", "per_node, or torchrun's LOCAL_WORLD_SIZE", bits=4, hops="two",
                 refuses="nodes of unequal size",
             ),
             GradientScheme(
                 "onebit", "1-bit Adam; Tang et al. 2021, arXiv:2102.02888",
-                "signs with the mean magnitude of each block, errors fed back at the worker and at the server", bits=1, block=4096, feedback="ef",
+                "signs with the mean magnitude of each block, errors fed back at the worker and at the server", "four bytes of memory for every gradient and rank", bits=1, block=4096, feedback="ef",
                 refuses="compression without error feedback: it does not converge",
             ),
             GradientScheme(
                 "powersgd", "Vogels et al. 2019, arXiv:1905.13727; the hook is PyTorch's own",
-                "low-rank factors of each gradient", kind="torch", feedback="ef", refuses="bits, block, rounding and error_feedback: it has its own",
+                "low-rank factors of each gradient", "four bytes of memory for every gradient and rank", kind="torch", feedback="ef", refuses="bits, block, rounding and error_feedback: it has its own",
             ),
         )
     }
