@@ -2,7 +2,7 @@
 
 from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.folds import print_folds
-from arrondi.report.networks import print_network, print_network_evaluation
+from arrondi.report.networks import print_contents, print_network, print_network_evaluation
 from arrondi.report.outliers import print_outliers
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
@@ -19,6 +19,7 @@ from arrondi.report.tables import (
 __all__ = [
     "print_bench",
     "print_comparison",
+    "print_contents",
     "print_demo",
     "print_evaluation",
     "print_facts",
