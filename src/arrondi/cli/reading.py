@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Print the tensors of a model, their formats and bits per weight (all stored bits counted), and the totals."""
     from arrondi.pipeline import inspect_folds, inspect_model
-    from arrondi.report import print_folds, print_inspection
+    from arrondi.report import print_contents, print_folds, print_inspection
 
     if outliers is not (calibration is not None) or (outliers and folds):
         raise SchemeError("inspect takes --folds alone, or --outliers with --calibration FILE, a text to look at.")
@@ -51,7 +51,8 @@ def inspect(
     elif folds:
         answer(inspect_folds(model), json_, print_folds)
     else:
-        answer(inspect_model(model), json_, print_inspection)
+        document = inspect_model(model)
+        answer(document, json_, print_contents if "layers" in document else print_inspection)
 
 
 def dequantize(

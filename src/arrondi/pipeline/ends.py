@@ -22,26 +22,29 @@ FEW: Final = 4
 def ends_of(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Layers that read the network's inputs through no other layer, and those whose outputs leave it through no other.
 
-    A layer that is both is among the first alone.
+    What is made of inputs and constants alone is still input: a sum with what a layer made is not, nor a token that is spread over as many samples as
+    the input has. Likewise a value is still output if all that reads it leaves, or it is one itself. A layer that is both is among the first alone.
     """
-    layers = [n for n in graph.nodes if n.op in LAYERS and len(n.inputs) > 1 and n.inputs[1] in graph.constants]
+    names = {n.name for n in graph.nodes if n.op in LAYERS and len(n.inputs) > 1 and n.inputs[1] in graph.constants}
     early = {v.name for v in graph.inputs}
-    late = {v.name for v in graph.outputs}
-    names = {n.name for n in layers}
     first: list[str] = []
     for node in graph.nodes:
-        if any(n in early for n in node.inputs):
+        flowing = [n for n in node.inputs if n and n not in graph.constants]
+        if flowing and early.issuperset(flowing):
             if node.name in names:
                 first.append(node.name)
             else:
                 early |= set(node.outputs)
+    leaves: set[str] = set()  # nodes from which everything leaves
+    readers, results = graph.consumers, graph.results
     last: list[str] = []
     for node in reversed(graph.nodes):
-        if any(n in late for n in node.outputs):
+        made = [n for n in node.outputs if n in results or n in readers]
+        if made and all(n in results or leaves.issuperset(r.name for r in readers[n]) for n in made):
             if node.name in names:
                 last.append(node.name)
             else:
-                late |= set(node.inputs)
+                leaves.add(node.name)
     return tuple(first), tuple(n for n in reversed(last) if n not in first)
 
 

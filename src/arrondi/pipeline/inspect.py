@@ -10,6 +10,8 @@ from typing import Any
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, Entry, readers_of
 from arrondi.errors import SchemeError
+from arrondi.graph import is_graph_file, read_graph
+from arrondi.graph.contents import contents
 from arrondi.model import Fold, OnDisk, find_folds
 from arrondi.model.fold import channels_in_words
 
@@ -22,10 +24,15 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         are none) and `model_bits_per_weight` of everything; `bytes` of all tensors, which is what the files hold besides
         their headers, `file_bytes`, `parameters`; and `tensors` with name, shape, format, bytes and bits per weight of each.
 
+        Of a network of ONNX operators: see `arrondi.graph.contents`, and `path` and `file_bytes`.
+
     Raises:
         FileFormatError: not a model directory, or a layout that is not known.
     """
     check_arguments(inspect_model, locals())
+    if is_graph_file(path):
+        held = contents(read_graph(path))
+        return {"path": str(path), "file_bytes": Path(path).stat().st_size, **held}
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     parts = _stored_parts(checkpoint)

@@ -3,7 +3,7 @@
 from arrondi.report.adapters import print_merge, print_start
 from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.folds import print_folds
-from arrondi.report.networks import print_network, print_network_evaluation
+from arrondi.report.networks import print_contents, print_network, print_network_evaluation
 from arrondi.report.outliers import print_outliers
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
@@ -21,6 +21,7 @@ from arrondi.report.traffic import print_traffic
 __all__ = [
     "print_bench",
     "print_comparison",
+    "print_contents",
     "print_demo",
     "print_evaluation",
     "print_facts",

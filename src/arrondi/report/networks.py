@@ -46,6 +46,26 @@ def print_network(report: dict[str, Any]) -> None:
         print_network_evaluation(report["evaluation"])
 
 
+def print_contents(document: dict[str, Any]) -> None:
+    """Every layer of a network, and the totals."""
+    console = Console()
+    table = Table("layer", "operator", "shape", "weights", "bits", "reads")
+    for row in document["layers"]:
+        shape = " × ".join(map(str, row["shape"]))
+        table.add_row(row["layer"], row["operator"], shape, row["format"], f"{row['bits_per_weight']:.2f}", row["reads"] or "float")  # fmt: skip
+    console.print(table)
+    for word in ("inputs", "outputs"):
+        ends = (
+            f"{v['name']} {v['type']} ({', '.join('?' if n is None else str(n) for n in v['shape'])})"
+            for v in document[word]
+        )
+        console.print(f"{word}: {'; '.join(ends)}")
+    console.print("operators: " + ", ".join(f"{op} ({count})" for op, count in sorted(document["operators"].items())))
+    console.print(
+        f"{document['parameters']:,} weights in {len(document['layers'])} layers, opset {document['opset']}, {document['file_bytes']:,} bytes."
+    )
+
+
 def print_network_evaluation(found: dict[str, Any]) -> None:
     """Shares of samples with their intervals."""
     console = Console()
