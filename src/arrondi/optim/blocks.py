@@ -21,7 +21,10 @@ from arrondi.formats import Format, codebook, dynamic_levels
 from arrondi.tensor.encoding import decode, encode
 
 MAPS: Final[Mapping[str, Format]] = MappingProxyType(
-    {"dynamic8": codebook("dynamic8", dynamic_levels()), "dynamic8-unsigned": codebook("dynamic8-unsigned", dynamic_levels(False))}
+    {
+        "dynamic8": codebook("dynamic8", dynamic_levels()),
+        "dynamic8-unsigned": codebook("dynamic8-unsigned", dynamic_levels(False)),
+    }
 )
 """What a state dict calls a map → its values."""
 

@@ -62,7 +62,12 @@ def cells_of(format: Format) -> Cells:
 
 def takes(p: torch.Tensor, states: list[Blocks]) -> bool:
     """Whether the kernel can do it: float32 in the CPU's memory."""
-    return native is not None and hasattr(native, "step_adam") and p.device.type == "cpu" and all(s.codes.is_cpu for s in states)
+    return (
+        native is not None
+        and hasattr(native, "step_adam")
+        and p.device.type == "cpu"
+        and all(s.codes.is_cpu for s in states)
+    )
 
 
 def step_of(rule: object) -> Callable[..., None] | None:

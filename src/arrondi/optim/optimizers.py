@@ -50,7 +50,7 @@ class _Optimizer8bit(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the closure, if there is one, is called first and its loss returned.
 
         Raises:
@@ -129,7 +129,9 @@ class _Optimizer8bit(torch.optim.Optimizer):
         for number, state in found["state"].items():
             shape = params[number].shape
             found["state"][number] = {
-                k: (v.to_dict() if bits == 8 else v.read(0, v.codes.numel()).view(shape)) if isinstance(v, Blocks) else v
+                k: (v.to_dict() if bits == 8 else v.read(0, v.codes.numel()).view(shape))
+                if isinstance(v, Blocks)
+                else v
                 for k, v in state.items()
             }
         return found
@@ -211,7 +213,9 @@ class Adam8bit(_Optimizer8bit):
     def rule(self, group: dict[str, Any], step: int) -> Adam:
         """The update of a group's parameters."""
         beta1, beta2 = group["betas"]
-        return Adam(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], self.decoupled, step)
+        return Adam(
+            float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], self.decoupled, step
+        )
 
 
 class AdamW8bit(Adam8bit):
@@ -257,4 +261,6 @@ class Momentum8bit(_Optimizer8bit):
 
     def rule(self, group: dict[str, Any], step: int) -> Momentum:
         """The update of a group's parameters."""
-        return Momentum(float(group["lr"]), group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], step)
+        return Momentum(
+            float(group["lr"]), group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], step
+        )
