@@ -144,7 +144,7 @@ def test_with_checkpoints_and_autocast() -> None:
         found, saved = gradients(model, x, bits=8)
     assert saved.plain_bytes == 2 * 64 * (256 + 512)
     for name, grad in wanted.items():
-        assert off(found[name], grad) < 0.03
+        assert off(found[name], grad) < 0.06
 
 
 def test_nan_and_infinity_are_not_hidden() -> None:

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from arrondi.errors import SchemeError
-from arrondi.tensor.blocks import BlockCodec, Bits
+from arrondi.tensor.blocks import Bits, BlockCodec
 from arrondi.tensor.packing import pack, unpack
 
 _LEAST_BYTES: Final = 1024
