@@ -27,11 +27,13 @@ _HOME: Final = {
     "TRAINING_METHODS": "training", "convert_to_lowbit_training": "training", "follow_deviation": "training", "restore_training": "training",
     "training_report": "training",
     "GRADIENT_SCHEMES": "distributed.schemes", "compress_fsdp": "distributed.fsdp", "compress_gradients": "distributed.ddp",
+    "compress_saved_activations": "training.saved",
     "sample_path": "sample",
 }  # fmt: skip
 """Public name → the module that owns it."""
 
 if TYPE_CHECKING:
+    from arrondi import optim as optim
     from arrondi.api import compare as compare
     from arrondi.api import dequantize as dequantize
     from arrondi.api import evaluate as evaluate
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from arrondi.training import follow_deviation as follow_deviation
     from arrondi.training import restore_training as restore_training
     from arrondi.training import training_report as training_report
+    from arrondi.training.saved import compress_saved_activations as compress_saved_activations
 
 __all__ = ["__version__", *sorted(_HOME)]
 
@@ -99,6 +102,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"arrondi.{_HOME[name]}"), name)
         globals()[name] = value
         return value
+    if name == "optim":
+        return importlib.import_module("arrondi.optim")
     from arrondi.formats import FORMATS
 
     if name in FORMATS:  # arrondi.int4, arrondi.nf4, …

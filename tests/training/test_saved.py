@@ -1,0 +1,161 @@
+"""Saved activations in few bits: what is exact, what is right on average, and how many bytes are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from arrondi.errors import SchemeError
+from arrondi.training.saved import compress_saved_activations
+from tests.kernels.common import normal
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
+
+
+def gradients(model: nn.Module, x: torch.Tensor, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """Of a loss that is linear in the output, so that nothing else is saved."""
+    model.zero_grad()
+    if options:
+        with compress_saved_activations(**options) as saved:
+            y = model(x)
+    else:
+        saved, y = None, model(x)
+    y.backward(normal(*y.shape, seed=9).to(y.dtype))
+    return {n: p.grad.clone() for n, p in model.named_parameters()}, saved
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_gradients_of_inputs_are_exact_and_those_of_weights_right_on_average() -> None:
+    model, x = mlp(), normal(64, 256)
+    wanted, _ = gradients(model, x)
+    sums = {n: torch.zeros_like(g) for n, g in wanted.items()}
+    draw, errors = torch.Generator().manual_seed(3), []
+    for _ in range(64):
+        found, _ = gradients(model, x, bits=2, generator=draw)
+        errors.append(off(found["0.weight"], wanted["0.weight"]))
+        for name, grad in found.items():
+            sums[name] += grad / 64
+    for name in ("0.bias", "2.bias"):
+        (
+            torch.testing.assert_close(sums[name], wanted[name], rtol=1e-4, atol=1e-4),
+            "they read masks and gradients alone",
+        )
+    for name in ("0.weight", "2.weight"):
+        assert off(sums[name], wanted[name]) < 1.4 * errors[0] / 8, "noise falls with the root of the draws"
+    assert 0.2 < errors[0] < 1.0
+
+
+def test_more_bits_are_nearer_and_a_generator_decides() -> None:
+    model, x = mlp(), normal(64, 256)
+    wanted, _ = gradients(model, x)
+    errors = [off(gradients(model, x, bits=b)[0]["0.weight"], wanted["0.weight"]) for b in (2, 4, 8)]
+    assert errors[0] > 3 * errors[1] > 30 * errors[2]
+    first, again, other = (
+        gradients(model, x, bits=2, generator=torch.Generator().manual_seed(s))[0] for s in (1, 1, 2)
+    )
+    assert torch.equal(first["0.weight"], again["0.weight"]) and not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_the_bytes_are_the_formula_s() -> None:
+    """x and the result of ReLU in 2.125 bits, its mask in one; a tensor of two readers counts once."""
+    _, saved = gradients(mlp(), normal(64, 256), bits=2)
+    assert saved.plain_bytes == 4 * 64 * (256 + 512)
+    assert saved.kept_bytes == int(64 * (256 + 512) * 2.125 / 8) + 64 * 512 // 8
+    assert saved.tensors == 2
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(256, 64, bias=False), nn.Linear(256, 64, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(x) + self.two(x.view(8, 8, 256)).view(64, 64)
+
+    _, saved = gradients(Twice(), normal(64, 256), bits=4)
+    assert (saved.tensors, saved.plain_bytes) == (1, 4 * 64 * 256)
+
+
+def test_a_storage_that_is_gone_is_not_taken_for_a_new_one() -> None:
+    """Freed memory is soon used again, at the same place and for the same shape."""
+    model = nn.Linear(512, 8, bias=False)
+    total = torch.zeros(())
+    wanted = torch.zeros(8, 512)
+    with compress_saved_activations(bits=8) as saved:
+        for n in range(6):
+            x = torch.full((64, 512), float(n + 1))
+            wanted += 64 * (n + 1)
+            total = total + model(x).sum()
+            del x
+    total.backward()
+    assert saved.tensors == 6
+    torch.testing.assert_close(model.weight.grad, wanted)
+
+
+def test_what_is_no_activation_stays() -> None:
+    layer = nn.Linear(64, 64)
+    layer.weight.requires_grad_(False)
+    ids = torch.arange(600) % 50
+    with compress_saved_activations(bits=2) as saved:
+        x = nn.functional.embedding(ids, nn.Parameter(normal(50, 64)))
+        y = layer(x)  # the weight is saved for the input's gradient
+        small = (y[:2] * y[:2]).sum()
+    assert saved.tensors == 0 and saved.kept_bytes == saved.plain_bytes == 2 * 64 * 4
+    small.backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu_is_exact(inplace: bool) -> None:
+    x, y = (normal(40, 300).requires_grad_() for _ in range(2))
+    with compress_saved_activations(bits=2):
+        z = nn.functional.relu(x * 1.0, inplace)
+    z.backward(normal(40, 300, seed=2))
+    torch.relu(y).backward(normal(40, 300, seed=2))
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_with_checkpoints_and_autocast() -> None:
+    model, x = mlp(), normal(64, 256)
+    wanted, _ = gradients(model, x)
+
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.model, x, use_reentrant=False)
+
+    found, _ = gradients(Recomputed(), x, bits=8)
+    for name, grad in wanted.items():
+        assert off(found[f"model.{name}"], grad) < 0.15, (
+            "it is computed again from an input of 8 bits, which may turn a ReLU"
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        found, saved = gradients(model, x, bits=8)
+    assert saved.plain_bytes == 2 * 64 * (256 + 512)
+    for name, grad in wanted.items():
+        assert off(found[name], grad) < 0.06
+
+
+def test_nan_and_infinity_are_not_hidden() -> None:
+    model, x = nn.Linear(512, 8), normal(16, 512)
+    x[3, 300] = torch.inf
+    found, _ = gradients(model, x, bits=4)
+    assert not bool(torch.isfinite(found["weight"][:, 256:]).any()) and bool(
+        torch.isfinite(found["weight"][:, :256]).all()
+    )
+
+
+def test_bad_input() -> None:
+    with pytest.raises(SchemeError, match="2, 4 or 8 bits, got 3"):
+        compress_saved_activations(bits=3)
