@@ -29,6 +29,14 @@ TEXT = arrondi.sample_path() / "heldout.txt"
 FEW = ("--samples", 2, "--length", 16)
 
 SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "binary.py": (
+        lambda tiny: ["--data", novel(tiny), "--parts", "language", "--language-steps", 1, "--width", 32, "--windows", 1],
+        r"float32 +loss +\d(?s:.*)bitnet +loss +\d.* s a step(?s:.*)twn +loss",
+    ),
+    "dit.py": (
+        lambda tiny: ["--data", fashion(tiny), "--steps", 2, "--width", 32, "--depth", 1, "--samples", 10, "--limit", 20, "--epochs", 1],
+        r"float32 +\d(?s:.*)rounded afterwards(?s:.*)ternary, RMSNorm .* gap \d\.\de-0[5-9]",
+    ),
     "gptq_layer.py": (lambda _: ["--size", 256, "--rounds", 1], r"arrondi, search +\d.* loss 0\.\d+"),
     "gptq_speed.py": (
         lambda tiny: ["--data", data(tiny), "--model", tiny, "--repeat", 1],
@@ -115,6 +123,16 @@ def data(tiny: Path) -> Path:
     (folder / "text").mkdir(parents=True, exist_ok=True)
     for name in ("wikipedia_calib.txt", "the_time_machine.txt"):
         (folder / "text" / name).write_bytes(TEXT.read_bytes())
+    return folder
+
+
+def novel(tiny: Path) -> Path:
+    """A directory with a novel and the tokenizer of a language model."""
+    folder = data(tiny)
+    (folder / "text" / "emma.txt").write_bytes(TEXT.read_bytes()[:20_000])
+    (folder / "books-llama-6m").mkdir(exist_ok=True)
+    for path in arrondi.sample_path().glob("token*"):
+        (folder / "books-llama-6m" / path.name).write_bytes(path.read_bytes())
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import arrondi as ar
@@ -112,6 +113,17 @@ def test_parameters_are_shared_and_named_as_before(method: str) -> None:
     make_plain(model)
     assert set(model.state_dict()) == set(before) and type(model.conv) is nn.Conv2d
     assert model.up.weight is before["up.weight"] and not torch.equal(model.up.weight, old)
+
+
+@pytest.mark.parametrize("method", LATENT)
+def test_mixed_precision_and_checkpoints(method: str) -> None:
+    model, ids = make_latent(Net(), method, targets=LAYERS), torch.randint(0, 90, (3, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.utils.checkpoint.checkpoint(model, ids, use_reentrant=False)
+    y.float().square().sum().backward()
+    found = [p.grad for p in model.parameters()]
+    assert all(g is not None and bool(g.isfinite().all()) for g in found)
+    assert model.up.weight.dtype == torch.float32
 
 
 def test_a_norm_of_its_own() -> None:
