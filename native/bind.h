@@ -20,6 +20,7 @@ void bind_quantizers(nb::module_& m);
 void bind_transforms(nb::module_& m);
 void bind_tokens(nb::module_& m);
 void bind_moments(nb::module_& m);
+void bind_clips(nb::module_& m);
 void bind_codes(nb::module_& m);
 void bind_training(nb::module_& m);
 

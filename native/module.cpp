@@ -29,6 +29,7 @@ NB_MODULE(_native, m) {
     bind_transforms(m);
     bind_tokens(m);
     bind_moments(m);
+    bind_clips(m);
     bind_codes(m);
     bind_training(m);
 }

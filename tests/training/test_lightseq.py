@@ -135,7 +135,7 @@ def test_codes_are_rounded_half_up_and_marked() -> None:
     assert marks(beyond, 12)[0].nonzero()[:, 0].tolist() == [0, 1, 10, 11]
     codes, beyond = clip_codes(torch.tensor([[-1.0, 0.0, 63.5, 126.9, 127.0, 999.0]]), clip, unsigned=True, marked=True)
     assert codes[0].tolist() == [-127, -127, 0, 127, 127, 127]
-    assert beyond is not None and marks(beyond, 6)[0].nonzero()[:, 0].tolist() == [0, 4, 5]
+    assert beyond is not None and marks(beyond, 6)[0].nonzero()[:, 0].tolist() == [0, 1, 4, 5]
     sums = torch.tensor([[-1000, -3, 5, 254, 1000]], dtype=torch.int32)
     assert narrow(sums, torch.tensor(0.5)).codes[0].tolist() == [-127, -1, 3, 127, 127]
     assert half_up(torch.tensor([float("nan"), float("inf")])).tolist() == [-127, 127]

@@ -42,7 +42,10 @@ class _Block(nn.Module):
         return y
 
     def _fed_forward(self, x: torch.Tensor, last: nn.Module) -> torch.Tensor:
-        y: torch.Tensor = last(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+        between = self.linear1(x)
+        if not _is_relu(self.activation):  # a ReLU is part of unsigned codes
+            between = self.activation(between)
+        y: torch.Tensor = last(self.linear2(self.dropout(between)))
         return y
 
     def _exported(self) -> Any:

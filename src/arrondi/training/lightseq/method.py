@@ -14,7 +14,7 @@ import torch
 
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
-from arrondi.kernels.clipping import MOST, clip_codes, marks, narrow
+from arrondi.kernels.clipping import MOST, clip_codes, marks, masked, narrow, widen
 from arrondi.kernels.sides import engine, extremes, integer_product, scaled
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry, Tokens
@@ -33,7 +33,7 @@ class LightseqOptions:
 
     Attributes:
         outputs: "int8": sums are rounded to a byte, which is what a kernel hands on; "int32": they keep what they are.
-        inputs: "signed", or "unsigned" for what is never negative, such as the output of a ReLU; this needs int32 outputs.
+        inputs: "signed", or "unsigned": a ReLU is part of it, and codes are of what it gives; this needs int32 outputs.
         speed: share of the largest sum of a step in the next step's clip of outputs.
     """
 
@@ -110,7 +110,8 @@ def widened(
         unsound: (rows,) float32, 0, or NaN in rows of which something was not finite, which codes would hide.
         dtype: of the result.
     """
-    return scaled(codes.to(torch.int32), clips.unit + unsound, None, bias, dtype)
+    row = clips.unit + unsound
+    return widen(codes, row, bias, dtype) if codes.dtype == torch.int8 else scaled(codes, row, None, bias, dtype)
 
 
 def _products(
@@ -141,7 +142,7 @@ def _forward(
     clip_weight = extremes(weight).amax().clamp_min(LEAST)
 
     def find() -> dict[str, torch.Tensor]:
-        clip = first_clip(sizes)
+        clip = first_clip(x.detach().amax().reshape(1) if options.inputs == "unsigned" and x.numel() else sizes)
         if options.outputs == "int32":
             return {"clip": clip}
         sums = _products(x, weight, clip, clip_weight, geometry, layer)[0]
@@ -186,7 +187,7 @@ def _backward(
     if slope.dtype != torch.bfloat16:
         slope = slope.float()
     if beyond_out is not None:
-        slope = slope * ~marks(beyond_out, slope.shape[1])
+        slope, _ = masked(slope, beyond_out)
     if seen is not None and bool(torch.isfinite(seen)) and bool(seen > 0):
         layer.kept["clip_out"] = torch.lerp(
             layer.kept["clip_out"].to(seen.device), seen.reshape(()), layer.options.speed
@@ -195,17 +196,29 @@ def _backward(
     learned: dict[str, torch.Tensor] = {}
     if wanted[0] or layer.learned["clip"].requires_grad:
         by_x = (slope @ of_weight.to(slope.dtype)).float() * (clip_weight / MOST)
-        side = marks(beyond, codes.shape[-1]).reshape(codes.shape) * codes.sign()  # which end, 0 where it was inside
-        side = geometry.matrix(side)
-        ends = side.clamp_min(0) if unsigned else side
-        learned["clip"] = (by_x * ends).sum().reshape(1)
-        by_x = by_x * (side == 0) if wanted[0] else None
+        by_x, ends = _clipped(by_x, codes, beyond, geometry, unsigned)
+        learned["clip"] = ends.sum().reshape(1)
+        if not wanted[0]:
+            by_x = None
     if wanted[1]:
         by_weight = (slope.T @ geometry.matrix(codes).to(slope.dtype)).float()
         if unsigned:
             by_weight = (by_weight + MOST * slope.float().sum(0)[:, None]) / 2
         by_weight = by_weight * (clip / MOST)
     return by_x, by_weight, learned
+
+
+def _clipped(
+    by_x: torch.Tensor, codes: torch.Tensor, beyond: torch.Tensor, geometry: Geometry, unsigned: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient (rows, in) of what lay within the clip, and what the clip gets."""
+    if isinstance(geometry, Tokens):
+        y, ends = masked(by_x, beyond, geometry.matrix(codes), unsigned=unsigned)
+        assert ends is not None
+        return y, ends
+    side = marks(beyond, codes.shape[-1]).reshape(codes.shape) * codes.sign()  # at which end, 0 where it was inside
+    side = geometry.matrix(side)
+    return by_x * (side == 0), by_x * side
 
 
 def _arithmetic(layer: Layer) -> Arithmetic:

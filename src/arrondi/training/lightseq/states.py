@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from arrondi.kernels.clipping import MOST, clip_codes, marks
+from arrondi.kernels.clipping import MOST, clip_codes, masked, widen
 from arrondi.kernels.sides import extremes
 from arrondi.training.first_batch import settle
 from arrondi.training.lightseq.method import first_clip, positive
@@ -25,16 +25,17 @@ class _Rounded(torch.autograd.Function):
         codes, beyond = clip_codes(rows, positive(clip), marked=True)
         ctx.save_for_backward(codes, beyond)
         ctx.clip = clip.shape, clip.dtype
-        y = codes.float() * (positive(clip) / MOST) + 0 * extremes(rows)[:, None]
-        return y.to(x.dtype).reshape(x.shape)
+        unit = positive(clip) / MOST + 0 * extremes(rows)  # codes would hide what is not finite
+        return widen(codes, unit, None, x.dtype).reshape(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> Any:
         codes, beyond = ctx.saved_tensors
-        side = (marks(beyond, codes.shape[-1]) * codes.sign()).reshape(slope.shape)
         shape, dtype = ctx.clip
-        return slope * (side == 0), (slope.float() * side).sum().to(dtype).reshape(shape)
+        by_x, ends = masked(slope.reshape(codes.shape), beyond, codes)
+        assert ends is not None
+        return by_x.reshape(slope.shape), ends.sum().to(dtype).reshape(shape)
 
 
 class StatesClip(nn.Module):
