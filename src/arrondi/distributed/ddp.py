@@ -170,7 +170,7 @@ def compress_gradients(
             raise SchemeError(f"{found.name} has its own codes. Leave bits, block and rounding out, or use block8.")
         feedback = found.feedback if error_feedback is None else error_feedback
         if (bits or found.bits) == 1 and feedback == "none":
-            raise SchemeError("One bit does not converge without error feedback. Use error_feedback='ef' or 'loco'.")
+            raise SchemeError("One bit does not converge without error feedback. Set error_feedback to ef or loco.")
         codec = found.codec(bits, block, rounding, feedback)
         state = GradientState(found, codec, Memory(feedback, beta, reset), start_iter, small, seed, per_node)
     state.attach(model)

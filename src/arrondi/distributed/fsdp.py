@@ -111,7 +111,7 @@ class QuantizedReduceScatter(_Alloc):
             return work
         if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
             raise SchemeError(
-                "Compressed gradients are averaged or summed, and FSDP asks for a scaled sum. Call set_force_sum_reduction_for_comms(True) on the model."
+                "Compressed gradients are averaged or summed, and FSDP asks for a scaled sum. Tell the model to force sums (set_force_sum_reduction_for_comms)."
             )
         what = (self.seed, self.step, self.key, self.links.rank)
         generator = generator_for(input_tensor.device, *what) if self.codec.rounding == "stochastic" else None

@@ -7,14 +7,18 @@ at the border of a block each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from arrondi.tensor.blocks import BlockCodec
+
+_LONG: Final = 1 << 16
+"""Coded numbers of a row from which on a copy costs more than a call."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Parcel:
 
     def encode(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """(..., width) → (..., nbytes) uint8."""
+        if rows.ndim > 1 and self.plain and self.coded >= _LONG:
+            # Row by row, the coded numbers lie next to each other and need not be copied.
+            long = [self.encode(row, generator) for row in rows.reshape(-1, self.width)]
+            return torch.stack(long).view(*rows.shape[:-1], self.nbytes)
         message = self.codec.encode(rows[..., : self.coded], generator)
         if not self.plain:
             return message
@@ -118,21 +126,38 @@ class Layout:
         return torch.cat(parts, dim=-1)
 
     def share(self, flat: torch.Tensor, ranks: int) -> torch.Tensor:
-        """(count,) → (ranks, width): a share of the coded and of the plain numbers for every rank."""
-        both = self.sort(flat).split((self.coded, self.plain))
-        widths = self.shares(ranks)
-        return torch.cat(
-            [pad(p, (0, w * ranks - len(p))).view(ranks, w) for p, w in zip(both, widths, strict=True)], dim=1
-        )
+        """(count,) → (ranks, width): a share of the coded and of the plain numbers for every rank, zeros where there are none."""
+        rows = flat.new_zeros((ranks, sum(self.shares(ranks))))
+        for rank, column, start, size in _spans(self, ranks):
+            rows[rank, column : column + size] = flat[start : start + size]
+        return rows
 
     def join(self, rows: torch.Tensor) -> torch.Tensor:
         """(ranks, width) → (count,), the inverse of `share`."""
-        coded, plain = rows.split(self.shares(len(rows)), dim=1)
-        return self.unsort(torch.cat((coded.reshape(-1)[: self.coded], plain.reshape(-1)[: self.plain])))
+        flat = rows.new_empty(self.count)
+        for rank, column, start, size in _spans(self, len(rows)):
+            flat[start : start + size] = rows[rank, column : column + size]
+        return flat
 
     def shares(self, ranks: int) -> tuple[int, int]:
         """Coded and plain numbers of one rank's share."""
         return -(-self.coded // (ranks * self.block)) * self.block, -(-self.plain // ranks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spans(layout: Layout, ranks: int) -> tuple[tuple[int, int, int, int], ...]:
+    """(rank, column, place in the buffer, how many) of all runs of numbers that `share` moves, each once."""
+    spans, start, at = [], 0, {True: 0, False: 0}
+    widths = dict(zip((True, False), layout.shares(ranks), strict=True))
+    for size, coded in layout.pieces:
+        width, left, place = widths[coded], size, at[coded]
+        while left:
+            rank, column = divmod(place, width)
+            some = min(left, width - column)
+            spans.append((rank, column + (0 if coded else widths[True]), start, some))
+            start, place, left = start + some, place + some, left - some
+        at[coded] += -(-size // layout.block) * layout.block if coded else size
+    return tuple(spans)
 
 
 def whole(count: int, block: int) -> Layout:
