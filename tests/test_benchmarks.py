@@ -29,6 +29,10 @@ TEXT = arrondi.sample_path() / "heldout.txt"
 FEW = ("--samples", 2, "--length", 16)
 
 SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "adapters.py": (
+        lambda tiny: ["--model", tiny, "--text", TEXT, "--rank", 2, "--steps", 2, "--length", 16, "--schemes", "NF4", "--count", 5000, "--rounds", 1],
+        r"NF4 +0\.\d+ +0\.\d+(?s:.*)AdamW8bit +\d+\.\d+ +2\.\d+(?s:.*) 2 bits +\d+\.\d+ of (?s:.*)NF4_DQ, loftq +\d",
+    ),
     "gptq_layer.py": (lambda _: ["--size", 256, "--rounds", 1], r"arrondi, search +\d.* loss 0\.\d+"),
     "gptq_speed.py": (
         lambda tiny: ["--data", data(tiny), "--model", tiny, "--repeat", 1],
