@@ -29,6 +29,10 @@ TEXT = arrondi.sample_path() / "heldout.txt"
 FEW = ("--samples", 2, "--length", 16)
 
 SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "adapters.py": (
+        lambda tiny: ["--model", tiny, "--text", TEXT, "--rank", 2, "--steps", 2, "--length", 16, "--schemes", "NF4", "--count", 5000, "--rounds", 1],
+        r"NF4 +0\.\d+ +0\.\d+(?s:.*)AdamW8bit +\d+\.\d+ +2\.\d+(?s:.*) 2 bits +\d+\.\d+ of (?s:.*)NF4_DQ, loftq +\d",
+    ),
     "binary.py": (
         lambda tiny: ["--data", novel(tiny), "--parts", "language", "--language-steps", 1, "--width", 32, "--windows", 1],
         r"float32 +loss +\d(?s:.*)bitnet +loss +\d.* s a step(?s:.*)twn +loss",

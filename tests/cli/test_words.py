@@ -395,7 +395,17 @@ def test_ctrl_c_in_a_real_run_and_the_same_command_finishes_it(models: Models, t
 CALLS = re.compile(r"\b[A-Za-z_][A-Za-z_.]*[a-z_]\(|\b[a-z_]+=(?:True|False|None|'|\")|(?:^|\s)\.[a-z]+\(")
 """A call, or a keyword argument: advice that serves in Python alone."""
 
-LIBRARY_ONLY = {"calibration", "distributed", "kernels", "nn", "optim", "training", "tensor/packing.py", "api.py", "model/backward.py"}
+LIBRARY_ONLY = {
+    "calibration",
+    "distributed",
+    "kernels",
+    "nn",
+    "optim",
+    "training",
+    "tensor/packing.py",
+    "api.py",
+    "model/backward.py",
+}
 """Errors that no command line reaches: tensors, observers, loops and ranks that a program made itself."""
 
 ALLOWED = {"save_pretrained(", "model.save_pretrained("}

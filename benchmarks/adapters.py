@@ -1,0 +1,217 @@
+"""What adapters over packed weights, 8-bit optimizers and saved activations in few bits cost and gain: the tables in docs/benchmarks.md.
+
+    python benchmarks/adapters.py --model DIR --text FILE              all of it
+    python benchmarks/adapters.py --model DIR --text FILE --parts starts,train --steps 60
+
+Parts: `starts`, the error of every start by scheme; `train`, fine-tuning on the text from every start beside LoRA on the ordinary weights (nats a token of the
+last tenth); `optimizer`, nanoseconds a parameter and bytes of states beside PyTorch's AdamW; `saved`, bytes that wait for the way back, and
+the time of a step. Times are CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import arrondi as ar
+from arrondi.adapters.initial import Init, initialize
+from arrondi.adapters.places import places
+from arrondi.checkpoint import Checkpoint
+from arrondi.model import OnDisk
+from arrondi.pipeline import Recipe
+from arrondi.repair.low_rank import nuclear_norm
+from arrondi.tensor.nearest import fake_quantize
+
+SCHEMES: Final = ("NF4_DQ", "W4A16", "w=int3/g64/asym", "w=int2/g64/asym")
+STARTS: Final = ("pissa", "qpissa", "loftq")
+
+
+def starts(model: Path, rank: int, schemes: Sequence[str]) -> None:
+    """Mean relative error ‖W - Q - B A‖ / ‖W‖ over all layers, and how much less the nuclear norm of the error is."""
+    print(
+        f"\nstarts of rank {rank}: mean relative error, and the nuclear norm's reduction\n{'scheme':<18}{'rounded':>9}",
+        end="",
+    )
+    print("".join(f"{name:>20}" for name in STARTS))
+    checkpoint = Checkpoint.open(model)
+    weights = [place.weight(checkpoint) for name, place in places(OnDisk(checkpoint)).items() if name != "lm_head"]
+    for word in schemes:
+        scheme = ar.parse_scheme(word).weights
+
+        def rounded(weight: torch.Tensor, scheme: ar.Scheme = scheme) -> torch.Tensor:
+            return fake_quantize(weight, scheme)
+
+        alone = [w - rounded(w) for w in weights]
+        mean = sum(float(e.norm() / w.norm()) for e, w in zip(alone, weights, strict=True)) / len(weights)
+        print(f"{word:<18}{mean:9.4f}", end="", flush=True)
+        for name in STARTS:
+            errors, less = [], []
+            for weight, error in zip(weights, alone, strict=True):
+                start = Init(name, rank).start(weight, rounded)
+                left = weight - rounded(start.rest) - start.factors.product
+                errors.append(float(left.norm() / weight.norm()))
+                less.append(1 - nuclear_norm(left) / nuclear_norm(error))
+            print(f"{sum(errors) / len(errors):12.4f} {100 * sum(less) / len(less):5.1f} %", end="", flush=True)
+        print()
+
+
+def windows(model: Path, text: Path, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the text but its last tenth, and of that."""
+    ids = torch.tensor(AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"))["input_ids"])
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    cut = len(rows) * 9 // 10
+    return rows[:cut], rows[cut:]
+
+
+@torch.no_grad()
+def nats(model: Any, rows: torch.Tensor) -> float:
+    model.eval()
+    losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(8)]
+    model.train()
+    return sum(losses) / len(rows)
+
+
+def tuned(
+    model: Any, data: tuple[torch.Tensor, torch.Tensor], steps: int, rate: float, looks: int
+) -> tuple[list[float], float]:
+    """Losses on what was held out, before and as it goes, and CPU seconds a step."""
+    train, held = data[0], data[1][:32]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    draw, found, spent = torch.Generator().manual_seed(0), [nats(model, held)], 0.0
+    for step in range(steps):
+        rows = train[torch.randint(len(train), (8,), generator=draw)]
+        begun = time.process_time()
+        loss = model(input_ids=rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        spent += time.process_time() - begun
+        if (step + 1) % max(steps // looks, 1) == 0:
+            found.append(nats(model, held))
+    return found, spent / max(steps, 1)
+
+
+def train(model: Path, text: Path, rank: int, steps: int, length: int, rate: float) -> None:
+    """Fine-tuning from every start."""
+    import peft
+
+    warnings.simplefilter("ignore", FutureWarning)  # transformers renames what peft asks for
+    data = windows(model, text, length)
+    print(f"\nfine-tuning, rank {rank}, {steps} steps of 8 windows of {length} tokens: nats a token of held-out text")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("dense", "lora", "pissa", "qpissa", "loftq"):
+            torch.manual_seed(0)
+            if name == "dense":
+                config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+                made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+            else:
+                base = Path(folder) / name
+                initialize(model, base, Init(name, rank), Recipe.simple("NF4_DQ"))
+                made = peft.PeftModel.from_pretrained(ar.load(base), base / "adapter", is_trainable=True)
+            losses, seconds = tuned(made, data, steps, rate, 4)
+            label = "LoRA on ordinary weights" if name == "dense" else f"NF4_DQ, {name}"
+            print(
+                f"{label:<26}" + " ".join(f"{loss:7.4f}" for loss in losses) + f"   {seconds:6.3f} s a step", flush=True
+            )
+
+
+def fastest(run: Callable[[], Any], rounds: int) -> float:
+    """CPU seconds of the quickest of some runs, after one to warm up."""
+    run()
+    found = []
+    for _ in range(rounds):
+        begun = time.process_time()
+        run()
+        found.append(time.process_time() - begun)
+    return min(found)
+
+
+def optimizer(count: int, rounds: int) -> None:
+    """A step on one tensor."""
+    kinds: list[tuple[str, Callable[[list[nn.Parameter]], Any]]] = [
+        ("torch AdamW", lambda p: torch.optim.AdamW(p)),
+        ("torch AdamW, foreach", lambda p: torch.optim.AdamW(p, foreach=True)),
+        ("torch AdamW, fused", lambda p: torch.optim.AdamW(p, fused=True)),
+        ("arrondi AdamW8bit", lambda p: ar.optim.AdamW8bit(p)),
+        ("torch SGD, momentum", lambda p: torch.optim.SGD(p, momentum=0.9)),
+        ("arrondi Momentum8bit", lambda p: ar.optim.Momentum8bit(p)),
+    ]
+    print(f"\na step on {count:,} parameters: ns and bytes of states a parameter")
+    for name, make in kinds:
+        p = nn.Parameter(torch.randn(count))
+        p.grad = torch.randn(count) * 0.01
+        made = make([p])
+        seconds = fastest(made.step, rounds)
+        states = (
+            made.state_nbytes
+            if hasattr(made, "state_nbytes")
+            else sum(v.nbytes for k, v in made.state[p].items() if k != "step")
+        )
+        print(f"{name:<26}{1e9 * seconds / count:8.2f} {states / count:8.3f}", flush=True)
+
+
+def saved(model: Path, text: Path, length: int, rounds: int) -> None:
+    """One step of training all parameters."""
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    rows = windows(model, text, length)[0][:8]
+    print(
+        f"\na step on 8 windows of {length} tokens: MB that wait for the way back, CPU seconds, the gradient's relative error"
+    )
+    exact: list[torch.Tensor] = []
+    for bits in (32, 8, 4, 2):
+        sizes = []
+
+        def step(bits: int = bits, sizes: list[int] = sizes) -> None:
+            net.zero_grad()
+            if bits == 32:
+                net(input_ids=rows, labels=rows).loss.backward()
+                return
+            with ar.compress_saved_activations(bits=bits) as kept:
+                loss = net(input_ids=rows, labels=rows).loss
+            sizes[:] = [kept.plain_bytes, kept.kept_bytes]
+            loss.backward()
+
+        seconds = fastest(step, rounds)
+        grads = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+        exact = exact or [g.clone() for g in grads]
+        off = float((torch.cat(grads) - torch.cat(exact)).norm() / torch.cat(exact).norm())
+        size = "" if not sizes else f"{sizes[1] / 1e6:8.2f} of {sizes[0] / 1e6:8.2f}"
+        print(f"{bits:>2} bits {size:>24} {seconds:8.3f} {off:8.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--parts", default="starts,optimizer,saved,train")
+    parser.add_argument("--schemes", default=";".join(SCHEMES))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--count", type=int, default=1 << 22)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = given.parts.split(",")
+    if "starts" in parts:
+        starts(given.model, given.rank, given.schemes.split(";"))
+    if "optimizer" in parts:
+        optimizer(given.count, given.rounds)
+    if "saved" in parts:
+        saved(given.model, given.text, given.length, given.rounds)
+    if "train" in parts:
+        train(given.model, given.text, given.rank, given.steps, given.length, given.rate)
+
+
+if __name__ == "__main__":
+    main()
