@@ -179,6 +179,17 @@ def test_a_bitnet_of_transformers(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.get_submodule(name)(seen[name]), seen[f"{name} out"], rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_meant_where_nothing_is_said() -> None:
+    model = make_latent(Net(), "twn")
+    assert [type(model.get_submodule(n)).__name__ for n in LAYERS] == [
+        "Embedding",
+        "LatentConv2d",
+        "LatentLinear",
+        "LatentLinear",
+    ]
+    assert isinstance(make_latent(nn.Sequential(nn.Linear(16, 16)), "twn")[0], LatentLinear)  # no convolution is missed
+
+
 def test_shared_layers_copies_and_hooks() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     model[2] = model[0]

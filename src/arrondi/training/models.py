@@ -39,7 +39,7 @@ def make_latent(
     model: Model,
     method: str,
     *,
-    targets: Iterable[str] = ("Linear",),
+    targets: Iterable[str] | None = None,
     ignore: Iterable[str] | None = None,
     **options: Any,
 ) -> Model:
@@ -48,8 +48,8 @@ def make_latent(
     Args:
         model: changed in place.
         method: a name of `LATENT`.
-        targets: class names ("Linear", "Conv2d", "Embedding"), paths of modules, or "re:" and a pattern. Layers of very few outputs,
-            which are not packed, are trained so only where their path is given.
+        targets: class names ("Linear", "Conv2d", "Embedding"), paths of modules, or "re:" and a pattern; None: linear layers and
+            convolutions. Layers of very few outputs, which are not packed, are trained so only where their path is given.
         ignore: the same, of layers that stay; None: the head that gives a language model's logits.
         options: of the method, see `arrondi.training.latent.Options`.
 
@@ -60,7 +60,11 @@ def make_latent(
         SchemeError: a selector finds nothing, or no layer is left, or no such method or option.
     """
     options_of(method, **options)
-    targets, ignore = _words(targets, "targets"), None if ignore is None else _words(ignore, "ignore")
+    asked = () if targets is None else _words(targets, "targets")
+    targets, ignore = (
+        asked if targets is not None else ("Linear", "Conv2d"),
+        None if ignore is None else _words(ignore, "ignore"),
+    )
     known: Any = model
     head = known.get_output_embeddings() if ignore is None and hasattr(model, "get_output_embeddings") else None
     used: set[str] = set()
@@ -87,7 +91,7 @@ def make_latent(
         return to_latent(layer, method, **options)
 
     changed = _replace(model, made)
-    if unused := [t for t in (*targets, *(ignore or ())) if t not in used]:
+    if unused := [t for t in (*asked, *(ignore or ())) if t not in used]:
         raise SchemeError(f"The selector {unused[0]!r} finds no layer of {type(model).__name__}. Check its spelling.")
     if changed and left:
         warnings.warn(f"Some layers stay in float: {'; '.join(left)}", stacklevel=2)
