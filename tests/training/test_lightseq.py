@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import arrondi
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.kernels.clipping import clip_codes, half_up, marks, narrow
+from arrondi.nn import QConv, QLinear
 from arrondi.training import convert_to_lowbit_training, learned_state, load_learned_state, training_report
 from arrondi.training.lightseq import (
     IntegerLinear,
@@ -21,6 +24,7 @@ from arrondi.training.lightseq import (
     use_lightseq_layers,
 )
 from arrondi.training.lightseq.attention import int8_linear
+from arrondi.training.lightseq.packed import to_packed
 
 WIDTH, HEADS = 32, 4
 
@@ -205,6 +209,53 @@ def test_clips_follow_and_are_saved() -> None:
     assert torch.isfinite(layer(x)).all()
     load_learned_state(layer, state)
     assert float(layer[0].lowbit_clip.detach()) == float(state["0.clip"])
+
+
+# ---- as ordinary packed layers ----
+
+
+def lines(width: int = 24) -> nn.Sequential:
+    torch.manual_seed(4)
+    made = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 36, width), nn.ReLU(), nn.Linear(width, 5)
+    )
+    return perturbed(made)
+
+
+def test_trained_layers_are_saved_as_packed_ones(tmp_path: Path) -> None:
+    model = lines()
+    convert_to_lowbit_training(model, "lightseq", outputs="int32")
+    model(2 * torch.randn(20, 3, 6, 6))
+    x = torch.randn(7, 3, 6, 6)
+    y = model(x).detach()
+    rows = to_packed(model)
+    assert [row.name for row in rows] == ["0", "2", "4"] and all(len(row.lost) == 1 for row in rows)
+    assert type(model[2]) is QLinear and type(model[0]) is QConv
+    assert torch.allclose(model(x), y, atol=1e-5)
+    arrondi.save(model, tmp_path / "out")
+    again = arrondi.load(tmp_path / "out", model=lines())
+    assert torch.equal(again(x), model(x))
+
+
+def test_after_a_relu_a_packed_layer_has_a_zero_point() -> None:
+    model = lines()
+    convert_to_lowbit_training(model, "lightseq", ignore=("0", "2"), outputs="int32", inputs="unsigned")
+    model(2 * torch.randn(20, 3, 6, 6))
+    x = torch.randn(7, 3, 6, 6)
+    y = model(x).detach()
+    to_packed(model)
+    assert int(model[4].input_zero_point) == -127
+    assert torch.allclose(model(x), y, atol=1e-5)
+    narrowed = lines()
+    convert_to_lowbit_training(narrowed, "lightseq")
+    with pytest.raises(SchemeError, match="no batch"):
+        to_packed(narrowed)
+    narrowed(x)
+    y = narrowed(x).detach()
+    assert any("not rounded" in lost for lost in to_packed(narrowed)[0].lost)
+    assert 1e-4 < (narrowed(x) - y).norm() / y.norm() < 0.05
+    with pytest.raises(SchemeError, match="convert it first"):
+        to_packed(narrowed)
 
 
 # ---- whole layers ----

@@ -195,7 +195,7 @@ def _backward(
     by_x = by_weight = None
     learned: dict[str, torch.Tensor] = {}
     if wanted[0] or layer.learned["clip"].requires_grad:
-        by_x = (slope @ of_weight.to(slope.dtype)).float() * (clip_weight / MOST)
+        by_x = (slope @ of_weight.to(slope.dtype)).float().mul_(clip_weight / MOST)
         by_x, ends = _clipped(by_x, codes, beyond, geometry, unsigned)
         learned["clip"] = ends.sum().reshape(1)
         if not wanted[0]:
@@ -204,7 +204,7 @@ def _backward(
         by_weight = (slope.T @ geometry.matrix(codes).to(slope.dtype)).float()
         if unsigned:
             by_weight = (by_weight + MOST * slope.float().sum(0)[:, None]) / 2
-        by_weight = by_weight * (clip / MOST)
+        by_weight.mul_(clip / MOST)
     return by_x, by_weight, learned
 
 
