@@ -63,6 +63,10 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         r"96  full .*100\.0% +\d(?s:.*)96  kivi2 .*%",
     ),
     "layer_loss.py": (lambda tiny: [tiny, quantized(tiny), "--text", TEXT, *FEW], r"mean relative loss(?s:.*)tiny-w4 +21 +0\.\d+"),
+    "lightseq.py": (
+        lambda _: ["--rounds", 1, "--tokens", 16, "--length", 8, "--width", 32, "--hidden", 64, "--heads", 2],
+        r'"training step", "tokens": 16(?s:.*)"inference", "tokens": 16',
+    ),
     "make_llama.py": (lambda tiny: [tiny.parent / "another", "--size", "tiny"], r"another: 574,336 parameters"),
     "networks.py": (lambda _: ["--networks", "made-up"], r"made-up: 269,722 parameters, top-1 100\.00 %"),
     "quality.py": (
@@ -78,6 +82,10 @@ SMOKE: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "train_networks.py": (
         lambda tiny: ["--data", fashion(tiny), "--out", tiny.parent, "--networks", "lenet", "--epochs", 1, "--limit", 100],
         r"lenet: epoch 1, loss \d\.\d+, \d+\.\d\d % of 100",
+    ),
+    "training.py": (
+        lambda _: ["--speed", "--shapes", "16x64x32", "--rounds", 1, "--methods", "int8,hlq"],
+        r"16 tokens, 64 → 32: float32 0\.\d+ CPU s(?s:.*)int8 +\d+\.\d\d ×(?s:.*)hlq +\d+\.\d\d ×",
     ),
     "vision.py": (
         lambda tiny: ["--data", tiny, "--networks", "made-up", "--only", "^W8A8 rtn min-max"],
