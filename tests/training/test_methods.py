@@ -386,6 +386,22 @@ def test_bad_input_is_one_sentence() -> None:
         convert_to_lowbit_training(net(), "int8", ignore=["lm_head"])
 
 
+@pytest.mark.parametrize("method", ["int8", "binary"])
+def test_evaluation_does_not_pass_the_layers_by(method: str) -> None:
+    """PyTorch's encoder has a fast path that reads weights itself."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        plain = encoder(x)
+        convert_to_lowbit_training(encoder, method)
+        seen = encoder(x)
+        assert (seen - plain).abs().max() > 1e-4
+        assert torch.allclose(seen, encoder.train()(x), atol=1e-5)
+        restore_training(encoder)
+        assert torch.allclose(encoder.eval()(x), plain, atol=1e-6)
+
+
 def test_widths_that_no_block_divides() -> None:
     for method in ("int4", "hlq", "mxfp4"):
         layer = nn.Linear(37, 29)

@@ -21,6 +21,9 @@ from arrondi.training.methods import PRODUCTS, TRAINING_METHODS
 from arrondi.training.models import make_latent, make_plain
 from arrondi.training.modules import PREFIX, LowBitConv2d, LowBitLinear, become, unbecome
 
+_SHORT_CUT: Final = "lowbit_activation"
+"""Under what name an encoder layer of PyTorch keeps what it knew of its activation."""
+
 LOWBIT: Final = (LowBitLinear, LowBitConv2d)
 
 
@@ -72,6 +75,7 @@ def convert_to_lowbit_training(
         raise SchemeError("The model trains in few bits already: call restore_training() first.")
     if method in LATENT:
         make_latent(model, method, ignore=ignore, **options)
+        _walk_through_layers(model)
         return training_report(model)
     chosen = PRODUCTS[method]
     given = _options(chosen, options)
@@ -86,6 +90,7 @@ def convert_to_lowbit_training(
         if reason is None:
             assert isinstance(module, nn.Linear | nn.Conv2d)
             become(module, chosen, given)
+    _walk_through_layers(model)
     return training_report(model)
 
 
@@ -94,6 +99,8 @@ def restore_training(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, LOWBIT):
             unbecome(module)
+        elif _SHORT_CUT in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop(_SHORT_CUT)
     make_plain(model)
 
 
@@ -182,6 +189,15 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, ignore: tuple[str, 
     if any(isinstance(other, nn.Embedding) and other.weight is module.weight for other in model.modules()):
         return "Its weight is an embedding's, too."
     return None
+
+
+def _walk_through_layers(model: nn.Module) -> None:
+    """In evaluation, PyTorch's encoder layer reads the weights of its linear layers and passes these by, if its activation is one
+    that it knows: it is told that it is not."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.__dict__[_SHORT_CUT] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
 
 
 def _classes(module: nn.Module) -> tuple[str, ...]:
