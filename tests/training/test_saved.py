@@ -123,6 +123,24 @@ def test_relu_is_exact(inplace: bool) -> None:
     assert torch.equal(x.grad, y.grad)
 
 
+def test_attention_and_a_loss_keep_what_goes_into_exponentials() -> None:
+    """Of logarithms in four bits the exponential would be anything."""
+    table, project, x = nn.Linear(64, 128), nn.Linear(64, 192), normal(4, 40, 64)
+
+    def run() -> torch.Tensor:
+        table.zero_grad(), project.zero_grad()
+        q, k, v = (20 * project(x)).view(4, 40, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(4, 40, 64)
+        return nn.functional.cross_entropy(30 * table(y).view(-1, 128), torch.arange(160) % 128)
+
+    run().backward()
+    wanted = [p.grad.clone() for p in (project.weight, table.weight)]
+    with compress_saved_activations(bits=8):
+        loss = run()
+    loss.backward()
+    assert off(project.weight.grad, wanted[0]) < 0.3 and off(table.weight.grad, wanted[1]) < 0.02
+
+
 def test_with_checkpoints_and_autocast() -> None:
     model, x = mlp(), normal(64, 256)
     wanted, _ = gradients(model, x)

@@ -33,6 +33,12 @@ _PASSED_ON: Final = (
     "UnsqueezeBackward0",
 )
 """Nodes through which a weight reaches a product as it is, perhaps in another type."""
+_ALL: Final = 1 << 30
+_EXPONENTIALS: Final = (
+    nn.functional.scaled_dot_product_attention, nn.functional.cross_entropy, nn.functional.nll_loss, nn.functional.log_softmax, torch.log_softmax, torch.Tensor.log_softmax, torch.logsumexp,
+    torch.Tensor.logsumexp, torch.exp, torch.Tensor.exp,
+)  # fmt: skip
+_PRODUCTS: Final = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 _PLAIN: Final = (torch.Tensor, nn.Parameter)
 _INPLACE: Final = (torch.relu_, torch.Tensor.relu_, nn.functional.relu_)
 _RELUS: Final = (torch.relu, torch.Tensor.relu, nn.functional.relu, *_INPLACE)
@@ -70,7 +76,8 @@ class compress_saved_activations(TorchFunctionMode):
         plain_bytes, kept_bytes: of what was saved of floating-point activations, and of what it became; what is too small (1 KiB) to be encoded is in
             both, parameters are in neither.
 
-    Left as they are: parameters, integers, masks, tensors below 1 KiB. ReLU keeps one bit an element. A block with NaN or infinity reads
+    Left as they are: parameters, integers, masks, tensors below 1 KiB, one number a token (what norms divide by), constants that
+    activations are multiplied by, and what a gradient takes the exponential of (logarithms of probabilities; queries, keys and values of attention). ReLU keeps one bit an element. A block with NaN or infinity reads
     back as NaN, so that gradients say it. Of a checkpointed part only the input is
     saved, and the part is computed again from what that reads back as. Gradients of
     gradients are those of the decoded values.
@@ -103,6 +110,8 @@ class compress_saved_activations(TorchFunctionMode):
         self._shapes = set() if model is None else {frozenset(p.shape) for p in model.parameters()}
         self._alive: dict[tuple[Any, ...], weakref.ref[_Kept]] = {}
         self._counted: set[tuple[Any, ...]] = set()
+        self._constants: set[int] = set()
+        self._axes = -1
         self._storages: dict[int, StorageWeakRef] = {}
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
 
@@ -118,6 +127,7 @@ class compress_saved_activations(TorchFunctionMode):
         self._hooks.pop().__exit__(*error)
         self._alive.clear()
         self._counted.clear()
+        self._constants.clear()
         self._storages.clear()
 
     def __torch_function__(
@@ -134,7 +144,13 @@ class compress_saved_activations(TorchFunctionMode):
             self._count(self._key(y), y.nbytes)  # PyTorch's own keeps its result, which the next product may keep too
             self.kept_bytes += -(-x.numel() // 8)
             return y
-        return func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            self._constants |= {_storage(a) for a in args if isinstance(a, torch.Tensor) and not a.requires_grad}
+        before, self._axes = self._axes, _ALL if func in _EXPONENTIALS else -1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._axes = before
 
     def _innermost(self) -> bool:
         """Whether what is saved now comes here: inside a checkpointed part it does not, and the part is computed again without this."""
@@ -145,7 +161,8 @@ class compress_saved_activations(TorchFunctionMode):
         if type(x) not in _PLAIN or not x.is_floating_point() or self._is_parameter(x):
             return x
         key = self._key(x)
-        if x.nbytes < _LEAST_BYTES or x.dtype.itemsize < 2:
+        exact = x.ndim <= self._axes or x.shape[-1:] == (1,) or (x.grad_fn is None and key[0] in self._constants)
+        if exact or x.nbytes < _LEAST_BYTES or x.dtype.itemsize < 2:
             self.kept_bytes += x.nbytes if self._count(key, x.nbytes) else 0
             return x
         known = self._alive.get(key)
@@ -192,6 +209,10 @@ class compress_saved_activations(TorchFunctionMode):
         while node is not None and node.name() in _PASSED_ON:
             node = node.next_functions[0][0]
         return node is not None and node.name() == "torch::autograd::AccumulateGrad" and x.grad_fn is not None
+
+
+def _storage(x: torch.Tensor) -> int:
+    return StorageWeakRef(x.untyped_storage()).cdata if x.layout is torch.strided else 0
 
 
 def _unpack(saved: Any) -> torch.Tensor:
