@@ -140,7 +140,8 @@ def data(tiny: Path) -> Path:
 
 def novel(tiny: Path) -> Path:
     """A directory with a novel and the tokenizer of a language model."""
-    folder = data(tiny)
+    folder = tiny.with_name("novel")  # of its own: other scripts take the directory of a model for the model
+    (folder / "text").mkdir(parents=True, exist_ok=True)
     (folder / "text" / "emma.txt").write_bytes(TEXT.read_bytes()[:20_000])
     (folder / "books-llama-6m").mkdir(exist_ok=True)
     for path in arrondi.sample_path().glob("token*"):
