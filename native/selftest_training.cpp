@@ -1,4 +1,8 @@
 // The self-test of what surrounds the products of a training step, against the same in plain C++.
+#include <limits>
+
+#include "clips.h"
+#include "moments.h"
 #include "selftest.h"
 #include "training.h"
 
@@ -81,6 +85,98 @@ void try_sums(int rows, int columns, Type type, Random& random) {
     }
 }
 
+// Codes with a clip, the bits of what lay beyond it, and slopes through those bits.
+void try_clips(int rows, int columns, Type type, Random& random) {
+    const size_t count = static_cast<size_t>(rows) * static_cast<size_t>(columns), bytes = static_cast<size_t>(columns + 7) / 8;
+    const Case k(rows, columns, type, random);
+    std::vector<int8_t> codes(count);
+    std::vector<uint8_t> beyond(static_cast<size_t>(rows) * bytes);
+    const float scale = 2.0f + random.uniform(), low = -50.0f, high = 45.0f;
+    Clipping c{};
+    c.rows = rows;
+    c.columns = columns;
+    c.x = k.x.data();
+    c.ldx = k.sides.ldx;
+    c.type = type;
+    c.scale = scale;
+    c.low = low;
+    c.high = high;
+    c.codes = codes.data();
+    c.beyond = beyond.data();
+    c.threads = k.sides.threads;
+    if (const char* wrong = clip_codes(c)) return fail("clips: %s", wrong);
+    std::vector<float> slope(count), y(count), ends(static_cast<size_t>(rows)), expected_ends(ends.size());
+    for (float& v : slope) v = random.normal();
+    for (size_t r = 0; r < static_cast<size_t>(rows); r++)
+        for (size_t i = 0; i < static_cast<size_t>(columns); i++) {
+            const float x = k.x.floats[r * static_cast<size_t>(k.sides.ldx) + i];
+            const double code = std::fmin(std::fmax(std::floor(static_cast<double>(x * scale) + 0.5), -127.0), 127.0);
+            const size_t at = r * static_cast<size_t>(columns) + i;
+            if (codes[at] != static_cast<int>(code)) return fail("clips: %d for %g, expected %g", codes[at], x, code);
+            const bool marked = (beyond[r * bytes + i / 8] >> i % 8 & 1) != 0;
+            if (marked != (x <= low || x >= high)) return fail("clips: %g is marked %d", x, marked);
+            if (marked) expected_ends[r] += codes[at] > 0 ? slope[at] : -slope[at];
+        }
+    Masking m{rows, columns, slope.data(), beyond.data(), codes.data(), false, y.data(), ends.data(), k.sides.threads};
+    if (const char* wrong = mask_slopes(m)) return fail("masks: %s", wrong);
+    for (size_t at = 0; at < count; at++) {
+        const size_t r = at / static_cast<size_t>(columns), i = at % static_cast<size_t>(columns);
+        const bool marked = (beyond[r * bytes + i / 8] >> i % 8 & 1) != 0;
+        if (y[at] != (marked ? 0.0f : slope[at])) return fail("masks: %g for %g", y[at], slope[at]);
+    }
+    for (size_t r = 0; r < ends.size(); r++)
+        if (!(std::fabs(ends[r] - expected_ends[r]) < 1e-3f)) return fail("masks: an end is %g, expected %g", ends[r], expected_ends[r]);
+    Numbers wide(type, count);
+    void* out = type == Type::f32 ? static_cast<void*>(wide.floats.data()) : wide.halves.data();
+    const Widening w{rows, columns, codes.data(), k.row.data(), k.column.data(), out, type, k.sides.threads};
+    if (const char* wrong = widen_codes(w)) return fail("widening: %s", wrong);
+    for (size_t at = 0; at < count; at++) {
+        Numbers expected(type, 1);
+        const size_t r = at / static_cast<size_t>(columns), i = at % static_cast<size_t>(columns);
+        expected.set(0, static_cast<float>(codes[at]) * k.row[r] + k.column[i]);
+        const float got = type == Type::f32 ? wide.floats[at] : from_bf16(wide.halves[at]);
+        if (got != expected.floats[0]) return fail("widening: %g, expected %g", got, expected.floats[0]);
+    }
+}
+
+// A step of an optimizer on states of one code, which no threshold divides: the arithmetic, and that nothing else is touched.
+void try_moments(int n, int block, bool adam, Random& random) {
+    const size_t count = static_cast<size_t>(n), blocks = static_cast<size_t>((n + block - 1) / block);
+    std::vector<float> values(256, 0.5f), p(count), g(count), before, scale_m(blocks, 2.0f), scale_v(blocks, 3.0f);
+    std::vector<int32_t> lows(16, 7);
+    std::vector<float> thresholds(16, std::numeric_limits<float>::infinity());
+    std::vector<uint8_t> codes_m(count, 1), codes_v(count, 2);
+    for (float& v : p) v = random.normal();
+    for (float& v : g) v = random.normal();
+    before = p;
+    const Map map{values.data(), lows.data(), thresholds.data(), 0x3f00, 8};
+    Moments j{};
+    j.n = n;
+    j.block = block;
+    j.p = p.data();
+    j.g = g.data();
+    j.m = {codes_m.data(), scale_m.data(), map};
+    j.v = {codes_v.data(), scale_v.data(), map};
+    j.adam = adam;
+    j.keep = 0.99f;
+    j.towards = 0.1f;
+    j.beta = 0.9f;
+    j.share = 0.1f;
+    j.root = 1.0f;
+    j.eps = 1e-3f;
+    j.size = -0.1f;
+    j.momentum = 0.9f;
+    j.fresh = 1.0f;
+    j.threads = any_of(kThreads, random);
+    if (const char* wrong = step_moments(j)) return fail("moments: %s", wrong);
+    for (size_t i = 0; i < count; i++) {
+        const double m = adam ? 1.0 + 0.1 * (g[i] - 1.0) : 0.9 + g[i], v = 1.5 * 0.9 + 0.1 * g[i] * g[i];
+        const double expected = adam ? before[i] * 0.99 - 0.1 * m / (std::sqrt(v) + 1e-3) : before[i] - 0.1 * m;
+        if (!(std::fabs(p[i] - expected) < 1e-5)) return fail("moments: %g, expected %g", p[i], expected);
+        if (codes_m[i] != 7 || codes_v[i] != (adam ? 7 : 2)) return fail("moments: a code is %d", codes_m[i]);
+    }
+}
+
 }  // namespace
 
 void try_training(uint64_t seed, bool quick) {
@@ -94,8 +190,12 @@ void try_training(uint64_t seed, bool quick) {
                     try_extremes(k, true);
                     try_codes_of(k, false, 0);
                     try_codes_of(k, true, random.next());
-                    if (type != Type::f16) try_sums(rows, columns, type, random);
+                    if (type == Type::f16) continue;
+                    try_sums(rows, columns, type, random);
+                    try_clips(rows, columns, type, random);
                 }
+    for (int n : {1, 255, 257, 40000})
+        for (bool adam : {true, false}) try_moments(n, 256, adam, random);
 }
 
 }  // namespace arrondi
