@@ -341,6 +341,7 @@ def test_blocks_of_fp4() -> None:
 # ---- one and two bits ----
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("method", ["twn", "bitnet", "terdit", "binary", "bibert", "split"])
 def test_weights_of_few_bits_come_from_the_same_call(method: str) -> None:
     model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 16))
@@ -357,6 +358,8 @@ def test_weights_of_few_bits_come_from_the_same_call(method: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
     restore_training(model)
     assert set(model.state_dict()) == names and type(model[0]) is nn.Linear
 

@@ -10,7 +10,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from arrondi.training import PRODUCTS, convert_to_lowbit_training
+from arrondi.training import TRAINING_METHODS, convert_to_lowbit_training
 
 RANKS = 2
 
@@ -19,7 +19,7 @@ def work(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     found = {}
-    for method in PRODUCTS:
+    for method in TRAINING_METHODS:
         for wrap in ("ddp", "fsdp"):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 16))
@@ -49,7 +49,7 @@ def work(rank: int, store: str, results: str) -> None:
 def test_ranks_learn_one_model(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (str(tmp_path / "store"), str(tmp_path)), RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
-    assert len(first) == 2 * len(PRODUCTS)
+    assert len(first) == 2 * len(TRAINING_METHODS)
     for key, (losses, weight) in first.items():
         assert torch.equal(weight, second[key][1]), key
         assert losses[-1] < losses[0], key
