@@ -124,12 +124,18 @@ LATENT: Final[Mapping[str, Latent]] = MappingProxyType({
 """Every way to train a weight of one or two bits, by name."""
 
 
+@torch.compiler.disable(reason="rounding runs compiled kernels that cannot be traced")
+def _on_grid(x: torch.Tensor, inputs: ActivationScheme) -> torch.Tensor:
+    return fake_quantize(x, inputs.scheme, name="inputs")
+
+
 class _Latent(nn.Module):
     """What latent layers have in common. A mixin: the layer's own class comes after it."""
 
     weight: torch.Tensor
     method: str
     options: Options
+    activations: ActivationScheme | None
     norm: nn.RMSNorm | None
 
     def _become(self, layer: nn.Module, method: str, options: Options) -> None:
@@ -142,7 +148,7 @@ class _Latent(nn.Module):
             _parameters=dict(layer._parameters), _buffers=dict(layer._buffers), _modules=dict(layer._modules)
         )
         keep_hooks(layer, self)
-        self.method, self.options = method, options
+        self.method, self.options, self.activations = method, options, options.activations
         for name, start in kind.beside(self.weight).items():
             self.register_parameter(name, nn.Parameter(start.detach().clone()))
         norm = nn.RMSNorm(self.weight[0].numel(), eps=1e-6).to(self.weight) if options.norm else None
@@ -177,12 +183,12 @@ class _Latent(nn.Module):
         """What enters the product."""
         if self.norm is not None:
             x = cast(torch.Tensor, self.norm(x))
-        inputs = self.options.activations
+        inputs = self.activations
         if inputs is None:
             return x
-        if inputs is SIGNS:
+        if self.options.inputs == "sign":
             return sign(x, at_zero=-1)
-        return straight(x, fake_quantize(x.detach(), inputs.scheme, name="inputs"))
+        return straight(x, _on_grid(x.detach(), inputs))
 
     def extra_repr(self) -> str:
         inputs = f", inputs={self.options.inputs}" if self.options.inputs else ""
@@ -306,7 +312,7 @@ def to_plain(layer: _Latent, *, rounded: bool = True, inputs: bool = True) -> nn
     plain, _ = next((p, c) for p, c in _CLASSES if isinstance(layer, c))
     found = plain.__new__(plain)
     nn.Module.__init__(found)
-    own = {"_parameters", "_buffers", "_modules", "method", "options"}
+    own = {"_parameters", "_buffers", "_modules", "method", "options", "activations"}
     found.__dict__.update({n: v for n, v in layer.__dict__.items() if n not in own})
     found.__dict__.update(_parameters={}, _buffers=dict(layer._buffers), _modules={})
     keep_hooks(layer, found)

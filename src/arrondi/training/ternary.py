@@ -46,6 +46,7 @@ class Ternary(NamedTuple):
         return (self.codes.flatten(1) * self.scale).view_as(self.codes)
 
 
+@torch.compiler.disable(reason="arguments are checked, and sorting is not worth a graph")
 @torch.no_grad()
 def twn(
     weight: torch.Tensor, threshold: Annotated[float, Between(0.0, 10.0)] | None = None, *, rows: bool = True
