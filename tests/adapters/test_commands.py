@@ -171,6 +171,7 @@ def test_bad_input(models: Callable[..., Path], starts: Any, tmp_path: Path) -> 
         ),
         (lambda: merge_adapter(model, model, out), FileFormatError, "no such file"),
         (lambda: merge_adapter(starts["pissa"][0] / "adapter", starts["lora"][0], out), FileFormatError, "other codes"),
+        (lambda: merge_adapter(starts["pissa"][0] / "adapter", model, out), FileFormatError, "other weights"),
         (
             lambda: merge_adapter(starts["pissa"][0] / "adapter", models("gpt2"), out),
             FileFormatError,

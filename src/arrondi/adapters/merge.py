@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from arrondi.adapters.files import Adapter, Delta
-from arrondi.adapters.origin import digest
+from arrondi.adapters.origin import ORIGIN, digest
 from arrondi.adapters.places import Place, places, rewritten, scratch
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import FileFormatError, OutputError, ShapeError
@@ -112,13 +112,13 @@ def _check_fits(found: Adapter, there: Mapping[str, Place], checkpoint: Checkpoi
                 f"{folder}: {name} has a rank of {rank}, more than a matrix of {shape[0]} × {shape[1]} has. It is no adapter of this layer."
             )
     for name, wanted in found.origin.items():
-        if (
-            name in there
-            and there[name].stored in checkpoint.placed
-            and digest(there[name].codes(checkpoint)) != wanted
-        ):
+        if name not in there:
+            continue
+        packed = there[name].stored in checkpoint.placed
+        held = there[name].codes(checkpoint) if packed else there[name].weight(checkpoint)
+        if digest(held) != wanted:
             raise FileFormatError(
-                f"{folder}: was trained on other codes than {checkpoint.folder.path} holds ({name} differs). Name the base that it was trained on."
+                f"{folder}: was trained on other {'codes' if packed else 'weights'} than {checkpoint.folder.path} holds ({name} differs). Name the base that it was trained on, or take {ORIGIN} out of the adapter to merge all the same."
             )
 
 
