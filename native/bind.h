@@ -15,6 +15,17 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Runs a checked job without Python's lock; what is wrong with it becomes a ValueError.
+template <class Job>
+void run(const char* (*function)(const Job&), const Job& job) {
+    const char* wrong;
+    {
+        nb::gil_scoped_release free;
+        wrong = function(job);
+    }
+    if (wrong != nullptr) throw nb::value_error(wrong);
+}
+
 void bind_products(nb::module_& m);
 void bind_quantizers(nb::module_& m);
 void bind_transforms(nb::module_& m);

@@ -1,23 +1,8 @@
 // Codes of a byte with a clip.
-#include <nanobind/stl/tuple.h>
-
 #include "bind.h"
 #include "clips.h"
 
 namespace arrondi {
-namespace {
-
-template <class Job>
-void run(const char* (*function)(const Job&), const Job& job) {
-    const char* wrong;
-    {
-        nb::gil_scoped_release free;
-        wrong = function(job);
-    }
-    if (wrong != nullptr) throw nb::value_error(wrong);
-}
-
-}  // namespace
 
 void bind_clips(nb::module_& m) {
     // type 3: x are sums, int32

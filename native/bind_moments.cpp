@@ -17,15 +17,6 @@ State state(const Places& s) {
              std::get<6>(s)}};
 }
 
-void run(const Moments& job) {
-    const char* wrong;
-    {
-        nb::gil_scoped_release free;
-        wrong = step_moments(job);
-    }
-    if (wrong != nullptr) throw nb::value_error(wrong);
-}
-
 }  // namespace
 
 void bind_moments(nb::module_& m) {
@@ -36,14 +27,14 @@ void bind_moments(nb::module_& m) {
         j.n = n, j.block = block, j.p = at<float>(p), j.g = at<float>(g), j.m = state(first), j.v = state(second);
         j.adam = true, j.keep = keep, j.decay = decay, j.towards = towards, j.beta = beta, j.share = share, j.root = root;
         j.eps = eps, j.size = size, j.threads = threads;
-        run(j);
+        run(step_moments, j);
     });
     m.def("step_momentum", [](int64_t n, int64_t block, uintptr_t p, uintptr_t g, Places first, float decay, float momentum,
                               float fresh, float size, bool begins, bool nesterov, int threads) {
         Moments j{};
         j.n = n, j.block = block, j.p = at<float>(p), j.g = at<float>(g), j.m = state(first), j.decay = decay;
         j.momentum = momentum, j.fresh = fresh, j.size = size, j.first = begins, j.nesterov = nesterov, j.threads = threads;
-        run(j);
+        run(step_moments, j);
     });
 }
 

@@ -17,16 +17,6 @@ Sides sides(const Matrix& m, int threads) {
     return {rows, columns, at<void>(x), ldx, static_cast<Type>(type), at<float>(row), at<float>(column), threads};
 }
 
-template <class Job>
-void run(const char* (*function)(const Job&), const Job& job) {
-    const char* wrong;
-    {
-        nb::gil_scoped_release free;
-        wrong = function(job);
-    }
-    if (wrong != nullptr) throw nb::value_error(wrong);
-}
-
 }  // namespace
 
 void bind_training(nb::module_& m) {
