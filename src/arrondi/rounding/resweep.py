@@ -9,8 +9,6 @@ Ours; the same alternation for learned tables is in `arrondi.rounding.kmeans`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from arrondi.formats import Scheme
@@ -18,12 +16,14 @@ from arrondi.formats.scheme import PLAIN
 from arrondi.rounding.gptq_grids import ColumnGrids
 from arrondi.rounding.gptq_sweep import sweep
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.rows import rowwise
+from arrondi.tensor.ranges.superblocks import is_superblock
+from arrondi.tensor.rows import pick_rows, rowwise
 
 
 def resweeps(scheme: Scheme) -> bool:
-    """Whether the rows of a scheme are rounded by themselves, with scales that can be chosen freely."""
-    return rowwise(scheme) and not isinstance(scheme.scale, Scheme) and scheme.scale in PLAIN
+    """Whether the rows of a scheme are rounded by themselves, with scales or units of scales that can be chosen freely."""
+    plain = not isinstance(scheme.scale, Scheme) and scheme.scale in PLAIN
+    return rowwise(scheme) and (plain or is_superblock(scheme))
 
 
 def reswept(
@@ -48,7 +48,7 @@ def reswept(
         codes, _ = sweep(weight, factor, grids, block, order)
         last = grids.assemble(codes)
         dues, loss = _dues(last, weight, factor, order)
-        q, best = _rows_of(last, q, loss < best), torch.minimum(loss, best)
+        q, best = pick_rows(last, q, loss < best), torch.minimum(loss, best)
     return q
 
 
@@ -61,16 +61,3 @@ def _dues(
     dues = torch.empty_like(weight)
     dues[:, order] = values[:, order] + residuals / factor.diagonal()
     return dues, residuals.square().sum(1)
-
-
-def _rows_of(new: QTensor, old: QTensor, better: torch.Tensor) -> QTensor:
-    """Every row from one or the other."""
-    pick = better.unsqueeze(1)
-    assert isinstance(new.scale, torch.Tensor) and isinstance(old.scale, torch.Tensor)
-    zero, offset = new.zero_point, new.offset
-    if zero is not None and old.zero_point is not None:
-        zero = torch.where(pick, zero, old.zero_point)
-    if isinstance(offset, torch.Tensor) and isinstance(old.offset, torch.Tensor):
-        offset = torch.where(pick, offset, old.offset)
-    codes, scale = torch.where(pick, new.codes, old.codes), torch.where(pick, new.scale, old.scale)
-    return replace(old, codes=codes, scale=scale, zero_point=zero, offset=offset)

@@ -98,7 +98,7 @@ def nearest(
     if range in EXPONENT_RULES:
         return quantize_tensor(weight, scheme, rule=range, name=name)
     if range == "absmax" or weight.numel() == 0:
-        return quantize_tensor(weight, scheme, name=name)
+        return quantize_tensor(weight, scheme, rule="full" if is_superblock(scheme) else "auto", name=name)
     with named(name):
         if range == "four-over-six":
             grid = weighted_parts(weight, scheme, importance, magnitude=False, widths=FOUR_OVER_SIX, turns=0, name=name)

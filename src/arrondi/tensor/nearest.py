@@ -19,6 +19,7 @@ from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.quantizers import round_groups, round_on
 from arrondi.tensor.ranges.fits import check_rule, fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids
+from arrondi.tensor.ranges.superblocks import is_superblock, superblock_parts
 from arrondi.tensor.tiling import from_tiles, to_tiles
 
 _CHUNK = 1 << 18
@@ -33,7 +34,8 @@ def quantize_tensor(
     Args:
         x: any shape, any float dtype, finite; computed in float32.
         scheme: what the tensor becomes: a Scheme, a LayerScheme (its weights are used) or a word ("W4A16", the grammar).
-        rule: how the scales are fitted, a name of `arrondi.tensor.ranges.fits.FITS`.
+        rule: how the scales are fitted, a name of `arrondi.tensor.ranges.fits.FITS`; "auto" searches those of super-blocks, which have few
+            codes and one unit.
         name: the tensor's name, for messages.
         shrink: factor on the range of each tile: a number, or a tensor of the scale's shape.
 
@@ -56,6 +58,8 @@ def quantize_tensor(
         if x.numel() == 0:
             return _empty(x, scheme)
         factor = _factor(shrink, scale_shape(scheme.granularity, shape))
+        if rule == "auto" and isinstance(factor, float) and factor == 1.0 and is_superblock(scheme):
+            return quantize_with(x, scheme, superblock_parts(x, scheme), name=name)
         if isinstance(scheme.scale, Scheme) or isinstance(scheme.offset, Scheme):
             grid = fit(to_tiles(x, tile).float(), scheme, rule, factor)
             return quantize_with(x, scheme, store_grid(grid, scheme, shape, name=name), name=name)

@@ -1,4 +1,4 @@
-"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`; and `rowwise` and `separable`, schemes of which
+"""Rows of quantized matrices: `rows_of`, `stack_rows`, `split_rows`, `pick_rows`; and `rowwise` and `separable`, schemes of which
 every row, or every matrix, is on its own."""
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ def separable(scheme: Scheme) -> bool:
         scheme.table is not None and scheme.table.rows != 1
     )
     rows = scheme.granularity == PerChannel() or (
-        isinstance(scheme.granularity, PerGroup) and not isinstance(scheme.scale, Scheme)
+        isinstance(scheme.granularity, PerGroup) and _along_rows(scheme.scale) and _along_rows(scheme.offset)
     )
     return rows and not shared
+
+
+def _along_rows(storage: str | Scheme) -> bool:
+    """Whether scales or offsets share nothing with those of other rows: plain, or in groups along a row."""
+    return not isinstance(storage, Scheme) or (isinstance(storage.granularity, PerGroup) and separable(storage))
 
 
 def rows_of(q: QTensor, start: int, count: int) -> QTensor:
@@ -84,3 +89,14 @@ def split_rows(q: QTensor, sizes: list[int]) -> list[QTensor]:
 
     parts = zip(q.codes.split(sizes), cut(q.scale), cut(q.zero_point), cut(q.offset), cut(q.table), strict=True)
     return [QTensor(c, s, z, o, q.scheme, q.group_index, t) for c, s, z, o, t in parts]
+
+
+def pick_rows(new: QTensor, old: QTensor, better: torch.Tensor) -> QTensor:
+    """Every row (m,) from one tensor or the other, for schemes whose rows are rounded one by one; tables stay those of `old`."""
+    pick = better.unsqueeze(1)
+
+    def part(a: Any, b: Any) -> Any:
+        return pick_rows(a, b, better) if isinstance(a, QTensor) else None if a is None else torch.where(pick, a, b)
+
+    scale, zero, offset = part(new.scale, old.scale), part(new.zero_point, old.zero_point), part(new.offset, old.offset)
+    return replace(old, codes=torch.where(pick, new.codes, old.codes), scale=scale, zero_point=zero, offset=offset)

@@ -45,7 +45,7 @@ def by_squares(scheme: Scheme) -> bool:
 
 
 def squares_grid(
-    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, magnitude: bool = False
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, magnitude: float = 0.0
 ) -> Grid:
     """The grid with the least Σ w (x - x̂)² that the search finds, parts as (tiles, 1), as they are stored.
 
@@ -61,13 +61,17 @@ def squares_grid(
     offset, found = scheme.zero_point == "float", []
     for data in laid(weight, importance, magnitude, min(scheme.granularity.size, weight.shape[-1])):
         scale, low = best_grids(data, scheme.format, offset=offset, signed=scheme.signed_scales)
+        if not has_zero(scheme.format):
+            scale = torch.where(
+                scale == 0, torch.finfo(scale.dtype).tiny, scale
+            )  # the least scale comes nearest to zero
         scale = round_scale(scale, scheme.scale)
         found.append(Grid(scale, None, None if low is None else round_offset(low, scheme.offset)))
     return cat_grids(found)
 
 
 def laid(
-    weight: torch.Tensor, importance: torch.Tensor | None, magnitude: bool, group: int, span: int = 1
+    weight: torch.Tensor, importance: torch.Tensor | None, magnitude: float, group: int, span: int = 1
 ) -> Iterator[Weighed]:
     """The weight some rows at a time as (group, runs, span): groups of one run lie side by side.
 
@@ -76,7 +80,7 @@ def laid(
     Args:
         weight: (..., K).
         importance: (K,), what the error of each column weighs; None: all the same.
-        magnitude: weigh an element by √(σ² + x²) too, with the mean square σ² of its group.
+        magnitude: weigh an element by (σ² + x²) to this power too, with the mean square σ² of its group.
         group, span: elements of a group, groups of a run.
     """
     columns = weight.shape[-1]
@@ -91,7 +95,7 @@ def laid(
         x, w = lay(some), lay(each.expand(some.shape))
         if magnitude:
             squares = x.square()
-            w *= (squares.mean(0) + squares).sqrt_()
+            w *= (squares.mean(0) + squares).pow_(magnitude)
         yield Weighed.of(x, w)
 
 
@@ -118,16 +122,26 @@ class Weighed(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor, w: torch.Tensor) -> Weighed:
         wx = w * x
-        return cls(x, w, wx, wx.sum(0), w.sum(0), (wx * x).sum(0))
+        return cls(x, w, wx, total(wx), total(w), total(wx * x))
 
     def squares(self, v: torch.Tensor) -> Squares:
         wv = self.w * v
-        return Squares((wv * v).sum(0), (self.wx * v).sum(0), wv.sum(0), self.sum_wx, self.sum_w)
+        return Squares(total(wv * v), total(self.wx * v), total(wv), self.sum_wx, self.sum_w)
 
     def error(self, s: Squares, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
         """Σ w (scale v + offset - x)² of every group, for the v of the sums."""
         error = self.power + scale * (scale * s.vv - 2 * s.vx)
         return error if offset is None else error + offset * (offset * s.one + 2 * (scale * s.v - s.x))
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the first axis, in an order that does not depend on threads or on how much lies side by side."""
+    while len(x) > 1:
+        half = len(x) // 2
+        rest, x = x[2 * half :], x[:half] + x[half : 2 * half]
+        if len(rest):
+            x[0] += rest[0]
+    return x[0]
 
 
 def values_on(x: torch.Tensor, format: Format, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
@@ -140,7 +154,7 @@ def values_on(x: torch.Tensor, format: Format, scale: torch.Tensor, offset: torc
     if format.values is None:
         return units.round_().clamp_(format.qmin, format.qmax)
     first, last, cells = _cells(format, x.device)
-    places = units.sub_(first).mul_(_CELLS / (last - first)).clamp_(0, _CELLS - 1).int()
+    places = units.sub_(first).mul_(_CELLS / (last - first)).int().clamp_(0, _CELLS - 1)
     return cells.index_select(0, places.reshape(-1)).reshape(places.shape)
 
 
@@ -151,6 +165,11 @@ def _cells(format: Format, device: torch.device) -> tuple[float, float, torch.Te
     first, last = format.values[0], format.values[-1]
     centres = first + (torch.arange(_CELLS, device=device) + 0.5) * ((last - first) / _CELLS)
     return first, last, nearest(centres.float(), format)
+
+
+def has_zero(format: Format) -> bool:
+    """Whether a code means zero."""
+    return format.values is None or 0.0 in format.values
 
 
 def solved(s: Squares, offset: bool, below: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -16,7 +16,7 @@ from arrondi.formats.scheme import PLAIN
 from arrondi.tensor.encoding import code_dtype
 from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.grid import round_scale
-from arrondi.tensor.ranges.squares import Squares, Weighed, best_grids, laid, solved, values_on
+from arrondi.tensor.ranges.squares import Squares, Weighed, best_grids, has_zero, laid, solved, total, values_on
 
 _UNITS: Final = (*(i / 4 for i in range(-4, 7)), 2.0, 3.0, 4.0)
 """How far, in codes, the largest scale of a super-block lies beyond the largest code."""
@@ -73,7 +73,7 @@ class _Grids(NamedTuple):
 
 
 def superblock_parts(
-    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, magnitude: bool = False
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, magnitude: float = 0.0
 ) -> Parts:
     """Scales and offsets with the least Σ w (x - x̂)² that the search finds.
 
@@ -99,7 +99,7 @@ def _search(data: Weighed, scheme: Scheme) -> _Grids:
     free = best_grids(data, format, offset=offset, below=offset, signed=scheme.signed_scales)
     sums = data.squares(values_on(data.x, format, *free))
     grids = _counted_grids(sums, free, scheme)
-    least = data.error(sums, grids.scale, grids.offset).sum(1, keepdim=True)
+    least = _over(data.error(sums, grids.scale, grids.offset))
     for turn in range(_TURNS):
         before = least
         sums = data.squares(values_on(data.x, format, grids.scale, grids.offset))
@@ -112,8 +112,8 @@ def _search(data: Weighed, scheme: Scheme) -> _Grids:
             grids, errors = grids.where(wins, moved), torch.where(wins, tried, errors)
             sums = Squares(*(torch.where(wins, new, old) for new, old in zip(other, sums, strict=True)))
         refitted = _refitted(sums, grids, scheme)
-        least = errors.sum(1, keepdim=True)
-        tried = data.error(sums, refitted.scale, refitted.offset).sum(1, keepdim=True)
+        least = _over(errors)
+        tried = _over(data.error(sums, refitted.scale, refitted.offset))
         grids, least = grids.where(tried < least, refitted), torch.minimum(tried, least)
         if turn and not bool((least < before).any()):
             break
@@ -125,16 +125,21 @@ def _counted_grids(sums: Squares, free: tuple[torch.Tensor, torch.Tensor | None]
     assert isinstance(scheme.scale, Scheme)
     scale, offset = free
     bend = sums.vv if offset is None else sums.vv - sums.v * sums.v / sums.one.clamp(min=1e-30)
-    unit, code = _units(scale, bend, scheme.scale, scheme.signed_scales)
+    unit, code = _units(scale, bend, scheme.scale, scheme.signed_scales, not has_zero(scheme.format))
     if offset is None:
         return _Grids(unit, code)
     best = ((sums.x - unit * code * sums.v) / sums.one.clamp(min=1e-30)).clamp(max=0)
-    below, depth = _units(-best, sums.one, scheme.scale, False)
-    return _Grids(unit, code, -below, depth.clamp(min=0))
+    below, depth = _units(-best, sums.one, scheme.scale, False, True)
+    return _Grids(unit, code, -below, depth)
+
+
+def _over(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the groups of each super-block, (n, 1)."""
+    return total(x.T).unsqueeze(1)
 
 
 def _units(
-    wanted: torch.Tensor, bend: torch.Tensor, storage: Scheme, signed: bool
+    wanted: torch.Tensor, bend: torch.Tensor, storage: Scheme, signed: bool, zero: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The unit (n, 1) and codes (n, groups) with the least Σ bend (unit · code - wanted)²."""
     low, high = storage.format.qmin, storage.format.qmax
@@ -145,9 +150,10 @@ def _units(
         for t in _UNITS:
             if abs(end) + t <= 0:
                 continue
-            unit = round_scale(extreme / (end + (t if end > 0 else -t)), storage.scale)
-            code = _codes(wanted / unit, storage, signed)
-            cost = (bend * (unit * code - wanted).square()).sum(1, keepdim=True)
+            found = extreme / (end + (t if end > 0 else -t))
+            unit = round_scale(torch.where(found == 0, torch.finfo(found.dtype).tiny, found), storage.scale)
+            code = _codes(wanted / unit, storage, signed, zero)
+            cost = _over(bend * (unit * code - wanted).square())
             if best is None or least is None:
                 best, least = (unit, code), cost
                 continue
@@ -158,23 +164,24 @@ def _units(
     return best
 
 
-def _codes(units: torch.Tensor, storage: Scheme, signed: bool) -> torch.Tensor:
-    """The nearest codes that are not zero: a grid of scale zero has nothing that the finest one lacks."""
-    low = storage.format.qmin if signed else 1
+def _codes(units: torch.Tensor, storage: Scheme, signed: bool, zero: bool) -> torch.Tensor:
+    """The nearest codes of scales. They are not zero where the grid of scale one has all that one of scale zero has."""
+    low = storage.format.qmin if signed else 0
     code = units.round().clamp_(low, storage.format.qmax)
-    return torch.where(code == 0, torch.where(units < 0, -1.0, 1.0), code)
+    return code if zero else torch.where(code == 0, torch.where(signed & (units < 0), -1.0, 1.0), code)
 
 
 def _moved(sums: Squares, grids: _Grids, scheme: Scheme, move: int) -> _Grids:
     """Other codes for scales and offsets: those that fit the sums, `move` beside."""
     assert isinstance(scheme.scale, Scheme)
-    offset = grids.offset is not None
+    offset, zero = grids.offset is not None, not has_zero(scheme.format)
     if move:
         code = grids.code + move
-        code = torch.where(code == 0, code + move, code)
-        code = code.clamp(scheme.scale.format.qmin if scheme.signed_scales else 1, scheme.scale.format.qmax)
+        code = code if zero else torch.where(code == 0, code + move, code)
+        low = scheme.scale.format.qmin if scheme.signed_scales else 0 if zero else 1
+        code = code.clamp(low, scheme.scale.format.qmax)
     else:
-        code = _codes(solved(sums, offset, offset)[0] / grids.unit, scheme.scale, scheme.signed_scales)
+        code = _codes(solved(sums, offset, offset)[0] / grids.unit, scheme.scale, scheme.signed_scales, zero)
     if grids.below is None:
         return grids._replace(code=code)
     best = (sums.x - grids.unit * code * sums.v) / sums.one.clamp(min=1e-30)
@@ -187,14 +194,11 @@ def _refitted(sums: Squares, grids: _Grids, scheme: Scheme) -> _Grids:
     assert isinstance(scheme.scale, Scheme)
     code, depth = grids.code, grids.depth
 
-    def total(x: torch.Tensor) -> torch.Tensor:
-        return x.sum(1, keepdim=True)
-
-    a, r = total(code * code * sums.vv), total(code * sums.vx)
+    a, r = _over(code * code * sums.vv), _over(code * sums.vx)
     alone = torch.where(a > 0, r / torch.where(a > 0, a, 1.0), grids.unit)
     if depth is None or grids.below is None:
         return grids._replace(unit=_stored(alone, grids.unit, scheme.scale))
-    b, c, q = total(code * depth * sums.v), total(depth * depth * sums.one), total(depth * sums.x)
+    b, c, q = _over(code * depth * sums.v), _over(depth * depth * sums.one), _over(depth * sums.x)
     determinant = a * c - b * b
     solvable = determinant > 1e-6 * a * c
     safe = torch.where(solvable, determinant, 1.0)

@@ -76,10 +76,10 @@ def weighted_parts(
     shape = tuple(weight.shape)
     tile = tile_shape(scheme.granularity, shape)
     if widths is None and power == 2 and (is_superblock(scheme) or by_squares(scheme)):
-        columns = None if importance is None else _checked(importance, shape, name)
+        columns, root = None if importance is None else _checked(importance, shape, name), 0.5 if magnitude else 0.0
         if is_superblock(scheme):
-            return superblock_parts(weight.detach(), scheme, columns, magnitude)
-        return store_grid(squares_grid(weight.detach(), scheme, columns, magnitude), scheme, shape, name=name)
+            return superblock_parts(weight.detach(), scheme, columns, root)
+        return store_grid(squares_grid(weight.detach(), scheme, columns, root), scheme, shape, name=name)
     tiles = to_tiles(weight.detach(), tile)
     columns = None if importance is None else to_tiles(_checked(importance, shape, name).expand(shape), tile)
     outer = None
