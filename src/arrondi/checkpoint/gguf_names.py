@@ -13,8 +13,6 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any, Final
 
-from arrondi.checkpoint.imatrix import gguf_package
-
 _JOINED: Final = "gate_up_proj"
 _PARTS: Final = ("gate_proj", "up_proj")
 """A stack of experts that holds both matrices in one tensor; GGUF files may hold them apart."""
@@ -28,7 +26,9 @@ class GGUFNames:
     """
 
     def __init__(self, model_type: str) -> None:
-        self.gguf = gguf_package("An importance matrix")
+        import gguf
+
+        self.gguf = gguf
         known = self.gguf.MODEL_ARCH_NAMES
         self._own = [self._map(arch) for arch, name in known.items() if _plain(name) == _plain(model_type)]
 
