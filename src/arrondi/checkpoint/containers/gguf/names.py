@@ -20,6 +20,8 @@ from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError
 
 _STACK: Final = re.compile(r"blk\.(?P<block>\d+)\.ffn_(?P<part>gate|up|down)_exps\.(?P<leaf>weight|bias)")
+_LIKE: Final = {"gemma": "gemma2"}
+"""Architectures that transformers does not read, and the one whose converter does the same to them."""
 _TIMES: Final = 2.0
 """A second number that is sent through what a converter did to a vector."""
 
@@ -38,9 +40,9 @@ def model_entries(headers: list[Header], config: Mapping[str, Any], model: Any) 
     Raises:
         FileFormatError: something was done to a quantized tensor that cannot be undone.
     """
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    processor = TENSOR_PROCESSORS.get(headers[0].architecture, TensorProcessor)(config=dict(config))
+    processor = processor_of(headers[0].architecture, config)
     names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
     experts = _expert_names(model)
     entries: dict[str, Entry] = {}
@@ -51,6 +53,13 @@ def model_entries(headers: list[Header], config: Mapping[str, Any], model: Any) 
                     raise FileFormatError(f"{header.path}: {name} is {entry.name}, which another tensor is as well.")
                 entries[entry.name] = entry
     return entries
+
+
+def processor_of(architecture: str, config: Mapping[str, Any]) -> Any:
+    """Transformers' way back for an architecture, as GGUF calls it."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    return TENSOR_PROCESSORS.get(_LIKE.get(architecture, architecture), TensorProcessor)(config=dict(config))
 
 
 def _entries(
