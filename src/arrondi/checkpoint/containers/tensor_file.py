@@ -48,9 +48,9 @@ class Entry:
     Attributes:
         name: of the model's tensor.
         path, start, stop: the file, and the bytes in it.
-        dtype: element type; blocks of ggml are bytes, and have the name of their type.
-        shape: of what is stored.
-        turn: what the file's makers did to the tensor is undone by this; None: it is stored as the model has it.
+        dtype: element type of the model's tensor; blocks of ggml are bytes, and have the name of their type.
+        shape: of the model's tensor.
+        turn: what is stored instead, and how the model's tensor is made of it; None: it is stored as the model has it.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Entry:
 
     def made(self, stored: torch.Tensor) -> torch.Tensor:
         """The model's tensor of the stored one; of blocks of ggml, rows of bytes in the model's order."""
-        return stored if self.turn is None else self.turn.apply(stored, blocks=self.dtype not in DTYPES)
+        return stored if self.turn is None else self.turn.apply(stored, self.shape)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -165,7 +165,8 @@ def _sizes(values: object) -> bool:
 
 def read_tensor(entry: Entry) -> torch.Tensor:
     """The whole tensor as it is stored."""
-    return _read(entry, entry.start, entry.nbytes).view(entry.torch_dtype).reshape(entry.shape)
+    dtype, shape = (entry.dtype, entry.shape) if entry.turn is None else (entry.turn.dtype, entry.turn.shape)
+    return _read(entry, entry.start, entry.nbytes).view(DTYPES.get(dtype, torch.uint8)).reshape(shape)
 
 
 def read_bytes(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:

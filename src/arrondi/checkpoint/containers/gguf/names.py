@@ -1,6 +1,6 @@
 """What the tensors of a GGUF file are called in a transformers checkpoint, and what was done to them.
 
-Owns: `model_entries` and `turn_of`. Names are those of the tables of the package gguf, read backwards for the parameters that the model
+Owns: `model_entries`, and `form_of` with the `Form` that it finds. Names are those of the tables of the package gguf, read backwards for the parameters that the model
 has; what a converter did to a tensor is found by sending marked numbers through transformers' own way back. So no family of
 models is known here.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +22,8 @@ from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError
 
 _STACK: Final = re.compile(r"blk\.(?P<block>\d+)\.ffn_(?P<part>gate|up|down)_exps\.(?P<leaf>weight|bias)")
+GRIDLESS: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
+"""Types of blocks whose values are points of a lattice and not codes with a scale: they are read as numbers."""
 _LIKE: Final = {"gemma": "gemma2"}
 """Architectures that transformers does not read, and the one whose converter does the same to them."""
 _TIMES: Final = 2.0
@@ -76,17 +80,39 @@ def _entries(
             start = stored.start + i * size
             yield Entry(own, header.path, stored.type, stored.raw_shape[1:], start, start + size)
         return
-    turn = turn_of(processor, name, stored.shape) if name in names else None
-    blocks = stored.type not in DTYPES
-    if turn is not None and blocks and (turn.plus or turn.shape is not None):
+    form = form_of(processor, name, stored.shape) if name in names else Form(stored.shape)
+    yield _entry(names.get(name, name), header.path, stored, form)
+
+
+def _entry(name: str, path: Path, stored: Stored, form: Form) -> Entry:
+    """A whole tensor. Of blocks on a grid only the rows are put in order: the rest is said by whoever knows what they mean."""
+    raw = stored.raw_shape
+    if stored.type in DTYPES:
+        turn = None if form == Form(stored.shape) else Turn(stored.type, raw, form.rows, form.transposed, form.plus)
+        return Entry(name, path, stored.type, form.shape, stored.start, stored.stop, turn)
+    if stored.type in GRIDLESS:
+        turn = Turn(stored.type, raw, form.rows, form.transposed, form.plus, decoded=True)
+        return Entry(name, path, "F32", form.shape, stored.start, stored.stop, turn)
+    if form.plus or form.shape != (stored.shape[::-1] if form.transposed else stored.shape):
         raise FileFormatError(
-            f"{header.path}: {name} is stored as {stored.type}, and its form in the model is another. Take a file that holds it as F32."
+            f"{path}: {name} is stored as {stored.type}, and its form in the model is another. Take a file that holds it as F32."
         )
-    yield Entry(names.get(name, name), header.path, stored.type, stored.raw_shape, stored.start, stored.stop, turn)
+    turn = None if form.rows is None else Turn(stored.type, raw, form.rows)
+    return Entry(name, path, stored.type, raw, stored.start, stored.stop, turn)
 
 
-def turn_of(processor: Any, name: str, shape: tuple[int, ...]) -> Turn | None:
-    """What transformers does to a tensor of this name on its way from the file into the model; None: nothing.
+@dataclass(frozen=True)
+class Form:
+    """What a tensor of a file is in the model: its shape there, and how its numbers get there (see `Turn`)."""
+
+    shape: tuple[int, ...]
+    rows: torch.Tensor | None = None
+    transposed: bool = False
+    plus: float = 0.0
+
+
+def form_of(processor: Any, name: str, shape: tuple[int, ...]) -> Form:
+    """What transformers does to a tensor of this name on its way from the file into the model.
 
     Args:
         processor: transformers' way back for the architecture.
@@ -94,51 +120,43 @@ def turn_of(processor: Any, name: str, shape: tuple[int, ...]) -> Turn | None:
         shape: of it there.
 
     Raises:
-        FileFormatError: it is none of the forms that `Turn` knows.
+        FileFormatError: it is none of the forms that are known here.
     """
     if len(shape) == 1:
-        return _vector_turn(processor, name, shape[0])
+        return _form_of_vector(processor, name, shape[0])
     if len(shape) != 2:
-        return None
+        return Form(shape)
     rows = np.broadcast_to(np.arange(shape[0], dtype=np.float64)[:, None], shape)
     columns = np.broadcast_to(np.arange(shape[1], dtype=np.float64), shape)
     by_row, by_column = (_sent(processor, name, x) for x in (rows, columns))
     if by_row is rows:
-        return None
-    flat_row, flat_column = by_row.squeeze(), by_column.squeeze()
-    transposed = flat_row.shape != shape or not (flat_row[:, :1] == flat_row).all()
-    if transposed:
-        flat_row, flat_column = flat_row.T, flat_column.T
-    if (
-        flat_row.shape != shape
-        or not (flat_row == flat_row[:, :1]).all()
-        or not (flat_column == np.arange(shape[1])).all()
-    ):
-        raise FileFormatError(f"transformers turns {name} into a form that is not known here.")
-    order = torch.from_numpy(flat_row[:, 0].astype(np.int64))
-    plain = bool((order == torch.arange(shape[0])).all())
+        return Form(shape)
     made = tuple(by_row.shape)
-    other = made if made != (shape[::-1] if transposed else shape) else None
-    if plain and not transposed and other is None:
-        return None
-    return Turn(None if plain else order, transposed, other)
+    transposed = made == shape[::-1] and bool((by_row == by_row[:1]).all())
+    flat_row, flat_column = (x.T if transposed else x.reshape(shape) for x in (by_row, by_column))
+    if not (flat_row == flat_row[:, :1]).all() or not (flat_column == np.arange(shape[1])).all():
+        raise FileFormatError(f"transformers turns {name} into a form that is not known here.")
+    return Form(made, _order(flat_row[:, 0]), transposed)
 
 
-def _vector_turn(processor: Any, name: str, length: int) -> Turn | None:
+def _form_of_vector(processor: Any, name: str, length: int) -> Form:
     """Of a bias that goes with rows in another order, of a norm to which a number was added, of a row that is a matrix."""
     marks = np.arange(length, dtype=np.float64)
     made = _sent(processor, name, marks)
-    shape = tuple(made.shape) if made.shape != marks.shape else None
-    flat = made.reshape(-1)
-    if flat.shape == marks.shape and sorted(flat) == list(marks):
-        order = torch.from_numpy(flat.astype(np.int64))
-        plain = bool((flat == marks).all())
-        return None if plain and shape is None else Turn(None if plain else order, shape=shape)
+    shape, flat = tuple(made.shape), made.reshape(-1)
+    if sorted(flat) == list(marks):
+        return Form(shape, _order(flat))
     plus = float(flat[0] - marks[0]) if flat.shape == marks.shape else float("nan")
     again = _sent(processor, name, marks * _TIMES).reshape(-1)
     if not (flat == marks + plus).all() or not (again == marks * _TIMES + plus).all():
         raise FileFormatError(f"transformers turns {name} into a form that is not known here.")
-    return Turn(shape=shape, plus=plus)
+    return Form(shape, plus=plus)
+
+
+def _order(marks: np.ndarray) -> torch.Tensor | None:
+    """Which stored row each row is; None where they are in order."""
+    order = torch.from_numpy(marks.astype(np.int64))
+    return None if torch.equal(order, torch.arange(len(order))) else order
 
 
 def _sent(processor: Any, name: str, x: np.ndarray) -> np.ndarray:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from arrondi.checkpoint.containers.gguf.metadata import architecture_of
-from arrondi.checkpoint.containers.gguf.names import processor_of, turn_of
-from arrondi.checkpoint.containers.turn import Turn
+from arrondi.checkpoint.containers.gguf.names import Form, form_of, processor_of
 from arrondi.errors import SchemeError
 
 _EXPERT: Final = re.compile(r"(?P<front>.*\.experts)\.(?P<index>\d+)\.(?P<part>.+)")
@@ -26,12 +25,14 @@ class Place:
 
     Attributes:
         name: of the tensor in the file.
-        turn: what a reader does to it; None: nothing.
+        shape: of it there, with the rows first; of one matrix of a stack.
+        form: what it is in the model, of a tensor of that shape.
         index, count: which matrix of a stack of so many.
     """
 
     name: str
-    turn: Turn | None = None
+    shape: tuple[int, ...]
+    form: Form
     index: int = 0
     count: int = 1
 
@@ -67,7 +68,9 @@ def gguf_places(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
                 f"{name}: GGUF has no name for it in a model of the architecture {called!r}. Give a GGUF file of this model: --template F16.gguf."
             )
         place = (
-            Place(found, None, int(m["index"]), counts[plain]) if m else Place(found, _turn(processor, found, shape))
+            Place(found, shape, Form(shape), int(m["index"]), counts[plain])
+            if m
+            else Place(found, *_stored(processor, found, shape))
         )
         other = taken.setdefault((place.name, place.index), name)
         if other != name:
@@ -78,10 +81,10 @@ def gguf_places(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     return places
 
 
-def _turn(processor: Any, name: str, shape: tuple[int, ...]) -> Turn | None:
-    """What a reader does to a tensor whose shape in the model is this."""
-    held = tuple(n for n in shape if n != 1) if len(shape) > 2 else shape
-    straight = turn_of(processor, name, held)
-    if straight is not None and straight.transposed:
-        return turn_of(processor, name, held[::-1])
-    return straight
+def _stored(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Form]:
+    """The shape in the file of a tensor whose shape in the model is this, and what a reader makes of it."""
+    for held in dict.fromkeys((shape, shape[::-1], tuple(n for n in shape if n != 1))):
+        form = form_of(processor, name, held)
+        if form.shape == shape:
+            return held, form
+    return shape, form_of(processor, name, shape)

@@ -25,6 +25,8 @@ from arrondi.errors import ArrondiError, FileFormatError
 _FLOATS: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COMPUTED: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that say what the config says."""
+_KINDS: Final = ("Embedding", "Conv1D")
+"""Classes of modules besides Linear whose weights are stored in blocks."""
 _KEPT: Final = 8
 """Files of which a view is kept."""
 
@@ -74,15 +76,33 @@ def _view(files: tuple[tuple[Path, int, int], ...]) -> View:
     said["dtype"] = next(
         (_FLOATS[d] for d in ("BF16", "F16") if d in stored), "float16" if stored - {*DTYPES} else "float32"
     )
-    blocks = {n: e for n, e in entries.items() if e.dtype not in DTYPES}
-    if blocks:
-        turned = [n for n, e in blocks.items() if e.turn is not None and e.turn.transposed]
-        said["quantization_config"] = {
-            "quant_method": "gguf",
-            "types": {n: e.dtype for n, e in blocks.items()},
-            **({"transposed": turned} if turned else {}),
-        }
+    types = _types(entries, model)
+    if types:
+        said["quantization_config"] = {"quant_method": "gguf", "version": 1, "types": types}
     return View(headers, said, entries, _home(first, said))
+
+
+def _types(entries: dict[str, Entry], model: Any) -> dict[str, Any]:
+    """What the layout of blocks says in a config: the type of every tensor, and how the model holds it where that is not usual."""
+    found: dict[str, Any] = {}
+    for name, entry in entries.items():
+        if entry.dtype in DTYPES:
+            continue
+        path = name.rpartition(".")[0]
+        kind = _class_of(model, path)
+        facts: dict[str, Any] = {"type": entry.dtype, **({"kind": kind} if kind in _KINDS else {})}
+        if kind == "Conv1D":
+            facts["transposed"] = True
+        found[name] = facts if len(facts) > 1 else entry.dtype
+    return found
+
+
+def _class_of(model: Any, path: str) -> str:
+    """Name of the class of a module; "" where the model has none of this path."""
+    try:
+        return type(model.get_submodule(path)).__name__
+    except AttributeError:
+        return ""
 
 
 def _config(header: Header) -> dict[str, Any]:
