@@ -2,6 +2,7 @@
 
 from arrondi.report.adapters import print_merge, print_start
 from arrondi.report.comparisons import print_comparison, print_methods
+from arrondi.report.conversions import print_conversion
 from arrondi.report.folds import print_folds
 from arrondi.report.networks import print_contents, print_network, print_network_evaluation
 from arrondi.report.outliers import print_outliers
@@ -22,6 +23,7 @@ __all__ = [
     "print_bench",
     "print_comparison",
     "print_contents",
+    "print_conversion",
     "print_demo",
     "print_evaluation",
     "print_facts",

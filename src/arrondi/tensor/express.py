@@ -33,6 +33,8 @@ def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
         return None
     if isinstance(scheme.offset, Scheme) or scheme.scale == "e8m0" != own.scale:
         return None
+    if q.offset is not None and scheme.zero_point != "float":
+        return None
     shift = _shift(q, scheme)
     if shift is None:
         return None
@@ -64,17 +66,13 @@ def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
 def _shift(q: QTensor, scheme: Scheme) -> int | None:
     """What is added to every code; None where the format cannot hold the values."""
     own, other = q.scheme.format, scheme.format
-    if own == other and (q.scheme.zero_point != "none" or scheme.zero_point != "none") is False:
+    if own == other and q.scheme.zero_point == scheme.zero_point:
         return 0
     if own.kind != "integer" or other.kind != "integer":
-        same = own == other and q.scheme.zero_point == scheme.zero_point
-        return 0 if same else None
+        return None
     if scheme.zero_point == "none":
-        if q.scheme.zero_point == "float" or q.zero_point is None:
-            shift = 0 if q.scheme.zero_point == "none" else None
-        else:
-            low, high = (int(n) for n in torch.aminmax(q.zero_point))
-            shift = -low if low == high else None
+        low, high = (0, 0) if q.zero_point is None else (int(n) for n in torch.aminmax(q.zero_point))
+        shift = -low if low == high else None
     else:
         shift = other.qmin - own.qmin
     if shift is None or not q.codes.numel():
@@ -91,7 +89,7 @@ def _zero(
         return None, None
     moved = torch.full(scale.shape, shift, dtype=torch.int32) if zero is None else (zero + shift).int()
     if scheme.zero_point == "integer":
-        return (moved, None) if offset is None else (torch.full_like(moved, scheme.format.qmin - 1), None)
+        return moved, None
     return None, (-scale * moved if offset is None else offset - scale * shift)
 
 

@@ -1,6 +1,6 @@
 """Rotary positions as a GGUF file describes them, in transformers' words.
 
-Owns: `rope_of`. The header says how positions are scaled; the frequencies of Llama 3 are a tensor instead, which is compared with what
+Owns: `rope_of`, and `factors_of` for the way back. The header says how positions are scaled; the frequencies of Llama 3 are a tensor instead, which is compared with what
 the config that its makers gave would compute.
 """
 
@@ -63,3 +63,12 @@ def _divisors(count: int, base: float, rule: dict[str, Any]) -> torch.Tensor:
     original, low, high = (rule[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
     smooth = ((original / waves - low) / (high - low)).clamp(0, 1)
     return 1 / ((1 - smooth) / rule["factor"] + smooth)
+
+
+def factors_of(config: Any) -> torch.Tensor | None:
+    """What a file says of the frequencies of a config whose positions are scaled as Llama 3's are: float32 (head size / 2,); else None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _divisors(size // 2, float(rope["rope_theta"]), rope).float()
