@@ -119,8 +119,11 @@ class _Work:
                 planned.append(PlannedTensor(tensor, dtype, "kept by rule", "it is not quantized"))
                 continue
             found = chosen(checkpoint.layer(tensor.name).weight, placed, layout.refuse, wanted)
-            if isinstance(found, str):
+            if isinstance(found, str) and placed.kind == "Linear":
                 raise SchemeError(f"{tensor.name} ({placed.scheme}) cannot be stored as {layout.name}: {found}.")
+            if isinstance(found, str):  # a table, which any target holds as the numbers that it means
+                planned.append(PlannedTensor(tensor, dtype, "kept by rule", found))
+                continue
             choices[tensor.name] = found
             planned.append(PlannedTensor(tensor, dtype, "quantized", "", scheme=found.scheme))
         return cls(source, planned, choices, layout)
@@ -147,10 +150,15 @@ class _Work:
         rows = []
         for t in self.planned:
             choice = self.choices.get(t.name)
+            held = self.source.checkpoint.placed.get(t.name)
+            was = str(held.scheme) if held else ""
             if choice is None:
-                rows.append({"name": t.name, "verdict": "copied"})
+                rows.append(
+                    {"name": t.name, "verdict": "copied"}
+                    if held is None
+                    else {"name": t.name, "from": was, "to": "float32", "verdict": "exact"}
+                )
                 continue
-            was = str(self.source.checkpoint.placed[t.name].scheme)
             row: dict[str, Any] = {"name": t.name, "from": was, "to": str(choice.scheme), "verdict": choice.verdict}
             if choice.verdict != "exact":
                 row |= {"max_error": choice.error, "sqnr_db": choice.sqnr_db}
@@ -192,5 +200,5 @@ def _write_directory(
 def _stored(work: _Work, tensor: PlannedTensor, checkpoint: Any) -> dict[str, torch.Tensor]:
     """The tensors that one tensor becomes in the target."""
     if tensor.name not in work.choices:
-        return {tensor.name: checkpoint.read(tensor.name)}
+        return {tensor.name: checkpoint.dense(tensor.name, tensor.dtype)}
     return work.layout.write(tensor.placed, work.values(tensor.name))

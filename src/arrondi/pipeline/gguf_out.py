@@ -111,9 +111,7 @@ def _stored(source: OnDisk, tensor: PlannedTensor, values: Values, place: Place,
     if tensor.status == "quantized":
         (raw,) = LAYOUTS["gguf"].write(tensor.placed, values(tensor.name)).values()
         return raw if form.rows is None else raw[form.rows.argsort()]
-    value = source.checkpoint.read(tensor.name)
-    assert isinstance(value, torch.Tensor)
-    value = value.float() if kind == "F32" else value
+    value = source.checkpoint.dense(tensor.name, torch.float32 if kind == "F32" else tensor.dtype)
     return Turn(kind, place.shape, form.rows, form.transposed, form.plus).undo(value)
 
 
