@@ -62,7 +62,7 @@ SOURCE = Path(arrondi.__file__).parent
         (("plan", "m", "--samples", "many"), ["--samples", "integer"]),
         (("run", "m"), ["prompt", "arrondi run --help"]),
         (("plan", "m", "--scheme", "Q4_K_M"), ["'Q4_K_M'", "GGUF", "W4A16"]),
-        (("plan", "m", "--scheme", "Q8_0"), ["'Q8_0'", "GGUF", "w=int8/g32"]),
+        (("plan", "m", "--scheme", "IQ3_M"), ["'IQ3_M'", "GGUF", "Q3_K"]),
         (("plan", "m", "--scheme", "int4"), ["'int4'", "W4A16"]),
         (("plan", "m", "--scheme", "4-bit"), ["'4-bit'", "W4A16"]),
         (("plan", "m", "--scheme", "gptq"), ["--method", "W4A16"]),

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from gguf.quants import IQ4_NL
 from scipy.stats import norm
 
 from arrondi.errors import SchemeError
@@ -208,3 +209,7 @@ def test_a_copied_or_unpickled_format_is_the_same_format(name: str) -> None:
     for other in (copy.deepcopy(format), pickle.loads(pickle.dumps(format))):
         assert other == format
         assert hash(other) == hash(format)
+
+
+def test_the_codebook_of_ggml_is_ggufs() -> None:
+    assert tuple(values(FORMATS["iq4_nl"])) == tuple(IQ4_NL.kvalues)

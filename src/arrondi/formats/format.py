@@ -147,6 +147,9 @@ _NF4 = (
 )  # fmt: skip
 """QLoRA's table as its authors ship it: normal quantiles rounded to float32; a test derives it from the quantiles."""
 
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The table of ggml's IQ4 types: fine steps near zero, where most weights are."""
+
 _FP4_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """Magnitudes of bitsandbytes' FP4 in code order, before dividing by 12; bit 3 is the sign."""
 
@@ -187,6 +190,7 @@ _TABLE: Final = (
     _float("fp6_e2m3", 2, 3, 1),
     _float("fp4_e2m1", 2, 1, 1),
     codebook("nf4", _NF4),
+    codebook("iq4_nl", _IQ4_NL),
     Format("fp4_bnb", "float", 4, 0, 15, tuple(s * v / 12 for s in (1, -1) for v in _FP4_BNB)),
     Format("ternary", "integer", 2, -1, 1),
     codebook("binary", (-1.0, 1.0)),

@@ -1,7 +1,7 @@
 """What people type who come from another tool, and the scheme here that is nearest in meaning.
 
-Owns: `unknown_scheme`, the error for a text that names no scheme. Spelling is the last resort: `Q8_0` is like no name here, but
-means `w=int8/g32`.
+Owns: `unknown_scheme`, the error for a text that names no scheme. Spelling is the last resort: `IQ3_M` is like no name here, but
+has about as many bits as `Q3_K`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ from typing import Final
 
 from arrondi.errors import ArrondiError, SchemeError, unknown
 from arrondi.formats.format import FORMATS
+from arrondi.formats.ggml import GGML
 from arrondi.formats.presets import ALIASES, PRESETS
 
-_GGUF: Final = {
-    "Q2_K": "w=int2/g16/asym", "Q3_K": "w=int3/g16", "Q4_K": "w=int4/g32/asym", "Q5_K": "w=int5/g32/asym", "Q6_K": "w=int6/g16",
-    "Q4_0": "w=int4/g32", "Q4_1": "w=int4/g32/asym", "Q5_0": "w=int5/g32", "Q5_1": "w=int5/g32/asym", "Q8_0": "w=int8/g32",
-    "IQ1": "w=ternary/g256", "IQ2": "w=int2/g16", "IQ3": "w=int3/g32", "IQ4": "w=nf4/g32", "TQ1": "w=ternary/g256",
-    "TQ2": "w=ternary/g256",
-}  # fmt: skip
-"""GGUF's block types, by the beginning of their names."""
+_NEAR: Final = {"IQ1": "TQ1_0", "IQ2": "Q2_K", "IQ3": "Q3_K", "IQ4": "IQ4_XS", "TQ1": "TQ1_0", "TQ2": "TQ2_0"}
+"""Types of GGUF files that are no scheme, by the beginning of their names, and one of about as many bits that is."""
 
 
 def _gguf(match: re.Match[str]) -> str:
     word = match["block"]
-    near = next((scheme for start, scheme in _GGUF.items() if word.startswith(start)), "W4A16")
-    return f"That is a type of GGUF files; nearest in meaning is {near}"
+    whole = next((name for name in GGML if word.startswith(name)), None)
+    near = whole or next((name for start, name in _NEAR.items() if word.startswith(start)), "Q4_K")
+    return f"That is a type of GGUF files, or a mix of several; nearest in meaning is {near}"
 
 
 def _bits(match: re.Match[str]) -> str:
@@ -106,8 +103,8 @@ _MEANINGS: Final[tuple[tuple[str, Callable[[re.Match[str]], str]], ...]] = (
 def unknown_scheme(text: str) -> ArrondiError:
     """The error for a text that is neither a preset nor the grammar; it says which scheme is nearest.
 
-    >>> str(unknown_scheme("Q8_0")).partition(" Known:")[0]
-    "Unknown scheme 'Q8_0'. That is a type of GGUF files; nearest in meaning is w=int8/g32."
+    >>> str(unknown_scheme("IQ3_M")).partition(" Known:")[0]
+    "Unknown scheme 'IQ3_M'. That is a type of GGUF files, or a mix of several; nearest in meaning is Q3_K."
     """
     word = re.sub(r"[-\s]+", "_", re.sub(r"\s*([/,=])\s*", r"\1", text.strip().upper()))
     if not word:

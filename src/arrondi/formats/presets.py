@@ -1,6 +1,6 @@
 """Schemes that have a name: the field's presets and other spellings of them.
 
-Owns: `PRESETS` and `ALIASES`. Where compressed-tensors has the name, the meaning is its own.
+Owns: `PRESETS` and `ALIASES`. Where compressed-tensors has the name, the meaning is its own; `ggml` has those of llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Final
 
 from arrondi.formats.format import FORMATS
+from arrondi.formats.ggml import GGML
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
 from arrondi.formats.scheme import ActivationScheme, LayerScheme, Scheme, ZeroPoint
 
@@ -54,6 +55,7 @@ PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
     "TERNARY": LayerScheme(Scheme(FORMATS["ternary"], PerChannel())),
     "T158": LayerScheme(Scheme(FORMATS["ternary"], PerTensor())),
     "BINARY": LayerScheme(Scheme(FORMATS["binary"], PerGroup(128))),
+    **{name: LayerScheme(scheme) for name, scheme in GGML.items()},
 })  # fmt: skip
 """Every scheme that has a name."""
 

@@ -261,11 +261,11 @@ class LayerScheme:
             )
 
     def with_scale(self, scale: ScaleType) -> LayerScheme:
-        """The same scheme with its plain floating-point scales, those of weights and of static inputs, stored in another type."""
+        """The same scheme with scales of weights and of static inputs stored in a type, where they have none of 16 bits already."""
         weights, inputs = self.weights, self.inputs
-        if weights.scale in PLAIN:
+        if weights.scale == "float32":
             weights = replace(weights, scale=scale)
-        if inputs is not None and inputs.dynamic is False and inputs.scheme.scale in PLAIN:
+        if inputs is not None and inputs.dynamic is False and inputs.scheme.scale == "float32":
             inputs = replace(inputs, scheme=replace(inputs.scheme, scale=scale))
         return replace(self, weights=weights, inputs=inputs)
 

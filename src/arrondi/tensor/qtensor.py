@@ -10,7 +10,7 @@ codes mean there. Products and sums are computed in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -24,6 +24,9 @@ from arrondi.tensor.quantizers import restore
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.tables import looked_up, table_bits
 from arrondi.tensor.tiling import from_tiles, to_tiles
+
+_CHUNK: Final = 1 << 18
+"""Numbers decoded at a time: with their temporaries they stay in the core's own cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +168,19 @@ class QTensor:
         if fast is not None:
             return fast
         tile = tile_shape(self.scheme.granularity, self.shape)
-        values = (
-            to_tiles(self.units(), tile)
-            if self.table is not None
-            else decode(to_tiles(self.codes, tile), self.scheme.format)
-        )
-        if self.zero_point is not None:
-            values -= self.zero_point.reshape(-1, 1)
-        values *= self.real_scale.reshape(-1, 1)
-        if (offset := self.real_offset) is not None:
-            values += offset.reshape(-1, 1)
-        return from_tiles(values.to(dtype), tile, self.shape)
+        units = to_tiles(self.codes if self.table is None else self.units(), tile)
+        grid = self.grid.reshape(-1, 1)
+        values = units.new_empty(units.shape, dtype=dtype)
+        step = max(_CHUNK // units.shape[1], 1)
+        for start in range(0, len(units), step):
+            some = slice(start, start + step)
+            part = units[some] if self.table is not None else decode(units[some], self.scheme.format)
+            zero, offset = grid.zero_point, grid.offset
+            if zero is not None:
+                part = part - zero[some]
+            part = part * grid.scale[some]
+            values[some] = part if offset is None else part.add_(offset[some])
+        return from_tiles(values, tile, self.shape)
 
     def units(self) -> torch.Tensor:
         """The value of every code, float32 in the shape of the codes, before zero point, scale and offset."""
