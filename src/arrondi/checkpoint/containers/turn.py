@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+
+from arrondi.errors import FileFormatError
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ class Turn:
 
 
 def _decoded(stored: torch.Tensor, kind: str) -> torch.Tensor:
+    """float32 of blocks, by gguf's own tables."""
     from gguf import GGMLQuantizationType, dequantize
 
-    return torch.from_numpy(dequantize(stored.numpy(), GGMLQuantizationType[kind]))
+    with np.errstate(all="ignore"):
+        values = torch.from_numpy(dequantize(stored.numpy(), GGMLQuantizationType[kind]))
+    if not bool(torch.isfinite(values).all()):
+        raise FileFormatError(
+            f"A scale of its {kind} blocks is NaN or infinite. The file is damaged; download it again."
+        )
+    return values

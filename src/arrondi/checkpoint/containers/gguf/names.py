@@ -47,7 +47,9 @@ def model_entries(headers: list[Header], config: Mapping[str, Any], model: Any) 
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     processor = processor_of(headers[0].architecture, config)
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    names: dict[str, str] = get_gguf_hf_weights_map(
+        model, processor, model_type=headers[0].architecture, num_layers=model.config.num_hidden_layers
+    )
     experts = _expert_names(model)
     entries: dict[str, Entry] = {}
     for header in headers:

@@ -15,9 +15,9 @@ from typing import Any, Final
 import torch
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
+from arrondi.checkpoint.containers.gguf.config import config_of
 from arrondi.checkpoint.containers.gguf.header import Header, read_header, split_files
 from arrondi.checkpoint.containers.gguf.names import model_entries
-from arrondi.checkpoint.containers.gguf.rope import rope_of
 from arrondi.checkpoint.containers.json_file import write_json
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry
 from arrondi.errors import ArrondiError, FileFormatError
@@ -65,7 +65,7 @@ def _view(files: tuple[tuple[Path, int, int], ...]) -> View:
     first = headers[0]
     if first.value("general.type", "model") != "model":
         raise FileFormatError(f"{first.path}: a GGUF file of the type {first.value('general.type')!r}, not a model.")
-    config = _config(first)
+    config = config_of(first)
     parsed, model = _built(first, config)
     entries = model_entries(headers, config, model)
     entries = {n: e for n, e in entries.items() if n not in _COMPUTED}
@@ -103,27 +103,6 @@ def _class_of(model: Any, path: str) -> str:
         return type(model.get_submodule(path)).__name__
     except AttributeError:
         return ""
-
-
-def _config(header: Header) -> dict[str, Any]:
-    """The model's config as transformers reads it of the header, with what it leaves out."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    architecture = header.architecture
-    try:
-        config: dict[str, Any] = load_gguf_checkpoint(str(header.path))["config"]
-    except Exception as error:  # whatever transformers raises of a header, it is the file that it does not know
-        reraise_exhaustion(error)
-        reason = str(error).strip().partition("\n")[0]
-        raise FileFormatError(
-            f"{header.path}: transformers does not read GGUF files of the architecture {architecture!r} ({reason}). Give the original model."
-        ) from error
-    experts = header.value(f"{architecture}.expert_count", 0)
-    if config.get("model_type") == "llama" and experts:
-        used = header.value(f"{architecture}.expert_used_count", 0)
-        config |= {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": used}
-    config.pop("_model_name_or_path", None)
-    return config | rope_of(header, config)
 
 
 def _built(header: Header, config: dict[str, Any]) -> tuple[Any, Any]:

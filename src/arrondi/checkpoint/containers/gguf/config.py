@@ -1,0 +1,73 @@
+"""The config of a GGUF file: transformers' own reading of its header, with what that leaves out.
+
+Owns: `config_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
+from arrondi.checkpoint.containers.gguf.header import Header
+from arrondi.checkpoint.containers.gguf.rope import rope_of
+from arrondi.errors import FileFormatError
+
+_MORE: Final[Mapping[str, str]] = MappingProxyType({
+    "context_length": "max_position_embeddings",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "feed_forward_length": "n_inner",
+})  # fmt: skip
+"""Key of an architecture → the word of a config that has one of that name."""
+_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Numbers of tokens for which a class has others of its own where a file names none."""
+_BY_WIDTH: Final = {"gemma2": 46, "gemma3": 62}
+"""Architecture → layers of the one size of it whose scores are divided by another number than the root of a head's width."""
+
+
+def config_of(header: Header) -> dict[str, Any]:
+    """The config of a model.
+
+    Raises:
+        FileFormatError: an architecture that transformers does not read of GGUF files, or positions that it has no word for.
+    """
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    architecture = header.architecture
+    try:
+        config: dict[str, Any] = load_gguf_checkpoint(str(header.path))["config"]
+        if config.get("model_type") == "llama" and header.value(f"{architecture}.expert_count", 0):
+            config |= {"model_type": "mixtral", "num_local_experts": header.value(f"{architecture}.expert_count")}
+        usual = transformers.CONFIG_MAPPING[config["model_type"]]()
+    except Exception as error:  # whatever transformers raises of a header, it is the file that it does not know
+        reraise_exhaustion(error)
+        reason = str(error).strip().partition("\n")[0]
+        raise FileFormatError(
+            f"{header.path}: transformers does not read GGUF files of the architecture {architecture!r} ({reason}). Give the original model."
+        ) from error
+    config.pop("_model_name_or_path", None)
+    config |= {word: None for word in _TOKENS if word not in config}
+    for key, word in _MORE.items():
+        value = header.value(f"{architecture}.{key}")
+        if value is not None and hasattr(usual, word):
+            config[word] = value
+    if hasattr(usual, "query_pre_attn_scalar"):
+        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+        config["query_pre_attn_scalar"] = _scale_of_scores(architecture, header, heads, width)
+    return config | rope_of(header, config)
+
+
+def _scale_of_scores(architecture: str, header: Header, heads: Any, width: Any) -> Any:
+    """By whose root the scores of Gemma's attention are divided; files do not say it, and every runtime computes it so."""
+    layers = header.value(f"{architecture}.block_count")
+    if layers == _BY_WIDTH.get(architecture):
+        return width // heads
+    return header.value(f"{architecture}.attention.key_length", width // heads)
