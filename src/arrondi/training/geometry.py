@@ -56,7 +56,7 @@ class Tokens:
 
     @property
     def line(self) -> int:
-        return int(self.shape[-2]) if len(self.shape) > 1 else 1
+        return int(self.shape[-2]) if len(self.shape) > 2 else 1  # rows of a plain matrix are samples
 
     def units(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, self.shape[-1])
