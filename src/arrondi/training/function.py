@@ -38,11 +38,11 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> Any:
         rows = ctx.geometry.rows(slope)
-        wanted = (ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        # What is learned of the input's side is found with the gradient of the input, which may not be asked for itself.
+        wanted = (ctx.needs_input_grad[3] or any(ctx.needs_input_grad[6:]), ctx.needs_input_grad[4])
         passed = Passed(ctx.saved_tensors, ctx.facts)
         by_x, by_weight, by_learned = ctx.method.backward(rows, passed, ctx.geometry, ctx.layer, wanted)
-        if by_x is not None:
-            by_x = ctx.geometry.back(by_x).to(ctx.types[0])
+        by_x = ctx.geometry.back(by_x).to(ctx.types[0]) if by_x is not None and ctx.needs_input_grad[3] else None
         if by_weight is not None:
             by_weight = by_weight.reshape(ctx.shape).to(ctx.types[1])
         by_bias = rows.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
