@@ -133,6 +133,23 @@ def test_what_is_not_finite_reaches_the_scaler(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_outputs_may_be_changed_in_place(method: str) -> None:
+    """As by `nn.ReLU(inplace=True)` right behind a layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(49, 5), nn.ReLU())
+    convert_to_lowbit_training(model, method)
+    x, found = torch.randn(2, 3, 9, 9), []
+    model(x)
+    for inplace in (False, True):
+        model[1].inplace = model[4].inplace = inplace
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_nothing_in_a_batch_and_frozen_layers(method: str) -> None:
     """Ranks without a picture, or experts without a token, have gradients of zero; who froze a layer trains nothing of it."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(49, 5, bias=False))
@@ -206,7 +223,9 @@ def test_windows_are_the_convolution(how: tuple[int, int, int]) -> None:
     assert torch.allclose(windows.result(rows), y, atol=1e-5)
     slope = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, x, slope)
-    assert torch.allclose(windows.back(windows.rows(slope) @ conv.weight.flatten(1).detach()), expected, atol=1e-5)
+    assert torch.allclose(
+        windows.back(slope.permute(0, 2, 3, 1).flatten(0, 2) @ conv.weight.flatten(1).detach()), expected, atol=1e-5
+    )
 
 
 # ---- int4 ----
