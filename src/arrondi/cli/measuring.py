@@ -26,6 +26,8 @@ def evaluate(
         typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl, .json or .parquet.", show_default=False),
     ] = None,
     data: opt.NetworkData = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
     column: opt.Column = None,
     seq_len: opt.SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
@@ -45,9 +47,9 @@ def evaluate(
 
     if is_graph_file(model):
         networks.refuse_text_options({"--text": text, "--kv": kv, "--activations": activations, "--column": column})
-        networks.evaluate_graph(model, against, data, json_)
+        networks.evaluate_graph(model, against, data, mean, std, json_)
         return
-    networks.refuse_network_options({"--data": data})
+    networks.refuse_network_options({"--data": data, "--mean": mean, "--std": std})
     if text is None:
         raise SchemeError("Language models are measured on text that calibration has not seen. Give --text FILE.")
     limits = limits_of(max_kl, max_ppl_increase)

@@ -84,14 +84,15 @@ def quantize_graph(
     answer(report, json_, print_network)
 
 
-def evaluate_graph(model: str, against: str, data: Path | None, json_: bool) -> None:
+def evaluate_graph(model: str, against: str, data: Path | None, mean: str | None, std: str | None, json_: bool) -> None:
     """Top-1, agreement and SQNR of a network beside another."""
     from arrondi.measure.networks import compare_networks
     from arrondi.report import print_network_evaluation
 
     if data is None:
         raise SchemeError("Networks of ONNX operators are measured on samples. Give --data test.npz.")
-    answer(compare_networks(model, against, data), json_, print_network_evaluation)
+    found = compare_networks(model, against, data, _numbers("--mean", mean), _numbers("--std", std))
+    answer(found, json_, print_network_evaluation)
 
 
 def _pairs(text: str | None) -> dict[str, str]:

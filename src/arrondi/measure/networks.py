@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from arrondi.graph import Graph, Program, executor, read_graph
 from arrondi.graph.codes import INTEGERS
 from arrondi.graph.ir import CODES, QDQ
 from arrondi.graph.sizes import free_batch
-from arrondi.measure.arrays import Arrays, read_arrays
+from arrondi.measure.arrays import Arrays, check_normalized, read_arrays
 from arrondi.measure.batching import in_batches
 from arrondi.measure.intervals import block_bootstrap
 
@@ -83,17 +84,21 @@ def check_finite(graph: Graph, samples: Arrays) -> None:
             raise DataError(f"The network gives NaN or infinite numbers at {value.name}. Check its weights, and that the samples are in its own scale.")  # fmt: skip
 
 
-def compare_networks(model: str | Path, against: str | Path, data: Any) -> dict[str, Any]:
-    """The same for files; see `compare_graphs`."""
+def compare_networks(
+    model: str | Path, against: str | Path, data: Any, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> dict[str, Any]:
+    """The same for files, and `notes`: sentences about the data; see `compare_graphs` and `read_arrays`."""
+    check_normalized(mean, std, data)
     reference = read_graph(against)
     graph = read_graph(model)
     if [v.name for v in graph.inputs] != [v.name for v in reference.inputs] and len(graph.inputs) != len(
         reference.inputs
     ):
         raise DataError(f"{model} and {against} take different inputs.")
-    samples = in_batches(reference, read_arrays(data, reference))
+    samples = in_batches(reference, read_arrays(data, reference, mean, std))
     check_samples(graph, samples)
-    return {"model": str(model), "against": str(against), **compare_graphs(graph, reference, samples)}
+    found = compare_graphs(graph, reference, samples)
+    return {"model": str(model), "against": str(against), **found, "notes": samples.notes}
 
 
 def check_samples(graph: Graph, samples: Arrays) -> None:

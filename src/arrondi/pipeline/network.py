@@ -40,7 +40,7 @@ from arrondi.graph import (
 from arrondi.graph.ir import QDQ
 from arrondi.graph.refuse import check_rounded
 from arrondi.graph.uneven import check_grids
-from arrondi.measure.arrays import Arrays, read_arrays
+from arrondi.measure.arrays import Arrays, check_normalized, read_arrays
 from arrondi.measure.batching import in_batches
 from arrondi.measure.networks import check_finite, check_samples, compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
@@ -60,6 +60,8 @@ _CHOOSING: Final = 128
 """Samples that a choice of recipes, and what is said of every value, is made on."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
+_MEASURED: Final = 1000
+"""Images of a folder that are read besides those to calibrate on, at most."""
 _FEWEST: Final = 4
 """Samples to calibrate on, fewer than which are refused."""
 
@@ -155,7 +157,8 @@ def quantize_network(
     if calibration is not None:
         check_finite(original, calibration)
     flowing, uneven = flowing_scheme(recipe), check_grids(data.grids)
-    notes: list[str] = []
+    notes = [note for some in (calibration, evaluation) if some is not None for note in some.notes]
+    notes = list(dict.fromkeys(notes))
     analytic = is_analytic(recipe)
     graph, recipe = rewritten(given, recipe, calibration, notes)
     passes += [("channels equalized, biases added", len(graph.nodes))] if graph is not given else []
@@ -244,7 +247,12 @@ def quantize_network(
 def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None]:
     """What is calibrated on and what is measured on, no sample in both."""
     given = (data.calibration, data.evaluation if data.evaluate else None)
-    read = (None if d is None else read_arrays(d, graph, data.mean, data.std) for d in given)
+    check_normalized(data.mean, data.std, *given)
+    most = (data.samples + _MEASURED, None)
+    read = (
+        None if d is None else read_arrays(d, graph, data.mean, data.std, most=m, seed=data.seed)
+        for d, m in zip(given, most, strict=True)
+    )  # fmt: skip
     calibration, evaluation = (None if some is None else in_batches(graph, some) for some in read)
     if data.evaluate and calibration is not None and evaluation is None:
         held = len(calibration) // _HELD_OUT

@@ -75,3 +75,5 @@ def print_network_evaluation(found: dict[str, Any]) -> None:
             low, high = found[f"{key}_interval"]
             console.print(f"{name}: {100 * found[key]:.2f} % ({100 * low:.2f} to {100 * high:.2f})")
     console.print(f"signal to difference: {found['sqnr_db']:.2f} dB, {found['samples']} samples of {found['data']}")
+    for sentence in found.get("notes", ()):
+        console.print(sentence)
