@@ -55,6 +55,7 @@ def quantize_graph(
     mean: str | None,
     std: str | None,
     overwrite: bool,
+    evaluate: bool,
     json_: bool,
     quiet: bool,
 ) -> None:
@@ -64,7 +65,7 @@ def quantize_graph(
     from arrondi.search.mixed import quantize_mixed
 
     given = NetworkData(
-        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends),
+        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), evaluate=evaluate, observer=observer, ends=_bits(ends),
         faint=_sixteen(faint), int32_bias=int32_bias, rounded=rounded, grids=_pairs(grids),
     )  # fmt: skip
     with progress_bar("quantizing", quiet) as progress:

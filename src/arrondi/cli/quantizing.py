@@ -10,7 +10,7 @@ from arrondi.cli import networks
 from arrondi.cli import options as opt
 from arrondi.cli.answers import answer, note, useless
 from arrondi.cli.limits import hold_to, limits_of
-from arrondi.cli.parsing import byte_count, recipe_from
+from arrondi.cli.parsing import byte_count, recipe_from, set_by_user
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
@@ -133,10 +133,13 @@ def quantize(
         networks.refuse_text_options({
             "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
             "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
+            "--all-experts": all_experts, "--keep-misfits": keep_misfits, "--device": device != "cpu",
+            **dict.fromkeys(set_by_user(context, "seq_len", "eval_samples", "shard_size"), True),
         })  # fmt: skip
         networks.quantize_graph(
             model, output, resolved, budget=budget, budget_by=budget_by, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
             faint=faint, int32_bias=int32_bias, rounded=rounded, grids=grids, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
+            evaluate=not no_eval,
         )  # fmt: skip
         return
     networks.refuse_network_options(

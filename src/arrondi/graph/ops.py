@@ -31,6 +31,7 @@ from arrondi.graph.integers import (
     qlinear_mul,
 )
 from arrondi.graph.ir import QDQ, Node, Unusual
+from arrondi.graph.protos import node_proto
 from arrondi.graph.read import onnx_package
 from arrondi.graph.recurrent import dynamic_lstm, gru, lstm
 from arrondi.graph.uneven import on_uneven
@@ -73,7 +74,7 @@ def _by_reference(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tu
     from onnx.reference import ReferenceEvaluator
 
     names = [name if x is not None else "" for name, x in zip(node.inputs, inputs, strict=True)]
-    proto = onnx.helper.make_node(node.op, names, node.outputs, **node.attrs)
+    proto = node_proto(node.op, names, node.outputs, node.name, node.attrs)
     feeds = {n: x.detach().cpu().numpy() for n, x in zip(node.inputs, inputs, strict=True) if x is not None}
     outputs = [n for n in node.outputs if n]
     info = onnx.helper.make_tensor_value_info
@@ -209,7 +210,7 @@ def _back(start: int, end: int, step: int, size: int) -> list[int]:
 def _gather(attrs: Mapping[str, Any], x: Tensor, index: Tensor) -> Tensor:
     axis = attrs.get("axis", 0) % x.ndim
     flat = torch.where(index < 0, index + x.shape[axis], index).reshape(-1)
-    return x.index_select(axis, flat).reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return x.index_select(axis, flat).reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 def _split(attrs: Mapping[str, Any], x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from arrondi.errors import OutputError, SchemeError
-from arrondi.graph.ir import ARITHMETIC, CODES, QDQ, Graph, Node
+from arrondi.graph.ir import ARITHMETIC, QDQ, Graph, Node
+from arrondi.graph.protos import node_proto
 from arrondi.graph.read import onnx_package
 from arrondi.graph.uneven import spelled
 
@@ -86,9 +87,7 @@ def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
             yield helper.make_node(spelled_node.op, spelled_node.inputs, spelled_node.outputs, spelled_node.name)
         return
     if node.op != QDQ:
-        domain, _, op = node.op.rpartition(".")
-        attrs = {k: v for k, v in node.attrs.items() if k != CODES}
-        yield helper.make_node(op, node.inputs, node.outputs, node.name, domain=domain or None, **attrs)
+        yield node_proto(node.op, node.inputs, node.outputs, node.name, node.attrs)
         return
     x, *grid = node.inputs
     if not grid:

@@ -18,6 +18,7 @@ import torch
 
 from arrondi.errors import DataError, FileFormatError
 from arrondi.graph import Graph, Value
+from arrondi.graph.sizes import sample_axes
 from arrondi.measure.pictures import ENDINGS, samples_of
 
 BATCH: Final = 32
@@ -29,8 +30,9 @@ class Arrays:
     """Samples.
 
     Attributes:
-        inputs: one tensor for each input of the network, (N, …) each.
-        labels: (N,) classes, or None.
+        inputs: one tensor for each input of the network, (N, …) each, wherever the network has its samples; numbers without axes as they are.
+        labels: (N,) classes, or (N, positions) where the network tells one of each, or None.
+        axes: along which axis the network has its samples, see `arrondi.graph.sizes.sample_axes`; (): the first of all.
         source: for people.
         size: how many are run at once, where the network takes no other number; None: `BATCH`.
         unread: what an archive holds besides.
@@ -40,15 +42,16 @@ class Arrays:
     labels: torch.Tensor | None
     source: str
     size: int | None = None
+    axes: tuple[int | None, ...] = ()
     unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.inputs[0])
+        return len(next(x for x in self.inputs if x.ndim))
 
     def part(self, start: int, stop: int | None = None) -> Arrays:
         """Some of them, in order."""
         labels = None if self.labels is None else self.labels[start:stop]
-        return replace(self, inputs=tuple(t[start:stop] for t in self.inputs), labels=labels)
+        return replace(self, inputs=tuple(t[start:stop] if t.ndim else t for t in self.inputs), labels=labels)
 
     def taken(self, count: int, seed: int) -> Arrays:
         """At most so many, chosen by a seed."""
@@ -56,7 +59,7 @@ class Arrays:
             return self
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
         labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, inputs=tuple(t[chosen] for t in self.inputs), labels=labels)
+        return replace(self, inputs=tuple(t[chosen] if t.ndim else t for t in self.inputs), labels=labels)
 
     @property
     def notes(self) -> list[str]:
@@ -70,7 +73,12 @@ class Arrays:
         """Samples in order, some at a time; of a network that takes `size`, no fewer."""
         size = self.size or BATCH
         for start in range(0, len(self) - (len(self) % size if self.size else 0), size):
-            yield tuple(t[start : start + size] for t in self.inputs)
+            yield self.turned(tuple(t[start : start + size] if t.ndim else t for t in self.inputs))
+
+    def turned(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Inputs (N, …) as the network takes them."""
+        axes = self.axes or (0,) * len(inputs)
+        return tuple(t.movedim(0, axis) if axis else t for t, axis in zip(inputs, axes, strict=True))
 
 
 def check_normalized(mean: Sequence[float], std: Sequence[float], *data: Any) -> None:
@@ -156,44 +164,46 @@ def _checked(held: Mapping[str, Any], graph: Graph, where: str) -> Arrays:
     if missing:
         wanted = "inputs" if len(names) == 1 else ", ".join(names)
         raise DataError(f"{where} holds {', '.join(held) or 'nothing'}, and the network needs {wanted} (N, …).")
-    inputs = tuple(_input(held[v.name], v, where) for v in graph.inputs)
-    count = len(inputs[0])
-    if not count or any(len(t) != count for t in inputs):
-        raise DataError(
-            f"{where} holds {[len(t) for t in inputs]} samples. Give at least one, equally many for every input."
-        )
+    axes = sample_axes(graph)
+    inputs = tuple(_input(held[v.name], v, axis, where) for v, axis in zip(graph.inputs, axes, strict=True))
+    counts = {v.name: len(t) for v, t in zip(graph.inputs, inputs, strict=True) if t.ndim}
+    count = max(counts.values(), default=0)
+    if not count or len({*counts.values()}) > 1:
+        told = " and ".join(f"{n} samples of {name}" for name, n in counts.items())
+        raise DataError(f"{where} holds {told or 'no samples'}. Give at least one, equally many for every input.")
     labels = held.get("labels")
     unread = tuple(n for n in held if n not in (*names, "labels") and not (n == "inputs" and len(names) == 1))
     if labels is None:
-        return Arrays(inputs, None, where, unread=unread)
+        return Arrays(inputs, None, where, axes=axes, unread=unread)
     classes = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
-    classes = classes.reshape(-1)
-    if len(classes) != count or classes.dtype.kind not in "iu":
-        raise DataError(f"{where}: labels are {count} whole numbers, got {len(classes)} of type {classes.dtype}.")
+    if classes.shape[:1] != (count,) or not classes.size or classes.dtype.kind not in "iu":
+        raise DataError(f"{where}: labels are {count} whole numbers, one for each sample (or a row of them, one for each position), got {classes.shape} of type {classes.dtype}.")  # fmt: skip
     if classes.min() < 0:
         raise DataError(f"{where}: labels are classes counted from 0, got {classes.min()}.")
-    return Arrays(inputs, torch.from_numpy(classes.astype(np.int64)), where, unread=unread)
+    flat = torch.from_numpy(classes.reshape(count, -1).astype(np.int64))
+    return Arrays(inputs, flat[:, 0] if flat.shape[1] == 1 else flat, where, axes=axes, unread=unread)
 
 
-def _input(values: Any, wanted: Value, where: str) -> torch.Tensor:
+def _input(values: Any, wanted: Value, axis: int | None, where: str) -> torch.Tensor:
+    """One input with its samples first."""
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     if array.dtype == object or array.dtype.kind not in "fiub":
         raise DataError(f"{where}: {wanted.name} is made of numbers, got {array.dtype}.")
     floating = wanted.dtype.kind == "f"
     if array.dtype.kind == "f" and not floating:
         raise DataError(f"{where}: {wanted.name} takes {wanted.dtype}, got {array.dtype}.")
-    fixed = [(i, n) for i, n in enumerate(wanted.shape) if isinstance(n, int) and i]
+    fixed = [(i, n) for i, n in enumerate(wanted.shape) if isinstance(n, int) and i != axis]
     if array.ndim != len(wanted.shape) or any(array.shape[i] != n for i, n in fixed):
-        shape = ", ".join("N" if not i else str(n) for i, n in enumerate(wanted.shape))
+        shape = ", ".join("N" if i == axis else str(n) for i, n in enumerate(wanted.shape))
         hint = _layout_hint(array.shape, wanted.shape)
         raise DataError(f"{where}: {wanted.name} has the shape ({shape}), got {array.shape}.{hint}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{where}: {wanted.name} holds NaN or infinite numbers. Leave those samples out.")
     with np.errstate(over="ignore"):
-        given = np.ascontiguousarray(array).astype(wanted.dtype)
+        given = np.array(array, wanted.dtype, order="C")
     if given.dtype.kind == "f" and not np.isfinite(given).all():
         raise DataError(f"{where}: {wanted.name} holds numbers that are too large for {wanted.dtype}.")
-    return torch.from_numpy(given)
+    return torch.from_numpy(given).movedim(axis or 0, 0) if axis is not None else torch.from_numpy(given)
 
 
 def _layout_hint(given: tuple[int, ...], wanted: Sequence[Any]) -> str:
