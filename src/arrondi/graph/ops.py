@@ -1,7 +1,7 @@
 """What ONNX's operators compute, in PyTorch: `OPERATORS`, and `evaluate` for one node.
 
 Gradients pass through all of them. An operator that is not in the table is computed by the reference evaluator of the `onnx` package,
-in NumPy: slowly, and without gradients.
+in NumPy: slowly, and without gradients; one of another set by ONNX Runtime (`arrondi.graph.foreign`).
 Source: the ONNX operator specification, operator sets 13 to 23.
 """
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from arrondi.errors import SchemeError
 from arrondi.graph.codes import dequantize, dynamic, quantize, rounded, tensor_of
+from arrondi.graph.foreign import by_runtime
 from arrondi.graph.integers import (
     conv_integer,
     matmul_integer,
@@ -42,8 +43,13 @@ Operator = Callable[..., Any]
 """(attributes, *inputs, None where one is left out) → a tensor, or a tuple of them."""
 
 
-def evaluate(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tuple[Tensor, ...]:
+def evaluate(
+    node: Node, inputs: Sequence[Tensor | None], opset: int, domains: Mapping[str, int] | None = None
+) -> tuple[Tensor, ...]:
     """What a node computes.
+
+    Args:
+        opset, domains: versions of ONNX's operators and of those of others.
 
     Raises:
         SchemeError: it cannot be computed on these inputs.
@@ -58,6 +64,8 @@ def evaluate(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tuple[T
             values: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
             if len(values) >= len(node.outputs):
                 return values
+    if "." in node.op:
+        return by_runtime(node, inputs, opset, domains or {})
     return _by_reference(node, inputs, opset)
 
 
@@ -66,10 +74,6 @@ _NOTHING: Final = torch.zeros(0)
 
 
 def _by_reference(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tuple[Tensor, ...]:
-    if "." in node.op:
-        raise SchemeError(
-            f"{node.name}: the operator {node.op} is none of ONNX's own, so the network cannot be run here. Export it without."
-        )
     onnx = onnx_package()
     from onnx.reference import ReferenceEvaluator
 

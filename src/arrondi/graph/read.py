@@ -95,6 +95,7 @@ def onnx_package() -> Any:
     try:
         import onnx
         import onnx.checker
+        import onnx.inliner
         import onnx.shape_inference
         import onnx.version_converter
     except ImportError as error:
@@ -144,9 +145,17 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
 
 
 def _graph(model: Any, where: str) -> Graph:
-    model = _modern(model, where)
     onnx = onnx_package()
+    if model.functions:  # operators that the file itself says in others
+        try:
+            model = onnx.inliner.inline_local_functions(model)
+        except Exception as error:
+            raise FileFormatError(
+                f"{where} has functions of its own that cannot be put in their places ({_first_line(error)}). Export it again."
+            ) from error
+    model = _modern(model, where)
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    domains = {o.domain: o.version for o in model.opset_import if o.domain not in ("", "ai.onnx")}
     with contextlib.suppress(Exception):  # shapes only help
         model = onnx.shape_inference.infer_shapes(model)
     proto = model.graph
@@ -176,7 +185,9 @@ def _graph(model: Any, where: str) -> Graph:
         nodes.append(Node(name, op, tuple(node.input), tuple(node.output), attrs))
     shapes = {v.name: _shape(v) for v in proto.value_info}
     ends = [[_value(v, onnx) for v in part if v.name not in constants] for part in (proto.input, proto.output)]
-    graph = Graph(proto.name or "graph", tuple(nodes), tuple(ends[0]), tuple(ends[1]), constants, opset, shapes)
+    graph = Graph(
+        proto.name or "graph", tuple(nodes), tuple(ends[0]), tuple(ends[1]), constants, opset, shapes, domains
+    )
     return graph.with_nodes(nodes)
 
 

@@ -62,7 +62,10 @@ def to_onnx(graph: Graph) -> Any:
     domains = {node.op.rpartition(".")[0] for node in graph.nodes} - {""}
     narrow = any(np.asarray(v).dtype.name in ("int2", "uint2") for v in graph.constants.values())
     opset = max(graph.opset, _TWO_BITS) if narrow else graph.opset
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
+    imports = [
+        helper.make_opsetid("", opset),
+        *(helper.make_opsetid(d, graph.domains.get(d, 1)) for d in sorted(domains)),
+    ]
     model = helper.make_model(
         helper.make_graph(nodes, graph.name, *ends, initializers), opset_imports=imports, producer_name="arrondi"
     )

@@ -37,7 +37,9 @@ from arrondi.graph import (
     tidy,
     write_graph,
 )
+from arrondi.graph.foreign import check_known
 from arrondi.graph.ir import QDQ
+from arrondi.graph.ops import OPERATORS
 from arrondi.graph.refuse import check_rounded
 from arrondi.graph.uneven import check_grids
 from arrondi.measure.arrays import Arrays, check_normalized, read_arrays
@@ -154,6 +156,8 @@ def quantize_network(
         raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
     check_rounded(given)
     calibration, evaluation = _data(given, data)
+    if calibration is not None or evaluation is not None:
+        check_known(original, OPERATORS)
     if calibration is not None:
         check_finite(original, calibration)
     flowing, uneven = flowing_scheme(recipe), check_grids(data.grids)
