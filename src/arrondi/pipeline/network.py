@@ -40,6 +40,7 @@ from arrondi.graph import (
 from arrondi.graph.foreign import check_known
 from arrondi.graph.ir import QDQ
 from arrondi.graph.ops import OPERATORS
+from arrondi.graph.read import file_bytes
 from arrondi.graph.refuse import check_rounded
 from arrondi.graph.uneven import check_grids
 from arrondi.measure.arrays import Arrays, check_normalized, read_arrays
@@ -231,7 +232,7 @@ def quantize_network(
         written = hold_biases(written, weights)
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
-    report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
+    report |= {**describe(found), "notes": notes, "file_bytes": file_bytes(out), "out": str(out)}
     passes += [("values rounded", len(rounded_graph.nodes)), ("codes held", len(written.nodes))]
     report["passes"] = [{"pass": name, "operators": count} for name, count in passes]
     report["observer"] = data.observer if flowing is not None else None
