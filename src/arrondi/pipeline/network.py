@@ -161,7 +161,7 @@ def quantize_network(
         check_known(original, OPERATORS)
     if calibration is not None:
         check_finite(original, calibration)
-    flowing, uneven = flowing_scheme(recipe), check_grids(data.grids)
+    flowing, uneven = flowing_scheme(recipe), check_grids(data.grids, given)
     notes = [note for some in (calibration, evaluation) if some is not None for note in some.notes]
     notes = list(dict.fromkeys(notes))
     analytic = is_analytic(recipe)
