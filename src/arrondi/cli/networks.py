@@ -85,6 +85,14 @@ def quantize_graph(
     answer(report, json_, print_network)
 
 
+def plan_graph(model: str, recipe: Recipe, ends: str, rounded: str | None, json_: bool) -> None:
+    """What quantizing would make of a network."""
+    from arrondi.pipeline.network_plan import plan_network
+    from arrondi.report import print_network_plan
+
+    answer(plan_network(model, recipe, ends=_bits(ends), rounded=rounded), json_, print_network_plan)
+
+
 def evaluate_graph(model: str, against: str, data: Path | None, mean: str | None, std: str | None, json_: bool) -> None:
     """Top-1, agreement and SQNR of a network beside another."""
     from arrondi.measure.networks import compare_networks

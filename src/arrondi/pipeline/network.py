@@ -170,7 +170,7 @@ def quantize_network(
     rounded = which_values(graph, data.rounded, flowing)
     found, rounded_graph = places(graph), graph
     ranges: Mapping[str, tuple[float, float]] = {}
-    careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
+    careful = has_few_bits(recipe) and data.ends is not None and choose is None
     if flowing is not None and flowing.dynamic:
         rounded_graph = round_dynamically(graph)
     elif flowing is not None:
@@ -185,13 +185,9 @@ def quantize_network(
             notes.append("What products read is rounded, both sides of those in attention; sums, norms and what they read stay in floating point. --rounded all rounds these too.")  # fmt: skip
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
-    recipe = _of_weights(recipe, program)
-    if careful:
-        firsts, lasts = ends_of(graph)
-        recipe = with_wider_ends(
-            recipe, [program.layers[n] for n in (*firsts, *lasts) if n in program.layers], data.ends
-        )
-        notes.append(f"The first and last layers ({', '.join((*firsts, *lasts))}) have {data.ends} bits; --ends same gives them those of the others.")  # fmt: skip
+    recipe = of_weights(recipe, program)
+    if choose is None:  # a budget chooses itself
+        recipe = with_ends(recipe, graph, program, data.ends, notes)
     chosen = None
     if choose is not None:
         if calibration is None:
@@ -269,7 +265,21 @@ def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None
     return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation
 
 
-def _of_weights(recipe: Recipe, program: Program) -> Recipe:
+def with_ends(recipe: Recipe, graph: Graph, program: Program, bits: int | None, notes: list[str]) -> Recipe:
+    """A recipe of few bits with more of them in the first and the last layers, and a note of that.
+
+    Args:
+        recipe: for the program's weights.
+        bits: so many; None leaves the recipe as it is.
+    """
+    if bits is None or not has_few_bits(recipe):
+        return recipe
+    ends = [name for some in ends_of(graph) for name in some]
+    notes.append(f"The first and last layers ({', '.join(ends)}) have {bits} bits; --ends same gives them those of the others.")  # fmt: skip
+    return with_wider_ends(recipe, [program.layers[n] for n in ends if n in program.layers], bits)
+
+
+def of_weights(recipe: Recipe, program: Program) -> Recipe:
     """The recipe for the program's weights alone."""
     there = {type(program.get_submodule(path)).__name__ for path in program.layers.values()}
     every = tuple(kind for kind in TARGETS if kind in there)
