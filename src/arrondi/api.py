@@ -32,7 +32,7 @@ from arrondi.pipeline import (
 )
 from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.network import NetworkData, quantize_network
-from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.network_plan import plan_network
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.texts import read_data
 from arrondi.runtime.load import load as load_model
@@ -205,13 +205,19 @@ def plan(
     layout: str | None = None,
     keep_misfits: bool = False,
     images: str | Path | None = None,
-) -> Plan:
-    """What `quantize` would do with a model directory, before anything is computed; `to_dict()` for plain data.
+) -> Any:
+    """What `quantize` would do, before anything is learned.
 
     Takes the arguments of `quantize`.
+
+    Returns:
+        of a model directory the `arrondi.pipeline.Plan`, whose `to_dict()` is plain data; of a network of ONNX operators plain data, see
+        `arrondi.pipeline.network_plan.plan_network`.
     """
     check_arguments(plan, locals())
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
+    if is_graph_file(model):
+        return plan_network(model, rules)
     source = OnDisk.open(model)
     read_data(source, TextOptions(images=images))  # refused where they cannot be read
     return make_plan(source, rules, layout=layout, keep_misfits=keep_misfits, images=images is not None)

@@ -73,7 +73,9 @@ Calibration = Annotated[
 NetworkData = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="For ONNX files: samples to measure on, an .npz file with inputs and labels.", show_default=False
+        "--data",
+        help="For ONNX files: samples to measure on, an .npz file with inputs and labels, or a folder of images.",
+        show_default=False,
     ),
 ]
 Budget = Annotated[

@@ -12,6 +12,7 @@ from arrondi.checkpoint import Checkpoint, Entry, readers_of
 from arrondi.errors import SchemeError
 from arrondi.graph import is_graph_file, read_graph
 from arrondi.graph.contents import contents
+from arrondi.graph.read import file_bytes
 from arrondi.model import Fold, OnDisk, find_folds
 from arrondi.model.fold import channels_in_words
 
@@ -32,7 +33,11 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     check_arguments(inspect_model, locals())
     if is_graph_file(path):
         held = contents(read_graph(path))
-        return {"path": str(path), "file_bytes": Path(path).stat().st_size, **held}
+        return {
+            "path": str(path),
+            "file_bytes": file_bytes(path) if Path(path).suffix == ".onnx" else Path(path).stat().st_size,
+            **held,
+        }
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     parts = _stored_parts(checkpoint)

@@ -4,7 +4,7 @@ from arrondi.report.adapters import print_merge, print_start
 from arrondi.report.comparisons import print_comparison, print_methods
 from arrondi.report.conversions import print_conversion
 from arrondi.report.folds import print_folds
-from arrondi.report.networks import print_contents, print_network, print_network_evaluation
+from arrondi.report.networks import print_contents, print_network, print_network_evaluation, print_network_plan
 from arrondi.report.outliers import print_outliers
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
@@ -33,6 +33,7 @@ __all__ = [
     "print_methods",
     "print_network",
     "print_network_evaluation",
+    "print_network_plan",
     "print_outliers",
     "print_plan",
     "print_report",
