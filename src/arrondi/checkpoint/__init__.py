@@ -14,11 +14,12 @@ from arrondi.checkpoint.containers.json_file import read_report, write_config, w
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
 from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec, shard_digest
-from arrondi.checkpoint.layouts import LAYOUTS
+from arrondi.checkpoint.layouts import CHOSEN, LAYOUTS
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Placed
 from arrondi.checkpoint.readers import Verdict, readers_of
 
 __all__ = [
+    "CHOSEN",
     "LAYOUTS",
     "WORK",
     "Checkpoint",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from arrondi.checkpoint import LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
+from arrondi.checkpoint import CHOSEN, LAYOUTS, Layout, ModelFacts, ShardPlan, TensorSpec, Verdict, readers_of
 from arrondi.errors import SchemeError, unknown
 from arrondi.model import Source, StoredTensor
 from arrondi.model.states import rounded_layers
@@ -222,14 +222,14 @@ def make_plan(
     Args:
         source: the model.
         recipe: the user's rules.
-        layout: a name of `LAYOUTS`; None takes the most widely read one that holds nearly all of what any holds.
+        layout: a name of `LAYOUTS`; None takes the most widely read one of `CHOSEN` that holds nearly all of what any holds.
         keep_misfits: weights whose shape does not fit the scheme are kept; otherwise they take the nearest groups that fit.
         images: the model will be run on images, so that what text alone does not reach is a target like any other.
         largest: how large inputs become, where a step has to know; see `largest_inputs`.
     """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
-    names = [layout] if layout else list(LAYOUTS)
+    names = [layout] if layout else list(CHOSEN)
     tried = _resolved(source, names, lambda held: Resolver(source, recipe, held, keep_misfits, images, largest))
     _, resolver, tensors = _most_held(tried)
     refused = [t for t in tensors if t.status == "kept because impossible" and t.rule]
@@ -256,6 +256,7 @@ def make_plan(
     if recipe.kv is not None:
         notes.append(_of_states(source, recipe.kv))
     placed = [t.placed for t in tensors if t.status == "quantized"]
+    problems += filter(None, [resolver.layout.together(placed)])
     readers = readers_of(placed, resolver.layout, facts)
     plan = Plan(
         source,

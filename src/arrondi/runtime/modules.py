@@ -16,6 +16,7 @@ from torch import nn
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import (
+    CHOSEN,
     LAYOUTS,
     Checkpoint,
     LayerValues,
@@ -118,7 +119,7 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> dic
     Args:
         model: what `arrondi.quantize` or `arrondi.load` gave.
         out: directory to write; it may hold no model.
-        layout: a name of `LAYOUTS`; None takes the most widely read that holds every layer.
+        layout: a name of `LAYOUTS`; None takes the most widely read of `CHOSEN` that holds every layer.
 
     Returns:
         `layout`, its name, and `readers`: who reads the files, as in the report of `arrondi.quantize`.
@@ -233,7 +234,7 @@ def _refuse_unknown(model: nn.Module, layers: Mapping[str, _Layer]) -> None:
 def _layout(name: str | None, placed: list[Placed]) -> Any:
     if name is not None and name not in LAYOUTS:
         raise unknown("layout", name, LAYOUTS)
-    reasons = {n: next((r for p in placed if (r := LAYOUTS[n].refuse(p))), None) for n in ([name] if name else LAYOUTS)}
+    reasons = {n: next((r for p in placed if (r := LAYOUTS[n].refuse(p))), None) for n in ([name] if name else CHOSEN)}
     for found, reason in reasons.items():
         if reason is None:
             return LAYOUTS[found]

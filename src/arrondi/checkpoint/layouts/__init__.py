@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.checkpoint.layouts import arrondi, compressed_tensors
+from arrondi.checkpoint.layouts import arrondi, awq, bitsandbytes, compressed_tensors, gptq
 from arrondi.checkpoint.layouts.layout import Layout
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "compressed-tensors": compressed_tensors.LAYOUT,
     "arrondi": arrondi.LAYOUT,
+    "gptq": gptq.LAYOUT,
+    "awq": awq.LAYOUT,
+    "bitsandbytes": bitsandbytes.LAYOUT,
 })  # fmt: skip
-"""Every storage layout by its `quant_method`, the most widely read first."""
+"""Every storage layout by its `quant_method`."""
+
+CHOSEN: Final = ("compressed-tensors", "arrondi")
+"""What is chosen from where nobody names a layout, the most widely read first; the second holds every scheme."""
