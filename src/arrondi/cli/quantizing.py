@@ -30,7 +30,7 @@ def plan(
     embeddings: opt.Embeddings = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
-    layout: opt.LayoutName = None,
+    to: opt.LayoutName = None,
     keep_misfits: opt.KeepMisfits = False,
     calibration_images: opt.CalibrationImages = None,
     samples: opt.Samples = 128,
@@ -63,7 +63,7 @@ def plan(
     source = OnDisk(checkpoint)
     texts = read_data(source, TextOptions(samples=samples, seq_len=seq_len, images=calibration_images))
     images, measured = texts.images, texts.eval_images
-    planned = make_plan(source, resolved, layout=layout, keep_misfits=keep_misfits, images=images is not None)
+    planned = make_plan(source, resolved, layout=to, keep_misfits=keep_misfits, images=images is not None)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
     tokens, eval_tokens = (samples * seq_len, 32 * seq_len) if planned.calibrated else (0, 0)
     if images is not None and measured is not None:  # the same call without text
@@ -98,7 +98,7 @@ def quantize(
     kv: opt.KV = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
-    layout: opt.LayoutName = None,
+    to: opt.LayoutName = None,
     keep_misfits: opt.KeepMisfits = False,
     shard_size: Annotated[str, typer.Option(help="Largest output file: 500MB, 5GB.")] = "5GB",
     device: opt.Device = "cpu",
@@ -132,7 +132,7 @@ def quantize(
     if is_graph_file(model):
         networks.refuse_text_options({
             "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
-            "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
+            "--to": to, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
         })  # fmt: skip
         networks.quantize_graph(
             model, output, resolved, budget=budget, budget_by=budget_by, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
@@ -188,7 +188,7 @@ def quantize(
         calibration_images,
     )
     if dry_run:
-        planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
+        planned, texts = rehearse(model, output, resolved, text, layout=to, keep_misfits=keep_misfits)
         both = texts.calibration, texts.evaluation
         tokens, eval_tokens = (0 if windows is None else windows.ids.numel() for windows in both)
         seq_len = max((windows.seq_len for windows in both if windows is not None), default=seq_len)
@@ -200,7 +200,7 @@ def quantize(
             output,
             resolved,
             text,
-            layout=layout,
+            layout=to,
             keep_misfits=keep_misfits,
             shard_bytes=shard_bytes,
             overwrite=overwrite,

@@ -53,7 +53,7 @@ def nothing(
 ) -> str:
     """Why nothing is quantized, and what to do."""
     if refused:
-        other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
+        other = " Use --to arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
         if keep_misfits and not other:
             other = " Leave out --keep-misfits to quantize such weights all the same."
         return f"{refused[0].name}: {refused[0].reason}.{other}"

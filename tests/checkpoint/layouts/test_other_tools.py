@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,8 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import arrondi
 from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
-from arrondi.errors import FileFormatError
+from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import PerGroup, parse_scheme
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
@@ -246,17 +248,55 @@ def test_a_weight_that_is_stored_turned_comes_back_turned(
     assert torch.equal(checkpoint.dense(name), weight.dequantize().T)
 
 
+@pytest.mark.parametrize(("layout", "scheme"), [("gptq", "w=int4/g32/asym"), ("awq", "w=int4/g32"), ("bitsandbytes", "w=nf4/g32")])  # fmt: skip
+def test_a_model_is_quantized_into_it_and_runs(
+    layout: str, scheme: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Scales get the layout's own type before any code is chosen, so that the files hold what was measured."""
+    source = models("llama", torch.bfloat16)
+    arrondi.quantize(source, scheme, out=tmp_path / "out", to=layout)
+    config, tensors = (
+        json.loads((tmp_path / "out/config.json").read_text()),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    plain = load_file(source / "model.safetensors")
+    for path, weight in decoded(config, tensors).items():
+        plain[f"{path}.weight"] = torch.from_numpy(np.ascontiguousarray(weight))
+    shutil.copytree(source, tmp_path / "plain")
+    save_file({n: t.float() for n, t in plain.items()}, tmp_path / "plain/model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(0, 2000, (1, 16))
+    with torch.no_grad():
+        found, expected = (arrondi.load(tmp_path / n)(ids).logits for n in ("out", "plain"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_says_why(models: Callable[..., Path], tmp_path: Path) -> None:
+    for scheme, layout, message in (
+        ("W4A16", "bitsandbytes", "bitsandbytes stores nf4 and fp4_bnb in blocks"),
+        ("NF4", "gptq", "gptq stores int2, int3, int4, int8"),
+        ("W8A16", "awq", "awq stores int4"),
+        ("w=int4/g64", "awq", "one scheme for all layers"),
+    ):
+        with pytest.raises(SchemeError, match=message):
+            arrondi.quantize(models("llama"), scheme, out=tmp_path / "no", to=layout)
+    assert not (tmp_path / "no").exists()
+
+
 # ── the packages themselves ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def interpreters() -> list[str]:
+    python = os.environ.get("ARRONDI_CHECKPOINTS", "")
+    if not python:
+        pytest.skip("ARRONDI_CHECKPOINTS names no interpreter with gptqmodel, bitsandbytes, …")
+    return python.split(os.pathsep)
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Files that the packages have made."""
-    python = os.environ.get("ARRONDI_CHECKPOINTS", "")
-    if not python:
-        pytest.skip("ARRONDI_CHECKPOINTS names no interpreter with gptqmodel, bitsandbytes, …")
     folder = tmp_path_factory.mktemp("packages")
-    for each in python.split(os.pathsep):
+    for each in interpreters():
         done = subprocess.run(
             [each, Path(__file__).with_name("foreign_files.py"), folder], capture_output=True, text=True
         )
@@ -290,3 +330,43 @@ def test_files_of_the_packages_are_written_again_byte_by_byte(packages: Path) ->
                 continue
             for part, value in layout.write(placed, checkpoint.layer(name)).items():
                 assert value.dtype == tensors[part].dtype and torch.equal(value, tensors[part]), f"{case.name}: {part}"
+
+
+LOADED = {
+    "gptq-sym": ("w=int4/g32", "gptq", None),
+    "gptq-asym": ("w=int4/g32/asym", "gptq", None),
+    "gptq-3": ("w=int3/g32/asym", "gptq", None),
+    "gptq-8": ("w=int8/channel", "gptq", None),
+    "gptq-some-kept": ("w=int4/g32", "gptq", ["lm_head", "re:.*down_proj"]),
+    "gptq-one-kept": ("w=int4/g32", "gptq", ["lm_head", "model.layers.0.mlp.down_proj"]),
+    "awq-sym": ("w=int4/g32", "awq", None),
+    "awq-asym": ("w=int4/g32/asym", "awq", None),
+    "awq-some-kept": ("w=int4/g32/asym", "awq", ["lm_head", "re:.*down_proj"]),
+    "bitsandbytes-nf4": ("w=nf4/g32", "bitsandbytes", None),
+    "bitsandbytes-some-kept": ("w=nf4/g32", "bitsandbytes", ["lm_head", "re:.*down_proj"]),
+    "bitsandbytes-int8": ("W8A8", "bitsandbytes", None),
+}
+"""What transformers loads, by its verdicts: scheme, layout, what is kept."""
+
+
+@pytest.mark.peer
+def test_transformers_loads_what_it_is_said_to_load(models: Callable[..., Path], tmp_path: Path) -> None:
+    from tests.checkpoint.layouts.foreign_loads import IDS
+
+    ours = {}
+    for name, (scheme, layout, ignore) in LOADED.items():
+        report = arrondi.quantize(models("llama"), scheme, out=tmp_path / name, to=layout, ignore=ignore)
+        assert report["readers"][1]["ok"] is True, report["readers"]
+        with torch.no_grad():
+            ours[name] = arrondi.load(tmp_path / name)(IDS).logits
+    python = interpreters()[0]
+    script = Path(__file__).with_name("foreign_loads.py")
+    command = [python, script, tmp_path / "logits.safetensors", *(tmp_path / name for name in LOADED)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = load_file(tmp_path / "logits.safetensors")
+    for name, logits in ours.items():
+        bound = 0.05 if name.endswith("int8") else 0.02 if "bitsandbytes" in name else 0.002  # products in 16 bits
+        assert (theirs[name] - logits).norm() < bound * logits.norm(), name
+        if f"{name}/plain" in theirs and not name.endswith("int8"):
+            torch.testing.assert_close(theirs[f"{name}/plain"], logits, rtol=1e-4, atol=1e-5)

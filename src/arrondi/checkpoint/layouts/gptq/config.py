@@ -1,6 +1,6 @@
 """The `quantization_config` of GPTQ files.
 
-Owns: `config` (what is written), `read_config` (what is read, `Rules`) and `together`. One scheme is said for all, others and what is
+Owns: `config` (what is written), `read_config` (what is read, `Rules`), `together`, `is_head` and `block_of`. One scheme is said for all, others and what is
 kept by rules of GPTQModel (`dynamic`): pattern of module paths → what is different there ("+:"), or that nothing is quantized ("-:");
 the first that matches has it. optimum, by which transformers reads, knows one scheme, and is told by `modules_in_block_to_quantize`
 which modules of the repeated blocks have it.
@@ -113,7 +113,7 @@ def config(placed: list[Placed], kept: list[str], facts: ModelFacts = ModelFacts
     """
     schemes = [said(p.scheme.weights) for p in placed]
     base = Counter(schemes).most_common(1)[0][0]
-    block = _block(placed)
+    block = block_of(placed)
     beside = [k for k in kept if block and k.startswith(f"{block}.")]
     rules: dict[str, dict[str, Any]] = {f"-:^{re.escape(k)}$": {} for k in beside}
     rules |= {f"+:^{re.escape(p.path)}$": _words(s) for p, s in zip(placed, schemes, strict=True) if s != base}
@@ -143,7 +143,7 @@ def _words(scheme: tuple[int, int, bool]) -> dict[str, Any]:
     return dict(zip(("bits", "group_size", "sym"), scheme, strict=True))
 
 
-def _block(placed: list[Placed]) -> str:
+def block_of(placed: list[Placed]) -> str:
     """The path of the repeated blocks, "" if the layers lie in several such lists, or in none."""
     found = {m[1] for p in placed if (m := re.match(r"(.*?)\.\d+\.", p.path)) is not None}
     return found.pop() if len(found) == 1 else ""
