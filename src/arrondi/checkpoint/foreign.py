@@ -30,9 +30,7 @@ _OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
     ".onnx": "ONNX graphs", ".h5": "TensorFlow weights", ".pb": "TensorFlow weights", ".msgpack": "Flax weights", ".npz": "NumPy arrays",
 })  # fmt: skip
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
-    "fp8": "quantized to FP8 in the layout of DeepSeek and vLLM (quant_method fp8)",
     "fbgemm_fp8": "quantized to FP8 by FBGEMM",
-    "mxfp4": "quantized to MXFP4 as GPT-OSS is (quant_method mxfp4)",
     "auto-round": "quantized by AutoRound",
     "intel/auto-round": "quantized by AutoRound",
     "hqq": "quantized by HQQ",

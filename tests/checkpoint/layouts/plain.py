@@ -102,4 +102,31 @@ def bitsandbytes(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndar
     return found
 
 
-READERS = {"gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes}
+def fp8(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    found = {}
+    for name, value in tensors.items():
+        if value.dtype != torch.float8_e4m3fn:
+            continue
+        path = name.removesuffix(".weight")
+        ending = next(e for e in (".weight_scale_inv", ".weight_scale", "_scale_inv") if path + e in tensors)
+        scale, codes = tensors[path + ending].float().numpy(), value.float().numpy()
+        if said.get("weight_block_size"):
+            for axis, size in ((-2, said["weight_block_size"][0]), (-1, said["weight_block_size"][1])):
+                scale = np.repeat(scale, size, axis=axis).take(np.arange(codes.shape[axis]), axis=axis)
+        found[path] = codes * scale
+    return found
+
+
+def mxfp4(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+    values, found = np.concatenate([values, -values]), {}
+    for name, value in tensors.items():
+        if name.endswith("_blocks"):
+            path, blocks = name.removesuffix("_blocks"), value.numpy()
+            pairs = np.stack([values[blocks % 16], values[blocks // 16]], -1).reshape(*blocks.shape[:3], 32)
+            scale = np.exp2(tensors[f"{path}_scales"].numpy().astype(np.float64) - 127).astype(np.float32)
+            found[path] = (pairs * scale[..., None]).reshape(*blocks.shape[:2], -1).transpose(0, 2, 1)
+    return found
+
+
+READERS = {"gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes, "fp8": fp8, "mxfp4": mxfp4}

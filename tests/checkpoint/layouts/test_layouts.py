@@ -59,6 +59,8 @@ STORED_BY = {
         "w=int3/g32/asym", "w=int8/g64/float16",
     },
     "awq": {"W4A16", "W4A16_ASYM", "w=int4/channel", "w=int4/channel/asym"},
+    "fp8": {"FP8_BLOCK", "FP8"},
+    "mxfp4": set(),
     "bitsandbytes": {"NF4", "NF4_DQ", "FP4_BNB", "FP4_BNB_DQ", "W8A8", "w=nf4/g64/float16"},
 }  # fmt: skip
 """What each layout can hold, written down by hand: an honest `refuse` says yes to these and no to all else."""

@@ -26,6 +26,7 @@ from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import PerGroup, parse_scheme
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
+from tests.checkpoint.copies import static_grid
 from tests.checkpoint.layouts.plain import decoded
 
 Edit = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
@@ -34,6 +35,8 @@ SCHEMES = {
     "gptq": ["w=int2/g32", "w=int3/g32/asym", "w=int4/g32", "w=int4/g32/asym", "w=int8/channel/asym", "scattered", "several"],
     "awq": ["w=int4/g32", "w=int4/g32/asym", "w=int4/channel"],
     "bitsandbytes": ["w=nf4/g32", "FP4_BNB", "NF4_DQ", "W8A8"],
+    "fp8": ["w=fp8/b32x32,a=fp8/g32", "FP8_BLOCK", "FP8"],
+    "mxfp4": ["MXFP4A16"],
 }  # fmt: skip
 CASES = [(layout, scheme) for layout, schemes in SCHEMES.items() for scheme in schemes]
 
@@ -42,7 +45,9 @@ def made(
     layout: str, scheme: str, names: dict[str, tuple[int, int]] = NAMES
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """config.json and tensors of a small model."""
-    placed, tensors = [], {"model.norm.weight": torch.ones(64), "model.layers.0.a.bias": torch.ones(64)}
+    placed, tensors = [], {"model.norm.weight": torch.ones(64)}
+    if layout != "mxfp4":
+        tensors["model.layers.0.a.bias"] = torch.ones(64)
     for i, (name, (rows, columns)) in enumerate(names.items()):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(i))
         weight[1], weight[2] = 0, weight[2].abs()
@@ -52,12 +57,14 @@ def made(
         layer = LAYOUTS[layout].fit(parse_scheme(text))
         q = quantize_tensor(weight[:, :columns].contiguous(), layer.weights)
         one = Placed(name, (rows, columns), layer, indexed=scheme == "scattered")
+        if layout == "mxfp4":
+            one = Placed(name.removesuffix(".weight"), (2, columns, rows // 2), layer, transposed=True)
         if one.indexed and isinstance(layer.weights.granularity, PerGroup):
             index = torch.randperm(columns) // layer.weights.granularity.size
             q = QTensor(q.codes, q.scale, q.zero_point, q.offset, q.scheme, index.int())
         assert LAYOUTS[layout].refuse(one) is None
         placed.append(one)
-        tensors |= LAYOUTS[layout].write(one, LayerValues(q))
+        tensors |= LAYOUTS[layout].write(one, LayerValues(q, static_grid(layer, 3.0)))
     assert LAYOUTS[layout].together(placed) is None
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return config | {"quantization_config": LAYOUTS[layout].config(placed, ["lm_head"])}, tensors
@@ -78,9 +85,10 @@ def test_files_mean_what_their_tool_says(layout: str, scheme: str, tmp_path: Pat
     config, tensors = made(layout, scheme)
     checkpoint = stored(tmp_path, config, tensors)
     expected = decoded(config, tensors)
-    assert {f"{path}.weight" for path in expected} == set(NAMES) == set(checkpoint.placed)
+    ending = "" if layout == "mxfp4" else ".weight"
+    assert {path + ending for path in expected} == set(checkpoint.placed) and len(expected) == len(NAMES)
     for path, weight in expected.items():
-        np.testing.assert_array_equal(checkpoint.dense(f"{path}.weight").numpy(), weight)
+        np.testing.assert_array_equal(checkpoint.dense(path + ending).numpy(), weight)
         assert len(np.unique(weight)) > 8
 
 
@@ -168,6 +176,29 @@ FAULTS: list[tuple[str, str, Edit, str]] = [
     ("bitsandbytes", "W8A8", put(f"{A}.weight_format", lambda t: t + 1), "weight_format is 1"),
     ("bitsandbytes", "W8A8", renamed(f"{A}.SCB", f"{A}.SCC"), "SCB is missing"),
     ("bitsandbytes", "W8A8", said(llm_int8_threshold=-1.0), "not negative"),
+    ("fp8", "FP8_BLOCK", said(weight_block_size=[64, 64]), "config does not describe"),
+    ("fp8", "FP8_BLOCK", said(weight_block_size=[128]), "should be two sizes"),
+    ("fp8", "FP8_BLOCK", said(weight_block_size="128"), "a list of whole numbers"),
+    ("fp8", "FP8_BLOCK", said(fmt="e5m2"), "fmt should be one of 'e4m3'"),
+    ("fp8", "FP8_BLOCK", said(activation_scheme="static"), "activation_scale is missing"),
+    ("fp8", "FP8", said(activation_scheme="dynamic"), "activation_scale is stored beside"),
+    ("fp8", "FP8_BLOCK", said(kv_cache_scheme={"type": "float"}), "kv_cache_scheme"),
+    ("fp8", "FP8_BLOCK", renamed(f"{A}.weight_scale_inv", f"{A}.weight_scale_inx"), "weight_scale_inv is missing"),
+    ("fp8", "FP8_BLOCK", renamed(f"{A}.weight", f"{A}.weighd"), "weighd|without a scale"),
+    ("fp8", "FP8_BLOCK", put(f"{A}.weight_scale_inv", at((0, 0), float("inf"))), "NaN or infinite"),
+    ("fp8", "FP8_BLOCK", put(f"{A}.weight_scale_inv", torch.Tensor.int), "powers of two"),
+    (
+        "fp8",
+        "FP8_BLOCK",
+        put(f"{A}.weight", lambda t: at((0, 0), 127)(t.view(torch.uint8)).view(torch.float8_e4m3fn)),
+        "no number",
+    ),
+    ("fp8", "FP8", put(f"{A}.activation_scale", lambda t: -t), "not a positive number"),
+    ("mxfp4", "MXFP4A16", renamed(f"{A}_scales", f"{A}_scalez"), "_scales is missing"),
+    ("mxfp4", "MXFP4A16", put(f"{A}_scales", at((0, 0, 0), 255)), "NaN or infinite"),
+    ("mxfp4", "MXFP4A16", put(f"{A}_blocks", lambda t: t[..., :8]), "blocks of 16 bytes"),
+    ("mxfp4", "MXFP4A16", put(f"{A}_blocks", lambda t: t[:, :, :1]), "config does not describe"),
+    ("mxfp4", "MXFP4A16", said(bits=4), "has the key 'bits'"),
     ("bitsandbytes", "W8A8", said(llm_int8_has_fp16_weight=True), "llm_int8_has_fp16_weight"),
 ]
 

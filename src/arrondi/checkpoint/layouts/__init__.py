@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.checkpoint.layouts import arrondi, awq, bitsandbytes, compressed_tensors, gptq
+from arrondi.checkpoint.layouts import arrondi, awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from arrondi.checkpoint.layouts.layout import Layout
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
@@ -18,6 +18,8 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "gptq": gptq.LAYOUT,
     "awq": awq.LAYOUT,
     "bitsandbytes": bitsandbytes.LAYOUT,
+    "fp8": fp8.LAYOUT,
+    "mxfp4": mxfp4.LAYOUT,
 })  # fmt: skip
 """Every storage layout by its `quant_method`."""
 

@@ -63,9 +63,9 @@ class Claims:
             raise self._wrong(key, value, "a list of words")
         return value
 
-    def numbers(self, key: str) -> list[int]:
-        """A list of whole numbers, which has to be there."""
-        value = self._take(key, None)
+    def numbers(self, key: str, default: list[int] | None = None) -> list[int]:
+        """A list of whole numbers; without a default the key has to be there."""
+        value = self._take(key, default)
         if not isinstance(value, list) or not all(type(n) is int for n in value):
             raise self._wrong(key, value, "a list of whole numbers")
         return value
