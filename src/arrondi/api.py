@@ -42,7 +42,7 @@ from arrondi.search.mixed import quantize_mixed
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "kv", "observer", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
+    "out", "kv", "observer", "evaluation", "limits", "to", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -76,7 +76,7 @@ def quantize(
     imatrix: str | Path | None = None,
     images: str | Path | None = None,
     limits: Limits | None = None,
-    layout: str | None = None,
+    to: str | None = None,
     keep_misfits: bool = False,
     observer: str = "mse",
     ends: int | None = 8,
@@ -115,7 +115,8 @@ def quantize(
         ends: bits of the first and last layers of such networks where weights have at most four; None: as all others.
         faint: whether values of such networks whose quiet samples eight bits drown have sixteen.
         int32_bias: whether biases of such networks are written as int32 codes of scale S_x · S_w.
-        layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
+        to: the layout of the files, a name of `arrondi.checkpoint.LAYOUTS`; None takes the most widely read that holds the scheme.
+        keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
     Returns:
         the report of a directory, as in its `report.json`; the module itself for a module.
@@ -171,7 +172,7 @@ def quantize(
         images,
     )
     return quantize_model(
-        model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
+        model, out, rules, text, layout=to, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,
     )  # fmt: skip
 
@@ -202,7 +203,7 @@ def plan(
     repairs: Iterable[str] = (),
     preset: str | None = None,
     embeddings: str | None = None,
-    layout: str | None = None,
+    to: str | None = None,
     keep_misfits: bool = False,
     images: str | Path | None = None,
 ) -> Any:
@@ -220,7 +221,7 @@ def plan(
         return plan_network(model, rules)
     source = OnDisk.open(model)
     read_data(source, TextOptions(images=images))  # refused where they cannot be read
-    return make_plan(source, rules, layout=layout, keep_misfits=keep_misfits, images=images is not None)
+    return make_plan(source, rules, layout=to, keep_misfits=keep_misfits, images=images is not None)
 
 
 def _rules(

@@ -30,12 +30,7 @@ _OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
     ".onnx": "ONNX graphs", ".h5": "TensorFlow weights", ".pb": "TensorFlow weights", ".msgpack": "Flax weights", ".npz": "NumPy arrays",
 })  # fmt: skip
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
-    "gptq": "quantized by GPTQModel or AutoGPTQ (quant_method gptq)",
-    "awq": "quantized by AutoAWQ (quant_method awq)",
-    "bitsandbytes": "quantized by bitsandbytes",
-    "fp8": "quantized to FP8 in the layout of DeepSeek and vLLM (quant_method fp8)",
     "fbgemm_fp8": "quantized to FP8 by FBGEMM",
-    "mxfp4": "quantized to MXFP4 as GPT-OSS is (quant_method mxfp4)",
     "auto-round": "quantized by AutoRound",
     "intel/auto-round": "quantized by AutoRound",
     "hqq": "quantized by HQQ",
@@ -134,8 +129,6 @@ def what_method(config: Mapping[str, Any]) -> str | None:
         return "config.json has a quantization_config that is not an object. Download it again"
     method = found.get("quant_method")
     if method is None:
-        if {"load_in_4bit", "load_in_8bit"} & found.keys():
-            return _NOT_READ.format(_METHODS["bitsandbytes"])
         if _of_mlx(found):
             return _NOT_READ.format("quantized by MLX")
         return _NOT_READ.format("config.json has a quantization_config without quant_method")
@@ -149,7 +142,7 @@ def _of_mlx(found: object) -> bool:
 
 def unlisted(path: Path, entries: Mapping[str, Any]) -> str | None:
     """What is quantized in a directory whose config.json has no `quantization_config`."""
-    for file in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+    for file in ("quant_config.json", "hf_quant_config.json"):
         if (path / file).exists() and _companion(entries):
             return f"quantized by another tool, says {file}, in a layout that is not read here. {_ORIGINAL}"
     name = _companion(entries)

@@ -31,7 +31,7 @@ def plan(
     embeddings: opt.Embeddings = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
-    layout: opt.LayoutName = None,
+    to: opt.LayoutName = None,
     keep_misfits: opt.KeepMisfits = False,
     calibration_images: opt.CalibrationImages = None,
     samples: opt.Samples = 128,
@@ -58,7 +58,7 @@ def plan(
 
     if is_graph_file(model):
         networks.refuse_text_options({
-            "--layout": layout, "--embeddings": embeddings, "--calibration-images": calibration_images, "--keep-misfits": keep_misfits,
+            "--to": to, "--embeddings": embeddings, "--calibration-images": calibration_images, "--keep-misfits": keep_misfits,
             **dict.fromkeys(set_by_user(context, "samples", "seq_len"), True),
         })  # fmt: skip
         networks.plan_graph(model, resolved, ends, rounded, json_)
@@ -76,7 +76,7 @@ def plan(
     source = OnDisk(checkpoint)
     texts = read_data(source, TextOptions(samples=samples, seq_len=seq_len, images=calibration_images))
     images, measured = texts.images, texts.eval_images
-    planned = make_plan(source, resolved, layout=layout, keep_misfits=keep_misfits, images=images is not None)
+    planned = make_plan(source, resolved, layout=to, keep_misfits=keep_misfits, images=images is not None)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
     tokens, eval_tokens = (samples * seq_len, 32 * seq_len) if planned.calibrated else (0, 0)
     if images is not None and measured is not None:  # the same call without text
@@ -111,7 +111,7 @@ def quantize(
     kv: opt.KV = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
-    layout: opt.LayoutName = None,
+    to: opt.LayoutName = None,
     keep_misfits: opt.KeepMisfits = False,
     shard_size: Annotated[str, typer.Option(help="Largest output file: 500MB, 5GB.")] = "5GB",
     device: opt.Device = "cpu",
@@ -145,7 +145,7 @@ def quantize(
     if is_graph_file(model):
         networks.refuse_text_options({
             "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
-            "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase,
+            "--to": to, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase,
             "--all-experts": all_experts, "--keep-misfits": keep_misfits, "--device": device != "cpu",
             **dict.fromkeys(set_by_user(context, "seq_len", "eval_samples", "shard_size"), True),
         })  # fmt: skip
@@ -207,7 +207,7 @@ def quantize(
         calibration_images,
     )
     if dry_run:
-        planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
+        planned, texts = rehearse(model, output, resolved, text, layout=to, keep_misfits=keep_misfits)
         both = texts.calibration, texts.evaluation
         tokens, eval_tokens = (0 if windows is None else windows.ids.numel() for windows in both)
         seq_len = max((windows.seq_len for windows in both if windows is not None), default=seq_len)
@@ -219,7 +219,7 @@ def quantize(
             output,
             resolved,
             text,
-            layout=layout,
+            layout=to,
             keep_misfits=keep_misfits,
             shard_bytes=shard_bytes,
             overwrite=overwrite,

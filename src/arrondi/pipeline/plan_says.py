@@ -53,7 +53,7 @@ def nothing(
 ) -> str:
     """Why nothing is quantized, and what to do."""
     if refused:
-        other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
+        other = " Use --to arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
         if keep_misfits and layout is None:
             other = " Leave out --keep-misfits to quantize such weights all the same."
         elif keep_misfits:  # as networks are planned, whose files hold no other groups

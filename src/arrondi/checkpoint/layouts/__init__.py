@@ -9,12 +9,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.checkpoint.layouts import arrondi, compressed_tensors, ggml
+from arrondi.checkpoint.layouts import arrondi, awq, bitsandbytes, compressed_tensors, fp8, ggml, gptq, mxfp4
 from arrondi.checkpoint.layouts.layout import Layout
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "compressed-tensors": compressed_tensors.LAYOUT,
     "arrondi": arrondi.LAYOUT,
+    "gptq": gptq.LAYOUT,
+    "awq": awq.LAYOUT,
+    "bitsandbytes": bitsandbytes.LAYOUT,
+    "fp8": fp8.LAYOUT,
+    "mxfp4": mxfp4.LAYOUT,
     "gguf": ggml.LAYOUT,
 })  # fmt: skip
 """Every storage layout by its `quant_method`."""
