@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from arrondi.checkpoint import LAYOUTS, LayerValues, Layout, Placed
+from arrondi.checkpoint import CHOSEN, LAYOUTS, LayerValues, Layout, Placed
 from arrondi.checkpoint.layouts.arrondi import digest
 from arrondi.errors import FileFormatError
 from arrondi.formats import (
@@ -72,8 +72,6 @@ SHAPES = {"even": (128, 256), "ragged": (13, 100)}
 
 RAGGED = {"W3A16", "w=int4/channel/asym", "FP8_BLOCK", "W8A8_STATIC", "NF4", "T158", "NVFP4", "w=int2/channel/offset"}
 """Schemes that the default run also stores in the second shape."""
-
-"""The layouts that hold most schemes, inputs and several schemes in one file."""
 
 CASES = [(layout, scheme) for layout, schemes in STORED_BY.items() for scheme in sorted(schemes)]
 
