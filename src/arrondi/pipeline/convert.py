@@ -118,7 +118,7 @@ class _Work:
             if placed is None:
                 planned.append(PlannedTensor(tensor, dtype, "kept by rule", "it is not quantized"))
                 continue
-            found = chosen(checkpoint.layer(tensor.name).weight, placed, layout.refuse, wanted)
+            found = chosen(checkpoint.layer(tensor.name).weight, placed, layout, wanted)
             if isinstance(found, str) and placed.kind == "Linear":
                 raise SchemeError(f"{tensor.name} ({placed.scheme}) cannot be stored as {layout.name}: {found}.")
             if isinstance(found, str):  # a table, which any target holds as the numbers that it means
@@ -126,6 +126,9 @@ class _Work:
                 continue
             choices[tensor.name] = found
             planned.append(PlannedTensor(tensor, dtype, "quantized", "", scheme=found.scheme))
+        why = layout.together([t.placed for t in planned if t.status == "quantized"])
+        if why:
+            raise SchemeError(f"{source.where}: {why}")
         return cls(source, planned, choices, layout)
 
     def values(self, name: str) -> LayerValues:

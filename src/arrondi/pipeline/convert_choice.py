@@ -6,13 +6,13 @@ layout says which of them it holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
 
-from arrondi.checkpoint import Placed
+from arrondi.checkpoint import Layout, Placed
 from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerChannel, PerGroup, Scheme
 from arrondi.formats.presets import PRESETS
 from arrondi.tensor.express import expressed
@@ -42,15 +42,13 @@ class Choice:
     sqnr_db: float | None = None
 
 
-def chosen(
-    q: QTensor, placed: Placed, refuse: Callable[[Placed], str | None], wanted: LayerScheme | None = None
-) -> Choice | str:
+def chosen(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | None = None) -> Choice | str:
     """The scheme in which a layout will hold a tensor.
 
     Args:
         q: the tensor.
         placed: how it is held now.
-        refuse: the layout's reason not to hold a layer.
+        layout: of the target.
         wanted: rounded anew to this scheme where no scheme holds the values; None: the smallest one that has as many bits.
 
     Returns:
@@ -58,7 +56,7 @@ def chosen(
     """
     near: tuple[float, Choice] | None = None
     for scheme in _words(placed.scheme):
-        if refuse(replace(placed, scheme=scheme, storage="")) is not None:
+        if layout.refuse(replace(placed, scheme=scheme, storage="")) is not None:
             continue
         made = expressed(q, scheme.weights)
         if made is None:
@@ -70,7 +68,7 @@ def chosen(
             near = error, Choice(scheme, "rescaled", error)
     if near is not None:
         return near[1]
-    return _rounded(q, placed, refuse, wanted)
+    return _rounded(q, placed, layout, wanted)
 
 
 def converted(q: QTensor, choice: Choice) -> QTensor:
@@ -79,14 +77,11 @@ def converted(q: QTensor, choice: Choice) -> QTensor:
     return made if made is not None else quantize_tensor(q.dequantize(), choice.scheme.weights)
 
 
-def _rounded(
-    q: QTensor, placed: Placed, refuse: Callable[[Placed], str | None], wanted: LayerScheme | None
-) -> Choice | str:
+def _rounded(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | None) -> Choice | str:
     reason = ""
-    own = replace(placed.scheme, weights=placed.scheme.weights)
     fits = []
-    for scheme in [wanted] if wanted else _presets(own):
-        why = refuse(replace(placed, scheme=scheme, storage="", indexed=False))
+    for scheme in map(layout.fit, [wanted] if wanted else _presets(placed.scheme)):
+        why = layout.refuse(replace(placed, scheme=scheme, storage="", indexed=False))
         reason = reason or why or ""
         if why is None:
             fits.append(scheme)
@@ -101,11 +96,10 @@ def _rounded(
 
 
 def _presets(own: LayerScheme) -> Iterator[LayerScheme]:
-    """Schemes that have a name, with the inputs as they were and every storage type of scales."""
+    """Schemes of weights that have a name, with the inputs as they were."""
     for preset in PRESETS.values():
         if preset.inputs is None:
-            for stored in _STORED:
-                yield replace(preset.with_scale(stored), inputs=own.inputs, outputs=own.outputs)
+            yield replace(preset, inputs=own.inputs, outputs=own.outputs)
 
 
 def _words(own: LayerScheme) -> Iterator[LayerScheme]:

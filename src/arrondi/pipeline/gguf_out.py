@@ -144,12 +144,12 @@ def _fields(
 
 
 def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """The number by which llama.cpp calls a file whose matrices are mostly of one type."""
+    """The number by which llama.cpp calls a file of whose blocks most matrices are of one type."""
     from gguf import LlamaFileType
 
     counts: dict[str, int] = {}
-    for kind, shape in layout.values():
-        if len(shape) > 1:
+    for name, (kind, shape) in layout.items():
+        if len(shape) > 1 and name.startswith("blk."):
             counts[kind] = counts.get(kind, 0) + torch.Size(shape).numel()
     most = max(counts, key=lambda k: counts[k], default="F32")
     if most in _FILE_TYPES:
