@@ -130,9 +130,10 @@ def mxfp4(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
 
 
 def auto_round(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
-    if said["packing_format"] == "auto_round:auto_awq":
+    packing = said["packing_format"].lower()
+    if packing == "auto_round:auto_awq":
         return awq(said, tensors)
-    format = "gptq" if said["packing_format"] == "auto_round:auto_gptq" else "gptq_v2"
+    format = "gptq" if packing == "auto_round:auto_gptq" else "gptq_v2"
     rules = {f"+:^{re.escape(k)}$": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
     rules |= {f"+:.*?(?:{k})": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
     found: dict[str, np.ndarray] = {}
