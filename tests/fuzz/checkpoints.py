@@ -49,12 +49,15 @@ READERS = {
     "gptq": ["w=int4/g32", "w=int3/g32/asym", "w=int8/channel/asym", "mixed", "indexed"],
     "awq": ["w=int4/g32", "w=int4/g32/asym"],
     "bitsandbytes": ["w=nf4/g32", "w=fp4_bnb/g32", "NF4_DQ32", "W8A8"],
+    "auto-round": ["w=int4/g32", "w=int3/g32/asym", "mixed"],
+    "fp8": ["w=fp8/b32x32,a=fp8/g32", "w=fp8/tensor,a=fp8/tensor/static"],
+    "mxfp4": ["MXFP4A16"],
     "plain": ["plain"],
 }  # fmt: skip
 SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
 _MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
 _NF4_DQ32 = f"w=nf4/g32/s:({nested_scheme()})"
-_OF_OTHERS = ("gptq", "awq", "bitsandbytes")
+_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4")
 """Layouts whose numbers the plain decoders of the tests know."""
 
 
@@ -88,7 +91,7 @@ def base(reader: str, scheme: str) -> Base:
             tensors[name] = weight
             continue
         text = _MIXED[i] if scheme == "mixed" else "w=int4/g32" if scheme in ("indexed", "stack") else scheme
-        text = _NF4_DQ32 if text == "NF4_DQ32" else text.partition(",")[0] if reader == "gptq" else text
+        text = _NF4_DQ32 if text == "NF4_DQ32" else text.partition(",")[0] if reader in ("gptq", "auto-round") else text
         layer = LAYOUTS[reader].fit(parse_scheme(text))
         q = quantize_tensor(weight, layer.weights)
         placed = Placed(name, shape, layer)
@@ -98,6 +101,8 @@ def base(reader: str, scheme: str) -> Base:
             placed = Placed(name, shape, layer, indexed=True)
         if scheme == "stack":
             placed = Placed(name, (2, shape[0] // 2, shape[1]), layer)
+        if reader == "mxfp4":
+            placed = Placed(name.removesuffix(".weight"), (2, shape[1], shape[0] // 2), layer, transposed=True)
         tensors |= LAYOUTS[reader].write(placed, LayerValues(q, static_grid(layer, 3.0)))
         made.append(placed)
     if made:

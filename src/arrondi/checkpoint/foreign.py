@@ -31,8 +31,6 @@ _OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
 })  # fmt: skip
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
     "fbgemm_fp8": "quantized to FP8 by FBGEMM",
-    "auto-round": "quantized by AutoRound",
-    "intel/auto-round": "quantized by AutoRound",
     "hqq": "quantized by HQQ",
     "quanto": "quantized by Quanto",
     "torchao": "quantized by torchao",

@@ -15,6 +15,7 @@ from arrondi.checkpoint.layouts.compressed_tensors.config import is_expert
 from arrondi.checkpoint.layouts.gptq.config import block_of
 from arrondi.checkpoint.layouts.layout import ModelFacts, Placed
 from arrondi.checkpoint.verdict import TRANSFORMERS, Verdict
+from arrondi.formats import PerBlock
 
 Rule = Callable[[list[Placed], ModelFacts], str | None]
 
@@ -98,6 +99,26 @@ def _four_on_cpu(placed: list[Placed], facts: ModelFacts) -> str | None:
     return "On CPUs with products in bfloat16 it multiplies in that type, in whatever type the model is loaded."
 
 
+def _fp8_inputs(placed: list[Placed], facts: ModelFacts) -> str | None:
+    return (
+        f"{TRANSFORMERS} turns the weights back, exactly, where there is no GPU for FP8, and leaves inputs unrounded; with one it rounds them "
+        "(not run here). arrondi rounds them."
+    )
+
+
+def _fp8_ragged(placed: list[Placed], facts: ModelFacts) -> str | None:
+    for p in placed:
+        blocks = p.scheme.weights.granularity
+        sizes = (blocks.rows, blocks.columns) if isinstance(blocks, PerBlock) else (1, 1)
+        if any(n > size and n % size for n, size in zip(p.matrix_shape, sizes, strict=True)):
+            return f"{TRANSFORMERS} takes the blocks of {p.path} for smaller ones, because {sizes[0]} × {sizes[1]} does not divide {p.matrix_shape}."
+    return None
+
+
+def _turned_back(placed: list[Placed], facts: ModelFacts) -> str | None:
+    return "Without its kernels for GPUs it turns the weights back, exactly."
+
+
 def _whole(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not facts.whole:
         return None
@@ -109,5 +130,8 @@ def _whole(placed: list[Placed], facts: ModelFacts) -> str | None:
 _READERS: Final[Mapping[str, Readers]] = MappingProxyType({
     "gptq": Readers("optimum and gptqmodel", (_experts, _conv1d, _several, _outside, _whole), (_sixteen,)),
     "awq": Readers("gptqmodel", (_experts, _whole), (_sixteen,)),
+    "auto-round": Readers("auto-round", (_experts, _conv1d, _whole), (_sixteen,)),
+    "fp8": Readers("accelerate", (_fp8_ragged, _fp8_inputs)),
+    "mxfp4": Readers("accelerate", (), (_turned_back,)),
     "bitsandbytes": Readers("bitsandbytes", (_experts, _whole), (_four_on_cpu,)),
 })  # fmt: skip

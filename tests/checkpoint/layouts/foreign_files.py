@@ -180,6 +180,32 @@ def bitsandbytes8(folder: Path) -> None:
     save(folder, config, tensors, expected)
 
 
+def auto_round(folder: Path, bits: int, symmetric: bool, packing: str) -> None:
+    """Layers packed by auto-round; multiplied by the identity, they give their weights."""
+    from auto_round.export.export_to_autoround.export import dynamic_import_quant_linear_for_packing
+
+    tensors, expected = {}, {}
+    for name, linear in weights().items():
+        rows, columns = linear.weight.shape
+        scale, zero = grid(linear.weight.data, bits, 32, symmetric, index_of(columns, 32, False))
+        if packing == "auto_round:auto_gptq":
+            zero = zero.clamp(min=1)  # which its packing does without saying so
+        kind = dynamic_import_quant_linear_for_packing(packing, bits, 32, symmetric)
+        layer = kind(bits, 32, columns, rows, bias=linear.bias is not None, weight_dtype=torch.float32)
+        layer.device = torch.device("cpu")
+        layer.pack(linear, scale, zero, None, device="cpu")
+        tensors |= {f"{name}.{k}": v.clone() for k, v in layer.state_dict().items()}
+        layer.bias = None
+        layer.post_init()
+        expected[f"{name}.weight"] = layer(torch.eye(columns, dtype=torch.float16)).T.half()
+    config = {
+        "quant_method": "auto-round", "packing_format": packing, "bits": bits, "group_size": 32, "sym": symmetric, "data_type": "int",
+        "iters": 0, "autoround_version": "0.16.1", "block_name_to_quantize": "model.layers",
+        "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}},
+    }  # fmt: skip
+    save(folder, config, tensors, expected)
+
+
 def main(out: Path) -> None:
     if importlib.util.find_spec("gptqmodel"):
         for bits in (2, 3, 4, 8):
@@ -197,6 +223,12 @@ def main(out: Path) -> None:
                 bitsandbytes4(out / f"bitsandbytes-{kind}{'-double' * double}", kind, double, dtype, 64)
         bitsandbytes4(out / "bitsandbytes-nf4-128", "nf4", True, torch.float16, 128)
         bitsandbytes8(out / "bitsandbytes-int8")
+    if importlib.util.find_spec("auto_round"):
+        for bits in (2, 4, 8):
+            auto_round(out / f"auto-round-{bits}-sym", bits, True, "auto_round:auto_gptq")
+            auto_round(out / f"auto-round-{bits}-asym", bits, False, "auto_round")
+        auto_round(out / "auto-round-asym-v1", 4, False, "auto_round:auto_gptq")
+        auto_round(out / "auto-round-3-sym", 3, True, "auto_round:auto_gptq")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ def main(out: str, folders: list[str]) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
             found[Path(folder).name] = model(IDS).logits.float()
-        if "bitsandbytes" in str(
-            model.config.quantization_config
-        ):  # loaded again: to run has packed its weights otherwise
+        # Loaded again: to run has packed its weights in another way.
+        if '"bitsandbytes"' in (Path(folder) / "config.json").read_text():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).dequantize().eval()
             with torch.no_grad():
                 found[f"{Path(folder).name}/plain"] = model(IDS).logits.float()

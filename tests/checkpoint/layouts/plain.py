@@ -129,4 +129,32 @@ def mxfp4(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
     return found
 
 
-READERS = {"gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes, "fp8": fp8, "mxfp4": mxfp4}
+def auto_round(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    packing = said["packing_format"].lower()
+    if packing == "auto_round:auto_awq":
+        return awq(said, tensors)
+    format = "gptq" if packing == "auto_round:auto_gptq" else "gptq_v2"
+    rules = {f"+:^{re.escape(k)}$": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
+    rules |= {f"+:.*?(?:{k})": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
+    found: dict[str, np.ndarray] = {}
+    for name in tensors:
+        if name.endswith(".qweight"):  # an index of groups, which these files lack
+            path = name.removesuffix(".qweight")
+            own = dict(said) | next((v for p, v in rules.items() if re.match(p[2:], path)), {})
+            columns = tensors[name].shape[0] * 32 // own["bits"]
+            size = columns if own["group_size"] == -1 else own["group_size"]
+            index = torch.arange(columns, dtype=torch.int32) // size
+            whole = {f"{path}.{k}": tensors[f"{path}.{k}"] for k in ("qweight", "qzeros", "scales")}
+            found |= gptq(own | {"checkpoint_format": format, "dynamic": None}, whole | {f"{path}.g_idx": index})
+    return found
+
+
+READERS = {
+    "auto-round": auto_round,
+    "intel/auto-round": auto_round,
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+}

@@ -60,6 +60,10 @@ STORED_BY = {
         "w=int3/g32/asym", "w=int8/g64/float16", "Q4_0", "Q8_0",
     },
     "awq": {"W4A16", "W4A16_ASYM", "w=int4/channel", "w=int4/channel/asym", "Q4_0"},
+    "auto-round": {
+        *(f"W{b}A16" for b in (2, 3, 4, 8)), *(f"W{b}A16_ASYM" for b in (2, 3, 4)), "w=int4/channel", "w=int4/channel/asym", "w=int8/channel/asym",
+        "w=int3/g32/asym", "w=int8/g64/float16", "Q4_0", "Q8_0",
+    },
     "fp8": {"FP8_BLOCK", "FP8"},
     "mxfp4": set(),
     "bitsandbytes": {"NF4", "NF4_DQ", "FP4_BNB", "FP4_BNB_DQ", "W8A8", "w=nf4/g64/float16"},

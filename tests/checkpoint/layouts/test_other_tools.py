@@ -35,6 +35,7 @@ SCHEMES = {
     "gptq": ["w=int2/g32", "w=int3/g32/asym", "w=int4/g32", "w=int4/g32/asym", "w=int8/channel/asym", "scattered", "several"],
     "awq": ["w=int4/g32", "w=int4/g32/asym", "w=int4/channel"],
     "bitsandbytes": ["w=nf4/g32", "FP4_BNB", "NF4_DQ", "W8A8"],
+    "auto-round": ["w=int4/g32", "w=int4/g32/asym", "w=int3/channel", "several"],
     "fp8": ["w=fp8/b32x32,a=fp8/g32", "FP8_BLOCK", "FP8"],
     "mxfp4": ["MXFP4A16"],
 }  # fmt: skip
@@ -176,15 +177,30 @@ FAULTS: list[tuple[str, str, Edit, str]] = [
     ("bitsandbytes", "W8A8", put(f"{A}.weight_format", lambda t: t + 1), "weight_format is 1"),
     ("bitsandbytes", "W8A8", renamed(f"{A}.SCB", f"{A}.SCC"), "SCB is missing"),
     ("bitsandbytes", "W8A8", said(llm_int8_threshold=-1.0), "not negative"),
+    ("auto-round", "w=int4/g32", said(packing_format="auto_round"), "a zero point is 7, not 8"),
+    ("auto-round", "w=int4/g32", said(packing_format="auto_round:llm_compressor"), "packing_format should be"),
+    ("auto-round", "w=int4/g32", said(packing_format="auto_round:gptqmodel"), "g_idx is missing"),
+    ("auto-round", "w=int4/g32", said(data_type="mx_fp"), "data_type should be"),
+    ("auto-round", "w=int4/g32", said(act_bits=8), "act_bits is 8"),
+    ("auto-round", "w=int4/g32", said(rotation_config={"a": 1}), "rotation_config"),
+    ("auto-round", "w=int4/g32", said(extra_config={A: {"bits": 16}}), "not quantized, but it is stored so"),
+    ("auto-round", "w=int4/g32", said(extra_config={".*a.*": {"bits": 8}}), "config does not describe"),
+    ("auto-round", "w=int4/g32", put(f"{A}.qzeros", lambda t: t[1:]), "config does not describe"),
     ("fp8", "FP8_BLOCK", said(weight_block_size=[64, 64]), "config does not describe"),
     ("fp8", "FP8_BLOCK", said(weight_block_size=[128]), "should be two sizes"),
     ("fp8", "FP8_BLOCK", said(weight_block_size="128"), "a list of whole numbers"),
     ("fp8", "FP8_BLOCK", said(fmt="e5m2"), "fmt should be one of 'e4m3'"),
     ("fp8", "FP8_BLOCK", said(activation_scheme="static"), "activation_scale is missing"),
-    ("fp8", "FP8", said(activation_scheme="dynamic"), "activation_scale is stored beside"),
+    ("fp8", "FP8", said(activation_scheme="dynamic"), "activation_scale is stored, but no weight"),
     ("fp8", "FP8_BLOCK", said(kv_cache_scheme={"type": "float"}), "kv_cache_scheme"),
     ("fp8", "FP8_BLOCK", renamed(f"{A}.weight_scale_inv", f"{A}.weight_scale_inx"), "weight_scale_inv is missing"),
     ("fp8", "FP8_BLOCK", renamed(f"{A}.weight", f"{A}.weighd"), "weighd|without a scale"),
+    (
+        "fp8",
+        "FP8_BLOCK",
+        put(f"{A}.weight", lambda t: t.view(torch.float8_e5m2)),
+        "weight_scale_inv is stored, but no weight",
+    ),
     ("fp8", "FP8_BLOCK", put(f"{A}.weight_scale_inv", at((0, 0), float("inf"))), "NaN or infinite"),
     ("fp8", "FP8_BLOCK", put(f"{A}.weight_scale_inv", torch.Tensor.int), "powers of two"),
     (
@@ -376,8 +392,12 @@ LOADED = {
     "bitsandbytes-nf4": ("w=nf4/g32", "bitsandbytes", None),
     "bitsandbytes-some-kept": ("w=nf4/g32", "bitsandbytes", ["lm_head", "re:.*down_proj"]),
     "bitsandbytes-int8": ("W8A8", "bitsandbytes", None),
+    "mxfp4-experts": ("MXFP4A16", "mxfp4", None),
+    "auto-round-sym": ("w=int4/g32", "auto-round", None),
+    "auto-round-asym": ("w=int4/g32/asym", "auto-round", None),
+    "auto-round-some-kept": ("w=int4/g32", "auto-round", ["lm_head", "re:.*down_proj"]),
 }
-"""What transformers loads, by its verdicts: scheme, layout, what is kept."""
+"""What transformers loads, by its verdicts: scheme, layout, what is kept. The last interpreter has auto-round, the first all else."""
 
 
 @pytest.mark.peer
@@ -386,16 +406,19 @@ def test_transformers_loads_what_it_is_said_to_load(models: Callable[..., Path],
 
     ours = {}
     for name, (scheme, layout, ignore) in LOADED.items():
-        report = arrondi.quantize(models("llama"), scheme, out=tmp_path / name, to=layout, ignore=ignore)
+        source = models("gpt-oss" if layout == "mxfp4" else "llama")
+        report = arrondi.quantize(source, scheme, out=tmp_path / name, to=layout, ignore=ignore)
         assert report["readers"][1]["ok"] is True, report["readers"]
         with torch.no_grad():
             ours[name] = arrondi.load(tmp_path / name)(IDS).logits
-    python = interpreters()[0]
-    script = Path(__file__).with_name("foreign_loads.py")
-    command = [python, script, tmp_path / "logits.safetensors", *(tmp_path / name for name in LOADED)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = load_file(tmp_path / "logits.safetensors")
+    pythons, theirs = interpreters(), {}
+    last = [n for n in LOADED if n.startswith("auto-round")]
+    for python, some in ((pythons[0], [n for n in LOADED if n not in last]), (pythons[-1], last)):
+        script = Path(__file__).with_name("foreign_loads.py")
+        command = [python, script, tmp_path / "logits.safetensors", *(tmp_path / name for name in some)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        theirs |= load_file(tmp_path / "logits.safetensors")
     for name, logits in ours.items():
         bound = 0.05 if name.endswith("int8") else 0.02 if "bitsandbytes" in name else 0.002  # products in 16 bits
         assert (theirs[name] - logits).norm() < bound * logits.norm(), name

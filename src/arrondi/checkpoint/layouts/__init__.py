@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.checkpoint.layouts import arrondi, awq, bitsandbytes, compressed_tensors, fp8, ggml, gptq, mxfp4
+from arrondi.checkpoint.layouts import arrondi, auto_round, awq, bitsandbytes, compressed_tensors, fp8, ggml, gptq, mxfp4
 from arrondi.checkpoint.layouts.layout import Layout
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
@@ -18,6 +18,7 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "gptq": gptq.LAYOUT,
     "awq": awq.LAYOUT,
     "bitsandbytes": bitsandbytes.LAYOUT,
+    "auto-round": auto_round.LAYOUT,
     "fp8": fp8.LAYOUT,
     "mxfp4": mxfp4.LAYOUT,
     "gguf": ggml.LAYOUT,
@@ -26,3 +27,6 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
 
 CHOSEN: Final = ("compressed-tensors", "arrondi")
 """What is chosen from where nobody names a layout, the most widely read first; the second holds every scheme."""
+
+SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({"intel/auto-round": "auto-round"})
+"""Other words of `quant_method` → name of the layout."""

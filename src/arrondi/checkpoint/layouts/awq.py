@@ -22,7 +22,7 @@ from arrondi.checkpoint.containers.writer import TensorSpec
 from arrondi.checkpoint.layouts.beside import check_beside, groups_of, placed_under, shape_of
 from arrondi.checkpoint.layouts.checks import checked
 from arrondi.checkpoint.layouts.claims import Claims
-from arrondi.checkpoint.layouts.integers import refuse_all_but, said, scheme_of, symmetric_or_not
+from arrondi.checkpoint.layouts.integers import AUTOROUND, refuse_all_but, said, scheme_of, symmetric_or_not
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Names, Placed, Reader
 from arrondi.checkpoint.layouts.words import interleaved, pack_across, straightened, unpack_across
 from arrondi.errors import FileFormatError
@@ -115,7 +115,8 @@ def _read_config(config: object) -> Scheme:
     for key in ("desc_act", "lm_head", "rotation", "activation", "adapter", "dynamic"):
         claims.only(key, False, {})
     claims.words("modules_to_not_convert")  # the stored tensors say it
-    claims.remarks(_HOW)
+    claims.word("data_type", "int", ["int"])
+    claims.remarks((*_HOW, *AUTOROUND))
     claims.done()
     return scheme_of(bits, size or -1, symmetric and not asymmetric)
 

@@ -45,6 +45,7 @@ from arrondi.tensor.storage import load_scale, store_scale
 _F8: Final = FORMATS["fp8_e4m3"]
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
 _INPUTS: Final = ("activation_scale", "input_scale")
+_ENDINGS: Final = ("_scale_inv", ".weight_scale", *(f".{leaf}" for leaf in _INPUTS))
 _POWERS: Final[Mapping[str, torch.dtype]] = {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 
 
@@ -201,7 +202,13 @@ def _find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]
         for n, (dtype, shape) in names.items()
         if dtype == "F8_E4M3" and len(shape) > 1
     ]
-    check_beside(placed, [s for p in placed for s in _specs(p)], names)
+    consumed = [s for p in placed for s in _specs(p)]
+    lost = {n for n in names if n.endswith(_ENDINGS)} - {name for name, _, _ in consumed}
+    if lost:
+        raise FileFormatError(
+            f"{min(lost)} is stored, but no weight in fp8 has it. Is one stored in another type, or misnamed?"
+        )
+    check_beside(placed, consumed, names)
     return placed
 
 

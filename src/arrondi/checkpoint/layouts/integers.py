@@ -1,7 +1,7 @@
 """What the layouts of plain integers share: GPTQ's, AWQ's, and AutoRound's use of both.
 
-Owns: `refuse_all_but` (integers of some widths, groups of inputs, float16 scales), `scheme_of` (three words of a config) and
-`symmetric_or_not`.
+Owns: `refuse_all_but` (integers of some widths, groups of inputs, float16 scales), `scheme_of` (three words of a config),
+`symmetric_or_not` and `AUTOROUND`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from arrondi.tensor.qtensor import QTensor
 WIDTHS: Final = (2, 3, 4, 8)
 """Bits of a code that the field packs."""
 _WORD: Final = 32
+AUTOROUND: Final = (
+    "autoround_version", "provider", "to_quant_block_names", "iters", "model_free", "amp", "batch_size", "dataset", "enable_minmax_tuning",
+    "enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps", "low_gpu_mem_usage", "nsamples", "scale_dtype", "seqlen", "lr",
+    "minmax_lr", "train_bs", "enable_alg_ext", "low_cpu_mem_usage", "not_use_best_mse", "dynamic_max_gap", "enable_deterministic_algorithms",
+    "lr_scheduler", "disable_opt_rtn", "momentum", "sampler", "seed",
+)  # fmt: skip
+"""What AutoRound notes of how it found codes, in its own files and in those of GPTQ and AWQ that it writes."""
 
 
 def refuse_all_but(

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from arrondi.checkpoint.layouts.claims import Claims, compiled
 from arrondi.checkpoint.layouts.gptq.storage import is_v1
-from arrondi.checkpoint.layouts.integers import WIDTHS, said, scheme_of
+from arrondi.checkpoint.layouts.integers import AUTOROUND, WIDTHS, said, scheme_of
 from arrondi.checkpoint.layouts.layout import ModelFacts, Placed
 from arrondi.formats import Scheme
 
@@ -79,7 +79,8 @@ def read_config(config: object) -> Rules:
         own.only("pack_dtype", "int32")
         own.done()
         rules.append((compiled(text, where), other))
-    claims.remarks(HOW)
+    claims.word("data_type", "int", ["int"])
+    claims.remarks((*HOW, *AUTOROUND))
     claims.done()
     return Rules(base, rules, format, head)
 

@@ -50,46 +50,48 @@ def refuse(placed: Placed) -> str | None:
     return refuse_all_but(placed, "gptq", WIDTHS, ("Linear", "Conv1D"))
 
 
-def specs(placed: Placed) -> list[TensorSpec]:
-    """The tensors that a layer becomes."""
+def specs(placed: Placed, indexed: bool = True) -> list[TensorSpec]:
+    """The tensors that a layer becomes; `indexed`: with the group of each input."""
     path, scheme, (rows, columns) = placed.name.removesuffix(".weight"), placed.scheme.weights, placed.matrix_shape
     groups, bits = scale_shape(scheme.granularity, (rows, columns))[1], scheme.format.bits
-    return [
+    found: list[TensorSpec] = [
         (f"{path}.qweight", torch.int32, (words(columns, bits), rows)),
         (f"{path}.qzeros", torch.int32, (groups, words(rows, bits))),
         (f"{path}.scales", STORED[str(scheme.scale)], (groups, rows)),
         (f"{path}.g_idx", torch.int32, (columns,)),
     ]
+    return found if indexed else found[:-1]
 
 
-def write(placed: Placed, values: LayerValues) -> dict[str, torch.Tensor]:
+def write(placed: Placed, values: LayerValues, indexed: bool = True) -> dict[str, torch.Tensor]:
     """Those tensors with their numbers."""
     path, q = placed.name.removesuffix(".weight"), values.weight
     bits, low = q.scheme.format.bits, q.scheme.format.qmin
     zero = torch.zeros_like(q.real_scale, dtype=torch.int32) if q.zero_point is None else q.zero_point
-    index = plain_index(placed) if q.group_index is None else q.group_index.to(torch.int32)
-    return {
+    tensors = {
         f"{path}.qweight": pack_down(q.codes, bits, low),
         f"{path}.qzeros": _store_zeros(zero - low, bits, is_v1(placed)),
         f"{path}.scales": q.real_scale.to(STORED[str(q.scheme.scale)]).T.contiguous(),
-        f"{path}.g_idx": index,
     }
+    if indexed:
+        index = plain_index(placed) if q.group_index is None else q.group_index.to(torch.int32)
+        tensors[f"{path}.g_idx"] = index
+    return tensors
 
 
-def read_layer(placed: Placed, read: Reader) -> LayerValues:
+def read_layer(placed: Placed, read: Reader, indexed: bool = True) -> LayerValues:
     """The numbers of a layer, checked."""
     path, scheme, (rows, columns) = placed.name.removesuffix(".weight"), placed.scheme.weights, placed.matrix_shape
     bits, low = scheme.format.bits, scheme.format.qmin
     codes = unpack_down(f"{path}.qweight", read(f"{path}.qweight"), bits, columns, low)
     zero = _zeros(f"{path}.qzeros", read(f"{path}.qzeros"), bits, rows, is_v1(placed)) + low
-    index: torch.Tensor | None = read(f"{path}.g_idx")
-    assert index is not None
-    if not placed.indexed:
-        if not torch.equal(index, plain_index(placed)):
-            raise FileFormatError(f"{path}.g_idx: groups are scattered, which this file was not said to have.")
-        index = None
+    index = read(f"{path}.g_idx") if indexed else plain_index(placed)
+    if not placed.indexed and not torch.equal(index, plain_index(placed)):
+        raise FileFormatError(f"{path}.g_idx: groups are scattered, which this file was not said to have.")
     scale = load_scale(read(f"{path}.scales").T.contiguous())
-    return LayerValues(checked(placed.name, symmetric_or_not(path, codes, scale, zero, scheme, index)))
+    return LayerValues(
+        checked(placed.name, symmetric_or_not(path, codes, scale, zero, scheme, index if placed.indexed else None))
+    )
 
 
 def plain_index(placed: Placed) -> torch.Tensor:
@@ -101,7 +103,7 @@ def plain_index(placed: Placed) -> torch.Tensor:
 
 def _by_words(bits: int, rows: int) -> bool:
     """Whether version 1 is made of version 2, and back, by sums of whole words."""
-    return bits != 3 and rows * bits % _WORD_BITS == 0
+    return bits in (2, 4, 8) and rows * bits % _WORD_BITS == 0
 
 
 def _shifted(packed: torch.Tensor, bits: int, step: int) -> torch.Tensor:
