@@ -1,7 +1,8 @@
 """Grids with the least weighted squared error: a search over scales, then weighted least squares.
 
 Owns: `weighted_parts`, `shares_outer_scale` and `FOUR_OVER_SIX`. `search` asks one power of the error of every column; here each element has a weight of its own,
-scales move freely, and scales that are quantized in turn are tried as they will read back.
+scales move freely, and scales that are quantized in turn are tried as they will read back. Small groups and super-blocks go `squares` and
+`superblocks`.
 
 For a tile with elements w and weights a, the codes c of a first grid are the best of some widths. Then alternately the
 scale (and the offset) that is best for these codes follows in closed form, Σ a w v(c) / Σ a v(c)², and the codes that are best
@@ -27,6 +28,8 @@ from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids, round_offset, round_scale
 from arrondi.tensor.ranges.search import mirrors, on_grid, powered
+from arrondi.tensor.ranges.squares import by_squares, squares_grid
+from arrondi.tensor.ranges.superblocks import is_superblock, superblock_parts
 from arrondi.tensor.tiling import to_tiles
 
 _CHUNK = 1 << 17
@@ -72,6 +75,11 @@ def weighted_parts(
     """
     shape = tuple(weight.shape)
     tile = tile_shape(scheme.granularity, shape)
+    if widths is None and power == 2 and (is_superblock(scheme) or by_squares(scheme)):
+        columns = None if importance is None else _checked(importance, shape, name)
+        if is_superblock(scheme):
+            return superblock_parts(weight.detach(), scheme, columns, magnitude)
+        return store_grid(squares_grid(weight.detach(), scheme, columns, magnitude), scheme, shape, name=name)
     tiles = to_tiles(weight.detach(), tile)
     columns = None if importance is None else to_tiles(_checked(importance, shape, name).expand(shape), tile)
     outer = None
