@@ -213,3 +213,10 @@ def test_a_template_of_another_architecture(models: Callable[..., Path], tmp_pat
 def test_a_field_keeps_its_type() -> None:
     head, _ = GGUFPlan({"k": Field(10, None, 2**40)}, {}).header()
     assert struct.pack("<IQ", 10, 2**40) in head
+
+
+def test_names_of_one_architecture_are_not_those_of_another(models: Callable[..., Path], tmp_path: Path) -> None:
+    """The package gguf mixes its tables when it is asked for several; a norm of Llama is called like one of Gemma then."""
+    convert_model(models("gemma2"), tmp_path / "gemma2.gguf", "gguf")
+    convert_model(models("llama"), tmp_path / "llama.gguf", "gguf")
+    assert "blk.0.ffn_norm.weight" in read_header(tmp_path / "llama.gguf").tensors

@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.checkpoint.layouts import arrondi, auto_round, awq, bitsandbytes, compressed_tensors, fp8, ggml, gptq, mxfp4
+from arrondi.checkpoint.layouts import (
+    arrondi,
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    ggml,
+    gptq,
+    mxfp4,
+)
 from arrondi.checkpoint.layouts.layout import Layout
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({

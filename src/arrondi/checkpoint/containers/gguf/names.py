@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from arrondi.checkpoint.containers.gguf.header import Header, Stored
+from arrondi.checkpoint.containers.gguf.tables import own_tables
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry
 from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError
@@ -47,9 +48,10 @@ def model_entries(headers: list[Header], config: Mapping[str, Any], model: Any) 
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     processor = processor_of(headers[0].architecture, config)
-    names: dict[str, str] = get_gguf_hf_weights_map(
-        model, processor, model_type=headers[0].architecture, num_layers=model.config.num_hidden_layers
-    )
+    with own_tables():
+        names: dict[str, str] = get_gguf_hf_weights_map(
+            model, processor, model_type=headers[0].architecture, num_layers=model.config.num_hidden_layers
+        )
     experts = _expert_names(model)
     entries: dict[str, Entry] = {}
     for header in headers:

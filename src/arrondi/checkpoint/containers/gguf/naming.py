@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from arrondi.checkpoint.containers.gguf.metadata import architecture_of
 from arrondi.checkpoint.containers.gguf.names import Form, form_of, processor_of
+from arrondi.checkpoint.containers.gguf.tables import own_tables
 from arrondi.errors import SchemeError
 
 _EXPERT: Final = re.compile(r"(?P<front>.*\.experts)\.(?P<index>\d+)\.(?P<part>.+)")
@@ -51,7 +52,8 @@ def gguf_places(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 
     called = architecture_of(config)
     architecture = next(a for a, n in MODEL_ARCH_NAMES.items() if n == called)
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    with own_tables():
+        names = get_tensor_name_map(architecture, config.num_hidden_layers)
     processor = processor_of(called, config.to_dict())
     experts = [m for name in shapes if (m := _EXPERT.fullmatch(name))]
     counts: dict[str, int] = {}
