@@ -86,7 +86,7 @@ def test_exact_only_refuses_before_anything_is_written(packed: Callable[[str], P
 
 @pytest.mark.parametrize("to", ["gguf", "gptq"])
 def test_what_is_there_stays(to: str, packed: Callable[[str], Path], tmp_path: Path) -> None:
-    out = tmp_path / "there"
+    out = tmp_path / ("there.gguf" if to == "gguf" else "there")
     if to == "gguf":
         out.write_text("mine")
     else:

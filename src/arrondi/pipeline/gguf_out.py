@@ -61,10 +61,7 @@ def write_gguf(
         SchemeError: a tensor or an architecture that GGUF has no name for.
         OutputError: something is there, or the disk is full.
     """
-    if out.is_dir():
-        raise OutputError(f"{out}: a directory. Name a file, such as {out / 'model.gguf'}.")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: is there already. Choose another name, or add --overwrite.")
+    check_file(out, overwrite)
     shapes = {t.name: t.shape for t in planned}
     places = gguf_places(source.model.config, shapes)
     tensors = {t.name: _type_of(t) for t in planned}
@@ -93,6 +90,18 @@ def write_gguf(
     finally:
         writer.close()
     return out.stat().st_size
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Whether a GGUF file may be written there.
+
+    Raises:
+        OutputError: it is a directory or is named like one, or something is there.
+    """
+    if out.is_dir() or out.suffix.lower() != ".gguf":
+        raise OutputError(f"{out}: names no GGUF file. Give one that ends with .gguf, such as {out / 'model.gguf'}.")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: is there already. Choose another name, or add --overwrite.")
 
 
 def _type_of(tensor: PlannedTensor) -> str:
