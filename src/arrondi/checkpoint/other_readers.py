@@ -60,7 +60,7 @@ def _transformers(known: Readers, placed: list[Placed], facts: ModelFacts) -> Ve
 def _of_gpus(name: str, known: Readers, placed: list[Placed]) -> Verdict:
     if not known.gpus or len({p.scheme for p in placed}) > 1 or any(p.kind != "Linear" for p in placed):
         return Verdict(name, False, f"{name} is not known to read these layers in this layout.")
-    return Verdict(name, True, f"{name} reads this layout on GPUs, by its source; not run here.")
+    return Verdict(name, True, f"{name} has a reader of this layout for GPUs, by its source; not run here.")
 
 
 def _experts(placed: list[Placed], facts: ModelFacts) -> str | None:

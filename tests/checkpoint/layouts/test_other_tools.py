@@ -335,6 +335,8 @@ def test_what_does_not_fit_says_why(models: Callable[..., Path], tmp_path: Path)
 def interpreters() -> list[str]:
     python = os.environ.get("ARRONDI_CHECKPOINTS", "")
     if not python:
+        if os.environ.get("ARRONDI_PEERS"):
+            pytest.fail("make peers needs ARRONDI_CHECKPOINTS, interpreters with the packages whose layouts are tested")
         pytest.skip("ARRONDI_CHECKPOINTS names no interpreter with gptqmodel, bitsandbytes, …")
     return python.split(os.pathsep)
 
