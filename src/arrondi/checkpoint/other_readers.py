@@ -39,6 +39,11 @@ class Readers:
 
 def others_of(layout: str, placed: list[Placed], facts: ModelFacts) -> list[Verdict]:
     """What transformers, vLLM and SGLang do with these layers in the layout of another tool."""
+    if layout == "gguf":
+        return [
+            Verdict("llama.cpp", True, "llama.cpp runs it; it rounds inputs to 8 bits as it multiplies, so its logits differ by some tenths of a percent."),
+            Verdict(TRANSFORMERS, True, f"{TRANSFORMERS} loads the file with gguf_file=, dequantized; not every architecture as its config was."),
+        ]  # fmt: skip
     known = _READERS.get(layout)
     if known is None:
         return [
