@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from arrondi.checkpoint import LAYOUTS, LayerValues, ModelFacts
+from arrondi.checkpoint.containers.gguf.config import unsaid
 from arrondi.checkpoint.containers.gguf.encode import GGUFPlan, GGUFWriter
 from arrondi.checkpoint.containers.gguf.header import Field, is_gguf, read_header, split_files
 from arrondi.checkpoint.containers.gguf.metadata import architecture_of, fields_of_config
@@ -86,6 +87,9 @@ def write_gguf(
             writer.put(place.name, _stored(source, t, values, place, tensors[t.name]), place.index, place.count)
         if factors is not None:
             writer.put(_FREQUENCIES, factors)
+        reason = unsaid(source.model.config, read_header(writer.part)) if template is None else None
+        if reason is not None:
+            raise SchemeError(f"{out}: {reason}. Give a GGUF file of this model: --template F16.gguf.")
         writer.publish()
     finally:
         writer.close()

@@ -1,10 +1,11 @@
 """The config of a GGUF file: transformers' own reading of its header, with what that leaves out.
 
-Owns: `config_of`.
+Owns: `config_of`, and `unsaid`, what a file leaves out of a config that it should describe.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -28,6 +29,14 @@ _MORE: Final[Mapping[str, str]] = MappingProxyType({
 """Key of an architecture → the word of a config that has one of that name."""
 _TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Numbers of tokens for which a class has others of its own where a file names none."""
+_OF_NO_NUMBER: Final = frozenset({
+    *_TOKENS, "architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version", "initializer_range", "use_cache", "quantization_config",
+    "attention_dropout", "hidden_dropout", "resid_dropout", "embd_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "pretraining_tp", "router_aux_loss_coef",
+    "output_router_logits", "summary_first_dropout", "summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj", "n_ctx", "id2label", "label2id", "num_labels",
+    "feed_forward_length", "problem_type", "return_dict", "output_attentions", "output_hidden_states", "router_jitter_noise", "max_window_layers",
+    "use_sliding_window", "intermediate_size_mlp", "chunk_size_feed_forward", "is_encoder_decoder", "decoder_sparse_step", "mlp_only_layers",
+})  # fmt: skip
+"""Words of configs by which no number of a language model changes, or that its tensors say."""
 _BY_WIDTH: Final = {"gemma2": 46, "gemma3": 62}
 """Architecture → layers of the one size of it whose scores are divided by another number than the root of a head's width."""
 
@@ -63,6 +72,33 @@ def config_of(header: Header) -> dict[str, Any]:
         heads, width = config.get("num_attention_heads"), config.get("hidden_size")
         config["query_pre_attn_scalar"] = _scale_of_scores(architecture, header, heads, width)
     return config | rope_of(header, config)
+
+
+def unsaid(config: Any, header: Header) -> str | None:
+    """The first word of a config that a header gives another value, as the start of a sentence; None: it describes the model.
+
+    Args:
+        config: of transformers.
+        header: made of it.
+    """
+    read = type(config)(**{k: v for k, v in config_of(header).items() if k != "model_type"}).to_dict()
+    for word, value in config.to_dict().items():
+        if word not in _OF_NO_NUMBER and word in read and not _alike(value, read[word]):
+            return f"GGUF says nothing of {word}: {value!r}, which would be read as {read[word]!r}"
+    return None
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Equal, up to the float32 in which headers have numbers; what a class fills in is as good as nothing."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return all(
+            _alike(one.get(k), two.get(k))
+            for k in (one.keys() | two.keys())
+            if one.get(k) is not None and two.get(k) is not None
+        )
+    if isinstance(one, int | float) and isinstance(two, int | float):
+        return math.isclose(one, two, rel_tol=1e-6)
+    return bool(one == two) or one is None or two is None
 
 
 def _scale_of_scores(architecture: str, header: Header, heads: Any, width: Any) -> Any:

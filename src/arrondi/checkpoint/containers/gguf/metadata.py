@@ -17,11 +17,11 @@ from arrondi.errors import SchemeError
 _UINT32, _FLOAT32, _BOOL, _STRING = 4, 6, 7, 8
 
 _CALLED: Final[Mapping[str, str]] = MappingProxyType({
-    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "phi": "phi2", "cohere": "command-r",
+    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3",
 })  # fmt: skip
 """model_type → architecture in GGUF, where they are not spelled alike."""
 
-_WORDS: Final[Mapping[str, str]] = MappingProxyType({"mixtral": "mistral", "gemma": "gemma2", "phi": "starcoder2"})
+_WORDS: Final[Mapping[str, str]] = MappingProxyType({"mixtral": "mistral"})
 """model_type → whose words of transformers' table serve it as well."""
 
 _Get = Callable[[Any], Any]
