@@ -197,6 +197,22 @@ def test_positions_of_llama_3(models: Callable[..., Path], tmp_path: Path) -> No
     assert Checkpoint.open(tmp_path / "m.gguf").folder.config["rope_parameters"] == rope
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "word"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("gemma3", {}, "layer_types"),
+        ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar"),
+    ],
+)
+def test_what_a_header_cannot_say_is_refused(
+    name: str, changes: dict[str, object], word: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SchemeError, match=f"GGUF says nothing of {word}: "):
+        convert_model(models(name, **changes), tmp_path / "m.gguf", "gguf")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("name", "words"), [("bert", "GGUF|vocabulary|text"), ("mamba2", "GGUF")])
 def test_models_that_gguf_has_no_words_for(name: str, words: str, models: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ArrondiError, match=words):

@@ -27,6 +27,8 @@ _MORE: Final[Mapping[str, str]] = MappingProxyType({
     "feed_forward_length": "n_inner",
 })  # fmt: skip
 """Key of an architecture → the word of a config that has one of that name."""
+_TOLD_BY_TENSORS: Final = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+"""Word of a config → a tensor that is there if it is true."""
 _TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Numbers of tokens for which a class has others of its own where a file names none."""
 _OF_NO_NUMBER: Final = frozenset({
@@ -66,8 +68,11 @@ def config_of(header: Header) -> dict[str, Any]:
     config |= {word: None for word in _TOKENS if word not in config}
     for key, word in _MORE.items():
         value = header.value(f"{architecture}.{key}")
-        if value is not None and hasattr(usual, word):
+        if value is not None and (word in usual.to_dict() or word in usual.attribute_map):
             config[word] = value
+    for word, tensor in _TOLD_BY_TENSORS.items():
+        if word in usual.to_dict():
+            config[word] = tensor in header.tensors
     if hasattr(usual, "query_pre_attn_scalar"):
         heads, width = config.get("num_attention_heads"), config.get("hidden_size")
         config["query_pre_attn_scalar"] = _scale_of_scores(architecture, header, heads, width)

@@ -32,7 +32,9 @@ def _head_dim(config: Any) -> int:
 
 
 def _rope(config: Any, key: str) -> Any:
-    return (getattr(config, "rope_parameters", None) or {}).get(key)
+    """Of positions; where layers have two kinds of them, of those that see everything."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return found.get("full_attention", found).get(key)
 
 
 def _window(config: Any) -> Any:
@@ -58,7 +60,7 @@ _MORE: Final[Mapping[str, _Get]] = MappingProxyType({
     "attention.key_length": _key_length,
     "attention.value_length": _key_length,
     "attention.sliding_window": _window,
-    "attention.layer_norm_epsilon": lambda c: getattr(c, "layer_norm_epsilon", None) or getattr(c, "layer_norm_eps", None),
+    "attention.layer_norm_epsilon": lambda c: getattr(c, "layer_norm_epsilon", None) or getattr(c, "layer_norm_eps", None) or getattr(c, "norm_eps", None),
     "rope.dimension_count": lambda c: int(_head_dim(c) * (_rope(c, "partial_rotary_factor") or 1)) if _rope(c, "rope_theta") else None,
     "rope.freq_base": lambda c: _rope(c, "rope_theta"),
     "rope.scaling.type": lambda c: _scaled(c, "rope_type"),
