@@ -13,6 +13,7 @@ from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.gguf.header import read_header
 from arrondi.errors import ArrondiError, OutputError, SchemeError
 from arrondi.pipeline.convert import convert_model
+from arrondi.pipeline.diff import diff_models
 
 CASES = [
     ("w=int4/g32", ("gptq", "awq", "gguf", "compressed-tensors")),
@@ -114,3 +115,24 @@ def test_types_of_a_file(packed: Callable[[str], Path], tmp_path: Path) -> None:
         and kinds["token_embd.weight"] == "F16"
     )
     assert header.value("general.file_type") == 2
+
+
+def test_what_differs_between_two_layouts(
+    packed: Callable[[str], Path], models: Callable[..., Path], tmp_path: Path
+) -> None:
+    convert_model(packed("w=int4/g32"), tmp_path / "awq", "awq")
+    same = diff_models(packed("w=int4/g32"), tmp_path / "awq")
+    assert not same["different"] and same["same_codes"]
+    assert same["same_values"] + same["same_codes"] == len(same["tensors"])
+    lost = diff_models(models("llama", torch.float16), packed("w=int4/g32"))
+    one, two = Checkpoint.open(models("llama", torch.float16)), Checkpoint.open(packed("w=int4/g32"))
+    rows = [row for row in lost["tensors"] if row["verdict"] == "different"]
+    assert len(rows) == 21 and lost["same_codes"] == len(lost["tensors"]) - 21
+    for row in rows:
+        a, b = (c.dense(row["name"]).double() for c in (one, two))
+        assert row["max_error"] == float((a - b).abs().max())
+        assert row["sqnr_db"] == pytest.approx(
+            float(10 * torch.log10(a.square().sum() / (a - b).square().sum())), abs=0.006
+        )
+    other = diff_models(models("llama", torch.float16), models("gpt2"))
+    assert other["only_in_the_first"] and other["only_in_the_second"] and not other["different"]

@@ -8,7 +8,7 @@ import typer
 
 from arrondi.cli.adapting import adapt
 from arrondi.cli.communicating import traffic
-from arrondi.cli.converting import convert
+from arrondi.cli.converting import convert, diff
 from arrondi.cli.measuring import bench, evaluate
 from arrondi.cli.quantizing import plan, quantize
 from arrondi.cli.reading import dequantize, imatrix, inspect
@@ -49,6 +49,7 @@ app.command("eval", cls=Strict)(evaluate)
 app.command(cls=Strict)(inspect)
 app.command(cls=Strict)(dequantize)
 app.command(cls=Strict)(convert)
+app.command(cls=Strict)(diff)
 app.command(cls=Strict)(imatrix)
 app.command(cls=Strict)(run)
 app.command(cls=Strict)(demo)

@@ -1,4 +1,4 @@
-"""The commands that carry a model across: `convert`. Registered in `arrondi.cli.commands`."""
+"""The commands that carry a model across and lay two side by side: `convert` and `diff`. Registered in `arrondi.cli.commands`."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def convert(
             model, output, to, scheme=scheme, exact_only=exact_only, template=template, overwrite=overwrite, progress=progress
         )  # fmt: skip
     answer(result, json_, print_conversion)
+
+
+def diff(
+    first: Annotated[str, typer.Argument(help="Model directory or GGUF file.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another, in any layout.", show_default=False)],
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Compare two models tensor by tensor, across layouts: same codes, same values, or how far apart."""
+    from arrondi.pipeline.diff import diff_models
+    from arrondi.report import print_difference, progress_bar
+
+    with progress_bar("comparing", quiet) as progress:
+        result = diff_models(first, second, progress=progress)
+    answer(result, json_, print_difference)

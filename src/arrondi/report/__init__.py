@@ -2,7 +2,7 @@
 
 from arrondi.report.adapters import print_merge, print_start
 from arrondi.report.comparisons import print_comparison, print_methods
-from arrondi.report.conversions import print_conversion
+from arrondi.report.conversions import print_conversion, print_difference
 from arrondi.report.folds import print_folds
 from arrondi.report.networks import print_contents, print_network, print_network_evaluation, print_network_plan
 from arrondi.report.outliers import print_outliers
@@ -25,6 +25,7 @@ __all__ = [
     "print_contents",
     "print_conversion",
     "print_demo",
+    "print_difference",
     "print_evaluation",
     "print_facts",
     "print_folds",

@@ -1,4 +1,4 @@
-"""What became of every tensor of a model that was put into another layout."""
+"""What became of every tensor of a model that was put into another layout, and what differs between two models."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def print_conversion(document: Mapping[str, Any]) -> None:
             )
     counts = [f"{document[v]} {v}" for v in ("exact", "rescaled", "requantized", "copied") if document[v]]
     say(out, f"{', '.join(counts)}; {document['to']}, {document['bytes'] / 1e6:,.1f} MB.")
+
+
+def print_difference(document: Mapping[str, Any]) -> None:
+    """The tensors that differ, and how many of each verdict there are."""
+    out = console()
+    for row in document["tensors"]:
+        if row["verdict"] not in ("same codes", "same values"):
+            apart = f", at most {row['max_error']:.3g} apart, {row['sqnr_db']} dB" if "max_error" in row else ""
+            say(out, f"{row['name']}: {row['verdict']} ({row['first']}, {row['second']}){apart}")
+    verdicts = dict.fromkeys(row["verdict"] for row in document["tensors"])
+    say(out, ", ".join(f"{document[v.replace(' ', '_')]} {v}" for v in verdicts) + ".")
