@@ -40,7 +40,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Real peers and real models; DATA is a directory of models and texts. A skip is a failure here.
+# Real peers and real models; DATA is a directory of models and texts. A skip is a failure here. ARRONDI_CHECKPOINTS names interpreters with
+# transformers, accelerate, optimum, gptqmodel and bitsandbytes, and, after a colon, with transformers and auto-round; ARRONDI_LLAMA_CPP one with
+# llama-cpp-python.
 peers: $(STAMP)
 	ARRONDI_DATA=$(DATA) ARRONDI_PEERS=1 $(PYTEST) -m peer
 

@@ -32,7 +32,7 @@ from arrondi.pipeline import (
 )
 from arrondi.pipeline.module import quantize_module
 from arrondi.pipeline.network import NetworkData, quantize_network
-from arrondi.pipeline.plan import Plan
+from arrondi.pipeline.network_plan import plan_network
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.texts import read_data
 from arrondi.runtime.load import load as load_model
@@ -42,7 +42,7 @@ from arrondi.search.mixed import quantize_mixed
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "kv", "observer", "evaluation", "limits", "layout", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
+    "out", "kv", "observer", "evaluation", "limits", "to", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -76,7 +76,7 @@ def quantize(
     imatrix: str | Path | None = None,
     images: str | Path | None = None,
     limits: Limits | None = None,
-    layout: str | None = None,
+    to: str | None = None,
     keep_misfits: bool = False,
     observer: str = "mse",
     ends: int | None = 8,
@@ -115,7 +115,8 @@ def quantize(
         ends: bits of the first and last layers of such networks where weights have at most four; None: as all others.
         faint: whether values of such networks whose quiet samples eight bits drown have sixteen.
         int32_bias: whether biases of such networks are written as int32 codes of scale S_x · S_w.
-        layout, keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
+        to: the layout of the files, a name of `arrondi.checkpoint.LAYOUTS`; None takes the most widely read that holds the scheme.
+        keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
     Returns:
         the report of a directory, as in its `report.json`; the module itself for a module.
@@ -171,7 +172,7 @@ def quantize(
         images,
     )
     return quantize_model(
-        model, out, rules, text, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
+        model, out, rules, text, layout=to, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,
     )  # fmt: skip
 
@@ -202,19 +203,25 @@ def plan(
     repairs: Iterable[str] = (),
     preset: str | None = None,
     embeddings: str | None = None,
-    layout: str | None = None,
+    to: str | None = None,
     keep_misfits: bool = False,
     images: str | Path | None = None,
-) -> Plan:
-    """What `quantize` would do with a model directory, before anything is computed; `to_dict()` for plain data.
+) -> Any:
+    """What `quantize` would do, before anything is learned.
 
     Takes the arguments of `quantize`.
+
+    Returns:
+        of a model directory the `arrondi.pipeline.Plan`, whose `to_dict()` is plain data; of a network of ONNX operators plain data, see
+        `arrondi.pipeline.network_plan.plan_network`.
     """
     check_arguments(plan, locals())
     rules = _rules(recipe, scheme, method, group_size, targets, ignore, options, rewrites, repairs, preset, embeddings)
+    if is_graph_file(model):
+        return plan_network(model, rules)
     source = OnDisk.open(model)
     read_data(source, TextOptions(images=images))  # refused where they cannot be read
-    return make_plan(source, rules, layout=layout, keep_misfits=keep_misfits, images=images is not None)
+    return make_plan(source, rules, layout=to, keep_misfits=keep_misfits, images=images is not None)
 
 
 def _rules(

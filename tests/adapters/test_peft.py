@@ -147,6 +147,11 @@ def test_bad_input(bases: Bases) -> None:
         wrapped(ar.load(base)).merge_and_unload()
     with pytest.raises(SchemeError, match="adapt init MODEL -o OUT --init pissa"):
         wrapped(ar.load(base), init_lora_weights="pissa_niter_4")
+    with pytest.raises(SchemeError, match=r"packed codes stay\. Leave it out"):
+        wrapped(ar.load(base), init_lora_weights="olora")
+    with pytest.raises(SchemeError, match="modules_to_save are trained as they are"):
+        wrapped(ar.load(base), modules_to_save=["down_proj"])
+    assert wrapped(ar.load(base), modules_to_save=["lm_head"])
     with pytest.raises(SchemeError, match="rank of 4096"):
         wrapped(ar.load(base), r=4096)
 

@@ -151,7 +151,7 @@ def gone(*path: str) -> Callable[[dict[str, Any]], object]:
 CT, OWN = "compressed-tensors", "arrondi"
 WEIGHTS = ("config_groups", "group_0", "weights")
 LIES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
-    "another method": (CT, put(quant_method="gptq"), "GPTQ"),
+    "another method": (CT, put(quant_method="quanto"), "Quanto"),
     "a method that nobody knows": (CT, put(quant_method="gtpq"), "'gtpq'"),
     "no method": (CT, gone("quant_method"), "without quant_method"),
     "method no word": (CT, put(quant_method=["x"]), "x"),

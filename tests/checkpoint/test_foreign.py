@@ -87,8 +87,6 @@ def model(folder: Path, quantization: Any, tensors: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize(
     ("quantization", "word"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "GPTQ"), ({"quant_method": "awq"}, "AWQ"), ({"load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "bitsandbytes"}, "bitsandbytes"), ({"quant_method": "fp8"}, "FP8"), ({"quant_method": "mxfp4"}, "MXFP4"),
         ({"quant_method": "quanto"}, "Quanto"), ({"quant_method": "unheard"}, "unheard"),
         ({"quant_method": "quark"}, "Quark"), ({"group_size": 64, "bits": 4}, "MLX"), ({"zzz": 4}, "without quant_method"),
         ([4], "not an object"),

@@ -113,7 +113,7 @@ def written(path: Path, **numbers: float) -> None:
 BROKEN: dict[str, tuple[Any, str]] = {
     "a model": (model_file, "of the type 'model', not an importance matrix"),
     "sums alone": (without_counts, "blk.0.attn_q.weight has sums and no counts"),
-    "half a gguf": (lambda p: (written(p, value=1.0), p.write_bytes(p.read_bytes()[:150])), "cannot be read as GGUF"),
+    "half a gguf": (lambda p: (written(p, value=1.0), p.write_bytes(p.read_bytes()[:150])), "in the middle of its header"),
     "half a legacy file": (lambda p: p.write_bytes(struct.pack("<ii", 1, 4) + b"name"), "ends early"),
     "text": (lambda p: p.write_text("Once upon a time there was a matrix."), "is no importance matrix"),
     "nothing": (lambda p: p.write_bytes(b""), "ends early"),

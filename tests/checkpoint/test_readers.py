@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from arrondi.checkpoint import LAYOUTS, LayerValues, ModelFacts, Placed, readers_of
-from arrondi.checkpoint.readers import TRANSFORMERS, Verdict
+from arrondi.checkpoint.verdict import TRANSFORMERS, Verdict
 from arrondi.formats import LayerScheme, parse_scheme
 from tests.checkpoint.copies import Pick, distance, linears, loaded, logits, quantized_copy, reference
 

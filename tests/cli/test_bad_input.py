@@ -56,7 +56,7 @@ def test_unknown_names_get_a_suggestion(cli: Cli, copy: Path, tmp_path: Path) ->
     refused(cli(*start, "--scheme", "W17Z"), "W17Z", "W4A16")
     refused(cli(*start, "--scheme", "w=itn4/g32"), "itn4", "int4")
     refused(cli(*start, "--option", "dampening=1", "--method", "gptq"), "dampening", "damping")
-    refused(cli(*start, "--layout", "compressed_tensors"), "compressed-tensors")
+    refused(cli(*start, "--to", "compressed_tensors"), "compressed-tensors")
     refused(cli(*start, "--group-size", 32, "--ignore", "lm_haed"), "lm_haed", "lm_head")
     refused(cli(*start, "--group-size", 32, "--targets", r"re:model\.layer\.0"), "matches nothing")
     assert not (tmp_path / "x").exists()

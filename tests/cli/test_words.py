@@ -38,7 +38,7 @@ SOURCE = Path(arrondi.__file__).parent
             ("xyz",),
             [
                 "No such command: xyz",
-                "bench, compare, demo, dequantize, eval, imatrix, inspect, methods, plan, quantize, run",
+                "bench, compare, convert, demo, dequantize, diff, eval, imatrix, inspect, methods, plan, quantize, run",
             ],
         ),
         (("quantize", "m"), ["--output", "arrondi quantize --help"]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from arrondi.checkpoint.readers import TRANSFORMERS
+from arrondi.checkpoint.verdict import TRANSFORMERS
 from arrondi.errors import SchemeError
 from arrondi.pipeline import Recipe, TextOptions, quantize_model
 from tests.contract.cases import OTHER_INPUTS

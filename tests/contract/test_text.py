@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from arrondi.checkpoint.readers import TRANSFORMERS
+from arrondi.checkpoint.verdict import TRANSFORMERS
 from arrondi.measure.compare import compare_models
 from arrondi.pipeline import TextOptions, quantize_model
 from arrondi.runtime.fuse import fuse

@@ -242,6 +242,10 @@ def check_bad_input(rank: int, world: int) -> None:
         lambda: arrondi.compress_gradients(model, "onebit", error_feedback="none"),
     )
     refused(SchemeError, "Leave bits", lambda: arrondi.compress_gradients(model, "int8", bits=4))
+    scalar = nn.ParameterList([nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(3))])
+    refused(
+        SchemeError, "without an axis", lambda: arrondi.compress_gradients(DistributedDataParallel(scalar), "powersgd")
+    )
     refused(SchemeError, "factors", lambda: arrondi.compress_gradients(model, "powersgd", bits=4))
     arrondi.compress_gradients(model, "block8")
     refused(SchemeError, "already", lambda: arrondi.compress_gradients(model, "block8"))
@@ -331,6 +335,26 @@ def check_fsdp_nan_and_feedback(rank: int, world: int) -> None:
         assert bool(flat_gradient(model).isfinite().all())
 
 
+def check_fsdp_with_8bit_states(rank: int, world: int) -> None:
+    """Each rank rounds the states of its own shards, uneven ones too, and they go to PyTorch's optimizer and back."""
+    model, plain = sharded(), network()
+    ours, theirs = arrondi.optim.AdamW8bit(model.parameters(), lr=1e-2, least=1000), torch.optim.AdamW(plain.parameters(), lr=1e-2)  # fmt: skip
+    for step in range(4):
+        for m, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            loss_of(m, 0, step).backward()  # the same batch everywhere
+            optimizer.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert relative(p.full_tensor(), q) < 0.02
+    peer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    peer.load_state_dict(ours.state_dict(bits=32))
+    again = arrondi.optim.AdamW8bit(model.parameters(), lr=1e-2, least=1000)
+    again.load_state_dict(peer.state_dict())
+    p = model[0].weight
+    assert torch.equal(again.state[p]["exp_avg"].codes, ours.state[p]["exp_avg"].codes)
+    again.step()
+
+
 CHECKS: dict[str, Callable[[int, int], None]] = {
     "collectives are their simulation": check_collectives_are_their_simulation,
     **{f"ddp {n}": lambda rank, world, n=n: check_ddp(rank, world, n) for n in SCHEMES},
@@ -343,6 +367,7 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
     "fsdp gradients alone": check_fsdp_gradients_alone,
     "fsdp secondary copy": check_fsdp_secondary_copy,
     "fsdp nan and feedback": check_fsdp_nan_and_feedback,
+    "fsdp with 8-bit states": check_fsdp_with_8bit_states,
 }
 
 

@@ -1,7 +1,7 @@
 """A fuzzer of the checkpoint readers: `python -m tests.fuzz.checkpoints --seconds 60 --seed 1`.
 
 Every mutant of a small checkpoint either gives exactly the unmutated numbers, or those that the compressed-tensors package itself
-gives for the mutant, or raises an ArrondiError. A traceback, a hang of more than five seconds and a number that is silently another
+gives for the mutant (of other tools' layouts: a plain decoder), or raises an ArrondiError. A traceback, a hang of more than five seconds and a number that is silently another
 one are failures. Mutations that change numbers in a legitimate way (scales, codes) are not made.
 """
 
@@ -27,11 +27,13 @@ import torch
 from safetensors.torch import load, save
 
 from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
+from arrondi.checkpoint.layouts.bitsandbytes.blocks import nested_scheme
 from arrondi.errors import ArrondiError
 from arrondi.formats import parse_scheme
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
 from tests.checkpoint.copies import static_grid
+from tests.checkpoint.layouts.plain import decoded
 from tests.fuzz.inputs import inputs_apart
 from tests.fuzz.mutations import mutate_header, mutate_json, mutate_text
 
@@ -44,10 +46,19 @@ READERS = {
         "w=int4/g32/asym", "NF4", "TERNARY", "T158", "NVFP4", "w=int3/g32/offset", "w=int8/channel,a=int8/tensor/asym/static", "BINARY", "w=fp6_e2m3/g32/e8m0",
         "w=dynamic8/channel", "mixed", "indexed", "stack",
     ],
+    "gptq": ["w=int4/g32", "w=int3/g32/asym", "w=int8/channel/asym", "mixed", "indexed"],
+    "awq": ["w=int4/g32", "w=int4/g32/asym"],
+    "bitsandbytes": ["w=nf4/g32", "w=fp4_bnb/g32", "NF4_DQ32", "W8A8"],
+    "auto-round": ["w=int4/g32", "w=int3/g32/asym", "mixed"],
+    "fp8": ["w=fp8/b32x32,a=fp8/g32", "w=fp8/tensor,a=fp8/tensor/static"],
+    "mxfp4": ["MXFP4A16"],
     "plain": ["plain"],
 }  # fmt: skip
 SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
 _MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
+_NF4_DQ32 = f"w=nf4/g32/s:({nested_scheme()})"
+_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4")
+"""Layouts whose numbers the plain decoders of the tests know."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,8 @@ def base(reader: str, scheme: str) -> Base:
             tensors[name] = weight
             continue
         text = _MIXED[i] if scheme == "mixed" else "w=int4/g32" if scheme in ("indexed", "stack") else scheme
-        layer = parse_scheme(text)
+        text = _NF4_DQ32 if text == "NF4_DQ32" else text.partition(",")[0] if reader in ("gptq", "auto-round") else text
+        layer = LAYOUTS[reader].fit(parse_scheme(text))
         q = quantize_tensor(weight, layer.weights)
         placed = Placed(name, shape, layer)
         if scheme == "indexed":
@@ -89,6 +101,8 @@ def base(reader: str, scheme: str) -> Base:
             placed = Placed(name, shape, layer, indexed=True)
         if scheme == "stack":
             placed = Placed(name, (2, shape[0] // 2, shape[1]), layer)
+        if reader == "mxfp4":
+            placed = Placed(name.removesuffix(".weight"), (2, shape[1], shape[0] // 2), layer, transposed=True)
         tensors |= LAYOUTS[reader].write(placed, LayerValues(q, static_grid(layer, 3.0)))
         made.append(placed)
     if made:
@@ -153,6 +167,10 @@ def verdict(reader: str, of: Base, config: bytes, file: bytes, folder: Path) -> 
         found = checkpoint.dense(name)
         if found.shape == of.numbers[name].shape and torch.equal(found, of.numbers[name]):
             continue
+        if reader in _OF_OTHERS:
+            if wrong := unlike_plain(config, file, name, found):
+                return wrong
+            continue
         if reader != "compressed-tensors":
             return f"{name} has other numbers"
         try:
@@ -161,12 +179,24 @@ def verdict(reader: str, of: Base, config: bytes, file: bytes, folder: Path) -> 
             return f"{name} has other numbers, and the package refuses: {type(error).__name__} {error}"
         if name not in theirs or not close(found, theirs[name]):
             return f"{name} has other numbers than the package gives"
+    if reader in _OF_OTHERS:
+        return None
     other = [
         n
         for n, p in of.placed.items()
         if n in checkpoint.placed and checkpoint.placed[n].scheme.inputs != p.scheme.inputs
     ]
     return inputs_apart(package_schemes(json.loads(config), checkpoint), checkpoint, other) if other else None
+
+
+def unlike_plain(config: bytes, file: bytes, name: str, found: torch.Tensor) -> str | None:
+    """What is wrong with numbers of another tool's layout, held against a plain decoder; None if nothing is."""
+    try:
+        expected = decoded(json.loads(config), load(file))[name.removesuffix(".weight")]
+    except Exception as error:
+        return f"{name} has other numbers, and the plain decoder fails: {type(error).__name__} {error}"
+    same = found.shape == expected.shape and bool((found == torch.from_numpy(expected.copy())).all())
+    return None if same else f"{name} has other numbers than a plain decoder gives"
 
 
 def package_numbers(config: dict[str, Any], file: bytes, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -15,13 +15,14 @@ WORDS = [
     "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
     "marlin-24", "compressed", "frozen", "initialized", "Linear", "Embedding", "re:.*", "re:(", "local", "static", "weight", "torch.uint8",
     "torch.float8_e4m3fn", "torch.float32", "torch.bfloat16", "torch.float16", "torch.int8", "minmax", "no", "true", "0", "4", "", "gptq", "arrondi", "compressed-tensors",
-    "w=int4/g32", "w=ternary/channel", "NF4", "W8A8", "lm_head", "model.layers.0.a", "0.9.0", "1.0",
+    "gptq_v2", "gemm", "gemv", "nf4", "fp4", "awq", "bitsandbytes", "w=int4/g32", "w=ternary/channel", "NF4", "W8A8", "lm_head", "model.layers.0.a", "0.9.0", "1.0",
 ]  # fmt: skip
 KEYS = [
     "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype", "zp_dtype", "observer",
     "observer_kwargs", "targets", "weights", "input_activations", "output_activations", "format", "ignore", "kv_cache_scheme", "version",
     "sparsity_config", "transform_config", "quantization_status", "dequantize", "run_compressed", "arrondi", "module_names", "transposed",
     "shape", "scheme", "kind", "indexed", "module", "global_compression_ratio", "moe_sparsity_config", "unknown",
+    "bits", "sym", "desc_act", "checkpoint_format", "dynamic", "lm_head", "zero_point", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
 ]  # fmt: skip
 NUMBERS = [0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 63, 64, 128, 32.5, 2**31, 2**62, 2**80, -(2**63), 1e308, 1e-5]
 DTYPES = [
@@ -150,7 +151,7 @@ def mutate_header(file: bytes, rng: random.Random) -> bytes:
     names = [n for n in table if n != "__metadata__"]
     name = rng.choice(names)
     if kind <= 4:
-        table[rng.choice([typo(name, rng), name.rpartition(".")[0] + "." + rng.choice(["weight", "weight_scale", "weight_g_idx", "weight_zero_point", "input_scale", "codes", "scale", "bias", "k_scale"])])] = table.pop(name)  # fmt: skip
+        table[rng.choice([typo(name, rng), name.rpartition(".")[0] + "." + rng.choice(["weight", "weight_scale", "weight_g_idx", "weight_zero_point", "input_scale", "codes", "scale", "bias", "k_scale", "qweight", "qzeros", "g_idx", "SCB", "absmax"])])] = table.pop(name)  # fmt: skip
     elif kind == 5:
         table[name]["dtype"] = rng.choice(DTYPES)
     elif kind == 6:

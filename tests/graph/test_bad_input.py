@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import arrondi
 from arrondi.cli import _run
 from arrondi.errors import DEFECT, ArrondiError, FileFormatError, SchemeError, say
 from arrondi.graph import read_graph
@@ -79,7 +80,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], str]] = {
     "new operators": (lambda: model(opset=99), "operator set 99"),
     "old operators": (lambda: model(opset=5), "cannot be read"),
     "no operator": (lambda: model([NODES[0], node("Frob", "c", "a"), *HEAD]), "Frob"),
-    "others' operator": (lambda: model([NODES[0], node("Frob", "c", "a", domain="mine"), *HEAD]), "none of ONNX's own"),
+    "others' operator": (lambda: model([NODES[0], node("Frob", "c", "a", domain="mine"), *HEAD]), "ONNX Runtime on this machine knows mine.Frob (1)"),
     "not finite": (lambda: model(w=np.full((8, 3, 3, 3), np.nan, np.float32)), "NaN or infinite numbers at"),
     "branches": (
         lambda: model([NODES[0], node("ReduceMax", "c", "m", keepdims=0), node("Greater", "m s", "q"), branch(), *HEAD], s=np.float32(0)),
@@ -137,6 +138,9 @@ DATA: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"inputs": np.array(["a"] * 16)}, "made of numbers"),
     "labels' number": ({"inputs": X, "labels": LABELS[:9]}, "16 whole numbers"),
     "labels' type": ({"inputs": X, "labels": LABELS.astype(str)}, "16 whole numbers"),
+    "float labels": ({"inputs": X, "labels": LABELS.astype(float)}, "16 whole numbers"),
+    "one label": ({"inputs": X, "labels": np.int64(1)}, "16 whole numbers"),
+    "labels of places": ({"inputs": X, "labels": np.zeros((16, 4), int)}, "labels are 4 classes of every sample"),
     "negative labels": ({"inputs": X, "labels": LABELS - 1}, "counted from 0"),
     "large labels": ({"inputs": X, "labels": LABELS * 0 + 10}, "tells 10 classes apart"),
 }
@@ -156,6 +160,40 @@ def test_damaged_archives(files: tuple[Path, Path], tmp_path: Path) -> None:
         files[1].write_bytes(content)
         status, sentence = quantize(tmp_path, *files)
         assert status == 2 and "cannot be read as an .npz file" in sentence
+
+
+@pytest.mark.parametrize(
+    "option", ["--keep-misfits", "--seq-len 64", "--device cuda", "--max-kl 1", "--all-experts", "--shard-size 1GB"]
+)
+def test_options_of_language_models_are_refused(files: tuple[Path, Path], tmp_path: Path, option: str) -> None:
+    status, sentence = quantize(tmp_path, *files, *option.split())
+    assert status == 2 and f"takes no {option.split()[0]}" in sentence
+    if option.split()[0] not in ("--keep-misfits", "--all-experts", "--shard-size"):
+        with pytest.raises(SchemeError, match=f"takes no {option.split()[0]}"):
+            _run(["eval", str(files[0]), "--against", str(files[0]), "--data", str(files[1]), *option.split()])
+
+
+def test_groups_that_do_not_fit_name_what_does(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match=r"does not divide its shape.*one scale a channel") as said:
+        arrondi.quantize(files[0], "w=int4/g32", out=tmp_path / "out.onnx")
+    assert "--keep-misfits" not in str(said.value)
+
+
+def test_no_eval_measures_nothing(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(tmp_path, *files, "--no-eval")[0] == 0
+    assert json.loads(capsys.readouterr().out)["evaluation"] is None
+
+
+def test_what_an_archive_holds_besides_is_said(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(files[1], inputs=X, label=LABELS)
+    assert quantize(tmp_path, *files)[0] == 0
+    assert any(
+        "holds label, which is not read" in s.replace("also ", "") for s in json.loads(capsys.readouterr().out)["notes"]
+    )
+    assert _run(["eval", str(files[0]), "--against", str(files[0]), "--data", str(files[1]), "--json"]) == 0
+    assert "classes are read from labels" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
 def test_samples_in_another_scale(files: tuple[Path, Path], tmp_path: Path) -> None:

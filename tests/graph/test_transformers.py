@@ -171,3 +171,42 @@ def test_grids_that_are_not_there_are_named() -> None:
     for asked in ({"relu": "twin"}, {"gelu": "log2"}):
         with pytest.raises(SchemeError, match="softmax=twin, softmax=log2, gelu=twin"):
             check_grids(asked)
+
+
+def test_grids_of_operators_that_a_network_has_not_are_refused(file: Path, tmp_path: Path) -> None:
+    graph = read_graph(file)
+    nodes = [Node(n.name, "Tanh", n.inputs, n.outputs) if n.op == "Gelu" else n for n in graph.nodes]
+    write_graph(graph.with_nodes(nodes), tmp_path / "net.onnx")
+    with pytest.raises(SchemeError, match="has no operator Gelu"):
+        quantized(tmp_path / "net.onnx", tmp_path / "out.onnx", "W4A4", grids={"gelu": "twin", "softmax": "twin"})
+
+
+class Post(Encoder):
+    """One head, norms behind the sums, three projections, a GELU that is spelled, and a mean in place of the token."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for i in range(2):
+            q, k, v = (
+                nn.functional.linear(x, w, b)
+                for w, b in zip(self.qkv[i].weight.chunk(3), self.qkv[i].bias.chunk(3), strict=True)
+            )  # type: ignore[operator,union-attr]
+            y = nn.functional.scaled_dot_product_attention(*(a.unsqueeze(1) for a in (q, k, v))).squeeze(1)
+            x = self.norms[2 * i](x + self.out[i](y))
+            z = self.up[i](x)
+            x = self.norms[2 * i + 1](x + self.down[i](z * 0.5 * (1 + torch.erf(z / 2**0.5))))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("method", ["ptq4vit", "liu", "fima-q"])
+def test_methods_of_transformers_work_on_others(tmp_path: Path, method: str) -> None:
+    source, out, x = tmp_path / "net.onnx", tmp_path / "out.onnx", images(64, seed=2)
+    write_graph(read_graph(perturbed(Post()), images(2)), source)
+    options = {"block-fisher.iterations": 20} if method == "fima-q" else {}
+    report = quantized(source, out, "W4A4", method=method, options=options)
+    assert "Shape" not in report["float_operators"] and report["float_operators"]["Erf"] == 2
+    assert all(row["status"] == "quantized" for row in report["layers"]) and report["rounded_values"] == 1 + 2 * 8 + 1
+    ours, theirs = in_runtime(out, x), in_runtime(source, x)
+    wanted = 10 * np.log10((theirs**2).sum() / ((ours - theirs) ** 2).sum())
+    assert report["evaluation"]["sqnr_db"] == pytest.approx(wanted, abs=0.1)
+    assert report["evaluation"]["agreement"] == pytest.approx((ours.argmax(1) == theirs.argmax(1)).mean(), abs=0.02)

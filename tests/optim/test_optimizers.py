@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +224,39 @@ def test_groups_closures_layouts_and_types() -> None:
     assert float(step.max()) < 0.0205, "no number moved as another should"
 
 
+@pytest.mark.parametrize("ours", [AdamW8bit, Momentum8bit])
+def test_copies_and_pickles_go_on_alike(ours: type) -> None:
+    model = nn.Sequential(nn.Embedding(100, 50), nn.Linear(50, 90))
+    optimizer = ours(model, block=128)
+
+    def go(net: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        optimizer.zero_grad()
+        net(torch.arange(9)).square().sum().backward()
+        optimizer.step()
+        return net[1].weight.detach()
+
+    go(model, optimizer)
+    twins = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    wanted = go(model, optimizer)
+    for twin, other in twins:
+        assert torch.equal(go(twin, other), wanted)
+        other.load_state_dict(other.state_dict())  # embeddings are still known
+        assert other.state_nbytes == optimizer.state_nbytes
+
+
+def test_states_of_small_half_tensors_are_float32() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        p = nn.Parameter(torch.ones(8, dtype=dtype))
+        optimizer = AdamW8bit([p], lr=1e-2, weight_decay=0.0)
+        for step in range(3):
+            p.grad = torch.tensor([0.0, 1e-4], dtype=dtype).repeat(4)
+            optimizer.step()
+            assert optimizer.state[p]["exp_avg_sq"].dtype == torch.float32
+            assert (p[::2] == 1).all() and torch.allclose(
+                p[1::2].float(), torch.tensor(1 - (step + 1) * 1e-2), atol=9e-3
+            )
+
+
 def test_nan_and_infinity_are_not_hidden() -> None:
     for bad in (torch.nan, torch.inf):
         p = nn.Parameter(normal(5000))
@@ -242,6 +277,12 @@ def test_bad_input() -> None:
         AdamW8bit(layer.parameters()).step()
     with pytest.raises(SchemeError, match="betas"):
         AdamW8bit([nn.Parameter(torch.ones(2))], betas=(0.9, 1.0))
+    with pytest.raises(SchemeError, match="lr"):
+        AdamW8bit([nn.Parameter(torch.ones(2))], lr=math.nan)
+    complex_one = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    complex_one.grad = complex_one.detach()
+    with pytest.raises(DataError, match="complex64: give it"):
+        AdamW8bit([complex_one]).step()
     with pytest.raises(SchemeError, match="nesterov"):
         Momentum8bit([nn.Parameter(torch.ones(2))], momentum=0.0, nesterov=True)
     p = nn.Parameter(normal(5000))

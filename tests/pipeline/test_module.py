@@ -280,7 +280,7 @@ def test_unsigned_static_inputs_are_not_written_as_signed_ones(tmp_path: Path) -
     loaded = arrondi.load(tmp_path / "saved", model=Then(nn.Linear(D, D)))
     assert torch.equal(loaded(x), model(x))
     with pytest.raises(SchemeError, match="cannot say that activations become uint8"):
-        arrondi.save(model, tmp_path / "other", layout="compressed-tensors")
+        arrondi.save(model, tmp_path / "other", to="compressed-tensors")
 
 
 UNUSED = nn.ModuleDict({"used": nn.Linear(D, D), "not": nn.Linear(D, D)})

@@ -18,7 +18,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from arrondi.errors import SchemeError
-from arrondi.nn import QConv, QEmbedding, QLinear
+from arrondi.nn import QConv, QEmbedding, QLinear, QStack
 
 _STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is."""
@@ -33,8 +33,19 @@ def _refuse_merge(*args: Any, **kwargs: Any) -> NoReturn:
 def _check_start(config: Any) -> None:
     start = config.init_lora_weights
     if start not in _STARTS:
+        from arrondi.adapters.initial import INITS  # with all of quantizing, which training does not need
+
+        ours = str(start).split("_")[0]
+        way = f"Start from arrondi adapt init MODEL -o OUT --init {ours}, or leave" if ours in INITS else "Leave"
+        raise SchemeError(f"init_lora_weights={start!r} changes the base, and packed codes stay. {way} it out.")
+
+
+def refuse_copies(wrapper: Any) -> None:
+    """peft's `modules_to_save` are copies that are trained, which codes are not."""
+    packed = [m for m in wrapper.original_module.modules() if isinstance(m, (*LAYERS, QStack))]
+    if packed:
         raise SchemeError(
-            f"init_lora_weights={start!r} changes the base, and packed codes stay. Start from arrondi adapt init MODEL -o OUT --init {str(start).split('_')[0]}, or leave it out."
+            f"modules_to_save are trained as they are, and packed codes are not ({type(packed[0]).__name__}). Name it in target_modules, or leave it out of the quantization (ignore)."
         )
 
 

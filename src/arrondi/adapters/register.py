@@ -1,7 +1,7 @@
-"""peft learns of packed layers: `when_imported`, and the three places of peft where they are told.
+"""peft learns of packed layers: `when_imported`, and the four places of peft where they are told.
 
-peft asks a table in each `LoraConfig` for layers that it does not know (`_register_custom_module`), takes "all-linear" by class, and
-saves an adapter without what it was trained on. All three are functions that get one of ours around them when peft is imported: nobody who
+peft asks a table in each `LoraConfig` for layers that it does not know (`_register_custom_module`), takes "all-linear" by class,
+copies `modules_to_save` to train them, and saves an adapter without what it was trained on. All four are functions that get one of ours around them when peft is imported: nobody who
 does not use adapters pays for an import.
 """
 
@@ -59,8 +59,9 @@ def _register(peft: Any) -> None:
         return
     try:
         from peft.tuners import tuners_utils
+        from peft.utils import ModulesToSaveWrapper
 
-        from arrondi.adapters.layers import LAYERS, all_linear
+        from arrondi.adapters.layers import LAYERS, all_linear, refuse_copies
         from arrondi.adapters.origin import note_origin
 
         def custom(config: Any, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +72,7 @@ def _register(peft: Any) -> None:
 
         peft.LoraConfig.__post_init__ = _followed(peft.LoraConfig.__post_init__, custom)
         peft.PeftModel.save_pretrained = _followed(peft.PeftModel.save_pretrained, saved)
+        ModulesToSaveWrapper.check_module = _followed(ModulesToSaveWrapper.check_module, refuse_copies)
         tuners_utils._maybe_include_all_linear_layers = all_linear(tuners_utils._maybe_include_all_linear_layers)
     except (ImportError, AttributeError) as error:
         warnings.warn(

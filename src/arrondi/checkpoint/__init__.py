@@ -16,7 +16,8 @@ from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_t
 from arrondi.checkpoint.containers.writer import ShardPlan, ShardWriter, TensorSpec, shard_digest
 from arrondi.checkpoint.layouts import CHOSEN, LAYOUTS
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Placed
-from arrondi.checkpoint.readers import Verdict, readers_of
+from arrondi.checkpoint.readers import readers_of
+from arrondi.checkpoint.verdict import Verdict
 
 __all__ = [
     "CHOSEN",

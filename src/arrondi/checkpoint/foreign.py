@@ -16,7 +16,7 @@ from arrondi.checkpoint.containers.disk import WORK
 _FILES: Final[Mapping[str, str]] = MappingProxyType({
     ".gguf": "a GGUF file, which llama.cpp runs. This program reads safetensors directories: give the original model",
     ".safetensors": "one safetensors file. A model is the directory that holds it, with config.json: give that directory",
-    ".onnx": "an ONNX graph. This program reads safetensors directories: give the model that it was exported from",
+    ".onnx": "an ONNX graph, which plan, quantize, eval and inspect (without --folds) take as it is. Here a safetensors directory is read: give the model that it was exported from",
     ".tflite": "a LiteRT file. This program reads safetensors directories: give the model that it was converted from",
     ".bin": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
     ".pt": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
@@ -30,14 +30,7 @@ _OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
     ".onnx": "ONNX graphs", ".h5": "TensorFlow weights", ".pb": "TensorFlow weights", ".msgpack": "Flax weights", ".npz": "NumPy arrays",
 })  # fmt: skip
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
-    "gptq": "quantized by GPTQModel or AutoGPTQ (quant_method gptq)",
-    "awq": "quantized by AutoAWQ (quant_method awq)",
-    "bitsandbytes": "quantized by bitsandbytes",
-    "fp8": "quantized to FP8 in the layout of DeepSeek and vLLM (quant_method fp8)",
     "fbgemm_fp8": "quantized to FP8 by FBGEMM",
-    "mxfp4": "quantized to MXFP4 as GPT-OSS is (quant_method mxfp4)",
-    "auto-round": "quantized by AutoRound",
-    "intel/auto-round": "quantized by AutoRound",
     "hqq": "quantized by HQQ",
     "quanto": "quantized by Quanto",
     "torchao": "quantized by torchao",
@@ -134,8 +127,6 @@ def what_method(config: Mapping[str, Any]) -> str | None:
         return "config.json has a quantization_config that is not an object. Download it again"
     method = found.get("quant_method")
     if method is None:
-        if {"load_in_4bit", "load_in_8bit"} & found.keys():
-            return _NOT_READ.format(_METHODS["bitsandbytes"])
         if _of_mlx(found):
             return _NOT_READ.format("quantized by MLX")
         return _NOT_READ.format("config.json has a quantization_config without quant_method")
@@ -149,7 +140,7 @@ def _of_mlx(found: object) -> bool:
 
 def unlisted(path: Path, entries: Mapping[str, Any]) -> str | None:
     """What is quantized in a directory whose config.json has no `quantization_config`."""
-    for file in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+    for file in ("quant_config.json", "hf_quant_config.json"):
         if (path / file).exists() and _companion(entries):
             return f"quantized by another tool, says {file}, in a layout that is not read here. {_ORIGINAL}"
     name = _companion(entries)

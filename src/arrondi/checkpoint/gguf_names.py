@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any, Final
 
-from arrondi.checkpoint.imatrix import gguf_package
+from arrondi.checkpoint.containers.gguf.tables import own_tables
 
 _JOINED: Final = "gate_up_proj"
 _PARTS: Final = ("gate_proj", "up_proj")
@@ -28,17 +28,20 @@ class GGUFNames:
     """
 
     def __init__(self, model_type: str) -> None:
-        self.gguf = gguf_package("An importance matrix")
+        import gguf
+
+        self.gguf = gguf
         known = self.gguf.MODEL_ARCH_NAMES
         self._own = [self._map(arch) for arch, name in known.items() if _plain(name) == _plain(model_type)]
 
     @cached_property
     def _all(self) -> list[Any]:
-        """The tables of every architecture. The package's tables of one stay in those made after it, so those of the model come first."""
+        """The tables of every architecture."""
         return [self._map(arch) for arch in self.gguf.MODEL_ARCH_NAMES]
 
     def _map(self, arch: Any) -> Any:
-        return self.gguf.get_tensor_name_map(arch, 1)  # of block 0; other numbers are put in afterwards
+        with own_tables():
+            return self.gguf.get_tensor_name_map(arch, 1)  # of block 0; other numbers are put in afterwards
 
     def of(self, tensor: str) -> tuple[str, ...]:
         """What a weight may be called, the usual name first; () for weights that GGUF does not know."""

@@ -22,8 +22,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
-from arrondi.errors import ArrondiError, DataError, FileFormatError, MissingExtraError, OutputError
+from arrondi.checkpoint.containers.gguf.header import is_gguf, read_header
+from arrondi.errors import DataError, FileFormatError, OutputError
 
 _SUMS: Final = ".in_sum2"
 _COUNTS: Final = ".counts"
@@ -88,12 +88,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     Raises:
         FileFormatError: missing, truncated, or no importance matrix.
         DataError: a number in it is negative, NaN or infinite; the weight is named.
-        MissingExtraError: a GGUF file, and no package that reads it.
     """
     try:
-        with path.open("rb") as file:
-            gguf = file.read(4) == b"GGUF"
-        found = _read_gguf(path) if gguf else _read_legacy(path, path.read_bytes())
+        found = _read_gguf(path) if is_gguf(path) else _read_legacy(path, path.read_bytes())
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise FileFormatError(
@@ -113,7 +110,6 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
     Raises:
         OutputError: the file cannot be written.
-        MissingExtraError: GGUF is asked for, and no package that writes it.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -130,39 +126,13 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 # ── GGUF ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def gguf_package(what: str) -> Any:
-    """The package gguf.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{what} needs the package gguf, which is not installed. Install it: pip install 'arrondi[gguf]'."
-        ) from error
-    return gguf
-
-
 def _read_gguf(path: Path) -> ImportanceMatrix:
-    gguf = gguf_package(f"{path}: an importance matrix in GGUF")
-    try:
-        reader = gguf.GGUFReader(path)
-        facts = {name: field.contents() for name, field in reader.fields.items()}
-        if facts.get("general.type") != "imatrix":
-            raise FileFormatError(
-                f"{path}: a GGUF file of the type {facts.get('general.type', 'model')!r}, not an importance matrix. Make one with arrondi imatrix or llama-imatrix."
-            )
-        tensors = {t.name: np.array(t.data, dtype=np.float32) for t in reader.tensors}
-    except ArrondiError:
-        raise
-    except Exception as error:  # whatever the package raises about a broken file
-        reraise_exhaustion(error)
-        reason = str(error).strip().partition("\n")[0]
+    header = read_header(path)
+    if header.value("general.type") != "imatrix":
         raise FileFormatError(
-            f"{path}: cannot be read as GGUF ({type(error).__name__}: {reason}). Compute it again."
-        ) from error
+            f"{path}: a GGUF file of the type {header.value('general.type', 'model')!r}, not an importance matrix. Make one with arrondi imatrix or llama-imatrix."
+        )
+    tensors = {name: header.read(name).float().numpy() for name in header.tensors}
     entries: dict[str, Importance] = {}
     for name, value in tensors.items():
         stem = name.removesuffix(_SUMS)
@@ -176,14 +146,13 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             raise FileFormatError(f"{path}: the tensor {name} is none of an importance matrix. Compute it again.")
     if not entries:
         raise FileFormatError(f"{path}: holds no weight. Compute the importance matrix again.")
-    names = facts.get(_DATASETS) or ()
-    return ImportanceMatrix(
-        entries, (names,) if isinstance(names, str) else tuple(names), int(facts.get(_CHUNKS, 0)), int(facts.get(_CHUNK_SIZE, 0))
-    )  # fmt: skip
+    names = header.value(_DATASETS) or ()
+    chunks, size = (int(header.value(key, 0)) for key in (_CHUNKS, _CHUNK_SIZE))
+    return ImportanceMatrix(entries, (names,) if isinstance(names, str) else tuple(names), chunks, size)
 
 
 def _write_gguf(path: Path, matrix: ImportanceMatrix) -> None:
-    gguf = gguf_package("Writing an importance matrix as GGUF")
+    import gguf
 
     # An importance matrix is of no architecture, which the package would write into every file.
     plain: Any = type("Writer", (gguf.GGUFWriter,), {"add_architecture": lambda self: None})

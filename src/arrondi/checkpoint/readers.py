@@ -7,42 +7,24 @@ tested in `tests/checkpoint/test_readers.py` and `tests/contract` on small model
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from arrondi.checkpoint.layouts.compressed_tensors.config import is_expert, must_dequantize, one_scheme_each
 from arrondi.checkpoint.layouts.compressed_tensors.layer import storage_name
 from arrondi.checkpoint.layouts.compressed_tensors.transposed import stored_form
 from arrondi.checkpoint.layouts.layout import Layout, ModelFacts, Placed
+from arrondi.checkpoint.other_readers import others_of
+from arrondi.checkpoint.verdict import TRANSFORMERS, Verdict
 from arrondi.formats import FORMATS, ActivationScheme, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 
-TRANSFORMERS: Final = "transformers 5.23"
 _SIXTEEN: Final = ("bfloat16", "float16")
 _FP4_FORMATS: Final = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one reader does with an output.
-
-    Attributes:
-        reader: its name, and its version where the verdict is tested.
-        ok: it loads the files and computes what `arrondi.load` computes, up to the rounding of floating-point sums.
-        sentence: for people: what differs where `ok` is false, and what to know where it is true.
-    """
-
-    reader: str
-    ok: bool
-    sentence: str
 
 
 def readers_of(placed: list[Placed], layout: Layout, facts: ModelFacts = ModelFacts()) -> list[Verdict]:
     """What every known reader does with these layers in this layout."""
     if layout.name != "compressed-tensors":
-        return [
-            _arrondi(placed),
-            Verdict(TRANSFORMERS, False, "transformers, vLLM and SGLang do not read this layout; transformers only warns, and loads random weights."),
-        ]  # fmt: skip
+        return [_arrondi(placed), *others_of(layout.name, placed, facts)]
     return [_arrondi(placed), _transformers(placed, facts), *(_runtime(name, placed) for name in _KERNELS)]
 
 

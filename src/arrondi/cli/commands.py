@@ -8,6 +8,7 @@ import typer
 
 from arrondi.cli.adapting import adapt
 from arrondi.cli.communicating import traffic
+from arrondi.cli.converting import convert, diff
 from arrondi.cli.measuring import bench, evaluate
 from arrondi.cli.quantizing import plan, quantize
 from arrondi.cli.reading import dequantize, imatrix, inspect
@@ -47,6 +48,8 @@ app.command(cls=Strict)(methods)
 app.command("eval", cls=Strict)(evaluate)
 app.command(cls=Strict)(inspect)
 app.command(cls=Strict)(dequantize)
+app.command(cls=Strict)(convert)
+app.command(cls=Strict)(diff)
 app.command(cls=Strict)(imatrix)
 app.command(cls=Strict)(run)
 app.command(cls=Strict)(demo)

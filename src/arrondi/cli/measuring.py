@@ -11,7 +11,7 @@ from arrondi.cli import networks
 from arrondi.cli import options as opt
 from arrondi.cli.answers import answer
 from arrondi.cli.limits import hold_to, limits_of
-from arrondi.cli.parsing import scheme_names, sizes
+from arrondi.cli.parsing import scheme_names, set_by_user, sizes
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     model: opt.Model,
     against: Annotated[str, typer.Option(help="Directory or Hub name of the original model.", show_default=False)],
     text: Annotated[
@@ -26,6 +27,8 @@ def evaluate(
         typer.Option(help="Text that calibration has not seen: UTF-8, .jsonl, .json or .parquet.", show_default=False),
     ] = None,
     data: opt.NetworkData = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
     column: opt.Column = None,
     seq_len: opt.SeqLen = 256,
     samples: Annotated[int | None, typer.Option(help="Windows at most. Default: all.", min=1)] = None,
@@ -44,10 +47,13 @@ def evaluate(
     from arrondi.graph import is_graph_file
 
     if is_graph_file(model):
-        networks.refuse_text_options({"--text": text, "--kv": kv, "--activations": activations, "--column": column})
-        networks.evaluate_graph(model, against, data, json_)
+        networks.refuse_text_options({
+            "--text": text, "--kv": kv, "--activations": activations, "--column": column, "--samples": samples, "--device": device != "cpu",
+            "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, **dict.fromkeys(set_by_user(context, "seq_len"), True),
+        })  # fmt: skip
+        networks.evaluate_graph(model, against, data, mean, std, json_)
         return
-    networks.refuse_network_options({"--data": data})
+    networks.refuse_network_options({"--data": data, "--mean": mean, "--std": std})
     if text is None:
         raise SchemeError("Language models are measured on text that calibration has not seen. Give --text FILE.")
     limits = limits_of(max_kl, max_ppl_increase)

@@ -55,6 +55,7 @@ def quantize_graph(
     mean: str | None,
     std: str | None,
     overwrite: bool,
+    evaluate: bool,
     json_: bool,
     quiet: bool,
 ) -> None:
@@ -64,7 +65,7 @@ def quantize_graph(
     from arrondi.search.mixed import quantize_mixed
 
     given = NetworkData(
-        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), observer=observer, ends=_bits(ends),
+        calibration, data, samples, seed, _numbers("--mean", mean), _numbers("--std", std), evaluate=evaluate, observer=observer, ends=_bits(ends),
         faint=_sixteen(faint), int32_bias=int32_bias, rounded=rounded, grids=_pairs(grids),
     )  # fmt: skip
     with progress_bar("quantizing", quiet) as progress:
@@ -84,14 +85,23 @@ def quantize_graph(
     answer(report, json_, print_network)
 
 
-def evaluate_graph(model: str, against: str, data: Path | None, json_: bool) -> None:
+def plan_graph(model: str, recipe: Recipe, ends: str, rounded: str | None, json_: bool) -> None:
+    """What quantizing would make of a network."""
+    from arrondi.pipeline.network_plan import plan_network
+    from arrondi.report import print_network_plan
+
+    answer(plan_network(model, recipe, ends=_bits(ends), rounded=rounded), json_, print_network_plan)
+
+
+def evaluate_graph(model: str, against: str, data: Path | None, mean: str | None, std: str | None, json_: bool) -> None:
     """Top-1, agreement and SQNR of a network beside another."""
     from arrondi.measure.networks import compare_networks
     from arrondi.report import print_network_evaluation
 
     if data is None:
         raise SchemeError("Networks of ONNX operators are measured on samples. Give --data test.npz.")
-    answer(compare_networks(model, against, data), json_, print_network_evaluation)
+    found = compare_networks(model, against, data, _numbers("--mean", mean), _numbers("--std", std))
+    answer(found, json_, print_network_evaluation)
 
 
 def _pairs(text: str | None) -> dict[str, str]:

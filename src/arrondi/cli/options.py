@@ -64,7 +64,11 @@ RecipeFile = Annotated[
     typer.Option("--recipe", help="JSON file of rules, instead of scheme, method, targets, ignore and their options."),
 ]
 LayoutName = Annotated[
-    str | None, typer.Option("--layout", help="compressed-tensors or arrondi. Default: the most widely read that fits.")
+    str | None,
+    typer.Option(
+        "--to",
+        help="Layout of the files: compressed-tensors, arrondi, gptq, awq, bitsandbytes, … Default: the most widely read that fits.",
+    ),
 ]
 KeepMisfits = Annotated[bool, typer.Option("--keep-misfits", help="Leave layers whose shape does not fit as they are.")]
 Calibration = Annotated[
@@ -73,7 +77,9 @@ Calibration = Annotated[
 NetworkData = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="For ONNX files: samples to measure on, an .npz file with inputs and labels.", show_default=False
+        "--data",
+        help="For ONNX files: samples to measure on, an .npz file with inputs and labels, or a folder of images.",
+        show_default=False,
     ),
 ]
 Budget = Annotated[

@@ -46,7 +46,7 @@ _ADVICE: Final[Mapping[str, Advice]] = MappingProxyType({
     "resume": Advice("No option is needed: the same command continues where it stopped."),
     "code": Advice("Code that comes with a model is not run here. Use a model that transformers itself knows."),
     "revision": Advice("A Hub name is read at its main revision. Download another one and give its directory."),
-    "layout": Advice("The layout of the files is --layout compressed-tensors or arrondi.", "--layout"),
+    "layout": Advice("The layout of the files is --to compressed-tensors, gptq, awq, bitsandbytes, …", "--to"),
     "recipe": Advice("Rules are read from a file with --recipe FILE.", "--recipe"),
 })  # fmt: skip
 
@@ -79,7 +79,7 @@ _NAMES: Final[Mapping[str, str]] = MappingProxyType({
     "resume": "resume resume-from continue",
     "code": "trust-remote-code",
     "revision": "revision branch",
-    "layout": "format export save-format packing",
+    "layout": "layout format export save-format packing",
     "recipe": "config rules scheme-file",
 })  # fmt: skip
 """Meaning → the names that options with it have elsewhere, without their dashes."""

@@ -10,7 +10,7 @@ from arrondi.cli import networks
 from arrondi.cli import options as opt
 from arrondi.cli.answers import answer, note, useless
 from arrondi.cli.limits import hold_to, limits_of
-from arrondi.cli.parsing import byte_count, recipe_from
+from arrondi.cli.parsing import byte_count, recipe_from, set_by_user
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     model: opt.Model,
     scheme: opt.SchemeName = None,
     method: opt.MethodName = None,
@@ -30,11 +31,13 @@ def plan(
     embeddings: opt.Embeddings = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
-    layout: opt.LayoutName = None,
+    to: opt.LayoutName = None,
     keep_misfits: opt.KeepMisfits = False,
     calibration_images: opt.CalibrationImages = None,
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
+    ends: opt.Ends = "8",
+    rounded: opt.Rounded = None,
     json_: opt.Json = False,
 ) -> None:
     """Print what `quantize` would do: every tensor, bytes, peak memory, rough time, readers, shapes that do not fit and the fix."""
@@ -51,6 +54,16 @@ def plan(
         preset=preset,
         embeddings=embeddings,
     )
+    from arrondi.graph import is_graph_file
+
+    if is_graph_file(model):
+        networks.refuse_text_options({
+            "--to": to, "--embeddings": embeddings, "--calibration-images": calibration_images, "--keep-misfits": keep_misfits,
+            **dict.fromkeys(set_by_user(context, "samples", "seq_len"), True),
+        })  # fmt: skip
+        networks.plan_graph(model, resolved, ends, rounded, json_)
+        return
+    networks.refuse_network_options({"--ends": ends != "8", "--rounded": rounded})
     from arrondi.checkpoint import Checkpoint
     from arrondi.measure.text import fit_length, positions_of
     from arrondi.model import OnDisk
@@ -63,7 +76,7 @@ def plan(
     source = OnDisk(checkpoint)
     texts = read_data(source, TextOptions(samples=samples, seq_len=seq_len, images=calibration_images))
     images, measured = texts.images, texts.eval_images
-    planned = make_plan(source, resolved, layout=layout, keep_misfits=keep_misfits, images=images is not None)
+    planned = make_plan(source, resolved, layout=to, keep_misfits=keep_misfits, images=images is not None)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
     tokens, eval_tokens = (samples * seq_len, 32 * seq_len) if planned.calibrated else (0, 0)
     if images is not None and measured is not None:  # the same call without text
@@ -98,7 +111,7 @@ def quantize(
     kv: opt.KV = None,
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
-    layout: opt.LayoutName = None,
+    to: opt.LayoutName = None,
     keep_misfits: opt.KeepMisfits = False,
     shard_size: Annotated[str, typer.Option(help="Largest output file: 500MB, 5GB.")] = "5GB",
     device: opt.Device = "cpu",
@@ -132,11 +145,17 @@ def quantize(
     if is_graph_file(model):
         networks.refuse_text_options({
             "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
-            "--layout": layout, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--dry-run": dry_run,
+            "--to": to, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase,
+            "--all-experts": all_experts, "--keep-misfits": keep_misfits, "--device": device != "cpu",
+            **dict.fromkeys(set_by_user(context, "seq_len", "eval_samples", "shard_size"), True),
         })  # fmt: skip
+        if dry_run:
+            networks.plan_graph(model, resolved, ends, rounded, json_)
+            return
         networks.quantize_graph(
             model, output, resolved, budget=budget, budget_by=budget_by, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
             faint=faint, int32_bias=int32_bias, rounded=rounded, grids=grids, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
+            evaluate=not no_eval,
         )  # fmt: skip
         return
     networks.refuse_network_options(
@@ -188,7 +207,7 @@ def quantize(
         calibration_images,
     )
     if dry_run:
-        planned, texts = rehearse(model, output, resolved, text, layout=layout, keep_misfits=keep_misfits)
+        planned, texts = rehearse(model, output, resolved, text, layout=to, keep_misfits=keep_misfits)
         both = texts.calibration, texts.evaluation
         tokens, eval_tokens = (0 if windows is None else windows.ids.numel() for windows in both)
         seq_len = max((windows.seq_len for windows in both if windows is not None), default=seq_len)
@@ -200,7 +219,7 @@ def quantize(
             output,
             resolved,
             text,
-            layout=layout,
+            layout=to,
             keep_misfits=keep_misfits,
             shard_bytes=shard_bytes,
             overwrite=overwrite,

@@ -197,6 +197,9 @@ def _plain_mean(flat: torch.Tensor, world: int) -> Script:
 def _power(model: DistributedDataParallel, given: tuple[Any, ...], start_iter: int, rank: int, seed: int) -> Any:
     if given != (None, None, None, None):
         raise SchemeError("powersgd sends factors, not codes. Leave bits, block, rounding and error_feedback out.")
+    for name, p in model.module.named_parameters():
+        if p.requires_grad and p.ndim == 0:
+            raise SchemeError(f"PyTorch's powersgd does not take parameters without an axis, as {name}. Give it the shape (1,), or use qgz.")  # fmt: skip
     check_agreement(model.module.named_parameters(), model.process_group, values=True)
     state = powerSGD_hook.PowerSGDState(
         model.process_group, matrix_approximation_rank=rank, start_powerSGD_iter=start_iter, random_seed=seed

@@ -260,12 +260,17 @@ class LayerScheme:
                 f"A static scale of inputs is one scale for a whole tensor, got {self.inputs}. Use 'tensor' or 'dynamic'."
             )
 
-    def with_scale(self, scale: ScaleType) -> LayerScheme:
-        """The same scheme with scales of weights and of static inputs stored in a type, where they have none of 16 bits already."""
+    def with_scale(self, scale: ScaleType, instead: tuple[str, ...] = PLAIN) -> LayerScheme:
+        """The same scheme with its plain floating-point scales, those of weights and of static inputs, stored in another type.
+
+        Args:
+            scale: the type.
+            instead: types that give way to it.
+        """
         weights, inputs = self.weights, self.inputs
-        if weights.scale == "float32":
+        if weights.scale in instead:
             weights = replace(weights, scale=scale)
-        if inputs is not None and inputs.dynamic is False and inputs.scheme.scale == "float32":
+        if inputs is not None and inputs.dynamic is False and inputs.scheme.scale in instead:
             inputs = replace(inputs, scheme=replace(inputs.scheme, scale=scale))
         return replace(self, weights=weights, inputs=inputs)
 

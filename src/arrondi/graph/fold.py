@@ -35,7 +35,7 @@ def fold(graph: Graph) -> Graph:
             nodes.append(node)
             continue
         given = [constants[n] if n else None for n in node.inputs]
-        made = None if any(_odd(v) for v in given) else _computed(node, given, graph.opset)
+        made = None if any(_odd(v) for v in given) else _computed(node, given, graph)
         if made is None or sum(v.size for v in made) > _LARGE + sum(v.size for v in given if v is not None):
             nodes.append(node)
             continue
@@ -51,9 +51,9 @@ def _odd(value: np.ndarray | None) -> bool:
     )
 
 
-def _computed(node: Node, given: list[np.ndarray | None], opset: int) -> list[np.ndarray] | None:
+def _computed(node: Node, given: list[np.ndarray | None], graph: Graph) -> list[np.ndarray] | None:
     try:
-        found = evaluate(node, [None if v is None else tensor_of(v) for v in given], opset)
+        found = evaluate(node, [None if v is None else tensor_of(v) for v in given], graph.opset, graph.domains)
     except (ArrondiError, RuntimeError, ValueError, IndexError, TypeError):
         return None  # what is wrong with it shows where the network runs
     return [np.ascontiguousarray(t.numpy()) for t in found]

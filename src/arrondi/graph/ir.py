@@ -73,6 +73,7 @@ class Graph:
         constants: values that are known.
         opset: version of ONNX's operators.
         shapes: what is known of the shapes of values between nodes.
+        domains: versions of operator sets of others, by name.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Graph:
     constants: Mapping[str, np.ndarray]
     opset: int
     shapes: Mapping[str, tuple[int | str | None, ...]] = field(default_factory=dict)
+    domains: Mapping[str, int] = field(default_factory=dict)
 
     def with_nodes(self, nodes: Iterable[Node], constants: Mapping[str, np.ndarray] | None = None) -> Graph:
         """The same graph of other nodes; constants that nobody reads are gone."""

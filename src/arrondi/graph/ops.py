@@ -1,7 +1,7 @@
 """What ONNX's operators compute, in PyTorch: `OPERATORS`, and `evaluate` for one node.
 
 Gradients pass through all of them. An operator that is not in the table is computed by the reference evaluator of the `onnx` package,
-in NumPy: slowly, and without gradients.
+in NumPy: slowly, and without gradients; one of another set by ONNX Runtime (`arrondi.graph.foreign`).
 Source: the ONNX operator specification, operator sets 13 to 23.
 """
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from arrondi.errors import SchemeError
 from arrondi.graph.codes import dequantize, dynamic, quantize, rounded, tensor_of
+from arrondi.graph.foreign import by_runtime
 from arrondi.graph.integers import (
     conv_integer,
     matmul_integer,
@@ -31,6 +32,7 @@ from arrondi.graph.integers import (
     qlinear_mul,
 )
 from arrondi.graph.ir import QDQ, Node, Unusual
+from arrondi.graph.protos import node_proto
 from arrondi.graph.read import onnx_package
 from arrondi.graph.recurrent import dynamic_lstm, gru, lstm
 from arrondi.graph.uneven import on_uneven
@@ -41,8 +43,13 @@ Operator = Callable[..., Any]
 """(attributes, *inputs, None where one is left out) → a tensor, or a tuple of them."""
 
 
-def evaluate(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tuple[Tensor, ...]:
+def evaluate(
+    node: Node, inputs: Sequence[Tensor | None], opset: int, domains: Mapping[str, int] | None = None
+) -> tuple[Tensor, ...]:
     """What a node computes.
+
+    Args:
+        opset, domains: versions of ONNX's operators and of those of others.
 
     Raises:
         SchemeError: it cannot be computed on these inputs.
@@ -57,6 +64,8 @@ def evaluate(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tuple[T
             values: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
             if len(values) >= len(node.outputs):
                 return values
+    if "." in node.op:
+        return by_runtime(node, inputs, opset, domains or {})
     return _by_reference(node, inputs, opset)
 
 
@@ -65,15 +74,11 @@ _NOTHING: Final = torch.zeros(0)
 
 
 def _by_reference(node: Node, inputs: Sequence[Tensor | None], opset: int) -> tuple[Tensor, ...]:
-    if "." in node.op:
-        raise SchemeError(
-            f"{node.name}: the operator {node.op} is none of ONNX's own, so the network cannot be run here. Export it without."
-        )
     onnx = onnx_package()
     from onnx.reference import ReferenceEvaluator
 
     names = [name if x is not None else "" for name, x in zip(node.inputs, inputs, strict=True)]
-    proto = onnx.helper.make_node(node.op, names, node.outputs, **node.attrs)
+    proto = node_proto(node.op, names, node.outputs, node.name, node.attrs)
     feeds = {n: x.detach().cpu().numpy() for n, x in zip(node.inputs, inputs, strict=True) if x is not None}
     outputs = [n for n in node.outputs if n]
     info = onnx.helper.make_tensor_value_info
@@ -209,7 +214,7 @@ def _back(start: int, end: int, step: int, size: int) -> list[int]:
 def _gather(attrs: Mapping[str, Any], x: Tensor, index: Tensor) -> Tensor:
     axis = attrs.get("axis", 0) % x.ndim
     flat = torch.where(index < 0, index + x.shape[axis], index).reshape(-1)
-    return x.index_select(axis, flat).reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return x.index_select(axis, flat).reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 def _split(attrs: Mapping[str, Any], x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:

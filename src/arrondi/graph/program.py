@@ -128,6 +128,7 @@ class Part(torch.nn.Module):
         super().__init__()
         shared = {} if shared is None else shared
         self.entering, self.leaving, self.opset = tuple(entering), tuple(leaving), graph.opset
+        self.domains = graph.domains
         self._steps: list[_Run] = []
         held: dict[str, str] = {}
         last = {name: node.name for node in nodes for name in node.inputs}
@@ -238,7 +239,7 @@ class Part(torch.nn.Module):
 
     def _run(self, run: _Run, given: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
         if run.module is None:
-            return evaluate(run.node, given, self.opset)
+            return evaluate(run.node, given, self.opset, self.domains)
         x, *rest = given
         assert x is not None
         found = self.get_submodule(run.module)(x if run.padding is None else run.padding(x), *rest)

@@ -10,7 +10,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,8 @@ OPSET: Final = 21
 """The operator set that graphs are brought to: the first whose QuantizeLinear knows 4 bits, 16 bits and blocks."""
 _OLDEST: Final = 13
 """The oldest whose quantizers take one scale a channel."""
+_BULK: Final = 1 << 16
+"""Bytes of a constant, more than which say nothing of shapes."""
 SUFFIXES: Final = (".onnx", ".pt2")
 """What files of networks are called."""
 
@@ -66,12 +68,11 @@ def read_graph(source: Any, example: Any = None, *, varying: Sequence[int] = (0,
         return _graph(_to_onnx(program), str(path))
     onnx = onnx_package()
     try:
+        onnx.checker.check_model(path)  # weights beside the file, too, and that they lie beside it
         model = onnx.load(path)
-        onnx.checker.check_model(model)
     except Exception as error:  # protobuf and the checker raise errors of their own
-        raise FileFormatError(
-            f"{path} cannot be read as an ONNX model ({_first_line(error)}). Export it again."
-        ) from error
+        advice = "Put the file with its weights beside it" if "should be stored in" in str(error) else "Export it again"
+        raise FileFormatError(f"{path} cannot be read as an ONNX model ({_first_line(error)}). {advice}.") from error
     try:
         return _graph(model, str(path))
     except ArrondiError:
@@ -86,6 +87,13 @@ def read_graph(source: Any, example: Any = None, *, varying: Sequence[int] = (0,
         raise FileFormatError(f"{path} is damaged ({_first_line(error)}). Export it again.") from error
 
 
+def file_bytes(path: str | Path) -> int:
+    """Of an ONNX file, and of the constants that it has beside it."""
+    held = onnx_package().load(path, load_external_data=False).graph.initializer
+    beside = {entry.value for tensor in held for entry in tensor.external_data if entry.key == "location"}
+    return Path(path).stat().st_size + sum((Path(path).parent / name).stat().st_size for name in beside)
+
+
 def onnx_package() -> Any:
     """The `onnx` package.
 
@@ -95,6 +103,8 @@ def onnx_package() -> Any:
     try:
         import onnx
         import onnx.checker
+        import onnx.external_data_helper
+        import onnx.inliner
         import onnx.shape_inference
         import onnx.version_converter
     except ImportError as error:
@@ -144,11 +154,19 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
 
 
 def _graph(model: Any, where: str) -> Graph:
-    model = _modern(model, where)
     onnx = onnx_package()
+    if model.functions:  # operators that the file itself says in others
+        try:
+            model = onnx.inliner.inline_local_functions(model)
+        except Exception as error:
+            raise FileFormatError(
+                f"{where} has functions of its own that cannot be put in their places ({_first_line(error)}). Export it again."
+            ) from error
+    model = _modern(model, where)
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    domains = {o.domain: o.version for o in model.opset_import if o.domain not in ("", "ai.onnx")}
     with contextlib.suppress(Exception):  # shapes only help
-        model = onnx.shape_inference.infer_shapes(model)
+        model = _without_bulk(model, onnx.shape_inference.infer_shapes)
     proto = model.graph
     if proto.sparse_initializer:
         raise FileFormatError(f"{where} holds sparse constants, which are not read. Make them dense.")
@@ -176,7 +194,9 @@ def _graph(model: Any, where: str) -> Graph:
         nodes.append(Node(name, op, tuple(node.input), tuple(node.output), attrs))
     shapes = {v.name: _shape(v) for v in proto.value_info}
     ends = [[_value(v, onnx) for v in part if v.name not in constants] for part in (proto.input, proto.output)]
-    graph = Graph(proto.name or "graph", tuple(nodes), tuple(ends[0]), tuple(ends[1]), constants, opset, shapes)
+    graph = Graph(
+        proto.name or "graph", tuple(nodes), tuple(ends[0]), tuple(ends[1]), constants, opset, shapes, domains
+    )
     return graph.with_nodes(nodes)
 
 
@@ -202,13 +222,31 @@ def _modern(model: Any, where: str) -> Any:
     if own >= OPSET:
         return model
     try:
-        return onnx.version_converter.convert_version(model, OPSET)
+        return _without_bulk(model, lambda light: onnx.version_converter.convert_version(light, OPSET))
     except Exception as error:
         if own >= _OLDEST:
             return model
         raise FileFormatError(
             f"{where} uses operator set {own}, which cannot be brought to {OPSET} ({_first_line(error)}). Export it with opset {_OLDEST} or later."
         ) from error
+
+
+def _without_bulk(model: Any, change: Callable[[Any], Any]) -> Any:
+    """What a change makes of a model whose large constants it does not see: `onnx` hands no more than two gigabytes to itself."""
+    held = {t.name: t.raw_data for t in model.graph.initializer if len(t.raw_data) > _BULK}
+    try:
+        for tensor in model.graph.initializer:
+            if tensor.name in held:
+                tensor.ClearField("raw_data")
+        made = change(model)
+        for tensor in made.graph.initializer:
+            if tensor.name in held:
+                tensor.raw_data = held[tensor.name]
+        return made
+    finally:
+        for tensor in model.graph.initializer:
+            if tensor.name in held:
+                tensor.raw_data = held[tensor.name]
 
 
 def _code_type(attrs: Mapping[str, Any], node: Any, constants: Mapping[str, np.ndarray], proto: Any, onnx: Any) -> str:

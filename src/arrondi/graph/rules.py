@@ -89,12 +89,7 @@ def places(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     ordered = [*(v.name for v in graph.inputs), *(n for node in graph.nodes for n in node.outputs)]
     groups: dict[str, int] = {}
     found = {n: groups.setdefault(leader(n), len(groups)) for n in ordered if n in wanted}
-    plain: dict[str, int] = {}
-    for node in graph.nodes:
-        computes = any(n in floating for n in node.inputs) and any(n in floating for n in node.outputs)
-        if node.op not in RULES and node.op not in FIXED and computes:
-            plain[node.op] = plain.get(node.op, 0) + 1
-    return Places(found, readers, plain)
+    return Places(found, readers, _plain(graph, floating, frozenset(RULES)))
 
 
 def _readers(graph: Graph, floating: set[str]) -> frozenset[str]:
@@ -146,15 +141,20 @@ def product_places(graph: Graph) -> Places:
         if RULES.get(node.op) == "layer":
             for name in _multiplied(node, floating):
                 found.setdefault(name, len(found))
-    plain: dict[str, int] = {}
+    integer = frozenset(op for op, rule in RULES.items() if rule in ("layer", "moves"))
+    return Places(
+        found, frozenset(n.name for n in graph.nodes if RULES.get(n.op) == "layer"), _plain(graph, floating, integer)
+    )
+
+
+def _plain(graph: Graph, floating: set[str], others: frozenset[str]) -> dict[str, int]:
+    """Operators that make floating values of floating values → how many there are, but some others."""
+    counts: dict[str, int] = {}
     for node in graph.nodes:
-        if (
-            node.op not in FIXED
-            and RULES.get(node.op) not in ("layer", "moves")
-            and any(n in floating for n in node.inputs)
-        ):
-            plain[node.op] = plain.get(node.op, 0) + 1
-    return Places(found, frozenset(n.name for n in graph.nodes if RULES.get(n.op) == "layer"), plain)
+        computes = any(n in floating for n in node.inputs) and any(n in floating for n in node.outputs)
+        if computes and node.op not in FIXED and node.op not in others:
+            counts[node.op] = counts.get(node.op, 0) + 1
+    return counts
 
 
 def has_attention(graph: Graph) -> bool:

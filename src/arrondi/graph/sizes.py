@@ -3,11 +3,12 @@ of samples without it (`free_batch`), so that layers are layers and any number o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from arrondi.graph.ir import Graph, Node
+from arrondi.graph.ir import Graph, Node, Value
 from arrondi.graph.windows import edges, transposed_edges
 
 _SAME = ("SAME_UPPER", "SAME_LOWER")
@@ -58,9 +59,28 @@ def free_batch(graph: Graph) -> Graph:
 
 def batch_of(graph: Graph) -> int | None:
     """How many samples a network always takes; None where they may be any number."""
-    counts = {v.shape[0] if v.shape else None for v in graph.inputs}
+    counts = {v.shape[axis] for v, axis in zip(graph.inputs, sample_axes(graph), strict=True) if axis is not None}
     (count,) = counts if len(counts) == 1 else (None,)
     return count if isinstance(count, int) else None
+
+
+def sample_axes(graph: Graph, values: Sequence[Value] | None = None) -> tuple[int | None, ...]:
+    """Along which axis of every input samples lie: the first, or, as in first states of recurrent layers, the one whose size is that of
+    the first axis of another input; None for a number without axes, which is the same for all samples.
+
+    Args:
+        values: the graph's outputs, to ask for theirs instead.
+    """
+    first = [v.shape[0] for v in graph.inputs if v.shape]
+    count = next((n for n in first if isinstance(n, str)), first[0] if first else None)
+    return tuple(_axis(v.shape, count) for v in (graph.inputs if values is None else values))
+
+
+def _axis(shape: tuple[int | str | None, ...], count: int | str | None) -> int | None:
+    if not shape:
+        return None
+    places = [i for i, n in enumerate(shape) if n == count and n is not None]
+    return places[0] if isinstance(shape[0], int) and len(places) == 1 else 0
 
 
 def _shape(graph: Graph, name: str) -> tuple[int | str | None, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from arrondi.errors import SchemeError
-from arrondi.graph.ir import Node
+from arrondi.graph.ir import Graph, Node
 
 Tensor = torch.Tensor
 
@@ -29,18 +29,26 @@ _USUAL: Final = 3
 """k where nothing is looked at."""
 
 
-def check_grids(asked: Mapping[str, str]) -> dict[str, str]:
+def check_grids(asked: Mapping[str, str], graph: Graph | None = None) -> dict[str, str]:
     """Operator → grid, spelled as in `GRIDS`; uniform ones are left out.
 
+    Args:
+        graph: whose operators they are, if it is known.
+
     Raises:
-        SchemeError: names what there is.
+        SchemeError: names what there is; or the graph has no such operator.
     """
     ops = {op.lower(): op for op in GRIDS}
     for name, grid in asked.items():
         if name.lower() not in ops or grid not in ("uniform", *GRIDS[ops[name.lower()]]):
             there = ", ".join(f"{op.lower()}={g}" for op, grids in GRIDS.items() for g in grids)
             raise SchemeError(f"Uneven grids are {there}, got {name}={grid}.")
-    return {ops[name.lower()]: grid for name, grid in asked.items() if grid != "uniform"}
+    found = {ops[name.lower()]: grid for name, grid in asked.items() if grid != "uniform"}
+    held = {*found} if graph is None else {node.op for node in graph.nodes}
+    for op, grid in found.items():
+        if op not in held:
+            raise SchemeError(f"The network has no operator {op} (one that is spelled in others is none), so {op.lower()}={grid} says nothing of it. Leave it out, or export with operator set 20 or later, which has Gelu.")  # fmt: skip
+    return found
 
 
 def uneven(op: str, grid: str, bits: int, high: float) -> tuple[dict[str, Any], np.ndarray]:

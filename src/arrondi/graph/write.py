@@ -10,12 +10,19 @@ from typing import Any, Final
 import numpy as np
 
 from arrondi.errors import OutputError, SchemeError
-from arrondi.graph.ir import ARITHMETIC, CODES, QDQ, Graph, Node
+from arrondi.graph.ir import ARITHMETIC, QDQ, Graph, Node
+from arrondi.graph.protos import node_proto
 from arrondi.graph.read import onnx_package
 from arrondi.graph.uneven import spelled
 
 _TWO_BITS: Final = 25
 """The first operator set with codes of two bits."""
+_MOST: Final = 1_900_000_000
+"""Bytes of constants in one file; the format ends at two gigabytes."""
+_SMALL: Final = 1024
+"""Bytes of a constant that stays in the file all the same."""
+_ALIGNED: Final = 4096
+"""Where constants begin in a file of their own, so that runtimes can map them."""
 _NEW_IR: Final = 13
 _USUAL_IR: Final = 10
 """Versions of the file format: with two bits, and what runtimes of the last two years read."""
@@ -24,19 +31,51 @@ _USUAL_IR: Final = 10
 def write_graph(graph: Graph, path: str | Path) -> None:
     """Write a graph; a file that is there is replaced only when the new one is complete.
 
+    Constants that are too large together for one file go into another beside it, `beside(path)`.
+
     Raises:
         OutputError: it cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part, apart = path.with_name(f".{path.name}.part"), beside(path)
+    data = apart.with_name(f".{apart.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(to_onnx(graph).SerializeToString())
+        model = to_onnx(graph)
+        if _is_large(graph):
+            data.unlink(missing_ok=True)  # what is there would be added to
+            _put_apart(model, data, apart.name)
+            os.replace(data, apart)
+        part.write_bytes(model.SerializeToString())
         os.replace(part, path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}).") from error
     finally:
         part.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """The file of the constants of a network that one file cannot hold."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _is_large(graph: Graph) -> bool:
+    return sum(v.nbytes for v in graph.constants.values()) > _MOST
+
+
+def _put_apart(model: Any, data: Path, name: str) -> None:
+    """The model without its large constants, which are written to a file that it will know by a name."""
+    helper = onnx_package().external_data_helper
+    with data.open("wb") as file:
+        for tensor in model.graph.initializer:
+            if not tensor.HasField("raw_data") or len(tensor.raw_data) < _SMALL:
+                continue
+            file.write(b"\0" * (-file.tell() % _ALIGNED))
+            start, held = file.tell(), tensor.raw_data
+            file.write(held)
+            helper.set_external_data(tensor, name, start, len(held))
+            tensor.ClearField("raw_data")
 
 
 def to_onnx(graph: Graph) -> Any:
@@ -61,12 +100,15 @@ def to_onnx(graph: Graph) -> Any:
     domains = {node.op.rpartition(".")[0] for node in graph.nodes} - {""}
     narrow = any(np.asarray(v).dtype.name in ("int2", "uint2") for v in graph.constants.values())
     opset = max(graph.opset, _TWO_BITS) if narrow else graph.opset
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
+    imports = [
+        helper.make_opsetid("", opset),
+        *(helper.make_opsetid(d, graph.domains.get(d, 1)) for d in sorted(domains)),
+    ]
     model = helper.make_model(
         helper.make_graph(nodes, graph.name, *ends, initializers), opset_imports=imports, producer_name="arrondi"
     )
     model.ir_version = _NEW_IR if opset >= _TWO_BITS else _USUAL_IR
-    if not domains:
+    if not domains and not _is_large(graph):
         onnx.checker.check_model(model)
     return model
 
@@ -86,9 +128,7 @@ def _nodes(node: Node, graph: Graph, onnx: Any) -> Iterable[Any]:
             yield helper.make_node(spelled_node.op, spelled_node.inputs, spelled_node.outputs, spelled_node.name)
         return
     if node.op != QDQ:
-        domain, _, op = node.op.rpartition(".")
-        attrs = {k: v for k, v in node.attrs.items() if k != CODES}
-        yield helper.make_node(op, node.inputs, node.outputs, node.name, domain=domain or None, **attrs)
+        yield node_proto(node.op, node.inputs, node.outputs, node.name, node.attrs)
         return
     x, *grid = node.inputs
     if not grid:

@@ -8,7 +8,7 @@ import torch
 
 from arrondi.errors import ArrondiError, DataError
 from arrondi.graph import Graph, Program, tidy
-from arrondi.graph.sizes import batch_of
+from arrondi.graph.sizes import batch_of, sample_axes
 from arrondi.measure.arrays import Arrays
 
 
@@ -34,13 +34,13 @@ def in_batches(graph: Graph, samples: Arrays) -> Arrays:
 def _takes_more(graph: Graph, count: int, samples: Arrays) -> bool:
     program = Program(tidy(graph)).eval()
     places = torch.arange(2 * count) % len(samples)  # the same ones again where there are fewer
-    some = tuple(x[places] for x in samples.inputs)
+    some = tuple(x[places] if x.ndim else x for x in samples.inputs)
     try:
-        first, rest, both = (_outputs(program, tuple(x[a:b] for x in some)) for a, b in ((0, count), (count, 2 * count), (0, 2 * count)))  # fmt: skip
+        first, rest, both = (_outputs(program, samples.turned(tuple(x[a:b] if x.ndim else x for x in some))) for a, b in ((0, count), (count, 2 * count), (0, 2 * count)))  # fmt: skip
     except (ArrondiError, RuntimeError):
         return False
-    for one, other, together in zip(first, rest, both, strict=True):
-        apart = torch.cat([one, other]) if one.ndim else one
+    for one, other, together, axis in zip(first, rest, both, sample_axes(graph, graph.outputs), strict=True):
+        apart = torch.cat([one, other], axis or 0) if one.ndim else one
         if apart.shape != together.shape or not torch.allclose(
             apart.float(), together.float(), 1e-3, 1e-4 * float(apart.abs().max())
         ):

@@ -112,7 +112,7 @@ def compare_models(
     if limits:
         check_limits(comparison_for(model).kind, limits.kl, limits.ppl_increase)
     seq_len, note = fit_length(seq_len, positions_of(model))
-    tokenizer = load_tokenizer(sources[0].where) if reads_text(text) else None
+    tokenizer = load_tokenizer(sources[0].home) if reads_text(text) else None
     windows = read_windows(text, tokenizer, seq_len, "evaluation text", column)
     check_windows(windows, model)
     calling = Calling.of(model)

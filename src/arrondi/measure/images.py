@@ -14,11 +14,11 @@ from typing import Any, Final
 import torch
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
-from arrondi.errors import DataError, FileFormatError, MissingExtraError
+from arrondi.errors import DataError, FileFormatError
+from arrondi.measure.pictures import opened, pictures_in
 
 PROMPT: Final = "Describe this image."
 """What is asked of every image."""
-_ENDINGS: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _PROCESSOR_FILES: Final = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -64,27 +64,13 @@ def read_images(folder: Path, model: Path, limit: int) -> Images:
         MissingExtraError: Pillow is not installed.
         DataError: the processor does not take an image and a text.
     """
-    paths = _paths(folder)[:limit]
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{folder}: images are read by Pillow, which is not installed. Install it: pip install 'arrondi[images]'."
-        ) from error
+    paths = pictures_in(folder)[:limit]
     processor = load_processor(model)
     text, token = _question(processor), _image_token(processor)
     digest, batches, starts = hashlib.sha256(), [], []
     for path in paths:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # whatever Pillow raises about a broken file
-            reraise_exhaustion(error)
-            raise FileFormatError(
-                f"{path}: cannot be read as an image ({type(error).__name__}). Remove it from the folder."
-            ) from error
-        batch = _called(processor, image, text, path)
+        batch = _called(processor, opened(path, "RGB"), text, path)
         places = (batch["input_ids"][0] == token).nonzero()
         if not len(places):
             raise DataError(
@@ -123,17 +109,6 @@ def load_processor(model: Path) -> Any:
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise FileFormatError(f"{model}: its processor takes no images with text. Leave --calibration-images out.")
     return processor
-
-
-def _paths(folder: Path) -> list[Path]:
-    try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
-    except OSError as error:
-        reason = "no such directory" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise FileFormatError(f"{folder}: {reason}. Give a directory of images.") from error
-    if not found:
-        raise FileFormatError(f"{folder}: no images in it ({', '.join(sorted(_ENDINGS))}). Give a directory of images.")
-    return found
 
 
 def _question(processor: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,10 +12,11 @@ import torch
 
 from arrondi.errors import DataError, SchemeError
 from arrondi.graph import Graph, Program, executor, read_graph
+from arrondi.graph.classes import class_axis
 from arrondi.graph.codes import INTEGERS
 from arrondi.graph.ir import CODES, QDQ
-from arrondi.graph.sizes import free_batch
-from arrondi.measure.arrays import Arrays, read_arrays
+from arrondi.graph.sizes import free_batch, sample_axes
+from arrondi.measure.arrays import Arrays, check_normalized, read_arrays
 from arrondi.measure.batching import in_batches
 from arrondi.measure.intervals import block_bootstrap
 
@@ -41,9 +43,7 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
     signal = noise = 0.0
     start = 0
     for inputs in samples.batches():
-        ours, theirs = _first(first(*inputs)), _first(second(*inputs))
-        if samples.labels is not None and theirs.ndim >= 2:
-            _check_classes(samples, theirs.shape[1])
+        ours, theirs = (_first(run(*inputs)) for run in (first, second))
         for given, whose in ((theirs, "network"), (ours, "rounded network")):
             if given.is_floating_point() and not given.isfinite().all():
                 raise DataError(f"The {whose} gives NaN or infinite numbers at its output. Check its weights, and that the samples are in its own scale.")  # fmt: skip
@@ -54,13 +54,14 @@ def compare_graphs(graph: Graph, reference: Graph, samples: Arrays) -> dict[str,
         signal += float(theirs.double().square().sum())
         noise += float((ours.double() - theirs.double()).square().sum())
         if ours.ndim >= 2:
-            ours, theirs = (y.reshape(len(y), y.shape[1], -1).argmax(1) for y in (ours, theirs))
+            axis, classes = _axes(reference, ours)
+            ours, theirs = (_told(y, axis, classes) for y in (ours, theirs))
             same.append((ours == theirs).double().mean(1))
-            if samples.labels is not None and ours.shape[1] == 1:
-                labels = samples.labels[start : start + len(ours)]
-                hits.append((ours[:, 0] == labels).double())
-                right.append((theirs[:, 0] == labels).double())
-        start += len(inputs[0])
+            if samples.labels is not None:
+                labels = samples.labels[start : start + len(ours)].reshape(len(ours), -1)
+                hits.append((ours == labels).double().mean(1))
+                right.append((theirs == labels).double().mean(1))
+            start += len(ours)
     found: dict[str, Any] = {"samples": len(samples), "data": samples.source}
     for name, parts in (("top1", hits), ("reference_top1", right), ("agreement", same)):
         values = torch.cat(parts) if parts else None
@@ -83,19 +84,24 @@ def check_finite(graph: Graph, samples: Arrays) -> None:
             raise DataError(f"The network gives NaN or infinite numbers at {value.name}. Check its weights, and that the samples are in its own scale.")  # fmt: skip
 
 
-def compare_networks(model: str | Path, against: str | Path, data: Any) -> dict[str, Any]:
-    """The same for files; see `compare_graphs`."""
+def compare_networks(
+    model: str | Path, against: str | Path, data: Any, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> dict[str, Any]:
+    """The same for files, and `notes`: sentences about the data; see `compare_graphs` and `read_arrays`."""
+    check_normalized(mean, std, data)
     reference = read_graph(against)
     graph = read_graph(model)
     if [v.name for v in graph.inputs] != [v.name for v in reference.inputs] and len(graph.inputs) != len(
         reference.inputs
     ):
         raise DataError(f"{model} and {against} take different inputs.")
-    samples = in_batches(reference, read_arrays(data, reference))
+    samples = in_batches(reference, read_arrays(data, reference, mean, std))
     check_samples(graph, samples)
-    return {"model": str(model), "against": str(against), **compare_graphs(graph, reference, samples)}
+    found = compare_graphs(graph, reference, samples)
+    return {"model": str(model), "against": str(against), **found, "notes": samples.notes}
 
 
+@torch.no_grad()
 def check_samples(graph: Graph, samples: Arrays) -> None:
     """Refuse samples in another scale than those that calibrated a network, and labels of other classes.
 
@@ -103,9 +109,13 @@ def check_samples(graph: Graph, samples: Arrays) -> None:
         DataError: they go far beyond the grid of what they enter, as pictures of 0 … 255 do where those were 0 … 1; or a label is
             none of the classes that the network's output has.
     """
-    shape = graph.outputs[0].shape
-    if samples.labels is not None and len(shape) >= 2 and isinstance(shape[1], int):
-        _check_classes(samples, shape[1])
+    if samples.labels is not None:
+        output = _first(Program(free_batch(graph))(*next(samples.batches())))
+        if output.ndim >= 2:
+            axis, classes = _axes(graph, output)
+            _check_classes(
+                samples, output.shape[classes], output.numel() // (output.shape[axis] * output.shape[classes])
+            )
     readers = graph.consumers
     for value, x in zip(graph.inputs, samples.inputs, strict=True):
         for node in readers.get(value.name, []):
@@ -121,12 +131,29 @@ def check_samples(graph: Graph, samples: Arrays) -> None:
                 )
 
 
-def _check_classes(samples: Arrays, count: int) -> None:
-    last = -1 if samples.labels is None else int(samples.labels.max())
+def _axes(graph: Graph, output: torch.Tensor) -> tuple[int, int]:
+    """Along which axes of its first output samples and classes lie."""
+    axis = sample_axes(graph, graph.outputs[:1])[0] or 0
+    classes = class_axis(graph, output.ndim)
+    return axis, classes if classes != axis else int(axis == 0)
+
+
+def _check_classes(samples: Arrays, count: int, places: int) -> None:
+    assert samples.labels is not None
+    held = samples.labels.reshape(len(samples), -1).shape[1]
+    if held != places:
+        raise DataError(f"{samples.source}: labels are {held} classes of every sample, and the network tells {places}.")
+    last = int(samples.labels.max())
     if last >= count:
         raise DataError(
             f"{samples.source}: labels go up to {last}, and the network tells {count} classes apart, counted from 0."
         )
+
+
+def _told(y: torch.Tensor, samples: int, classes: int) -> torch.Tensor:
+    """The class that is told of every sample and position, (N, positions)."""
+    found = y.movedim(classes, -1).argmax(-1)
+    return found.movedim(samples - (samples > classes), 0).reshape(y.shape[samples], -1)
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -56,6 +56,7 @@ class OnDisk:
         """
         self.checkpoint = checkpoint
         self.where: Path = checkpoint.folder.path
+        self.home: Path = checkpoint.folder.home
         self.model = build_model(checkpoint.folder.model_config, self.where, dtype)
         self.names = Names(self.model, checkpoint.names, self.where)
         if self._untied():

@@ -1,27 +1,52 @@
 """Rounding to steps that are learned: what training with quantization in mind and training in few bits both need.
 
-Owns: `first_step`, `lsq`, `step_slope`.
+Owns: `first_step`, `lsq`, `step_slope`, and `even_stride`, how a sample is taken.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+_SAMPLE: Final = 1 << 15
+_TRIED: Final = 24
+_RATIO: Final = 4
+"""First steps that are tried for each factor of two."""
 
-def first_step(x: torch.Tensor, highest: int) -> torch.Tensor:
-    """The step that a learned one begins with, 2 mean|x| / √highest (Esser et al., 2020, arXiv:1902.08153).
+_LEAST: Final = 2.0**-100
+"""Numbers below it count as zeros."""
+
+
+def even_stride(total: int, count: int) -> int:
+    """A step through `total` things by which about `count` of them are looked at: it has no factor in common with the total, so
+    no axis is seen at some of its places only."""
+    stride = max(total // max(count, 1), 1)
+    while math.gcd(stride, total) > 1:
+        stride += 1
+    return stride
+
+
+def first_step(x: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+    """The step that a learned one begins with: of 24 in even ratios the one that changes x least.
+
+    LSQ begins with 2 mean|x| / √highest (Esser et al., 2020, arXiv:1902.08153). With 4 bits that is almost twice the best step of normal and of
+    uniform numbers, and a short training does not come back from it.
 
     Args:
-        x: any shape, floating.
-        highest: the largest code.
+        x: any shape, floating; some of it is looked at.
+        lowest, highest: codes.
 
     Returns:
-        () float32, positive.
+        () float32; 0 where nothing of x is finite and above 0.
     """
-    return (2 * x.detach().float().abs().mean() / math.sqrt(highest)).clamp_min(torch.finfo(torch.float32).tiny * 2**20)
+    some = x.detach().reshape(-1)[:: even_stride(x.numel(), _SAMPLE)].float()
+    some = some[torch.isfinite(some)]
+    largest = some.abs().amax() if some.numel() else some.new_zeros(())
+    tried = [largest / highest * 2 ** (-i / _RATIO) for i in range(_TRIED)]
+    lost = [((some / step).round_().clamp_(lowest, highest) * step - some).square_().sum() for step in tried]
+    return torch.stack(tried)[torch.stack(lost).argmin()] if bool(largest > _LEAST) else torch.zeros_like(largest)
 
 
 def step_slope(

@@ -8,6 +8,7 @@ Source: Dettmers, Lewis, Shleifer, Zettlemoyer 2021, arXiv:2110.02861.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -41,9 +42,13 @@ class _Optimizer8bit(torch.optim.Optimizer):
             kept += [m for m in params.modules() if isinstance(m, nn.Embedding)]
             params = [p for p in params.parameters() if p.requires_grad]
         self.block, self.least = block, least
-        tensors = [p for one in kept for p in ([one] if isinstance(one, torch.Tensor) else one.parameters())]
-        self._whole = {id(p) for p in tensors}
+        self._whole = [p for one in kept for p in ([one] if isinstance(one, torch.Tensor) else one.parameters())]
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; PyTorch's own leaves out what it does not know."""
+        own = {"block": self.block, "least": self.least, "_whole": self._whole}
+        return {**super().__getstate__(), **own}
 
     def rule(self, group: dict[str, Any], step: int) -> Callable[..., None]:
         """The update of a group's parameters."""
@@ -68,9 +73,10 @@ class _Optimizer8bit(torch.optim.Optimizer):
 
     def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         if grad.is_sparse or not p.is_floating_point():
-            what = "Its gradient is sparse" if grad.is_sparse else f"It is of {p.dtype}"
+            sparse = "Its gradient is sparse: use torch.optim.SparseAdam for it, or sparse=False."
+            other = f"It is of {p.dtype}: give it to an optimizer of PyTorch's."
             raise DataError(
-                f"{type(self).__name__} takes dense gradients of floating-point tensors. {what}: use torch.optim.SparseAdam for it, or sparse=False."
+                f"{type(self).__name__} takes dense gradients of floating-point tensors. {sparse if grad.is_sparse else other}"
             )
         state = self.state[p]
         if not state:
@@ -83,10 +89,11 @@ class _Optimizer8bit(torch.optim.Optimizer):
         if not isinstance(states[0], Blocks):
             rule(p, grad, *states)
             return
-        flat, g = p.detach().contiguous().view(-1), grad.detach().contiguous().view(-1)
+        own = _local(p.detach())
+        flat, g = own.contiguous().view(-1), _local(grad.detach()).contiguous().view(-1)
         self._blocks(rule, flat, g, states)
-        if flat.data_ptr() != p.data_ptr():
-            p.copy_(flat.view(p.shape))
+        if flat.data_ptr() != own.data_ptr():
+            own.copy_(flat.view(own.shape))
 
     def _blocks(self, rule: Callable[..., None], p: torch.Tensor, g: torch.Tensor, states: list[Blocks]) -> None:
         """One step on flat numbers, in float32 and some at a time."""
@@ -106,11 +113,11 @@ class _Optimizer8bit(torch.optim.Optimizer):
 
     def _new(self, p: torch.Tensor, map: str) -> Blocks | torch.Tensor:
         if self._rounds(p):
-            return Blocks.zeros(p.numel(), map, self.block, p.device)
-        return torch.zeros_like(p, memory_format=torch.preserve_format)
+            return Blocks.zeros(_local(p).numel(), map, self.block, p.device)
+        return torch.zeros_like(p, dtype=_wide(p), memory_format=torch.preserve_format)
 
     def _rounds(self, p: torch.Tensor) -> bool:
-        return p.numel() >= self.least and id(p) not in self._whole
+        return p.numel() >= self.least and not any(p is kept for kept in self._whole)
 
     @property
     def state_nbytes(self) -> int:
@@ -127,9 +134,9 @@ class _Optimizer8bit(torch.optim.Optimizer):
         found: dict[str, Any] = super().state_dict()
         params = [p for group in self.param_groups for p in group["params"]]
         for number, state in found["state"].items():
-            shape = params[number].shape
+            p = params[number]
             found["state"][number] = {
-                k: (v.to_dict() if bits == 8 else v.read(0, v.codes.numel()).view(shape))
+                k: (v.to_dict() if bits == 8 else _placed(v.read(0, v.codes.numel()), p))
                 if isinstance(v, Blocks)
                 else v
                 for k, v in state.items()
@@ -155,18 +162,46 @@ class _Optimizer8bit(torch.optim.Optimizer):
                 self.state[p].setdefault("step", torch.tensor(1.0))  # PyTorch's SGD does not count
 
     def _loaded(self, p: torch.Tensor, name: str, given: dict[str, Any]) -> Blocks | torch.Tensor:
-        value = given.get(name)
+        value, count = given.get(name), _local(p).numel()
         if value is None:
             return self._new(p, self.maps[name])
         if isinstance(value, dict):
-            found = Blocks.from_dict(value, p.numel(), p.device)
-            return found if self._rounds(p) else found.read(0, p.numel()).view(p.shape)
+            found = Blocks.from_dict(value, count, p.device)
+            return found if self._rounds(p) else _placed(found.read(0, count), p)
         if value.shape != p.shape:
             raise DataError(
                 f"A state of shape {tuple(value.shape)} is none of a parameter of {tuple(p.shape)}. Load the state of this model."
             )
-        value = value.detach().to(p.device, copy=True)
-        return Blocks.of(value, self.maps[name], self.block) if self._rounds(p) else value
+        value = value.detach().to(p.device, _wide(p), copy=True)
+        return Blocks.of(_local(value), self.maps[name], self.block) if self._rounds(p) else value
+
+
+def _wide(p: torch.Tensor) -> torch.dtype:
+    """Of a state that is not rounded: in 16 bits a moving average of squares would stand still."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _local(x: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it; all, unless it is sharded."""
+    return x.to_local() if isinstance(x, _sharded()) else x
+
+
+def _placed(values: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Flat values of this rank in the shape of a parameter, sharded as it is."""
+    own = values.view(_local(p).shape)
+    sharded: Any = _sharded()
+    if not isinstance(p, sharded):
+        return own
+    of: Any = p
+    whole = {"shape": p.shape, "stride": p.stride(), "run_check": False}
+    placed: torch.Tensor = sharded.from_local(own, of.device_mesh, of.placements, **whole)
+    return placed
+
+
+def _sharded() -> Any:
+    """The class of parameters of `fully_shard`; nothing is of it where nobody has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", ())
 
 
 class Adam8bit(_Optimizer8bit):
@@ -203,7 +238,7 @@ class Adam8bit(_Optimizer8bit):
         keep: Iterable[nn.Module | torch.Tensor] = (),
     ) -> None:
         decay = self.decay if weight_decay is None else weight_decay
-        if lr < 0 or eps < 0 or decay < 0 or not all(0 <= b < 1 for b in betas):
+        if not (lr >= 0 and eps >= 0 and decay >= 0 and all(0 <= b < 1 for b in betas)):
             raise SchemeError(
                 f"lr, eps and weight_decay are at least 0 and betas in 0 … 1, got {lr}, {eps}, {decay} and {betas}."
             )
@@ -249,7 +284,7 @@ class Momentum8bit(_Optimizer8bit):
         least: int = 4096,
         keep: Iterable[nn.Module | torch.Tensor] = (),
     ) -> None:
-        if lr < 0 or momentum < 0 or weight_decay < 0 or (nesterov and (momentum == 0 or dampening != 0)):
+        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0) or (nesterov and (momentum == 0 or dampening != 0)):
             raise SchemeError(
                 f"lr, momentum and weight_decay are at least 0, and nesterov goes with a momentum and no dampening, got {lr}, {momentum}, {weight_decay} and {dampening}."
             )

@@ -74,7 +74,6 @@ def match_imatrix(path: Path, source: Source) -> Known:
     Raises:
         FileFormatError: the file is none.
         DataError: it is of another model: a name that GGUF or this model does not have, or another number of inputs.
-        MissingExtraError: the package gguf is not installed.
     """
     matrix = read_imatrix(path)
     names, blocks = _names(source)
@@ -166,7 +165,7 @@ def make_imatrix(
     source, where = OnDisk(Checkpoint.open(model)), device_named(device)
     names, _ = _names(source)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
-    tokenizer = load_tokenizer(source.where)
+    tokenizer = load_tokenizer(source.home)
     windows = chosen(read_windows(calibration, tokenizer, seq_len, "calibration text", column), samples, seed)
     check_windows(windows, source.model)
     calling = Calling.of(source.model)

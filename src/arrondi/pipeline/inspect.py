@@ -9,9 +9,11 @@ from typing import Any
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, Entry, readers_of
+from arrondi.checkpoint.containers.gguf.header import is_gguf, read_header
 from arrondi.errors import SchemeError
 from arrondi.graph import is_graph_file, read_graph
 from arrondi.graph.contents import contents
+from arrondi.graph.read import file_bytes
 from arrondi.model import Fold, OnDisk, find_folds
 from arrondi.model.fold import channels_in_words
 
@@ -20,7 +22,7 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     """Tensors, formats and sizes; every stored bit is counted.
 
     Returns:
-        `container` and `layout` of the files and `readers` of the two; `bits_per_weight` of the quantized tensors (None if there
+        `container` and `layout` of the files and `readers` of the two; `metadata` of a GGUF file; `bits_per_weight` of the quantized tensors (None if there
         are none) and `model_bits_per_weight` of everything; `bytes` of all tensors, which is what the files hold besides
         their headers, `file_bytes`, `parameters`; and `tensors` with name, shape, format, bytes and bits per weight of each.
 
@@ -32,7 +34,11 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     check_arguments(inspect_model, locals())
     if is_graph_file(path):
         held = contents(read_graph(path))
-        return {"path": str(path), "file_bytes": Path(path).stat().st_size, **held}
+        return {
+            "path": str(path),
+            "file_bytes": file_bytes(path) if Path(path).suffix == ".onnx" else Path(path).stat().st_size,
+            **held,
+        }
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     parts = _stored_parts(checkpoint)
@@ -44,7 +50,8 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(checkpoint.folder.path),
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
-        "container": "safetensors",
+        "container": "gguf" if is_gguf(checkpoint.folder.path) else "safetensors",
+        **_metadata(checkpoint.folder.path),
         "layout": checkpoint.layout.name if checkpoint.layout else None,
         "readers": _readers(checkpoint),
         "parameters": weights,
@@ -55,6 +62,14 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         "model_bits_per_weight": round(8 * total / max(weights, 1), 4),
         "tensors": tensors,
     }
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What the header of a GGUF file says, but for its lists."""
+    if not is_gguf(path):
+        return {}
+    fields = read_header(path).fields.items()
+    return {"metadata": {key: field.value for key, field in fields if not isinstance(field.value, list)}}
 
 
 def inspect_folds(path: str | Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Ledger]:
             return None
         return digest_pieces(entry.nbytes, lambda offset, length: as_memory(read_bytes(entry, offset, length)))
 
-    files = {"config.json": folder.path / "config.json", **travelling(folder)}
+    files = {"config.json": folder.home / "config.json", **travelling(folder)}
     ledger = Ledger(str(folder.path), {name: file_sha256(path) for name, path in files.items()}, digest)
     values = {name: getattr(folder, name) for name in ModelDir.__dataclass_fields__}
     return replace(checkpoint, folder=_Recorded(**values, ledger=ledger)), ledger
@@ -82,7 +82,7 @@ def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Ledger]:
 
 def travelling(folder: ModelDir) -> dict[str, Path]:
     """Tokenizer, chat template, licence: name in the output → file of the model."""
-    return {path.as_posix(): folder.path / path for path in folder.other_files()}
+    return {path.as_posix(): folder.home / path for path in folder.other_files()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Recorded(ModelDir):
 
     ledger: Ledger = field(kw_only=True, compare=False, repr=False)
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = super().read(name)
+    def stored(self, name: str) -> torch.Tensor:
+        tensor = super().stored(name)
         self.ledger.note(name, digest_of(as_memory(tensor)))
         return tensor

@@ -37,10 +37,13 @@ from arrondi.graph import (
     tidy,
     write_graph,
 )
+from arrondi.graph.foreign import check_known
 from arrondi.graph.ir import QDQ
+from arrondi.graph.ops import OPERATORS
+from arrondi.graph.read import file_bytes
 from arrondi.graph.refuse import check_rounded
 from arrondi.graph.uneven import check_grids
-from arrondi.measure.arrays import Arrays, read_arrays
+from arrondi.measure.arrays import Arrays, check_normalized, read_arrays
 from arrondi.measure.batching import in_batches
 from arrondi.measure.networks import check_finite, check_samples, compare_graphs
 from arrondi.measure.signals import ratio, signals, spread_of
@@ -60,6 +63,8 @@ _CHOOSING: Final = 128
 """Samples that a choice of recipes, and what is said of every value, is made on."""
 _HELD_OUT: Final = 10
 """One sample of so many is measured on and not calibrated on, where no other data is given."""
+_MEASURED: Final = 1000
+"""Images of a folder that are read besides those to calibrate on, at most."""
 _FEWEST: Final = 4
 """Samples to calibrate on, fewer than which are refused."""
 
@@ -152,17 +157,20 @@ def quantize_network(
         raise OutputError(f"{out} is there already. Give another name, or --overwrite.")
     check_rounded(given)
     calibration, evaluation = _data(given, data)
+    if calibration is not None or evaluation is not None:
+        check_known(original, OPERATORS)
     if calibration is not None:
         check_finite(original, calibration)
-    flowing, uneven = flowing_scheme(recipe), check_grids(data.grids)
-    notes: list[str] = []
+    flowing, uneven = flowing_scheme(recipe), check_grids(data.grids, given)
+    notes = [note for some in (calibration, evaluation) if some is not None for note in some.notes]
+    notes = list(dict.fromkeys(notes))
     analytic = is_analytic(recipe)
     graph, recipe = rewritten(given, recipe, calibration, notes)
     passes += [("channels equalized, biases added", len(graph.nodes))] if graph is not given else []
     rounded = which_values(graph, data.rounded, flowing)
     found, rounded_graph = places(graph), graph
     ranges: Mapping[str, tuple[float, float]] = {}
-    careful = has_few_bits(recipe) and data.ends is not None and choose is None  # a budget chooses itself
+    careful = has_few_bits(recipe) and data.ends is not None and choose is None
     if flowing is not None and flowing.dynamic:
         rounded_graph = round_dynamically(graph)
     elif flowing is not None:
@@ -177,13 +185,9 @@ def quantize_network(
             notes.append("What products read is rounded, both sides of those in attention; sums, norms and what they read stay in floating point. --rounded all rounds these too.")  # fmt: skip
     program = Program(rounded_graph)
     before = {node: _weight(program, path).clone() for node, path in program.layers.items()}
-    recipe = _of_weights(recipe, program)
-    if careful:
-        firsts, lasts = ends_of(graph)
-        recipe = with_wider_ends(
-            recipe, [program.layers[n] for n in (*firsts, *lasts) if n in program.layers], data.ends
-        )
-        notes.append(f"The first and last layers ({', '.join((*firsts, *lasts))}) have {data.ends} bits; --ends same gives them those of the others.")  # fmt: skip
+    recipe = of_weights(recipe, program)
+    if choose is None:  # a budget chooses itself
+        recipe = with_ends(recipe, graph, program, data.ends, notes)
     chosen = None
     if choose is not None:
         if calibration is None:
@@ -224,7 +228,7 @@ def quantize_network(
         written = hold_biases(written, weights)
     write_graph(written, out)
     report = _report(graph, program, plan, flowing, weights, before, ranges)
-    report |= {**describe(found), "notes": notes, "file_bytes": out.stat().st_size, "out": str(out)}
+    report |= {**describe(found), "notes": notes, "file_bytes": file_bytes(out), "out": str(out)}
     passes += [("values rounded", len(rounded_graph.nodes)), ("codes held", len(written.nodes))]
     report["passes"] = [{"pass": name, "operators": count} for name, count in passes]
     report["observer"] = data.observer if flowing is not None else None
@@ -244,7 +248,12 @@ def quantize_network(
 def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None]:
     """What is calibrated on and what is measured on, no sample in both."""
     given = (data.calibration, data.evaluation if data.evaluate else None)
-    read = (None if d is None else read_arrays(d, graph, data.mean, data.std) for d in given)
+    check_normalized(data.mean, data.std, *given)
+    most = (data.samples + _MEASURED, None)
+    read = (
+        None if d is None else read_arrays(d, graph, data.mean, data.std, most=m, seed=data.seed)
+        for d, m in zip(given, most, strict=True)
+    )  # fmt: skip
     calibration, evaluation = (None if some is None else in_batches(graph, some) for some in read)
     if data.evaluate and calibration is not None and evaluation is None:
         held = len(calibration) // _HELD_OUT
@@ -256,7 +265,21 @@ def _data(graph: Graph, data: NetworkData) -> tuple[Arrays | None, Arrays | None
     return None if calibration is None else calibration.taken(data.samples, data.seed), evaluation
 
 
-def _of_weights(recipe: Recipe, program: Program) -> Recipe:
+def with_ends(recipe: Recipe, graph: Graph, program: Program, bits: int | None, notes: list[str]) -> Recipe:
+    """A recipe of few bits with more of them in the first and the last layers, and a note of that.
+
+    Args:
+        recipe: for the program's weights.
+        bits: so many; None leaves the recipe as it is.
+    """
+    if bits is None or not has_few_bits(recipe):
+        return recipe
+    ends = [name for some in ends_of(graph) for name in some]
+    notes.append(f"The first and last layers ({', '.join(ends)}) have {bits} bits; --ends same gives them those of the others.")  # fmt: skip
+    return with_wider_ends(recipe, [program.layers[n] for n in ends if n in program.layers], bits)
+
+
+def of_weights(recipe: Recipe, program: Program) -> Recipe:
     """The recipe for the program's weights alone."""
     there = {type(program.get_submodule(path)).__name__ for path in program.layers.values()}
     every = tuple(kind for kind in TARGETS if kind in there)

@@ -119,7 +119,7 @@ def inspect_outliers(
         raise SchemeError(f"{path} is already quantized. Inspect the original model.")
     source, where = OnDisk(checkpoint), device_named(device)
     seq_len, note = fit_length(seq_len, positions_of(source.model))
-    tokenizer = load_tokenizer(source.where) if reads_text(calibration) else None
+    tokenizer = load_tokenizer(source.home) if reads_text(calibration) else None
     windows = chosen(read_windows(calibration, tokenizer, seq_len, "calibration text", column), samples, seed)
     check_windows(windows, source.model)
     calling = Calling.of(source.model)

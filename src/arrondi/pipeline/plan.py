@@ -256,6 +256,7 @@ def make_plan(
     if recipe.kv is not None:
         notes.append(_of_states(source, recipe.kv))
     placed = [t.placed for t in tensors if t.status == "quantized"]
+    problems += filter(None, [resolver.layout.together(placed)])
     readers = readers_of(placed, resolver.layout, facts)
     plan = Plan(
         source,

@@ -53,14 +53,19 @@ def nothing(
 ) -> str:
     """Why nothing is quantized, and what to do."""
     if refused:
-        other = " Use --layout arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
-        if keep_misfits and not other:
+        other = " Use --to arrondi, which holds every scheme." if layout not in (None, "arrondi") else ""
+        if keep_misfits and layout is None:
             other = " Leave out --keep-misfits to quantize such weights all the same."
+        elif keep_misfits:  # as networks are planned, whose files hold no other groups
+            other = " Use groups that divide it, or one scale a channel (w=int8/channel)."
         return f"{refused[0].name}: {refused[0].reason}.{other}"
     if not any(s.kind == "linear" for s in source.sites):
         return "The model has no linear layer; name what else to quantize with --targets."
     unfit = next((t for t in tensors if t.status == "kept because impossible"), None)
-    return f"{unfit.name}: {unfit.reason}." if unfit else "Check --targets and --ignore."
+    if unfit is not None:
+        return f"{unfit.name}: {unfit.reason}."
+    small = next((t for t in tensors if t.picked), None)
+    return f"{f'{small.name} is kept: {small.reason}. ' if small else ''}Check --targets and --ignore."
 
 
 def joined_unlike(source: Source, tensors: Sequence[PlannedTensor]) -> list[str]:

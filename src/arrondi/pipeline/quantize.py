@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from arrondi.model import OnDisk, device_named
+from arrondi.pipeline.convert import GGUF
 from arrondi.pipeline.foreseen import largest_inputs
+from arrondi.pipeline.gguf_run import quantize_gguf
 from arrondi.pipeline.plan import Plan, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.run import Progress
@@ -33,7 +35,7 @@ def quantize_model(
 
     Args:
         model: directory with config.json and safetensors files.
-        out: directory to write; new, empty, or the unfinished (or finished) output of the same call.
+        out: directory to write; new, empty, or the unfinished (or finished) output of the same call. With the layout "gguf" a file.
         recipe: what becomes what.
         text: calibration and evaluation text.
         layout: storage layout; None takes the most widely read one that holds everything.
@@ -56,6 +58,8 @@ def quantize_model(
     task = Task.of(opened, recipe, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes)
     if planned is not None:
         planned(task.plan.to_dict())
+    if task.plan.layout.name == GGUF:
+        return quantize_gguf(task, out, overwrite=overwrite, progress=progress)
     return task.run(out, overwrite=overwrite, progress=progress)
 
 

@@ -195,7 +195,8 @@ class Resolver:
         rule, site = plain.rule, plain.sites[0]
         assert rule is not None and rule.scheme is not None
         asked = replace(rule.scheme, inputs=None) if site.kind == "embedding" else rule.scheme
-        wanted = self._spread(plain, asked.with_scale(_SCALES.get(plain.dtype, "float32")))
+        asked = self.layout.fit(asked.with_scale(_SCALES.get(plain.dtype, "float32"), instead=("float32",)))
+        wanted = self._spread(plain, asked)
         step = get_step(rule.method)
         reason = f"rule {self.recipe.rules.index(rule) + 1}"
         refusal = ""

@@ -188,7 +188,7 @@ def read_data(source: OnDisk, options: TextOptions) -> Texts:
     if options.calibration is None and eval_data is None:
         return _with_images(Texts(importance=importance), source, images, eval_images)
     given = [data for data in (options.calibration, eval_data) if data is not None]
-    tokenizer = load_tokenizer(source.where) if any(map(reads_text, given)) else None
+    tokenizer = load_tokenizer(source.home) if any(map(reads_text, given)) else None
     seq_len, note = fit_length(options.seq_len, positions_of(source.model))
     calling = Calling.of(source.model)
     notes = [*([note] if note and tokenizer is not None else []), *calling.notes]
@@ -231,7 +231,7 @@ def _images(source: OnDisk, options: TextOptions) -> tuple[Images | None, Images
         raise DataError(
             f"{type(source.model).__name__} writes no text, so images cannot be measured by what it says. Leave --calibration-images out."
         )
-    found = read_images(Path(options.images), source.where, options.samples + options.eval_samples)
+    found = read_images(Path(options.images), source.home, options.samples + options.eval_samples)
     if not options.evaluate or options.eval_text is not None:
         return found.part(0, options.samples), None
     if len(found) < 2:

@@ -2,8 +2,9 @@
 
 from arrondi.report.adapters import print_merge, print_start
 from arrondi.report.comparisons import print_comparison, print_methods
+from arrondi.report.conversions import print_conversion, print_difference
 from arrondi.report.folds import print_folds
-from arrondi.report.networks import print_contents, print_network, print_network_evaluation
+from arrondi.report.networks import print_contents, print_network, print_network_evaluation, print_network_plan
 from arrondi.report.outliers import print_outliers
 from arrondi.report.progress import progress_bar
 from arrondi.report.readers import sole_reader
@@ -22,7 +23,9 @@ __all__ = [
     "print_bench",
     "print_comparison",
     "print_contents",
+    "print_conversion",
     "print_demo",
+    "print_difference",
     "print_evaluation",
     "print_facts",
     "print_folds",
@@ -31,6 +34,7 @@ __all__ = [
     "print_methods",
     "print_network",
     "print_network_evaluation",
+    "print_network_plan",
     "print_outliers",
     "print_plan",
     "print_report",

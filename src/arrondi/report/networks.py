@@ -46,6 +46,26 @@ def print_network(report: dict[str, Any]) -> None:
         print_network_evaluation(report["evaluation"])
 
 
+def print_network_plan(plan: dict[str, Any]) -> None:
+    """Every layer, and what all of them take."""
+    console = Console()
+    table = Table("layer", "shape", "becomes", "bits", "bytes")
+    for row in plan["layers"]:
+        becomes = row["scheme"] if row["status"] == "quantized" else f"kept: {row['reason']}"
+        table.add_row(row["layer"], " × ".join(map(str, row["shape"])), becomes, f"{row['bits_per_weight']:.2f}", f"{row['bytes']:,}")  # fmt: skip
+    console.print(table)
+    console.print(f"Weights {plan['bytes']:,} bytes, {plan['float_bytes']:,} before, {plan['bits_per_weight']:.2f} bits each, by {', '.join(plan['methods'])}.")  # fmt: skip
+    if plan["activations"] is not None:
+        console.print(f"{plan['rounded_values']} values between layers on {plan['grids']} grids of {plan['activations']} at most, before their ranges are known.")  # fmt: skip
+    plain = ", ".join(f"{op} ({count})" for op, count in plan["float_operators"].items())
+    if plain:
+        console.print(f"In floating point: {plain}.")
+    for sentence in plan["notes"]:
+        console.print(sentence)
+    if plan["needs_samples"]:
+        console.print("Samples are needed: --calibration data.npz, or a folder of images.")
+
+
 def print_contents(document: dict[str, Any]) -> None:
     """Every layer of a network, and the totals."""
     console = Console()
@@ -75,3 +95,5 @@ def print_network_evaluation(found: dict[str, Any]) -> None:
             low, high = found[f"{key}_interval"]
             console.print(f"{name}: {100 * found[key]:.2f} % ({100 * low:.2f} to {100 * high:.2f})")
     console.print(f"signal to difference: {found['sqnr_db']:.2f} dB, {found['samples']} samples of {found['data']}")
+    for sentence in found.get("notes", ()):
+        console.print(sentence)

@@ -59,7 +59,7 @@ def generate(
         DataError: the prompt leaves no room in the model's context, or has tokens that the model does not know.
     """
     checkpoint = Checkpoint.open(path)
-    tokenizer = load_tokenizer(checkpoint.folder.path)
+    tokenizer = load_tokenizer(checkpoint.folder.home)
     if dtype == "auto":
         model = load_fast(checkpoint, activations, device)
     else:

@@ -80,9 +80,9 @@ def load(
     if hasattr(model, "can_generate") and model.can_generate():
         for part in configs_in(model.config):
             part.use_cache = True
-        model.generation_config = read_generation_config(source.where) or model.generation_config
+        model.generation_config = read_generation_config(source.home) or model.generation_config
     model.config.dtype = kind
-    if (stored := stored_states(source.where, source.config)) is not None:
+    if (stored := stored_states(source.home, source.config)) is not None:
         rounded_layers(model.config, stored[0])  # or the sentence that says why not
         setattr(model, KNOWN, stored[1])
     if source.checkpoint.quantized:

@@ -113,13 +113,13 @@ class _SavePretrained:
 
 
 @torch.no_grad()
-def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> dict[str, Any]:
+def save(model: nn.Module, out: str | Path, *, to: str | None = None) -> dict[str, Any]:
     """Write a quantized module into a directory, with the codes that it holds.
 
     Args:
         model: what `arrondi.quantize` or `arrondi.load` gave.
         out: directory to write; it may hold no model.
-        layout: a name of `LAYOUTS`; None takes the most widely read of `CHOSEN` that holds every layer.
+        to: a name of `LAYOUTS`; None takes the most widely read of `CHOSEN` that holds every layer.
 
     Returns:
         `layout`, its name, and `readers`: who reads the files, as in the report of `arrondi.quantize`.
@@ -144,7 +144,7 @@ def save(model: nn.Module, out: str | Path, *, layout: str | None = None) -> dic
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
         raise OutputError(f"{out}: a model is there already. Name another directory.")
     _refuse_unknown(model, layers)
-    chosen = _layout(layout, [layer.placed for layer in layers.values()])
+    chosen = _layout(to, [layer.placed for layer in layers.values()])
     files: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         files |= chosen.write(layer.placed, layer.values or _values(model, name, layer.inputs))
@@ -239,9 +239,7 @@ def _layout(name: str | None, placed: list[Placed]) -> Any:
         if reason is None:
             return LAYOUTS[found]
     found, reason = list(reasons.items())[-1]
-    raise SchemeError(
-        f"The layout {found} cannot hold this model: {reason}. Leave the layout out, or choose another scheme."
-    )
+    raise SchemeError(f"The layout {found} cannot hold this model: {reason}. Leave `to` out, or choose another scheme.")
 
 
 def _values(model: nn.Module, name: str, inputs: Grid | None) -> LayerValues:

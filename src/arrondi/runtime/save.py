@@ -96,7 +96,8 @@ def _copy(checkpoint: Checkpoint, out: Path) -> None:
     """All files of a model directory, config.json last."""
     files: dict[str, list[Any]] = {}
     for name, entry in checkpoint.folder.entries.items():
-        files.setdefault(entry.path.name, []).append((name, entry.torch_dtype, entry.shape))
+        file = entry.path.name if entry.path.suffix == ".safetensors" else "model.safetensors"
+        files.setdefault(file, []).append((name, entry.torch_dtype, entry.shape))
     writer = ShardWriter(out, ShardPlan(files))
     for entry in checkpoint.folder.entries.values():
         writer.copy(entry)

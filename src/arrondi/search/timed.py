@@ -19,6 +19,7 @@ from arrondi.formats import Scheme
 from arrondi.graph import Graph, Program, hold_codes
 from arrondi.graph.ir import QDQ
 from arrondi.graph.neighbourhood import rounded_around
+from arrondi.graph.sizes import batch_of, sample_axes
 from arrondi.pipeline.network import Chosen
 from arrondi.pipeline.recipe import Recipe
 from arrondi.search.alone import alike, layer_alone, nothing_of, numbers_for
@@ -130,15 +131,17 @@ def measured(graph: Graph, inputs: Sequence[torch.Tensor], budget: float) -> dic
     (took,) = clock.times([graph], [inputs])
     return {
         "milliseconds": took / 1e3, "budget_ms": budget / 1e3, "kept": took <= budget, "runtime": clock.runtime, "threads": clock.threads,
-        "samples": len(inputs[0]),
+        "samples": batch_of(graph) or 1,
     }  # fmt: skip
 
 
 def one_sample(graph: Graph, batch: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """One sample, or as many as the network always takes."""
-    sizes = [v.shape[0] for v in graph.inputs if v.shape]
-    count = next((n for n in sizes if isinstance(n, int)), 1)
-    return tuple(x[:1].expand(count, *x.shape[1:]).contiguous() for x in batch)
+    count, axes = batch_of(graph) or 1, sample_axes(graph)
+    return tuple(
+        x if axis is None else x.narrow(axis, 0, 1).repeat_interleave(count, axis)
+        for x, axis in zip(batch, axes, strict=True)
+    )
 
 
 def _word(kind: Kind) -> str:

@@ -32,20 +32,19 @@ class _Product(torch.autograd.Function):
         ctx.facts, ctx.shape, ctx.types = passed.facts, weight.shape, (x.dtype, weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(*passed.tensors)
-        return geometry.result(y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> Any:
-        rows = ctx.geometry.rows(slope)
-        wanted = (ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        # What is learned of the input's side is found with the gradient of the input, which may not be asked for itself.
+        wanted = (ctx.needs_input_grad[3] or any(ctx.needs_input_grad[6:]), ctx.needs_input_grad[4])
         passed = Passed(ctx.saved_tensors, ctx.facts)
-        by_x, by_weight, by_learned = ctx.method.backward(rows, passed, ctx.geometry, ctx.layer, wanted)
-        if by_x is not None:
-            by_x = ctx.geometry.back(by_x).to(ctx.types[0])
+        by_x, by_weight, by_learned = ctx.method.backward(slope, passed, ctx.geometry, ctx.layer, wanted)
+        by_x = ctx.geometry.back(by_x).to(ctx.types[0]) if by_x is not None and ctx.needs_input_grad[3] else None
         if by_weight is not None:
             by_weight = by_weight.reshape(ctx.shape).to(ctx.types[1])
-        by_bias = rows.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+        by_bias = slope.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
         return None, None, None, by_x, by_weight, by_bias, *(by_learned.get(name) for name in ctx.layer.learned)
 
 
@@ -59,4 +58,4 @@ def product(
 ) -> torch.Tensor:
     """The layer's output by a method, with the method's gradients."""
     y: torch.Tensor = _Product.apply(method, layer, geometry, x, weight, bias, *layer.learned.values())
-    return y
+    return geometry.result(y)  # a view that is made in the function itself could not be changed in place, as a ReLU may

@@ -43,10 +43,6 @@ class Geometry(Protocol):
         """(rows, out) → the shape of the layer's output."""
         ...
 
-    def rows(self, y: torch.Tensor) -> torch.Tensor:
-        """The layer's output, or a gradient of it → (rows, out)."""
-        ...
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -56,7 +52,7 @@ class Tokens:
 
     @property
     def line(self) -> int:
-        return int(self.shape[-2]) if len(self.shape) > 1 else 1
+        return int(self.shape[-2]) if len(self.shape) > 2 else 1  # rows of a plain matrix are samples
 
     def units(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, self.shape[-1])
@@ -72,9 +68,6 @@ class Tokens:
 
     def result(self, y: torch.Tensor) -> torch.Tensor:
         return y.reshape(*self.shape[:-1], y.shape[-1])
-
-    def rows(self, y: torch.Tensor) -> torch.Tensor:
-        return y.reshape(-1, y.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -136,9 +129,6 @@ class Windows:
 
     def result(self, y: torch.Tensor) -> torch.Tensor:
         return y.reshape(self.shape[0], *self.out, -1).permute(0, 3, 1, 2)
-
-    def rows(self, y: torch.Tensor) -> torch.Tensor:
-        return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

@@ -61,23 +61,27 @@ def compressed(x: torch.Tensor, line: int, block: int, rank: int) -> torch.Tenso
 
     Args:
         x: (rows, width) floating.
-        line: rows of one sequence; blocks do not reach over its end, where zeros are added.
+        line: rows of one sequence; blocks do not reach over its end. Rows at its beginning that fill no block, often a class
+            token, are kept as they are: padded, they would lose half of their share.
         block, rank: of the transform.
 
     Returns:
-        (lines · blocks · rank, width) float32.
+        (lines · (rows left over + blocks · rank), width) float32.
     """
-    lines = x.float().reshape(-1, line, x.shape[1])
-    lines = F.pad(lines, (0, 0, 0, -line % block))
+    lines = x.float().reshape(-1, max(line, 1), x.shape[1])
+    head, blocks = lines[:, : line % block], lines[:, line % block :]
     basis = low_frequencies(block, rank).to(x.device)
-    return (basis @ lines.reshape(-1, block, x.shape[1])).reshape(-1, x.shape[1])
+    low = basis @ blocks.reshape(len(lines), line // block, block, x.shape[1])
+    return torch.cat((head, low.flatten(1, 2)), 1).flatten(0, 1)
 
 
 def _restored(y: torch.Tensor, rows: int, line: int, block: int, rank: int) -> torch.Tensor:
-    """The transpose of `compressed`: (lines · blocks · rank, width) → (rows, width)."""
+    """The transpose of `compressed`: (lines · (rows left over + blocks · rank), width) → (rows, width)."""
+    count, width, left = rows // max(line, 1), y.shape[1], line % block
+    lines = y.reshape(count, left + line // block * rank, width)
     basis = low_frequencies(block, rank).to(y.device)
-    lines = (basis.T @ y.reshape(-1, rank, y.shape[1])).reshape(rows // line, -1, y.shape[1])
-    return lines[:, :line].reshape(rows, y.shape[1])
+    blocks = basis.T @ lines[:, left:].reshape(count, line // block, rank, width)
+    return torch.cat((lines[:, :left], blocks.flatten(1, 2)), 1).flatten(0, 1)
 
 
 def _forward(
@@ -142,9 +146,11 @@ def _product(left: Rounded, right: Rounded) -> torch.Tensor:
 def _arithmetic(layer: Layer) -> Arithmetic:
     lanes = "" if engine("cpu") == "torch" else ", in exact float32 pieces"
     options: HlqOptions = layer.options
-    by_input = "int8 × int8 → int32, low rank" if options.input_rank else "int4 × int4 → int32 in int8 lanes"
+    by_input = (
+        "int8 × int8 → int32, low rank along sequences" if options.input_rank else "int4 × int4 → int32 in int8 lanes"
+    )
     by_input += "" if options.input_rank else padding("outputs", layer.sums[0], options.block)
-    return "as before", f"{by_input}{lanes}", f"int8 × int8 → int32, low rank{lanes}"
+    return "as before", f"{by_input}{lanes}", f"int8 × int8 → int32, low rank along sequences{lanes}"
 
 
 HLQ: Final = TrainingMethod(

@@ -18,7 +18,7 @@ from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
 from arrondi.kernels import hadamard
 from arrondi.kernels.sides import engine, extremes, integer_product, round_codes, scaled
-from arrondi.nn.fake import first_step, step_slope
+from arrondi.nn.fake import even_stride, first_step, step_slope
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry
 from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, padding, seed
@@ -35,7 +35,12 @@ _FINE: Final = 254
 _STRIP: Final = 1 << 17
 """Weights that are turned and rounded at a time."""
 
-_BLOCKS: Final = (8, 16, 32, 64, 128)
+_BLOCKS: Final = (1, 8, 16, 32, 64, 128)
+
+_ROWS: Final = 512
+"""Rows of a side that its first step is found on."""
+
+_TINY: Final = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Int4Options:
     """Of `int4`.
 
     Attributes:
-        block: numbers that the Hadamard transform mixes, a power of two; 0 for the best of 8 … 128 on the first batch.
+        block: numbers that the Hadamard transform mixes, a power of two, 1 for none; 0 for the best of 1, 8 … 128 on the first batch.
         sampling: how rows of gradients are drawn: by their leverage, uniformly (to compare), or none left out.
     """
 
@@ -70,20 +75,26 @@ def _padded(x: torch.Tensor, block: int) -> torch.Tensor:
     return F.pad(x, (0, -x.shape[1] % max(block, 1)))
 
 
-def best_block(x: torch.Tensor) -> int:
-    """The block of the Hadamard transform after which 4-bit rounding of x changes it least.
+def _some(x: torch.Tensor) -> torch.Tensor:
+    return x.detach()[:: even_stride(len(x), _ROWS)].float()
+
+
+def _lost(x: torch.Tensor, block: int) -> float:
+    """Share of x that rounding to 4 bits loses after the transform."""
+    there = _turned(_padded(x, block), block)
+    step = first_step(there, _LOW, _HIGH).clamp_min(_TINY)
+    lost = (there / step).clamp(_LOW, _HIGH).round() * step - there
+    return float(lost.square().sum() / there.square().sum().clamp_min(_TINY))
+
+
+def best_block(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """The block of the Hadamard transform after which 4-bit rounding of both sides of a product changes it least; 1 is none.
 
     Args:
-        x: (rows, width) floating.
+        x, weight: (rows, width), (out, width) floating; some of their rows are looked at.
     """
-    sample = x[:: max(len(x) // 512, 1)].float()
-
-    def lost(block: int) -> float:
-        there = _turned(_padded(sample, block), block)
-        step = first_step(there, _HIGH)
-        return float(((there / step).clamp(_LOW, _HIGH).round() * step - there).square().sum())
-
-    return min(_BLOCKS, key=lost)
+    sides = [_some(x), _some(weight)]
+    return min(_BLOCKS, key=lambda block: sum(_lost(side, block) for side in sides))
 
 
 def _rounded(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -103,8 +114,11 @@ def _settled(layer: Layer, x: torch.Tensor, weight: torch.Tensor, searched: bool
 
     def find() -> dict[str, torch.Tensor]:
         block = layer.options.block if searched else 1
-        block = best_block(x) if searched and not block else max(block, 1)
-        x_step, weight_step = (first_step(_turned(_padded(side.float(), block), block), _HIGH) for side in (x, weight))
+        block = best_block(x, weight) if searched and not block else max(block, 1)
+        x_step, weight_step = (first_step(_turned(_padded(_some(s), block), block), _LOW, _HIGH) for s in (x, weight))
+        # What is zero at first, as the last layer of a branch often is, gets the steps of usual numbers.
+        x_step = torch.where(x_step > 0, x_step, 2 / _HIGH)
+        weight_step = torch.where(weight_step > 0, weight_step, weight.shape[1] ** -0.5 / _HIGH)
         return {"block": torch.tensor(block), "step_x": x_step, "step_weight": weight_step}
 
     settle(layer, "block", find)

@@ -150,7 +150,8 @@ class _Latent(nn.Module):
         keep_hooks(layer, self)
         self.method, self.options, self.activations = method, options, options.activations
         for name, start in kind.beside(self.weight).items():
-            self.register_parameter(name, nn.Parameter(start.detach().clone()))
+            trained = self.weight.requires_grad
+            self.register_parameter(name, nn.Parameter(start.detach().clone(), requires_grad=trained))
         norm = nn.RMSNorm(self.weight[0].numel(), eps=1e-6).to(self.weight) if options.norm else None
         self.register_module("norm", norm)
 
@@ -178,6 +179,13 @@ class _Latent(nn.Module):
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
         beside = {n: p for n, p in self._parameters.items() if p is not None and n not in ("weight", "bias")}
         return self.kind.value(weight, self.options, beside)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """In a state dict of the ordinary layer nothing stands beside the weight: it starts from that weight."""
+        if (weight := state_dict.get(f"{prefix}weight")) is not None:
+            for name, start in self.kind.beside(weight).items():
+                state_dict.setdefault(prefix + name, start)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _inputs(self, x: torch.Tensor) -> torch.Tensor:
         """What enters the product."""

@@ -60,6 +60,10 @@ def make_latent(
         SchemeError: a selector finds nothing, or no layer is left, or no such method or option.
     """
     options_of(method, **options)
+    if isinstance(model, nn.Linear | nn.Conv2d | nn.Embedding):
+        raise SchemeError(
+            f"{method} puts other layers into a model, and this is one layer, {type(model).__name__}. Put it into torch.nn.Sequential first."
+        )
     asked = () if targets is None else _words(targets, "targets")
     targets, ignore = (
         asked if targets is not None else ("Linear", "Conv2d"),

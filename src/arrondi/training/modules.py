@@ -26,6 +26,8 @@ class LowBitLinear(nn.Linear):
     lowbit: LowBit
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.numel():
+            return super().forward(input) + _nothing(self)
         return _product(self, self.lowbit, input, Tokens)
 
 
@@ -35,6 +37,8 @@ class LowBitConv2d(nn.Conv2d):
     lowbit: LowBit
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.numel():
+            return super().forward(input) + _nothing(self)
         whole = input if input.dim() == 4 else input[None]
         y = _product(self, self.lowbit, whole, lambda shape: Windows.of(self, shape))
         return y if input.dim() == 4 else y[0]
@@ -52,7 +56,7 @@ def become(module: nn.Linear | nn.Conv2d, method: TrainingMethod, options: Any) 
     weight = module.weight
     sums = (int(weight.shape[0]), int(weight[0].numel()))
     learned = {
-        name: nn.Parameter(value.to(weight.device))
+        name: nn.Parameter(value.to(weight.device), requires_grad=weight.requires_grad)
         for name, value in method.learn(weight.detach().reshape(sums), options).items()
     }
     layer = Layer(options, sums, learned)
@@ -90,6 +94,11 @@ def _product(module: Any, lowbit: LowBit, x: torch.Tensor, geometry: Any) -> tor
     where: Geometry = geometry(x.shape)
     with torch.autocast(x.device.type, enabled=False):
         return product(lowbit.method, layer, where, x, weight, bias)
+
+
+def _nothing(module: nn.Module) -> torch.Tensor | float:
+    """0, of which what is learned besides has a gradient: ranks whose batch is empty must not differ from the others."""
+    return sum((0 * p.sum() for n, p in module.named_parameters(recurse=False) if n.startswith(PREFIX)), 0.0)
 
 
 def _forget(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -60,6 +60,14 @@ class _Handle:
 
     kept: _Kept
     shape: torch.Size
+    stride: tuple[int, ...] | None
+    """None: in the order of its memory. Compiled graphs rely on it."""
+
+    def decoded(self) -> torch.Tensor:
+        values = self.kept.decoded().view(self.shape)
+        if self.stride is None:
+            return values
+        return torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device).copy_(values)
 
 
 class compress_saved_activations(TorchFunctionMode):
@@ -78,7 +86,8 @@ class compress_saved_activations(TorchFunctionMode):
 
     Left as they are: parameters, integers, masks, tensors below 1 KiB, one number a token (what norms divide by), constants that
     activations are multiplied by, and what a gradient takes the exponential of (logarithms of probabilities; queries, keys and values of attention). ReLU keeps one bit an element. A block with NaN or infinity reads
-    back as NaN, so that gradients say it. Of a checkpointed part only the input is
+    back as NaN, so that gradients say it. Compiled graphs do not say for which function they save: ReLU, constants and exponentials are
+    nothing special in them. Of a checkpointed part only the input is
     saved, and the part is computed again from what that reads back as. Gradients of
     gradients are those of the decoded values.
 
@@ -134,6 +143,8 @@ class compress_saved_activations(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """ReLU with one bit an element; everything else as it is."""
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         x = args[0] if args and func in _RELUS else None
         recorded = isinstance(x, torch.Tensor) and type(x) in _PLAIN and x.requires_grad and torch.is_grad_enabled()
         if recorded and isinstance(x, torch.Tensor) and self._innermost():
@@ -157,6 +168,7 @@ class compress_saved_activations(TorchFunctionMode):
         top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)(True)
         return top is not None and top[0] == self._pack
 
+    @torch.compiler.disable(reason="codes are made by compiled kernels that cannot be traced")
     def _pack(self, x: torch.Tensor) -> Any:
         if type(x) not in _PLAIN or not x.is_floating_point() or self._is_parameter(x):
             return x
@@ -171,7 +183,7 @@ class compress_saved_activations(TorchFunctionMode):
             self._count(key, x.nbytes)
             kept = self._encoded(x)
             self._alive[key] = weakref.ref(kept)
-        return _Handle(kept, x.shape)
+        return _Handle(kept, x.shape, None if x.is_contiguous() or 0 in x.stride() else x.stride())
 
     def _count(self, key: tuple[Any, ...], nbytes: int) -> bool:
         """Add to what would have been kept, once for each tensor; whether it was new."""
@@ -215,8 +227,9 @@ def _storage(x: torch.Tensor) -> int:
     return StorageWeakRef(x.untyped_storage()).cdata if x.layout is torch.strided else 0
 
 
+@torch.compiler.disable(reason="codes are made by compiled kernels that cannot be traced")
 def _unpack(saved: Any) -> torch.Tensor:
-    return saved.kept.decoded().view(saved.shape) if isinstance(saved, _Handle) else saved
+    return saved.decoded() if isinstance(saved, _Handle) else saved
 
 
 class _ReLU(torch.autograd.Function):

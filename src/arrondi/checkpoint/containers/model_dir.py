@@ -1,4 +1,4 @@
-"""A model directory as Hugging Face lays it out: config.json, safetensors files, tokenizer files.
+"""A model directory as Hugging Face lays it out: config.json, safetensors files, tokenizer files; or a GGUF file, seen as one.
 
 Owns: `ModelDir`, which finds and checks all of it without reading a weight, and reads one tensor at a time.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from arrondi.checkpoint.containers.config import check_config, check_generation, decode_floats
+from arrondi.checkpoint.containers.gguf.header import is_gguf
+from arrondi.checkpoint.containers.gguf.view import view_of
 from arrondi.checkpoint.containers.hub import resolve
 from arrondi.checkpoint.containers.json_file import read_json
 from arrondi.checkpoint.containers.side_files import copy_side_files, side_files
@@ -29,14 +31,16 @@ class ModelDir:
     """A checked model directory.
 
     Attributes:
-        path: the directory.
+        path: the directory, or the GGUF file.
         config: config.json as it is stored: written again, it is the same.
         entries: every stored tensor by name, in the order of the files.
+        home: where config, tokenizer and the like lie: the directory, or that of the view of a GGUF file.
     """
 
     path: Path
     config: dict[str, Any]
     entries: dict[str, Entry]
+    home: Path
 
     @classmethod
     def open(cls, path: str | Path) -> ModelDir:
@@ -46,6 +50,9 @@ class ModelDir:
             FileFormatError: nothing there, no config, no safetensors weights, a file that lies, a missing shard.
         """
         path = resolve(path)
+        if path.is_file() and is_gguf(path):
+            view = view_of(path)
+            return cls(path, view.config, view.entries, view.home)
         if not path.is_dir():
             what = what_file(path) or (
                 "a file, but a model is a directory with config.json and safetensors files. Give its directory"
@@ -59,7 +66,7 @@ class ModelDir:
         entries = _entries(path)
         if not entries:
             raise FileFormatError(f"{path}: its safetensors files hold no tensor.")
-        return cls(path, config, entries)
+        return cls(path, config, entries, path)
 
     @property
     def model_config(self) -> dict[str, Any]:
@@ -67,9 +74,13 @@ class ModelDir:
         decoded: dict[str, Any] = decode_floats(self.config)
         return decoded
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored type."""
+    def stored(self, name: str) -> torch.Tensor:
+        """One tensor as it is stored."""
         return read_tensor(self.entries[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as the model has it, in its stored type; blocks of ggml as rows of bytes."""
+        return self.entries[name].made(self.stored(name))
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +88,11 @@ class ModelDir:
 
     def other_files(self) -> list[Path]:
         """Tokenizer, generation config, chat templates, licence, … : what a copy takes along, relative to the directory."""
-        return side_files(self.path)
+        return side_files(self.home)
 
     def copy_other_files(self, out: Path) -> list[Path]:
         """Copy them into another directory, at the same places."""
-        return copy_side_files(self.path, out)
+        return copy_side_files(self.home, out)
 
     def fingerprint(self) -> str:
         """A hash of config, headers and file times: changes when the model does, without reading its weights."""

@@ -21,6 +21,7 @@ import torch
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.checkpoint.containers.json_file import parse_json
+from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError
 
 DTYPES: Final = {
@@ -42,7 +43,15 @@ _LFS_POINTER: Final = b"version "
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in a file: element type, shape, and byte range counted from the start of the file."""
+    """Where one tensor lies in a file, and how the model's own tensor is made of it.
+
+    Attributes:
+        name: of the model's tensor.
+        path, start, stop: the file, and the bytes in it.
+        dtype: element type of the model's tensor; blocks of ggml are bytes, and have the name of their type.
+        shape: of the model's tensor.
+        turn: what is stored instead, and how the model's tensor is made of it; None: it is stored as the model has it.
+    """
 
     name: str
     path: Path
@@ -50,10 +59,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    turn: Turn | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return DTYPES.get(self.dtype, torch.uint8)
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +72,10 @@ class Entry:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def made(self, stored: torch.Tensor) -> torch.Tensor:
+        """The model's tensor of the stored one; of blocks of ggml, rows of bytes in the model's order."""
+        return stored if self.turn is None else self.turn.apply(stored, self.shape)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -150,8 +164,9 @@ def _sizes(values: object) -> bool:
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:
-    """The whole tensor, in its stored type."""
-    return _read(entry, entry.start, entry.nbytes).view(entry.torch_dtype).reshape(entry.shape)
+    """The whole tensor as it is stored."""
+    dtype, shape = (entry.dtype, entry.shape) if entry.turn is None else (entry.turn.dtype, entry.turn.shape)
+    return _read(entry, entry.start, entry.nbytes).view(DTYPES.get(dtype, torch.uint8)).reshape(shape)
 
 
 def read_bytes(entry: Entry, offset: int, nbytes: int) -> torch.Tensor:

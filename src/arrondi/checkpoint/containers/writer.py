@@ -146,7 +146,11 @@ class ShardWriter:
         return self._fresh[name]
 
     def copy(self, entry: Entry) -> str:
-        """Copy a stored tensor as it is, a piece at a time, and give the digest of its bytes."""
+        """Copy a stored tensor as the model has it, a piece at a time, and give the digest of the bytes that are stored."""
+        if entry.turn is not None:
+            stored = read_tensor(entry)
+            self.put(entry.name, entry.made(stored))
+            return digest_of(as_memory(stored))
         file, start, _ = self._place[entry.name]
         self._dirty.add(file)
         with guard_disk(self.folder), self._open(file) as handle:

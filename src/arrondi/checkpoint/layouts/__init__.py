@@ -9,15 +9,34 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.checkpoint.layouts import arrondi, compressed_tensors, ggml
+from arrondi.checkpoint.layouts import (
+    arrondi,
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    ggml,
+    gptq,
+    mxfp4,
+)
 from arrondi.checkpoint.layouts.layout import Layout
 
 LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "compressed-tensors": compressed_tensors.LAYOUT,
     "arrondi": arrondi.LAYOUT,
+    "gptq": gptq.LAYOUT,
+    "awq": awq.LAYOUT,
+    "bitsandbytes": bitsandbytes.LAYOUT,
+    "auto-round": auto_round.LAYOUT,
+    "fp8": fp8.LAYOUT,
+    "mxfp4": mxfp4.LAYOUT,
     "gguf": ggml.LAYOUT,
 })  # fmt: skip
 """Every storage layout by its `quant_method`."""
 
 CHOSEN: Final = ("compressed-tensors", "arrondi")
 """What is chosen from where nobody names a layout, the most widely read first; the second holds every scheme."""
+
+SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({"intel/auto-round": "auto-round"})
+"""Other words of `quant_method` → name of the layout."""

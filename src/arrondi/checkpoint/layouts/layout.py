@@ -148,6 +148,8 @@ class Layout:
         read: (placed, reader of named tensors) → values; a number that cannot be raises FileFormatError.
         config: (placed, paths of the modules whose matrix is kept, facts of the model) → `quantization_config`.
         find: (config.json, stored names, reader) → what is quantized; raises FileFormatError on whatever it does not consume.
+        fit: scheme → the same with the storage types of scales that the layout has, before any code is chosen.
+        together: layers that can each be stored → None if one config can describe them all, else why not, as a sentence.
     """
 
     name: str
@@ -157,3 +159,5 @@ class Layout:
     read: Callable[[Placed, Reader], LayerValues]
     config: Callable[[list[Placed], list[str], ModelFacts], dict[str, Any]]
     find: Callable[[Mapping[str, Any], Names, Reader], list[Placed]]
+    fit: Callable[[LayerScheme], LayerScheme] = lambda scheme: scheme
+    together: Callable[[list[Placed]], str | None] = lambda placed: None

@@ -180,7 +180,9 @@ class Builder:
 
         def run(values: dict[str, Tensor]) -> None:
             read = [value(n, values) for n in node.inputs]
-            for name, found in zip(node.outputs, evaluate(node, read, self.graph.opset), strict=False):
+            for name, found in zip(
+                node.outputs, evaluate(node, read, self.graph.opset, self.graph.domains), strict=False
+            ):
                 if name:
                     values[name] = found
 

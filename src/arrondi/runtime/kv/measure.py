@@ -110,7 +110,7 @@ def compare_with_cache(
         check_limits(Comparison.kind, limits.kl, limits.ppl_increase)
     kv_cache(model, kv, clips=clips)  # or the sentence that says why not, before the work
     seq_len, note = fit_length(seq_len, positions_of(original))
-    tokenizer = load_tokenizer(Checkpoint.open(reference).folder.path) if reads_text(text) else None
+    tokenizer = load_tokenizer(Checkpoint.open(reference).folder.home) if reads_text(text) else None
     windows = read_windows(text, tokenizer, seq_len, "evaluation text")
     check_windows(windows, original)
     batches = list(windows.ids[:samples].split(batch_size(original, windows.seq_len)))

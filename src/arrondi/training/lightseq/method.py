@@ -194,12 +194,10 @@ def _backward(
         )
     by_x = by_weight = None
     learned: dict[str, torch.Tensor] = {}
-    if wanted[0] or layer.learned["clip"].requires_grad:
+    if wanted[0]:
         by_x = (slope @ of_weight.to(slope.dtype)).float().mul_(clip_weight / MOST)
         by_x, ends = _clipped(by_x, codes, beyond, geometry, unsigned)
         learned["clip"] = ends.sum().reshape(1)
-        if not wanted[0]:
-            by_x = None
     if wanted[1]:
         by_weight = (slope.T @ geometry.matrix(codes).to(slope.dtype)).float()
         if unsigned:

@@ -1,7 +1,7 @@
 """The compressed-tensors layout, which transformers (with the compressed-tensors package), vLLM and SGLang read.
 
 Owns: `LAYOUT`. `storage` has a table of how each format keeps a weight, `activations` the static scales, `layer` both together; `args`
-is one side of a config group both ways, `config` what is written, `reading`, `matching`, `classes` and `find` what is read.
+is one side of a config group both ways, `config` what is written, `reading`, `matching` and `find` what is read.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from arrondi.checkpoint.layouts.compressed_tensors.classes import module_classes
+from arrondi.checkpoint.layouts.classes import module_classes
 from arrondi.checkpoint.layouts.compressed_tensors.layer import specs
 from arrondi.checkpoint.layouts.compressed_tensors.matching import is_ignored, match, names_match
 from arrondi.checkpoint.layouts.compressed_tensors.reading import Config, Group, read_config

@@ -1,0 +1,55 @@
+"""The commands that carry a model across and lay two side by side: `convert` and `diff`. Registered in `arrondi.cli.commands`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arrondi.cli import options as opt
+from arrondi.cli.answers import answer
+
+
+def convert(
+    model: opt.Model,
+    output: opt.Out,
+    to: Annotated[
+        str,
+        typer.Option("--to", help="gguf (a file), or a layout: gptq, awq, compressed-tensors, …", show_default=False),
+    ],
+    scheme: Annotated[
+        str | None, typer.Option(help="What tensors become that the target cannot hold as they are.")
+    ] = None,
+    exact_only: Annotated[bool, typer.Option("--exact-only", help="Refuse if a value would change.")] = False,
+    template: Annotated[
+        Path | None, typer.Option(help="A GGUF file of the same model, whose header is taken (--to gguf).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write a model in another layout, bit for bit where its grid holds the values, and say what became of every tensor."""
+    from arrondi.pipeline.convert import convert_model
+    from arrondi.report import print_conversion, progress_bar
+
+    with progress_bar("converting", quiet) as progress:
+        result = convert_model(
+            model, output, to, scheme=scheme, exact_only=exact_only, template=template, overwrite=overwrite, progress=progress
+        )  # fmt: skip
+    answer(result, json_, print_conversion)
+
+
+def diff(
+    first: Annotated[str, typer.Argument(help="Model directory or GGUF file.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another, in any layout.", show_default=False)],
+    json_: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Compare two models tensor by tensor, across layouts: same codes, same values, or how far apart."""
+    from arrondi.pipeline.diff import diff_models
+    from arrondi.report import print_difference, progress_bar
+
+    with progress_bar("comparing", quiet) as progress:
+        result = diff_models(first, second, progress=progress)
+    answer(result, json_, print_difference)

@@ -1,0 +1,138 @@
+"""Which scheme of a layout holds a quantized tensor: the same values where there is one, the nearest where there is none.
+
+Owns: `chosen` and the `Choice` that it makes. Nothing is known of single layouts here: schemes are tried in the order of their size, and the
+layout says which of them it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import torch
+
+from arrondi.checkpoint import Layout, Placed
+from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerChannel, PerGroup, Scheme
+from arrondi.formats.presets import PRESETS
+from arrondi.tensor.express import expressed
+from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
+
+Verdict = Literal["exact", "rescaled", "requantized", "copied"]
+
+_GROUPS: Final = (128, 64, 32, 16)
+_STORED: Final = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one tensor.
+
+    Attributes:
+        scheme: of its layer in the target.
+        verdict: "exact": every value is the same number. "rescaled": up to the storage of scales and offsets. "requantized": rounded anew.
+        error: the largest difference of a value.
+        sqnr_db: of the new values to the old ones, of those that are rounded anew; else None.
+    """
+
+    scheme: LayerScheme
+    verdict: Verdict
+    error: float = 0.0
+    sqnr_db: float | None = None
+
+
+def chosen(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | None = None) -> Choice | str:
+    """The scheme in which a layout will hold a tensor.
+
+    Args:
+        q: the tensor.
+        placed: how it is held now.
+        layout: of the target.
+        wanted: rounded anew to this scheme where no scheme holds the values; None: the smallest one that has as many bits.
+
+    Returns:
+        the choice, or, where the layout holds no such layer at all, its reason.
+    """
+    near: tuple[float, Choice] | None = None
+    for scheme in _words(placed.scheme):
+        if layout.refuse(replace(placed, scheme=scheme, storage="")) is not None:
+            continue
+        made = expressed(q, scheme.weights)
+        if made is None:
+            continue
+        error = _difference(made, q)
+        if error == 0:
+            return Choice(scheme, "exact")
+        if near is None or error < near[0]:
+            near = error, Choice(scheme, "rescaled", error)
+    if near is not None:
+        return near[1]
+    return _rounded(q, placed, layout, wanted)
+
+
+def converted(q: QTensor, choice: Choice) -> QTensor:
+    """The tensor as its choice has it."""
+    made = None if choice.verdict == "requantized" else expressed(q, choice.scheme.weights)
+    return made if made is not None else quantize_tensor(q.dequantize(), choice.scheme.weights)
+
+
+def _rounded(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | None) -> Choice | str:
+    reason = ""
+    fits = []
+    for scheme in map(layout.fit, [wanted] if wanted else _presets(placed.scheme)):
+        why = layout.refuse(replace(placed, scheme=scheme, storage="", indexed=False))
+        reason = reason or why or ""
+        if why is None:
+            fits.append(scheme)
+    bits = placed.scheme.weights.format.bits
+    for scheme in sorted(fits, key=lambda s: (s.weights.format.bits < bits, s.weights.format.bits)):
+        made = quantize_tensor(q.dequantize(), scheme.weights)
+        old, new = q.dequantize().double(), made.dequantize().double()
+        noise = float((new - old).square().sum())
+        sqnr = float("inf") if noise == 0 else 10 * float(torch.log10(old.square().sum() / noise))
+        return Choice(scheme, "requantized", float((new - old).abs().max()), round(sqnr, 2))
+    return reason or "it holds no such layer"
+
+
+def _presets(own: LayerScheme) -> Iterator[LayerScheme]:
+    """Schemes of weights that have a name, with the inputs as they were."""
+    for preset in PRESETS.values():
+        if preset.inputs is None:
+            yield replace(preset, inputs=own.inputs, outputs=own.outputs)
+
+
+def _words(own: LayerScheme) -> Iterator[LayerScheme]:
+    """Other schemes in which the values of one may be said, itself first."""
+    yield own
+    w = own.weights
+    for granularity in _granularities(w.granularity):
+        for format in _formats(w.format):
+            for zero in ("none", "integer", "float"):
+                if format.kind != "integer" and zero != w.zero_point:
+                    continue
+                for stored in (w.scale, *_STORED) if not isinstance(w.scale, Scheme) else _STORED:
+                    if isinstance(stored, Scheme) or (stored == "e8m0" and zero != "none"):
+                        continue
+                    offset = "float32" if zero != "float" or stored == "e8m0" else stored
+                    yield replace(own, weights=replace(
+                        w, format=format, granularity=granularity, zero_point=zero, scale=stored, offset=offset, signed=None,
+                    ))  # fmt: skip
+
+
+def _granularities(own: Granularity) -> list[Granularity]:
+    """The same, and all that are as fine or, should scales be equal, as coarse."""
+    return list(dict.fromkeys([own, PerChannel(), *(PerGroup(n) for n in _GROUPS)]))
+
+
+def _formats(own: Format) -> list[Format]:
+    """The same, and integers of other signs or more bits."""
+    if own.kind != "integer":
+        return [own]
+    names = [f"{sign}{bits}" for bits in range(own.bits, 9) for sign in ("int", "uint")]
+    return list(dict.fromkeys([own, *(FORMATS[n] for n in names if n in FORMATS)]))
+
+
+def _difference(made: QTensor, q: QTensor) -> float:
+    a, b = made.dequantize(), q.dequantize()
+    return 0.0 if torch.equal(a, b) else float((a - b).abs().max())

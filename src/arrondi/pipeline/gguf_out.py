@@ -1,0 +1,172 @@
+"""A model as one GGUF file: `write_gguf`. The header comes from the source if that is GGUF, from a template, or from the model's config.
+
+Numbers that are not quantized keep their type where llama.cpp multiplies by it; vectors are float32, as its programs want them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from arrondi.checkpoint import LAYOUTS, LayerValues, ModelFacts
+from arrondi.checkpoint.containers.gguf.config import unsaid
+from arrondi.checkpoint.containers.gguf.encode import GGUFPlan, GGUFWriter
+from arrondi.checkpoint.containers.gguf.header import Field, is_gguf, read_header, split_files
+from arrondi.checkpoint.containers.gguf.metadata import architecture_of, fields_of_config
+from arrondi.checkpoint.containers.gguf.naming import Place, gguf_places
+from arrondi.checkpoint.containers.gguf.rope import factors_of
+from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer
+from arrondi.checkpoint.containers.tensor_file import DTYPE_NAMES
+from arrondi.checkpoint.containers.turn import Turn
+from arrondi.errors import FileFormatError, OutputError, SchemeError
+from arrondi.model import OnDisk
+from arrondi.pipeline.resolve import PlannedTensor
+
+_UINT32: Final = 4
+_FILE_TYPES: Final = {"F32": 0, "F16": 1, "BF16": 32}
+_OF_SPLITS: Final = "split."
+_FREQUENCIES: Final = "rope_freqs.weight"
+_TOKENS: Final = "token_embd.weight"
+
+Values = Callable[[str], LayerValues]
+Progress = Callable[[int, int, str], None]
+
+
+def write_gguf(
+    source: OnDisk,
+    planned: list[PlannedTensor],
+    values: Values,
+    out: Path,
+    *,
+    template: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write a model whose quantized tensors are blocks of ggml.
+
+    Args:
+        source: the model.
+        planned: every tensor, with a scheme that the layout "gguf" holds where it is quantized.
+        values: the layer of a quantized tensor.
+        out: the file.
+        template: a GGUF file of the same architecture, whose keys are taken.
+        overwrite: a file that is there may be replaced.
+
+    Returns:
+        bytes of the file.
+
+    Raises:
+        SchemeError: a tensor or an architecture that GGUF has no name for.
+        OutputError: something is there, or the disk is full.
+    """
+    check_file(out, overwrite)
+    shapes = {t.name: t.shape for t in planned}
+    places = gguf_places(source.model.config, shapes)
+    tensors = {t.name: _type_of(t) for t in planned}
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, place in places.items():
+        stack = (place.count,) if place.count > 1 else ()
+        found = (tensors[name], (*stack, *place.shape))
+        if layout.setdefault(place.name, found) != found:
+            raise SchemeError(
+                f"{name} is {found[0]}, and others of its stack {layout[place.name][0]}. Give all experts of a layer one scheme."
+            )
+    factors = factors_of(source.model.config)
+    if factors is not None:
+        layout[_FREQUENCIES] = ("F32", tuple(factors.shape))
+    fields = _fields(source, template, places, layout)
+    writer = GGUFWriter(out, GGUFPlan(fields, layout))
+    try:
+        for i, t in enumerate(planned):
+            if progress:
+                progress(i, len(planned), t.name)
+            place = places[t.name]
+            writer.put(place.name, _stored(source, t, values, place, tensors[t.name]), place.index, place.count)
+        if factors is not None:
+            writer.put(_FREQUENCIES, factors)
+        reason = unsaid(source.model.config, read_header(writer.part)) if template is None else None
+        if reason is not None:
+            raise SchemeError(f"{out}: {reason}. Give a GGUF file of this model: --template F16.gguf.")
+        writer.publish()
+    finally:
+        writer.close()
+    return out.stat().st_size
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Whether a GGUF file may be written there.
+
+    Raises:
+        OutputError: it is a directory or is named like one, or something is there.
+    """
+    if out.is_dir() or out.suffix.lower() != ".gguf":
+        raise OutputError(f"{out}: names no GGUF file. Give one that ends with .gguf, such as {out / 'model.gguf'}.")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: is there already. Choose another name, or add --overwrite.")
+
+
+def _type_of(tensor: PlannedTensor) -> str:
+    """The type of a tensor as ggml calls it."""
+    if tensor.status == "quantized":
+        described = LAYOUTS["gguf"].config([tensor.placed], [], ModelFacts())["types"][tensor.name]
+        return str(described if isinstance(described, str) else described["type"])
+    if len([n for n in tensor.shape if n != 1]) < 2 and tensor.dtype.is_floating_point:
+        return "F32"
+    return DTYPE_NAMES[tensor.dtype]
+
+
+def _stored(source: OnDisk, tensor: PlannedTensor, values: Values, place: Place, kind: str) -> torch.Tensor:
+    """The bytes of a tensor as they lie in the file."""
+    form = place.form
+    if tensor.status == "quantized":
+        (raw,) = LAYOUTS["gguf"].write(tensor.placed, values(tensor.name)).values()
+        return raw if form.rows is None else raw[form.rows.argsort()]
+    value = source.checkpoint.dense(tensor.name, torch.float32 if kind == "F32" else tensor.dtype)
+    return Turn(kind, place.shape, form.rows, form.transposed, form.plus).undo(value)
+
+
+def _fields(
+    source: OnDisk,
+    template: str | Path | None,
+    places: Mapping[str, Place],
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> dict[str, Field]:
+    """The keys of the header."""
+    path = Path(template) if template is not None else source.checkpoint.folder.path
+    if template is not None and not is_gguf(path):
+        raise FileFormatError(f"{path}: is no GGUF file. A template is one of the same model, such as its F16 file.")
+    if is_gguf(path):
+        header = read_header(split_files(path)[0])
+        wanted = architecture_of(source.model.config)
+        if header.architecture != wanted:
+            raise SchemeError(
+                f"{path}: of the architecture {header.architecture!r}, and the model is {wanted!r}. Give a file of the same model."
+            )
+        fields = {k: f for k, f in header.fields.items() if not k.startswith(_OF_SPLITS)}
+    else:
+        where = source.checkpoint.folder.home
+        rows = next((s for n, (_, s) in layout.items() if n == _TOKENS), (0,))[0]
+        fields = fields_of_config(source.model.config, where.resolve().name) | fields_of_tokenizer(where, rows)
+    return fields | {
+        "general.file_type": Field(_UINT32, None, _file_type(layout)),
+        "general.quantization_version": Field(_UINT32, None, 2),
+    }
+
+
+def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """The number by which llama.cpp calls a file of whose blocks most matrices are of one type."""
+    from gguf import LlamaFileType
+
+    counts: dict[str, int] = {}
+    for name, (kind, shape) in layout.items():
+        if len(shape) > 1 and name.startswith("blk."):
+            counts[kind] = counts.get(kind, 0) + torch.Size(shape).numel()
+    most = max(counts, key=lambda k: counts[k], default="F32")
+    if most in _FILE_TYPES:
+        return _FILE_TYPES[most]
+    names: dict[str, Any] = {t.name: t.value for t in LlamaFileType}
+    found = (names.get(f"MOSTLY_{most}{end}") for end in ("", "_S", "_M"))
+    return int(next((n for n in found if n is not None), 0))

@@ -1,0 +1,160 @@
+"""Decoders of other tools' layouts, written down plainly from their descriptions, in NumPy and with nothing of the package.
+
+`decoded(config, tensors)` gives every quantized weight (out, in) by its path; a file that makes no sense raises whatever it raises.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def decoded(config: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    """The plain weights of a checkpoint, float32."""
+    said = config["quantization_config"]
+    return READERS[said.get("quant_method", "bitsandbytes")](said, tensors)
+
+
+def bits_of(rows: np.ndarray, width: int, count: int) -> np.ndarray:
+    """Codes of a little-endian bit stream in each row of int32 words: bit by bit."""
+    stream = np.unpackbits(np.ascontiguousarray(rows).view(np.uint8), axis=-1, bitorder="little")
+    codes = stream[:, : count * width].reshape(len(rows), count, width)
+    return (codes * 2 ** np.arange(width)).sum(-1)
+
+
+def gptq(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    found = {}
+    for name in tensors:
+        if not name.endswith(".qweight"):
+            continue
+        path = name.removesuffix(".qweight")
+        own = dict(said)
+        for pattern, change in (said.get("dynamic") or {}).items():
+            if re.match(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, path):
+                assert not pattern.startswith("-:")
+                own |= change
+                break
+        bits = own["bits"]
+        index, scales = tensors[f"{path}.g_idx"].numpy(), tensors[f"{path}.scales"].float().numpy()
+        codes = bits_of(tensors[name].numpy().T, bits, len(index))
+        packed = tensors[f"{path}.qzeros"].numpy()
+        if said.get("checkpoint_format", said.get("format", "gptq")) == "gptq_v2":
+            zeros = bits_of(packed, bits, scales.shape[1])
+        elif bits == 3:
+            zeros = (bits_of(packed, bits, scales.shape[1]) + 1) % 8
+        else:
+            one = sum(1 << (bits * i) for i in range(32 // bits))
+            zeros = bits_of(((packed.astype(np.int64) + one) % 2**32).astype(np.uint32), bits, scales.shape[1])
+        found[path] = (codes - zeros.T[:, index]).astype(np.float32) * scales.T[:, index]
+    return found
+
+
+def awq(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    found = {}
+    for name in tensors:
+        if not name.endswith(".qweight"):
+            continue
+        path = name.removesuffix(".qweight")
+        scales = tensors[f"{path}.scales"].float().numpy()
+
+        def nibbles(packed: np.ndarray) -> np.ndarray:
+            out = np.zeros((packed.shape[0], packed.shape[1] * 8), dtype=np.int64)
+            for place, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+                out[:, column::8] = (packed >> (4 * place)) & 15
+            return out
+
+        codes, zeros = nibbles(tensors[name].numpy()), nibbles(tensors[f"{path}.qzeros"].numpy())
+        size = len(codes) if said["group_size"] == -1 else said["group_size"]
+        group = np.arange(len(codes)) // size
+        found[path] = ((codes - zeros[group]).astype(np.float32) * scales[group]).T
+    return found
+
+
+def bitsandbytes(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    found = {}
+    for name, value in tensors.items():
+        if name.endswith(".SCB"):
+            path = name.removesuffix(".SCB")
+            scale = (value.double() / 127).float().numpy()
+            found[path] = tensors[f"{path}.weight"].numpy().astype(np.float32) * scale[:, None]
+        if ".weight.quant_state." in name:
+            path = name.partition(".weight.quant_state.")[0]
+            note = json.loads(bytes(value.tolist()))
+            packed = tensors[f"{path}.weight"].contiguous().view(torch.uint8).numpy().reshape(-1)
+            codes = np.stack([packed // 16, packed % 16], 1).reshape(-1)[: int(np.prod(note["shape"]))]
+            scale = tensors[f"{path}.weight.absmax"].numpy()
+            if note.get("nested_blocksize"):
+                levels = tensors[f"{path}.weight.nested_quant_map"].numpy()[scale]
+                inner = np.repeat(tensors[f"{path}.weight.nested_absmax"].numpy(), note["nested_blocksize"])[
+                    : len(scale)
+                ]
+                scale = levels * inner + np.float32(note["nested_offset"])
+            values = tensors[f"{path}.weight.quant_map"].numpy()[codes]
+            scale = np.repeat(scale, note["blocksize"])[: len(values)]
+            found[path] = (values * scale).reshape(note["shape"])
+    return found
+
+
+def fp8(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    found = {}
+    for name, value in tensors.items():
+        if value.dtype != torch.float8_e4m3fn:
+            continue
+        path = name.removesuffix(".weight")
+        ending = next(e for e in (".weight_scale_inv", ".weight_scale", "_scale_inv") if path + e in tensors)
+        scale, codes = tensors[path + ending].float().numpy(), value.float().numpy()
+        if said.get("weight_block_size"):
+            for axis, size in ((-2, said["weight_block_size"][0]), (-1, said["weight_block_size"][1])):
+                scale = np.repeat(scale, size, axis=axis).take(np.arange(codes.shape[axis]), axis=axis)
+        found[path] = codes * scale
+    return found
+
+
+def mxfp4(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+    values, found = np.concatenate([values, -values]), {}
+    for name, value in tensors.items():
+        if name.endswith("_blocks"):
+            path, blocks = name.removesuffix("_blocks"), value.numpy()
+            pairs = np.stack([values[blocks % 16], values[blocks // 16]], -1).reshape(*blocks.shape[:3], 32)
+            scale = np.exp2(tensors[f"{path}_scales"].numpy().astype(np.float64) - 127).astype(np.float32)
+            found[path] = (pairs * scale[..., None]).reshape(*blocks.shape[:2], -1).transpose(0, 2, 1)
+    return found
+
+
+def auto_round(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    packing = said["packing_format"].lower()
+    if packing == "auto_round:auto_awq":
+        return awq(said, tensors)
+    format = "gptq" if packing == "auto_round:auto_gptq" else "gptq_v2"
+    rules = {f"+:^{re.escape(k)}$": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
+    rules |= {f"+:.*?(?:{k})": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
+    found: dict[str, np.ndarray] = {}
+    for name in tensors:
+        if name.endswith(".qweight"):  # an index of groups, which these files lack
+            path = name.removesuffix(".qweight")
+            own = dict(said) | next((v for p, v in rules.items() if re.match(p[2:], path)), {})
+            columns = tensors[name].shape[0] * 32 // own["bits"]
+            size = columns if own["group_size"] == -1 else own["group_size"]
+            index = torch.arange(columns, dtype=torch.int32) // size
+            whole = {f"{path}.{k}": tensors[f"{path}.{k}"] for k in ("qweight", "qzeros", "scales")}
+            found |= gptq(own | {"checkpoint_format": format, "dynamic": None}, whole | {f"{path}.g_idx": index})
+    return found
+
+
+READERS = {
+    "auto-round": auto_round,
+    "intel/auto-round": auto_round,
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+}

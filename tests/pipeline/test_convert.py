@@ -1,0 +1,138 @@
+"""From one layout into another and back: the same values, said truly, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import arrondi
+from arrondi.checkpoint import Checkpoint
+from arrondi.checkpoint.containers.gguf.header import read_header
+from arrondi.errors import ArrondiError, OutputError, SchemeError
+from arrondi.pipeline.convert import convert_model
+from arrondi.pipeline.diff import diff_models
+
+CASES = [
+    ("w=int4/g32", ("gptq", "awq", "gguf", "compressed-tensors")),
+    ("w=int4/g32/asym", ("gptq", "compressed-tensors", "arrondi")),
+    ("w=int8/g32", ("gptq", "gguf", "arrondi")),
+    ("w=nf4/g64", ("bitsandbytes", "arrondi")),
+]
+
+
+@pytest.fixture(scope="module")
+def packed(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(scheme: str) -> Path:
+        if scheme not in made:
+            made[scheme] = tmp_path_factory.mktemp("packed") / "model"
+            arrondi.quantize(models("llama", torch.float16), scheme, out=made[scheme], to="arrondi")
+        return made[scheme]
+
+    return get
+
+
+@pytest.mark.parametrize(("scheme", "targets"), CASES, ids=[c[0] for c in CASES])
+def test_there_and_back(scheme: str, targets: tuple[str, ...], packed: Callable[[str], Path], tmp_path: Path) -> None:
+    start = last = packed(scheme)
+    for target in (*targets, "arrondi"):
+        path = tmp_path / (target if target != "gguf" else "m.gguf")
+        path = path.with_name(f"{path.name}-{len(list(tmp_path.iterdir()))}") if target != "gguf" else path
+        result = convert_model(last, path, target, exact_only=True)
+        assert result["exact"] and not result["rescaled"] and not result["requantized"]
+        last = path
+    one, two = Checkpoint.open(start), Checkpoint.open(last)
+    assert one.names == two.names
+    for name in one.names:
+        a, b = one.read(name), two.read(name)
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a.float(), b.float() if isinstance(b, torch.Tensor) else b.dequantize())
+        else:
+            assert torch.equal(a.dequantize(), b.dequantize()), name
+            assert torch.equal(a.codes, b.codes), name
+
+
+def test_what_changed_is_said(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    """Offsets in float16 are other numbers than zero points: said, with the largest difference that there is."""
+    result = convert_model(packed("w=int4/g32/asym"), tmp_path / "m.gguf", "gguf")
+    assert result["rescaled"] and not result["requantized"]
+    one, two = Checkpoint.open(packed("w=int4/g32/asym")), Checkpoint.open(tmp_path / "m.gguf")
+    for row in result["tensors"]:
+        if row["verdict"] == "rescaled":
+            found = (one.dense(row["name"]) - two.dense(row["name"])).abs().max()
+            assert float(found) == row["max_error"] > 0
+
+
+def test_rounded_anew_with_what_it_cost(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    result = convert_model(packed("w=nf4/g64"), tmp_path / "gptq", "gptq", scheme="w=int8/g32")
+    one, two = Checkpoint.open(packed("w=nf4/g64")), Checkpoint.open(tmp_path / "gptq")
+    rows = [row for row in result["tensors"] if row["verdict"] == "requantized"]
+    assert rows and all(row["sqnr_db"] > 35 for row in rows)
+    for row in rows:
+        old, new = one.dense(row["name"]).double(), two.dense(row["name"]).double()
+        assert row["sqnr_db"] == pytest.approx(
+            float(10 * torch.log10(old.square().sum() / (old - new).square().sum())), abs=0.01
+        )
+
+
+def test_exact_only_refuses_before_anything_is_written(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match=r"cannot hold every value as it is: .*requantized.*Leave --exact-only out"):
+        convert_model(packed("w=nf4/g64"), tmp_path / "x", "gptq", exact_only=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["gguf", "gptq"])
+def test_what_is_there_stays(to: str, packed: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / ("there.gguf" if to == "gguf" else "there")
+    if to == "gguf":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    with pytest.raises(OutputError):
+        convert_model(packed("w=int4/g32"), out, to)
+    assert (out if to == "gguf" else out / "mine").read_text() == "mine"
+
+
+def test_a_word_that_is_no_layout(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ArrondiError, match=r"Unknown layout 'gguff'.*gguf"):
+        convert_model(packed("w=int4/g32"), tmp_path / "x", "gguff")
+
+
+def test_types_of_a_file(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    convert_model(packed("w=int4/g32"), tmp_path / "m.gguf", "gguf")
+    header = read_header(tmp_path / "m.gguf")
+    kinds = {
+        name.split(".")[2] if name.startswith("blk") else name: stored.type for name, stored in header.tensors.items()
+    }
+    assert (
+        kinds["attn_q"] == kinds["ffn_down"] == "Q4_0"
+        and kinds["attn_norm"] == "F32"
+        and kinds["token_embd.weight"] == "F16"
+    )
+    assert header.value("general.file_type") == 2
+
+
+def test_what_differs_between_two_layouts(
+    packed: Callable[[str], Path], models: Callable[..., Path], tmp_path: Path
+) -> None:
+    convert_model(packed("w=int4/g32"), tmp_path / "awq", "awq")
+    same = diff_models(packed("w=int4/g32"), tmp_path / "awq")
+    assert not same["different"] and same["same_codes"]
+    assert same["same_values"] + same["same_codes"] == len(same["tensors"])
+    lost = diff_models(models("llama", torch.float16), packed("w=int4/g32"))
+    one, two = Checkpoint.open(models("llama", torch.float16)), Checkpoint.open(packed("w=int4/g32"))
+    rows = [row for row in lost["tensors"] if row["verdict"] == "different"]
+    assert len(rows) == 21 and lost["same_codes"] == len(lost["tensors"]) - 21
+    for row in rows:
+        a, b = (c.dense(row["name"]).double() for c in (one, two))
+        assert row["max_error"] == float((a - b).abs().max())
+        assert row["sqnr_db"] == pytest.approx(
+            float(10 * torch.log10(a.square().sum() / (a - b).square().sum())), abs=0.006
+        )
+    other = diff_models(models("llama", torch.float16), models("gpt2"))
+    assert other["only_in_the_first"] and other["only_in_the_second"] and not other["different"]
