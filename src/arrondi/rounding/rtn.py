@@ -21,7 +21,7 @@ from arrondi.tensor.nearest import own_numbers, quantize_tensor, quantize_with, 
 from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.exponents import EXPONENT_RULES
 from arrondi.tensor.ranges.search import search_grid
-from arrondi.tensor.ranges.squares import by_squares
+from arrondi.tensor.ranges.squares import stepped
 from arrondi.tensor.ranges.superblocks import is_superblock
 from arrondi.tensor.ranges.weighted import FOUR_OVER_SIX, shares_outer_scale, weighted_parts
 
@@ -119,18 +119,12 @@ def pays_to_search(scheme: Scheme) -> bool:
     """
     format = scheme.format
     coarse = format.kind == "integer" and format.levels > 3 and format.bits < 8
-    return scheme.scale == "e8m0" or coarse or is_superblock(scheme) or _in_steps(scheme)
-
-
-def _in_steps(scheme: Scheme) -> bool:
-    """Whether scales are searched in steps of the grid, because parts of the whole range are too coarse or too narrow for it."""
-    format = scheme.format
-    return by_squares(scheme) and (format.name == "iq4_nl" or (format.kind == "integer" and format.bits == 8))
+    return scheme.scale == "e8m0" or coarse or is_superblock(scheme) or stepped(scheme)
 
 
 def searched(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, power: float, name: str) -> Parts:
     """The searched grid as it is kept; scales that are quantized in turn are tried as they will read back."""
-    if is_superblock(scheme) or _in_steps(scheme):
+    if is_superblock(scheme) or stepped(scheme):
         return weighted_parts(weight, scheme, importance, magnitude=False, name=name)
     if shares_outer_scale(scheme):
         return weighted_parts(weight, scheme, importance, magnitude=False, power=power, name=name)

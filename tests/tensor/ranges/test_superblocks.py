@@ -11,7 +11,7 @@ from arrondi.formats.ggml import GGML
 from arrondi.rounding import gptq, imatrix, rtn
 from arrondi.tensor.nearest import quantize_tensor, quantize_with
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.ranges.squares import by_squares
+from arrondi.tensor.ranges.squares import stepped
 from arrondi.tensor.ranges.superblocks import is_superblock, superblock_parts
 from arrondi.tensor.rows import pick_rows, rows_of, rowwise, stack_rows
 from tests.rounding.test_gptq import make_layer
@@ -34,10 +34,10 @@ def error(x: torch.Tensor, q: QTensor, columns: torch.Tensor | float = 1.0) -> f
 
 def test_which_schemes_are_searched_how() -> None:
     assert SUPER == ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
-    assert [name for name in GGML if by_squares(GGML[name])] == ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"]
+    assert [name for name in GGML if stepped(GGML[name])] == ["Q8_0", "IQ4_NL"]
     for text in ("NVFP4A16", "NF4_DQ", "W4A16", "MXFP4A16", "w=int4/g32/asym", "w=int4/g32/s:(fp8/g8)", "w=lut4/g32"):
         scheme = parse_scheme(text).weights
-        assert not is_superblock(scheme) and not by_squares(scheme), text
+        assert not is_superblock(scheme) and not stepped(scheme), text
 
 
 @pytest.mark.parametrize("name", THEIRS)

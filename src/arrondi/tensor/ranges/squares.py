@@ -1,6 +1,6 @@
 """Grids of small groups by least squares: many assignments of codes, of each the scale and offset that fit it best.
 
-Owns: `Squares`, the weighted sums from which everything follows, `best_grids`, and for schemes with plain scales `by_squares` and
+Owns: `Squares`, the weighted sums from which everything follows, `best_grids`, and for schemes with plain scales `stepped` and
 `squares_grid`. Elements lie along the first axis, groups along the others, so that sums over a group are sums of long rows.
 
 For codes with values v and weights w, the error of a group is Σ w (s v + o - x)², a quadratic function of s and o whose minimum is known in
@@ -37,11 +37,11 @@ _TURNS: Final = 3
 """Turns of codes and grid at most."""
 
 
-def by_squares(scheme: Scheme) -> bool:
-    """Whether `squares_grid` makes it: plain scales and perhaps offsets for few integers or codes of a codebook each."""
-    format, small = scheme.format, isinstance(scheme.granularity, PerGroup) and scheme.granularity.size <= _SMALL
-    known = (format.kind == "integer" or format.kind == "codebook") and not format.learned and format.levels > 3
-    return small and known and scheme.zero_point != "integer" and scheme.scale in PLAIN and scheme.offset in PLAIN
+def stepped(scheme: Scheme) -> bool:
+    """Whether `squares_grid` makes it: int8 and ggml's codebook in small groups, for which parts of the whole range are too coarse a search."""
+    small = isinstance(scheme.granularity, PerGroup) and scheme.granularity.size <= _SMALL
+    plain = scheme.zero_point == "none" and scheme.scale in PLAIN
+    return small and plain and scheme.format.name in ("int8", "iq4_nl")
 
 
 def squares_grid(
@@ -51,7 +51,7 @@ def squares_grid(
 
     Args:
         weight: (..., K), finite; computed in float32.
-        scheme: one that goes `by_squares`.
+        scheme: one that is `stepped`.
         importance, magnitude: as in `laid`.
 
     Raises:

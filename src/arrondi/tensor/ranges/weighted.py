@@ -1,8 +1,8 @@
 """Grids with the least weighted squared error: a search over scales, then weighted least squares.
 
 Owns: `weighted_parts`, `shares_outer_scale` and `FOUR_OVER_SIX`. `search` asks one power of the error of every column; here each element has a weight of its own,
-scales move freely, and scales that are quantized in turn are tried as they will read back. Small groups and super-blocks go `squares` and
-`superblocks`.
+scales move freely, and scales that are quantized in turn are tried as they will read back. Super-blocks go `superblocks`, and
+ggml's codebook goes `squares`.
 
 For a tile with elements w and weights a, the codes c of a first grid are the best of some widths. Then alternately the
 scale (and the offset) that is best for these codes follows in closed form, Σ a w v(c) / Σ a v(c)², and the codes that are best
@@ -28,7 +28,7 @@ from arrondi.tensor.qtensor import Parts, QTensor
 from arrondi.tensor.ranges.fits import fit
 from arrondi.tensor.ranges.grid import Grid, cat_grids, round_offset, round_scale
 from arrondi.tensor.ranges.search import mirrors, on_grid, powered
-from arrondi.tensor.ranges.squares import by_squares, squares_grid
+from arrondi.tensor.ranges.squares import squares_grid, stepped
 from arrondi.tensor.ranges.superblocks import is_superblock, superblock_parts
 from arrondi.tensor.tiling import to_tiles
 
@@ -75,7 +75,7 @@ def weighted_parts(
     """
     shape = tuple(weight.shape)
     tile = tile_shape(scheme.granularity, shape)
-    if widths is None and power == 2 and (is_superblock(scheme) or by_squares(scheme)):
+    if widths is None and power == 2 and (is_superblock(scheme) or stepped(scheme)):
         columns, root = None if importance is None else _checked(importance, shape, name), 0.5 if magnitude else 0.0
         if is_superblock(scheme):
             return superblock_parts(weight.detach(), scheme, columns, root)
