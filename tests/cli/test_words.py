@@ -61,7 +61,7 @@ SOURCE = Path(arrondi.__file__).parent
         (("plan", "m", "--zzz"), ["No such option: --zzz", "arrondi plan --help"]),
         (("plan", "m", "--samples", "many"), ["--samples", "integer"]),
         (("run", "m"), ["prompt", "arrondi run --help"]),
-        (("plan", "m", "--scheme", "Q4_K_M"), ["'Q4_K_M'", "GGUF", "W4A16"]),
+        (("plan", "m", "--scheme", "Q4_K_XL"), ["'Q4_K_XL'", "GGUF", "Q4_K"]),
         (("plan", "m", "--scheme", "IQ3_M"), ["'IQ3_M'", "GGUF", "Q3_K"]),
         (("plan", "m", "--scheme", "int4"), ["'int4'", "W4A16"]),
         (("plan", "m", "--scheme", "4-bit"), ["'4-bit'", "W4A16"]),

@@ -12,7 +12,9 @@ from arrondi.tensor.nearest import quantize_tensor
 from tests.kernels.common import assert_same
 
 
-@pytest.mark.parametrize("text", ["W4A16", "W3A16_ASYM", "W8A16", "NF4", "T158", "w=uint4/g32/offset", "w=int4/tensor"])
+@pytest.mark.parametrize(
+    "text", ["W4A16", "W3A16_ASYM", "W8A16", "NF4", "T158", "w=uint4/g32/offset", "w=int4/tensor", "Q4_K", "Q6_K"]
+)
 def test_rows_are_those_of_the_dequantized_table(text: str):
     for dtype in (torch.float32, torch.bfloat16):
         q = quantize_tensor(torch.randn(50, 96), parse_scheme(text).weights)
@@ -36,5 +38,6 @@ def test_mistakes_are_named():
         table(torch.ones(2))
     with pytest.raises(ShapeError, match="matrix"):
         QEmbedding(quantize_tensor(torch.randn(2, 4, 32), parse_scheme("W4A16").weights))
-    with pytest.raises(ShapeError, match="scales of their own"):
-        QEmbedding(quantize_tensor(torch.randn(64, 64), parse_scheme("w=int4/b32x32").weights))
+    for shared in ("w=int4/b32x32", "NVFP4A16"):
+        with pytest.raises(ShapeError, match="scales of their own"):
+            QEmbedding(quantize_tensor(torch.randn(64, 64), parse_scheme(shared).weights))

@@ -285,8 +285,8 @@ def test_the_most_widely_read_layout_that_holds_everything_is_taken(models: Call
 def test_a_layout_that_cannot_hold_the_scheme_says_so(models: Callable[..., Path]) -> None:
     message = refusal(planned(models("llama"), Recipe.simple("w=nf4/g32"), layout="compressed-tensors"))
     assert "compressed-tensors has no format for w=nf4/g32" in message and "--to arrondi" in message
-    with pytest.raises(SchemeError, match="Unknown layout 'ggufs'"):
-        planned(models("llama"), W4, layout="ggufs")
+    with pytest.raises(SchemeError, match="Unknown layout 'marlin'"):
+        planned(models("llama"), W4, layout="marlin")
 
 
 # ── what cannot start ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ from arrondi.formats import PerChannel, PerGroup, PerTensor, Scheme, tile_shape
 from arrondi.kernels import decoded, pack_weight, unpack_weight
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.rows import rowwise
 
 _TRIED: Final = ((2, 0, 3),)
 """Ids that tell a look-up from whatever counts positions."""
@@ -24,10 +25,10 @@ _TRIED: Final = ((2, 0, 3),)
 
 def refuse_table(scheme: Scheme) -> str | None:
     """Why rows cannot be looked up in a table of this scheme, as the end of a sentence; None if they can."""
-    plain = scheme.apart is None and scheme.table is None and not isinstance(scheme.scale, Scheme)
+    plain = scheme.apart is None and scheme.table is None and (rowwise(scheme) or not isinstance(scheme.scale, Scheme))
     if plain and isinstance(scheme.granularity, PerChannel | PerGroup | PerTensor):
         return None
-    return f"rows of an embedding are looked up one by one and take plain scales of their own (a row, or groups of its width), not {scheme}"
+    return f"rows of an embedding are looked up one by one and take scales of their own (a row, or groups of its width), not {scheme}"
 
 
 @torch.no_grad()
@@ -81,9 +82,10 @@ class QEmbedding(nn.Module):
         if len(weight.shape) != 2:
             raise ShapeError(f"QEmbedding takes a matrix (rows, width), got shape {weight.shape}.")
         height = tile_shape(weight.scheme.granularity, weight.shape)[0]
-        if height not in (1, weight.shape[0]) or isinstance(weight.scale, QTensor) or weight.group_index is not None:
+        shared = isinstance(weight.scale, QTensor) and not rowwise(weight.scheme)
+        if height not in (1, weight.shape[0]) or shared or weight.group_index is not None:
             raise ShapeError(
-                f"QEmbedding takes rows with plain scales of their own, got {weight.scheme}. Use groups along the width."
+                f"QEmbedding takes rows with scales of their own, got {weight.scheme}. Use groups along the width."
             )
         self.num_embeddings, self.embedding_dim = weight.shape
         self.scheme, self.dtype, self.shared, self.factor = weight.scheme, dtype, height > 1, factor

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from arrondi.errors import unknown
 from arrondi.formats import LayerScheme, Scheme
+from arrondi.pipeline.mixes import base_scheme, mix_of
 from arrondi.pipeline.recipe import Recipe
 from arrondi.rounding.yaqa import refuse_yaqa
 from arrondi.tensor.checks import layer_scheme_of
@@ -117,7 +118,8 @@ def preset_recipe(
     """
     if name.lower() not in PRESETS:
         raise unknown("preset", name, PRESETS)
-    asked = DEFAULTS if scheme is None else layer_scheme_of(scheme)
+    mix = mix_of(scheme)
+    asked = base_scheme(mix) if mix else DEFAULTS if scheme is None else layer_scheme_of(scheme)
     preset = PRESETS[name.lower()](asked)
     return Recipe.simple(
         preset.scheme if scheme is None else scheme,

@@ -18,6 +18,7 @@ from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import FORMATS, LayerScheme, Scheme
 from arrondi.formats.kv import as_cache, parse_kv
+from arrondi.pipeline.mixes import base_scheme, mix_of
 from arrondi.pipeline.steps import check_fallback, check_scheme, check_step, get_step, step_of_kind
 from arrondi.tensor.checks import layer_scheme_of
 
@@ -33,6 +34,8 @@ class Rule:
         targets: selectors.
         options: of the step.
         fallback: round step where nothing is known of a weight's inputs; "" is the method's own choice.
+        mix: a name of `arrondi.pipeline.mixes.MIXES`, by which every weight gets a type of its own; a word for the scheme may name one.
+            The scheme is that of its base.
     """
 
     scheme: LayerScheme | None
@@ -40,9 +43,13 @@ class Rule:
     targets: tuple[str, ...] = ("Linear",)
     options: Mapping[str, Any] = field(default_factory=dict)
     fallback: str = ""
+    mix: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _selectors(self.targets))
+        if mix := mix_of(self.scheme):
+            object.__setattr__(self, "mix", mix)
+            object.__setattr__(self, "scheme", base_scheme(mix))
         if self.scheme is not None:
             object.__setattr__(self, "scheme", layer_scheme_of(self.scheme))
         check_fields(self)
@@ -120,14 +127,15 @@ class Recipe:
         """One rule that rounds, as the command line gives it, and what is done before and after it.
 
         Args:
-            scheme: a word, a scheme of weights, or one of a layer.
+            scheme: a word, a scheme of weights, or one of a layer; or a mix of types such as Q4_K_M.
             method: name of a round step.
             group_size: another than the scheme's; -1 is a whole row.
             targets, ignore: selectors.
             options: of the method; of another step under `STEP.OPTION`.
             rewrites, repairs: names of steps.
             all_experts: see the class.
-            embeddings: what the table of words becomes: `int8/row`, `int4/g64`; None: it stays. A head that is tied to it has the
+            embeddings: what the table of words becomes: `int8/row`, `int4/g64`; None: it stays, but of a mix, which says so of it and
+                of the head. A head that is tied to it has the
                 same codes, which are then chosen by gptq if the method looks at second moments; all else is rounded to nearest.
         """
         if not isinstance(method, str):
@@ -150,6 +158,9 @@ class Recipe:
         ]
         if embeddings is not None:
             rules.append(_of_tables(table_scheme(embeddings), step.needs))
+        elif mix_of(scheme):
+            rules.append(_of_tables(scheme, step.needs))
+            ignore = () if ignore is None else ignore
         if own:
             stray = next(iter(own))
             raise SchemeError(
@@ -211,6 +222,7 @@ class Recipe:
                     "targets": list(r.targets),
                     "options": dict(r.options),
                     **({"fallback": r.fallback} if r.fallback else {}),
+                    **({"mix": r.mix} if r.mix else {}),
                 }
                 for r in self.rules
             ],
@@ -248,13 +260,17 @@ def _by_step(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = None) -> LayerScheme:
-    """A layer's scheme from a word or a value, with another group size if there is one."""
+def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = None) -> Any:
+    """A layer's scheme from a word or a value, with another group size if there is one; a word that names a mix as it is."""
+    if mix := mix_of(scheme):
+        if group_size is not None:
+            raise SchemeError(f"The block sizes of {mix} are those of its types. Drop --group-size.")
+        return scheme
     layer = layer_scheme_of(scheme)
     return layer if group_size is None else layer.with_group_size(group_size)
 
 
-def _of_tables(scheme: LayerScheme, needs: Iterable[str]) -> Rule:
+def _of_tables(scheme: Any, needs: Iterable[str]) -> Rule:
     """The rule for tables beside a method with these needs."""
     looks = any("moment" in need for need in needs)
     try:

@@ -17,6 +17,7 @@ from arrondi.checkpoint import Layout, Placed
 from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.model import Site, Source, StoredTensor, deaf_parameters
 from arrondi.nn import refuse_table
+from arrondi.pipeline.mixing import Mixing
 from arrondi.pipeline.recipe import Recipe, Rule, matches
 from arrondi.pipeline.steps import get_step
 from arrondi.rewrite.spread import refuse_block
@@ -120,6 +121,7 @@ class Resolver:
     ) -> None:
         self.largest = largest or {}
         self.source, self.recipe, self.layout, self.keep_misfits = source, recipe, layout, keep_misfits
+        self.mixing = Mixing(source)
         self.images = images
         self.used: set[str] = set()
         self.notes: dict[str, list[str]] = {}
@@ -194,7 +196,13 @@ class Resolver:
         """The tensor in the rule's scheme, or in the nearest that its shape and the layout allow."""
         rule, site = plain.rule, plain.sites[0]
         assert rule is not None and rule.scheme is not None
-        asked = replace(rule.scheme, inputs=None) if site.kind == "embedding" else rule.scheme
+        said: LayerScheme | None = rule.scheme
+        if rule.mix:
+            said = self.mixing.scheme(rule.mix, plain.tensor, site.matrix_shape[1], bool(get_step(rule.method).needs))
+        if said is None:
+            reason = f"no blocks of GGUF divide its {site.matrix_shape[1]} inputs"
+            return replace(plain, status="kept because impossible", reason=reason)
+        asked = replace(said, inputs=None) if site.kind == "embedding" else said
         asked = self.layout.fit(asked.with_scale(_SCALES.get(plain.dtype, "float32"), instead=("float32",)))
         wanted = self._spread(plain, asked)
         step = get_step(rule.method)
