@@ -175,7 +175,7 @@ def test_a_layout_that_cannot_hold_a_table_says_so(models: Callable[..., Path]) 
     assert make_plan(OnDisk.open(models("llama")), INT8).layout.name == "arrondi"
     kept = status(models("llama"), INT8, layout="compressed-tensors")[WORDS["llama"]]
     assert kept[0] == "kept because impossible" and "a table that is looked up" in kept[1]
-    for scheme, words in (("w=int4/b16x16", "one by one"), ("w=int4/g16/s:(uint8/g16)", "plain scales")):
+    for scheme, words in (("w=int4/b16x16", "one by one"), ("w=int4/g16/s:(uint8/tensor)", "scales of their own")):
         found = status(models("llama"), Recipe.simple("W8A16", embeddings=scheme))
         assert found[WORDS["llama"]][0] == "kept because impossible" and words in found[WORDS["llama"]][1]
     with pytest.raises(SchemeError, match="int9"):
