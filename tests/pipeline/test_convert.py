@@ -136,3 +136,30 @@ def test_what_differs_between_two_layouts(
         )
     other = diff_models(models("llama", torch.float16), models("gpt2"))
     assert other["only_in_the_first"] and other["only_in_the_second"] and not other["different"]
+
+
+def test_scattered_groups_go_along_or_are_refused(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    settings = {"method": "gptq", "calibration": text, "samples": 4, "seq_len": 32, "options": {"order": "dynamic"}}
+    arrondi.quantize(models("llama", torch.float16), "w=int4/g32", out=tmp_path / "ours", to="arrondi", **settings)
+    result = convert_model(tmp_path / "ours", tmp_path / "gptq", "gptq", exact_only=True)
+    assert result["exact"]
+    one, two = (Checkpoint.open(tmp_path / name) for name in ("ours", "gptq"))
+    scattered = [name for name in one.placed if one.placed[name].indexed]
+    assert scattered and all(
+        two.placed[name].indexed and torch.equal(one.dense(name), two.dense(name)) for name in scattered
+    )
+    with pytest.raises(SchemeError, match="requantized"):
+        convert_model(tmp_path / "ours", tmp_path / "m.gguf", "gguf", exact_only=True)
+
+
+def test_scales_that_the_files_of_a_target_round_are_not_called_exact(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """bitsandbytes stores 127 times the scale of int8, which has not always a float32 that gives the scale back."""
+    arrondi.quantize(models("llama"), "w=int8/channel,a=int8/token", out=tmp_path / "ours", to="arrondi")
+    result = convert_model(tmp_path / "ours", tmp_path / "bnb", "bitsandbytes")
+    one, two = (Checkpoint.open(tmp_path / name) for name in ("ours", "bnb"))
+    for row in result["tensors"]:
+        if row["verdict"] != "copied":
+            same = torch.equal(one.dense(row["name"]), two.dense(row["name"]))
+            assert (row["verdict"] == "exact") is same, row["name"]

@@ -1,7 +1,7 @@
 """From one layout into another: `convert_model`. Every tensor says whether its values stayed what they were.
 
-Codes and scales are put into the words of the target where its grid holds the values, and only else rounded anew. What is written is
-read back by the target's own rules and compared with the source: that comparison, and no expectation, is what is reported.
+Codes and scales are put into the words of the target where its grid holds the values, and only else rounded anew. What the target's own
+rules give back of the tensors that will be written is compared with the source: that, and no expectation, is what is reported.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.plan_facts import facts_of
 from arrondi.pipeline.publish import planned_files, publish
+from arrondi.pipeline.recipe import Rule
 from arrondi.pipeline.record import machine, manifest_of, run_key, versions
 from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.restore import unquantized
@@ -118,14 +119,17 @@ class _Work:
             if placed is None:
                 planned.append(PlannedTensor(tensor, dtype, "kept by rule", "it is not quantized"))
                 continue
-            found = chosen(checkpoint.layer(tensor.name).weight, placed, layout, wanted)
+            values = checkpoint.layer(tensor.name)
+            found = chosen(values, placed, layout, wanted)
             if isinstance(found, str) and placed.kind == "Linear":
                 raise SchemeError(f"{tensor.name} ({placed.scheme}) cannot be stored as {layout.name}: {found}.")
             if isinstance(found, str):  # a table, which any target holds as the numbers that it means
                 planned.append(PlannedTensor(tensor, dtype, "kept by rule", found))
                 continue
             choices[tensor.name] = found
-            planned.append(PlannedTensor(tensor, dtype, "quantized", "", scheme=found.scheme))
+            scattered = placed.indexed and found.verdict != "requantized"
+            rule = Rule(found.scheme, "gptq", options={"order": "dynamic"}) if scattered else None
+            planned.append(PlannedTensor(tensor, dtype, "quantized", "", rule, found.scheme))
         why = layout.together([t.placed for t in planned if t.status == "quantized"])
         if why:
             raise SchemeError(f"{source.where}: {why}")

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 import torch
 
-from arrondi.checkpoint import Layout, Placed
+from arrondi.checkpoint import LayerValues, Layout, Placed
 from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerChannel, PerGroup, Scheme
 from arrondi.formats.presets import PRESETS
 from arrondi.tensor.express import expressed
@@ -42,11 +42,13 @@ class Choice:
     sqnr_db: float | None = None
 
 
-def chosen(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | None = None) -> Choice | str:
-    """The scheme in which a layout will hold a tensor.
+def chosen(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerScheme | None = None) -> Choice | str:
+    """The scheme in which a layout will hold a layer.
+
+    Every candidate is written and read back by the layout's own rules: what a file would not give back the same is not called exact.
 
     Args:
-        q: the tensor.
+        values: the layer.
         placed: how it is held now.
         layout: of the target.
         wanted: rounded anew to this scheme where no scheme holds the values; None: the smallest one that has as many bits.
@@ -54,6 +56,7 @@ def chosen(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | Non
     Returns:
         the choice, or, where the layout holds no such layer at all, its reason.
     """
+    q = values.weight
     near: tuple[float, Choice] | None = None
     for scheme in _words(placed.scheme):
         if layout.refuse(replace(placed, scheme=scheme, storage="")) is not None:
@@ -61,14 +64,14 @@ def chosen(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | Non
         made = expressed(q, scheme.weights)
         if made is None:
             continue
-        error = _difference(made, q)
+        error = _difference(_kept(replace(values, weight=made), replace(placed, scheme=scheme), layout), q)
         if error == 0:
             return Choice(scheme, "exact")
         if near is None or error < near[0]:
             near = error, Choice(scheme, "rescaled", error)
     if near is not None:
         return near[1]
-    return _rounded(q, placed, layout, wanted)
+    return _rounded(values, placed, layout, wanted)
 
 
 def converted(q: QTensor, choice: Choice) -> QTensor:
@@ -77,8 +80,15 @@ def converted(q: QTensor, choice: Choice) -> QTensor:
     return made if made is not None else quantize_tensor(q.dequantize(), choice.scheme.weights)
 
 
-def _rounded(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | None) -> Choice | str:
-    reason = ""
+def _kept(values: LayerValues, placed: Placed, layout: Layout) -> QTensor:
+    """A weight as a file in the layout gives it back."""
+    as_planned = replace(placed, storage="", indexed=values.weight.group_index is not None)
+    tensors = layout.write(as_planned, values)
+    return layout.read(as_planned, tensors.__getitem__).weight
+
+
+def _rounded(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerScheme | None) -> Choice | str:
+    q, reason = values.weight, ""
     fits = []
     for scheme in map(layout.fit, [wanted] if wanted else _presets(placed.scheme)):
         why = layout.refuse(replace(placed, scheme=scheme, storage="", indexed=False))
@@ -88,7 +98,8 @@ def _rounded(q: QTensor, placed: Placed, layout: Layout, wanted: LayerScheme | N
     bits = placed.scheme.weights.format.bits
     for scheme in sorted(fits, key=lambda s: (s.weights.format.bits < bits, s.weights.format.bits)):
         made = quantize_tensor(q.dequantize(), scheme.weights)
-        old, new = q.dequantize().double(), made.dequantize().double()
+        kept = _kept(replace(values, weight=made), replace(placed, scheme=scheme), layout)
+        old, new = q.dequantize().double(), kept.dequantize().double()
         noise = float((new - old).square().sum())
         sqnr = float("inf") if noise == 0 else 10 * float(torch.log10(old.square().sum() / noise))
         return Choice(scheme, "requantized", float((new - old).abs().max()), round(sqnr, 2))

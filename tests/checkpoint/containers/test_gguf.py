@@ -203,6 +203,7 @@ def test_positions_of_llama_3(models: Callable[..., Path], tmp_path: Path) -> No
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("gemma3", {}, "layer_types"),
         ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping"),
     ],
 )
 def test_what_a_header_cannot_say_is_refused(

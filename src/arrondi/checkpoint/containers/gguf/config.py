@@ -39,6 +39,9 @@ _OF_NO_NUMBER: Final = frozenset({
     "use_sliding_window", "intermediate_size_mlp", "chunk_size_feed_forward", "is_encoder_decoder", "decoder_sparse_step", "mlp_only_layers",
 })  # fmt: skip
 """Words of configs by which no number of a language model changes, or that its tensors say."""
+_FILLED_IN: Final = frozenset({"head_dim", "n_inner", "num_key_value_heads", "sliding_window"})
+"""Words that may be left out of a config: sizes that follow from others, which the shapes of tensors are held to, and windows, of which a header says
+nothing either then."""
 _BY_WIDTH: Final = {"gemma2": 46, "gemma3": 62}
 """Architecture → layers of the one size of it whose scores are divided by another number than the root of a head's width."""
 
@@ -88,13 +91,15 @@ def unsaid(config: Any, header: Header) -> str | None:
     """
     read = type(config)(**{k: v for k, v in config_of(header).items() if k != "model_type"}).to_dict()
     for word, value in config.to_dict().items():
-        if word not in _OF_NO_NUMBER and word in read and not _alike(value, read[word]):
+        if word in _OF_NO_NUMBER or word not in read or (value is None and word in _FILLED_IN):
+            continue
+        if not _alike(value, read[word]):
             return f"GGUF says nothing of {word}: {value!r}, which would be read as {read[word]!r}"
     return None
 
 
 def _alike(one: Any, two: Any) -> bool:
-    """Equal, up to the float32 in which headers have numbers; what a class fills in is as good as nothing."""
+    """Equal, up to the float32 in which headers have numbers."""
     if isinstance(one, dict) and isinstance(two, dict):
         return all(
             _alike(one.get(k), two.get(k))
@@ -103,7 +108,7 @@ def _alike(one: Any, two: Any) -> bool:
         )
     if isinstance(one, int | float) and isinstance(two, int | float):
         return math.isclose(one, two, rel_tol=1e-6)
-    return bool(one == two) or one is None or two is None
+    return bool(one == two)
 
 
 def _scale_of_scores(architecture: str, header: Header, heads: Any, width: Any) -> Any:
