@@ -43,6 +43,7 @@ class Case(NamedTuple):
 FEW: Final = ("W4A16", "W3A16", "W2A16")
 WIDTHS: Final = ("W8A16", *FEW)
 TABLES: Final = tuple(f"w=lut{bits}/g128/t:int8:64" for bits in (4, 3, 2))
+TRELLISES: Final = ("TCQ4", "TCQ3", "TCQ2")
 FLOATS: Final = ("NF4_DQ", "NVFP4A16", "MXFP4A16")
 FOUR_BITS: Final = ("w=int4/g128,a=int4/token", "NVFP4", "MXFP4")
 ABSMAX: Final = {"range": "absmax"}
@@ -78,6 +79,7 @@ CASES: Final = (
     Case("gptaq sweeps", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}}),
     Case("gptaq sweeps e2e", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}, "repairs": ["e2e"]}),
     Case("gptaq refine tune e2e", FEW, {"method": "gptaq", "options": REFINED, "repairs": ["tune", "e2e"]}),
+    Case("trellis", TRELLISES, {"method": "trellis"}),
     Case("rtn", ("W8A8",), {"method": "rtn"}),
     Case("llm-int8", ("W8A8",), {"method": "llm-int8"}),
     Case("smoothquant rtn", ("W8A8",), {"method": "rtn", "rewrites": ["smoothquant"]}),

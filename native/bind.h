@@ -34,5 +34,6 @@ void bind_moments(nb::module_& m);
 void bind_clips(nb::module_& m);
 void bind_codes(nb::module_& m);
 void bind_training(nb::module_& m);
+void bind_trellis(nb::module_& m);
 
 }  // namespace arrondi

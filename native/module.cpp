@@ -32,6 +32,7 @@ NB_MODULE(_native, m) {
     bind_clips(m);
     bind_codes(m);
     bind_training(m);
+    bind_trellis(m);
 }
 
 }  // namespace arrondi

@@ -10,6 +10,9 @@
 
 namespace arrondi {
 
+struct Rings;        // of trellis.h
+struct RingScratch;
+
 enum class Type : int;  // of kernels.h
 
 // How the grid of a group follows from its elements; see arrondi.tensor.ranges.fits.
@@ -103,6 +106,7 @@ struct Quantizers {
     bool (*split)(const Splitting&, int64_t first, int64_t last, uint8_t* scratch);
     // Rows of the weight from `row` on, `kSweepRows` at most.
     void (*sweep)(const Sweep&, int64_t row, uint8_t* scratch);
+    void (*search_ring)(const Rings&, int64_t ring, const RingScratch&);
 };
 
 // The drivers: the same over all rows, on at most `threads` threads.

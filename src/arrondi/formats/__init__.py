@@ -14,7 +14,8 @@ from arrondi.formats.granularity import (
     tile_shape,
 )
 from arrondi.formats.presets import PRESETS
-from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table
+from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table, Turned
+from arrondi.formats.trellis import Trellis
 
 __all__ = [
     "FORMATS",
@@ -33,6 +34,8 @@ __all__ = [
     "PerToken",
     "Scheme",
     "Table",
+    "Trellis",
+    "Turned",
     "codebook",
     "dynamic_levels",
     "get_format",

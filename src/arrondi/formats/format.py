@@ -4,7 +4,8 @@ Owns: `Format`, the constructors of its three kinds, and the table `FORMATS`. Kn
 
 A format is data. An *integer* format says which codes exist (`qmin … qmax`), and a code is its own value. A *float* format
 (fp8, fp6, fp4) and a *codebook* (NF4) list the value of every code; a float's top bit is its sign. A codebook without values is a
-*look-up table* (`lut2` … `lut8`): every tensor brings the values itself, learned from its numbers.
+*look-up table* (`lut2` … `lut8`): every tensor brings the values itself, learned from its numbers. A *trellis* (`tcq2`) gives a code its
+value by those before it.
 
 Sources: Micikevicius et al. 2022, arXiv:2209.05433 (fp8); OCP Microscaling Formats 1.0, 2023 (fp6, fp4, e8m0);
 Dettmers et al. 2023, arXiv:2305.14314 (NF4, FP4 of bitsandbytes).
@@ -23,6 +24,7 @@ from typing import Final, Literal
 
 from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
+from arrondi.formats.trellis import BITS, Trellis, trellis_of
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,26 @@ class Format:
 
     Attributes:
         name: the field's name: `int4`, `uint8`, `fp8_e4m3`, `nf4`, `ternary`.
-        kind: "integer" (a code is its value), "float" (sign and magnitude, ties to the even code) or "codebook".
-        bits: stored bits of one code.
+        kind: "integer" (a code is its value), "float" (sign and magnitude, ties to the even code), "codebook" or "trellis".
+        bits: stored bits of one code, the most of any of a trellis.
         qmin, qmax: smallest and largest code, inclusive.
-        values: value of code 0, 1, …; None for integers and for look-up tables. NaN marks codes that are never produced.
+        values: value of code 0, 1, …; None for integers, look-up tables and trellises. NaN marks codes that are never produced.
+        trellis: of a trellis, which.
     """
 
     name: str
-    kind: Literal["integer", "float", "codebook"]
+    kind: Literal["integer", "float", "codebook", "trellis"]
     bits: int
     qmin: int
     qmax: int
     values: tuple[float, ...] | None = field(default=None, repr=False)
+    trellis: Trellis | None = None
 
     @cached_property
     def largest(self) -> float:
         """The largest magnitude that a code can mean."""
-        if self.learned:
-            return 1.0  # by convention: tables are laid out for numbers of at most one
+        if self.learned or self.trellis is not None:
+            return 1.0  # by convention: tables are laid out for numbers of at most one, and a trellis is not laid out
         if self.values is None:
             return float(max(-self.qmin, self.qmax))
         return max(abs(v) for v in self.values if math.isfinite(v))
@@ -63,6 +67,11 @@ class Format:
         """Whether every tensor has values of its own."""
         return self.kind == "codebook" and self.values is None
 
+    @property
+    def rate(self) -> float:
+        """Stored bits of a code, on the average."""
+        return float(self.bits) if self.trellis is None else self.trellis.rate
+
     @cached_property
     def balanced(self) -> bool:
         """Whether the negative of every value is a value too: ternary and fp4 are, int4, NF4 and look-up tables are not."""
@@ -73,7 +82,7 @@ class Format:
 
     def value(self, code: int) -> float:
         """The real value of one code, for people and tests; tensors go through `arrondi.dequantize`."""
-        if self.learned:
+        if self.learned or self.trellis is not None:
             raise SchemeError(f"The values of {self} belong to a tensor. Ask the tensor that has them.")
         return float(code) if self.values is None else self.values[code]
 
@@ -84,7 +93,7 @@ class Format:
         # A NaN that was pickled no longer equals the table's, so a named format travels as its name.
         if FORMATS.get(self.name) is self:
             return get_format, (self.name,)
-        return Format, (self.name, self.kind, self.bits, self.qmin, self.qmax, self.values)
+        return Format, (self.name, self.kind, self.bits, self.qmin, self.qmax, self.values, self.trellis)
 
 
 def integer(bits: int, *, signed: bool = True) -> Format:
@@ -118,6 +127,12 @@ def codebook(name: str, values: Iterable[float]) -> Format:
 def look_up(bits: int) -> Format:
     """The format of 2 to 8 bits whose values each tensor brings in tables."""
     return Format(f"lut{bits}", "codebook", bits, 0, 2**bits - 1)
+
+
+def of_trellis(trellis: Trellis) -> Format:
+    """The format of a trellis: unsigned codes without values of their own."""
+    most = trellis.bits[1]
+    return Format(trellis.name, "trellis", most, 0, 2**most - 1, None, trellis)
 
 
 def _float(name: str, exponent: int, mantissa: int, bias: int, *, ieee: bool = False, nan: bool = False) -> Format:
@@ -205,6 +220,11 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType({f.name: f for f in _TAB
 LOOK_UPS: Final[Mapping[str, Format]] = MappingProxyType({f.name: f for f in map(look_up, range(2, 9))})
 """The formats whose values each tensor brings."""
 
+TRELLISES: Final[Mapping[str, Format]] = MappingProxyType(
+    {f.name: f for f in (of_trellis(Trellis(bits)) for bits in BITS[:7])}
+)
+"""The usual trellises; others say more in their names."""
+
 _ALIASES: Final = {"fp8": "fp8_e4m3", "fp4": "fp4_e2m1", "fp6": "fp6_e3m2"}
 
 
@@ -218,6 +238,8 @@ def get_format(name: str) -> Format:
         raise unknown("number format", name, FORMATS)
     key = re.sub(r"^i(?=\d)", "int", name.lower())
     key = _ALIASES.get(key, key)
+    if (trellis := trellis_of(key)) is not None:
+        return of_trellis(trellis)
     if key not in FORMATS and key not in LOOK_UPS:
-        raise unknown("number format", str(name), [*FORMATS, *LOOK_UPS])
+        raise unknown("number format", str(name), [*FORMATS, *LOOK_UPS, *TRELLISES])
     return FORMATS.get(key) or LOOK_UPS[key]

@@ -14,7 +14,7 @@ from arrondi.formats.format import Format, get_format
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
 from arrondi.formats.hints import unknown_scheme
 from arrondi.formats.presets import ALIASES, PRESETS
-from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table, TableType
+from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table, TableType, Turned
 
 _EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
 _SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})|run([0-9]{1,9})")
@@ -22,6 +22,7 @@ _SPREAD = re.compile(r"h([1-9][0-9]{0,8})")
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
 _TABLE = re.compile(r"t:(int8|float16|bfloat16|float32)(?::([0-9]{1,9}|all))?")
 _APART = re.compile(r"(columns|elements):([0-9]{1,10})(?::(float32|bfloat16|float16))?")
+_TURNED = re.compile(r"rht([0-9]{1,7})(?::([0-9]{1,10}|sides))?")
 _OUTLIERS = re.compile(r"outliers:([0-9]{1,9}(?:\.[0-9]{1,17})?(?:e[+-]?[0-9]{1,3})?)")
 _WORDS: dict[str, dict[str, Any]] = {
     "channel": {"granularity": PerChannel()}, "tensor": {"granularity": PerTensor()}, "token": {"granularity": PerToken()},
@@ -46,6 +47,7 @@ def parse_scheme(text: str) -> LayerScheme:
         signed, unsigned                                                 whether scales may be negative
         t:int8, t:float16:16, t:float32:all                              tables of lut2 … lut8: stored type, rows that share one
         columns:8:float16, elements:1234                                 how many are kept apart, and their stored type
+        rht128, rht128:7, rht128:sides                                   both sides turned by signs (of that seed, or stored) and Hadamard matrices
         dynamic, static, local                                           of a, o and kv: when the scales are known
         outliers:6                                                       of a: features that reach it are not rounded
         h4096                                                            of a: Hadamard transforms of 4096 channels come first
@@ -145,6 +147,8 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
             found["table"] = Table(rows, cast(TableType, match[1]))
         elif match := _APART.fullmatch(part):
             found["apart"] = Apart(cast(Any, match[1]), int(match[2]), cast(Any, match[3] or "float32"))
+        elif match := _TURNED.fullmatch(part):
+            found["turned"] = Turned(int(match[1]), None if match[2] == "sides" else int(match[2] or 0))
         elif match := _SPREAD.fullmatch(part):
             spread = int(match[1])
         elif part in _TIMES:
@@ -152,7 +156,7 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
         elif part in _WORDS:
             found |= _WORDS[part]
         else:
-            known = [*_WORDS, *_TIMES, "g128", "b128x128", "s:(fp8/tensor)", "o:float16"]
+            known = [*_WORDS, *_TIMES, "g128", "b128x128", "s:(fp8/tensor)", "o:float16", "rht128"]
             raise unknown(f"word in scheme {whole!r}:", part, known)
     return Scheme(**found), dynamic, spread
 
@@ -185,8 +189,8 @@ def _kind(part: str) -> str:
         return {"s": "scale", "o": "offset"}[match[1]]
     if _TABLE.fullmatch(part) or _APART.fullmatch(part):
         return "table" if part.startswith("t:") else "apart"
-    if _SPREAD.fullmatch(part):
-        return "spread"
+    if _SPREAD.fullmatch(part) or _TURNED.fullmatch(part):
+        return "spread" if part.startswith("h") else "turned"
     return "time" if part in _TIMES else next(iter(_WORDS.get(part, {part: None})))
 
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.formats.format import FORMATS
+from arrondi.formats.format import FORMATS, TRELLISES
 from arrondi.formats.ggml import GGML
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
-from arrondi.formats.scheme import ActivationScheme, LayerScheme, Scheme, ZeroPoint
+from arrondi.formats.scheme import ActivationScheme, LayerScheme, Scheme, Turned, ZeroPoint
 
 
 def _int(bits: int, granularity: Granularity, zero_point: ZeroPoint = "none") -> Scheme:
@@ -55,6 +55,7 @@ PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
     "TERNARY": LayerScheme(Scheme(FORMATS["ternary"], PerChannel())),
     "T158": LayerScheme(Scheme(FORMATS["ternary"], PerTensor())),
     "BINARY": LayerScheme(Scheme(FORMATS["binary"], PerGroup(128))),
+    **{name.upper(): LayerScheme(Scheme(f, PerChannel(), scale="float16", turned=Turned())) for name, f in TRELLISES.items()},
     **{name: LayerScheme(scheme) for name, scheme in GGML.items()},
 })  # fmt: skip
 """Every scheme that has a name."""

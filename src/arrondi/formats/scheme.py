@@ -1,7 +1,7 @@
 """Schemes: what one tensor becomes, what the inputs of a layer become, and what one layer becomes.
 
-Owns: `Scheme` (format + granularity + zero point + how scales and offsets are stored), its `Table` (learned values) and `Apart` (what
-stays out of the codes), `ActivationScheme` (a scheme with the moment at which its scales are known) and `LayerScheme` (weights, inputs,
+Owns: `Scheme` (format + granularity + zero point + how scales and offsets are stored), its `Table` (learned values), `Apart` (what
+stays out of the codes) and `Turned` (another basis), `ActivationScheme` (a scheme with the moment at which its scales are known) and `LayerScheme` (weights, inputs,
 outputs, key/value cache). Their text form, `str`, is the grammar that `arrondi.formats.grammar` reads.
 
 A scheme says nothing of *how* its codes and scales are chosen: that is the method's business.
@@ -79,6 +79,32 @@ class Apart:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """The basis in which a matrix is rounded: both sides multiplied by signs, then by Hadamard matrices in blocks.
+
+    Rounding then sees numbers that look normal, whatever the weights and inputs were (incoherence processing: Tseng et al. 2024,
+    arXiv:2402.04396). A side is turned in the largest blocks, powers of two up to `block`, that divide it.
+
+    Attributes:
+        block: the largest block, a power of two.
+        seed: of the signs, which are then not stored; None: the tensor brings numbers for rows and columns instead, float16.
+    """
+
+    block: int = 128
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.block < 2 or self.block & (self.block - 1) or self.block > 2**20:
+            raise SchemeError(f"Both sides are turned in blocks of a power of two, got {self.block}. Use 128.")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise SchemeError(f"Signs are drawn from a seed of 0 to 2³¹ - 1, got {self.seed}.")
+
+    def __str__(self) -> str:
+        return f"rht{self.block}" + (":sides" if self.seed is None else f":{self.seed}" if self.seed else "")
+
+
+@dataclass(frozen=True)
 class Scheme:
     """What one tensor becomes.
 
@@ -93,6 +119,7 @@ class Scheme:
             floating-point scales may, powers of two and quantized scales may not.
         table: of a look-up format, who shares its tables and how they are stored; None for every other format.
         apart: what is kept apart; None: nothing.
+        turned: the basis in which codes and scales are; None: the tensor's own.
     """
 
     format: Format
@@ -103,9 +130,11 @@ class Scheme:
     signed: bool | None = None
     table: Table | None = None
     apart: Apart | None = None
+    turned: Turned | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_trellis()
         if self.format.learned and self.table is None:
             object.__setattr__(self, "table", Table())
         if self.table is not None and not self.format.learned:
@@ -134,6 +163,20 @@ class Scheme:
         if self.signed is not None and self.signed == self._usually_signed:
             object.__setattr__(self, "signed", None)  # one meaning has one value
 
+    def _check_trellis(self) -> None:
+        if self.turned is not None and self.format.trellis is None:
+            raise SchemeError(
+                f"Both sides are turned ('rht') of trellises, got {self.format}. Use tcq{self.format.bits}."
+            )
+        if self.format.trellis is None:
+            return
+        plain = self.zero_point == "none" and self.scale in PLAIN and self.apart is None
+        if not plain or not isinstance(self.granularity, PerChannel | PerTensor) or self.granularity == PerChannel(1):
+            raise SchemeError(
+                f"A trellis has one plain scale a row or a tensor and nothing else, got {self.format} with more. "
+                f"Example: w={self.format}/channel/float16/rht128."
+            )
+
     @property
     def _usually_signed(self) -> bool:
         return self.scale in PLAIN
@@ -142,6 +185,11 @@ class Scheme:
     def symmetric(self) -> bool:
         """True when the real zero is not stored."""
         return self.zero_point == "none"
+
+    @property
+    def nearest(self) -> bool:
+        """Whether rounding numbers one by one makes it: no values are learned, none are along a ring, and nothing is kept apart."""
+        return not self.format.learned and self.format.trellis is None and self.apart is None
 
     @property
     def shared_offset(self) -> bool:
@@ -179,7 +227,7 @@ class Scheme:
         if isinstance(self.offset, Scheme):
             offset = f"/o:({self.offset})"
         sign = {None: "", True: "/signed", False: "/unsigned"}[self.signed]
-        rest = "".join(f"/{part}" for part in (self.table, self.apart) if part is not None)
+        rest = "".join(f"/{part}" for part in (self.table, self.apart, self.turned) if part is not None)
         return f"{self.format}/{where}{zero}{scale}{offset}{sign}{rest}"
 
 

@@ -32,6 +32,7 @@ from arrondi.rounding.llm_int8 import foresees_llm_int8, llm_int8, refuse_llm_in
 from arrondi.rounding.nearest_first import nearest_first
 from arrondi.rounding.qronos import qronos
 from arrondi.rounding.rtn import refuse_rtn, rtn
+from arrondi.rounding.trellis import refuse_trellis, trellis
 from arrondi.rounding.yaqa import refuse_yaqa, yaqa
 from arrondi.tensor.qtensor import QTensor
 
@@ -151,6 +152,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
         yaqa, PAIRS, "Tseng et al. 2025, arXiv:2505.22988", 600.0, refuse_yaqa, wants=OUTPUTS, unpaired="gptq"
     ),
     "qronos": Method(qronos, PAIRS, "Zhang et al. 2025, arXiv:2505.11695", 150.0, refuse_gptq, unpaired="gptq"),
+    "trellis": Method(trellis, NOTHING, "Tseng et al. 2024, arXiv:2406.11235", 500.0, refuse_trellis, wants=PAIRS),
     "llm-int8": Method(
         llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8, foresees=foresees_llm_int8
     ),
@@ -225,5 +227,6 @@ __all__ = [
     "llm_int8",
     "qronos",
     "rtn",
+    "trellis",
     "yaqa",
 ]

@@ -39,7 +39,7 @@ First = Callable[[int, float], torch.Tensor]
 
 def refuse_gptq(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
-    if scheme.format.learned or scheme.apart is not None:
+    if not scheme.nearest:
         return own_numbers(scheme)
     if options.get("order") == "dynamic" and not isinstance(scheme.granularity, PerGroup):
         return f"Dynamic act-order forms groups of columns, got {scheme}. Use the option order=static."
@@ -106,7 +106,7 @@ def checked(
     Raises:
         ShapeError, SchemeError, DataError: as `gptq`.
     """
-    if scheme.format.learned or scheme.apart is not None:
+    if not scheme.nearest:
         raise SchemeError(f"{name}: {own_numbers(scheme)}")
     if weight.ndim != 2:
         raise ShapeError(

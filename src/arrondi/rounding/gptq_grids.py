@@ -6,7 +6,7 @@ Owns: `ColumnGrids`: grids fixed beforehand, or fitted when the sweep reaches a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -153,3 +153,21 @@ class ColumnGrids:
             index[self.permutation] = position // self.tile[1]
         kept = Parts(self.scale, self.zero_point, self.offset) if self.kept is None else self.kept
         return QTensor(codes, kept.scale, kept.zero_point, kept.offset, self.scheme, index)
+
+
+class RowScales:
+    """What `sweep` asks of grids, for one scale a row that is known beforehand: (m, 1)."""
+
+    tile: Final = (1, 1)
+    fitted_first: Final = True
+    tables: Final = None
+
+    def __init__(self, scheme: Scheme, scale: torch.Tensor) -> None:
+        self.scheme, self.grid = scheme, Grid(scale[:, 0], None, None)
+
+    def column(self, position: int, original: int, current: Callable[[int], torch.Tensor]) -> Grid:
+        """The same for every column."""
+        return self.grid
+
+    def note(self, original: int, due: torch.Tensor) -> None:
+        """Nobody asks here what a column was rounded from."""

@@ -11,18 +11,19 @@ import torch
 
 from arrondi.formats import Format
 from arrondi.rounding.gptq_factor import PANEL
-from arrondi.rounding.gptq_grids import ColumnGrids, LearnedGrids
+from arrondi.rounding.gptq_grids import ColumnGrids, LearnedGrids, RowScales
 from arrondi.tensor.encoding import code_dtype, decode, encode
 from arrondi.tensor.quantizers import sweep as sweep_compiled
 from arrondi.tensor.quantizers import sweeps as can_sweep
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.tables import nearest
+from arrondi.tensor.trellis import ring_codes, ring_values
 
 
 def sweep(
     work: torch.Tensor,
     factor: torch.Tensor,
-    grids: ColumnGrids | LearnedGrids,
+    grids: ColumnGrids | LearnedGrids | RowScales,
     block_size: int,
     permutation: torch.Tensor | None,
     first: torch.Tensor | None = None,
@@ -104,7 +105,7 @@ class _State:
         return self.rows[columns] + torch.linalg.solve_triangular(triangle, owed, upper=False)
 
 
-def _begin_with(state: _State, grids: ColumnGrids | LearnedGrids, first: torch.Tensor) -> None:
+def _begin_with(state: _State, grids: ColumnGrids | LearnedGrids | RowScales, first: torch.Tensor) -> None:
     """Settle the first column on what its codes for `first` stand for, and let all others make up for it at once.
 
     With H = V Vᵀ the best that the others can do is H₂₂⁻¹ H₂₁ d = V₂₂⁻ᵀ V₁₂ᵀ d. The sweep then finds the first column on its grid.
@@ -122,7 +123,7 @@ def _begin_with(state: _State, grids: ColumnGrids | LearnedGrids, first: torch.T
 class _Columns:
     """One column after another in PyTorch, for every format: the slow reference of `_Compiled`."""
 
-    def __init__(self, state: _State, grids: ColumnGrids | LearnedGrids) -> None:
+    def __init__(self, state: _State, grids: ColumnGrids | LearnedGrids | RowScales) -> None:
         self.state, self.grids = state, grids
         self.share = torch.empty_like(state.owed)
 
@@ -179,6 +180,8 @@ def column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Tens
     if grid.offset is not None:
         w = w - grid.offset
     units = (w / grid.scale).float()
+    if format.trellis is not None:
+        return ring_codes(units, format.trellis)
     if tables is not None:
         return nearest(units[:, None], tables)[:, 0]
     return encode(units, format, grid.zero_point)
@@ -186,7 +189,10 @@ def column_codes(w: torch.Tensor, grid: Grid, format: Format, tables: torch.Tens
 
 def column_values(codes: torch.Tensor, grid: Grid, format: Format, tables: torch.Tensor | None) -> torch.Tensor:
     """What the codes of a column (m,) stand for."""
-    values = decode(codes, format) if tables is None else tables.gather(1, codes[:, None].long())[:, 0]
+    if format.trellis is not None:
+        values = ring_values(codes[:, None], format.trellis)[:, 0]
+    else:
+        values = decode(codes, format) if tables is None else tables.gather(1, codes[:, None].long())[:, 0]
     if grid.zero_point is not None:
         values -= grid.zero_point
     values *= grid.scale

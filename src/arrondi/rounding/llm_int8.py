@@ -64,7 +64,11 @@ def size_llm_int8(
 
 def refuse_llm_int8(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
-    if scheme.format.learned or (scheme.apart is not None and scheme.apart.what != "columns"):
+    if (
+        scheme.format.learned
+        or scheme.format.trellis is not None
+        or (scheme.apart is not None and scheme.apart.what != "columns")
+    ):
         return f"llm-int8 rounds to nearest beside the columns that it keeps apart, got {scheme}. Use a scheme such as W8A8 or W4A16."
     return None
 

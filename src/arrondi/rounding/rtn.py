@@ -30,7 +30,7 @@ Range = Literal["auto", "absmax", "search", "four-over-six", "floor", "ceil", "e
 
 def refuse_rtn(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
-    if scheme.format.learned or scheme.apart is not None:
+    if not scheme.nearest:
         return own_numbers(scheme)
     range = options.get("range", "auto")
     if range in EXPONENT_RULES and scheme.scale != "e8m0":

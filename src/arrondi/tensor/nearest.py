@@ -51,7 +51,7 @@ def quantize_tensor(
         scheme = scheme_of(scheme)
         x = check_tensor(x, name).detach()
         check_rule(rule)
-        if scheme.format.learned or scheme.apart is not None:
+        if not scheme.nearest:
             raise SchemeError(own_numbers(scheme))
         shape = tuple(x.shape)
         tile = tile_shape(scheme.granularity, shape)
@@ -78,7 +78,9 @@ def quantize_tensor(
 
 
 def own_numbers(scheme: Scheme) -> str:
-    """Why rounding to nearest alone cannot make a scheme that has tables or keeps numbers apart."""
+    """Why rounding to nearest alone cannot make a scheme that has tables or rings, or keeps numbers apart."""
+    if scheme.format.trellis is not None:
+        return f"The codes of {scheme.format} are searched along rings, not one by one. Use the method trellis."
     what = (
         f"the values of {scheme.format} are learned from a tensor"
         if scheme.format.learned
@@ -109,7 +111,7 @@ def quantize_with(x: torch.Tensor, scheme: Scheme, grid: Grid | Parts, *, name: 
     """
     x = x.detach()
     shape = tuple(x.shape)
-    if scheme.format.learned or scheme.apart is not None:
+    if not scheme.nearest:
         raise SchemeError(f"{name}: {own_numbers(scheme)}")
     with named(name):
         wanted = scale_shape(scheme.granularity, shape)

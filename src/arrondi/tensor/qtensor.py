@@ -3,8 +3,8 @@
 Owns: `QTensor`, `Parts` (its grid as it is kept) and `dequantize`. `nearest` makes them from numbers.
 
 The rule is `x ≈ scale · (value(code) - zero_point)`, or `scale · value(code) + offset` with a float zero point; each scale
-covers one tile of codes. Values of look-up formats are in the tensor's own tables, and what is kept apart takes the place of what the
-codes mean there. Products and sums are computed in float32.
+covers one tile of codes. Values of look-up formats are in the tensor's own tables, those of a trellis come of the codes along a ring; a
+turned tensor is all that in another basis. What is kept apart takes the place of what the codes mean there. Products and sums are computed in float32.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from arrondi.errors import ShapeError
 from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.tensor.apart import Kept, complaint_of
 from arrondi.tensor.encoding import code_dtype, decode
-from arrondi.tensor.packing import packed_width
 from arrondi.tensor.quantizers import restore
 from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.storage import code_bits
 from arrondi.tensor.tables import looked_up, table_bits
 from arrondi.tensor.tiling import from_tiles, to_tiles
+from arrondi.tensor.trellis import check_shape, ring_values
+from arrondi.tensor.turned import Sides, sides_of, unturn
 
 _CHUNK: Final = 1 << 18
 """Numbers decoded at a time: with their temporaries they stay in the core's own cache."""
@@ -46,6 +48,7 @@ class QTensor:
             None everywhere else.
         table: of a look-up format, the values of every code: (tables, levels) float32, exactly as stored, ascending; else None.
         apart: numbers that the codes do not hold, where the scheme keeps some apart; else None.
+        sides: of a turned tensor whose signs are not those of a seed, what rows and columns are multiplied by; else None.
     """
 
     codes: torch.Tensor
@@ -56,6 +59,7 @@ class QTensor:
     group_index: torch.Tensor | None = None
     table: torch.Tensor | None = None
     apart: Kept | None = None
+    sides: Sides | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.codes, torch.Tensor) or not isinstance(self.scheme, Scheme):
@@ -81,6 +85,7 @@ class QTensor:
                 f"Codes of {self.scheme.format} are {code_dtype(self.scheme.format)}, got {self.codes.dtype}."
             )
         self._check_table()
+        self._check_turned()
         if (reason := complaint_of(self.apart, self.scheme.apart, self.shape)) is not None:
             raise ShapeError(f"{self.scheme}: {reason}.")
 
@@ -97,6 +102,14 @@ class QTensor:
             raise ShapeError(
                 f"Tables of {self.scheme} for a matrix {self.shape} are float32 {wanted}, got {values.dtype} {tuple(values.shape)}."
             )
+
+    def _check_turned(self) -> None:
+        if self.scheme.format.trellis is not None:
+            check_shape(self.shape, self.scheme.format.trellis)
+        stored = self.scheme.turned is not None and self.scheme.turned.seed is None
+        found = None if self.sides is None else tuple(tuple(side.shape) for side in self.sides)
+        if found != (tuple((n,) for n in self.shape) if stored else None):
+            raise ShapeError(f"{self.scheme} of shape {self.shape} has numbers for its sides of shapes {found}.")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,11 +134,7 @@ class QTensor:
     @property
     def stored_bits(self) -> int:
         """All bits that a file needs: packed codes, scales, zero points, offsets, tables, what is kept apart."""
-        *rows, columns = self.shape or (1,)
-        count = 1
-        for n in rows:
-            count *= n
-        bits = count * packed_width(columns, self.scheme.format.bits) * 8
+        bits = code_bits(self.shape, self.scheme.format)
         bits += _part_bits(self.scale, self.scheme.scale)
         if self.zero_point is not None:
             bits += self.zero_point.numel() * self.scheme.format.bits
@@ -137,6 +146,8 @@ class QTensor:
             bits += table_bits(self.scheme.table, self.shape[0], self.scheme.format.levels)
         if self.apart is not None and self.scheme.apart is not None:
             bits += self.apart.bits(self.scheme.apart)
+        if self.sides is not None:
+            bits += 16 * sum(side.numel() for side in self.sides)
         return bits
 
     @property
@@ -151,7 +162,8 @@ class QTensor:
         whole = {name: getattr(self, name) for name in ("scale", "zero_point", "offset", "group_index", "table")}
         moved: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in whole.items()}
         apart = None if self.apart is None else Kept(self.apart.index.to(device), self.apart.values.to(device))
-        return replace(self, codes=self.codes.to(device), apart=apart, **moved)
+        sides = None if self.sides is None else self.sides.to(device)
+        return replace(self, codes=self.codes.to(device), apart=apart, sides=sides, **moved)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Back to real numbers, computed in float32 and rounded once to `dtype`."""
@@ -164,6 +176,8 @@ class QTensor:
             return self.codes.to(dtype)
         if self.group_index is not None:
             return self._gathered(dtype)
+        if self.scheme.format.trellis is not None:
+            return self._unturned(self.units().mul_(self.real_scale)).to(dtype)
         fast = restore(self.codes, self.scheme, self.grid, dtype)
         if fast is not None:
             return fast
@@ -184,9 +198,17 @@ class QTensor:
 
     def units(self) -> torch.Tensor:
         """The value of every code, float32 in the shape of the codes, before zero point, scale and offset."""
+        if self.scheme.format.trellis is not None:
+            return ring_values(self.codes, self.scheme.format.trellis)
         if self.table is None or self.scheme.table is None:
             return decode(self.codes, self.scheme.format)
         return looked_up(self.codes, self.table, self.scheme.table)
+
+    def _unturned(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (m, n) in the tensor's own basis."""
+        if self.scheme.turned is None:
+            return values
+        return unturn(values, self.sides or sides_of(self.shape, self.scheme.turned, values.device), self.scheme.turned)
 
     def _gathered(self, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize with groups that are not contiguous: every column looks its scale up."""

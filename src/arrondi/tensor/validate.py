@@ -14,6 +14,7 @@ from arrondi.formats import Format
 from arrondi.tensor.apart import wrong_numbers
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.tables import wrong_table
+from arrondi.tensor.turned import wrong_sides
 
 
 def validate(q: QTensor, name: str) -> QTensor:
@@ -43,6 +44,7 @@ def complaint(q: QTensor) -> str | None:
         or _wrong_groups(q)
         or wrong_table(q.table)
         or wrong_numbers(q.apart, q.shape)
+        or wrong_sides(q.sides)
     )
 
 

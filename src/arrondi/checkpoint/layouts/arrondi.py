@@ -2,7 +2,8 @@
 
 Owns: `LAYOUT`. A tensor `N` becomes `N.codes` (uint8, one little-endian bit stream a row, `arrondi.tensor.packing`), `N.scale`, and,
 where the scheme asks for them, `N.zero_point` (uint8, code - qmin), `N.offset` and `N.group_index` (int32), `N.table` (tables, levels)
-of a look-up format (int8 counts in steps of 1/128), and `N.apart_index` (int32) and `N.apart_values` of what is kept apart. Scales and offsets that
+of a look-up format (int8 counts in steps of 1/128), `N.apart_index` (int32) and `N.apart_values` of what is kept apart, and `N.row_side` and
+`N.column_side` (float16) of a turned tensor without a seed. Codes of a trellis are a bit stream a column. Scales and offsets that
 are quantized in turn are `N.scale.codes`, `N.scale.scale` and so on. Static scales of inputs and outputs are `N.input_scale`,
 `N.input_zero_point`, `N.input_offset`, and the same of outputs. Weights are always stored as the matrix (out, in); a stack (E, a, b) is
 the matrix (E·a, b). The `quantization_config` lists every tensor with the shape of its plain form and its scheme in the compact
@@ -25,13 +26,15 @@ from arrondi.errors import ArrondiError, FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme, scale_shape
 from arrondi.rewrite.spread import check_block
 from arrondi.tensor.apart import Kept
-from arrondi.tensor.packing import pack, packed_width, unpack
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import STORED, Grid
-from arrondi.tensor.storage import load_scale, store_scale
+from arrondi.tensor.storage import code_line, load_codes, load_scale, store_codes, store_scale, stored_shape
 from arrondi.tensor.tables import load_table, store_table
+from arrondi.tensor.trellis import refuse_shape
+from arrondi.tensor.turned import Sides
 
 _KEYS: Final = frozenset({"quant_method", "version", "ignore", "tensors", "digest"})
+_SIDES: Final = ("row_side", "column_side")
 _LONGEST: Final = 1000
 """Characters of a scheme; every real one has fewer."""
 _FACTS: Final[Mapping[str, type]] = {
@@ -40,6 +43,9 @@ _FACTS: Final[Mapping[str, type]] = {
 
 
 def _refuse(placed: Placed) -> str | None:
+    trellis = placed.scheme.weights.format.trellis
+    if trellis is not None and (reason := refuse_shape(placed.matrix_shape, trellis)) is not None:
+        return reason[0].lower() + reason[1:].rstrip(".")
     try:
         back = parse_scheme(str(placed.scheme))
     except ArrondiError:
@@ -54,8 +60,7 @@ def _refuse(placed: Placed) -> str | None:
 
 def _part_specs(name: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
     groups = scale_shape(scheme.granularity, shape)
-    width = packed_width(shape[-1], scheme.format.bits)
-    specs: list[TensorSpec] = [(f"{name}.codes", torch.uint8, (*shape[:-1], width))]
+    specs: list[TensorSpec] = [(f"{name}.codes", torch.uint8, stored_shape(shape, scheme.format))]
     specs += _grid_specs(f"{name}.scale", groups, scheme.scale)
     if scheme.zero_point == "integer":
         specs.append((f"{name}.zero_point", torch.uint8, groups))
@@ -72,7 +77,7 @@ def _grid_specs(name: str, shape: tuple[int, ...], storage: str | Scheme) -> lis
 
 def _part_write(name: str, q: QTensor) -> dict[str, torch.Tensor]:
     low = q.scheme.format.qmin
-    tensors = {f"{name}.codes": pack(q.codes, q.scheme.format.bits, lowest=low)}
+    tensors = {f"{name}.codes": store_codes(q.codes, q.scheme.format)}
     tensors |= _grid_write(f"{name}.scale", q.scale, q.scheme.scale)
     if q.zero_point is not None:
         tensors[f"{name}.zero_point"] = (q.zero_point - low).to(torch.uint8)
@@ -95,16 +100,16 @@ def _part_read(
     index: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
     apart: Kept | None = None,
+    sides: Sides | None = None,
 ) -> QTensor:
-    low, bits = scheme.format.qmin, scheme.format.bits
-    packed = read(f"{name}.codes")
-    check_padding(name, packed, bits, shape[-1])
-    codes = unpack(packed, bits, shape[-1], lowest=low)
+    low, packed = scheme.format.qmin, read(f"{name}.codes")
+    check_padding(name, packed, *code_line(shape, scheme.format)[::-1])
+    codes = load_codes(packed, shape, scheme.format)
     groups = scale_shape(scheme.granularity, shape)
     scale = _grid_read(f"{name}.scale", groups, scheme.scale, read)
     zero = read(f"{name}.zero_point").int() + low if scheme.zero_point == "integer" else None
     offset = _grid_read(f"{name}.offset", groups, scheme.offset, read) if scheme.zero_point == "float" else None
-    return QTensor(codes, scale, zero, offset, scheme, index, table, apart)
+    return QTensor(codes, scale, zero, offset, scheme, index, table, apart, sides)
 
 
 def _grid_read(name: str, shape: tuple[int, ...], storage: str | Scheme, read: Reader) -> torch.Tensor | QTensor:
@@ -149,6 +154,10 @@ def _own_specs(placed: Placed) -> list[TensorSpec]:
         columns, count = scheme.apart.what == "columns", scheme.apart.count
         specs.append((f"{name}.apart_index", torch.int32, (placed.matrices, count) if columns else (count,)))
         specs.append((f"{name}.apart_values", STORED[scheme.apart.stored], (rows, count) if columns else (count,)))
+    if scheme.turned is not None and scheme.turned.seed is None:
+        specs += [
+            (f"{name}.{side}", torch.float16, (count,)) for side, count in zip(_SIDES, placed.matrix_shape, strict=True)
+        ]
     return specs
 
 
@@ -164,6 +173,8 @@ def _write(placed: Placed, values: LayerValues) -> dict[str, torch.Tensor]:
     if weight.apart is not None and scheme.apart is not None:
         tensors[f"{name}.apart_index"] = weight.apart.index
         tensors[f"{name}.apart_values"] = weight.apart.values.to(STORED[scheme.apart.stored])
+    if weight.sides is not None:
+        tensors |= {f"{name}.{side}": part.half() for side, part in zip(_SIDES, weight.sides, strict=True)}
     for side, activations, storage in _sides(placed.scheme):
         grid = values.inputs if side == "input" else values.outputs
         assert grid is not None, f"{name}: the scheme asks for a static scale of {side}s, and none is given"
@@ -184,7 +195,10 @@ def _read(placed: Placed, read: Reader) -> LayerValues:
     kept = None
     if scheme.apart is not None:
         kept = Kept(read(f"{name}.apart_index"), read(f"{name}.apart_values").float())
-    q = _part_read(name, placed.matrix_shape, scheme, read, index, table, kept)
+    sides = None
+    if scheme.turned is not None and scheme.turned.seed is None:
+        sides = Sides(*(read(f"{name}.{side}").float() for side in _SIDES))
+    q = _part_read(name, placed.matrix_shape, scheme, read, index, table, kept, sides)
     grids = {}
     for side, activations, _ in _sides(placed.scheme):
         low, zero, offset = activations.scheme.format.qmin, None, None

@@ -17,6 +17,7 @@ from arrondi.tensor.apart import wrong_numbers
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
 from arrondi.tensor.tables import wrong_table
+from arrondi.tensor.turned import wrong_sides
 
 
 def checked(name: str, q: QTensor) -> QTensor:
@@ -40,7 +41,7 @@ def checked(name: str, q: QTensor) -> QTensor:
         raise FileFormatError(f"{name}: an offset is NaN or infinite. The file is damaged.")
     if q.group_index is not None:
         _check_index(name, q)
-    if (reason := wrong_table(q.table) or wrong_numbers(q.apart, q.shape)) is not None:
+    if (reason := wrong_table(q.table) or wrong_numbers(q.apart, q.shape) or wrong_sides(q.sides)) is not None:
         raise FileFormatError(f"{name}: {reason}. The file is damaged.")
     return q
 

@@ -1,0 +1,79 @@
+// Rings of a trellis: checks, and pieces for the threads.
+#include "trellis.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace arrondi {
+namespace {
+
+constexpr int kRingsAtOnce = 64;  // that one piece decodes
+
+const char* wrong(int64_t rings, int64_t length, const int* bits, int state_bits, int most) {
+    if (rings < 0 || length < 1 || length > 1 << 20) return "there are no rings of that size";
+    for (int i = 0; i < 2; i++)
+        if (bits[i] < 1 || bits[i] > most || bits[i] >= state_bits) return "codes of a ring have too few or too many bits";
+    if (state_bits < 8 || state_bits > 16) return "states have 8 to 16 bits";
+    return length * std::min(bits[0], bits[1]) < state_bits ? "a ring is shorter than a state" : nullptr;
+}
+
+}  // namespace
+
+const char* search_rings(const Rings& job) {
+    if (const char* why = wrong(job.rings, job.length, job.bits, job.state_bits, 4)) return why;
+    if (job.window < 1) return "a seam is searched on both sides";
+    const auto search = path().quantizers.search_ring;
+    const size_t states = (size_t{1} << job.state_bits) + kStatePad;
+    const size_t stride = ((size_t{1} << job.state_bits) >> std::min(job.bits[0], job.bits[1])) + kStatePad;
+    const size_t halves = 2 * states + static_cast<size_t>(job.length) + kStatePad;
+    std::atomic<bool> failed{false};
+    parallel_for(static_cast<int>(job.rings), job.threads, [&](int ring) {
+        // Kept by each thread: memory of that size is given back to the system and cleared each time otherwise.
+        thread_local std::unique_ptr<int16_t[]> numbers;
+        thread_local std::unique_ptr<uint8_t[]> picks;
+        thread_local size_t have_numbers = 0, have_picks = 0;
+        const size_t wanted = stride * static_cast<size_t>(job.length);
+        if (have_numbers < halves) {
+            numbers.reset(new (std::nothrow) int16_t[halves]);
+            have_numbers = numbers ? halves : 0;
+        }
+        if (have_picks < wanted) {
+            picks.reset(new (std::nothrow) uint8_t[wanted]);
+            have_picks = picks ? wanted : 0;
+        }
+        if (!numbers || !picks) {
+            failed = true;
+            return;
+        }
+        search(job, ring, RingScratch{numbers.get(), numbers.get() + states, numbers.get() + 2 * states, picks.get()});
+    });
+    return failed ? "there is no memory for the search" : nullptr;
+}
+
+const char* ring_values(const RingValues& job) {
+    if (const char* why = wrong(job.rings, job.length, job.bits, job.state_bits, 8)) return why;
+    const uint32_t mask = (1u << job.state_bits) - 1u;
+    const int pieces = static_cast<int>((job.rings + kRingsAtOnce - 1) / kRingsAtOnce);
+    parallel_for(pieces, job.threads, [&](int piece) {
+        const int64_t last = std::min<int64_t>(job.rings, (piece + int64_t{1}) * kRingsAtOnce);
+        for (int64_t ring = int64_t{piece} * kRingsAtOnce; ring < last; ring++) {
+            const uint8_t* codes = job.codes + ring * job.length;
+            float* values = job.values + ring * job.length;
+            uint32_t state = 0;
+            const int64_t before = std::min<int64_t>(job.length, job.state_bits);
+            for (int64_t i = job.length - before; i < job.length; i++) state = state << job.bits[i % 2] | codes[i];
+            for (int64_t i = 0; i < job.length; i++) {
+                state = (state << job.bits[i % 2] | codes[i]) & mask;
+                values[i] = job.table[state];
+            }
+        }
+    });
+    return nullptr;
+}
+
+}  // namespace arrondi

@@ -1,0 +1,153 @@
+"""Trellis codes: rings of a column are searched as a whole, and the columns not yet rounded make up for each error.
+
+Owns: `trellis`, `refuse_trellis`. The weight is turned on both sides (`arrondi.tensor.turned`), so that it looks normal, which is what the values of
+a trellis are made for; its inputs' moment is turned with it. Then columns are visited as `gptq` visits them, the codes of one being those
+of whole rings with the least squared error (`arrondi.tensor.trellis`). At last the scale of each row is fitted to its codes.
+
+Where inputs of the original are known as well, what is rounded is the weight that makes up for earlier rounding (`gptaq.corrected`).
+
+Sources: Tseng, Sun, Hou, De Sa 2024, arXiv:2406.11235 (QTIP); Li et al. 2025, arXiv:2504.02692 (the asymmetric target).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
+
+import torch
+
+from arrondi.arguments import Between, check_arguments
+from arrondi.calibration import SecondMoment
+from arrondi.errors import DataError, SchemeError, ShapeError
+from arrondi.formats import PerChannel, Scheme
+from arrondi.rounding.gptaq import check_moments, corrected
+from arrondi.rounding.gptq_factor import root_factor
+from arrondi.rounding.gptq_grids import RowScales
+from arrondi.rounding.gptq_sweep import sweep
+from arrondi.rounding.options import BlockSize, Damping, Strength
+from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
+from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import round_scale
+from arrondi.tensor.trellis import MOST_SEARCHED, check_shape, from_lines, ring_values, search, spread_of, to_lines
+from arrondi.tensor.turned import Sides, sides_of, turn, turn_columns
+
+Widening = Annotated[float, Between(0, 10)]
+
+_WIDER: Final = {1: 1.25, 2: 1.12, 3: 1.08, 4: 1.06}
+"""Standard deviation of a row over that of the values with which it is rounded best, by bits: measured on normal numbers and on a language model."""
+
+
+def refuse_trellis(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
+    """Why no weight can be rounded so; None if it can."""
+    found = scheme.format.trellis
+    if found is None:
+        return f"trellis searches codes along rings, got {scheme}. Use a trellis such as TCQ2, TCQ3 or TCQ4, or another method."
+    if found.rate > MOST_SEARCHED or found.ring == "tile":
+        return f"Codes of {scheme.format} are read, not searched. Use at most {MOST_SEARCHED} bits and rings of rows, such as TCQ3."
+    if scheme.granularity != PerChannel() or (scheme.turned is not None and scheme.turned.seed is None):
+        return f"trellis finds a scale for each row and takes signs from a seed, got {scheme}. Use TCQ2, TCQ3 or TCQ4."
+    return None
+
+
+def trellis(
+    weight: torch.Tensor,
+    scheme: SchemeLike,
+    moment: SecondMoment | None = None,
+    *,
+    cross_moment: torch.Tensor | None = None,
+    strength: Strength = 1.0,
+    damping: Damping = 0.01,
+    widening: Widening = 0.0,
+    block_size: BlockSize = 128,
+    name: str = "weight",
+    facts: dict[str, Any] | None = None,
+) -> QTensor:
+    """Round a weight to codes of a trellis, so that the layer's output changes least on the calibration inputs.
+
+    Args:
+        weight: (m, n), any float dtype, finite.
+        scheme: a trellis of up to 4 bits, one scale a row, turned or not.
+        moment: second moment of the layer's inputs, of size n; None: all inputs count alike.
+        cross_moment: Σ x fᵀ (n, n), inputs of the quantized model times those of the original; None: as if these were the same.
+        strength: share of the correction for earlier rounding, where there is a cross moment.
+        damping: fraction of the mean diagonal of the moment that is added to its diagonal.
+        widening: standard deviation of a row over that of the values at which its codes are searched; 0: the usual one of its bits.
+        block_size: columns between two updates of the far columns; changes speed, not results.
+        name: for messages.
+        facts: receives what a report should say: `damping` where it had to be raised.
+
+    Raises:
+        ShapeError: weight is not a matrix, has too few rows for a ring, or the moment has another size.
+        SchemeError: the scheme is none of these, or an option is out of range.
+        DataError: NaN or infinity.
+    """
+    with named(name):
+        check_arguments(trellis, {**locals(), "weight": check_tensor(weight, name), "scheme": scheme_of(scheme)})
+    scheme = scheme_of(scheme)
+    found = scheme.format.trellis
+    if found is None or refuse_trellis(scheme, {}) is not None:
+        raise SchemeError(f"{name}: {refuse_trellis(scheme, {})}")
+    if cross_moment is not None:
+        moment, cross_moment = check_moments("trellis", weight, moment, cross_moment, name)
+        weight = corrected(weight, moment, cross_moment, damping, strength)
+    work = _finite(weight, scheme, moment, name)
+    sides = None if scheme.turned is None else sides_of(tuple(work.shape), scheme.turned, work.device)
+    if sides is not None and scheme.turned is not None:
+        work = turn(work, sides, scheme.turned)
+    scale = _scales(work, scheme, widening)
+    if moment is None:
+        lines = [search(part, found) for part in to_lines(work / scale, found)]
+        return QTensor(from_lines(lines, (work.shape[0], work.shape[1]), found), scale, None, None, scheme)
+    hessian = _hessian(moment, sides, scheme).to(work.device)
+    factor, needed = root_factor(hessian.clone(), damping)
+    if facts is not None and needed != damping:
+        facts["damping"] = needed
+    codes, _ = sweep(work, factor, RowScales(scheme, scale), block_size, None)
+    hessian.diagonal().add_(needed * float(hessian.diagonal().mean()))
+    return QTensor(codes, _fitted(work, codes, scale, hessian, scheme), None, None, scheme)
+
+
+def _finite(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str) -> torch.Tensor:
+    """The weight as it is computed with, float32."""
+    assert scheme.format.trellis is not None
+    with named(name):
+        check_shape(tuple(weight.shape), scheme.format.trellis)
+    if moment is not None and moment.n != weight.shape[1]:
+        raise ShapeError(f"{name}: the second moment is for {moment.n} inputs, the weight has {weight.shape[1]}.")
+    work = weight.detach().float()
+    if work.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(work))).all()):
+        raise DataError(f"{name}: the weights hold NaN or infinity. Repair or exclude the tensor.")
+    return work
+
+
+def _scales(work: torch.Tensor, scheme: Scheme, widening: float) -> torch.Tensor:
+    """(m, 1), from the root mean square of each row, as stored."""
+    assert scheme.format.trellis is not None
+    rate = scheme.format.trellis.rate
+    wider = widening or _WIDER[int(rate)] + (rate % 1) * (_WIDER[int(rate + 0.5)] - _WIDER[int(rate)]) * 2
+    size = work.square().mean(1, keepdim=True).sqrt() * (wider / spread_of(scheme.format.trellis))
+    return round_scale(size, scheme.scale)
+
+
+def _hessian(moment: SecondMoment, sides: Sides | None, scheme: Scheme) -> torch.Tensor:
+    """H (n, n) as the columns of a turned weight see it."""
+    hessian = moment.matrix()
+    if sides is None or scheme.turned is None:
+        return hessian
+    half = turn_columns(hessian, sides, scheme.turned)
+    return turn_columns(half.T.contiguous(), sides, scheme.turned)
+
+
+def _fitted(
+    work: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, scheme: Scheme
+) -> torch.Tensor:
+    """The scale of each row with the least error d H dᵀ, d what it leaves of the weight with these codes; as stored."""
+    assert scheme.format.trellis is not None
+    best = scale.clone()
+    values = ring_values(codes, scheme.format.trellis)
+    seen = values @ hessian
+    power = (seen * values).sum(1, keepdim=True)
+    wanted = (seen * work).sum(1, keepdim=True)
+    fits = (power > 0) & (wanted > 0)
+    best[fits] = (wanted / power)[fits]
+    return round_scale(best, scheme.scale)
