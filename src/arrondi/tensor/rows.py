@@ -12,15 +12,16 @@ import torch
 from arrondi.formats import PerChannel, PerGroup, Scheme, tile_shape
 from arrondi.tensor.apart import stack_kept
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.turned import Sides
 
 
 def rowwise(scheme: Scheme) -> bool:
-    """Whether each row of a matrix is rounded by itself."""
-    return separable(scheme) and scheme.apart is None
+    """Whether each row of a matrix is rounded by itself: those of a trellis are on rings."""
+    return separable(scheme) and scheme.apart is None and scheme.format.trellis is None
 
 
 def separable(scheme: Scheme) -> bool:
-    """Whether a matrix shares nothing with one that lies below it in the same tensor."""
+    """Whether a matrix shares nothing with one that lies below it in the same tensor; of a trellis, one of whole rings."""
     shared = (scheme.apart is not None and scheme.apart.what == "elements") or (
         scheme.table is not None and scheme.table.rows != 1
     )
@@ -55,7 +56,8 @@ def rows_of(q: QTensor, start: int, count: int) -> QTensor:
     if kept is not None and scheme.apart is not None and not kept.columns:
         few = kept.index.numel()
         scheme, kept = replace(scheme, apart=replace(scheme.apart, count=few) if few else None), kept if few else None
-    return QTensor(codes, cut(q.scale), cut(q.zero_point), cut(q.offset), scheme, q.group_index, table, kept)
+    sides = None if q.sides is None else Sides(q.sides.rows[start : start + count], q.sides.columns)
+    return QTensor(codes, cut(q.scale), cut(q.zero_point), cut(q.offset), scheme, q.group_index, table, kept, sides)
 
 
 def stack_rows(parts: Sequence[QTensor]) -> QTensor:

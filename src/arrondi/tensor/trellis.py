@@ -109,7 +109,7 @@ def to_lines(x: torch.Tensor, trellis: Trellis) -> list[torch.Tensor]:
     return [part.contiguous() for part in parts if part.numel()]
 
 
-def from_lines(lines: list[torch.Tensor], shape: tuple[int, int], trellis: Trellis) -> torch.Tensor:
+def from_lines(lines: list[torch.Tensor], shape: tuple[int, ...], trellis: Trellis) -> torch.Tensor:
     """The inverse of `to_lines`."""
     rows, columns = shape
     if trellis.ring == "tile":
