@@ -19,6 +19,7 @@ from arrondi.pipeline.resolve import PlannedTensor
 from arrondi.pipeline.run import HIDDEN_LIMIT
 from arrondi.pipeline.steps import get_step
 from arrondi.tensor.rows import rowwise
+from arrondi.tensor.trellis import search_seconds
 
 BASE_BYTES: Final = 430 << 20
 """Resident set of Python with torch and transformers loaded, and a model without its weights."""
@@ -172,7 +173,7 @@ def _solving(plan: Plan, tensors: Iterable[PlannedTensor], calibrated: bool) -> 
 
 
 def _seconds(plan: Plan, tokens: int, eval_tokens: int, seq_len: int) -> float:
-    rounding = sum(t.weights * get_step(t.rule.method).cost for t in plan.quantized if t.rule) / 1e9
+    rounding = sum(t.weights * _seconds_of_a_weight(t) for t in plan.quantized)
     rounding += (
         sum(s.matrix_shape[0] * s.matrix_shape[1] * one.step.cost for one in plan.selected for s in one.sites) / 1e9
     )
@@ -182,6 +183,13 @@ def _seconds(plan: Plan, tokens: int, eval_tokens: int, seq_len: int) -> float:
     if looks_at_loss(plan):
         passes += 4 * DRAWS * tokens  # forwards, and units forwards and backwards again
     return _START_SECONDS + rounding + moved / _BYTES_A_SECOND + 2 * matrices * passes / _FLOPS
+
+
+def _seconds_of_a_weight(t: PlannedTensor) -> float:
+    """Of choosing its code."""
+    trellis = None if t.scheme is None else t.scheme.weights.format.trellis
+    seconds = search_seconds(trellis) if trellis else get_step(t.rule.method).cost if t.rule else 0.0
+    return seconds / 1e9
 
 
 def _units(plan: Plan) -> dict[int, int]:

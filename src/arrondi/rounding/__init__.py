@@ -26,7 +26,7 @@ from arrondi.rounding.gobo import gobo, make_gobo, refuse_gobo, size_gobo
 from arrondi.rounding.gptaq import gptaq
 from arrondi.rounding.gptq import gptq, refuse_gptq
 from arrondi.rounding.hqq import hqq, refuse_hqq
-from arrondi.rounding.imatrix import imatrix
+from arrondi.rounding.imatrix import imatrix, refuse_imatrix
 from arrondi.rounding.kmeans import any4, kmeans, make_any4, make_kmeans, refuse_tables
 from arrondi.rounding.llm_int8 import foresees_llm_int8, llm_int8, refuse_llm_int8, size_llm_int8
 from arrondi.rounding.nearest_first import nearest_first
@@ -139,7 +139,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
         nearest_first, NOTHING, "Wu et al. 2025, arXiv:2506.11543", 100_000.0, refuse_autoround, repairs=("hessian-search", "block-fisher")
     ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
-    "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0),
+    "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0, refuse_imatrix),
     "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
     "kmeans": Method(kmeans, NOTHING, "Kim et al. 2023, arXiv:2306.07629", 200.0, refuse_tables, make_kmeans, wants=PAIRS),

@@ -1,6 +1,6 @@
 """Round to nearest on grids that spend their precision where inputs are large.
 
-Owns: `imatrix`. The importance of a column is the mean square of its input, the diagonal of the second moment: with it
+Owns: `imatrix`, `refuse_imatrix`. The importance of a column is the mean square of its input, the diagonal of the second moment: with it
 Σ_j a[j] (w[j] - ŵ[j])² is the error of a row's output as if the inputs did not depend on each other.
 
 Source: the importance matrix of llama.cpp (documentation of its quantizers); the objective is the diagonal of GPTQ's
@@ -9,6 +9,7 @@ Source: the importance matrix of llama.cpp (documentation of its quantizers); th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,16 @@ import torch
 from arrondi.arguments import check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, ShapeError
+from arrondi.formats import Scheme
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
-from arrondi.tensor.nearest import quantize_tensor, quantize_with
+from arrondi.tensor.nearest import own_numbers, quantize_tensor, quantize_with
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.weighted import weighted_parts
+
+
+def refuse_imatrix(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
+    """Why no weight can be rounded so; None if it can."""
+    return None if scheme.nearest else own_numbers(scheme)
 
 
 def imatrix(

@@ -16,6 +16,7 @@ from arrondi.calibration import SecondMoment
 from arrondi.errors import SchemeError
 from arrondi.formats import Scheme
 from arrondi.rounding.options import Power
+from arrondi.rounding.trellis import refuse_trellis, trellis
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.nearest import own_numbers, quantize_tensor, quantize_with, store_grid
 from arrondi.tensor.qtensor import Parts, QTensor
@@ -30,9 +31,16 @@ Range = Literal["auto", "absmax", "search", "four-over-six", "floor", "ceil", "e
 
 def refuse_rtn(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     """Why no weight can be rounded so; None if it can."""
+    range = options.get("range", "auto")
+    if scheme.format.trellis is not None:
+        plain = range == "auto"
+        return (
+            refuse_trellis(scheme, {})
+            if plain
+            else f"A trellis has no range to choose, got range={range}. Leave it out."
+        )
     if not scheme.nearest:
         return own_numbers(scheme)
-    range = options.get("range", "auto")
     if range in EXPONENT_RULES and scheme.scale != "e8m0":
         return f"range={range} is a rule for power-of-two scales, got {scheme}. Use range=search."
     if range == "four-over-six" and (
@@ -90,6 +98,8 @@ def nearest(
     Args:
         importance: (K,) what an error in each column weighs in a search, for example the mean square of its input.
     """
+    if scheme.format.trellis is not None and range == "auto":
+        return trellis(weight, scheme, name=name)  # rings are searched as wholes, but no column makes up for another
     if range == "auto":
         range = "search" if pays_to_search(scheme) else "absmax"
     refusal = refuse_rtn(scheme, {"range": range})

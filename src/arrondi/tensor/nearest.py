@@ -80,7 +80,7 @@ def quantize_tensor(
 def own_numbers(scheme: Scheme) -> str:
     """Why rounding to nearest alone cannot make a scheme that has tables or rings, or keeps numbers apart."""
     if scheme.format.trellis is not None:
-        return f"The codes of {scheme.format} are searched along rings, not one by one. Use the method trellis."
+        return f"The codes of {scheme.format} are searched along rings, not one by one. Use the method trellis, or rtn without data."
     what = (
         f"the values of {scheme.format} are learned from a tensor"
         if scheme.format.learned

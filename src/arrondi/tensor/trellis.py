@@ -197,6 +197,11 @@ def search(targets: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     return codes
 
 
+def search_seconds(trellis: Trellis) -> float:
+    """About how long a core searches the codes of 10⁹ weights with AVX-512; up to half as long again with AVX2."""
+    return 40.0 * 1.75 ** (trellis.state - 8) * (1.0 if trellis.state <= 12 else 1.25 ** (trellis.state - 12))
+
+
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _steps(trellis: Trellis) -> tuple[torch.Tensor, float]:
