@@ -26,6 +26,7 @@ SCHEMES = {
     "FP8_BLOCK": PRESETS["FP8_BLOCK"],
     "TERNARY": PRESETS["TERNARY"],
     "BINARY": PRESETS["BINARY"],
+    "TCQ3": parse_scheme("w=tcq3-l8/channel/rht64"),
 }
 PAIRS = [
     (name, word)
@@ -147,7 +148,8 @@ def test_tensors_are_made_where_the_weight_is(method: str, scheme: str) -> None:
 
 @CONTRACT
 def test_one_row_and_one_column(method: str, scheme: str) -> None:
-    for shape in ((1, 72), (12, 1), (1, 1)):
+    least = 3 if SCHEMES[scheme].weights.format.trellis is not None else 1  # rows that hold a state
+    for shape in ((least, 72), (12, 1), (least, 1)):
         made = SecondMoment(shape[1])
         made.update(torch.ones(3, shape[1]))
         w = weight()[: shape[0], : shape[1]]
@@ -158,7 +160,7 @@ def test_one_row_and_one_column(method: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_works_without_a_moment_or_says_that_it_needs_one(method: str) -> None:
-    scheme = SCHEMES["W4A16"].weights
+    scheme = SCHEMES["W4A16" if method != "trellis" else "TCQ3"].weights
     if METHODS[method].needs & {"moment", "importance"}:
         with pytest.raises(DataError, match=r"^model\.layer: .*needs the second moment"):
             METHODS[method].run(weight(), scheme, None, name="model.layer")

@@ -109,7 +109,7 @@ def _rounded(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerS
 def _presets(own: LayerScheme) -> Iterator[LayerScheme]:
     """Schemes of weights that have a name, with the inputs as they were."""
     for preset in PRESETS.values():
-        if preset.inputs is None:
+        if preset.inputs is None and preset.weights.nearest:
             yield replace(preset, inputs=own.inputs, outputs=own.outputs)
 
 
@@ -117,6 +117,8 @@ def _words(own: LayerScheme) -> Iterator[LayerScheme]:
     """Other schemes in which the values of one may be said, itself first."""
     yield own
     w = own.weights
+    if w.format.trellis is not None:
+        return
     for granularity in _granularities(w.granularity):
         for format in _formats(w.format):
             for zero in ("none", "integer", "float"):

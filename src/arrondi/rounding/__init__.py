@@ -140,7 +140,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     ),
     "hqq": Method(hqq, NOTHING, "Badri and Shaji 2023, technical report", 10.0, refuse_hqq),
     "imatrix": Method(imatrix, IMPORTANCE, "importance matrices of llama.cpp", 400.0, refuse_imatrix),
-    "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_rtn, rewrites=("awq-scale",)),
+    "awq": Method(awq, MOMENT, "Lin et al. 2023, arXiv:2306.00978", 250.0, refuse_imatrix, rewrites=("awq-scale",)),
     "gptq": Method(gptq, MOMENT, "Frantar et al. 2022, arXiv:2210.17323", 90.0, refuse_gptq),
     "kmeans": Method(kmeans, NOTHING, "Kim et al. 2023, arXiv:2306.07629", 200.0, refuse_tables, make_kmeans, wants=PAIRS),
     "any4": Method(any4, NOTHING, "Elhoushi and Johnson 2025, arXiv:2507.04610", 400.0, refuse_tables, make_any4, wants=PAIRS),

@@ -25,7 +25,7 @@ from arrondi.tensor.ranges.weighted import weighted_parts
 
 
 def refuse_imatrix(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
-    """Why no weight can be rounded so; None if it can."""
+    """Why no weight can be rounded so, number by number; None if it can."""
     return None if scheme.nearest else own_numbers(scheme)
 
 
