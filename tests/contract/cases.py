@@ -28,6 +28,7 @@ SCHEMES = {
     "weights": ("w=int4/g32",),
     "dynamic": ("w=int8/channel,a=int8/token",),
     "static": ("w=int8/channel,a=int8/tensor/static",),
+    "turned": ("w=tcq3-l8/channel/float16/rht128",),
     "mixed": ("w=int4/g32", "w=int8/channel,a=int8/token"),
 }
 """Name → scheme of all layers, and the scheme of those that `_SECOND` matches."""
@@ -58,7 +59,7 @@ class Case:
     @property
     def rounds_inputs(self) -> bool:
         """Whether some inputs are rounded."""
-        return self.scheme != "weights"
+        return self.scheme not in ("weights", "turned")
 
 
 def spellings_of(model: str) -> tuple[str, ...]:

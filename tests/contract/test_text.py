@@ -98,7 +98,7 @@ def compiled(case: Case, native: Any, computed: torch.Tensor, calls: Calls, cost
     assert distance(found, computed) <= bound, "compiled kernels"
     fused = fuse(native)
     assert distance(run(native), found) <= bound, "fused blocks"
-    assert case.model not in FUSED or None in fused.values(), "some blocks are fused"
+    assert case.model not in FUSED or case.scheme == "turned" or None in fused.values(), "some blocks are fused"
 
 
 def apart(theirs: Any, computed: torch.Tensor, calls: Calls, rounded: set[str], cost: float) -> str:

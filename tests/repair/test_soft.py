@@ -19,7 +19,7 @@ def weight() -> torch.Tensor:
     return torch.randn(12, 48, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, "w=nf4/g16", "w=uint2/g16/offset"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "w=nf4/g16", "w=uint2/g16/offset", "w=tcq2-l8/channel/rht128:3"])
 def test_a_soft_scale_begins_as_its_weight_and_ends_in_its_format(scheme: str) -> None:
     q = rtn(weight(), parse_scheme(scheme).weights)
     soft = SoftScale.of(q)

@@ -91,7 +91,7 @@ class SoftScale:
         values = units * (self.q.real_scale * (1 + self.change)).reshape(-1, 1)
         if (offset := self.q.real_offset) is not None:
             values = values + offset.reshape(-1, 1)
-        return from_tiles(values, tile, self.q.shape)
+        return self.q.unturned(from_tiles(values, tile, self.q.shape))
 
     def limit(self) -> None:
         with torch.no_grad():

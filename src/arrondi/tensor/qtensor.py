@@ -177,7 +177,7 @@ class QTensor:
         if self.group_index is not None:
             return self._gathered(dtype)
         if self.scheme.format.trellis is not None:
-            return self._unturned(self.units().mul_(self.real_scale)).to(dtype)
+            return self.unturned(self.units().mul_(self.real_scale)).to(dtype)
         fast = restore(self.codes, self.scheme, self.grid, dtype)
         if fast is not None:
             return fast
@@ -204,8 +204,8 @@ class QTensor:
             return decode(self.codes, self.scheme.format)
         return looked_up(self.codes, self.table, self.scheme.table)
 
-    def _unturned(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (m, n) in the tensor's own basis."""
+    def unturned(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (m, n) that are in the basis of the codes, in the tensor's own."""
         if self.scheme.turned is None:
             return values
         return unturn(values, self.sides or sides_of(self.shape, self.scheme.turned, values.device), self.scheme.turned)
