@@ -15,6 +15,7 @@ from arrondi.checkpoint.layouts import (
     awq,
     bitsandbytes,
     compressed_tensors,
+    exl3,
     fp8,
     ggml,
     gptq,
@@ -31,6 +32,7 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "auto-round": auto_round.LAYOUT,
     "fp8": fp8.LAYOUT,
     "mxfp4": mxfp4.LAYOUT,
+    "exl3": exl3.LAYOUT,
     "gguf": ggml.LAYOUT,
 })  # fmt: skip
 """Every storage layout by its `quant_method`."""
