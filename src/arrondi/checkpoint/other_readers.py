@@ -44,6 +44,11 @@ def others_of(layout: str, placed: list[Placed], facts: ModelFacts) -> list[Verd
             Verdict("llama.cpp", True, "llama.cpp runs it; it rounds inputs to 8 bits as it multiplies, so its logits differ by some tenths of a percent."),
             Verdict(TRANSFORMERS, True, f"{TRANSFORMERS} loads the file with gguf_file=, dequantized; not every architecture as its config was."),
         ]  # fmt: skip
+    if layout == "exl3":
+        return [
+            Verdict("ExLlamaV3", True, "ExLlamaV3 runs it on GPUs, by its source; not run here. GPTQModel's decoder gives the same weights."),
+            Verdict(TRANSFORMERS, False, f"{TRANSFORMERS} does not read this layout."),
+        ]  # fmt: skip
     known = _READERS.get(layout)
     if known is None:
         return [

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.formats.format import FORMATS, TRELLISES
+from arrondi.formats.format import FORMATS, TRELLISES, of_trellis
 from arrondi.formats.ggml import GGML
 from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
 from arrondi.formats.scheme import ActivationScheme, LayerScheme, Scheme, Turned, ZeroPoint
+from arrondi.formats.trellis import Trellis
 
 
 def _int(bits: int, granularity: Granularity, zero_point: ZeroPoint = "none") -> Scheme:
@@ -56,6 +57,10 @@ PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
     "T158": LayerScheme(Scheme(FORMATS["ternary"], PerTensor())),
     "BINARY": LayerScheme(Scheme(FORMATS["binary"], PerGroup(128))),
     **{name.upper(): LayerScheme(Scheme(f, PerChannel(), scale="float16", turned=Turned())) for name, f in TRELLISES.items()},
+    **{
+        f"EXL3_{bits}": LayerScheme(Scheme(of_trellis(Trellis(float(bits), 16, "mul1", "tile")), PerTensor(), turned=Turned(128, None)))
+        for bits in range(1, 9)
+    },
     **{name: LayerScheme(scheme) for name, scheme in GGML.items()},
 })  # fmt: skip
 """Every scheme that has a name."""

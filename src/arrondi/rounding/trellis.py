@@ -1,8 +1,9 @@
 """Trellis codes: rings of a column are searched as a whole, and the columns not yet rounded make up for each error.
 
-Owns: `trellis`, `refuse_trellis`. The weight is turned on both sides (`arrondi.tensor.turned`), so that it looks normal, which is what the values of
+Owns: `trellis`, `refuse_trellis`, `tiles_swept`. The weight is turned on both sides (`arrondi.tensor.turned`), so that it looks normal, which is what the values of
 a trellis are made for; its inputs' moment is turned with it. Then columns are visited as `gptq` visits them, the codes of one being those
-of whole rings with the least squared error (`arrondi.tensor.trellis`). At last the scale of each row is fitted to its codes.
+of whole rings with the least squared error (`arrondi.tensor.trellis`); of tiles, sixteen columns at once. At last the scale of each row is
+fitted to its codes.
 
 Where inputs of the original are known as well, what is rounded is the weight that makes up for earlier rounding (`gptaq.corrected`).
 
@@ -12,6 +13,7 @@ Sources: Tseng, Sun, Hou, De Sa 2024, arXiv:2406.11235 (QTIP); Li et al. 2025, a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Final
 
 import torch
@@ -19,7 +21,7 @@ import torch
 from arrondi.arguments import Between, check_arguments
 from arrondi.calibration import SecondMoment
 from arrondi.errors import DataError, SchemeError, ShapeError
-from arrondi.formats import PerChannel, Scheme
+from arrondi.formats import PerChannel, Scheme, Trellis
 from arrondi.rounding.gptaq import check_moments, corrected
 from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import RowScales
@@ -28,7 +30,16 @@ from arrondi.rounding.options import BlockSize, Damping, Strength
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import round_scale
-from arrondi.tensor.trellis import MOST_SEARCHED, check_shape, from_lines, ring_values, search, spread_of, to_lines
+from arrondi.tensor.trellis import (
+    MOST_SEARCHED,
+    TILE,
+    check_shape,
+    from_lines,
+    ring_values,
+    search,
+    spread_of,
+    to_lines,
+)
 from arrondi.tensor.turned import Sides, sides_of, turn, turn_columns
 
 Widening = Annotated[float, Between(0, 10)]
@@ -43,10 +54,11 @@ def refuse_trellis(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     found = scheme.format.trellis
     if found is None:
         return f"trellis searches codes along rings, got {scheme}. Use a trellis such as TCQ2, TCQ3 or TCQ4, or another method."
-    if found.rate > MOST_SEARCHED or found.ring == "tile":
-        return f"Codes of {scheme.format} are read, not searched. Use at most {MOST_SEARCHED} bits and rings of rows, such as TCQ3."
-    if scheme.granularity != PerChannel() or (scheme.turned is not None and scheme.turned.seed is None):
-        return f"trellis finds a scale for each row and takes signs from a seed, got {scheme}. Use TCQ2, TCQ3 or TCQ4."
+    if found.rate > MOST_SEARCHED:
+        return f"Codes of {scheme.format} are read, not searched. Use at most {MOST_SEARCHED} bits, such as TCQ4 or EXL3_4."
+    stored = scheme.turned is not None and scheme.turned.seed is None
+    if (scheme.granularity == PerChannel()) is stored:
+        return f"trellis finds a scale for each row, or numbers for both sides, got {scheme}. Use TCQ2, TCQ3, TCQ4, or EXL3_3."
     return None
 
 
@@ -92,20 +104,26 @@ def trellis(
         moment, cross_moment = check_moments("trellis", weight, moment, cross_moment, name)
         weight = corrected(weight, moment, cross_moment, damping, strength)
     work = _finite(weight, scheme, moment, name)
-    sides = None if scheme.turned is None else sides_of(tuple(work.shape), scheme.turned, work.device)
+    sides = _sides(work, scheme, widening)
     if sides is not None and scheme.turned is not None:
         work = turn(work, sides, scheme.turned)
     scale = _scales(work, scheme, widening)
     if moment is None:
         lines = [search(part, found) for part in to_lines(work / scale, found)]
-        return QTensor(from_lines(lines, (work.shape[0], work.shape[1]), found), scale, None, None, scheme)
-    hessian = _hessian(moment, sides, scheme).to(work.device)
-    factor, needed = root_factor(hessian.clone(), damping)
-    if facts is not None and needed != damping:
-        facts["damping"] = needed
-    codes, _ = sweep(work, factor, RowScales(scheme, scale), block_size, None)
-    hessian.diagonal().add_(needed * float(hessian.diagonal().mean()))
-    return QTensor(codes, _fitted(work, codes, scale, hessian, scheme), None, None, scheme)
+        codes = from_lines(lines, tuple(work.shape), found)
+    else:
+        hessian = _hessian(moment, sides, scheme).to(work.device)
+        factor, needed = root_factor(hessian.clone(), damping)
+        if facts is not None and needed != damping:
+            facts["damping"] = needed
+        if found.ring == "tile":
+            codes = tiles_swept(work / scale, factor, found)
+        else:
+            codes, _ = sweep(work, factor, RowScales(scheme, scale), block_size, None)
+        hessian.diagonal().add_(needed * float(hessian.diagonal().mean()))
+        scale, sides = _fitted(work, codes, scale, sides, hessian, scheme)
+    own = sides if scheme.turned is not None and scheme.turned.seed is None else None
+    return QTensor(codes, scale, None, None, scheme, sides=own)
 
 
 def _finite(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, name: str) -> torch.Tensor:
@@ -121,17 +139,36 @@ def _finite(weight: torch.Tensor, scheme: Scheme, moment: SecondMoment | None, n
     return work
 
 
+def _wider(trellis: Trellis, widening: float) -> float:
+    """Standard deviation of a row in units of the values."""
+    rate = trellis.rate
+    usual = _WIDER[int(rate)] + (rate % 1) * (_WIDER[int(rate + 0.5)] - _WIDER[int(rate)]) * 2
+    return (widening or usual) / spread_of(trellis)
+
+
+def _sides(work: torch.Tensor, scheme: Scheme, widening: float) -> Sides | None:
+    """Signs; where sides are stored, those of rows have the scale of their row."""
+    if scheme.turned is None or scheme.format.trellis is None:
+        return None
+    shape = tuple(work.shape)
+    if scheme.turned.seed is not None:
+        return sides_of(shape, scheme.turned, work.device)
+    rows, columns = sides_of(shape, replace(scheme.turned, seed=0), work.device)
+    size = work.square().mean(1).sqrt() * _wider(scheme.format.trellis, widening)
+    return Sides(round_scale(size, "float16") * rows, columns)
+
+
 def _scales(work: torch.Tensor, scheme: Scheme, widening: float) -> torch.Tensor:
-    """(m, 1), from the root mean square of each row, as stored."""
+    """(m, 1), from the root mean square of each row, as stored; (1, 1) of one where the sides have it."""
     assert scheme.format.trellis is not None
-    rate = scheme.format.trellis.rate
-    wider = widening or _WIDER[int(rate)] + (rate % 1) * (_WIDER[int(rate + 0.5)] - _WIDER[int(rate)]) * 2
-    size = work.square().mean(1, keepdim=True).sqrt() * (wider / spread_of(scheme.format.trellis))
+    if scheme.turned is not None and scheme.turned.seed is None:
+        return work.new_ones(1, 1)
+    size = work.square().mean(1, keepdim=True).sqrt() * _wider(scheme.format.trellis, widening)
     return round_scale(size, scheme.scale)
 
 
 def _hessian(moment: SecondMoment, sides: Sides | None, scheme: Scheme) -> torch.Tensor:
-    """H (n, n) as the columns of a turned weight see it."""
+    """H (n, n) as the columns of a turned weight see it; numbers of columns are signs here."""
     hessian = moment.matrix()
     if sides is None or scheme.turned is None:
         return hessian
@@ -139,16 +176,43 @@ def _hessian(moment: SecondMoment, sides: Sides | None, scheme: Scheme) -> torch
     return turn_columns(half.T.contiguous(), sides, scheme.turned)
 
 
+def tiles_swept(work: torch.Tensor, factor: torch.Tensor, trellis: Trellis) -> torch.Tensor:
+    """Codes of a weight in units of the values, tile by tile: sixteen columns are repaired for all before them, and searched at once.
+
+    Args:
+        work: (m, n) float32.
+        factor: V (n, n), see `arrondi.rounding.gptq`.
+
+    Returns:
+        uint8 (m, n).
+    """
+    rows = work.T.contiguous()  # columns that were visited hold their differences
+    codes = torch.empty(rows.shape, dtype=torch.uint8, device=work.device)
+    for start in range(0, len(rows), TILE):
+        some = slice(start, start + TILE)
+        owed = factor[:start, some].T @ rows[:start]
+        due = rows[some] + torch.linalg.solve_triangular(factor[some, some].T, owed, upper=False)
+        chosen = from_lines([search(line, trellis) for line in to_lines(due.T, trellis)], tuple(due.T.shape), trellis)
+        rows[some] -= ring_values(chosen, trellis).T
+        codes[some] = chosen.T
+    return codes.T.contiguous()
+
+
 def _fitted(
-    work: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, scheme: Scheme
-) -> torch.Tensor:
-    """The scale of each row with the least error d H dᵀ, d what it leaves of the weight with these codes; as stored."""
+    work: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    sides: Sides | None,
+    hessian: torch.Tensor,
+    scheme: Scheme,
+) -> tuple[torch.Tensor, Sides | None]:
+    """The scale of each row with the least error d H dᵀ, d what it leaves of the weight with these codes; or one for all, in the sides."""
     assert scheme.format.trellis is not None
-    best = scale.clone()
     values = ring_values(codes, scheme.format.trellis)
     seen = values @ hessian
-    power = (seen * values).sum(1, keepdim=True)
-    wanted = (seen * work).sum(1, keepdim=True)
+    power, wanted = (seen * values).sum(1, keepdim=True), (seen * work).sum(1, keepdim=True)
+    if scheme.turned is not None and scheme.turned.seed is None and sides is not None:
+        factor = wanted.sum() / power.sum() if float(power.sum()) > 0 else 1.0
+        return scale, Sides(round_scale(sides.rows * factor, "float16"), sides.columns)
     fits = (power > 0) & (wanted > 0)
-    best[fits] = (wanted / power)[fits]
-    return round_scale(best, scheme.scale)
+    return round_scale(torch.where(fits, wanted / power, scale), scheme.scale), sides

@@ -60,12 +60,12 @@ def sides_of(shape: tuple[int, ...], turned: Turned, device: torch.device | str 
 
 
 def turn(x: torch.Tensor, sides: Sides, turned: Turned) -> torch.Tensor:
-    """V of W (m, n), sides being signs: float32 or float64 as x is."""
-    return hadamard_rows(turn_columns(x, sides, turned) * sides.rows.to(x)[:, None], turned)
+    """V of W (m, n), those of columns being signs: float32 or float64 as x is."""
+    return hadamard_rows(turn_columns(x, sides, turned) / sides.rows.to(x)[:, None], turned)
 
 
 def turn_columns(x: torch.Tensor, sides: Sides, turned: Turned) -> torch.Tensor:
-    """x (…, n) as the columns of V meet it: x D_c H."""
+    """x (…, n) as the columns of V meet it: x D_c H, D_c being signs."""
     return hadamard_columns(x * sides.columns.to(x), turned)
 
 

@@ -226,4 +226,4 @@ def _consumed(placed: Placed, names: Names) -> list[TensorSpec]:
     return [*plain, (f"{path}.su", torch.int16, (columns // 16,)), (f"{path}.sv", torch.int16, (rows // 16,))]
 
 
-LAYOUT: Final = Layout("exl3", _refuse, _specs, _write, _read, _config, _find)
+LAYOUT: Final = Layout("exl3", _refuse, _specs, _write, _read, _config, _find, lambda scheme: scheme.with_scale("float32"))
