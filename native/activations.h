@@ -219,6 +219,7 @@ inline void pack_digits(const Product& p, const Row& row, int tile, int t, int c
         grid = grid_of(p, row, 0, k);
         p.tile_scale[static_cast<int64_t>(tile) * kRowsMost + t] = grid.step;
     }
+    float largest = 0.0f, inverse = 0.0f;
     for (int s = 0; s < p.spans; s++) {
         const int start = s * p.span, end = start + p.span < k ? start + p.span : k;
         const int width = (start + p.span < padded && s + 1 < p.spans ? start + p.span : padded) - start;
@@ -243,10 +244,12 @@ inline void pack_digits(const Product& p, const Row& row, int tile, int t, int c
         // Numbers are kept as multiples of largest / range. Every digit fits int8 up to 127 · 257 and 127 · 65793; the
         // latter less what rounding the reciprocal may add.
         const float range = p.digits == 2 ? 32639.0f : 8355700.0f;
-        float largest = absolute_largest(row, start, end);
+        if (start % p.x_span == 0) {
+            largest = absolute_largest(row, start, start + p.x_span < k ? start + p.x_span : k);
+            if (largest < 0x1p-100f) largest = 0x1p-100f;  // the reciprocal stays finite; what is lost is below any sum
+            inverse = range / largest;
+        }
         const bool finite = largest - largest == 0.0f;
-        if (largest < 0x1p-100f) largest = 0x1p-100f;  // the reciprocal stays finite; what is lost is below any sum
-        const float inverse = range / largest;
         if (finite)
             pack([&](Floats x) { return to_ints(mul(x, splat(inverse))); });
         else

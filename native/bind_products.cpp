@@ -13,8 +13,9 @@ namespace {
 
 using Facts = std::vector<int64_t>;  // the fields of native_linear.Facts or Rounding, in their order
 
-Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table) {
-    if (f.size() != 8) throw nb::value_error("a packed weight has eight facts");
+Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table,
+                 uintptr_t unit, uintptr_t offset_unit) {
+    if (f.size() != 11) throw nb::value_error("a packed weight has eleven facts");
     Weight w{};
     if (f[0] < 0 || f[0] >= kKinds) throw nb::value_error("there is no such kind of packed weight");
     w.kind = static_cast<Kind>(f[0]);
@@ -24,15 +25,22 @@ Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zer
     w.groups = static_cast<int>(f[4]);
     w.scale_type = static_cast<Type>(f[5]);
     w.zero_all = static_cast<int>(f[6]);
+    w.offset_type = static_cast<Type>(f[8]);
+    w.counted = static_cast<Counted>(f[9]);
+    w.run = static_cast<int>(f[10]);
+    if (w.run < 1) throw nb::value_error("a unit is for at least one group");
+    w.runs = (w.groups + w.run - 1) / w.run;
     w.steps = steps_of(w.kind, w.k);
     if (w.n < 0 || w.k < 1 || w.group < 1 || w.groups < 1) throw nb::value_error("a size of the packed weight is not positive");
     if (f[7] < packed_bytes(w.kind, w.n, w.k)) throw nb::value_error("the packed codes are shorter than their shape asks for");
     w.codes = at<uint8_t>(codes);
     w.scale = at<void>(scale);
     w.zero = at<uint8_t>(zero);
-    w.offset = at<float>(offset);
+    w.offset = at<void>(offset);
+    w.unit = at<void>(unit);
+    w.offset_unit = at<void>(offset_unit);
     w.tables = at<uint8_t>(table);
-    if (table != 0 && w.kind == Kind::table4) std::memcpy(w.bytes, at<uint8_t>(table), 16);
+    if (table != 0 && one_table(w.kind)) std::memcpy(w.bytes, at<uint8_t>(table), 16);
     if (table != 0 && w.kind == Kind::float4) std::memcpy(w.floats, at<float>(table), 64);
     return w;
 }
@@ -56,10 +64,10 @@ void bind_products(nb::module_& m) {
     // A product with its weight bound: what stays the same from call to call crosses from Python once.
     nb::class_<Product>(m, "Product")
         .def("__init__", [](Product* made, const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset,
-                            uintptr_t table, int digits, const Facts& rounding, uintptr_t x_scale, uintptr_t x_zero,
+                            uintptr_t table, uintptr_t unit, uintptr_t offset_unit, int digits, const Facts& rounding, uintptr_t x_scale, uintptr_t x_zero,
                             uintptr_t bias, uintptr_t norm, float eps, int gate) {
             Product p{};
-            p.weight = weight_of(facts, codes, scale, zero, offset, table);
+            p.weight = weight_of(facts, codes, scale, zero, offset, table, unit, offset_unit);
             p.digits = digits;
             p.rounded = !rounding.empty();
             if (p.rounded) {

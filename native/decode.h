@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "kernels.h"
+#include "activations.h"
 
 namespace arrondi {
 namespace ARRONDI_PATH {
@@ -98,7 +98,7 @@ struct Decode {
         (void)p, (void)weight, (void)block;
         State state{};
         if constexpr (kOfRows) state.tables = tables_of(weight, block);
-        if constexpr (kKind == Kind::table4) state.bytes = repeat16(weight.bytes);
+        if constexpr (one_table(kKind)) state.bytes = repeat16(weight.bytes);
         if constexpr (kKind == Kind::trit5) state.bytes = load_bytes(p);
         return state;
     }
@@ -112,7 +112,7 @@ struct Decode {
                 look_up_rows(state.tables, codes, state.quads);
             }
             return state.quads[kQuad % 4];
-        } else if constexpr (kKind == Kind::table4) {
+        } else if constexpr (one_table(kKind)) {
             return look_up(state.bytes, code<kQuad>(p));
         } else if constexpr (kKind == Kind::u1) {
             return plane<1, kQuad, 1>(p);
@@ -213,24 +213,37 @@ struct Numbers<kKind, 4> {
     }
 };
 
-// Scale, zero point and offset of sixteen rows in one group.
+// Scale and offset of sixteen rows in one group.
 struct GroupOf16 {
-    Floats scale;
-    const uint8_t* zero;
-    const float* offset;
+    Floats scale, offset;
 };
 
+inline int64_t place_of(const Weight& w, int block, int group) {
+    return (static_cast<int64_t>(block) * w.groups + group) * kBlock;
+}
+
+// The zero points of sixteen rows in one group; null: all are zero_all.
+inline const uint8_t* zero_at(const Weight& w, int block, int group) {
+    return w.zero == nullptr ? nullptr : w.zero + place_of(w, block, group);
+}
+
+// The offset is zero where there are none; a code times its unit is exact, or rounded as the product of two numbers is.
 inline GroupOf16 group_at(const Weight& w, int block, int group) {
-    const int64_t at = (static_cast<int64_t>(block) * w.groups + group) * kBlock;
-    GroupOf16 g;
-    switch (w.scale_type) {
-        case Type::f32: g.scale = load_floats(static_cast<const float*>(w.scale) + at); break;
-        case Type::bf16: g.scale = load_bf16(static_cast<const uint16_t*>(w.scale) + at); break;
-        default: g.scale = load_f16(static_cast<const uint16_t*>(w.scale) + at); break;
+    const int64_t at = place_of(w, block, group);
+    if (w.counted == Counted::no)
+        return {load_type(w.scale, w.scale_type, at), w.offset == nullptr ? zero_floats() : load_type(w.offset, w.offset_type, at)};
+    const int64_t unit_at = (static_cast<int64_t>(block) * w.runs + group / w.run) * kBlock;
+    Ints code = widen_bytes(static_cast<const uint8_t*>(w.scale) + at), depth = zero_ints();
+    if (w.counted == Counted::i8) {
+        code = sub(xor_ints(code, splat(int32_t{128})), splat(int32_t{128}));
+    } else if (w.counted == Counted::halves) {
+        depth = shift_right<4>(code);
+        code = and_ints(code, splat(int32_t{15}));
     }
-    g.zero = w.zero == nullptr ? nullptr : w.zero + at;
-    g.offset = w.offset == nullptr ? nullptr : w.offset + at;
-    return g;
+    const Floats scale = mul(to_floats(code), load_type(w.unit, w.scale_type, unit_at));
+    if (w.offset_unit == nullptr) return {scale, zero_floats()};
+    if (w.counted != Counted::halves) depth = widen_bytes(static_cast<const uint8_t*>(w.offset) + at);
+    return {scale, mul(to_floats(depth), load_type(w.offset_unit, w.offset_type, unit_at))};
 }
 
 inline int group_of(const Weight& w, int column) { return w.groups == 1 ? 0 : column / w.group; }

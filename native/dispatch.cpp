@@ -134,6 +134,15 @@ const char* path_missing(const char* name) {
     return nullptr;
 }
 
+bool pairs_pay() {
+#if defined(__x86_64__)
+    static const bool intel = __builtin_cpu_is("intel");
+    return !intel;
+#else
+    return true;
+#endif
+}
+
 const char* const* path_names() {
     static const char* names[sizeof kEntries / sizeof kEntries[0] + 1] = {nullptr};
     if (names[0] == nullptr)

@@ -10,7 +10,8 @@
 //
 //   codes   [blocks][steps][step_bytes(kind)]
 //   tables  [blocks][4][bytes of an entry][4][16]: vector, byte, rows of the vector, entry
-//   scale   [blocks][groups][16] in its own type; zero [blocks][groups][16] uint8; offset [blocks][groups][16] float32
+//   scale   [blocks][groups][16] in its own type, and offset as well; zero [blocks][groups][16] uint8
+//   unit, offset_unit  [blocks][runs][16], where scales and offsets are counted: codes of a byte, times what some groups share
 #pragma once
 
 #include <cstddef>
@@ -30,6 +31,7 @@ enum class Kind : int {
     u1,       // one bit, decoded to 0 or 2
     trit5,    // five ternary digits in a byte: 1.6 bits
     table4,   // 4 bits, decoded to bytes by a table of sixteen
+    wide_table4,  // the same with bytes above 127
     rows4,    // 4, 3 or 2 bits, decoded to bytes by a table of sixteen for every row
     rows3,
     rows2,
@@ -42,7 +44,7 @@ enum class Kind : int {
     e3m2,     // planes 4 + 2
     e2m3,     // planes 4 + 2
 };
-constexpr int kKinds = 20;
+constexpr int kKinds = 21;
 
 // Kinds that meet activations as integers.
 constexpr bool integer(Kind kind) { return kind <= Kind::rows2; }
@@ -54,11 +56,18 @@ constexpr int row_entry(Kind kind) {
 }
 
 // Codes decoded to bytes above 127.
-constexpr bool wide(Kind kind) { return kind == Kind::u8 || row_entry(kind) == 1; }
+constexpr bool wide(Kind kind) { return kind == Kind::u8 || kind == Kind::wide_table4 || row_entry(kind) == 1; }
+
+// Codes decoded to bytes by one table of sixteen.
+constexpr bool one_table(Kind kind) { return kind == Kind::table4 || kind == Kind::wide_table4; }
 
 enum class Type : int { f32, bf16, f16 };
 
 constexpr int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// How scales and offsets are kept: as numbers of their type; as codes of a byte each, or of half a byte each, the offset's above
+// the scale's in one byte.
+enum class Counted : int { no, i8, u8, halves };
 
 // g · sigmoid(g); the approximation of GELU by tanh.
 enum class Gate : int { none, silu, gelu_tanh };
@@ -78,6 +87,7 @@ constexpr int step_bytes(Kind kind) {
         case Kind::u5: return 320;
         case Kind::u4:
         case Kind::table4:
+        case Kind::wide_table4:
         case Kind::rows4:
         case Kind::float4:
         case Kind::float_rows4: return 256;
@@ -101,14 +111,21 @@ struct Weight {
     int steps;         // of a block
     const uint8_t* codes;
     const void* scale;
-    Type scale_type;
+    Type scale_type;   // of the units, where scales are counted
     const uint8_t* zero;   // null: every zero point is zero_all
     int zero_all;
-    const float* offset;   // null: none
-    uint8_t bytes[16];     // of table4
+    const void* offset;    // null: none, or counted in halves
+    Type offset_type;      // of the units, where offsets are counted
+    Counted counted;
+    int run, runs;         // groups under one unit, a power of two; units in a row
+    const void* unit;
+    const void* offset_unit;  // null: there are no offsets
+    uint8_t bytes[16];     // of table4 and wide_table4
     float floats[16];      // of float4
     const uint8_t* tables;  // of rows4 … and float_rows4 …
 };
+
+inline bool has_offset(const Weight& w) { return w.counted == Counted::no ? w.offset != nullptr : w.offset_unit != nullptr; }
 
 // How activations meet the codes.
 //   floats   as float32 (or pairs of bfloat16 where a path has that product)
@@ -147,6 +164,7 @@ struct Product {
     // Made by product():
     int span;           // columns between two additions to the float sum; divides group, or is shorter than a row
     int spans;
+    int x_span;         // columns of a token under one scale: some spans; by token without meaning
     bool pairs;         // floats as pairs of bfloat16
     bool words;         // one or two digits in one number of 16 bits
     int tokens;         // of one tile
@@ -196,6 +214,9 @@ struct Path {
 const Path& path();
 // Null if it was compiled and runs here, else a sentence that says why not.
 const char* path_missing(const char* name);
+// Whether products of bfloat16 are as fast as two of bytes: on Intel's CPUs, which do two of these at once and one of those, they
+// are not.
+bool pairs_pay();
 // Every name, best first, ended by null.
 const char* const* path_names();
 void use_path(const char* name);

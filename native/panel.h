@@ -122,11 +122,12 @@ inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals
     const Weight& w = p.weight;
     const bool whole = whole_row<kDigits>(p);
     int32_t* carried = reinterpret_cast<int32_t*>(totals);
-    const int panel_end = panel.column + panel.columns, first = panel.column / p.span;
-    for (int s = first; s < p.spans && s * p.span < panel_end; s++) {
+    float part[kTokens * kWidth];
+    const int panel_end = panel.column + panel.columns, begin = panel.column / p.span;
+    for (int s = begin; s < p.spans && s * p.span < panel_end; s++) {
         const int start = s * p.span, end = s + 1 < p.spans ? start + p.span : panel_end;
         const int32_t* digit_sum = sums_of(p, tile, s);
-        const int64_t at = static_cast<int64_t>(s - first) * kWidth;
+        const int64_t at = static_cast<int64_t>(s - begin) * kWidth;
         Ints sum[kRowsHere][kVectors];
         if (panel.zero == nullptr) {
             for (int r = 0; r < kRowsHere; r++) {
@@ -149,23 +150,40 @@ inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals
         multiply_add<Op, kRowsHere>(panel.from + static_cast<int64_t>(start - panel.column) / Op::kColumns * 64, panel.stride,
                                     p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / Op::kColumns * 4 * kRowsHere,
                                     (end - start) / Op::kColumns, fold_quads(w.kind), sum);
-        const float* token_scale = scales_of(p, tile, s);
-        const bool fresh = whole || s == 0;
-        for (int v = 0; v < kVectors; v++) {
-            Ints mine[kRowsHere];
-            for (int r = 0; r < kRowsHere; r++) mine[r] = sum[r][v];
-            if (whole && (s + 1 < p.spans || p.integers)) {
-                for (int t = 0; t < kTokens; t++)
-                    store_ints(carried + t * kWidth + v * kBlock, joined<kDigits>(mine + t * kDigits));
-                continue;
-            }
-            const Floats scale = load_floats(panel.scale + at + v * kBlock);
-            const float* offset = panel.offset == nullptr ? nullptr : panel.offset + at + v * kBlock;
-            Floats total[kTokens];
+        if (whole && (s + 1 < p.spans || p.integers)) {
             for (int t = 0; t < kTokens; t++)
-                total[t] = fresh ? zero_floats() : load_floats(totals + t * kWidth + v * kBlock);
-            flush<kRowsHere, kDigits>(scale, offset, mine, token_scale, digit_sum, total);
-            for (int t = 0; t < kTokens; t++) store_floats(totals + t * kWidth + v * kBlock, total[t]);
+                for (int v = 0; v < kVectors; v++) {
+                    Ints mine[kDigits];
+                    for (int d = 0; d < kDigits; d++) mine[d] = sum[t * kDigits + d][v];
+                    store_ints(carried + t * kWidth + v * kBlock, joined<kDigits>(mine));
+                }
+            continue;
+        }
+        const float* token_scale = scales_of(p, tile, s);
+        const bool shifted = panel.offset != nullptr;
+        // By token the sums of all spans are in units of the token's scale, and so are the totals.
+        const bool first = token_scale == nullptr ? whole || s == 0 : start == panel.column || start % p.x_span == 0;
+        const bool last = token_scale != nullptr && (end >= panel_end || end % p.x_span == 0);
+        float* parts = token_scale == nullptr ? totals : part;
+        float all[kTokens];
+        for (int t = 0; t < kTokens; t++) all[t] = all_of<kDigits>(digit_sum + t * kDigits);
+        for (int v = 0; v < kVectors; v++) {
+            const Floats scale = load_floats(panel.scale + at + v * kBlock);
+            const Floats offset = shifted ? load_floats(panel.offset + at + v * kBlock) : zero_floats();
+            for (int t = 0; t < kTokens; t++) {
+                Ints mine[kDigits];
+                for (int d = 0; d < kDigits; d++) mine[d] = sum[t * kDigits + d][v];
+                float* place = parts + t * kWidth + v * kBlock;
+                Floats value = value_of<kDigits>(mine);
+                value = first ? mul(value, scale) : fma(value, scale, load_floats(place));
+                if (shifted) value = fma(splat(all[t]), offset, value);
+                if (last) {
+                    place = totals + t * kWidth + v * kBlock;
+                    value = mul(value, splat(token_scale[t]));
+                    if (start >= p.x_span || panel.column > 0) value = add(value, load_floats(place));
+                }
+                store_floats(place, value);
+            }
         }
     }
 }
@@ -238,12 +256,13 @@ template <Kind kKind>
 inline void decode_floats(const Product& p, const Numbers<kKind>& numbers, int block, int column, uint8_t* out) {
     const Weight& w = p.weight;
     for (int q = 0; q < Decode<kKind>::kQuads; q++, column += 4) {
-        const GroupOf16 g = group_at(w, block, group_of(w, column < w.k ? column : w.k - 1));
-        const Floats zero = g.zero == nullptr ? splat(static_cast<float>(w.zero_all)) : to_floats(widen_bytes(g.zero));
-        const Floats shift = g.offset == nullptr ? zero_floats() : load_floats(g.offset);
+        const int group = group_of(w, column < w.k ? column : w.k - 1);
+        const GroupOf16 g = group_at(w, block, group);
+        const uint8_t* zeros = zero_at(w, block, group);
+        const Floats zero = zeros == nullptr ? splat(static_cast<float>(w.zero_all)) : to_floats(widen_bytes(zeros));
         Floats v[4];
         numbers.quad(q, v);
-        for (int j = 0; j < 4; j++) v[j] = add(mul(sub(v[j], zero), g.scale), shift);
+        for (int j = 0; j < 4; j++) v[j] = add(mul(sub(v[j], zero), g.scale), g.offset);
         if (p.pairs) {
             for (int j = 0; j < 4; j += 2, out += 64)
                 store_bytes(out, bytes_of(or_ints(bf16_bits(v[j]), shift_left<16>(bf16_bits(v[j + 1])))));
@@ -334,10 +353,11 @@ inline void decode_groups(const Product& p, const Panel& panel) {
                 if (panel.offset != nullptr) store_floats(panel.offset + at, zero_floats());
                 continue;
             }
-            const GroupOf16 g = group_at(w, panel.first + v, group_of(w, s * p.span));
+            const int group = group_of(w, s * p.span);
+            const GroupOf16 g = group_at(w, panel.first + v, group);
             store_floats(panel.scale + at, g.scale);
-            if (panel.zero != nullptr) store_ints(panel.zero + at, widen_bytes(g.zero));
-            if (panel.offset != nullptr) store_floats(panel.offset + at, load_floats(g.offset));
+            if (panel.zero != nullptr) store_ints(panel.zero + at, widen_bytes(zero_at(w, panel.first + v, group)));
+            if (panel.offset != nullptr) store_floats(panel.offset + at, g.offset);
         }
 }
 
@@ -354,7 +374,7 @@ inline void panel_kind(const Product& p, int first, int last, uint8_t* scratch) 
     panel.units = scratch;
     panel.scale = reinterpret_cast<float*>(scratch + sizes.units);
     panel.zero = w.zero == nullptr ? nullptr : reinterpret_cast<int32_t*>(scratch + sizes.units + sizes.groups);
-    panel.offset = w.offset == nullptr ? nullptr : reinterpret_cast<float*>(scratch + sizes.units + 2 * sizes.groups);
+    panel.offset = !has_offset(w) ? nullptr : reinterpret_cast<float*>(scratch + sizes.units + 2 * sizes.groups);
     panel.totals = reinterpret_cast<float*>(scratch + sizes.units + 3 * sizes.groups);
     panel.next_stride = static_cast<int64_t>(w.steps) * step_bytes(kKind);
     for (int from = 0; from < tiles; from += tiles_at_once) {

@@ -29,6 +29,7 @@ Planes planes_of(Kind kind) {
         case Kind::u5: return {2, {{4, 0}, {1, 4}}};
         case Kind::u4:
         case Kind::table4:
+        case Kind::wide_table4:
         case Kind::rows4:
         case Kind::float4:
         case Kind::float_rows4: return {1, {{4, 0}}};

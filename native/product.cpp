@@ -52,6 +52,10 @@ const char* check(const Product& p) {
         return "a buffer is null";
     if (w.groups > 1 && (w.kind == Kind::trit5 || (w.group % step != 0 && w.group != 16)))
         return "groups must be of 16 columns or of whole steps";
+    if (w.counted != Counted::no &&
+        (w.unit == nullptr || w.run < 1 || (w.run & (w.run - 1)) != 0 || w.runs != (w.groups + w.run - 1) / w.run ||
+         (w.counted != Counted::halves && w.offset_unit != nullptr && w.offset == nullptr)))
+        return "counted scales need the units of their runs";
     if (p.digits < 0 || p.digits > 3 || (p.digits > 0 && !integer(w.kind))) return "this format has no integer products";
     if (p.digits == 1 && !p.rounded) return "one digit is for activations that are rounded";
     if (p.rounded && (p.digits < 1 || p.digits > 2 || p.lowest < -128 || p.lowest > 0 || p.highest > 255 ||
@@ -78,11 +82,11 @@ const char* check(const Product& p) {
 const char* ungated(Product& p) {
     const Path& path = arrondi::path();
     Weight& w = p.weight;
-    // Pairs of bfloat16 need half the products of two digits, and no work at the end of a group.
-    if (p.digits == 2 && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
+    // Pairs of bfloat16 need as many products as two digits, and no work at the end of a group.
+    if (p.digits == 2 && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
     // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
     // one or two tokens taking the codes apart costs more than that saves.
-    const bool apart = wide(w.kind) || w.kind == Kind::table4;
+    const bool apart = wide(w.kind) || one_table(w.kind);
     p.words = path.words && (apart ? p.digits == 1 || p.digits == 2 : p.digits == 2 && p.m > 2);
     if (p.digits == 3 && (!path.fast_dot || (path.words && (apart || p.m > 2)))) p.digits = 0;
     const int padded = w.steps * 4 * step_quads(w.kind), blocks = (w.n + kBlock - 1) / kBlock;
@@ -94,6 +98,8 @@ const char* ungated(Product& p) {
     p.tokens = few ? (p.m < together ? p.m : together) : path.rows / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
     p.span = span_of(w, p.x_group != 0 ? p.x_group : p.rounded ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);
+    // Digits are shares of the largest of 256 columns, also where groups are shorter.
+    p.x_span = p.x_group != 0 ? p.x_group : p.span < 256 && 256 % p.span == 0 ? 256 : p.span;
     p.spans = w.groups == 1 ? (w.k + p.span - 1) / p.span : w.groups * (w.group / p.span);
     // The last group may be short: spans that start beyond the row are not there.
     while (p.spans > 1 && (p.spans - 1) * p.span >= padded) p.spans--;

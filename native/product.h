@@ -20,6 +20,7 @@ inline void by_kind(Kind kind, const Arguments&... arguments) {
         case Kind::u1: return Action<Kind::u1>::run(arguments...);
         case Kind::trit5: return Action<Kind::trit5>::run(arguments...);
         case Kind::table4: return Action<Kind::table4>::run(arguments...);
+        case Kind::wide_table4: return Action<Kind::wide_table4>::run(arguments...);
         case Kind::rows4: return Action<Kind::rows4>::run(arguments...);
         case Kind::rows3: return Action<Kind::rows3>::run(arguments...);
         case Kind::rows2: return Action<Kind::rows2>::run(arguments...);

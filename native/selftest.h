@@ -44,7 +44,7 @@ constexpr int kThreads[] = {1, 2, 5};
 // ---- numbers -----------------------------------------------------------------------------------------------------
 
 constexpr const char* kKindNames[kKinds] = {
-    "u8",     "u6",          "u5",          "u4",          "u3",   "u2",   "u1",   "trit5", "table4", "rows4", "rows3", "rows2",
+    "u8",     "u6",          "u5",          "u4",          "u3",   "u2",   "u1",   "trit5", "table4", "wide_table4", "rows4", "rows3", "rows2",
     "float4", "float_rows4", "float_rows3", "float_rows2", "e4m3", "e5m2", "e3m2", "e2m3"};
 constexpr const char* kTypeNames[3] = {"f32", "bf16", "f16"};
 constexpr Type kTypes[3] = {Type::f32, Type::bf16, Type::f16};

@@ -24,7 +24,8 @@ double value_of(const Weight& w, int row, int code) {
     }
     switch (w.kind) {
         case Kind::u1: return 2 * code;
-        case Kind::table4: return w.bytes[code];
+        case Kind::table4:
+        case Kind::wide_table4: return w.bytes[code];
         case Kind::float4: return w.floats[code];
         case Kind::e4m3: return small_float(code, 4, 3, 7);
         case Kind::e5m2: return small_float(code, 5, 2, 15);
@@ -41,7 +42,9 @@ struct Case {
     int n, k, m, group;
     Zero zero;
     bool offset, bias;
-    Type scale_type, x_type, y_type;
+    Type scale_type, offset_type, x_type, y_type;
+    Counted counted;
+    int run;
     int digits;
     int lowest, highest;  // the codes of rounded activations; equal: x keeps its own numbers
     int x_group;
@@ -60,10 +63,11 @@ struct Case {
         static const char* const gates[3] = {"none", "silu", "gelu"};
         char text[320];
         std::snprintf(text, sizeof text,
-                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s x=%s y=%s digits=%d codes=%d…%d x_group=%d given=%d integers=%d threads=%d "
+                      "%s n=%d k=%d m=%d group=%d zero=%s offset=%d bias=%d scale=%s offset=%s counted=%d run=%d x=%s y=%s digits=%d codes=%d…%d x_group=%d given=%d integers=%d threads=%d "
                       "eps=%g gate=%s residual=%d seed=%llu",
                       kKindNames[static_cast<int>(kind)], n, k, m, group, zeros[static_cast<int>(zero)], offset, bias,
-                      kTypeNames[static_cast<int>(scale_type)], kTypeNames[static_cast<int>(x_type)],
+                      kTypeNames[static_cast<int>(scale_type)], kTypeNames[static_cast<int>(offset_type)], static_cast<int>(counted), run,
+                      kTypeNames[static_cast<int>(x_type)],
                       kTypeNames[static_cast<int>(y_type)], digits, lowest, highest, x_group, given, integers, threads, static_cast<double>(eps),
                       gates[static_cast<int>(gate)], residual, static_cast<unsigned long long>(seed));
         return text;
@@ -74,9 +78,8 @@ struct Case {
 struct Made {
     Weight weight{};
     std::vector<uint8_t> codes;  // (n, k), unpacked
-    std::vector<uint8_t> packed, zero, tables;
-    std::vector<float> offset;
-    Numbers scale{Type::f32, 0};
+    std::vector<uint8_t> packed, zero, tables, counts, depths;
+    Numbers scale{Type::f32, 0}, offset{Type::f32, 0}, unit{Type::f32, 0}, offset_unit{Type::f32, 0};
 
     int code(int row, int column) const { return codes[static_cast<size_t>(row) * weight.k + column]; }
     size_t at(int row, int group) const {
@@ -84,7 +87,7 @@ struct Made {
     }
     int group_of(int column) const { return weight.groups == 1 ? 0 : column / weight.group; }
     int zero_of(int row, int group) const { return zero.empty() ? weight.zero_all : zero[at(row, group)]; }
-    float offset_of(int row, int group) const { return offset.empty() ? 0.0f : offset[at(row, group)]; }
+    float offset_of(int row, int group) const { return offset.floats.empty() ? 0.0f : offset.floats[at(row, group)]; }
 
     void pack(int threads) {
         packed.resize(static_cast<size_t>(packed_bytes(weight.kind, weight.n, weight.k)));
@@ -92,6 +95,38 @@ struct Made {
         weight.codes = packed.data();
     }
 };
+
+// Codes for scales and offsets; what they come to takes the place of the numbers.
+void count(const Case& c, Made& made, Random& random) {
+    Weight& w = made.weight;
+    w.counted = c.counted;
+    w.run = c.run;
+    w.runs = (w.groups + w.run - 1) / w.run;
+    const size_t facts = made.scale.floats.size(), blocks = facts / kBlock / static_cast<size_t>(w.groups);
+    const int levels = c.counted == Counted::halves ? 16 : 256;
+    made.counts.resize(facts);
+    made.depths.resize(facts);
+    made.unit = Numbers(c.scale_type, blocks * w.runs * kBlock);
+    made.offset_unit = Numbers(c.offset_type, c.offset ? made.unit.floats.size() : 0);
+    for (size_t i = 0; i < made.unit.floats.size(); i++) made.unit.set(i, (0.1f + random.uniform()) / 128.0f);
+    for (size_t i = 0; i < made.offset_unit.floats.size(); i++) made.offset_unit.set(i, random.normal() / 64.0f);
+    made.scale = Numbers(Type::f32, facts);
+    made.offset = Numbers(Type::f32, c.offset ? facts : 0);
+    for (size_t i = 0; i < facts; i++) {
+        const int code = random.below(levels), depth = random.below(levels);
+        const size_t group = i / kBlock % static_cast<size_t>(w.groups), block = i / kBlock / static_cast<size_t>(w.groups);
+        const size_t unit = (block * w.runs + group / w.run) * kBlock + i % kBlock;
+        made.counts[i] = static_cast<uint8_t>(c.counted == Counted::halves && c.offset ? code | depth << 4 : code);
+        made.depths[i] = static_cast<uint8_t>(depth);
+        const int value = c.counted == Counted::i8 ? static_cast<int8_t>(code) : code;
+        made.scale.set(i, static_cast<float>(value) * made.unit.floats[unit]);
+        if (c.offset) made.offset.set(i, static_cast<float>(depth) * made.offset_unit.floats[unit]);
+    }
+    w.scale = made.counts.data();
+    w.unit = made.unit.data();
+    w.offset = c.offset && c.counted != Counted::halves ? made.depths.data() : nullptr;
+    w.offset_unit = c.offset ? made.offset_unit.data() : nullptr;
+}
 
 Made make_weight(const Case& c, Random& random) {
     Made made;
@@ -103,7 +138,7 @@ Made make_weight(const Case& c, Random& random) {
     w.groups = c.groups();
     w.steps = steps_of(c.kind, c.k);
     for (int i = 0; i < 16; i++) {
-        w.bytes[i] = static_cast<uint8_t>(random.below(128));
+        w.bytes[i] = static_cast<uint8_t>(random.below(wide(c.kind) ? 256 : 128));
         w.floats[i] = random.normal();
     }
     const int size = row_entry(c.kind);
@@ -131,10 +166,12 @@ Made make_weight(const Case& c, Random& random) {
         w.zero = made.zero.data();
     }
     if (c.offset) {
-        made.offset.resize(facts);
-        for (float& offset : made.offset) offset = random.normal();
+        made.offset = Numbers(c.offset_type, facts);
+        for (size_t i = 0; i < facts; i++) made.offset.set(i, random.normal());
         w.offset = made.offset.data();
+        w.offset_type = c.offset_type;
     }
+    if (c.counted != Counted::no) count(c, made, random);
     return made;
 }
 
@@ -326,8 +363,8 @@ struct Reference {
         } else if (p.digits > 1) {
             // In each span numbers are multiples of a 32 000th or an 8 000 000th of the largest.
             const double steps = p.digits == 2 ? 32000.0 : 4000000.0;
-            for (int start = 0; start < c.k; start += p.span) {
-                const int end = std::min(start + p.span, c.k);
+            for (int start = 0; start < c.k; start += p.x_span) {
+                const int end = std::min(start + p.x_span, c.k);
                 double largest = 0.0;
                 for (int j = start; j < end; j++) largest = std::max(largest, std::fabs(t.x[j]));
                 for (int j = start; j < end; j++) t.doubt[j] += 0.55 * largest / steps;
@@ -456,6 +493,9 @@ Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
     c.offset = random.below(3) == 0;
     c.bias = random.below(2) == 0;
     c.scale_type = any_of(kTypes, random);
+    c.offset_type = any_of(kTypes, random);
+    c.counted = static_cast<Counted>(random.below(6) > 3 ? 1 + random.below(3) : 0);
+    c.run = 1 << random.below(5);
     c.x_type = any_of(kTypes, random);
     c.y_type = kTypes[random.below(2)];
     c.threads = any_of(kThreads, random);
@@ -469,6 +509,7 @@ Case drawn(Kind kind, int k, int m, int digits, uint64_t seed) {
     if (c.rounded() && random.below(3) == 0) {
         c.integers = true;
         c.group = k;
+        c.counted = Counted::no;
         c.offset = c.bias = false;
         return c;
     }
@@ -553,6 +594,7 @@ void try_extremes() {
         {Kind::u8, 640, 128, 1, 1, false},    {Kind::table4, 640, 15, 0, 1, false},  {Kind::table4, 640, 15, 0, 1, true},
         {Kind::table4, 640, 0, 127, 1, true}, {Kind::u8, 32768, 255, 0, 2, false},   {Kind::u8, 32768, 0, 255, 2, false},
         {Kind::u8, 640, 255, 0, 2, true},     {Kind::table4, 640, 0, 127, 2, false}, {Kind::u4, 32768, 15, 0, 2, true},
+        {Kind::wide_table4, 65536, 15, 0, 1, false}, {Kind::wide_table4, 640, 0, 255, 1, true},
         {Kind::rows4, 65536, 15, 0, 1, false}, {Kind::rows2, 640, 3, 128, 1, true}, {Kind::rows3, 32768, 7, 0, 2, false}};
     for (const Extreme& e : extremes)
         for (int m : {1, 2, 7})
@@ -572,7 +614,7 @@ void try_extremes() {
                 Made made = make_weight(c, random);
                 made.weight.zero_all = e.zero;
                 made.weight.bytes[0] = 0;
-                made.weight.bytes[15] = 127;
+                made.weight.bytes[15] = wide(e.kind) ? 255 : 127;
                 std::fill(made.tables.begin(), made.tables.end(), static_cast<uint8_t>(255));
                 std::fill(made.codes.begin(), made.codes.end(), static_cast<uint8_t>(e.code));
                 made.pack(2);
@@ -597,7 +639,7 @@ void try_extremes() {
 
 // A token with NaN or infinity has no finite result, and its neighbours are as they were.
 void try_not_finite() {
-    for (Kind kind : {Kind::u4, Kind::u8, Kind::rows4, Kind::float_rows3, Kind::e4m3})
+    for (Kind kind : {Kind::u4, Kind::u8, Kind::wide_table4, Kind::rows4, Kind::float_rows3, Kind::e4m3})
         for (int digits = 0; digits <= (integer(kind) ? 3 : 0); digits++)
             for (int m : {1, 4, 13})
                 for (Type type : kTypes)
@@ -704,6 +746,13 @@ void try_refusals() {
     p.weight.group = 24;
     p.weight.groups = 3;
     refused(p, "a group of 24");
+    p = good;
+    p.weight.counted = Counted::u8;
+    p.weight.run = p.weight.runs = 1;
+    refused(p, "counted scales without a unit");
+    p.weight.unit = x.data();
+    p.weight.run = 3;
+    refused(p, "a run of three groups");
     p = good;
     p.digits = 4;
     refused(p, "a fourth digit");

@@ -14,7 +14,7 @@ inline const int32_t* sums_of(const Product& p, int tile, int span) {
 // span's digits add up to, so with it every span is added for itself.
 template <int kDigits>
 inline bool whole_row(const Product& p) {
-    return kDigits < 3 && by_token(p) && p.weight.groups == 1 && (p.weight.offset == nullptr || p.integers) &&
+    return kDigits < 3 && by_token(p) && p.weight.groups == 1 && (!has_offset(p.weight) || p.integers) &&
            (p.digits == 1 || p.weight.k <= kZeroPointColumns);
 }
 // By token, the results are multiplied with the scale at the end.
@@ -31,29 +31,27 @@ inline Ints joined(const Ints* sum) {
     return sum[0];
 }
 
-// sum[row] of one span and sixteen columns → added to the float sums of its tokens. `offset` and `token_scale` may be null.
-template <int kRowsHere, int kDigits>
-inline void flush(Floats scale, const float* offset, const Ints* sum, const float* token_scale, const int32_t* digit_sum,
-                  Floats* total) {
-    for (int t = 0; t < kRowsHere / kDigits; t++) {
-        const float of_token = token_scale == nullptr ? 1.0f : token_scale[t];
-        const Ints* s = sum + t * kDigits;
-        Floats value = to_floats(s[0]);
-        for (int i = 1; i < kDigits; i++) value = fma(value, splat(256.0f), to_floats(s[i]));
-        total[t] = fma(value, mul(scale, splat(of_token)), total[t]);
-        if (offset == nullptr) continue;
-        const int32_t* d = digit_sum + t * kDigits;
-        float all = static_cast<float>(d[0]);
-        for (int i = 1; i < kDigits; i++) all = all * 256.0f + static_cast<float>(d[i]);
-        total[t] = fma(splat(all * of_token), load_floats(offset), total[t]);
-    }
+// The sums of one span and sixteen columns as a float: `sum` holds the digits of one token, from the highest on.
+template <int kDigits>
+inline Floats value_of(const Ints* sum) {
+    Floats value = to_floats(sum[0]);
+    for (int i = 1; i < kDigits; i++) value = fma(value, splat(256.0f), to_floats(sum[i]));
+    return value;
+}
+
+// What the digits of one token add up to.
+template <int kDigits>
+inline float all_of(const int32_t* digit_sum) {
+    float all = static_cast<float>(digit_sum[0]);
+    for (int i = 1; i < kDigits; i++) all = all * 256.0f + static_cast<float>(digit_sum[i]);
+    return all;
 }
 
 // -zero · (sum of the digits): where the integer sum of a row starts, so that zero points cost nothing and are exact.
 template <int kRowsHere>
-inline void start_sums(const Weight& w, const GroupOf16& g, const int32_t* digit_sum, Ints* sum) {
-    if (g.zero != nullptr) {
-        const Ints zero = widen_bytes(g.zero);
+inline void start_sums(const Weight& w, const uint8_t* zeros, const int32_t* digit_sum, Ints* sum) {
+    if (zeros != nullptr) {
+        const Ints zero = widen_bytes(zeros);
         for (int r = 0; r < kRowsHere; r++) sum[r] = mul(zero, splat(-digit_sum[r]));
     } else {
         for (int r = 0; r < kRowsHere; r++) sum[r] = splat(-digit_sum[r] * w.zero_all);

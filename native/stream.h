@@ -21,15 +21,15 @@ inline void stream_block(const Product& p, int tile, int block) {
     const Weight& w = p.weight;
     const uint8_t* codes = w.codes + static_cast<int64_t>(block) * w.steps * step_bytes(kKind);
     const uint8_t* x = p.tiles + tile * p.tile_bytes;
-    const bool whole = whole_row<kOfToken>(p);
-    Floats total[kTokens];
-    for (int t = 0; t < kTokens; t++) total[t] = zero_floats();
+    const bool whole = whole_row<kOfToken>(p), shifted = has_offset(w);
+    Floats total[kTokens], part[kTokens];
+    for (int t = 0; t < kTokens; t++) total[t] = part[t] = zero_floats();
     Ints sum[kChains][kRowsHere];
     typename D::State state;
 
     const auto begin = [&](int s) {
         Ints fresh[kRowsHere];
-        start_sums<kRowsHere>(w, group_at(w, block, group_of(w, s * p.span)), sums_of(p, tile, s), fresh);
+        start_sums<kRowsHere>(w, zero_at(w, block, group_of(w, s * p.span)), sums_of(p, tile, s), fresh);
         for (int r = 0; r < kRowsHere; r++) sum[0][r] = whole && s > 0 ? add(sum[0][r], fresh[r]) : fresh[r];
         for (int c = 1; c < kChains; c++)
             for (int r = 0; r < kRowsHere; r++) sum[c][r] = zero_ints();
@@ -60,7 +60,16 @@ inline void stream_block(const Product& p, int tile, int block) {
             for (int r = 0; r < kRowsHere; r++) sum[0][r] = add(sum[0][r], sum[c][r]);
         if (p.integers || (whole && s + 1 < p.spans)) return;
         const GroupOf16 g = group_at(w, block, group_of(w, s * p.span));
-        flush<kRowsHere, kOfToken>(g.scale, g.offset, sum[0], scales_of(p, tile, s), sums_of(p, tile, s), total);
+        const float* token_scale = scales_of(p, tile, s);
+        const int32_t* digit_sum = sums_of(p, tile, s);
+        const bool last = token_scale != nullptr && (s + 1 == p.spans || (s + 1) * p.span % p.x_span == 0);
+        for (int t = 0; t < kTokens; t++) {
+            part[t] = fma(value_of<kOfToken>(sum[0] + t * kOfToken), g.scale, part[t]);
+            if (shifted) part[t] = fma(splat(all_of<kOfToken>(digit_sum + t * kOfToken)), g.offset, part[t]);
+            if (!last) continue;
+            total[t] = fma(part[t], splat(token_scale[t]), total[t]);
+            part[t] = zero_floats();
+        }
     };
     const auto arrive = [&] {
         for (int line = 0; line < step_bytes(kKind); line += 64) __builtin_prefetch(codes + kAhead + line);
@@ -99,7 +108,7 @@ inline void stream_block(const Product& p, int tile, int block) {
             store_integers(p, token, block, joined<kOfToken>(sum[0] + t * kOfToken));
             continue;
         }
-        if (by_token(p)) total[t] = mul(total[t], splat(scales_of(p, tile)[t]));
+        if (by_token(p)) total[t] = mul(part[t], splat(scales_of(p, tile)[t]));
         store_result(p, token, block, total[t]);
     }
 }
@@ -114,12 +123,15 @@ inline void stream_block_floats(const Product& p, int tile, int block) {
     Floats total[kRowsHere], sum[kRowsHere], ones[kRowsHere];
     for (int r = 0; r < kRowsHere; r++) total[r] = zero_floats();
     const int of_span = p.span / 4;
+    const bool shifted = has_offset(w);
     int quad = 0;
     const int quads = w.steps * D::kQuads;
     for (int s = 0; s < p.spans; s++) {
-        const GroupOf16 g = group_at(w, block, group_of(w, s * p.span));
+        const int group = group_of(w, s * p.span);
+        const GroupOf16 g = group_at(w, block, group);
+        const uint8_t* zeros = zero_at(w, block, group);
         for (int r = 0; r < kRowsHere; r++) sum[r] = ones[r] = zero_floats();
-        const Floats zero = g.zero == nullptr ? splat(static_cast<float>(w.zero_all)) : to_floats(widen_bytes(g.zero));
+        const Floats zero = zeros == nullptr ? splat(static_cast<float>(w.zero_all)) : to_floats(widen_bytes(zeros));
         const int stop = s + 1 == p.spans ? quads : quad + of_span;
         for (; quad < stop; quad++, x += 4 * kRowsHere) {
             if (quad % D::kQuads == 0) {
@@ -131,13 +143,13 @@ inline void stream_block_floats(const Product& p, int tile, int block) {
             numbers.quad(quad % D::kQuads, v);
             for (int j = 0; j < 4; j++)
                 for (int r = 0; r < kRowsHere; r++) sum[r] = fma(sub(v[j], zero), splat(x[j * kRowsHere + r]), sum[r]);
-            if (g.offset != nullptr)
+            if (shifted)
                 for (int j = 0; j < 4; j++)
                     for (int r = 0; r < kRowsHere; r++) ones[r] = add(ones[r], splat(x[j * kRowsHere + r]));
         }
         for (int r = 0; r < kRowsHere; r++) {
             total[r] = fma(sum[r], g.scale, total[r]);
-            if (g.offset != nullptr) total[r] = fma(ones[r], load_floats(g.offset), total[r]);
+            if (shifted) total[r] = fma(ones[r], g.offset, total[r]);
         }
     }
     for (int r = 0; r < kRowsHere; r++) store_result(p, tile * p.tokens + r, block, total[r]);

@@ -25,6 +25,7 @@ SCHEMES = {
         "w=uint4/g64/asym", "w=int8/channel", "w=int8/tensor/bfloat16", "w=int8/channel/asym", "w=fp6_e3m2/g32/e8m0",
         "w=lut4/channel", "w=lut4/g32/t:float16", "w=lut3/g64/offset/t:int8:16", "w=lut2/g16/t:int8:all",
         "w=lut3/channel/t:float32:all", "w=lut2/tensor/t:bfloat16:5", "w=lut5/channel",
+        "Q2_K", "Q3_K", "Q4_K", "Q5_1", "Q6_K", "IQ4_NL", "IQ4_XS",
     )
 }  # fmt: skip
 SCHEMES["int4-per-input"] = Scheme(FORMATS["int4"], PerChannel(axis=1))
@@ -77,7 +78,8 @@ def parts_of(q: QTensor) -> torch.Tensor:
     if q.offset is None:
         return q.dequantize(torch.float64).abs()
     height, width = tile_shape(q.scheme.granularity, q.shape)
-    offset = q.offset.repeat_interleave(height, 0).repeat_interleave(width, 1)[: q.shape[0], : q.shape[1]].double()
+    real = q.offset.dequantize() if isinstance(q.offset, QTensor) else q.offset
+    offset = real.repeat_interleave(height, 0).repeat_interleave(width, 1)[: q.shape[0], : q.shape[1]].double()
     return (q.dequantize(torch.float64) - offset).abs() + offset.abs()
 
 
@@ -214,7 +216,8 @@ def by_hand() -> dict[str, QTensor]:
     tiny = wide_weight((50, 256), SCHEMES["NF4"])
     level = replace(wide_weight((50, 256), parse_scheme("w=fp4_e2m1/g32").weights))
     lut = wide_weight((50, 256), SCHEMES["w=lut4/channel"])
-    assert lut.table is not None
+    blocks, both = (wide_weight((50, 256), SCHEMES[n]) for n in ("Q6_K", "Q2_K"))
+    assert lut.table is not None and isinstance(blocks.scale, QTensor) and isinstance(both.offset, QTensor)
     return {
         "scale beyond bfloat16": replace(bfloat, scale=bfloat.real_scale * 1.001),
         "plain scale of a nested scheme": replace(nested, scale=nested.real_scale * 1.001),
@@ -225,6 +228,9 @@ def by_hand() -> dict[str, QTensor]:
         "subnormal scales": replace(level, scale=torch.full_like(level.real_scale, 1.4e-45)),
         "entries of tables that are no steps": replace(lut, table=lut.table * 0.999),
         "subnormal scales of tables": replace(lut, scale=torch.full_like(lut.real_scale, 1.4e-45)),
+        "plain scale of a super-block": replace(blocks, scale=blocks.real_scale * 1.001),
+        "plain offset of a super-block": replace(both, offset=both.offset.dequantize() * 1.001),
+        "a unit of NaN": replace(blocks, scale=replace(blocks.scale, scale=blocks.scale.scale * torch.nan)),
         "a scale of NaN": replace(tiny, scale=tiny.real_scale * torch.tensor(torch.nan)),
     }
 

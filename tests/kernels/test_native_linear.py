@@ -125,7 +125,7 @@ def test_rounded_activations_of_every_scheme_and_type(path: str, text: str, dtyp
 CODINGS = (
     "W4A16", "W3A16", "W2A16_ASYM", "W5A16", "W6A16", "W8A16", "NF4", "FP8A16", "NVFP4A16", "MXFP6", "BINARY", "T158",
     "w=fp8_e5m2/channel", "w=fp6_e2m3/g32", "w=uint4/g32/offset", "w=lut4/channel", "w=lut3/g32/t:int8:16", "w=lut2/g64/t:int8:all",
-    "w=lut4/g128/t:float16", "w=lut3/channel/offset/t:bfloat16:5", "w=lut2/tensor/t:float32",
+    "w=lut4/g128/t:float16", "w=lut3/channel/offset/t:bfloat16:5", "w=lut2/tensor/t:float32", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS",
 )  # fmt: skip
 """One for each way in which codes are kept."""
 
@@ -268,7 +268,11 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"facts": {"kind": 99}}, "kind"),
     ({"facts": {"columns": -64}}, "positive"),
     ({"facts": {"rows": 2**31}}, "positive"),
-    ({"facts": None}, "8 facts, got"),
+    ({"facts": {"counted": 4}}, "kind"),
+    ({"facts": {"counted": 2}, "scale": torch.zeros(1, 2, 16, dtype=torch.uint8)}, "unit .* missing"),
+    ({"facts": {"counted": 2}, "unit": torch.zeros(1, 2, 16)}, "scale .* in uint8"),
+    ({"facts": {"run": 0}}, "positive"),
+    ({"facts": None}, "11 facts, got"),
 ]
 
 

@@ -139,9 +139,22 @@ def test_schemes(scheme: str):
 def test_a_block_of_another_scheme_beside_fused_ones():
     model = built("LlamaForCausalLM", num_hidden_layers=3)
     model.model.layers[1] = built("LlamaForCausalLM", "w=int8/g32").model.layers[1]
-    model.model.layers[1].self_attn.q_proj = built("LlamaForCausalLM").model.layers[1].self_attn.q_proj
+    model.model.layers[1].mlp.up_proj = built("LlamaForCausalLM").model.layers[1].mlp.up_proj
     before = logits(model)
     assert [reason is None for reason in fuse(model).values()] == [True, False, True]
+    assert off(logits(model), before) < ROUNDOFF
+
+
+@pytest.mark.parametrize("others", [("q",), ("k",), ("v",), ("q", "v")])
+def test_schemes_of_q_k_and_v_may_differ(others: tuple[str, ...]):
+    model = built("LlamaForCausalLM", num_hidden_layers=2)
+    other = built("LlamaForCausalLM", "w=int8/g32")
+    for name in others:
+        setattr(
+            model.model.layers[1].self_attn, f"{name}_proj", getattr(other.model.layers[1].self_attn, f"{name}_proj")
+        )
+    before = logits(model)
+    assert set(fuse(model).values()) == {None}
     assert off(logits(model), before) < ROUNDOFF
 
 

@@ -1,12 +1,13 @@
 """The six calls that a fused block makes: `Compiled`.
 
-q, k and v as one product with the norm before it; rotary positions; attention; the output product with the addition; gate and up as one
+q, k and v as one product with the norm before it (as two or three where their schemes differ, as in mixes of GGUF files); rotary positions; attention; the output product with the addition; gate and up as one
 product with norm and gate; the last product with the addition. A block of transformers takes some sixty small operators instead, which
 cost more than its products when one token is computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Compiled:
         self.dtype = parts[pattern.out].meta.dtype
         before, between = _weight(block, pattern.before), _weight(block, pattern.between)
         mixing = [parts[name] for name in (pattern.query, pattern.key, pattern.value)]
-        self.mix = _product(mixing, norm=before, eps=pattern.before.eps)
+        self.mix = _side_by_side(mixing, norm=before, eps=pattern.before.eps)
         self.merge = _product([parts[pattern.out]])
         gated = [parts[name] for name in (pattern.gate, pattern.up)]
         self.widen = _product(gated, norm=between, eps=pattern.between.eps, gate=pattern.activation)
@@ -125,6 +126,24 @@ def _place(block: nn.Module, name: str) -> tuple[dict[str, Any], str, nn.Module]
 def _weight(block: nn.Module, norm: Norm) -> torch.Tensor:
     weight = block.get_parameter(norm.weight).float()
     return (weight + 1 if norm.plus_one else weight.clone()).contiguous()
+
+
+def _side_by_side(linears: list[QLinear], **options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The outputs of layers that read the same, by as few products as their schemes allow."""
+    whole = joined_product(linears, **options)
+    if not isinstance(whole, str):
+        return whole
+    products: list[Product] = []
+    runs: list[list[QLinear]] = []
+    for layer in linears:
+        longer = joined_product([*runs[-1], layer], **options) if runs else whole
+        if isinstance(longer, str):
+            runs.append([layer])
+            products.append(_product([layer], **options))
+        else:
+            runs[-1].append(layer)
+            products[-1] = longer
+    return lambda x: torch.cat([product(x) for product in products], dim=1)
 
 
 def _product(linears: list[QLinear], **options: Any) -> Product:

@@ -1,6 +1,6 @@
 """How the compiled kernels keep the codes of a format.
 
-Owns: `Coding`, `coding_of`, `packing_of`, the tables of rows (`pack_tables`, `unpack_tables`), and the numbers of
+Owns: `Coding`, `coding_of`, `packing_of`, `Counting`, `counting_of`, the tables of rows (`pack_tables`, `unpack_tables`), and the numbers of
 native/kernels.h that go with them.
 """
 
@@ -12,9 +12,10 @@ from typing import Final
 
 import torch
 
-from arrondi.formats import Scheme, Table, tile_shape
+from arrondi.formats import PerGroup, Scheme, Table, tile_shape
 from arrondi.kernels.kernel import Tensors
 from arrondi.tensor import tables
+from arrondi.tensor.ranges.grid import STORED
 
 BLOCK: Final = 16
 """Rows of the weight in one tile."""
@@ -23,17 +24,17 @@ STEP: Final = 32
 """Columns of one packed step; of the 1.6-bit ternary layout 20."""
 
 _KINDS: Final = (
-    "u8", "u6", "u5", "u4", "u3", "u2", "u1", "trit5", "table4", "rows4", "rows3", "rows2",
+    "u8", "u6", "u5", "u4", "u3", "u2", "u1", "trit5", "table4", "wide_table4", "rows4", "rows3", "rows2",
     "float4", "float_rows4", "float_rows3", "float_rows2", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3",
 )  # fmt: skip
 """How codes are packed, numbered as in native/kernels.h."""
 
 KIND: Final = {name: number for number, name in enumerate(_KINDS)}
 
-INTEGERS: Final = frozenset(KIND[name] for name in _KINDS[:12])
+INTEGERS: Final = frozenset(KIND[name] for name in _KINDS[:13])
 """Kinds that meet activations as integers."""
 
-TABLES: Final = {KIND["table4"]: torch.uint8, KIND["float4"]: torch.float32}
+TABLES: Final = {KIND["table4"]: torch.uint8, KIND["wide_table4"]: torch.uint8, KIND["float4"]: torch.float32}
 """Kinds that are decoded by a table of sixteen numbers, and its type."""
 
 ROWS: Final = {KIND[f"{name}{bits}"]: size for name, size in (("rows", 1), ("float_rows", 4)) for bits in (4, 3, 2)}
@@ -76,8 +77,9 @@ def coding_of(scheme: Scheme) -> Coding | None:
     for unit in (1.0, 0.5, 0.25):
         steps = values / unit
         low = int(steps.min().floor())
-        if bool((steps == steps.round()).all()) and int(steps.max()) - low < 128 and low <= 0:
-            return Coding(KIND["table4"], -low, unit, (steps - low).to(torch.uint8))
+        most = int(steps.max()) - low
+        if bool((steps == steps.round()).all()) and most < 256 and low <= 0:
+            return Coding(KIND["table4" if most < 128 else "wide_table4"], -low, unit, (steps - low).to(torch.uint8))
     return as_floats(scheme)
 
 
@@ -87,6 +89,46 @@ def as_floats(scheme: Scheme) -> Coding:
     if format.values is None:
         return Coding(KIND[f"float_rows{format.bits}"], 0)
     return Coding(KIND["float4"], 0, 1.0, _sixteen(format.values).float())
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Scales, and offsets if there are any, that are codes of integers times what some groups share.
+
+    Attributes:
+        way: of keeping the codes, a number of native/kernels.h: int8, uint8, or both codes of a group in one byte.
+        run: groups that share a unit.
+    """
+
+    way: int
+    run: int
+
+
+NO, INT8, UINT8, HALVES = range(4)
+"""Ways of keeping scales; `NO`: as numbers."""
+
+
+def counting_of(scheme: Scheme) -> Counting | None:
+    """How the kernels keep scales that are quantized in turn; None where they take them as numbers.
+
+    Units are found by a shift, so a run is a power of two; a scale stays code times unit, so the codes of the weight have no unit of
+    their own.
+    """
+    inner, coding = scheme.scale, coding_of(scheme)
+    if coding is None or coding.kind not in INTEGERS or coding.kind in ROWS or coding.unit != 1.0:
+        return None
+    if not isinstance(inner, Scheme) or not isinstance(scheme.granularity, PerGroup) or scheme.zero_point == "integer":
+        return None
+    if not isinstance(inner.granularity, PerGroup) or not inner.symmetric or inner.scale not in STORED:
+        return None
+    format, run = inner.format, inner.granularity.size
+    if format.kind != "integer" or run & (run - 1):
+        return None
+    if scheme.zero_point != "float":
+        return Counting(INT8 if format.qmin < 0 else UINT8, run)
+    if format.qmin < 0 or scheme.offset != inner:
+        return None
+    return Counting(HALVES if format.bits <= 4 else UINT8, run)
 
 
 def packing_of(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors | None = None) -> Coding:
@@ -100,7 +142,7 @@ def packing_of(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors | None =
     assert coding is not None
     if scheme.format.levels == 3 and tile_shape(scheme.granularity, shape)[1] >= shape[1]:
         return replace(coding, kind=KIND["trit5"])
-    integers = coding.kind in ROWS or coding.kind == KIND["table4"]
+    integers = coding.kind in ROWS or coding.kind in TABLES
     if tensors is not None and integers and bytes_of_entry(tensors["table"]) > 1:
         return as_floats(scheme)
     return coding

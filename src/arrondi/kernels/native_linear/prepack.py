@@ -17,10 +17,14 @@ from arrondi.formats import Scheme, Table, tile_shape
 from arrondi.kernels.kernel import Meta, Tensors
 from arrondi.kernels.native_linear.coding import (
     BLOCK,
+    HALVES,
+    INT8,
     KIND,
+    NO,
     ROWS,
     TABLES,
     as_floats,
+    counting_of,
     pack_tables,
     packing_of,
     unpack_tables,
@@ -49,9 +53,12 @@ class Facts(NamedTuple):
         rows, columns: of the weight.
         group: columns under one scale.
         groups: scales in a row.
-        scale_type: number of the type of the scales.
+        scale_type: number of the type of the scales, or of their units.
         zero: zero point of all codes, counted from the lowest code.
         code_bytes: of the packed codes.
+        offset_type: number of the type of the offsets, or of their units.
+        counted: how scales and offsets are kept: as numbers or as codes.
+        run: groups that share a unit.
     """
 
     kind: int
@@ -62,6 +69,9 @@ class Facts(NamedTuple):
     scale_type: int
     zero: int
     code_bytes: int
+    offset_type: int = 0
+    counted: int = NO
+    run: int = 1
 
 
 class Parts(NamedTuple):
@@ -72,6 +82,8 @@ class Parts(NamedTuple):
     zero: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     table: torch.Tensor | None = None
+    unit: torch.Tensor | None = None
+    offset_unit: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
 
@@ -79,9 +91,14 @@ class Parts(NamedTuple):
 def facts_of(tensors: Tensors, meta: Meta) -> Facts:
     coding = packing_of(meta.scheme, meta.shape, tensors)
     rows, columns = meta.shape
+    unit, offset = tensors.get("unit"), tensors.get("offset_unit", tensors.get("offset"))
+    counting = counting_of(meta.scheme) if unit is not None else None
     width = tile_shape(meta.scheme.granularity, meta.shape)[1]
-    scale_type, code_bytes = TYPES[tensors["scale"].dtype], tensors["codes"].numel()
-    return Facts(coding.kind, rows, columns, width, -(-columns // width), scale_type, coding.zero, code_bytes)
+    scale_type, code_bytes = TYPES[(tensors["scale"] if unit is None else unit).dtype], tensors["codes"].numel()
+    offset_type = 0 if offset is None else TYPES[offset.dtype]
+    way, run = (NO, 1) if counting is None else (counting.way, counting.run)
+    groups = -(-columns // width)
+    return Facts(coding.kind, rows, columns, width, groups, scale_type, coding.zero, code_bytes, offset_type, way, run)
 
 
 def parts_of(tensors: Tensors) -> Parts:
@@ -99,7 +116,11 @@ def check_parts(parts: Sequence[torch.Tensor | None], facts: Sequence[int]) -> t
             f"A packed weight has {len(Parts._fields)} tensors and {len(Facts._fields)} facts, got {len(parts)} and {len(facts)}."
         )
     p, f = Parts(*parts), Facts(*facts)
-    if not 0 <= f.kind < len(KIND) or min(f[1:5]) < 1 or max(f[1:5]) > 2**31 - 1:
+    if (
+        not (0 <= f.kind < len(KIND) and NO <= f.counted <= HALVES)
+        or min(*f[1:5], f.run) < 1
+        or max(f[1:5]) > 2**31 - 1
+    ):
         raise ShapeError(f"The facts of a packed weight must be a kind and positive sizes, got {f}.")
     if f.groups != -(-f.columns // f.group):
         raise ShapeError(
@@ -107,31 +128,44 @@ def check_parts(parts: Sequence[torch.Tensor | None], facts: Sequence[int]) -> t
         )
     own = ROWS.get(f.kind)
     table = torch.uint8 if own else TABLES.get(f.kind)
-    for name, missing in (("codes", p.codes is None), ("scale", p.scale is None), ("table", table and p.table is None)):
+    counted = f.counted != NO
+    missed = {"codes": p.codes is None, "scale": p.scale is None, "table": table and p.table is None}
+    for name, missing in (missed | {"unit": counted and p.unit is None}).items():
         if missing:
             raise ShapeError(f"{name} of a packed weight of shape {(f.rows, f.columns)} is missing. Use prepack.")
     assert native is not None
     each = (-(-f.rows // BLOCK), f.groups, BLOCK)
-    scale_dtype = next((d for d, number in TYPES.items() if number == f.scale_type), torch.float32)
+    runs = (each[0], -(-f.groups // f.run), BLOCK)
+    of_scale, of_offset = (_dtype(number) for number in (f.scale_type, f.offset_type))
+    codes = torch.int8 if f.counted == INT8 else torch.uint8
     what = f"of a packed weight of shape {(f.rows, f.columns)}"
     places = [
         operand(f"codes {what}", p.codes, (native.packed_bytes(f.kind, f.rows, f.columns),), torch.uint8),
-        operand(f"scale {what}", p.scale, each, scale_dtype),
+        operand(f"scale {what}", p.scale, each, codes if counted else of_scale),
         operand(f"zero {what}", p.zero, each, torch.uint8),
-        operand(f"offset {what}", p.offset, each, torch.float32),
+        operand(f"offset {what}", p.offset, each, codes if counted else of_offset),
         operand(f"table {what}", p.table, (each[0], 256 * own) if own else (16,), table or torch.uint8),
+        operand(f"unit {what}", p.unit, runs, of_scale),
+        operand(f"offset_unit {what}", p.offset_unit, runs, of_offset),
         operand("input_scale", p.input_scale, (1,), torch.float32),
         operand("input_zero_point", p.input_zero_point, (1,), torch.int32),
     ]
     return p, f, places
 
 
+def _dtype(number: int) -> torch.dtype:
+    """Of a number of native/kernels.h; one that is none fits no tensor."""
+    return next((dtype for dtype, known in TYPES.items() if known == number), torch.bool)
+
+
 def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
     """`codes` in tiles, `scale` (blocks, groups, 16) in the smallest type that holds it exactly, and `zero`, `offset`, `table`
-    where the scheme has them. What no product reads and `unpack` needs is under `kept_…`."""
+    where the scheme has them. Scales and offsets that are integers with a unit for some groups stay so: `unit` and `offset_unit`
+    (blocks, units, 16). What no product reads and `unpack` needs is under `kept_…`."""
     assert native is not None
     rows, columns = q.shape
     coding = packing_of(q.scheme, q.shape)
+    counted = _counted(q)
     scale = q.real_scale
     if coding.unit != 1.0 and not torch.equal(scale * coding.unit / coding.unit, scale):
         coding = as_floats(q.scheme)  # scales so small that they would lose digits
@@ -142,6 +176,8 @@ def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
     codes_at = operand("codes", codes, (rows, columns), code_dtype(q.scheme.format))
     packed_at = operand("packed codes", packed, tuple(packed.shape), torch.uint8)
     native.prepack(coding.kind, codes_at, columns, 8, -q.scheme.format.qmin, rows, columns, packed_at, threads())
+    if counted is not None:
+        return {"codes": packed} | counted | ({} if coding.table is None else {"table": coding.table})
     kept = _outer("scale", q.scale) | _outer("offset", q.offset)
     scale, spoiled = _per_row(scale * coding.unit, q), _groups_with_nan(q)
     if spoiled is not None:
@@ -157,7 +193,7 @@ def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
             offset = -(q.zero_point * q.real_scale)
             kept["zero_point"] = q.zero_point.clone()
     if offset is not None:
-        tensors["offset"] = _blocks(_per_row(offset, q), 0.0)
+        tensors["offset"] = _blocks(_narrowest(_per_row(offset, q), q.scheme.offset), 0.0)
     if coding.table is not None:
         tensors["table"] = coding.table
     if q.table is not None and q.scheme.table is not None:
@@ -174,14 +210,52 @@ def unpack(tensors: Tensors, meta: Meta) -> QTensor:
     codes = torch.empty((rows, columns), dtype=torch.uint8, device="cpu")
     native.unpack_rows(facts.kind, places[0], columns, 0, rows, operand("codes", codes, (rows, columns), torch.uint8))
     kept = {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
+    if "unit" in tensors:
+        inner = _uncounted(tensors, meta)
+        return QTensor(signed(codes, scheme.format), inner[0], None, inner[1], scheme)
     scale = _stored("scale", kept, scheme.scale, _per_tile(tensors["scale"], meta).float() / coding.unit)
     zero_point, offset = kept.get("zero_point"), None
     if scheme.zero_point == "integer" and zero_point is None:
         zero_point = _per_tile(tensors["zero"], meta).int() + scheme.format.qmin
     if scheme.zero_point == "float":
-        offset = _stored("offset", kept, scheme.offset, _per_tile(tensors["offset"], meta))
+        offset = _stored("offset", kept, scheme.offset, _per_tile(tensors["offset"], meta).float())
     table = None if scheme.table is None else unpack_tables(tensors["table"], scheme.table, rows, scheme.format.levels)
     return QTensor(signed(codes, scheme.format), scale, zero_point, offset, scheme, table=table)
+
+
+def _counted(q: QTensor) -> Tensors | None:
+    """Scales and offsets as the codes that they are, and their units; None where they are kept as numbers."""
+    counting = counting_of(q.scheme)
+    if counting is None or not isinstance(q.scale, QTensor) or not isinstance(q.scale.scale, torch.Tensor):
+        return None
+    scale, offset = q.scale, q.offset
+    tensors = {"scale": _blocks(scale.codes, 0), "unit": _blocks(_narrowest(scale.real_scale, scale.scheme.scale), 0)}
+    if offset is None:
+        return tensors
+    if not isinstance(offset, QTensor) or not isinstance(offset.scale, torch.Tensor):
+        return None
+    depth = _blocks(offset.codes, 0)
+    if counting.way == HALVES:
+        tensors["scale"] |= depth << 4
+    else:
+        tensors["offset"] = depth
+    return tensors | {"offset_unit": _blocks(_narrowest(offset.real_scale, offset.scheme.scale), 0)}
+
+
+def _uncounted(tensors: Tensors, meta: Meta) -> tuple[QTensor, QTensor | None]:
+    """The inverse of `_counted`."""
+    inner, counting = meta.scheme.scale, counting_of(meta.scheme)
+    assert isinstance(inner, Scheme) and counting is not None
+
+    def part(codes: torch.Tensor, unit: torch.Tensor) -> QTensor:
+        return QTensor(_per_tile(codes, meta), _per_tile(unit, meta).float(), None, None, inner)
+
+    scale = tensors["scale"]
+    halves = counting.way == HALVES
+    of_scale = part(scale & 15 if halves and "offset_unit" in tensors else scale, tensors["unit"])
+    if "offset_unit" not in tensors:
+        return of_scale, None
+    return of_scale, part(scale >> 4 if halves else tensors["offset"], tensors["offset_unit"])
 
 
 def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | str:
@@ -206,10 +280,10 @@ def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | str:
     for m in metas:
         if m.shape[0] % BLOCK:
             return f"Layers that read the same activations are joined in tiles of {BLOCK} rows, and one has {m.shape[0]} rows."
-    scales = {t["scale"].dtype for t in tensors}
     joined = {}
     for name in _read(tensors[0]):
-        parts = [t[name].float() if name == "scale" and len(scales) > 1 else t[name] for t in tensors]
+        differ = len({t[name].dtype for t in tensors}) > 1  # scales, offsets or units in the types that hold them
+        parts = [t[name].float() if differ else t[name] for t in tensors]
         joined[name] = parts[0] if _shared(name, parts[0]) else torch.cat(parts)
     return joined, replace(metas[0], shape=(sum(m.shape[0] for m in metas), metas[0].shape[1]))
 
