@@ -100,6 +100,50 @@ void bind_quantizers(nb::module_& m) {
         nb::gil_scoped_release free;
         return split_groups(s, threads);
     });
+    m.def("search_superblocks", [](const Facts& f, const std::vector<float>& starts, const std::vector<double>& unit_steps,
+                                   const std::vector<float>& table, const Places& p, const Facts& strides, int threads) {
+        if (f.size() != 12 || p.size() != 6 || strides.size() != 4) throw nb::value_error("super-blocks have twelve facts, six addresses and four strides");
+        Superblocks s{};
+        s.groups = f[0];
+        s.elements = static_cast<int>(f[1]);
+        s.span = static_cast<int>(f[2]);
+        if (s.groups < 1 || (s.elements != 16 && s.elements != 32) || s.span < 0 || s.span > kSuperLanes || (s.span > 0 && s.groups % s.span != 0))
+            throw nb::value_error("there is no such super-block");
+        s.qmin = static_cast<int>(f[3]);
+        s.qmax = static_cast<int>(f[4]);
+        s.offset = f[5] != 0;
+        s.below = f[6] != 0;
+        s.is_signed = f[7] != 0;
+        s.inner_low = static_cast<int>(f[8]);
+        s.inner_high = static_cast<int>(f[9]);
+        s.zero_scales = f[10] != 0;
+        s.unit_type = type_of(f[11]);
+        s.starts = starts.data();
+        s.start_count = static_cast<int>(starts.size());
+        s.turns = 3;
+        s.unit_steps = unit_steps.data();
+        s.unit_count = static_cast<int>(unit_steps.size());
+        s.first = static_cast<float>(s.qmin);
+        if (!table.empty()) {
+            if (table.size() < 3 || s.offset) throw nb::value_error("a table has its first value, cells for one, and cells, and no offset");
+            s.first = table[0];
+            s.cells_per_one = table[1];
+            s.cells = table.data() + 2;
+            s.cell_count = static_cast<int>(table.size()) - 2;
+        }
+        s.x = at<float>(p[0]);
+        s.w = at<float>(p[1]);
+        s.scale = at<float>(p[2]);
+        s.shift = at<float>(p[3]);
+        s.unit = at<float>(p[4]);
+        s.shift_unit = at<float>(p[5]);
+        s.x_element = strides[0];
+        s.x_group = strides[1];
+        s.w_element = strides[2];
+        s.w_group = strides[3];
+        nb::gil_scoped_release free;
+        return search_superblocks(s, threads);
+    });
     m.def("sweep", [](int64_t rows, int64_t first, int64_t last, int64_t stop, int qmin, int qmax, uintptr_t work,
                       uintptr_t owed, uintptr_t factor, int64_t ld, uintptr_t codes, uintptr_t places, uintptr_t groups,
                       uintptr_t scale, uintptr_t zero, uintptr_t offset, int threads) {

@@ -39,16 +39,21 @@ struct PairOp : FloatOp {
     static inline Sum step(Sum sum, Bytes w, Bytes x) { return dot_bf16(sum, w, x); }
 };
 
-// The heart: s[row][vector] = begin(row, vector) + panel · tile over `units`, given to end(row, vector, s); the vectors of a
-// panel lie `stride` bytes apart.
-// Unrolled, for GCC keeps sums that are several registers each out of memory only then; here and in float_tile.
-template <class Op, int kRowsHere, class Begin, class End>
-inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, const Begin& begin, const End& end) {
-    typename Op::Sum s[kRowsHere][kVectors];
+// f(row, vector) for all, unrolled: GCC keeps sums that are several registers each out of memory only then.
+template <int kRowsHere, class Function>
+inline void each(const Function& f) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRowsHere; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) s[r][v] = begin(r, v);
+        for (int v = 0; v < kVectors; v++) f(r, v);
+}
+
+// The heart: start(s) fills s[row][vector], panel · tile over `units` is added, and finish(s) takes it; the vectors of a panel lie
+// `stride` bytes apart.
+template <class Op, int kRowsHere, class Start, class Finish>
+inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, const Start& start, const Finish& finish) {
+    typename Op::Sum s[kRowsHere][kVectors];
+    start(s);
     for (int u = 0; u < units; u++, panel += 64, x += 4 * kRowsHere) {
         Bytes w[kVectors];
 #pragma GCC unroll 4
@@ -60,24 +65,24 @@ inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int
             for (int v = 0; v < kVectors; v++) s[r][v] = Op::step(s[r][v], w[v], one);
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRowsHere; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) end(r, v, s[r][v]);
+    finish(s);
 }
 
-// sum[row][vector] += panel · tile. `fold_units`: after which a sum of 16 bits must be folded.
-template <class Op, int kRowsHere>
-inline void multiply_add(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, int fold_units,
-                         Ints (*sum)[kVectors]) {
+// The same with sums of integers that are started, and taken, as 32 bits. `fold_units`: after which a sum of 16 bits must be folded.
+template <class Op, int kRowsHere, class Start, class Finish>
+inline void multiply_integers(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, int fold_units, const Start& start,
+                              const Finish& finish) {
     if constexpr (kShortSums && std::is_same_v<Op, ShortOp>) {
+        Ints sum[kRowsHere][kVectors];
+        start(sum);
         for (; units > 0; units -= fold_units, panel += 64 * fold_units, x += 4 * kRowsHere * fold_units)
             multiply<Op, kRowsHere>(
-                panel, stride, x, units < fold_units ? units : fold_units, [](int, int) { return zero_shorts(); },
-                [&](int r, int v, Shorts part) { sum[r][v] = fold(sum[r][v], part); });
+                panel, stride, x, units < fold_units ? units : fold_units,
+                [](auto& s) { each<kRowsHere>([&](int r, int v) { s[r][v] = zero_shorts(); }); },
+                [&](auto& s) { each<kRowsHere>([&](int r, int v) { sum[r][v] = fold(sum[r][v], s[r][v]); }); });
+        finish(sum);
     } else {
-        multiply<Op, kRowsHere>(
-            panel, stride, x, units, [&](int r, int v) { return sum[r][v]; }, [&](int r, int v, Ints s) { sum[r][v] = s; });
+        multiply<Op, kRowsHere>(panel, stride, x, units, start, finish);
     }
 }
 
@@ -122,69 +127,70 @@ inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals
     const Weight& w = p.weight;
     const bool whole = whole_row<kDigits>(p);
     int32_t* carried = reinterpret_cast<int32_t*>(totals);
-    float part[kTokens * kWidth];
+    alignas(64) float part[kTokens * kWidth];
+    // By token the sums of all spans are in units of the token's scale, and so are the totals; until a whole row ends, its carried
+    // sums lie there.
+    float* parts = by_token(p) && !whole ? totals : part;
     const int panel_end = panel.column + panel.columns, begin = panel.column / p.span;
     for (int s = begin; s < p.spans && s * p.span < panel_end; s++) {
         const int start = s * p.span, end = s + 1 < p.spans ? start + p.span : panel_end;
         const int32_t* digit_sum = sums_of(p, tile, s);
         const int64_t at = static_cast<int64_t>(s - begin) * kWidth;
-        Ints sum[kRowsHere][kVectors];
-        if (panel.zero == nullptr) {
-            for (int r = 0; r < kRowsHere; r++) {
-                const Ints fresh = splat(-digit_sum[r] * w.zero_all);
-                for (int v = 0; v < kVectors; v++) sum[r][v] = fresh;
-            }
-        } else {
-            for (int v = 0; v < kVectors; v++) {
-                const Ints zero = load_ints(panel.zero + at + v * kBlock);
-                for (int r = 0; r < kRowsHere; r++) sum[r][v] = mul(zero, splat(-digit_sum[r]));
-            }
-        }
-        if (whole && s > 0)
-            for (int t = 0; t < kTokens; t++)
-                for (int v = 0; v < kVectors; v++) {
-                    Ints& last = sum[(t + 1) * kDigits - 1][v];
-                    last = add(last, load_ints(carried + t * kWidth + v * kBlock));
-                }
+        const bool goes_on = whole && (s + 1 < p.spans || p.integers);
+        if (whole ? !goes_on : by_token(p) ? s == 0 : start == panel.column || start % p.x_span == 0)
+            __builtin_memset(parts, 0, sizeof part);
         prefetch_next(panel, (end - start) / 4);
-        multiply_add<Op, kRowsHere>(panel.from + static_cast<int64_t>(start - panel.column) / Op::kColumns * 64, panel.stride,
-                                    p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / Op::kColumns * 4 * kRowsHere,
-                                    (end - start) / Op::kColumns, fold_quads(w.kind), sum);
-        if (whole && (s + 1 < p.spans || p.integers)) {
-            for (int t = 0; t < kTokens; t++)
-                for (int v = 0; v < kVectors; v++) {
-                    Ints mine[kDigits];
+        multiply_integers<Op, kRowsHere>(
+            panel.from + static_cast<int64_t>(start - panel.column) / Op::kColumns * 64, panel.stride,
+            p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / Op::kColumns * 4 * kRowsHere, (end - start) / Op::kColumns,
+            fold_quads(w.kind),
+            [&](auto& sum) {
+                if (panel.zero == nullptr)
+                    each<kRowsHere>([&](int r, int v) { sum[r][v] = splat(-digit_sum[r] * w.zero_all); });
+                else
+                    each<kRowsHere>([&](int r, int v) { sum[r][v] = mul(load_ints(panel.zero + at + v * kBlock), splat(-digit_sum[r])); });
+                if (whole && s > 0)
+                    each<kTokens>([&](int t, int v) {
+                        Ints& last = sum[(t + 1) * kDigits - 1][v];
+                        last = add(last, load_ints(carried + t * kWidth + v * kBlock));
+                    });
+            },
+            [&](auto& sum) {
+                const auto of_token = [&](int t, int v, Ints* mine) {
                     for (int d = 0; d < kDigits; d++) mine[d] = sum[t * kDigits + d][v];
-                    store_ints(carried + t * kWidth + v * kBlock, joined<kDigits>(mine));
-                }
-            continue;
-        }
+                };
+                if (goes_on)
+                    return each<kTokens>([&](int t, int v) {
+                        Ints mine[kDigits];
+                        of_token(t, v, mine);
+                        store_ints(carried + t * kWidth + v * kBlock, joined<kDigits>(mine));
+                    });
+                const auto add_up = [&](auto shifted) {
+                    each<kTokens>([&](int t, int v) {
+                        Ints mine[kDigits];
+                        of_token(t, v, mine);
+                        float* place = parts + t * kWidth + v * kBlock;
+                        Floats value = fma(value_of<kDigits>(mine), load_floats(panel.scale + at + v * kBlock), load_floats(place));
+                        if constexpr (shifted) {
+                            const Floats all = splat(all_of<kDigits>(digit_sum + t * kDigits));
+                            value = fma(all, load_floats(panel.offset + at + v * kBlock), value);
+                        }
+                        store_floats(place, value);
+                    });
+                };
+                if (panel.offset == nullptr)
+                    add_up(std::false_type{});
+                else
+                    add_up(std::true_type{});
+            });
+        if (goes_on || (!whole && (by_token(p) || (end < panel_end && end % p.x_span != 0)))) continue;
+        const bool first = whole || (start < p.x_span && panel.column == 0);
         const float* token_scale = scales_of(p, tile, s);
-        const bool shifted = panel.offset != nullptr;
-        // By token the sums of all spans are in units of the token's scale, and so are the totals.
-        const bool first = token_scale == nullptr ? whole || s == 0 : start == panel.column || start % p.x_span == 0;
-        const bool last = token_scale != nullptr && (end >= panel_end || end % p.x_span == 0);
-        float* parts = token_scale == nullptr ? totals : part;
-        float all[kTokens];
-        for (int t = 0; t < kTokens; t++) all[t] = all_of<kDigits>(digit_sum + t * kDigits);
-        for (int v = 0; v < kVectors; v++) {
-            const Floats scale = load_floats(panel.scale + at + v * kBlock);
-            const Floats offset = shifted ? load_floats(panel.offset + at + v * kBlock) : zero_floats();
-            for (int t = 0; t < kTokens; t++) {
-                Ints mine[kDigits];
-                for (int d = 0; d < kDigits; d++) mine[d] = sum[t * kDigits + d][v];
-                float* place = parts + t * kWidth + v * kBlock;
-                Floats value = value_of<kDigits>(mine);
-                value = first ? mul(value, scale) : fma(value, scale, load_floats(place));
-                if (shifted) value = fma(splat(all[t]), offset, value);
-                if (last) {
-                    place = totals + t * kWidth + v * kBlock;
-                    value = mul(value, splat(token_scale[t]));
-                    if (start >= p.x_span || panel.column > 0) value = add(value, load_floats(place));
-                }
-                store_floats(place, value);
-            }
-        }
+        each<kTokens>([&](int t, int v) {
+            float* place = totals + t * kWidth + v * kBlock;
+            const Floats value = mul(load_floats(part + t * kWidth + v * kBlock), splat(whole ? 1.0f : token_scale[t]));
+            store_floats(place, first ? value : add(load_floats(place), value));
+        });
     }
 }
 
@@ -201,12 +207,15 @@ inline void float_tile(const Product& p, Panel& panel, int tile, float* totals) 
         const bool last = unit + kChain >= units;
         multiply<Op, kRowsHere>(
             panel.from + static_cast<int64_t>(unit) * 64, panel.stride, x + static_cast<int64_t>(unit) * kRowsHere * 4,
-            last ? units - unit : kChain, [](int, int) { return zero_floats(); },
-            [&](int r, int v, Floats sum) {
-                const int at = r * kWidth + v * kBlock;
-                if (unit > 0) sum = add(load_floats(part + at), sum);
-                if (last && panel.column > 0) sum = add(load_floats(totals + at), sum);
-                store_floats((last ? totals : part) + at, sum);
+            last ? units - unit : kChain, [](auto& s) { each<kRowsHere>([&](int r, int v) { s[r][v] = zero_floats(); }); },
+            [&](auto& s) {
+                each<kRowsHere>([&](int r, int v) {
+                    const int at = r * kWidth + v * kBlock;
+                    Floats sum = s[r][v];
+                    if (unit > 0) sum = add(load_floats(part + at), sum);
+                    if (last && panel.column > 0) sum = add(load_floats(totals + at), sum);
+                    store_floats((last ? totals : part) + at, sum);
+                });
             });
     }
 }

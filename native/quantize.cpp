@@ -68,6 +68,14 @@ bool split_groups(const Splitting& s, int threads) {
                      [&](int64_t first, int64_t last, uint8_t* scratch) { return run(s, first, last, scratch); });
 }
 
+bool search_superblocks(const Superblocks& s, int threads) {
+    const int each = groups_at_once(s);
+    const auto& run = path().quantizers.superblocks;
+    // Numbers, weights and their products, and some for each group.
+    return over_rows((s.groups + each - 1) / each, static_cast<int64_t>(each) * s.elements * 16, 4 * kSuperLanes * (3 * 32 + 8), threads,
+                     [&](int64_t first, int64_t last, uint8_t* scratch) { return run(s, first, last, scratch); });
+}
+
 bool sweep(const Sweep& s, int threads) {
     const int64_t pieces = (s.m + kSweepRows - 1) / kSweepRows;
     const auto& run = path().quantizers.sweep;

@@ -72,6 +72,36 @@ struct Search {
     bool mirrored;
 };
 
+// Grids of groups of 16 or 32 by least squares: free ones (`span` 0), or codes times a unit for every `span` groups. See
+// superblocks.h. A group's elements are `…_element` numbers apart, groups `…_group`.
+struct Superblocks {
+    int64_t groups;
+    int elements, span;
+    int qmin, qmax;
+    const float* cells;  // null: integers; else the nearest value for each cell of the range from `first` on
+    int cell_count;
+    float first, cells_per_one;
+    bool offset, below, is_signed;  // below: offsets are at most zero
+    const float* starts;            // what the range of a group is divided by, at first
+    int start_count, turns;
+    int inner_low, inner_high;      // codes of scales; from 0 on for those of offsets and of scales without a sign
+    bool zero_scales;               // a scale's code may be zero
+    Type unit_type;
+    const double* unit_steps;
+    int unit_count;
+    const float* x;
+    const float* w;  // null: all weigh the same
+    int64_t x_element, x_group, w_element, w_group;
+    float* scale;       // (groups,): scales, or their codes
+    float* shift;       // the same of offsets, or null
+    float* unit;        // (groups / span,)
+    float* shift_unit;
+};
+constexpr int kSuperLanes = 64;  // groups at a time, and in a super-block at most
+
+// Groups that are searched together: whole super-blocks, in one register if they fit.
+inline int groups_at_once(const Superblocks& s) { return s.span == 0 ? 16 : s.span < 16 ? 16 / s.span * s.span : s.span; }
+
 // Half-quadratic splitting for each group.
 struct Splitting {
     Groups on;
@@ -104,6 +134,7 @@ struct Quantizers {
     void (*restore)(const Restoring&, int64_t first, int64_t last);
     bool (*search)(const Search&, int64_t first, int64_t last, uint8_t* scratch);
     bool (*split)(const Splitting&, int64_t first, int64_t last, uint8_t* scratch);
+    bool (*superblocks)(const Superblocks&, int64_t first, int64_t last, uint8_t* scratch);  // batches of groups
     // Rows of the weight from `row` on, `kSweepRows` at most.
     void (*sweep)(const Sweep&, int64_t row, uint8_t* scratch);
     void (*search_ring)(const Rings&, int64_t ring, const RingScratch&);
@@ -115,6 +146,7 @@ void pack_rows(const Packing& p, int threads);
 void restore(const Restoring& r, int threads);
 bool search_grids(const Search& s, int threads);
 bool split_groups(const Splitting& s, int threads);
+bool search_superblocks(const Superblocks& s, int threads);
 bool sweep(const Sweep& s, int threads);  // false: no memory, and some rows are done
 
 }  // namespace arrondi

@@ -179,6 +179,84 @@ void try_quantizers(const Grid& grid, int64_t rows, int64_t columns, int64_t gro
     }
 }
 
+// Grids of super-blocks and of single groups are the same on every path, and what they leave out is less than what the widest grid does.
+void try_superblocks(int elements, int span, bool table, bool offset, Random& random) {
+    const int64_t groups = (span == 0 ? 1 : span) * (1 + random.below(40));
+    const float starts[] = {15.0f, 14.0f, 17.0f, -16.0f};
+    const double steps[] = {0.0, -0.5, 1.0};
+    float cells[64];
+    for (int i = 0; i < 64; i++) cells[i] = static_cast<float>(i / 4 * i / 4) - 100.0f;
+    const Numbers x = normal(Type::f32, groups * elements, random);
+    std::vector<float> w(x.floats.size());
+    for (float& v : w) v = random.uniform();
+    Superblocks s{};
+    s.groups = groups;
+    s.elements = elements;
+    s.span = span;
+    s.qmin = offset ? 0 : -16;
+    s.qmax = offset ? 31 : 15;
+    s.first = table ? -100.0f : static_cast<float>(s.qmin);
+    s.cells = table ? cells : nullptr;
+    s.cell_count = 64;
+    s.cells_per_one = 64.0f / 256.0f;
+    s.offset = s.below = offset;
+    s.is_signed = !offset && random.below(2) == 0;
+    s.starts = starts;
+    s.start_count = s.is_signed ? 4 : 3;
+    s.turns = 3;
+    s.inner_low = s.is_signed ? -32 : 0;
+    s.inner_high = 31;
+    s.zero_scales = random.below(2) == 0;
+    s.unit_type = any_of(kTypes, random);
+    s.unit_steps = steps;
+    s.unit_count = 3;
+    s.x = x.floats.data();
+    s.w = random.below(2) == 0 ? w.data() : nullptr;
+    // Either axis may be the inner one.
+    const bool elements_inside = random.below(2) == 0;
+    s.x_element = s.w_element = elements_inside ? 1 : groups;
+    s.x_group = s.w_group = elements_inside ? elements : 1;
+    struct Found {
+        std::vector<float> scale, shift, unit, shift_unit;
+        bool fine;
+    };
+    const auto run = [&](int threads) {
+        const size_t count = static_cast<size_t>(groups), runs = span == 0 ? 0 : count / static_cast<size_t>(span);
+        Found f{std::vector<float>(count, 7.0f), std::vector<float>(offset ? count : 0, 7.0f), std::vector<float>(runs, 7.0f),
+                std::vector<float>(offset ? runs : 0, 7.0f), false};
+        Superblocks on = s;
+        on.scale = f.scale.data();
+        on.shift = f.shift.data();
+        on.unit = f.unit.data();
+        on.shift_unit = f.shift_unit.data();
+        f.fine = search_superblocks(on, threads);
+        return f;
+    };
+    const Found here = run(3);
+    const char* name = path().name;
+    use_path("portable");
+    const Found there = run(1);
+    use_path(name);
+    if (!here.fine || !there.fine) return fail("grids of %d groups of %d are refused", static_cast<int>(groups), elements);
+    if (here.scale != there.scale || here.shift != there.shift || here.unit != there.unit || here.shift_unit != there.shift_unit)
+        fail("grids of %d groups of %d in runs of %d differ from the portable path", static_cast<int>(groups), elements, span);
+    double lost = 0.0, all = 0.0;
+    for (int64_t g = 0; g < groups && !table; g++) {
+        const size_t at = static_cast<size_t>(g), run = span == 0 ? 0 : at / static_cast<size_t>(span);
+        const double scale = here.scale[at] * (span == 0 ? 1.0 : here.unit[run]);
+        const double shift = offset ? here.shift[at] * (span == 0 ? 1.0 : here.shift_unit[run]) : 0.0;
+        for (int e = 0; e < elements; e++) {
+            const size_t from = static_cast<size_t>(e * s.x_element + g * s.x_group);
+            const double v = x.floats[from], code = scale == 0.0 ? 0.0 : std::nearbyint((v - shift) / scale);
+            const double off = std::min<double>(std::max<double>(code, s.qmin), s.qmax) * scale + shift - v, weight = s.w == nullptr ? 1.0 : w[from];
+            lost += weight * off * off;
+            all += weight * v * v;
+        }
+    }
+    // Thirty-two levels for some numbers of a bell curve.
+    if (lost > 0.01 * all) fail("grids of %d groups of %d in runs of %d lose %g of %g", static_cast<int>(groups), elements, span, lost, all);
+}
+
 // GPTQ's column loop is the same arithmetic on every path.
 void try_sweep(int64_t rows, Random& random) {
     const int64_t columns = 20, first = 3, last = 15, stop = 18, groups = 4;
@@ -473,6 +551,9 @@ void try_jobs(uint64_t seed, bool quick) {
                 for (int64_t group : {16, 32, 100})
                     try_quantizers(grid, 1 + random.below(20), columns, std::min(group, columns), random);
         for (int64_t rows : {1, 16, 50, 64, 130}) try_sweep(rows, random);
+        for (int elements : {16, 32})
+            for (int span : {0, 1, 5, 8, 16, 24})
+                for (int kind = 0; kind < 3; kind++) try_superblocks(elements, span, kind == 1, kind == 2, random);
         for (Type type : {Type::f32, Type::bf16})
             for (int rows : {1, 3, 20}) {
                 for (int shift = 0; shift <= 10; shift++) try_hadamard(1, shift, rows, type, random);

@@ -29,6 +29,9 @@ _GIVEN, _SYMMETRIC, _EXTREME, _AFFINE, _OFFSET = range(5)
 _POWERS: Final = {2.0: 4, 2.5: 5, 4.0: 8}
 """Exponents of an error that are squares and square roots, doubled."""
 
+_MOST_SPAN: Final = 64
+"""Groups of a super-block at most."""
+
 _CODES: Final = (torch.int8, torch.uint8)
 
 
@@ -134,6 +137,109 @@ def search(x: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None, pow
     parts = _groups(x, rows, scheme, fit, grid)
     place = operand("importance", weights, (rows.columns,), torch.float32)
     return grid if _module().search_grids(*parts, place, _POWERS[power], mirrored, threads()) else None
+
+
+class GroupSearch(NamedTuple):
+    """What the search for grids by least squares is told of codes.
+
+    Attributes:
+        qmin, qmax: of integer codes.
+        offset: there is an offset.
+        below: offsets are at most zero.
+        signed: scales may be negative, where there is no offset.
+        reaches: what the width of a group, or without offsets its extreme, is divided by at first.
+        cells: of a codebook: where its range begins, cells for one, and the nearest value in every cell; empty for integers.
+    """
+
+    qmin: int
+    qmax: int
+    offset: bool
+    below: bool
+    signed: bool
+    reaches: tuple[float, ...]
+    cells: tuple[float, ...]
+
+
+def search_groups(
+    x: torch.Tensor, w: torch.Tensor | None, job: GroupSearch
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Scale and offset of every group. The reference is `arrondi.tensor.ranges.squares.best_grids_reference`.
+
+    Args:
+        x: (16 or 32 elements, runs, groups) float32.
+        w: what the error of each weighs, of the same shape; None: all the same.
+    """
+    found = _search_squares(x, w, job, 0, (0, 0, True), "float32", ())
+    return None if found is None else (found[0], found[1])
+
+
+def search_superblocks(
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    job: GroupSearch,
+    of_scales: tuple[int, int, bool],
+    unit: str,
+    steps: tuple[float, ...],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """Units (runs, 1) and codes (runs, groups) as float32 of the scales, and of offsets. The reference is
+    `arrondi.tensor.ranges.superblocks.search_reference`.
+
+    Args:
+        x, w, job: as for `search_groups`.
+        of_scales: lowest and highest code of scales, and whether it may be zero.
+        unit: type of units.
+        steps: how far the largest scale lies beyond the largest code.
+    """
+    if not 0 < x.shape[2] <= _MOST_SPAN or unit not in STORED:
+        return None
+    found = _search_squares(x, w, job, x.shape[2], of_scales, unit, steps)
+    return None if found is None else (found[2], found[0], found[3], found[1])
+
+
+def _search_squares(
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    job: GroupSearch,
+    span: int,
+    of_scales: tuple[int, int, bool],
+    unit: str,
+    steps: tuple[float, ...],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None] | None:
+    """Scales and offsets, or their codes, and the units of both."""
+    elements, runs, each = x.shape
+    if (
+        native is None
+        or elements not in (16, 32)
+        or not runs
+        or not each
+        or not _in_lanes(x)
+        or not (w is None or _in_lanes(w))
+    ):
+        return None
+    scale, units = torch.empty((runs, each), device="cpu"), torch.empty((runs, 1), device="cpu")
+    shift, shift_units = (torch.empty_like(scale), torch.empty_like(units)) if job.offset else (None, None)
+    facts = [
+        runs * each,
+        elements,
+        span,
+        job.qmin,
+        job.qmax,
+        job.offset,
+        job.below,
+        job.signed,
+        *of_scales,
+        TYPES[STORED[unit]],
+    ]
+    parts = (scale, shift, units, shift_units)
+    places = [x.data_ptr(), 0 if w is None else w.data_ptr(), *(0 if p is None else p.data_ptr() for p in parts)]
+    strides = [x.stride(0), x.stride(2), *((0, 0) if w is None else (w.stride(0), w.stride(2)))]
+    fine = _module().search_superblocks(facts, job.reaches, steps, job.cells, places, strides, threads())
+    return (scale, shift, units, shift_units) if fine else None
+
+
+def _in_lanes(x: torch.Tensor) -> bool:
+    """Whether groups lie at equal distances."""
+    return _plain_cpu(x) and x.dtype == torch.float32 and (len(x[0]) == 1 or x.stride(1) == x.shape[2] * x.stride(2))
 
 
 def split(

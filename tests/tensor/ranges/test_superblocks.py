@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from arrondi.errors import DataError
-from arrondi.formats import PRESETS, parse_scheme
+from arrondi.formats import PRESETS, PerGroup, Scheme, parse_scheme
 from arrondi.formats.ggml import GGML
+from arrondi.native import native
 from arrondi.rounding import gptq, imatrix, rtn
 from arrondi.tensor.nearest import quantize_tensor, quantize_with
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.ranges.squares import stepped
+from arrondi.tensor.ranges import superblocks
+from arrondi.tensor.ranges.squares import Weighed, best_grids, best_grids_reference, laid, stepped
 from arrondi.tensor.ranges.superblocks import is_superblock, superblock_parts
 from arrondi.tensor.rows import pick_rows, rows_of, rowwise, stack_rows
 from tests.rounding.test_gptq import make_layer
@@ -105,6 +107,32 @@ def test_zeros_of_a_table_without_zero(name: str) -> None:
     x[0, 32:64], x[1] = 0, 0
     back = rtn(x, GGML[name]).dequantize()
     assert float(back[0, 32:64].abs().max()) < 1e-7 and float(back[1].abs().max()) < 1e-7
+
+
+@pytest.mark.skipif(native is None, reason="arrondi was installed without its compiled kernels")
+@pytest.mark.parametrize("name", [*SUPER, "Q8_0", "IQ4_NL"])
+def test_the_compiled_search_finds_what_its_reference_finds(name: str, path: str) -> None:
+    scheme = GGML[name]
+    assert isinstance(scheme.granularity, PerGroup)
+    span = (
+        scheme.scale.granularity.size
+        if isinstance(scheme.scale, Scheme) and isinstance(scheme.scale.granularity, PerGroup)
+        else 1
+    )
+    x = gaussian(33, 1000)
+    x[:, ::7] *= 10
+    x[3], x[4, :40], x[5], x[6] = 0, 0, x[5].abs(), -x[6].abs()
+    for importance, magnitude, columns in ((False, 0.0, 1000), (True, 0.0, 768), (True, 0.5, 512), (False, 1.0, 1000)):
+        weights = torch.rand(columns, generator=torch.Generator().manual_seed(1)) if importance else None
+        for numbers in laid(x[:, :columns], weights, magnitude, scheme.granularity.size, span):
+            if name in SUPER:
+                found, wanted = superblocks.search(numbers, scheme), superblocks.search_reference(numbers, scheme)
+            else:
+                options = {"offset": False, "signed": scheme.signed_scales}
+                found = best_grids(numbers, scheme.format, **options)
+                wanted = best_grids_reference(Weighed.of(numbers), scheme.format, **options)
+            for one, other in zip(found, wanted, strict=True):
+                assert (one is None) == (other is None) and (one is None or other is None or torch.equal(one, other))
 
 
 def test_rows_are_rounded_one_by_one() -> None:

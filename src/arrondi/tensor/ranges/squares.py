@@ -1,6 +1,6 @@
 """Grids of small groups by least squares: many assignments of codes, of each the scale and offset that fit it best.
 
-Owns: `Squares`, the weighted sums from which everything follows, `best_grids`, and for schemes with plain scales `stepped` and
+Owns: `Squares`, the weighted sums from which everything follows, `best_grids` and its slow reference, and for schemes with plain scales `stepped` and
 `squares_grid`. Elements lie along the first axis, groups along the others, so that sums over a group are sums of long rows.
 
 For codes with values v and weights w, the error of a group is Σ w (s v + o - x)², a quadratic function of s and o whose minimum is known in
@@ -23,6 +23,7 @@ import torch
 from arrondi.formats import Format, PerGroup, Scheme
 from arrondi.formats.scheme import PLAIN
 from arrondi.tensor.encoding import nearest
+from arrondi.tensor.quantizers import GroupSearch, search_groups
 from arrondi.tensor.ranges.grid import Grid, cat_grids, round_offset, round_scale
 
 _STEPS: Final = (*(i / 8 for i in range(-7, 10)), 1.5, 2.0, 3.0)
@@ -34,7 +35,7 @@ _CHUNK: Final = 1 << 18
 _CELLS: Final = 1024
 """Cells into which the range of a codebook is cut."""
 _TURNS: Final = 3
-"""Turns of codes and grid at most."""
+"""Turns of codes and grid at most, as in native/superblocks.h."""
 
 
 def stepped(scheme: Scheme) -> bool:
@@ -59,8 +60,8 @@ def squares_grid(
     """
     assert isinstance(scheme.granularity, PerGroup)
     offset, found = scheme.zero_point == "float", []
-    for data in laid(weight, importance, magnitude, min(scheme.granularity.size, weight.shape[-1])):
-        scale, low = best_grids(data, scheme.format, offset=offset, signed=scheme.signed_scales)
+    for numbers in laid(weight, importance, magnitude, min(scheme.granularity.size, weight.shape[-1])):
+        scale, low = best_grids(numbers, scheme.format, offset=offset, signed=scheme.signed_scales)
         if not has_zero(scheme.format):
             scale = torch.where(
                 scale == 0, torch.finfo(scale.dtype).tiny, scale
@@ -72,8 +73,8 @@ def squares_grid(
 
 def laid(
     weight: torch.Tensor, importance: torch.Tensor | None, magnitude: float, group: int, span: int = 1
-) -> Iterator[Weighed]:
-    """The weight some rows at a time as (group, runs, span): groups of one run lie side by side.
+) -> Iterator[Laid]:
+    """The weight some rows at a time as (group, runs, span), views where they can be: groups of one run lie side by side.
 
     What is missing at the end of a row weighs nothing.
 
@@ -88,15 +89,27 @@ def laid(
 
     def lay(x: torch.Tensor) -> torch.Tensor:
         whole = torch.nn.functional.pad(x.float(), (0, missing)) if missing else x.float()
-        return whole.reshape(-1, span, group).permute(2, 0, 1).contiguous()
+        return whole.reshape(-1, span, group).permute(2, 0, 1)
 
-    each = rows.new_ones(columns) if importance is None else importance
     for some in rows.split(max(_CHUNK // max(columns, 1), 1)):
-        x, w = lay(some), lay(each.expand(some.shape))
+        x = lay(some)
+        w = (
+            None
+            if importance is None and not missing
+            else lay((rows.new_ones(1) if importance is None else importance).expand(some.shape))
+        )
         if magnitude:
-            squares = x.square()
-            w *= (squares.mean(0) + squares).pow_(magnitude)
-        yield Weighed.of(x, w)
+            squares = x.contiguous().square()
+            more = (squares.mean(0) + squares).pow_(magnitude)
+            w = more if w is None else more.mul_(w)
+        yield Laid(x, w)
+
+
+class Laid(NamedTuple):
+    """Numbers (elements, …groups) float32, and what the error of each weighs; None: all the same."""
+
+    x: torch.Tensor
+    w: torch.Tensor | None
 
 
 class Squares(NamedTuple):
@@ -120,7 +133,9 @@ class Weighed(NamedTuple):
     power: torch.Tensor
 
     @classmethod
-    def of(cls, x: torch.Tensor, w: torch.Tensor) -> Weighed:
+    def of(cls, numbers: Laid) -> Weighed:
+        x = numbers.x.contiguous()
+        w = torch.ones_like(x) if numbers.w is None else numbers.w.contiguous()
         wx = w * x
         return cls(x, w, wx, total(wx), total(w), total(wx * x))
 
@@ -189,36 +204,68 @@ def solved(s: Squares, offset: bool, below: bool) -> tuple[torch.Tensor, torch.T
 
 
 def best_grids(
-    data: Weighed, format: Format, *, offset: bool, below: bool = False, signed: bool = True
+    numbers: Laid, format: Format, *, offset: bool, below: bool = False, signed: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and offset of every group.
 
     Args:
-        data: the numbers.
+        numbers: in groups.
         format: integers or a codebook.
         offset: there is an offset; else the grid's zero is zero.
         below: offsets are at most zero.
         signed: scales may be negative, where there is no offset.
     """
-    low, high = data.x.amin(0), data.x.amax(0)
-    first, last = (
-        (float(format.qmin), float(format.qmax)) if format.values is None else (format.values[0], format.values[-1])
+    job = jobs(format, offset=offset, below=below, signed=signed)
+    found = search_groups(numbers.x, numbers.w, job)
+    return (
+        best_grids_reference(Weighed.of(numbers), format, offset=offset, below=below, signed=signed)
+        if found is None
+        else found
     )
+
+
+def jobs(format: Format, *, offset: bool, below: bool, signed: bool) -> GroupSearch:
+    """What the compiled search is told."""
+    table = None if format.values is None else _cells(format, torch.device("cpu"))
+    cells = () if table is None else (table[0], _CELLS / (table[1] - table[0]), *table[2].tolist())
+    return GroupSearch(format.qmin, format.qmax, offset, below, signed, _reaches(format, offset, signed), cells)
+
+
+def _ends(format: Format) -> tuple[float, float]:
+    if format.values is None:
+        return float(format.qmin), float(format.qmax)
+    return format.values[0], format.values[-1]
+
+
+@functools.lru_cache(maxsize=32)
+def _reaches(format: Format, offset: bool, signed: bool) -> tuple[float, ...]:
+    """What the width of a group, or without offsets its extreme, is divided by for the grids that are tried first."""
+    first, last = _ends(format)
     step = (last - first) / (format.levels - 1)
+    if offset:
+        return tuple(last - first + t * step for t in _STEPS)
+    ends = (first, last) if signed and first != -last else (last,)
+    fars = ((end, abs(end) + t * step) for t in _STEPS for end in ends)
+    return tuple(math.copysign(far, end) for end, far in fars if far > 0)
+
+
+def best_grids_reference(
+    data: Weighed, format: Format, *, offset: bool, below: bool = False, signed: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The slow reference of the compiled search."""
+    low, high = data.x.amin(0), data.x.amax(0)
     best, least = (low.new_zeros(low.shape), low.new_zeros(low.shape) if offset else None), data.power.clone()
     starts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     if offset:
         bottom = low.clamp(max=0) if below else low
-        for t in _STEPS:
-            scale = (high - bottom) / (last - first + t * step)
-            starts.append((scale, bottom - scale * first))
+        for reach in _reaches(format, offset, signed):
+            scale = (high - bottom) / reach
+            starts.append((scale, bottom - scale * _ends(format)[0]))
     else:
         extreme = torch.where(high > -low, high, low)
         if not signed:
             extreme = extreme.abs()
-        ends = (first, last) if signed and first != -last else (last,)
-        reaches = [(end, abs(end) + t * step) for t in _STEPS for end in ends]
-        starts += [(extreme / math.copysign(far, end), None) for end, far in reaches if far > 0]
+        starts += [(extreme / reach, None) for reach in _reaches(format, offset, signed)]
     for start in starts:
         best, least = _better(data, format, start, best, least, offset, below, signed)
     for _ in range(_TURNS):

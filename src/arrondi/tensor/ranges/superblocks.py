@@ -1,6 +1,6 @@
 """Scales and offsets that are small integers, of which some groups side by side (a super-block) share the unit.
 
-Owns: `is_superblock` and `superblock_parts`. The error of a group is a quadratic function of its scale and offset while its codes stay
+Owns: `is_superblock`, `superblock_parts` and the slow reference of its search. The error of a group is a quadratic function of its scale and offset while its codes stay
 (`squares`), so units are compared without touching the numbers. Then three things follow each other while the error falls: codes for the
 grids, the scale code (or a neighbour) and offset code of each group, and by least squares the units of each super-block.
 """
@@ -15,13 +15,25 @@ from arrondi.formats import Format, PerGroup, Scheme, scale_shape
 from arrondi.formats.scheme import PLAIN
 from arrondi.tensor.encoding import code_dtype
 from arrondi.tensor.qtensor import Parts, QTensor
+from arrondi.tensor.quantizers import search_superblocks
 from arrondi.tensor.ranges.grid import round_scale
-from arrondi.tensor.ranges.squares import Squares, Weighed, best_grids, has_zero, laid, solved, total, values_on
+from arrondi.tensor.ranges.squares import (
+    Laid,
+    Squares,
+    Weighed,
+    best_grids_reference,
+    has_zero,
+    jobs,
+    laid,
+    solved,
+    total,
+    values_on,
+)
 
 _UNITS: Final = (*(i / 4 for i in range(-4, 7)), 2.0, 3.0, 4.0)
 """How far, in codes, the largest scale of a super-block lies beyond the largest code."""
 _TURNS: Final = 3
-"""Turns at most."""
+"""Turns, as in native/superblocks.h."""
 
 
 def is_superblock(scheme: Scheme) -> bool:
@@ -88,20 +100,28 @@ def superblock_parts(
     assert isinstance(scheme.granularity, PerGroup) and isinstance(scheme.scale, Scheme)
     assert isinstance(scheme.scale.granularity, PerGroup)
     group, span = scheme.granularity.size, scheme.scale.granularity.size
-    found = [_search(data, scheme) for data in laid(weight, importance, magnitude, group, span)]
+    found = [search(numbers, scheme) for numbers in laid(weight, importance, magnitude, group, span)]
     return _parts(found, scheme, tuple(weight.shape))
 
 
-def _search(data: Weighed, scheme: Scheme) -> _Grids:
+def search(numbers: Laid, scheme: Scheme) -> _Grids:
     """The grids of some super-blocks."""
     assert isinstance(scheme.scale, Scheme)
-    offset, format = scheme.zero_point == "float", scheme.format
-    free = best_grids(data, format, offset=offset, below=offset, signed=scheme.signed_scales)
+    offset, inner = scheme.zero_point == "float", scheme.scale
+    job = jobs(scheme.format, offset=offset, below=offset, signed=scheme.signed_scales)
+    of_scales = (inner.format.qmin, inner.format.qmax, not has_zero(scheme.format))
+    found = search_superblocks(numbers.x, numbers.w, job, of_scales, str(inner.scale), _UNITS)
+    return search_reference(numbers, scheme) if found is None else _Grids(*found)
+
+
+def search_reference(numbers: Laid, scheme: Scheme) -> _Grids:
+    """The slow reference of the compiled search."""
+    assert isinstance(scheme.scale, Scheme)
+    offset, format, data = scheme.zero_point == "float", scheme.format, Weighed.of(numbers)
+    free = best_grids_reference(data, format, offset=offset, below=offset, signed=scheme.signed_scales)
     sums = data.squares(values_on(data.x, format, *free))
     grids = _counted_grids(sums, free, scheme)
-    least = _over(data.error(sums, grids.scale, grids.offset))
-    for turn in range(_TURNS):
-        before = least
+    for _ in range(_TURNS):
         sums = data.squares(values_on(data.x, format, grids.scale, grids.offset))
         errors = data.error(sums, grids.scale, grids.offset)
         for move in (0, -1, 1):
@@ -114,9 +134,7 @@ def _search(data: Weighed, scheme: Scheme) -> _Grids:
         refitted = _refitted(sums, grids, scheme)
         least = _over(errors)
         tried = _over(data.error(sums, refitted.scale, refitted.offset))
-        grids, least = grids.where(tried < least, refitted), torch.minimum(tried, least)
-        if turn and not bool((least < before).any()):
-            break
+        grids = grids.where(tried < least, refitted)
     return grids
 
 
