@@ -16,7 +16,6 @@ from arrondi.checkpoint.containers.disk import WORK
 _FILES: Final[Mapping[str, str]] = MappingProxyType({
     ".gguf": "a GGUF file, which llama.cpp runs. This program reads safetensors directories: give the original model",
     ".safetensors": "one safetensors file. A model is the directory that holds it, with config.json: give that directory",
-    ".onnx": "an ONNX graph, which plan, quantize, eval and inspect (without --folds) take as it is. Here a safetensors directory is read: give the model that it was exported from",
     ".tflite": "a LiteRT file. This program reads safetensors directories: give the model that it was converted from",
     ".bin": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
     ".pt": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",

@@ -49,6 +49,8 @@ def others_of(layout: str, placed: list[Placed], facts: ModelFacts) -> list[Verd
             Verdict("ExLlamaV3", True, "ExLlamaV3 runs it on GPUs, by its source; not run here. GPTQModel's decoder gives the same weights."),
             Verdict(TRANSFORMERS, False, f"{TRANSFORMERS} does not read this layout."),
         ]  # fmt: skip
+    if layout in _OF_GRAPHS:
+        return [Verdict(*row) for row in _OF_GRAPHS[layout]]
     known = _READERS.get(layout)
     if known is None:
         return [
@@ -136,6 +138,12 @@ def _whole(placed: list[Placed], facts: ModelFacts) -> str | None:
         f"{TRANSFORMERS} can build this model's class only around whole weights, not around packed ones; arrondi can."
     )
 
+
+_OF_GRAPHS: Final[Mapping[str, tuple[tuple[str, bool, str], ...]]] = MappingProxyType({
+    "onnx": (("ONNX Runtime", True, "ONNX Runtime runs it, and multiplies by these numbers with floats; with accuracy_level 4 it rounds inputs to 8 bits."),),
+    "onnx-qdq": (("ONNX Runtime", True, "ONNX Runtime and whatever else runs ONNX's own operators runs it; codes of two bits need operator set 25."),),
+})  # fmt: skip
+"""Layout of graphs → reader, whether it reads, and what to know."""
 
 _READERS: Final[Mapping[str, Readers]] = MappingProxyType({
     "gptq": Readers("optimum and gptqmodel", (_experts, _conv1d, _several, _outside, _whole), (_sixteen,)),

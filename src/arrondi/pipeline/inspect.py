@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, Entry, readers_of
 from arrondi.checkpoint.containers.gguf.header import is_gguf, read_header
+from arrondi.checkpoint.containers.onnx.view import is_onnx
+from arrondi.checkpoint.containers.onnx.view import view_of as onnx_view
 from arrondi.errors import SchemeError
 from arrondi.graph import is_graph_file, read_graph
 from arrondi.graph.contents import contents
@@ -17,22 +20,26 @@ from arrondi.graph.read import file_bytes
 from arrondi.model import Fold, OnDisk, find_folds
 from arrondi.model.fold import channels_in_words
 
+_LARGE: Final = 1 << 30
+"""Bytes of weights from which on an ONNX file is not read as a network."""
+
 
 def inspect_model(path: str | Path) -> dict[str, Any]:
     """Tensors, formats and sizes; every stored bit is counted.
 
     Returns:
-        `container` and `layout` of the files and `readers` of the two; `metadata` of a GGUF file; `bits_per_weight` of the quantized tensors (None if there
+        `container` and `layout` of the files and `readers` of the two; `metadata` of a single file; `bits_per_weight` of the quantized tensors (None if there
         are none) and `model_bits_per_weight` of everything; `bytes` of all tensors, which is what the files hold besides
         their headers, `file_bytes`, `parameters`; and `tensors` with name, shape, format, bytes and bits per weight of each.
 
-        Of a network of ONNX operators: see `arrondi.graph.contents`, and `path` and `file_bytes`.
+        Of a network of ONNX operators: see `arrondi.graph.contents`, and `path` and `file_bytes`. An ONNX file whose weights have a form of
+        com.microsoft's, or that is large, is not read as a network: of it there are tensors, and `inputs`, `outputs`, `opset` and `operators`.
 
     Raises:
         FileFormatError: not a model directory, or a layout that is not known.
     """
     check_arguments(inspect_model, locals())
-    if is_graph_file(path):
+    if is_graph_file(path) and not _is_container(Path(path)):
         held = contents(read_graph(path))
         return {
             "path": str(path),
@@ -50,8 +57,7 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(checkpoint.folder.path),
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
-        "container": "gguf" if is_gguf(checkpoint.folder.path) else "safetensors",
-        **_metadata(checkpoint.folder.path),
+        **_container(checkpoint.folder.path),
         "layout": checkpoint.layout.name if checkpoint.layout else None,
         "readers": _readers(checkpoint),
         "parameters": weights,
@@ -64,12 +70,30 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """What the header of a GGUF file says, but for its lists."""
-    if not is_gguf(path):
-        return {}
-    fields = read_header(path).fields.items()
-    return {"metadata": {key: field.value for key, field in fields if not isinstance(field.value, list)}}
+def _is_container(path: Path) -> bool:
+    """Whether an ONNX file is inspected as weights and not as a network: by what its operators hold, or by its size."""
+    if not is_onnx(path):
+        return False
+    view = onnx_view(path)
+    held = sum(e.nbytes for e in view.entries.values())
+    return held > _LARGE or any(p.facts["form"] != "linear" for p in view.found.packed)
+
+
+def _container(path: Path) -> dict[str, Any]:
+    """What kind of files these are, and what the header of a single file says, but for its lists."""
+    if is_gguf(path):
+        fields = read_header(path).fields.items()
+        said = {key: field.value for key, field in fields if not isinstance(field.value, list)}
+        return {"container": "gguf", "metadata": said}
+    if is_onnx(path):
+        model = onnx_view(path).model
+        ends = {
+            word: [{"name": n, "type": kind, "shape": list(shape)} for n, (kind, shape) in values.items()]
+            for word, values in (("inputs", model.inputs), ("outputs", model.outputs))
+        }
+        operators = dict(Counter(node.op for node in model.nodes).most_common())
+        return {"container": "onnx", "metadata": model.metadata, "opset": model.opsets.get("", 0), **ends, "operators": operators}  # fmt: skip
+    return {"container": "safetensors"}
 
 
 def inspect_folds(path: str | Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Ledger]:
             return None
         return digest_pieces(entry.nbytes, lambda offset, length: as_memory(read_bytes(entry, offset, length)))
 
-    files = {"config.json": folder.home / "config.json", **travelling(folder)}
+    own = folder.home / "config.json"
+    files = {**({"config.json": own} if own.exists() else {}), **travelling(folder)}  # a file of a graph may have none
     ledger = Ledger(str(folder.path), {name: file_sha256(path) for name, path in files.items()}, digest)
     values = {name: getattr(folder, name) for name in ModelDir.__dataclass_fields__}
     return replace(checkpoint, folder=_Recorded(**values, ledger=ledger)), ledger

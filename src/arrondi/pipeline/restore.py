@@ -54,7 +54,7 @@ def dequantize_model(
     checkpoint, out = Checkpoint.open(model), Path(out)
     if not checkpoint.quantized:
         raise SchemeError(
-            f"{checkpoint.folder.path} is not quantized (its config.json has no quantization_config). Use it as it is."
+            f"{checkpoint.folder.path} is not quantized: nothing in it says that a tensor is. Use it as it is."
         )
     check_apart(checkpoint.folder.path, out)
     checkpoint, ledger = recorded(checkpoint)

@@ -46,6 +46,10 @@ SCHEMES["double-quantized"] = LayerScheme(
 )
 SCHEMES["learned codebook"] = LayerScheme(Scheme(codebook("mine", [-1.0, 0.5, 2.0]), PerGroup(32)))
 
+GRAPHS = {
+    *(f"W{b}A16" for b in (2, 4, 8)), *(f"W{b}A16_ASYM" for b in (2, 4)), "Q4_0", "Q8_0", "w=int4/channel", "w=int4/channel/asym", "w=int4/channel1",
+    "w=int4/tensor", "w=int8/channel/asym", "w=int8/g64/float16", "w=uint4/g32", "w=uint8/channel/asym",
+}  # fmt: skip
 STORED_BY = {
     "compressed-tensors": {
         *(f"W{b}A16" for b in range(2, 9)), *(f"W{b}A16_ASYM" for b in range(2, 8)), "W3A3", "W4A4", "W6A6", "W8A8", "W8A8_STATIC", "W4A8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8A16",
@@ -68,6 +72,8 @@ STORED_BY = {
     "mxfp4": set(),
     "bitsandbytes": {"NF4", "NF4_DQ", "FP4_BNB", "FP4_BNB_DQ", "W8A8", "w=nf4/g64/float16"},
     "gguf": {*GGML, "MXFP4A16"},
+    "onnx": GRAPHS,
+    "onnx-qdq": GRAPHS,
 }  # fmt: skip
 """What each layout can hold, written down by hand: an honest `refuse` says yes to these and no to all else."""
 
@@ -216,6 +222,8 @@ TRANSPOSED = {
     "compressed-tensors": ["W4A16", "W8A8", "w=int4/channel/asym", "w=int3/g32/asym", "w=int8/tensor", "FP8_BLOCK", "FP8", "w=fp8/g32"],
     "arrondi": ["W4A16", "NF4", "NVFP4", "w=int3/g32/asym", "w=int4/channel", "MXFP4", "FP8_BLOCK"],
     "gguf": ["Q4_K", "Q5_0", "IQ4_NL"],
+    "onnx": ["W4A16", "W4A16_ASYM", "w=int8/channel"],
+    "onnx-qdq": ["W4A16", "W4A16_ASYM", "w=int8/channel"],
 }  # fmt: skip
 
 

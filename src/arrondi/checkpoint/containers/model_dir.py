@@ -1,4 +1,4 @@
-"""A model directory as Hugging Face lays it out: config.json, safetensors files, tokenizer files; or a GGUF file, seen as one.
+"""A model directory as Hugging Face lays it out: config.json, safetensors files, tokenizer files; or a GGUF or ONNX file, seen as one.
 
 Owns: `ModelDir`, which finds and checks all of it without reading a weight, and reads one tensor at a time.
 """
@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from arrondi.checkpoint.containers.config import check_config, check_generation, decode_floats
+from arrondi.checkpoint.containers.gguf import view as gguf
 from arrondi.checkpoint.containers.gguf.header import is_gguf
-from arrondi.checkpoint.containers.gguf.view import view_of
 from arrondi.checkpoint.containers.hub import resolve
 from arrondi.checkpoint.containers.json_file import read_json
+from arrondi.checkpoint.containers.onnx import view as onnx
 from arrondi.checkpoint.containers.side_files import copy_side_files, side_files
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
 from arrondi.checkpoint.foreign import what_directory, what_file
 from arrondi.errors import FileFormatError
 
+_FILES: Final[tuple[tuple[Callable[[Path], bool], Callable[[Path], Any]], ...]] = (
+    (is_gguf, gguf.view_of),
+    (onnx.is_onnx, onnx.view_of),
+)
+"""Kinds of files that are seen as directories: how one is known, and what it would be."""
 _INDEX = "model.safetensors.index.json"
 
 
@@ -31,10 +38,10 @@ class ModelDir:
     """A checked model directory.
 
     Attributes:
-        path: the directory, or the GGUF file.
+        path: the directory, or the file.
         config: config.json as it is stored: written again, it is the same.
         entries: every stored tensor by name, in the order of the files.
-        home: where config, tokenizer and the like lie: the directory, or that of the view of a GGUF file.
+        home: where config, tokenizer and the like lie: the directory, or that of the view of a file.
     """
 
     path: Path
@@ -50,9 +57,10 @@ class ModelDir:
             FileFormatError: nothing there, no config, no safetensors weights, a file that lies, a missing shard.
         """
         path = resolve(path)
-        if path.is_file() and is_gguf(path):
-            view = view_of(path)
-            return cls(path, view.config, view.entries, view.home)
+        for is_one, view_of in _FILES:
+            if path.is_file() and is_one(path):
+                view = view_of(path)
+                return cls(path, view.config, view.entries, view.home)
         if not path.is_dir():
             what = what_file(path) or (
                 "a file, but a model is a directory with config.json and safetensors files. Give its directory"
@@ -88,7 +96,7 @@ class ModelDir:
 
     def other_files(self) -> list[Path]:
         """Tokenizer, generation config, chat templates, licence, … : what a copy takes along, relative to the directory."""
-        return side_files(self.home)
+        return side_files(self.home) if (self.home / "config.json").exists() else []
 
     def copy_other_files(self, out: Path) -> list[Path]:
         """Copy them into another directory, at the same places."""

@@ -21,6 +21,7 @@ import torch
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.checkpoint.containers.json_file import parse_json
+from arrondi.checkpoint.containers.numbers import Numbers
 from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError
 
@@ -59,7 +60,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
-    turn: Turn | None = None
+    turn: Turn | Numbers | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:

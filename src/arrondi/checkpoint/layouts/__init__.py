@@ -20,6 +20,7 @@ from arrondi.checkpoint.layouts import (
     ggml,
     gptq,
     mxfp4,
+    onnx,
 )
 from arrondi.checkpoint.layouts.layout import Layout
 
@@ -34,11 +35,13 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "mxfp4": mxfp4.LAYOUT,
     "exl3": exl3.LAYOUT,
     "gguf": ggml.LAYOUT,
+    "onnx": onnx.LAYOUT,
+    "onnx-qdq": onnx.STANDARD,
 })  # fmt: skip
 """Every storage layout by its `quant_method`."""
 
 CHOSEN: Final = ("compressed-tensors", "arrondi")
 """What is chosen from where nobody names a layout, the most widely read first; the second holds every scheme."""
 
-SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({"intel/auto-round": "auto-round"})
+SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({"intel/auto-round": "auto-round", "tflite": "onnx"})
 """Other words of `quant_method` → name of the layout."""

@@ -54,6 +54,13 @@ class Claims:
             raise self._wrong(key, value, f"one of {', '.join(map(repr, known))}")
         return value.lower()
 
+    def text(self, key: str, default: str) -> str:
+        """Any word."""
+        value = self._take(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a word")
+        return value
+
     def words(self, key: str) -> list[str]:
         """A list of words; empty where the key is null or absent."""
         value = self._take(key, None)
