@@ -26,7 +26,7 @@ _FILES: Final[Mapping[str, str]] = MappingProxyType({
 _ORIGINAL: Final = "Give the original, unquantized model"
 _NOT_READ: Final = "{}, a layout that is not read here. " + _ORIGINAL
 _OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
-    ".onnx": "ONNX graphs", ".h5": "TensorFlow weights", ".pb": "TensorFlow weights", ".msgpack": "Flax weights", ".npz": "NumPy arrays",
+    ".h5": "TensorFlow weights", ".pb": "TensorFlow weights", ".msgpack": "Flax weights", ".npz": "NumPy arrays",
 })  # fmt: skip
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
     "fbgemm_fp8": "quantized to FP8 by FBGEMM",
@@ -98,6 +98,9 @@ def _other_weights(names: Sequence[str], suffixes: Collection[str]) -> str | Non
             f"only pickled weights ({pickles[0]}), which can run code when loaded. Save the model as safetensors first: "
             "model.save_pretrained(DIR)"
         )
+    graphs = [n for n in names if n.endswith(".onnx")]
+    if graphs:
+        return f"holds ONNX graphs, not safetensors weights. Give one of them, such as {graphs[0]}"
     for suffix, kind in _OTHER_WEIGHTS.items():
         if suffix in suffixes:
             return f"holds {kind}, not safetensors weights. Give the original model"

@@ -141,7 +141,7 @@ def _whole(placed: list[Placed], facts: ModelFacts) -> str | None:
 
 _OF_GRAPHS: Final[Mapping[str, tuple[tuple[str, bool, str], ...]]] = MappingProxyType({
     "onnx": (("ONNX Runtime", True, "ONNX Runtime runs it, and multiplies by these numbers with floats; with accuracy_level 4 it rounds inputs to 8 bits."),),
-    "onnx-qdq": (("ONNX Runtime", True, "ONNX Runtime and whatever else runs ONNX's own operators runs it; codes of two bits need operator set 25."),),
+    "onnx-qdq": (("ONNX Runtime", True, "ONNX Runtime and whatever else runs ONNX's own operators runs it; ONNX Runtime rounds inputs to 8 bits unless session.qdq_matmulnbits_accuracy_level is 1."),),
 })  # fmt: skip
 """Layout of graphs → reader, whether it reads, and what to know."""
 

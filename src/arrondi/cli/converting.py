@@ -16,14 +16,21 @@ def convert(
     output: opt.Out,
     to: Annotated[
         str,
-        typer.Option("--to", help="gguf (a file), or a layout: gptq, awq, compressed-tensors, …", show_default=False),
+        typer.Option(
+            "--to",
+            help="gguf (a file), onnx, onnx-qdq (a file or a directory), or a layout: gptq, awq, compressed-tensors, …",
+            show_default=False,
+        ),
     ],
     scheme: Annotated[
         str | None, typer.Option(help="What tensors become that the target cannot hold as they are.")
     ] = None,
     exact_only: Annotated[bool, typer.Option("--exact-only", help="Refuse if a value would change.")] = False,
     template: Annotated[
-        Path | None, typer.Option(help="A GGUF file of the same model, whose header is taken (--to gguf).")
+        Path | None,
+        typer.Option(
+            help="A file of the same model: a GGUF, whose header is taken (--to gguf), or a graph, whose weights are replaced (--to onnx)."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     json_: opt.Json = False,
@@ -41,7 +48,7 @@ def convert(
 
 
 def diff(
-    first: Annotated[str, typer.Argument(help="Model directory or GGUF file.", show_default=False)],
+    first: Annotated[str, typer.Argument(help="Model directory, GGUF or ONNX file.", show_default=False)],
     second: Annotated[str, typer.Argument(help="Another, in any layout.", show_default=False)],
     json_: opt.Json = False,
     quiet: opt.Quiet = False,

@@ -67,7 +67,7 @@ LayoutName = Annotated[
     str | None,
     typer.Option(
         "--to",
-        help="Layout of the files: compressed-tensors, arrondi, gptq, awq, bitsandbytes, … Default: the most widely read that fits.",
+        help="Layout of the files: compressed-tensors, arrondi, gptq, awq, bitsandbytes, gguf, onnx, … Default: the most widely read that fits.",
     ),
 ]
 KeepMisfits = Annotated[bool, typer.Option("--keep-misfits", help="Leave layers whose shape does not fit as they are.")]

@@ -9,6 +9,7 @@ import typer
 
 from arrondi.cli import options as opt
 from arrondi.cli.answers import answer, note
+from arrondi.cli.parsing import set_by_user
 from arrondi.errors import SchemeError
 
 
@@ -56,6 +57,7 @@ def inspect(
 
 
 def dequantize(
+    context: typer.Context,
     model: opt.Model,
     output: opt.Out,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
@@ -65,12 +67,18 @@ def dequantize(
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Restore ordinary weights that any tool loads."""
+    """Restore ordinary weights that any tool loads: a directory of safetensors, or of an ONNX file also one of floats (-o NAME.onnx)."""
     from arrondi.pipeline import dequantize_model
+    from arrondi.pipeline.onnx_out import both_graphs, dequantize_to_onnx
     from arrondi.report import print_facts, progress_bar
 
     with progress_bar("dequantizing", quiet) as progress:
-        result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
+        if both_graphs(model, output):
+            if set_by_user(context, "dtype"):
+                raise SchemeError("A graph keeps the type of its floats, so it takes no --dtype. Leave it out.")
+            result = dequantize_to_onnx(Path(model), output, overwrite=overwrite, progress=progress)
+        else:
+            result = dequantize_model(model, output, dtype, overwrite=overwrite, progress=progress)
     answer(result, json_, print_facts)
 
 

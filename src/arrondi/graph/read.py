@@ -137,13 +137,17 @@ def _place(error: BaseException) -> str:
     return f" at {inner[-1].filename}, line {inner[-1].lineno}: {inner[-1].line}" if inner else ""
 
 
-def _to_onnx(program: torch.export.ExportedProgram) -> Any:
+def _need_onnxscript() -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
             "Exported PyTorch programs need the package onnxscript: pip install 'arrondi[onnx]'."
         ) from error
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> Any:
+    _need_onnxscript()
     try:
         with _silent("torch.onnx"):
             made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
@@ -151,6 +155,28 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
         raise SchemeError(f"The program cannot be written with ONNX operators ({_first_line(error)}).") from error
     assert made is not None
     return made.model_proto
+
+
+def export_program(module: torch.nn.Module, given: Mapping[str, torch.Tensor], outputs: list[str]) -> Any:
+    """A module as PyTorch's exporter writes it (`torch.onnx.ONNXProgram`); the first two axes of what it is given vary.
+
+    Raises:
+        MissingExtraError: a package of the exporter is not installed.
+        SchemeError: it cannot be traced.
+    """
+    onnx_package()
+    _need_onnxscript()
+    axes = {name: {0: "batch", 1: "sequence"} for name in given}
+    try:
+        with _silent("torch.onnx", "torch.export", "torch.fx"), torch.no_grad():
+            made = torch.onnx.export(
+                module, (), kwargs=dict(given), dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False,
+                input_names=list(given), output_names=outputs,
+            )  # fmt: skip
+    except Exception as error:  # torch's exporter has many
+        raise SchemeError(f"The model cannot be traced{_place(error)} ({_first_line(error)}). Give a graph of it: --template NAME.onnx.") from error  # fmt: skip
+    assert made is not None
+    return made
 
 
 def _graph(model: Any, where: str) -> Graph:

@@ -23,6 +23,7 @@ from arrondi.pipeline.gguf_out import write_gguf
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
+from arrondi.pipeline.onnx_out import write_onnx
 from arrondi.pipeline.plan import Plan
 from arrondi.pipeline.plan_facts import facts_of
 from arrondi.pipeline.publish import planned_files, publish
@@ -33,6 +34,7 @@ from arrondi.pipeline.restore import unquantized
 from arrondi.pipeline.step import Declared
 
 GGUF: Final = "gguf"
+ONNX: Final = ("onnx", "onnx-qdq")
 _NAMED: Final = 5
 """Tensors that a refusal names."""
 _COUNTED: Final = ("exact", "rescaled", "requantized", "copied")
@@ -55,12 +57,13 @@ def convert_model(
     """Write a model, quantized or plain, in another layout.
 
     Args:
-        model: a model directory or a GGUF file.
-        out: a directory, or for "gguf" a file.
+        model: a model directory, a GGUF file or an ONNX file.
+        out: a directory, or for "gguf" a file; for "onnx" and "onnx-qdq" either, the file of a directory being model.onnx.
         to: a name of `LAYOUTS`, such as "gptq", "awq" or "compressed-tensors"; or "gguf".
         scheme: what tensors become that the target cannot hold as they are; None: its smallest scheme with as many bits.
         exact_only: refuse where a value would change.
-        template: for "gguf", a GGUF file of the same architecture, whose header is taken.
+        template: for "gguf", a GGUF file of the same architecture, whose header is taken; for "onnx", a graph of the model, whose weights are
+            replaced, instead of the one that PyTorch exports.
         shard_bytes, overwrite, progress: as for `quantize_model`.
 
     Returns:
@@ -76,9 +79,15 @@ def convert_model(
     if to not in LAYOUTS:
         raise unknown("layout", to, LAYOUTS)
     wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    source, out = OnDisk.open(model), Path(out)
+    out = Path(out)
+    if to in ONNX:
+        found = write_onnx(
+            model, out, to, template=template, wanted=wanted, exact_only=exact_only, overwrite=overwrite, progress=progress
+        )  # fmt: skip
+        return found
+    source = OnDisk.open(model)
     if template is not None and to != GGUF:
-        raise SchemeError(f"A template is a GGUF file and goes with --to gguf, got --to {to}. Leave it out.")
+        raise SchemeError(f"A template is a file of the same model and goes with --to gguf or onnx, got --to {to}. Leave it out.")  # fmt: skip
     work = _Work.of(source, LAYOUTS[to], wanted)
     if exact_only:
         work.refuse_changes()

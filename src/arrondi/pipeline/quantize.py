@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from arrondi.model import OnDisk, device_named
-from arrondi.pipeline.convert import GGUF
+from arrondi.pipeline.convert import GGUF, ONNX
+from arrondi.pipeline.file_runs import quantize_gguf, quantize_onnx
 from arrondi.pipeline.foreseen import largest_inputs
-from arrondi.pipeline.gguf_run import quantize_gguf
 from arrondi.pipeline.plan import Plan, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.run import Progress
@@ -35,7 +35,8 @@ def quantize_model(
 
     Args:
         model: directory with config.json and safetensors files.
-        out: directory to write; new, empty, or the unfinished (or finished) output of the same call. With the layout "gguf" a file.
+        out: directory to write; new, empty, or the unfinished (or finished) output of the same call. With the layout "gguf" a
+            file, with "onnx" and "onnx-qdq" a file or a directory.
         recipe: what becomes what.
         text: calibration and evaluation text.
         layout: storage layout; None takes the most widely read one that holds everything.
@@ -60,6 +61,8 @@ def quantize_model(
         planned(task.plan.to_dict())
     if task.plan.layout.name == GGUF:
         return quantize_gguf(task, out, overwrite=overwrite, progress=progress)
+    if task.plan.layout.name in ONNX:
+        return quantize_onnx(task, out, overwrite=overwrite, progress=progress)
     return task.run(out, overwrite=overwrite, progress=progress)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, TensorSpec
+from arrondi.checkpoint.containers.onnx.view import SUFFIX
 from arrondi.errors import SchemeError
 from arrondi.model import DTYPES
 from arrondi.pipeline.journal import Journal
@@ -52,6 +53,10 @@ def dequantize_model(
     if dtype not in DTYPES:
         raise SchemeError(f"Cannot write {dtype!r}. Use one of {', '.join(DTYPES)}.")
     checkpoint, out = Checkpoint.open(model), Path(out)
+    if out.suffix.lower() == SUFFIX:
+        raise SchemeError(
+            f"{out}: names an ONNX file, and {model} is none. Give a directory: -o {out.with_suffix('')}."
+        )
     if not checkpoint.quantized:
         raise SchemeError(
             f"{checkpoint.folder.path} is not quantized: nothing in it says that a tensor is. Use it as it is."

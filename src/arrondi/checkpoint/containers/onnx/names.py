@@ -39,12 +39,10 @@ def weight_name(stored: str, node: Node | None) -> str:
     'encoder.layer.0.query.weight'
     """
     own = plain_name(stored)
-    if node is None:
+    if node is None or not is_made(own):
         return own
     if node.scope:
-        return own if own.startswith(f"{node.scope}.") else f"{node.scope}.weight"
-    if not is_made(own):
-        return own
+        return f"{node.scope}.weight"
     path = [part for part in node.name.split("/")[:-1] if part]
     return f"{'.'.join(path)}.weight" if node.name.startswith("/") and path else own
 

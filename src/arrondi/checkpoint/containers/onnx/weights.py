@@ -29,6 +29,8 @@ _UNREAD: Final = (
     "MatMulFpQ4", "MatMulNBitsMlp", "MatMulNBitsQkv", "QuickGelu4",
 )  # fmt: skip
 """Operators that hold weights in few bits in ways that are not read here."""
+_COMPUTED: Final = "inv_freq"
+"""How a constant is called that a config says already."""
 _SMALL: Final = 1 << 16
 """Zero points of up to so many bytes are looked at: all zero, they say nothing."""
 _BNB: Final = {0: "fp4_bnb", 1: "nf4"}
@@ -262,7 +264,7 @@ class Found:
             outer = name in self.model.stored
             if name in self._consumed or held.dtype not in (*FLOATS, *FORMATS) or not (outer or len(held.shape) > 1):
                 continue
-            if name not in self.uses.readers or (held.numel == 1 and is_made(name)):
+            if name not in self.uses.readers or (held.numel == 1 and is_made(name)) or name.endswith(_COMPUTED):
                 continue
             use = self.uses.of(name, len(held.shape))
             fresh = self._take(held, use.node if use else None)

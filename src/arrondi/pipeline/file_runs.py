@@ -1,0 +1,78 @@
+"""A run whose output is a file of another kind: `quantize_gguf` and `quantize_onnx`.
+
+The run goes into a hidden directory beside the file, with packed weights in safetensors, so that it is journalled and goes on after a kill as
+any other; what it wrote is then put into the file as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from arrondi.checkpoint import write_json
+from arrondi.checkpoint.containers.gguf.header import is_gguf
+from arrondi.checkpoint.containers.gguf.metadata import fields_of_config
+from arrondi.checkpoint.containers.gguf.naming import gguf_places
+from arrondi.checkpoint.containers.onnx.view import SUFFIX
+from arrondi.errors import SchemeError
+from arrondi.pipeline.convert import convert_model
+from arrondi.pipeline.gguf_out import check_file
+from arrondi.pipeline.onnx_export import check_exportable, stored_names
+from arrondi.pipeline.onnx_out import check_out
+from arrondi.pipeline.run import Progress
+from arrondi.pipeline.task import Task
+
+
+def quantize_gguf(
+    task: Task, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a task whose layout is "gguf", and make one file of what it wrote; its report lies beside it, as `NAME.report.json`.
+
+    Raises:
+        SchemeError: GGUF has no words for the model.
+        OutputError: the name is no file's, something is there, or the disk is full.
+    """
+    check_file(out, overwrite)
+    source = task.opened.source
+    template = source.where if is_gguf(source.where) else None
+    if template is None:
+        fields_of_config(source.model.config, "")
+    gguf_places(source.model.config, {t.name: t.shape for t in source.tensors})
+    folder = out.with_name(f".{out.name}.run")
+    report = task.run(folder, progress=progress)
+    result = convert_model(folder, out, "gguf", exact_only=True, template=template, overwrite=overwrite)
+    report = {**report, "container": "gguf", "file_bytes": result["bytes"]}
+    write_json(out.with_name(f"{out.stem}.report.json"), report)
+    shutil.rmtree(folder)
+    return report
+
+
+def quantize_onnx(
+    task: Task, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a task whose layout is "onnx" or "onnx-qdq", and make a graph of what it wrote.
+
+    Its report lies beside a file, as `NAME.report.json`, and in a directory as `report.json`.
+
+    Raises:
+        SchemeError: the model is not exported here, or a quantized tensor is no matrix of its graph.
+        OutputError: something is there, or the disk is full.
+    """
+    check_out(out, overwrite)
+    source = task.opened.source
+    check_exportable(source.model)
+    whole = set(stored_names(source).values())
+    parts = [t.name for t in task.plan.quantized if t.name not in whole]
+    if parts:
+        raise SchemeError(
+            f"{parts[0]} is not one matrix of the model's graph (transformers makes its parameters of several tensors, or several of it). Leave it out: --ignore {parts[0].removesuffix('.weight')}."
+        )
+    folder = out.with_name(f".{out.name}.run")
+    report = task.run(folder, progress=progress)
+    result = convert_model(folder, out, task.plan.layout.name, exact_only=True, overwrite=overwrite)
+    report = {**report, "container": "onnx", "file_bytes": result["bytes"]}
+    alone = out.suffix.lower() == SUFFIX
+    write_json(out.with_name(f"{out.stem}.report.json") if alone else out / "report.json", report)
+    shutil.rmtree(folder)
+    return report
