@@ -16,7 +16,7 @@ from arrondi.checkpoint.containers.disk import WORK
 _FILES: Final[Mapping[str, str]] = MappingProxyType({
     ".gguf": "a GGUF file, which llama.cpp runs. This program reads safetensors directories: give the original model",
     ".safetensors": "one safetensors file. A model is the directory that holds it, with config.json: give that directory",
-    ".tflite": "a LiteRT file. This program reads safetensors directories: give the model that it was converted from",
+    ".tflite": "called a TFLite file, and does not begin as one. Download it again",
     ".bin": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
     ".pt": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
     ".pth": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",

@@ -13,6 +13,7 @@ from arrondi.checkpoint import Checkpoint, Entry, readers_of
 from arrondi.checkpoint.containers.gguf.header import is_gguf, read_header
 from arrondi.checkpoint.containers.onnx.view import is_onnx
 from arrondi.checkpoint.containers.onnx.view import view_of as onnx_view
+from arrondi.checkpoint.containers.tflite.header import is_tflite, read_model
 from arrondi.errors import SchemeError
 from arrondi.graph import is_graph_file, read_graph
 from arrondi.graph.contents import contents
@@ -93,6 +94,8 @@ def _container(path: Path) -> dict[str, Any]:
         }
         operators = dict(Counter(node.op for node in model.nodes).most_common())
         return {"container": "onnx", "metadata": model.metadata, "opset": model.opsets.get("", 0), **ends, "operators": operators}  # fmt: skip
+    if is_tflite(path):
+        return {"container": "tflite", "metadata": {"description": read_model(path).description}}
     return {"container": "safetensors"}
 
 

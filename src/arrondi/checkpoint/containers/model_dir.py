@@ -1,4 +1,4 @@
-"""A model directory as Hugging Face lays it out: config.json, safetensors files, tokenizer files; or a GGUF or ONNX file, seen as one.
+"""A model directory as Hugging Face lays it out: config.json, safetensors files, tokenizer files; or a GGUF, ONNX or TFLite file, seen as one.
 
 Owns: `ModelDir`, which finds and checks all of it without reading a weight, and reads one tensor at a time.
 """
@@ -22,12 +22,15 @@ from arrondi.checkpoint.containers.json_file import read_json
 from arrondi.checkpoint.containers.onnx import view as onnx
 from arrondi.checkpoint.containers.side_files import copy_side_files, side_files
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
+from arrondi.checkpoint.containers.tflite import view as tflite
+from arrondi.checkpoint.containers.tflite.header import is_tflite
 from arrondi.checkpoint.foreign import what_directory, what_file
 from arrondi.errors import FileFormatError
 
 _FILES: Final[tuple[tuple[Callable[[Path], bool], Callable[[Path], Any]], ...]] = (
     (is_gguf, gguf.view_of),
     (onnx.is_onnx, onnx.view_of),
+    (is_tflite, tflite.view_of),
 )
 """Kinds of files that are seen as directories: how one is known, and what it would be."""
 _INDEX = "model.safetensors.index.json"

@@ -33,6 +33,7 @@ class Numbers:
         bits: of a code; below 8 several share a byte.
         signed: codes of fewer bits are signed.
         unpacked: the shape of the codes, where several share a byte.
+        cast: a type of whole numbers that has all of them.
     """
 
     dtype: str
@@ -45,6 +46,7 @@ class Numbers:
     bits: int = 8
     signed: bool = True
     unpacked: tuple[int, ...] = ()
+    cast: torch.dtype | None = None
 
     def apply(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The model's tensor, of this shape.
@@ -57,6 +59,10 @@ class Numbers:
         if self.scales:
             made = self._scaled(self._codes(made).reshape(inner))
         made = made.reshape(inner)
+        if self.cast is not None:
+            whole, made = made, made.to(self.cast)
+            if not torch.equal(made.to(whole.dtype), whole):
+                raise FileFormatError(f"A zero point is no {self.cast}. The file is damaged; make it again.")
         return (made.t() if self.transposed else made).reshape(shape).contiguous()
 
     def _codes(self, made: torch.Tensor) -> torch.Tensor:
