@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,3 +79,15 @@ def test_columns_that_share_scattered_groups() -> None:
     there = expressed(scattered, scheme("uint4/g32/asym"))
     assert there is not None and torch.equal(there.dequantize(), scattered.dequantize())
     assert expressed(scattered, scheme("int4/g16")) is None
+
+
+def test_offsets_that_are_multiples_of_scales_become_zero_points() -> None:
+    """Q4_1 made of a grid with zero points is that grid again; an offset between two codes is none."""
+    q = quantize_tensor(torch.randn(8, 64), scheme("uint4/g32/asym/float16"))
+    q = replace(q, scale=torch.full_like(q.real_scale, 2.0**-7))  # times any code it is a float16, too
+    there = expressed(q, scheme("uint4/g32/offset/float16/o:float16"))
+    assert there is not None and isinstance(there.offset, torch.Tensor)
+    back = expressed(there, q.scheme)
+    assert back is not None and back.zero_point is not None and q.zero_point is not None
+    assert torch.equal(back.dequantize(), q.dequantize()) and torch.equal(back.zero_point, q.zero_point)
+    assert expressed(replace(there, offset=there.offset + 2.0**-9), q.scheme) is None

@@ -1,6 +1,6 @@
 """The same numbers in other words: a quantized tensor in another scheme whose grid holds its values.
 
-Owns: `expressed`. Codes are shifted, zero points become codes or offsets, scales are repeated for finer groups or taken once for equal
+Owns: `expressed`. Codes are shifted, zero points become codes or offsets and offsets zero points, scales are repeated for finer groups or taken once for equal
 ones, and stored in another type. No code is chosen anew: where the scheme has no room for the values, there is no answer.
 """
 
@@ -34,7 +34,8 @@ def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
     if isinstance(scheme.offset, Scheme) or scheme.scale == "e8m0" != own.scale:
         return None
     if q.offset is not None and scheme.zero_point != "float":
-        return None
+        pointed = _with_zero_points(q)
+        return None if pointed is None else expressed(pointed, scheme)
     shift = _shift(q, scheme)
     if shift is None:
         return None
@@ -61,6 +62,19 @@ def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
     if index is None and q.group_index is not None:
         return None
     return replace(q, codes=codes, scale=stored, zero_point=zero, offset=offset, scheme=scheme, group_index=index)
+
+
+def _with_zero_points(q: QTensor) -> QTensor | None:
+    """The same with integer zero points instead of offsets, where every offset is a whole multiple of its scale and a code."""
+    own, offset, scale = q.scheme, q.real_offset, q.real_scale
+    if own.format.kind != "integer" or isinstance(own.scale, Scheme) or offset is None:
+        return None
+    zero = torch.where(scale == 0, 0.0, -offset / scale).round()
+    low, high = own.format.qmin, own.format.qmax
+    if not torch.equal(-zero * scale, offset) or bool(((zero < low) | (zero > high)).any()):
+        return None
+    scheme = replace(own, zero_point="integer", offset="float32")
+    return replace(q, scheme=scheme, offset=None, zero_point=zero.to(torch.int32))
 
 
 def _shift(q: QTensor, scheme: Scheme) -> int | None:

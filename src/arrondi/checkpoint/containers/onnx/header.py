@@ -122,6 +122,8 @@ def read_model(path: Path) -> Model:
 class _Parser:
     def __init__(self, wire: Wire) -> None:
         self.wire, self.path, self.found = wire, wire.path, Model(wire.path)
+        self.given: set[str] = set()
+        """What graphs are given, inner ones too."""
 
     def model(self) -> Model:
         graphs = []
@@ -143,7 +145,18 @@ class _Parser:
         self.graph(graphs[0], 0)
         if not self.found.nodes and not self.found.constants:
             raise FileFormatError(f"{self.path}: its graph is empty, so it is no ONNX file. {_AGAIN}")
+        self.check_made()
         return self.found
+
+    def check_made(self) -> None:
+        """Refuse an operator that reads what is not in the file."""
+        made = self.found.constants.keys() | self.given | {name for node in self.found.nodes for name in node.outputs}
+        for node in self.found.nodes:
+            lost = next((name for name in node.inputs if name and name not in made), None)
+            if lost is not None:
+                raise FileFormatError(
+                    f"{self.path}: {node.name or node.op} reads {lost!r}, which is not in the file. {_AGAIN}"
+                )
 
     def graph(self, whole: Field, depth: int) -> None:
         if depth > _DEEPEST:
@@ -160,8 +173,11 @@ class _Parser:
                     self.found.stored.append(constant.name)
             elif f.number == 15:
                 raise FileFormatError(f"{self.path}: holds sparse constants, which are not read. Make them dense.")
-            elif f.number in (11, 12) and not depth:
+            elif f.number in (11, 12):
                 name, kind, shape = self.value(f)
+                self.given |= {name} if f.number == 11 else set()
+                if depth:
+                    continue
                 (self.found.inputs if f.number == 11 else self.found.outputs)[name] = (kind, shape)
 
     def keep(self, constant: Constant) -> None:

@@ -104,12 +104,12 @@ class Found:
             )
         if scales.dtype not in FLOATS:
             raise FileFormatError(f"{self.model.path}: the scales {scales.name!r} are of type {scales.dtype}. {_AGAIN}")
-        if zeros is not None and zeros.numel * 2 <= _SMALL and not bool((value_of(zeros) != 0).any()):
-            self._consumed.add(zeros.name)
-            zeros = None
         rank = len(codes.shape)
         axis = axis + rank if axis < 0 else axis
         self._check_grid(codes, scales, zeros, axis, block)
+        if zeros is not None and zeros.numel * 2 <= _SMALL and not bool((value_of(zeros) != 0).any()):
+            self._consumed.add(zeros.name)
+            zeros = None
         name = self._take(codes, use.node if use else node)
         self._consumed |= {scales.name, *([zeros.name] if zeros else [])}
         transposed = use is not None and use.transposed
@@ -156,7 +156,8 @@ class Found:
         if zeros is not None:
             wanted["zero points"] = (zeros, ("U8", scales.dtype), rows * (-(-count * bits // 8) if packed else count))
         for word, (held, types, numel) in wanted.items():
-            if held.dtype not in types or held.numel != numel:
+            flat = held.shape == (numel,) or held.shape[:1] == (rows,)
+            if held.dtype not in types or held.numel != numel or not flat:
                 raise FileFormatError(
                     f"{what}: the {word} {held.name!r} are {held.dtype} of shape {list(held.shape)}, and {numel} of type {' or '.join(dict.fromkeys(types))} are needed. {_AGAIN}"
                 )
@@ -237,8 +238,9 @@ class Found:
                 raise FileFormatError(f"{what} has scales of shape {list(scales.shape)} for blocks of {block} on axis {axis}. {_AGAIN}")  # fmt: skip
         elif scales.numel != 1 and scales.numel != along:
             raise FileFormatError(f"{what} has {scales.numel} scales on axis {axis}. {_AGAIN}")
-        if zeros is not None and (zeros.dtype != codes.dtype or zeros.numel != scales.numel):
-            raise FileFormatError(f"{what} and type {codes.dtype} has {zeros.numel} zero points of type {zeros.dtype} for {scales.numel} scales. {_AGAIN}")  # fmt: skip
+        alike = zeros is None or (zeros.shape == scales.shape if block else zeros.numel == scales.numel)
+        if zeros is not None and (zeros.dtype != codes.dtype or not alike):
+            raise FileFormatError(f"{what} and type {codes.dtype} has zero points {list(zeros.shape)} of type {zeros.dtype} for scales {list(scales.shape)}. {_AGAIN}")  # fmt: skip
 
     def _refuse_functions(self) -> None:
         strange = next((op for op in self.model.functions if "Quant" in op or op.startswith("MatMulNBits")), None)
