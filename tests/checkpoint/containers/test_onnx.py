@@ -49,6 +49,22 @@ def _by_constant(path: Path) -> dict[str, str]:
     return {stored["_quantized"]: name for name, (_, stored) in view_of(path).found.holders.items()}
 
 
+@pytest.mark.parametrize(
+    ("node", "scope", "name"),
+    [("/a/b.0/c/MatMul_Q4", None, "a.b.0.c.weight"), ("node_7", "m.c", "m.c.weight"), ("node_7", None, "encoder.layer.0.dense.weight")],
+)  # fmt: skip
+def test_names_that_exporters_leave(node: str, scope: str | None, name: str, tmp_path: Path) -> None:
+    """A constant without a name is called by the path in the operator's name, by the exporter's note, or by what is added to its product."""
+    model = mlp()
+    model.graph.node[0].name = node
+    if scope:
+        model.graph.node[0].metadata_props.add(
+            key="pkg.torch.onnx.name_scopes", value=f"['', 'm', '{scope}', 'linear']"
+        )
+    onnx.save(model, tmp_path / "f.onnx")
+    assert name in Checkpoint.open(tmp_path / "f.onnx").names
+
+
 def test_tables_in_blocks(tmp_path: Path) -> None:
     made = in_blocks(mlp(table=True), 4, False, table=True)
     onnx.save(made, tmp_path / "q.onnx")

@@ -28,12 +28,13 @@ def is_made(stored: str) -> bool:
     return _NO_NAME.fullmatch(plain_name(stored)) is not None
 
 
-def weight_name(stored: str, node: Node | None) -> str:
+def weight_name(stored: str, node: Node | None, bias: str = "") -> str:
     """The name of a weight.
 
     Args:
         stored: of its codes, or of its numbers.
         node: the operator that multiplies by it, or looks it up.
+        bias: name of what is added to that product; "" if nothing is.
 
     >>> weight_name("onnx::MatMul_42_quantized", Node("/encoder/layer.0/query/MatMul", "MatMul", (), (), {}))
     'encoder.layer.0.query.weight'
@@ -44,7 +45,9 @@ def weight_name(stored: str, node: Node | None) -> str:
     if node.scope:
         return f"{node.scope}.weight"
     path = [part for part in node.name.split("/")[:-1] if part]
-    return f"{'.'.join(path)}.weight" if node.name.startswith("/") and path else own
+    if node.name.startswith("/") and path:
+        return f"{'.'.join(path)}.weight"
+    return f"{bias.removesuffix('.bias')}.weight" if bias else own
 
 
 class Names:

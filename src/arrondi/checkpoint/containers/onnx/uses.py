@@ -8,6 +8,7 @@ from typing import Final
 from arrondi.checkpoint.containers.onnx.header import Model, Node
 
 _PASS: Final = ("Identity", "Cast", "Transpose")
+_BIAS: Final = ".bias"
 _DEEP: Final = 6
 """Operators between a weight and what it is for."""
 
@@ -31,12 +32,22 @@ class Uses:
     """The operators of a graph, by what they read and make."""
 
     def __init__(self, model: Model) -> None:
+        self.constants = model.constants.keys()
         self.makers = {name: node for node in model.nodes for name in node.outputs if name}
         self.readers: dict[str, list[tuple[int, Node]]] = {}
         for node in model.nodes:
             for place, name in enumerate(node.inputs):
                 if name:
                     self.readers.setdefault(name, []).append((place, node))
+
+    def bias_of(self, node: Node) -> str:
+        """Name of the constant that is added to the result of an operator, or that it adds itself; "" where there is none."""
+        own = [name for name in node.inputs[2:] if name.endswith(_BIAS) and name in self.constants]
+        if own or not node.outputs:
+            return own[0] if own else ""
+        readers = self.readers.get(node.outputs[0], [])
+        added = [name for _, after in readers if after.op == "Add" for name in after.inputs if name in self.constants]
+        return next((name for name in added if name.endswith(_BIAS)), "")
 
     def of(self, value: str, rank: int, flipped: bool = False, depth: int = 0) -> Use | None:
         """What a constant of so many axes is for: the first layer that reads it."""

@@ -215,7 +215,8 @@ class Found:
 
     def _take(self, codes: Constant, node: Node | None) -> str:
         self._consumed.add(codes.name)
-        return self._names.fresh(weight_name(codes.name, node), codes.name)
+        bias = self.uses.bias_of(node) if node is not None else ""
+        return self._names.fresh(weight_name(codes.name, node, bias), codes.name)
 
     def _said(self, codes: Constant, zeros: Constant | None, scales: Constant, axis: int, block: int, use: Use | None) -> bool:  # fmt: skip
         """Whether a scheme says this grid."""
