@@ -128,6 +128,23 @@ def test_an_encoder_is_exported(models: Callable[..., Path], tmp_path: Path) -> 
     np.testing.assert_allclose(logits(tmp_path / "m" / "model.onnx", ids), want, atol=1e-4)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "phi3-fused-qkv", "llama-tied"])
+def test_other_families_are_exported(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    arrondi.quantize(models(name), "w=int4/g32/asym", out=tmp_path / "q", to="arrondi")
+    convert_model(tmp_path / "q", tmp_path / "o", "onnx", exact_only=True)
+    ids = torch.randint(1, 60, (2, 11))
+    with torch.no_grad():
+        want = arrondi.load(tmp_path / "q", fuse=False)(ids).logits.numpy()
+    np.testing.assert_allclose(logits(tmp_path / "o" / "model.onnx", ids), want, atol=2e-5)
+
+
+def test_a_model_that_cannot_be_traced_is_refused(models: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match=r"cannot be traced.*--template") as caught:
+        convert_model(models("mixtral"), tmp_path / "o", "onnx")
+    assert "\x1b" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def test_large_constants_lie_beside(tmp_path: Path) -> None:
     """The same tensors, in a file of their own beside the graph."""
     from arrondi.checkpoint.containers.onnx.view import view_of

@@ -174,7 +174,8 @@ def export_program(module: torch.nn.Module, given: Mapping[str, torch.Tensor], o
                 input_names=list(given), output_names=outputs,
             )  # fmt: skip
     except Exception as error:  # torch's exporter has many
-        raise SchemeError(f"The model cannot be traced{_place(error)} ({_first_line(error)}). Give a graph of it: --template NAME.onnx.") from error  # fmt: skip
+        inner = error.__cause__ or error  # the outer one tells of the exporter's steps
+        raise SchemeError(f"The model cannot be traced{_place(inner)} ({_first_line(inner)}). Give a graph of it: --template NAME.onnx.") from error  # fmt: skip
     assert made is not None
     return made
 

@@ -65,7 +65,8 @@ def _example(model: Any) -> dict[str, torch.Tensor]:
     takes = inspect.signature(model.forward).parameters
     ids = torch.ones(_TRACED, dtype=torch.long)
     values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {name: values[name] for name in _INPUTS if name in takes}
+    segments = getattr(model.config, "type_vocab_size", None)  # others look segments up among their words
+    return {name: values[name] for name in _INPUTS if name in takes and (name != "token_type_ids" or segments)}
 
 
 def stored_names(source: OnDisk) -> dict[str, str]:
