@@ -129,6 +129,58 @@ def mxfp4(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
     return found
 
 
+def exl3(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    """States one after another along each tile, values in float16 as the formulas say, Hadamard matrices from SciPy."""
+    from scipy.linalg import hadamard
+
+    turn = hadamard(128) / np.sqrt(128)
+    found = {}
+    for name in tensors:
+        if not name.endswith(".trellis"):
+            continue
+        path = name.removesuffix(".trellis")
+        words = tensors[name].numpy().view(np.uint16)
+        down, across, width = words.shape
+        bits = width // 16
+        stream = words.reshape(-1, width // 2, 2)[:, :, ::-1].astype(">u2").reshape(-1, width).view(np.uint8)
+        line = np.unpackbits(np.ascontiguousarray(stream).reshape(len(stream), -1), axis=1)
+        twice = np.concatenate([line, line], axis=1)
+        inner = np.zeros((down * 16, across * 16), np.float32)
+        for place in range(256):
+            end = (place + 1) * bits + line.shape[1]
+            state = (twice[:, end - 16 : end].astype(np.int64) * 2 ** np.arange(15, -1, -1)).sum(1)
+            thread, j = place // 8, place % 8
+            row, column = 2 * (thread % 4) + (0, 1, 8, 9)[j % 4], thread // 4 + 8 * (j // 4)
+            values = _of_states(state, f"{path}.mcg" in tensors, f"{path}.mul1" in tensors)
+            inner[row::16, column::16] = values.reshape(down, across)
+        if f"{path}.suh" in tensors:
+            left, right = tensors[f"{path}.suh"].float().numpy(), tensors[f"{path}.svh"].float().numpy()
+        else:
+            left, right = (
+                1.0 - 2.0 * bits_of(tensors[f"{path}.{s}"].numpy()[None], 1, 16 * len(tensors[f"{path}.{s}"]))[0]
+                for s in ("su", "sv")
+            )
+        for marks in ("mcg", "mul1"):
+            if f"{path}.{marks}" in tensors:
+                assert int(tensors[f"{path}.{marks}"]) % 2**32 == {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}[marks]
+        whole = (
+            np.einsum("ab,xbc->xac", turn, inner.reshape(-1, 128, inner.shape[1])).reshape(inner.shape) * left[:, None]
+        )
+        whole = (whole.reshape(len(whole), -1, 128) @ turn).reshape(inner.shape) * right
+        found[path] = whole.T.astype(np.float32)
+    return found
+
+
+def _of_states(state: np.ndarray, mcg: bool, mul1: bool) -> np.ndarray:
+    if mul1:
+        total = (state * 0x83DCD12D % 2**32).astype("<u4").view(np.uint8).reshape(len(state), 4).sum(1, dtype=np.int64)
+        factor, addend = (float(np.uint16(b).view(np.float16)) for b in (0x1EEE, 0xC931))
+        return ((1024 + total) * factor + addend).astype(np.float16).astype(np.float32)
+    product = state * 0xCBAC1FED if mcg else state * 89226354 + 64248484
+    halves = ((product % 2**32 & 0x8FFF8FFF) ^ 0x3B603B60).astype("<u4").view(np.float16).reshape(len(state), 2)
+    return (halves[:, 0] + halves[:, 1]).astype(np.float32)
+
+
 def auto_round(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
     packing = said["packing_format"].lower()
     if packing == "auto_round:auto_awq":
@@ -150,6 +202,7 @@ def auto_round(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarra
 
 
 READERS = {
+    "exl3": exl3,
     "auto-round": auto_round,
     "intel/auto-round": auto_round,
     "gptq": gptq,

@@ -39,6 +39,8 @@ _STATE: Final = 16
 _MARKS: Final[Mapping[Function, int]] = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
 """Functions of states that a stored factor names."""
 _LEAVES: Final = ("trellis", "suh", "svh", "su", "sv", *_MARKS)
+SIGNS: Final = "signs"
+"""The storage of older files."""
 _AT_ONCE: Final = 8
 """Codes whose bits fill whole bytes."""
 
@@ -79,11 +81,12 @@ def _refuse(placed: Placed) -> str | None:
 def _specs(placed: Placed) -> list[TensorSpec]:
     path, (rows, columns) = placed.name.removesuffix(".weight"), placed.matrix_shape
     bits = placed.scheme.weights.format.bits
-    specs: list[TensorSpec] = [
-        (f"{path}.trellis", torch.int16, (columns // TILE, rows // TILE, TILE * bits)),
-        (f"{path}.suh", torch.float16, (columns,)),
-        (f"{path}.svh", torch.float16, (rows,)),
-    ]
+    specs: list[TensorSpec] = [(f"{path}.trellis", torch.int16, (columns // TILE, rows // TILE, TILE * bits))]
+    for side, count in (("u", columns), ("v", rows)):
+        old = placed.storage == SIGNS
+        specs.append(
+            (f"{path}.s{side}", torch.int16, (count // 16,)) if old else (f"{path}.s{side}h", torch.float16, (count,))
+        )
     function = _function(placed.scheme.weights)
     return [*specs, (f"{path}.{function}", torch.int32, ())] if function in _MARKS else specs
 
@@ -92,11 +95,11 @@ def _write(placed: Placed, values: LayerValues) -> dict[str, torch.Tensor]:
     path, q = placed.name.removesuffix(".weight"), values.weight
     assert q.sides is not None and q.scheme.format.trellis is not None
     (lines,) = to_lines(q.codes, q.scheme.format.trellis)
-    tensors = {
-        f"{path}.trellis": _stored(lines, q.scheme.format.bits).reshape(q.shape[1] // TILE, q.shape[0] // TILE, -1),
-        f"{path}.suh": q.sides.columns.half(),
-        f"{path}.svh": (q.sides.rows * q.real_scale.reshape(())).half(),
-    }
+    words = _stored(lines, q.scheme.format.bits).reshape(q.shape[1] // TILE, q.shape[0] // TILE, -1)
+    tensors = {f"{path}.trellis": words}
+    for side, numbers in (("u", q.sides.columns), ("v", q.sides.rows * q.real_scale.reshape(()))):
+        old = placed.storage == SIGNS
+        tensors |= {f"{path}.s{side}": _packed_signs(numbers)} if old else {f"{path}.s{side}h": numbers.half()}
     function = _function(q.scheme)
     return tensors | ({f"{path}.{function}": _mark(_MARKS[function])} if function in _MARKS else {})
 
@@ -113,7 +116,7 @@ def _read(placed: Placed, read: Reader) -> LayerValues:
     codes = from_lines(
         [_codes(read(f"{path}.trellis"), scheme.format.bits)], placed.matrix_shape, scheme.format.trellis
     )
-    old = placed.storage == "signs"
+    old = placed.storage == SIGNS
     rows, columns = (
         _signs(read(f"{path}.s{side}")) if old else read(f"{path}.s{side}h").float() for side in ("v", "u")
     )
@@ -143,6 +146,12 @@ def _signs(packed: torch.Tensor) -> torch.Tensor:
     """Bits of int16 words, the lowest first → ±1, a set bit being -1."""
     bits = packed.int()[:, None] >> torch.arange(16, dtype=torch.int32) & 1
     return 1.0 - 2.0 * bits.reshape(-1).float()
+
+
+def _packed_signs(signs: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_signs`."""
+    bits = (signs < 0).int().reshape(-1, 16) << torch.arange(16, dtype=torch.int32)
+    return bits.sum(1).to(torch.int16)
 
 
 # ── the config ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,7 +192,7 @@ def _find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]
     claims.remarks(remarks)
     claims.done()
     placed = [_place(path, names) for path in groups_of(names, _LEAVES, ("trellis",))]
-    check_beside(placed, [s for p in placed for s in _consumed(p, names)], names)
+    check_beside(placed, [s for p in placed for s in _specs(p)], names)
     return placed
 
 
@@ -214,16 +223,9 @@ def _place(path: str, names: Names) -> Placed:
         if names[name] != wanted:
             raise FileFormatError(f"{name} should be {wanted[0]} {wanted[1]}, found {names[name][0]} {names[name][1]}.")
     scheme = exl3_scheme(bits, marks[0] if marks else "3inst")
-    return Placed(f"{path}.weight", (rows, columns), LayerScheme(scheme), storage="signs" if old else "")
+    return Placed(f"{path}.weight", (rows, columns), LayerScheme(scheme), storage=SIGNS if old else "")
 
 
-def _consumed(placed: Placed, names: Names) -> list[TensorSpec]:
-    specs = _specs(placed)
-    if placed.storage != "signs":
-        return specs
-    path, (rows, columns) = placed.name.removesuffix(".weight"), placed.matrix_shape
-    plain = [s for s in specs if not s[0].endswith(("suh", "svh"))]
-    return [*plain, (f"{path}.su", torch.int16, (columns // 16,)), (f"{path}.sv", torch.int16, (rows // 16,))]
-
-
-LAYOUT: Final = Layout("exl3", _refuse, _specs, _write, _read, _config, _find, lambda scheme: scheme.with_scale("float32"))
+LAYOUT: Final = Layout(
+    "exl3", _refuse, _specs, _write, _read, _config, _find, lambda scheme: scheme.with_scale("float32")
+)
