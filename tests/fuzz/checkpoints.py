@@ -35,7 +35,7 @@ from arrondi.tensor.qtensor import QTensor
 from tests.checkpoint.copies import static_grid
 from tests.checkpoint.layouts.plain import decoded
 from tests.fuzz.inputs import inputs_apart
-from tests.fuzz.mutations import mutate_header, mutate_json, mutate_text
+from tests.fuzz.mutations import mutate_header, mutate_json, mutate_small, mutate_text
 
 READERS = {
     "compressed-tensors": [
@@ -52,23 +52,25 @@ READERS = {
     "auto-round": ["w=int4/g32", "w=int3/g32/asym", "mixed"],
     "fp8": ["w=fp8/b32x32,a=fp8/g32", "w=fp8/tensor,a=fp8/tensor/static"],
     "mxfp4": ["MXFP4A16"],
+    "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/asym", "w=uint4/g32/offset"],
     "plain": ["plain"],
 }  # fmt: skip
 SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
 _MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
 _NF4_DQ32 = f"w=nf4/g32/s:({nested_scheme()})"
-_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4")
+_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq")
 """Layouts whose numbers the plain decoders of the tests know."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A small checkpoint in memory, and its numbers."""
+    """A small checkpoint in memory, and its numbers; `notes`: small tensors of it may be changed, because a plain decoder follows."""
 
     config: dict[str, Any]
     file: bytes
     numbers: dict[str, torch.Tensor]
     placed: dict[str, Placed]
+    notes: bool = False
 
 
 def base(reader: str, scheme: str) -> Base:
@@ -112,7 +114,7 @@ def base(reader: str, scheme: str) -> Base:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = opened(Path(folder), json.dumps(config).encode(), file)
         numbers = {name: checkpoint.dense(name) for name in checkpoint.names}
-    return Base(config, file, numbers, dict(checkpoint.placed))
+    return Base(config, file, numbers, dict(checkpoint.placed), reader in _OF_OTHERS)
 
 
 def opened(folder: Path, config: bytes, file: bytes) -> Checkpoint:
@@ -141,11 +143,12 @@ def mutant(of: Base, rng: random.Random) -> tuple[bytes, bytes, str]:
             text = mutate_text(json.dumps(config).encode(), rng)
             done.append("text")
         else:
+            small = of.notes and rng.random() < 0.4
             try:
-                file = mutate_header(file, rng)
+                file = mutate_small(file, rng) if small else mutate_header(file, rng)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, UnicodeError):
                 continue  # the header is broken already
-            done.append("header")
+            done.append("small tensor" if small else "header")
     return json.dumps(config).encode() if text is None else text, file, "+".join(done)
 
 

@@ -1,6 +1,6 @@
 """Mutations of JSON documents and of safetensors files: what a damaged download, an editor or another tool may do.
 
-Owns: `mutate_json`, `mutate_text` and `mutate_header`. All take a `random.Random`, so a seed gives the same mutants again.
+Owns: `mutate_json`, `mutate_text`, `mutate_header` and `mutate_small`. All take a `random.Random`, so a seed gives the same mutants again.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ DTYPES = [
     "U32",
     "X9",
 ]
+
+SMALL = 128
+"""Bytes of a small tensor."""
 
 
 def any_value(rng: random.Random) -> Any:
@@ -169,6 +172,19 @@ def mutate_header(file: bytes, rng: random.Random) -> bytes:
         data += bytes(4)
     text = json.dumps(table).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+def mutate_small(file: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with one byte of a small tensor changed: where layouts keep notes of what large ones mean."""
+    length = int.from_bytes(file[:8], "little")
+    spans = [t["data_offsets"] for n, t in json.loads(file[8 : 8 + length]).items() if n != "__metadata__"]
+    start, stop = rng.choice([s for s in spans if 0 < s[1] - s[0] <= SMALL])
+    at = 8 + length + rng.randrange(start, stop)
+    return (
+        file[:at]
+        + bytes([rng.choice([file[at] ^ 1, file[at] ^ 128, (file[at] + 1) % 256, rng.randrange(256)])])
+        + file[at + 1 :]
+    )
 
 
 def mutate_length(file: bytes, rng: random.Random) -> bytes:

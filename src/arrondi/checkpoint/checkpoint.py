@@ -15,7 +15,7 @@ import torch
 
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.foreign import unlisted, what_method
-from arrondi.checkpoint.layouts import LAYOUTS, SYNONYMS
+from arrondi.checkpoint.layouts import LAYOUTS, MARKS, SYNONYMS
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, Placed
 from arrondi.checkpoint.sidecar import with_sidecar
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError
@@ -137,6 +137,8 @@ def _layout(folder: ModelDir) -> Layout | None:
     method = config.get("quant_method") if isinstance(config, dict) else None
     if isinstance(config, dict) and method is None and {"load_in_4bit", "load_in_8bit"} & config.keys():
         method = "bitsandbytes"  # of old releases of transformers
+    if config is None:
+        method = next((name for mark, name in MARKS.items() if any(n.endswith(mark) for n in folder.entries)), None)
     method = SYNONYMS.get(method, method) if isinstance(method, str) else method
     if isinstance(method, str) and method in LAYOUTS:
         return LAYOUTS[method]

@@ -30,7 +30,6 @@ _OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
 })  # fmt: skip
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
     "fbgemm_fp8": "quantized to FP8 by FBGEMM",
-    "hqq": "quantized by HQQ",
     "quanto": "quantized by Quanto",
     "torchao": "quantized by torchao",
     "modelopt": "quantized by NVIDIA ModelOpt",
@@ -94,6 +93,11 @@ def _inner(path: Path) -> str | None:
 def _other_weights(names: Sequence[str], suffixes: Collection[str]) -> str | None:
     pickles = [n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
+        if "qmodel.pt" in names:
+            return (
+                "HQQ's own pickle (qmodel.pt), which can run code when loaded. Save it as safetensors with hqq: "
+                "AutoHQQHFModel.save_to_safetensors(model, DIR)"
+            )
         return (
             f"only pickled weights ({pickles[0]}), which can run code when loaded. Save the model as safetensors first: "
             "model.save_pretrained(DIR)"

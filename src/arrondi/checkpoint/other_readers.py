@@ -152,4 +152,5 @@ _READERS: Final[Mapping[str, Readers]] = MappingProxyType({
     "fp8": Readers("accelerate", (_fp8_ragged, _fp8_inputs)),
     "mxfp4": Readers("accelerate", (), (_turned_back,)),
     "bitsandbytes": Readers("bitsandbytes", (_experts, _whole), (_four_on_cpu,)),
+    "hqq": Readers("", gpus=False),
 })  # fmt: skip

@@ -206,6 +206,24 @@ def auto_round(folder: Path, bits: int, symmetric: bool, packing: str) -> None:
     save(folder, config, tensors, expected)
 
 
+def hqq(folder: Path, bits: float, size: int | None, axis: int, dtype: torch.dtype, **words: bool) -> None:
+    """Layers of HQQ's HQQLinear; what they mean is what it makes of its own file with products in float32."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    tensors, expected = {}, {}
+    for name, linear in weights().items():
+        quantization = BaseQuantizeConfig(nbits=bits, group_size=size, axis=axis)
+        quantization["weight_quant_params"] |= words
+        layer = HQQLinear(linear, quantization, compute_dtype=dtype, device="cpu")
+        tensors |= {f"{name}.{k}": v.detach().clone() for k, v in layer.state_dict().items()}
+        again = HQQLinear(None, None, compute_dtype=torch.float32, device="cpu", initialize=False)
+        again.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()})
+        expected[f"{name}.weight"] = again.dequantize()
+    quantization = BaseQuantizeConfig(nbits=bits, group_size=size, axis=axis)
+    config = {"quant_method": "hqq", "quant_config": quantization, "skip_modules": ["lm_head"]}
+    save(folder, config, tensors, expected)
+
+
 def main(out: Path) -> None:
     if importlib.util.find_spec("gptqmodel"):
         for bits in (2, 3, 4, 8):
@@ -229,6 +247,15 @@ def main(out: Path) -> None:
             auto_round(out / f"auto-round-{bits}-asym", bits, False, "auto_round")
         auto_round(out / "auto-round-asym-v1", 4, False, "auto_round:auto_gptq")
         auto_round(out / "auto-round-3-sym", 3, True, "auto_round:auto_gptq")
+    if importlib.util.find_spec("hqq"):
+        for bits in (1, 1.58, 2, 3, 4, 5, 6, 8):
+            hqq(out / f"hqq-{bits}", bits, 32, 1, torch.float16)
+        hqq(out / "hqq-4-axis0", 4, 16, 0, torch.bfloat16)
+        hqq(out / "hqq-3-axis0-columns", 3, None, 0, torch.float16)
+        hqq(out / "hqq-8-rows", 8, None, 1, torch.bfloat16)
+        hqq(out / "hqq-4-run", 4, 256, 1, torch.float16)
+        hqq(out / "hqq-4-as-float", 4, 64, 1, torch.float16, view_as_float=True)
+        hqq(out / "hqq-2-whole-zeros", 2, 32, 1, torch.float16, round_zero=True, optimize=False)
 
 
 if __name__ == "__main__":

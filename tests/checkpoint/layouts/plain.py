@@ -201,8 +201,28 @@ def auto_round(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarra
     return found
 
 
+def hqq(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    found = {}
+    for name in tensors:
+        if not name.endswith(".W_q"):
+            continue
+        path = name.removesuffix(".W_q")
+        words = tensors[name].numpy()
+        bits, size, axis = (tensors[f"{path}.{k}"].item() for k in ("nbits", "group_size", "axis"))
+        shape = tuple(tensors[f"{path}.shape"].tolist())
+        width = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3, 2: 2, 1: 1}[bits]
+        count = 10 if width == 3 else 8 // width
+        folded = (shape[0] * shape[1] // size, size) if axis == 1 else (size, shape[0] * shape[1] // size)
+        parts = [(words.astype(np.int64) >> (width * (count - 1 - i))) % 2**width for i in range(count)]
+        codes = np.concatenate(parts)[: folded[0]].astype(np.float64)
+        scale, zero = (tensors[f"{path}.{k}"].double().numpy() for k in ("scale", "zero"))
+        found[path] = ((codes - zero) * scale).reshape(shape).astype(np.float32)
+    return found
+
+
 READERS = {
     "exl3": exl3,
+    "hqq": hqq,
     "auto-round": auto_round,
     "intel/auto-round": auto_round,
     "gptq": gptq,

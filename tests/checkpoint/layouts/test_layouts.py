@@ -34,7 +34,7 @@ GRAMMAR = [
     "w=int4/channel", "w=int4/tensor", "w=int4/channel/asym", "w=int8/channel/asym", "w=int3/g32/asym", "w=int5/g16/bfloat16", "w=int8/g64/float16", "w=int4/b16x32",
     "w=int8/tensor/asym,a=int8/token", "w=int8/g32/asym,a=int8/tensor", "w=int8/channel,a=int8/g32", "w=int8/channel,a=int8/token/asym",
     "w=int8/channel,a=int8/tensor/asym/static", "w=int8/channel,a=int8/tensor/bfloat16/static,o=int8/tensor/static", "w=int4/b16x32/asym",
-    "w=uint4/g32", "w=uint8/channel/asym", "w=int4/g32/offset", "w=int2/channel/offset", "w=int4/g32/e8m0", "w=int4/token", "w=int4/channel1",
+    "w=uint4/g32", "w=uint8/channel/asym", "w=uint4/g32/asym", "w=uint3/g32/offset", "w=int4/g32/offset", "w=int2/channel/offset", "w=int4/g32/e8m0", "w=int4/token", "w=int4/channel1",
     "w=fp8/tensor,a=fp8/tensor", "w=fp8/g64", "w=fp8_e5m2/channel", "w=fp4/g16", "w=fp4/g16/e8m0", "w=fp6_e2m3/g32/e8m0", "w=nf4/g64/float16",
     "w=ternary/g32", "w=binary/channel", "w=dynamic8/tensor", "w=int8/channel,a=nf4/g32", "w=int8/channel,a=int8/channel", "w=int8/channel,a=fp6/token",
     "w=int8/channel,kv=int8/token", "w=int4/g32/offset/o:bfloat16", "w=int4/g32/offset/s:(uint6/tensor)/o:(int8/tensor)",
@@ -74,6 +74,7 @@ STORED_BY = {
     "gguf": {*GGML, "MXFP4A16"},
     "onnx": GRAPHS,
     "onnx-qdq": GRAPHS,
+    "hqq": {"w=uint8/channel/asym", "w=uint4/g32/asym", "w=uint3/g32/offset"},
 }  # fmt: skip
 """What each layout can hold, written down by hand: an honest `refuse` says yes to these and no to all else."""
 
@@ -180,6 +181,9 @@ def test_what_is_promised_is_written_and_read_again(layout: str, scheme: str, sh
     if (layout, scheme) == ("bitsandbytes", "W8A8"):  # not every scale is 1/127 of a float32
         assert isinstance(values.weight.scale, torch.Tensor)
         values.weight.scale.copy_((values.weight.scale * 127) / 127)
+    if layout == "hqq" and isinstance(values.weight.offset, torch.Tensor):  # of which zero points in 16 bits are made
+        scale = values.weight.real_scale
+        values.weight.offset.copy_(-(-values.weight.offset / scale).half().float() * scale)
     before = values.weight.codes.clone()
     written = LAYOUTS[layout].write(p, values)
     specs = {name: (dtype, size) for name, dtype, size in LAYOUTS[layout].specs(p)}

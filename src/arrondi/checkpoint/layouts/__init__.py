@@ -19,6 +19,7 @@ from arrondi.checkpoint.layouts import (
     fp8,
     ggml,
     gptq,
+    hqq,
     mxfp4,
     onnx,
 )
@@ -34,6 +35,7 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "fp8": fp8.LAYOUT,
     "mxfp4": mxfp4.LAYOUT,
     "exl3": exl3.LAYOUT,
+    "hqq": hqq.LAYOUT,
     "gguf": ggml.LAYOUT,
     "onnx": onnx.LAYOUT,
     "onnx-qdq": onnx.STANDARD,
@@ -45,3 +47,6 @@ CHOSEN: Final = ("compressed-tensors", "arrondi")
 
 SYNONYMS: Final[Mapping[str, str]] = MappingProxyType({"intel/auto-round": "auto-round", "tflite": "onnx"})
 """Other words of `quant_method` → name of the layout."""
+
+MARKS: Final[Mapping[str, str]] = MappingProxyType({".W_q": "hqq"})
+"""Endings of tensors of layouts that describe themselves, so that some of their files have no `quantization_config` → name of the layout."""
