@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
+from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, ModelFacts, Placed
 from arrondi.checkpoint.layouts.bitsandbytes.blocks import nested_scheme
 from arrondi.errors import ArrondiError
 from arrondi.formats import parse_scheme
@@ -53,12 +53,13 @@ READERS = {
     "fp8": ["w=fp8/b32x32,a=fp8/g32", "w=fp8/tensor,a=fp8/tensor/static"],
     "mxfp4": ["MXFP4A16"],
     "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/asym", "w=uint4/g32/offset"],
+    "torchao": ["w=int4/g32", "w=int3/channel/asym", "w=int8/channel,a=int8/token", "w=fp8/channel"],
     "plain": ["plain"],
 }  # fmt: skip
 SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
 _MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
 _NF4_DQ32 = f"w=nf4/g32/s:({nested_scheme()})"
-_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq")
+_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq", "torchao")
 """Layouts whose numbers the plain decoders of the tests know."""
 
 
@@ -109,7 +110,9 @@ def base(reader: str, scheme: str) -> Base:
         made.append(placed)
     if made:
         config["quantization_config"] = LAYOUTS[reader].config(made, ["lm_head"])
-    file = save({n: t.contiguous() for n, t in tensors.items()})
+    parts = {n for p in made for n, _, _ in LAYOUTS[reader].specs(p)}
+    words = LAYOUTS[reader].metadata(made, sorted(tensors.keys() - parts), ModelFacts()) if made else {}
+    file = save({n: t.contiguous() for n, t in tensors.items()}, words or None)
     numbers = {p.name: torch.empty(0) for p in made}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = opened(Path(folder), json.dumps(config).encode(), file)

@@ -153,7 +153,11 @@ def mutate_header(file: bytes, rng: random.Random) -> bytes:
     table: dict[str, Any] = json.loads(header)
     names = [n for n in table if n != "__metadata__"]
     name = rng.choice(names)
-    if kind <= 4:
+    if len(table.get("__metadata__") or {}) > 1 and rng.random() < 0.5:
+        kind = -1
+    if kind < 0:
+        _mutate_note(table["__metadata__"], rng)
+    elif kind <= 4:
         table[rng.choice([typo(name, rng), name.rpartition(".")[0] + "." + rng.choice(["weight", "weight_scale", "weight_g_idx", "weight_zero_point", "input_scale", "codes", "scale", "bias", "k_scale", "qweight", "qzeros", "g_idx", "SCB", "absmax"])])] = table.pop(name)  # fmt: skip
     elif kind == 5:
         table[name]["dtype"] = rng.choice(DTYPES)
@@ -172,6 +176,19 @@ def mutate_header(file: bytes, rng: random.Random) -> bytes:
         data += bytes(4)
     text = json.dumps(table).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+def _mutate_note(words: dict[str, str], rng: random.Random) -> None:
+    """Change one of the JSON texts that a file keeps beside its tensors, drop it or take another one's."""
+    key, kind = rng.choice(list(words)), rng.randrange(6)
+    if kind == 0:
+        del words[key]
+    elif kind == 1:
+        words[key] = rng.choice(list(words.values()))
+    elif kind == 2:
+        words[key] = mutate_text(words[key].encode(), rng).decode("latin-1")
+    else:
+        words[key] = json.dumps(mutate_json({"": json.loads(words[key])}, rng).get(""))
 
 
 def mutate_small(file: bytes, rng: random.Random) -> bytes:

@@ -131,6 +131,20 @@ def _turned_back(placed: list[Placed], facts: ModelFacts) -> str | None:
     return "Without its kernels for GPUs it turns the weights back, exactly."
 
 
+def _fp8_by_gpus(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if all(p.scheme.inputs is None or p.scheme.weights.format.kind == "integer" for p in placed):
+        return None
+    return (
+        f"{TRANSFORMERS} multiplies FP8 inputs of torchao on a GPU only (not run here); arrondi rounds them anywhere."
+    )
+
+
+def _rounds_by_torchao(placed: list[Placed], facts: ModelFacts) -> str | None:
+    if all(p.scheme.inputs is None for p in placed):
+        return None
+    return "It takes 1/127.5 of the largest input for the step of symmetric int8 (arrondi 1/127), so its logits differ by as much as rounding inputs costs."
+
+
 def _whole(placed: list[Placed], facts: ModelFacts) -> str | None:
     if not facts.whole:
         return None
@@ -153,4 +167,5 @@ _READERS: Final[Mapping[str, Readers]] = MappingProxyType({
     "mxfp4": Readers("accelerate", (), (_turned_back,)),
     "bitsandbytes": Readers("bitsandbytes", (_experts, _whole), (_four_on_cpu,)),
     "hqq": Readers("", gpus=False),
+    "torchao": Readers("torchao", (_experts, _whole, _fp8_by_gpus), (_rounds_by_torchao,), gpus=False),
 })  # fmt: skip

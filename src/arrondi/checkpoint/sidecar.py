@@ -1,8 +1,9 @@
-"""What other tools say of a quantized model beside its config.json.
+"""What other tools say of a quantized model beside its config.json, or beside the tensors in its files.
 
 Owns: `with_sidecar`. AutoGPTQ and GPTQModel write quantize_config.json, at first alone, then as a copy of config.json's
 `quantization_config`; ModelOpt writes hf_quant_config.json. Where config.json says nothing, theirs is taken; where both speak, they must not
-contradict each other.
+contradict each other. torchao keeps the classes of tensors in the metadata of the safetensors files, which becomes the key "metadata" of its
+`quantization_config`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 from arrondi.checkpoint.containers.json_file import read_json
 from arrondi.checkpoint.containers.model_dir import ModelDir
+from arrondi.checkpoint.containers.tensor_file import read_metadata
 from arrondi.errors import FileFormatError
 
 _GPTQ: Final = "quantize_config.json"
@@ -26,17 +28,34 @@ def with_sidecar(folder: ModelDir) -> ModelDir:
     Raises:
         FileFormatError: the two contradict each other.
     """
+    own = folder.config.get("quantization_config")
+    if isinstance(own, dict) and own.get("quant_method") == "torchao":
+        return _with_metadata(folder, own)
     path = folder.path / _GPTQ
     if not path.is_file() or not any(n.endswith(".qweight") for n in folder.entries):
         return folder
     beside = read_json(path, "Download it again.")
-    own = folder.config.get("quantization_config")
     if own is None:
         told = {"quant_method": "gptq"} | beside
         return replace(folder, config={**folder.config, "quantization_config": told})
     if isinstance(own, dict):
         _check_same(path, own, beside)
     return folder
+
+
+def _with_metadata(folder: ModelDir, own: dict[str, Any]) -> ModelDir:
+    if "metadata" in own:
+        raise FileFormatError(
+            f"{folder.path / 'config.json'}: quantization_config has the key 'metadata', which is not known here."
+        )
+    words: dict[str, str] = {}
+    for path in sorted({e.path for e in folder.entries.values()}):
+        for key, word in read_metadata(path).items():
+            if words.setdefault(key, word) != word:
+                raise FileFormatError(
+                    f"{path}: says another {key[:60]!r} than the files before it. Save the model again."
+                )
+    return replace(folder, config={**folder.config, "quantization_config": {**own, "metadata": words}})
 
 
 def _check_same(path: Path, own: dict[str, Any], beside: dict[str, Any]) -> None:

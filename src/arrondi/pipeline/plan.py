@@ -98,7 +98,11 @@ class Plan:
 
     def shards(self, shard_bytes: int) -> ShardPlan:
         specs = [spec for t in self.tensors for spec in self.specs(t)]
-        return ShardPlan.split([*specs, *(a.spec for a in self.declared.added)], shard_bytes)
+        specs += [a.spec for a in self.declared.added]
+        made = [t.placed for t in self.quantized]
+        parts = {name for p in made for name, _, _ in self.layout.specs(p)}
+        plain = [name for name, _, _ in specs if name not in parts]
+        return ShardPlan.split(specs, shard_bytes, self.layout.metadata(made, plain, self.facts))
 
     @property
     def output_bytes(self) -> int:

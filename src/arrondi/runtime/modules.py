@@ -148,8 +148,11 @@ def save(model: nn.Module, out: str | Path, *, to: str | None = None) -> dict[st
     files: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         files |= chosen.write(layer.placed, layer.values or _values(model, name, layer.inputs))
-    files |= {n: t for n, t in _plain(model).items() if n not in layers}
-    plan = ShardPlan.split([(n, t.dtype, tuple(t.shape)) for n, t in files.items()], _SHARD_BYTES)
+    plain = {n: t for n, t in _plain(model).items() if n not in layers}
+    files |= plain
+    placed, known_facts = [layer.placed for layer in layers.values()], getattr(model, _FACTS)
+    words = chosen.metadata(placed, list(plain), known_facts)
+    plan = ShardPlan.split([(n, t.dtype, tuple(t.shape)) for n, t in files.items()], _SHARD_BYTES, words)
     writer = ShardWriter(out, plan)
     for name, tensor in files.items():
         writer.put(name, tensor.detach().cpu())
@@ -159,7 +162,6 @@ def save(model: nn.Module, out: str | Path, *, to: str | None = None) -> dict[st
     facts["architectures"] = facts.get("architectures") or [type(model).__name__]
     facts |= stored_attention(config)
     kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    placed, known_facts = [layer.placed for layer in layers.values()], getattr(model, _FACTS)
     described = chosen.config(placed, kept, known_facts)
     known: Any = model
     if hasattr(model, "can_generate") and known.can_generate():

@@ -36,12 +36,16 @@ def weights() -> dict[str, torch.nn.Linear]:
 
 
 def save(
-    folder: Path, quantization: dict[str, Any], tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+    folder: Path,
+    quantization: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """The files of one case."""
     folder.mkdir(parents=True)
     plain = {"model.norm.weight": torch.ones(64)}
-    save_file({n: t.contiguous() for n, t in (tensors | plain).items()}, folder / "model.safetensors")
+    save_file({n: t.contiguous() for n, t in (tensors | plain).items()}, folder / "model.safetensors", metadata)
     save_file({n: t.contiguous() for n, t in expected.items()}, folder / "expected.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": quantization}))
 
@@ -224,6 +228,71 @@ def hqq(folder: Path, bits: float, size: int | None, axis: int, dtype: torch.dty
     save(folder, config, tensors, expected)
 
 
+def torchao(folder: Path, config: Any, dtype: torch.dtype) -> None:
+    """Layers of torchao, saved as transformers saves them."""
+    from torchao.core.config import config_to_dict
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import quantize_
+
+    state, expected = {}, {}
+    for name, linear in weights().items():
+        if type(config).__name__.startswith("Float8"):
+            linear.weight.data[1] = 1  # of a row of zeros it makes NaN
+        module = torch.nn.Sequential(linear).to(dtype)
+        quantize_(module, config)
+        state |= {name + key.removeprefix("0"): value for key, value in module.state_dict().items()}
+        expected[f"{name}.weight"] = module[0].weight.dequantize()
+    tensors, metadata = flatten_tensor_state_dict(state)
+    said = {
+        "quant_method": "torchao",
+        "quant_type": {"default": config_to_dict(config)},
+        "modules_to_not_convert": None,
+    }
+    save(
+        folder,
+        said | {"include_input_output_embeddings": False, "untie_embedding_weights": False},
+        tensors,
+        expected,
+        metadata,
+    )
+
+
+def all_of_torchao(out: Path) -> None:
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        MappingType,
+        PerAxis,
+        PerGroup,
+        PerTensor,
+    )
+
+    groups, asymmetric = PerGroup(32), MappingType.ASYMMETRIC
+    torchao(out / "torchao-int8", Int8WeightOnlyConfig(), torch.bfloat16)
+    torchao(out / "torchao-int8-groups", Int8WeightOnlyConfig(granularity=groups), torch.float32)
+    torchao(out / "torchao-int8-tensor", Int8WeightOnlyConfig(granularity=PerTensor()), torch.float32)
+    torchao(out / "torchao-int8-dynamic", Int8DynamicActivationInt8WeightConfig(), torch.float32)
+    torchao(
+        out / "torchao-int8-dynamic-asym",
+        Int8DynamicActivationInt8WeightConfig(act_mapping_type=asymmetric),
+        torch.bfloat16,
+    )
+    for bits, where in ((2, groups), (3, PerAxis(0)), (4, groups), (8, groups)):
+        weight = getattr(torch, f"int{bits}")
+        torchao(out / f"torchao-intx-{bits}", IntxWeightOnlyConfig(weight, where), torch.bfloat16)
+        torchao(out / f"torchao-intx-{bits}-asym", IntxWeightOnlyConfig(weight, where, asymmetric), torch.float32)
+    torchao(out / "torchao-8da4w", Int8DynamicActivationIntxWeightConfig(torch.int4, groups), torch.bfloat16)
+    torchao(out / "torchao-float8", Float8WeightOnlyConfig(), torch.bfloat16)
+    torchao(
+        out / "torchao-float8-tensor",
+        Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2, granularity=PerTensor()),
+        torch.float32,
+    )
+
+
 def main(out: Path) -> None:
     if importlib.util.find_spec("gptqmodel"):
         for bits in (2, 3, 4, 8):
@@ -256,6 +325,8 @@ def main(out: Path) -> None:
         hqq(out / "hqq-4-run", 4, 256, 1, torch.float16)
         hqq(out / "hqq-4-as-float", 4, 64, 1, torch.float16, view_as_float=True)
         hqq(out / "hqq-2-whole-zeros", 2, 32, 1, torch.float16, round_zero=True, optimize=False)
+    if importlib.util.find_spec("torchao"):
+        all_of_torchao(out)
 
 
 if __name__ == "__main__":

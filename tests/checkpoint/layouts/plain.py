@@ -220,9 +220,28 @@ def hqq(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
     return found
 
 
+def torchao(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    """Blocks are as large as the shape of the scales says."""
+    found = {}
+    for name, value in tensors.items():
+        if name.endswith("._weight_qdata"):
+            path = name.removesuffix("._weight_qdata")
+            codes = value.double()
+            grid = [
+                tensors[f"{path}._weight_{p}"].double()
+                for p in ("zero_point", "scale")
+                if f"{path}._weight_{p}" in tensors
+            ]
+            for i, size in enumerate(codes.shape):
+                grid = [part.repeat_interleave(size // part.shape[i], i) for part in grid]
+            found[path] = ((codes - (grid[0] if len(grid) == 2 else 0)) * grid[-1]).float().numpy()
+    return found
+
+
 READERS = {
     "exl3": exl3,
     "hqq": hqq,
+    "torchao": torchao,
     "auto-round": auto_round,
     "intel/auto-round": auto_round,
     "gptq": gptq,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from arrondi.checkpoint import CHOSEN, LAYOUTS, LayerValues, Layout, Placed
+from arrondi.checkpoint import CHOSEN, LAYOUTS, LayerValues, Layout, ModelFacts, Placed
 from arrondi.checkpoint.layouts.arrondi import digest
 from arrondi.errors import FileFormatError
 from arrondi.formats import (
@@ -74,6 +74,11 @@ STORED_BY = {
     "gguf": {*GGML, "MXFP4A16"},
     "onnx": GRAPHS,
     "onnx-qdq": GRAPHS,
+    "torchao": {
+        *(f"W{b}A16" for b in range(2, 9)), *(f"W{b}A16_ASYM" for b in range(2, 8)), "W8A8", "FP8_DYNAMIC", "FP8A16", "Q4_0", "Q5_0", "Q8_0",
+        "w=int4/channel", "w=int4/tensor", "w=int4/channel/asym", "w=int8/channel/asym", "w=int3/g32/asym", "w=int5/g16/bfloat16", "w=int8/g64/float16",
+        "w=int4/b16x32", "w=int8/channel,a=int8/token/asym", "w=int4/b16x32/asym", "w=fp8/tensor,a=fp8/tensor", "w=fp8/g64", "w=fp8_e5m2/channel",
+    },
     "hqq": {"w=uint8/channel/asym", "w=uint4/g32/asym", "w=uint3/g32/offset"},
 }  # fmt: skip
 """What each layout can hold, written down by hand: an honest `refuse` says yes to these and no to all else."""
@@ -192,6 +197,8 @@ def test_what_is_promised_is_written_and_read_again(layout: str, scheme: str, sh
     same_values(LAYOUTS[layout].read(p, written.__getitem__), values)
     config = json.loads(json.dumps(LAYOUTS[layout].config([p], ["lm_head"])))
     assert config["quant_method"] == layout
+    if words := LAYOUTS[layout].metadata([p], [], ModelFacts()):
+        config["metadata"] = words
     assert find(LAYOUTS[layout], config, written) == [p]
 
 

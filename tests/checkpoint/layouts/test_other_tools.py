@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import arrondi
-from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
+from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, ModelFacts, Placed
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import PerGroup, parse_scheme
 from arrondi.tensor.nearest import quantize_tensor
@@ -39,6 +39,7 @@ SCHEMES = {
     "fp8": ["w=fp8/b32x32,a=fp8/g32", "FP8_BLOCK", "FP8"],
     "mxfp4": ["MXFP4A16"],
     "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/offset", "w=uint2/g32/offset/bfloat16"],
+    "torchao": ["w=int4/g32", "w=int3/channel/asym", "w=int8/channel,a=int8/token", "w=int8/tensor", "w=fp8/channel", "w=fp8_e5m2/tensor"],
 }  # fmt: skip
 CASES = [(layout, scheme) for layout, schemes in SCHEMES.items() for scheme in schemes]
 
@@ -69,13 +70,18 @@ def made(
         tensors |= LAYOUTS[layout].write(one, LayerValues(q, static_grid(layer, 3.0)))
     assert LAYOUTS[layout].together(placed) is None
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    return config | {"quantization_config": LAYOUTS[layout].config(placed, ["lm_head"])}, tensors
+    described = LAYOUTS[layout].config(placed, ["lm_head"])
+    parts = {n for p in placed for n, _, _ in LAYOUTS[layout].specs(p)}
+    if words := LAYOUTS[layout].metadata(placed, sorted(tensors.keys() - parts), ModelFacts()):
+        described["metadata"] = words  # of the file, where `stored` puts it
+    return config | {"quantization_config": described}, tensors
 
 
 def stored(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint:
     """A checkpoint of these, every layer read."""
     folder.mkdir(exist_ok=True)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    words = config.get("quantization_config", {}).pop("metadata", None)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", words)
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = Checkpoint.open(folder)
     checkpoint.verify()
@@ -130,6 +136,23 @@ def note(**changes: Any) -> Edit:
         tensors[NOTE] = torch.tensor(list(json.dumps(text).encode()), dtype=torch.uint8)
 
     return edit
+
+
+def notes(**changes: Any) -> Edit:
+    """Another note of torchao of the first weight."""
+
+    def edit(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        metadata = config["quantization_config"]["metadata"]
+        text = json.loads(metadata[f"{A}.weight"])
+        for key, value in changes.items():
+            (text if key.startswith("_") else text["_data"])[key] = value
+        metadata[f"{A}.weight"] = json.dumps(text)
+
+    return edit
+
+
+def words(key: str, word: str) -> Edit:
+    return lambda config, tensors: config["quantization_config"]["metadata"].update({key: word})
 
 
 FAULTS: list[tuple[str, str, Edit, str]] = [
@@ -233,6 +256,35 @@ FAULTS: list[tuple[str, str, Edit, str]] = [
     ("hqq", "w=uint4/g32/asym", put(f"{A}.scale", torch.Tensor.int), "floating-point numbers"),
     ("hqq", "w=uint3/g32/asym", put(f"{A}.W_q", at((0, 0), -1)), "bits beyond"),
     ("hqq", "w=uint4/g32/asym", renamed(f"{A}.bias", f"{A}.meta"), f"{A}.meta is stored beside"),
+    ("torchao", "w=int4/g32", notes(_type="Int4Tensor"), "a Int4Tensor of torchao"),
+    (
+        "torchao",
+        "w=int4/g32",
+        notes(_type="Int8Tensor"),
+        "has the key 'activation_quantization'",
+    ),
+    ("torchao", "w=int4/g32", notes(_type="Tensor"), "has the key"),
+    ("torchao", "w=int4/g32", notes(_tensor_data_names=["qdata", "scale"]), "names the parts qdata, scale"),
+    ("torchao", "w=int4/g32", notes(block_size=[1, 64]), "config does not describe"),
+    ("torchao", "w=int4/g32", notes(block_size=[1, 48]), "do not divide"),
+    ("torchao", "w=int4/g32", notes(target_dtype={"_type": "torch.dtype", "_data": "int1"}), "should be one of 'int2'"),
+    ("torchao", "w=int4/g32", notes(target_dtype={"_type": "torch.dtype", "_data": "int3"}), "int3 has no code"),
+    ("torchao", "w=int4/g32", notes(activation_quantization="int4"), "activation_quantization should be"),
+    ("torchao", "w=int8/channel,a=int8/token", notes(reduce_range=True), "reduce_range is True"),
+    ("torchao", "w=int4/g32", words(f"{A}.weight", "[[["), "is no JSON"),
+    ("torchao", "w=int4/g32", words("tensor_names", "[1]"), "no list tensor_names"),
+    ("torchao", "w=int4/g32", words("tensor_names", f'["{A}.weight"]'), "of a tensor that tensor_names lacks"),
+    ("torchao", "w=int4/g32", words(f"{A}.weight", '{"_type": "Tensor"}'), "is stored, and no metadata"),
+    (
+        "torchao",
+        "w=int4/g32",
+        renamed(f"{A}._weight_scale", f"{A}._weight_scales"),
+        "should hold floating-point numbers, found nothing",
+    ),
+    ("torchao", "w=int4/g32", put(f"{A}._weight_zero_point", torch.Tensor.float), "config does not describe"),
+    ("torchao", "w=int4/g32", put(f"{A}._weight_zero_point", at((0, 0), 9)), "a zero point lies outside"),
+    ("torchao", "w=fp8/channel", put(f"{A}._weight_scale", torch.Tensor.bfloat16), "should hold float32 numbers"),
+    ("torchao", "w=int4/g32", said(quant_type="int4_weight_only"), "quant_type should be an object"),
     ("hqq", "w=uint4/g32/asym", said(quant_config={"weight_quant_params": {"bits": 4}}), "has the key 'bits'"),
 ]
 
@@ -420,6 +472,12 @@ LOADED = {
     "bitsandbytes-some-kept": ("w=nf4/g32", "bitsandbytes", ["lm_head", "re:.*down_proj"]),
     "bitsandbytes-int8": ("W8A8", "bitsandbytes", None),
     "mxfp4-experts": ("MXFP4A16", "mxfp4", None),
+    "torchao-int8": ("w=int8/channel", "torchao", None),
+    "torchao-int4": ("w=int4/g32", "torchao", None),
+    "torchao-int3-asym-some-kept": ("w=int3/g32/asym", "torchao", ["lm_head", "re:.*down_proj"]),
+    "torchao-float8": ("w=fp8/channel", "torchao", None),
+    "torchao-dynamic-int8": ("W8A8", "torchao", None),
+    "torchao-8da4w-int8": ("w=int4/g32,a=int8/token/asym", "torchao", None),
     "auto-round-sym": ("w=int4/g32", "auto-round", None),
     "auto-round-asym": ("w=int4/g32/asym", "auto-round", None),
     "auto-round-some-kept": ("w=int4/g32", "auto-round", ["lm_head", "re:.*down_proj"]),

@@ -1,6 +1,6 @@
 """One safetensors file, read lazily and written in place.
 
-Owns: `read_header`, `Entry` (where a tensor lies), `read_tensor`, and `encode_header` for the writer. The format
+Owns: `read_header`, `read_metadata`, `Entry` (where a tensor lies), `read_tensor`, and `encode_header` for the writer. The format
 is an 8-byte little-endian length, a JSON header, then one byte buffer (the specification of safetensors 0.x).
 
 Why not the safetensors package here: a map of the whole file counts towards the resident set and its writer wants every
@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -85,6 +87,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         FileFormatError: truncated, not JSON, overlapping or missing bytes, sizes that contradict shapes, unknown types.
     """
+    return _parsed(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that the header of a file has beside its tensors.
+
+    Raises:
+        FileFormatError: as `read_header`.
+    """
+    return _parsed(path)[1]
+
+
+def _parsed(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -129,7 +144,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise FileFormatError(
             f"{path}: {size - position} bytes after the last tensor belong to none. The header lies; download it again."
         )
-    return {e.name: e for e in entries}
+    return {e.name: e for e in entries}, metadata or {}
 
 
 def _entry(path: Path, name: str, facts: object, base: int) -> Entry:
@@ -195,12 +210,14 @@ def as_memory(tensor: torch.Tensor) -> memoryview:
     return raw.data
 
 
-def encode_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The bytes in front of the buffer, and each tensor's byte range from the start of the file.
+def encode_header(
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] = MappingProxyType({})
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The bytes in front of the buffer, with words beside the tensors, and each tensor's byte range from the start of the file.
 
     The header is padded with spaces so that the buffer starts at a multiple of 8, as the package does.
     """
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     ranges, offset = {}, 0
     for name, dtype, shape in tensors:
         nbytes = math.prod(shape) * dtype.itemsize

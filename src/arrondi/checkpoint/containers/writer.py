@@ -12,8 +12,9 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,12 +40,20 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The files of a checkpoint: file name → tensors in order."""
+    """The files of a checkpoint.
+
+    Attributes:
+        files: file name → tensors in order.
+        metadata: words that every file has beside its tensors.
+    """
 
     files: dict[str, list[TensorSpec]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def split(cls, tensors: list[TensorSpec], shard_bytes: int) -> ShardPlan:
+    def split(
+        cls, tensors: list[TensorSpec], shard_bytes: int, metadata: Mapping[str, str] = MappingProxyType({})
+    ) -> ShardPlan:
         """Fill shards in order, each up to `shard_bytes` (a larger tensor gets one for itself); names as Hugging Face's."""
         shards: list[list[TensorSpec]] = [[]]
         used = 0
@@ -56,9 +65,9 @@ class ShardPlan:
             shards[-1].append(spec)
             used += size
         if len(shards) == 1:
-            return cls({"model.safetensors": shards[0]})
+            return cls({"model.safetensors": shards[0]}, metadata)
         n = len(shards)
-        return cls({f"model-{i + 1:05d}-of-{n:05d}.safetensors": shard for i, shard in enumerate(shards)})
+        return cls({f"model-{i + 1:05d}-of-{n:05d}.safetensors": shard for i, shard in enumerate(shards)}, metadata)
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +106,7 @@ class ShardWriter:
         self._dirty: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         for file, specs in plan.files.items():
-            header, ranges = encode_header(specs)
+            header, ranges = encode_header(specs, plan.metadata)
             self._place |= {name: (file, *span) for name, span in ranges.items()}
             self._specs |= {name: (dtype, shape) for name, dtype, shape in specs}
             self._headers[file] = header

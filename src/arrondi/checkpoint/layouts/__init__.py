@@ -22,6 +22,7 @@ from arrondi.checkpoint.layouts import (
     hqq,
     mxfp4,
     onnx,
+    torchao,
 )
 from arrondi.checkpoint.layouts.layout import Layout
 
@@ -36,6 +37,7 @@ LAYOUTS: Final[Mapping[str, Layout]] = MappingProxyType({
     "mxfp4": mxfp4.LAYOUT,
     "exl3": exl3.LAYOUT,
     "hqq": hqq.LAYOUT,
+    "torchao": torchao.LAYOUT,
     "gguf": ggml.LAYOUT,
     "onnx": onnx.LAYOUT,
     "onnx-qdq": onnx.STANDARD,

@@ -54,8 +54,8 @@ class Claims:
             raise self._wrong(key, value, f"one of {', '.join(map(repr, known))}")
         return value.lower()
 
-    def text(self, key: str, default: str) -> str:
-        """Any word."""
+    def text(self, key: str, default: str | None = None) -> str:
+        """Any word; without a default the key has to be there."""
         value = self._take(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, value, "a word")

@@ -150,6 +150,7 @@ class Layout:
         find: (config.json, stored names, reader) → what is quantized; raises FileFormatError on whatever it does not consume.
         fit: scheme → the same with the storage types of scales that the layout has, before any code is chosen.
         together: layers that can each be stored → None if one config can describe them all, else why not, as a sentence.
+        metadata: (placed, names of the other tensors, facts of the model) → the metadata of every safetensors file.
     """
 
     name: str
@@ -161,3 +162,4 @@ class Layout:
     find: Callable[[Mapping[str, Any], Names, Reader], list[Placed]]
     fit: Callable[[LayerScheme], LayerScheme] = lambda scheme: scheme
     together: Callable[[list[Placed]], str | None] = lambda placed: None
+    metadata: Callable[[list[Placed], list[str], ModelFacts], dict[str, str]] = lambda placed, plain, facts: {}
