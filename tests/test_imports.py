@@ -20,7 +20,7 @@ FLOORS = {
     "checkpoint": 4,
     "model": 5,
     "graph": 5, "measure": 6, "runtime": 6, "distributed": 6,
-    "pipeline": 7, "search": 7, "adapters": 7, "training": 7,
+    "pipeline": 7, "search": 7, "adapters": 7, "training": 7, "verification": 7,
     "api": 8,
     "cli": 9, "report": 9,
     "__init__": 10, "__main__": 10,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 __version__ = "0.1.0"
 
 _HOME: Final = {
-    "compare": "api", "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api",
+    "compare": "api", "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api", "verify": "api",
     "Recipe": "pipeline", "Rule": "pipeline", "STEPS": "pipeline", "Step": "pipeline",
     "Limits": "measure.limits",
     "KV_KINDS": "formats.kv", "CacheScheme": "formats.kv", "QuantizedCache": "runtime.kv", "calibrate_cache": "runtime.kv", "calibrate_clips": "runtime.kv", "kv_cache": "runtime.kv",
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from arrondi.api import plan as plan
     from arrondi.api import quantize as quantize
     from arrondi.api import save as save
+    from arrondi.api import verify as verify
     from arrondi.calibration import SecondMoment as SecondMoment
     from arrondi.distributed.ddp import compress_gradients as compress_gradients
     from arrondi.distributed.fsdp import compress_fsdp as compress_fsdp

@@ -1,4 +1,4 @@
-"""What a user calls: `quantize`, `plan`, `evaluate`, `compare`, `save`, `load`, `dequantize`, `inspect`.
+"""What a user calls: `quantize`, `plan`, `evaluate`, `compare`, `save`, `load`, `dequantize`, `inspect`, `verify`.
 
 A model is a directory, the name of one on the Hub, or a module in memory. A scheme is a word ("W4A16", the grammar) or a value; data
 are a path, texts, token ids, or batches of them.
@@ -39,6 +39,7 @@ from arrondi.runtime.load import load as load_model
 from arrondi.runtime.modules import load_into, save
 from arrondi.search import compare_methods
 from arrondi.search.mixed import quantize_mixed
+from arrondi.verification import verify_model
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
@@ -351,5 +352,6 @@ def _several(items: Iterable[Any]) -> list[Any]:
 evaluate = compare_models
 dequantize = dequantize_model
 inspect = inspect_model
+verify = verify_model
 
-__all__ = ["compare", "dequantize", "evaluate", "inspect", "load", "plan", "quantize", "save"]
+__all__ = ["compare", "dequantize", "evaluate", "inspect", "load", "plan", "quantize", "save", "verify"]

@@ -25,13 +25,13 @@ class Readers:
     """Who reads a layout.
 
     Attributes:
-        needs: packages that transformers needs besides; "" where it does not read the layout.
+        packages: what transformers needs besides.
         refusals: why transformers cannot load some layers, as sentences.
         remarks: what to know where it can.
         gpus: vLLM and SGLang read the layout, if it is one scheme for all layers.
     """
 
-    needs: str
+    packages: tuple[str, ...]
     refusals: tuple[Rule, ...] = ()
     remarks: tuple[Rule, ...] = ()
     gpus: bool = True
@@ -59,14 +59,21 @@ def others_of(layout: str, placed: list[Placed], facts: ModelFacts) -> list[Verd
     return [_transformers(known, placed, facts), *(_of_gpus(name, known, placed) for name in ("vLLM", "SGLang"))]
 
 
+def packages_for(layout: str) -> tuple[str, ...] | None:
+    """The packages that transformers needs for a layout; None where it does not read it."""
+    own = {"compressed-tensors": ("compressed-tensors",), "gguf": ("gguf", "accelerate")}
+    known = _READERS.get(layout)
+    return known.packages if known is not None else own.get(layout)
+
+
 def _transformers(known: Readers, placed: list[Placed], facts: ModelFacts) -> Verdict:
     refusals = [s for rule in known.refusals if (s := rule(placed, facts))]
-    if not known.needs:
-        refusals = [f"{TRANSFORMERS} does not read this layout."]
     if refusals:
         return Verdict(TRANSFORMERS, False, " ".join(refusals))
     remarks = [s for rule in known.remarks if (s := rule(placed, facts))]
-    return Verdict(TRANSFORMERS, True, " ".join([f"{TRANSFORMERS} loads it with {known.needs}.", *remarks]))
+    return Verdict(
+        TRANSFORMERS, True, " ".join([f"{TRANSFORMERS} loads it with {' and '.join(known.packages)}.", *remarks])
+    )
 
 
 def _of_gpus(name: str, known: Readers, placed: list[Placed]) -> Verdict:
@@ -160,12 +167,12 @@ _OF_GRAPHS: Final[Mapping[str, tuple[tuple[str, bool, str], ...]]] = MappingProx
 """Layout of graphs → reader, whether it reads, and what to know."""
 
 _READERS: Final[Mapping[str, Readers]] = MappingProxyType({
-    "gptq": Readers("optimum and gptqmodel", (_experts, _conv1d, _several, _outside, _whole), (_sixteen,)),
-    "awq": Readers("gptqmodel", (_experts, _whole), (_sixteen,)),
-    "auto-round": Readers("auto-round", (_experts, _conv1d, _whole), (_sixteen,)),
-    "fp8": Readers("accelerate", (_fp8_ragged, _fp8_inputs)),
-    "mxfp4": Readers("accelerate", (), (_turned_back,)),
-    "bitsandbytes": Readers("bitsandbytes", (_experts, _whole), (_four_on_cpu,)),
-    "hqq": Readers("", gpus=False),
-    "torchao": Readers("torchao", (_experts, _whole, _fp8_by_gpus), (_rounds_by_torchao,), gpus=False),
+    "gptq": Readers(("optimum", "gptqmodel"), (_experts, _conv1d, _several, _outside, _whole), (_sixteen,)),
+    "awq": Readers(("gptqmodel",), (_experts, _whole), (_sixteen,)),
+    "auto-round": Readers(("auto-round",), (_experts, _conv1d, _whole), (_sixteen,)),
+    "fp8": Readers(("accelerate",), (_fp8_ragged, _fp8_inputs)),
+    "mxfp4": Readers(("accelerate",), (), (_turned_back,)),
+    "bitsandbytes": Readers(("bitsandbytes",), (_experts, _whole), (_four_on_cpu,)),
+    "hqq": Readers((), gpus=False),
+    "torchao": Readers(("torchao",), (_experts, _whole, _fp8_by_gpus), (_rounds_by_torchao,), gpus=False),
 })  # fmt: skip

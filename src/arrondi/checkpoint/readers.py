@@ -54,6 +54,16 @@ def dequantized_by_transformers(placed: list[Placed], facts: ModelFacts) -> bool
     return (facts.whole or any(map(must_dequantize, placed))) and one_scheme_each(placed)
 
 
+def needs_bfloat16(placed: list[Placed], facts: ModelFacts) -> bool:
+    """Whether transformers runs these layers in bfloat16 only."""
+    return bool(_nvfp4_inputs(placed, facts) or _small_floats_with_inputs(placed, facts))
+
+
+def rounds_weights_again(placed: list[Placed], facts: ModelFacts) -> bool:
+    """Whether transformers rounds some of these weights to 16 bits once more, in a float32 model, too."""
+    return bool(_rounded_again(placed, facts) or _experts_in_bfloat16(placed, facts))
+
+
 def _unread_experts(placed: list[Placed], facts: ModelFacts) -> str | None:
     wrong = sorted({str(p.scheme.weights) for p in placed if is_expert(p.path) and not _reads_expert(p)})
     if not wrong:

@@ -15,6 +15,7 @@ from arrondi.cli.reading import dequantize, imatrix, inspect
 from arrondi.cli.running import demo, run
 from arrondi.cli.searching import compare, methods
 from arrondi.cli.strict import Strict
+from arrondi.cli.verifying import verify
 
 app = typer.Typer(
     name="arrondi",
@@ -50,6 +51,7 @@ app.command(cls=Strict)(inspect)
 app.command(cls=Strict)(dequantize)
 app.command(cls=Strict)(convert)
 app.command(cls=Strict)(diff)
+app.command(cls=Strict)(verify)
 app.command(cls=Strict)(imatrix)
 app.command(cls=Strict)(run)
 app.command(cls=Strict)(demo)

@@ -9,6 +9,7 @@ import typer
 
 from arrondi.cli import options as opt
 from arrondi.cli.answers import answer
+from arrondi.cli.verifying import chosen, written
 
 
 def convert(
@@ -33,10 +34,13 @@ def convert(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    verify: opt.Verify = False,
+    python: opt.Pythons = None,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Write a model in another layout, bit for bit where its grid holds the values, and say what became of every tensor."""
+    pythons = chosen(verify, python)
     from arrondi.pipeline.convert import convert_model
     from arrondi.report import print_conversion, progress_bar
 
@@ -44,7 +48,7 @@ def convert(
         result = convert_model(
             model, output, to, scheme=scheme, exact_only=exact_only, template=template, overwrite=overwrite, progress=progress
         )  # fmt: skip
-    answer(result, json_, print_conversion)
+    written(result, print_conversion, output, pythons, json_, quiet)
 
 
 def diff(

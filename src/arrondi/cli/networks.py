@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arrondi.cli.answers import answer
+from arrondi.cli.verifying import written
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def quantize_graph(
     std: str | None,
     overwrite: bool,
     evaluate: bool,
+    pythons: dict[str, str] | None,
     json_: bool,
     quiet: bool,
 ) -> None:
@@ -82,7 +84,7 @@ def quantize_graph(
                 overwrite=overwrite,
                 progress=progress,
             )
-    answer(report, json_, print_network)
+    written(report, print_network, output, pythons, json_, quiet, data)
 
 
 def plan_graph(model: str, recipe: Recipe, ends: str, rounded: str | None, json_: bool) -> None:

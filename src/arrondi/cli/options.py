@@ -174,6 +174,25 @@ KV = Annotated[
         show_default="what the model was quantized for",
     ),
 ]
+Consumers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        help="Programs to open it in: transformers, llama.cpp, onnxruntime, openvino, with commas. Repeatable.",
+        show_default="all that are installed and read it",
+    ),
+]
+Pythons = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--python",
+        help="Interpreter that has a program to verify with: CONSUMER=PATH. Repeatable; or ARRONDI_LLAMA_CPP=PATH, … in the environment.",
+        show_default="this one",
+    ),
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Open the output in the programs that it is for; see `arrondi verify`.")
+]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.", min=0, max=2**63 - 1)]
 Device = Annotated[str, typer.Option(help="Where the model is run: cpu, cuda or cuda:0.")]
 MaxKl = Annotated[

@@ -11,6 +11,7 @@ from arrondi.cli import options as opt
 from arrondi.cli.answers import answer, note, useless
 from arrondi.cli.limits import hold_to, limits_of
 from arrondi.cli.parsing import byte_count, recipe_from, set_by_user
+from arrondi.cli.verifying import chosen, written
 from arrondi.errors import SchemeError
 
 if TYPE_CHECKING:
@@ -132,11 +133,16 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished model that arrondi wrote.")
     ] = False,
+    verify: opt.Verify = False,
+    python: opt.Pythons = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json_: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a model, block by block from disk, and measure the result on text that calibration did not see."""
+    pythons = chosen(verify, python)
+    if verify and dry_run:
+        raise SchemeError("--dry-run writes nothing that could be verified. Leave --verify or --dry-run out.")
     resolved = recipe_from(
         scheme, method, group_size, targets, ignore, option, recipe, rewrite, repair, all_experts, preset, embeddings
     )
@@ -155,7 +161,7 @@ def quantize(
         networks.quantize_graph(
             model, output, resolved, budget=budget, budget_by=budget_by, calibration=calibration, data=data, samples=samples, seed=seed, observer=observer, ends=ends,
             faint=faint, int32_bias=int32_bias, rounded=rounded, grids=grids, mean=mean, std=std, overwrite=overwrite, json_=json_, quiet=quiet,
-            evaluate=not no_eval,
+            evaluate=not no_eval, pythons=pythons,
         )  # fmt: skip
         return
     networks.refuse_network_options(
@@ -227,7 +233,7 @@ def quantize(
             progress=progress,
             device=device,
         )
-    answer(report, json_, print_report)
+    written(report, print_report, output, pythons, json_, quiet)
     hold_to(report["evaluation"] or {}, limits, f"The files are in {output}.")
 
 

@@ -18,6 +18,7 @@ from arrondi.report.tables import (
     print_report,
 )
 from arrondi.report.traffic import print_traffic
+from arrondi.report.verifications import print_verification
 
 __all__ = [
     "print_bench",
@@ -40,6 +41,7 @@ __all__ = [
     "print_report",
     "print_start",
     "print_traffic",
+    "print_verification",
     "progress_bar",
     "sole_reader",
 ]

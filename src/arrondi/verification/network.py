@@ -1,0 +1,91 @@
+"""An ONNX file as what is verified: `network_subject`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from arrondi.errors import ArrondiError, SchemeError
+from arrondi.graph import Graph, Program, lower, read_graph
+from arrondi.graph.sizes import free_batch
+from arrondi.measure.arrays import read_arrays
+from arrondi.verification.consumers import NETWORK
+from arrondi.verification.expected import OF_NETWORKS
+from arrondi.verification.predict import Predicted
+from arrondi.verification.prompt import numbers_for
+from arrondi.verification.subject import Subject
+
+_NEAR: Final = 2.0**-10
+"""How near to the middle of two codes, in steps, a value may go to either."""
+
+
+def network_subject(path: str | Path, data: str | Path | None = None) -> Subject:
+    """A network.
+
+    Args:
+        data: samples, as for `evaluate`; None: made-up numbers.
+
+    Raises:
+        FileFormatError: not a network; DataError: samples that do not fit.
+        SchemeError: no ONNX file.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".onnx":
+        raise SchemeError(f"{path}: only .onnx files are run by other programs. Quantize it into one first.")
+    graph = read_graph(path)
+    if data is None:
+        inputs, words = numbers_for(graph), "made-up numbers"
+    else:
+        samples = read_arrays(data, graph)
+        batch = next(samples.batches())
+        inputs = {v.name: x.numpy() for v, x in zip(graph.inputs, batch, strict=True)}
+        words = f"the first {len(batch[0])} samples of {samples.source}"
+
+    refusals = {"openvino": f"openvino does not know {unknown[0]}."} if (unknown := _not_openvino(graph)) else {}
+
+    def predicted(consumers: Sequence[str]) -> Mapping[str, Predicted]:
+        given = [torch.from_numpy(x) for x in inputs.values()]
+        return dict.fromkeys(consumers, _predicted(free_batch(graph), given))
+
+    request = {"file": str(path.resolve())}
+    return Subject(path, NETWORK, inputs, words, refusals, request, OF_NETWORKS.__getitem__, predicted)
+
+
+def _not_openvino(graph: Graph) -> list[str]:
+    """Operators on codes, which it does not read."""
+    ops = {node.op for node in graph.nodes}
+    return sorted(op for op in ops if op.rpartition(".")[2].startswith(("QLinear", "QGemm", "QAttention")))
+
+
+@torch.no_grad()
+def _predicted(graph: Graph, given: Sequence[torch.Tensor]) -> Predicted:
+    """As the graph says, in floats; as kernels for integers do it, biases as codes; and with values near the middle of two codes moved."""
+    program = Program(graph)
+    exact = _named(program(*given))
+    with _NearTies():
+        moved = _named(program(*given))
+    try:
+        likely = _named(Program(lower(graph).graph)(*given))
+    except ArrondiError:  # nothing in it can be computed in integers
+        likely = exact
+    return Predicted(exact, likely, moved)
+
+
+class _NearTies(TorchFunctionMode):
+    """Lets `torch.round` go the other way where a number lies near the middle."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.round and args[0].is_floating_point():
+            noise = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
+            args = (args[0] + _NEAR * noise, *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _named(outputs: Any) -> dict[str, np.ndarray]:
+    each = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {f"output_{i}": value.numpy() for i, value in enumerate(each)}

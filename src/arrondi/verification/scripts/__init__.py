@@ -1,0 +1,1 @@
+"""Scripts that other interpreters run, one for each consumer. None is imported here, and none knows arrondi."""
