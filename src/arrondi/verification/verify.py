@@ -106,12 +106,10 @@ def _installed(
 ) -> tuple[list[_Found], list[dict[str, str]]]:
     """The consumers that can be asked, and why others cannot."""
     found, skipped, missing = [], [], []
-    for name in asked or CONSUMERS:
+    readers = [c.name for c in CONSUMERS.values() if c.takes(subject.layout)]
+    for name in asked or readers:
         consumer = CONSUMERS[name]
-        reads = consumer.takes(subject.layout)
-        reason = (
-            subject.refusals.get(name) if reads else f"{name} does not read {subject.where} (layout {subject.layout})."
-        )
+        reason = subject.refusals.get(name) if name in readers else _unread(name, subject, readers)
         if reason is None:
             interpreter = Interpreter.of(name, pythons)
             versions = interpreter.versions(consumer.packages(subject.layout))
@@ -126,12 +124,15 @@ def _installed(
             missing.append(reason)
         if asked is not None:
             raise MissingExtraError(reason) if reason in missing else SchemeError(reason)
-        if reads:
-            skipped.append({"consumer": name, "reason": reason})
+        skipped.append({"consumer": name, "reason": reason})
+    if not found and missing:
+        raise MissingExtraError(" ".join(missing))
     if not found:
-        raise MissingExtraError(
-            " ".join(missing)
-            if missing
-            else f"No consumer that is known here reads {subject.where} ({subject.layout}): {' '.join(s['reason'] for s in skipped) or 'it is for arrondi alone'}."
-        )
+        why = " ".join(s["reason"] for s in skipped) or "Only arrondi reads this layout; write another with --to."
+        raise SchemeError(f"{subject.where} (layout {subject.layout}) cannot be verified: {why}")
     return found, skipped
+
+
+def _unread(name: str, subject: Subject, readers: list[str]) -> str:
+    others = f"Leave it out: {' and '.join(readers)} may be asked" if readers else "Only arrondi does"
+    return f"{name} does not read {subject.where} (layout {subject.layout}). {others}."
