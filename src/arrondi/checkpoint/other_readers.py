@@ -25,7 +25,7 @@ class Readers:
     """Who reads a layout.
 
     Attributes:
-        packages: what transformers needs besides.
+        packages: what transformers needs besides; none where it does not read the layout.
         refusals: why transformers cannot load some layers, as sentences.
         remarks: what to know where it can.
         gpus: vLLM and SGLang read the layout, if it is one scheme for all layers.
@@ -63,11 +63,13 @@ def packages_for(layout: str) -> tuple[str, ...] | None:
     """The packages that transformers needs for a layout; None where it does not read it."""
     own = {"compressed-tensors": ("compressed-tensors",), "gguf": ("gguf", "accelerate")}
     known = _READERS.get(layout)
-    return known.packages if known is not None else own.get(layout)
+    return own.get(layout) if known is None else known.packages or None
 
 
 def _transformers(known: Readers, placed: list[Placed], facts: ModelFacts) -> Verdict:
     refusals = [s for rule in known.refusals if (s := rule(placed, facts))]
+    if not known.packages:
+        refusals = [f"{TRANSFORMERS} does not read this layout."]
     if refusals:
         return Verdict(TRANSFORMERS, False, " ".join(refusals))
     remarks = [s for rule in known.remarks if (s := rule(placed, facts))]
