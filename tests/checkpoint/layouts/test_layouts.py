@@ -28,6 +28,7 @@ from arrondi.formats.ggml import GGML
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import Grid
+from arrondi.tensor.turned import Sides
 from tests.checkpoint.copies import static_grid
 
 GRAMMAR = [
@@ -72,6 +73,7 @@ STORED_BY = {
     "mxfp4": set(),
     "bitsandbytes": {"NF4", "NF4_DQ", "FP4_BNB", "FP4_BNB_DQ", "W8A8", "w=nf4/g64/float16"},
     "gguf": {*GGML, "MXFP4A16"},
+    "exl3": {f"EXL3_{bits}" for bits in range(1, 9)},
     "onnx": GRAPHS,
     "onnx-qdq": GRAPHS,
     "torchao": {
@@ -101,13 +103,30 @@ def rounded(p: Placed) -> LayerValues:
     weight[0] *= 100  # scales of many sizes
     weight[1] = 0
     outputs = static_grid(replace(p.scheme, inputs=p.scheme.outputs), 7.0)
+    if p.scheme.weights.format.trellis is not None:
+        return LayerValues(rings(p))
     return LayerValues(quantize_tensor(weight, p.scheme.weights), static_grid(p.scheme, 3.0), outputs)
+
+
+def rings(p: Placed) -> QTensor:
+    """Any codes are rings of a trellis."""
+    scheme, (rows, columns) = p.scheme.weights, p.matrix_shape
+    assert scheme.format.trellis is not None and scheme.turned is not None
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, scheme.format.levels, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[::2] %= 2 ** scheme.format.trellis.bits[0]
+    stored = scheme.turned.seed is None
+    scale = torch.ones(1, 1) if stored else torch.rand(rows, 1, generator=generator).half().float()
+    numbers = [torch.randn(n, generator=generator).half().float() for n in (rows, columns)]
+    return QTensor(codes, scale, None, None, scheme, sides=Sides(*numbers) if stored else None)
 
 
 def same(a: QTensor, b: QTensor) -> None:
     """Equal in every bit, storage types included."""
     assert a.scheme == b.scheme
-    for one, two in ((a.codes, b.codes), (a.zero_point, b.zero_point), (a.group_index, b.group_index)):
+    assert (a.sides is None) == (b.sides is None)
+    sides = [] if a.sides is None or b.sides is None else list(zip(a.sides, b.sides, strict=True))
+    for one, two in (*sides, (a.codes, b.codes), (a.zero_point, b.zero_point), (a.group_index, b.group_index)):
         assert (one is None) == (two is None)
         if one is not None and two is not None:
             assert one.dtype == two.dtype
