@@ -26,7 +26,8 @@ def quantized(
 
 
 @pytest.mark.parametrize(
-    "command", ["", "plan", "quantize", "compare", "methods", "eval", "inspect", "dequantize", "run", "demo", "bench"]
+    "command",
+    ["", "plan", "quantize", "compare", "methods", "eval", "inspect", "dequantize", "verify", "run", "demo", "bench"],
 )
 def test_help_of_every_command(command: str, cli: Cli) -> None:
     result = cli(*command.split(), "--help")

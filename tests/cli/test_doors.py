@@ -52,6 +52,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, Path], tuple[object, ...]]] = {
     "inspect --folds": lambda bad, good, text, out: (bad, "--folds"),
     "dequantize": lambda bad, good, text, out: (bad, "-o", out),
     "run": lambda bad, good, text, out: (bad, "Once"),
+    "verify": lambda bad, good, text, out: (bad,),
 }
 """What is run → its arguments from a bad model, a good one, a text and an output."""
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -39,7 +40,7 @@ def in_directory(source: Path, out: Path, tensor: str, change: Change) -> Path:
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     (name,) = [n for n in tensors if n.endswith(tensor)]
-    tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    tensors[name] = torch.from_numpy(np.ascontiguousarray(change(tensors[name].numpy())))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 

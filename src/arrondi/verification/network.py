@@ -20,8 +20,8 @@ from arrondi.verification.predict import Predicted
 from arrondi.verification.prompt import numbers_for
 from arrondi.verification.subject import Subject
 
-_NEAR: Final = 2.0**-10
-"""How near to the middle of two codes, in steps, a value may go to either."""
+_NEAR: Final[Mapping[str, float]] = {"onnxruntime": 2.0**-10, "openvino": 2.0**-6}
+"""Consumer → how near to the middle of two codes, in steps, a value may go to either."""
 
 
 def network_subject(path: str | Path, data: str | Path | None = None) -> Subject:
@@ -50,7 +50,7 @@ def network_subject(path: str | Path, data: str | Path | None = None) -> Subject
 
     def predicted(consumers: Sequence[str]) -> Mapping[str, Predicted]:
         given = [torch.from_numpy(x) for x in inputs.values()]
-        return dict.fromkeys(consumers, _predicted(free_batch(graph), given))
+        return _predicted(free_batch(graph), given, consumers)
 
     request = {"file": str(path.resolve())}
     return Subject(path, NETWORK, inputs, words, refusals, request, OF_NETWORKS.__getitem__, predicted)
@@ -63,26 +63,32 @@ def _not_openvino(graph: Graph) -> list[str]:
 
 
 @torch.no_grad()
-def _predicted(graph: Graph, given: Sequence[torch.Tensor]) -> Predicted:
+def _predicted(graph: Graph, given: Sequence[torch.Tensor], consumers: Sequence[str]) -> dict[str, Predicted]:
     """As the graph says, in floats; as kernels for integers do it, biases as codes; and with values near the middle of two codes moved."""
     program = Program(graph)
     exact = _named(program(*given))
-    with _NearTies():
-        moved = _named(program(*given))
     try:
         likely = _named(Program(lower(graph).graph)(*given))
     except ArrondiError:  # nothing in it can be computed in integers
         likely = exact
-    return Predicted(exact, likely, moved)
+    found = {}
+    for name in consumers:
+        with _NearTies(_NEAR[name]):
+            found[name] = Predicted(exact, likely, _named(program(*given)))
+    return found
 
 
 class _NearTies(TorchFunctionMode):
-    """Lets `torch.round` go the other way where a number lies near the middle."""
+    """Lets `torch.round` go the other way where a number lies so near to the middle."""
+
+    def __init__(self, near: float) -> None:
+        super().__init__()
+        self._near = near
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.round and args[0].is_floating_point():
             noise = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
-            args = (args[0] + _NEAR * noise, *args[1:])
+            args = (args[0] + self._near * noise, *args[1:])
         return func(*args, **(kwargs or {}))
 
 

@@ -67,7 +67,8 @@ def model_subject(path: str | Path) -> Subject:
         facts = facts_of(source, _planned(source), layout)
         verdicts = {v.reader: v for v in readers_of(placed, layout, facts)}
         refusals = {c: verdicts[r].sentence for c, r in _READERS.items() if r in verdicts and not verdicts[r].ok}
-    name = PLAIN if layout is None else layout.name
+    gguf = is_gguf(source.where)
+    name = layout.name if layout is not None else "gguf" if gguf else PLAIN
 
     def expected(consumer: str) -> Expected:
         return LLAMA_CPP if consumer == "llama.cpp" else of_transformers(name, placed, facts)
@@ -75,7 +76,6 @@ def model_subject(path: str | Path) -> Subject:
     def predicted(consumers: Sequence[str]) -> Mapping[str, Predicted]:
         return predict(source, prompt, {c: expected(c).rounds for c in consumers})
 
-    gguf = is_gguf(source.where)
     request = {
         "file": str(source.where.resolve()),
         "folder": str(source.where.resolve().parent if gguf else source.where.resolve()),
