@@ -42,8 +42,8 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # Real peers and real models; DATA is a directory of models and texts. A skip is a failure here. ARRONDI_CHECKPOINTS names interpreters with
-# transformers, accelerate, optimum, gptqmodel and bitsandbytes, and, after a colon, with transformers and auto-round; ARRONDI_LLAMA_CPP one with
-# llama-cpp-python, ARRONDI_OPENVINO one with openvino.
+# transformers, accelerate, optimum, gptqmodel and bitsandbytes, and, after a colon, with transformers, auto-round and hqq (with mlx, torchao and
+# others between them); ARRONDI_LLAMA_CPP one with llama-cpp-python, ARRONDI_OPENVINO one with openvino.
 peers: $(STAMP)
 	ARRONDI_DATA=$(DATA) ARRONDI_PEERS=1 $(PYTEST) -m peer
 

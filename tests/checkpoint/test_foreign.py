@@ -88,7 +88,7 @@ def model(folder: Path, quantization: Any, tensors: dict[str, torch.Tensor]) -> 
     ("quantization", "word"),
     [
         ({"quant_method": "quanto"}, "Quanto"), ({"quant_method": "unheard"}, "unheard"),
-        ({"quant_method": "quark"}, "Quark"), ({"group_size": 64, "bits": 4}, "MLX"), ({"zzz": 4}, "without quant_method"),
+        ({"quant_method": "quark"}, "Quark"), ({"zzz": 4}, "without quant_method"),
         ([4], "not an object"),
     ],
 )  # fmt: skip
@@ -99,10 +99,16 @@ def test_quantizations_of_other_tools(quantization: Any, word: str, tmp_path: Pa
     assert word in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_mlx_says_it_under_a_key_of_its_own(tmp_path: Path) -> None:
-    folder = model(tmp_path, None, {"a.weight": torch.zeros(2, 2, dtype=torch.int32), "a.scales": torch.zeros(2, 1)})
-    (folder / "config.json").write_text('{"model_type": "llama", "quantization": {"group_size": 64, "bits": 4}}')
-    assert "MLX" in refusal(folder)
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_mlx_says_it_under_a_key_of_its_own(key: str, tmp_path: Path) -> None:
+    parts = {
+        "a.weight": torch.zeros(2, 8, dtype=torch.uint32),
+        "a.scales": torch.ones(2, 1),
+        "a.biases": torch.ones(2, 1),
+    }
+    folder = model(tmp_path, None, parts)
+    (folder / "config.json").write_text(f'{{"model_type": "llama", "{key}": {{"group_size": 64, "bits": 4}}}}')
+    assert list(Checkpoint.open(folder).placed) == ["a.weight"]
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,13 @@ READERS = {
     "mxfp4": ["MXFP4A16"],
     "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/asym", "w=uint4/g32/offset"],
     "torchao": ["w=int4/g32", "w=int3/channel/asym", "w=int8/channel,a=int8/token", "w=fp8/channel"],
+    "mlx": ["w=uint4/g32/offset", "w=uint3/g32/offset/float16", "MXFP4A16", "MXFP8A16"],
     "plain": ["plain"],
 }  # fmt: skip
 SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
 _MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
 _NF4_DQ32 = f"w=nf4/g32/s:({nested_scheme()})"
-_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq", "torchao")
+_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq", "torchao", "mlx")
 """Layouts whose numbers the plain decoders of the tests know."""
 
 

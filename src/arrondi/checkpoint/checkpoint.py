@@ -15,8 +15,9 @@ import torch
 
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.foreign import unlisted, what_method
-from arrondi.checkpoint.layouts import LAYOUTS, MARKS, SYNONYMS
+from arrondi.checkpoint.layouts import LAYOUTS
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, Placed
+from arrondi.checkpoint.method import method_of
 from arrondi.checkpoint.sidecar import with_sidecar
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError
 from arrondi.formats import ActivationScheme, parse_activations
@@ -133,13 +134,7 @@ class Checkpoint:
 
 def _layout(folder: ModelDir) -> Layout | None:
     """The layout that config.json names; None for a directory that is not quantized."""
-    config = folder.config.get("quantization_config")
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if isinstance(config, dict) and method is None and {"load_in_4bit", "load_in_8bit"} & config.keys():
-        method = "bitsandbytes"  # of old releases of transformers
-    if config is None:
-        method = next((name for mark, name in MARKS.items() if any(n.endswith(mark) for n in folder.entries)), None)
-    method = SYNONYMS.get(method, method) if isinstance(method, str) else method
+    method = method_of(folder.config, folder.entries)
     if isinstance(method, str) and method in LAYOUTS:
         return LAYOUTS[method]
     what = what_method(folder.config) or unlisted(folder.path, folder.entries)

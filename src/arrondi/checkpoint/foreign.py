@@ -48,7 +48,7 @@ _METHODS: Final[Mapping[str, str]] = MappingProxyType({
 
 _COMPANIONS: Final = (
     ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx",
-    ".weight_scale_2", ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".codes", "_blocks", "_scales",
+    ".weight_scale_2", ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".codes", "_blocks", "_scales", ".scales", ".W_q",
 )  # fmt: skip
 """How the tensors are called that quantizers store beside or instead of a weight."""
 
@@ -126,21 +126,14 @@ def what_method(config: Mapping[str, Any]) -> str | None:
     """
     found = config.get("quantization_config")
     if found is None:
-        found = config.get("quantization")
-        return _NOT_READ.format("quantized by MLX") if _of_mlx(found) else None
+        return None
     if not isinstance(found, dict):
         return "config.json has a quantization_config that is not an object. Download it again"
     method = found.get("quant_method")
     if method is None:
-        if _of_mlx(found):
-            return _NOT_READ.format("quantized by MLX")
         return _NOT_READ.format("config.json has a quantization_config without quant_method")
     known = _METHODS.get(method.lower()) if isinstance(method, str) else None
     return _NOT_READ.format(known or f"quantized by another tool (quant_method {str(method)[:60]!r})")
-
-
-def _of_mlx(found: object) -> bool:
-    return isinstance(found, dict) and {"group_size", "bits"} <= found.keys() and "quant_method" not in found
 
 
 def unlisted(path: Path, entries: Mapping[str, Any]) -> str | None:

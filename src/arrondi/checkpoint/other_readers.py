@@ -51,6 +51,11 @@ def others_of(layout: str, placed: list[Placed], facts: ModelFacts) -> list[Verd
         ]  # fmt: skip
     if layout in _OF_GRAPHS:
         return [Verdict(*row) for row in _OF_GRAPHS[layout]]
+    if layout == "mlx":
+        return [
+            Verdict("mlx-lm", True, "mlx-lm reads it, where it knows the architecture; a Llama was run on a CPU."),
+            Verdict(TRANSFORMERS, False, f"{TRANSFORMERS} does not read this layout."),
+        ]  # fmt: skip
     known = _READERS.get(layout)
     if known is None:
         return [

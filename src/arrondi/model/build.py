@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from arrondi.checkpoint.containers.config import QUANTIZATION
 from arrondi.errors import FileFormatError
 
 
@@ -42,7 +43,7 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
 
     import arrondi.model.bi_attention  # noqa: F401 (a config may name it)
 
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    plain = {k: v for k, v in config.items() if k not in QUANTIZATION}
     names = plain.get("architectures") or []
     kind = plain.get("model_type")
     if not isinstance(kind, str):

@@ -207,7 +207,7 @@ def _write_directory(
             journal.record(f"tensor {i}", None, wrote=writer.sync(), read=ledger.taken())
         config = unquantized(checkpoint.folder.config)
         if work.choices:
-            config["quantization_config"] = plan.config()
+            config |= work.layout.described(plan.config())
         facts = {"layout": work.layout.name, "versions": versions()}
         publish(journal, writer, side_files, config, manifest_of(key, ledger, facts))
     return shards.nbytes

@@ -11,6 +11,7 @@ import torch
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, TensorSpec
 from arrondi.checkpoint.containers.onnx.view import SUFFIX
+from arrondi.checkpoint.containers.config import QUANTIZATION
 from arrondi.errors import SchemeError
 from arrondi.model import DTYPES
 from arrondi.pipeline.journal import Journal
@@ -121,4 +122,4 @@ def _grouped(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what it, or a part of it, says of a quantization."""
-    return {k: unquantized(v) if isinstance(v, dict) else v for k, v in config.items() if k != "quantization_config"}
+    return {k: unquantized(v) if isinstance(v, dict) else v for k, v in config.items() if k not in QUANTIZATION}

@@ -221,7 +221,7 @@ def _publish(run: Run, side_files: Mapping[str, Path], facts: dict[str, Any], ke
             "kept": kept_of(run.plan),
         }
     )
-    described = {"quantization_config": run.plan.config()}
+    described = run.plan.layout.described(run.plan.config())
     config = {**merged(run.source.config, run.overlay.config), **described}
     if run.plan.kv is not None:
         config[KIND] = run.plan.kv

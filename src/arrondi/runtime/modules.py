@@ -166,7 +166,7 @@ def save(model: nn.Module, out: str | Path, *, to: str | None = None) -> dict[st
     known: Any = model
     if hasattr(model, "can_generate") and known.can_generate():
         known.generation_config.save_pretrained(out)
-    write_config(out / "config.json", {**facts, "quantization_config": described})
+    write_config(out / "config.json", {**facts, **chosen.described(described)})
     return _said(chosen, placed, known_facts)
 
 

@@ -19,7 +19,8 @@ Tensors = Mapping[str, torch.Tensor]
 def decoded(config: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
     """The plain weights of a checkpoint, float32."""
     said = config["quantization_config"]
-    return READERS[said.get("quant_method", "bitsandbytes")](said, tensors)
+    unnamed = "mlx" if {"group_size", "bits"} <= said.keys() else "bitsandbytes"
+    return READERS[said.get("quant_method") or unnamed](said, tensors)
 
 
 def bits_of(rows: np.ndarray, width: int, count: int) -> np.ndarray:
@@ -238,8 +239,35 @@ def torchao(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
     return found
 
 
+def mlx(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    found = {}
+    for name, value in tensors.items():
+        if not name.endswith(".scales"):
+            continue
+        path = name.removesuffix(".scales")
+        own = said.get(path, said)
+        own = said if own is True else own
+        mode = (own.get("mode") or "affine").lower()
+        bits, size = ({"mxfp8": 8}.get(mode, 4), 32) if mode != "affine" else (own["bits"], own["group_size"])
+        words = tensors[f"{path}.weight"].numpy()
+        columns = words.shape[1] * 32 // bits
+        codes = bits_of(words, bits, columns)
+        grid = [value] if mode != "affine" else [value, tensors[f"{path}.biases"]]
+        if len(grid) == 1:
+            half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+            bytes8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+            codes = (np.concatenate([half, -half]) if bits == 4 else bytes8)[codes]
+            grid = [torch.exp2(value.double() - 127)]
+        wide = [part.float().numpy().repeat(size, axis=1) for part in grid]
+        found[path] = codes.astype(np.float32) * wide[0]
+        if len(wide) == 2:
+            found[path] = found[path] + wide[1]
+    return found
+
+
 READERS = {
     "exl3": exl3,
+    "mlx": mlx,
     "hqq": hqq,
     "torchao": torchao,
     "auto-round": auto_round,

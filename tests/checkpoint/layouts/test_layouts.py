@@ -76,6 +76,7 @@ STORED_BY = {
     "exl3": {f"EXL3_{bits}" for bits in range(1, 9)},
     "onnx": GRAPHS,
     "onnx-qdq": GRAPHS,
+    "mlx": {"Q4_1", "Q5_1", "MXFP4A16", "MXFP8A16", "w=uint3/g32/offset"},
     "torchao": {
         *(f"W{b}A16" for b in range(2, 9)), *(f"W{b}A16_ASYM" for b in range(2, 8)), "W8A8", "FP8_DYNAMIC", "FP8A16", "Q4_0", "Q5_0", "Q8_0",
         "w=int4/channel", "w=int4/tensor", "w=int4/channel/asym", "w=int8/channel/asym", "w=int3/g32/asym", "w=int5/g16/bfloat16", "w=int8/g64/float16",

@@ -38,6 +38,7 @@ SCHEMES = {
     "auto-round": ["w=int4/g32", "w=int4/g32/asym", "w=int3/channel", "several"],
     "fp8": ["w=fp8/b32x32,a=fp8/g32", "FP8_BLOCK", "FP8"],
     "mxfp4": ["MXFP4A16"],
+    "mlx": ["w=uint4/g32/offset/float16/o:float16", "w=uint3/g32/offset", "w=uint6/g32/offset", "MXFP4A16", "MXFP8A16", "several"],
     "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/offset", "w=uint2/g32/offset/bfloat16"],
     "torchao": ["w=int4/g32", "w=int3/channel/asym", "w=int8/channel,a=int8/token", "w=int8/tensor", "w=fp8/channel", "w=fp8_e5m2/tensor"],
 }  # fmt: skip
@@ -54,7 +55,8 @@ def made(
     for i, (name, (rows, columns)) in enumerate(names.items()):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(i))
         weight[1], weight[2] = 0, weight[2].abs()
-        text = {"scattered": "w=int4/g32/asym", "several": ["w=int4/g32", "w=int8/channel"][i]}.get(scheme, scheme)
+        several = ["w=uint4/g32/offset", "MXFP4A16"] if layout == "mlx" else ["w=int4/g32", "w=int8/channel"]
+        text = {"scattered": "w=int4/g32/asym", "several": several[i]}.get(scheme, scheme)
         if text in ("NF4", "FP4_BNB", "NF4_DQ"):
             columns = columns // 64 * 64
         layer = LAYOUTS[layout].fit(parse_scheme(text))
@@ -285,6 +287,25 @@ FAULTS: list[tuple[str, str, Edit, str]] = [
     ("torchao", "w=int4/g32", put(f"{A}._weight_zero_point", at((0, 0), 9)), "a zero point lies outside"),
     ("torchao", "w=fp8/channel", put(f"{A}._weight_scale", torch.Tensor.bfloat16), "should hold float32 numbers"),
     ("torchao", "w=int4/g32", said(quant_type="int4_weight_only"), "quant_type should be an object"),
+    ("mlx", "w=uint4/g32/offset", said(bits=5), "config does not describe"),
+    ("mlx", "w=uint4/g32/offset", said(bits=7), "bits should be one of 1, 2, 3"),
+    ("mlx", "w=uint4/g32/offset", said(group_size=64), "config does not describe"),
+    ("mlx", "w=uint4/g32/offset", said(mode="mxfp4"), "config does not describe|biases is stored beside"),
+    ("mlx", "MXFP4A16", said(mode="affine"), "should hold floating-point numbers, found U8"),
+    ("mlx", "w=uint4/g32/offset", said(bitz=4), "has the key 'bitz'"),
+    ("mlx", "w=uint4/g32/offset", said(**{A: False}), f"{A} is not quantized"),
+    ("mlx", "w=uint4/g32/offset", said(**{A: {"group_size": 32, "bits": 8}}), "config does not describe"),
+    ("mlx", "w=uint4/g32/offset", said(**{"model.c": {"group_size": 32, "bits": 8}}), "model.c.scales is not stored"),
+    (
+        "mlx",
+        "w=uint4/g32/offset",
+        lambda config, _: config.update(quantization={"group_size": 64, "bits": 4}),
+        "another under",
+    ),
+    ("mlx", "w=uint4/g32/offset", renamed(f"{A}.scales", f"{A}.scale"), "scales is missing"),
+    ("mlx", "w=uint4/g32/offset", renamed(f"{A}.biases", f"{A}.biazes"), "found nothing"),
+    ("mlx", "w=uint4/g32/offset", put(f"{A}.biases", at((0, 0), float("nan"))), "an offset is NaN"),
+    ("mlx", "w=uint4/g32/offset", put(f"{A}.weight", lambda t: t.view(torch.int32)), "config does not describe"),
     ("hqq", "w=uint4/g32/asym", said(quant_config={"weight_quant_params": {"bits": 4}}), "has the key 'bits'"),
 ]
 
@@ -415,11 +436,13 @@ def interpreters() -> list[str]:
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Files that the packages have made."""
     folder = tmp_path_factory.mktemp("packages")
+    scripts = {"torch": "foreign_files.py", "mlx": "foreign_mlx.py"}
     for each in interpreters():
-        done = subprocess.run(
-            [each, Path(__file__).with_name("foreign_files.py"), folder], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        found = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
+        for name in subprocess.check_output([each, "-c", found, *scripts], text=True).split():
+            script = Path(__file__).with_name(scripts[name])
+            done = subprocess.run([each, script, folder], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
     yield folder
 
 

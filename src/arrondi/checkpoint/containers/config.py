@@ -1,6 +1,6 @@
 """config.json and generation_config.json: the facts that are checked before any model is built from them.
 
-Owns: `check_config`, `check_generation`, and `decode_floats`, which reads infinities as transformers 5 writes them.
+Owns: `QUANTIZATION`, `check_config`, `check_generation`, and `decode_floats`, which reads infinities as transformers 5 writes them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ _COUNTS: Final = frozenset({
 
 _LARGEST: Final = 2**53
 """Whole numbers beyond this are no size of anything, and do not survive JSON readers that use doubles."""
+
+QUANTIZATION: Final = ("quantization_config", "quantization")
+"""Keys of what is said of a quantization; the second is that of MLX."""
 
 _SPECIAL: Final = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
@@ -83,7 +86,7 @@ def decode_floats(value: Any) -> Any:
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
     """Every finite number with its key, also of the configs of parts (`text_config`, `vision_config`)."""
     for key, value in config.items():
-        if key == "quantization_config":
+        if key in QUANTIZATION:
             continue
         if isinstance(value, dict):
             yield from _numbers(value)

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from arrondi.checkpoint.containers.config import decode_floats
+from arrondi.checkpoint.containers.config import QUANTIZATION, decode_floats
 
 
 def module_classes(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """Module path → names of its class and of those above it; empty if transformers cannot build the model."""
     import transformers
 
-    plain = {k: v for k, v in decode_floats(dict(config)).items() if k != "quantization_config"}
+    plain = {k: v for k, v in decode_floats(dict(config)).items() if k not in QUANTIZATION}
     kind = plain.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         return {}

@@ -150,6 +150,7 @@ class Layout:
         find: (config.json, stored names, reader) → what is quantized; raises FileFormatError on whatever it does not consume.
         fit: scheme → the same with the storage types of scales that the layout has, before any code is chosen.
         together: layers that can each be stored → None if one config can describe them all, else why not, as a sentence.
+        keys: of config.json, under which the same `quantization_config` stands.
         metadata: (placed, names of the other tensors, facts of the model) → the metadata of every safetensors file.
     """
 
@@ -162,4 +163,9 @@ class Layout:
     find: Callable[[Mapping[str, Any], Names, Reader], list[Placed]]
     fit: Callable[[LayerScheme], LayerScheme] = lambda scheme: scheme
     together: Callable[[list[Placed]], str | None] = lambda placed: None
+    keys: tuple[str, ...] = ("quantization_config",)
     metadata: Callable[[list[Placed], list[str], ModelFacts], dict[str, str]] = lambda placed, plain, facts: {}
+
+    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What config.json says of a quantization, under every key that has it."""
+        return dict.fromkeys(self.keys, config)

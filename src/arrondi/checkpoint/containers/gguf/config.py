@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+from arrondi.checkpoint.containers.config import QUANTIZATION
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.checkpoint.containers.gguf.header import Header
 from arrondi.checkpoint.containers.gguf.rope import rope_of
@@ -32,7 +33,7 @@ _TOLD_BY_TENSORS: Final = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "b
 _TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Numbers of tokens for which a class has others of its own where a file names none."""
 _OF_NO_NUMBER: Final = frozenset({
-    *_TOKENS, "architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version", "initializer_range", "use_cache", "quantization_config",
+    *_TOKENS, *QUANTIZATION, "architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version", "initializer_range", "use_cache",
     "attention_dropout", "hidden_dropout", "resid_dropout", "embd_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "pretraining_tp", "router_aux_loss_coef",
     "output_router_logits", "summary_first_dropout", "summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj", "n_ctx", "id2label", "label2id", "num_labels",
     "feed_forward_length", "problem_type", "return_dict", "output_attentions", "output_hidden_states", "router_jitter_noise", "max_window_layers",
