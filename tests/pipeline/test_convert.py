@@ -17,7 +17,7 @@ from arrondi.pipeline.diff import diff_models
 
 CASES = [
     ("w=int4/g32", ("gptq", "awq", "gguf", "compressed-tensors")),
-    ("w=int4/g32/asym", ("gptq", "compressed-tensors", "arrondi")),
+    ("w=int4/g32/asym", ("gptq", "mlx", "hqq", "torchao", "compressed-tensors", "arrondi")),
     ("w=int8/g32", ("gptq", "gguf", "arrondi")),
     ("w=nf4/g64", ("bitsandbytes", "arrondi")),
 ]

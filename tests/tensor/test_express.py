@@ -40,6 +40,17 @@ def test_values_stay_and_come_back(one: str, two: str) -> None:
     assert q.zero_point is None or torch.equal(back.zero_point, q.zero_point)
 
 
+@pytest.mark.parametrize("one", ["uint4/g32/asym/float16", "uint4/g32/asym", "uint8/channel/asym/bfloat16"])
+def test_offsets_that_are_zero_points_become_zero_points(one: str) -> None:
+    q = quantize_tensor(torch.randn(64, 192), scheme(one))
+    there = expressed(q, scheme(one.replace("asym", "offset")))
+    assert there is not None and there.offset is not None
+    back = expressed(there, scheme(one))
+    assert back is not None and torch.equal(back.codes, q.codes) and torch.equal(back.zero_point, q.zero_point)
+    there.offset[3, 0] += there.real_scale[3, 0] / 2
+    assert expressed(there, scheme(one)) is None
+
+
 @pytest.mark.parametrize(
     ("one", "two"),
     [

@@ -7,6 +7,7 @@ ones, and stored in another type. No code is chosen anew: where the scheme has n
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -14,6 +15,9 @@ from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.tensor.encoding import code_dtype
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import STORED
+
+_LARGEST_ZERO: Final = 255
+"""No format has a code beyond it."""
 
 
 def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
@@ -34,8 +38,8 @@ def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
     if isinstance(scheme.offset, Scheme) or scheme.scale == "e8m0" != own.scale:
         return None
     if q.offset is not None and scheme.zero_point != "float":
-        pointed = _with_zero_points(q)
-        return None if pointed is None else expressed(pointed, scheme)
+        whole = _with_whole_zeros(q)
+        return None if whole is None else expressed(whole, scheme)
     shift = _shift(q, scheme)
     if shift is None:
         return None
@@ -64,17 +68,16 @@ def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
     return replace(q, codes=codes, scale=stored, zero_point=zero, offset=offset, scheme=scheme, group_index=index)
 
 
-def _with_zero_points(q: QTensor) -> QTensor | None:
-    """The same with integer zero points instead of offsets, where every offset is a whole multiple of its scale and a code."""
-    own, offset, scale = q.scheme, q.real_offset, q.real_scale
-    if own.format.kind != "integer" or isinstance(own.scale, Scheme) or offset is None:
+def _with_whole_zeros(q: QTensor) -> QTensor | None:
+    """The same with zero points in place of offsets, where every offset is less the scale times a code; None: one is not."""
+    scale, offset = q.real_scale, q.real_offset
+    if q.scheme.format.kind != "integer" or isinstance(q.scheme.scale, Scheme) or offset is None:
         return None
-    zero = torch.where(scale == 0, 0.0, -offset / scale).round()
-    low, high = own.format.qmin, own.format.qmax
-    if not torch.equal(-zero * scale, offset) or bool(((zero < low) | (zero > high)).any()):
+    zero = torch.round(-offset / torch.where(scale == 0, 1, scale))
+    if not torch.equal(-scale * zero, offset) or bool((zero.abs() > _LARGEST_ZERO).any()):
         return None
-    scheme = replace(own, zero_point="integer", offset="float32")
-    return replace(q, scheme=scheme, offset=None, zero_point=zero.to(torch.int32))
+    scheme = replace(q.scheme, zero_point="integer", offset="float32")
+    return replace(q, zero_point=zero.int(), offset=None, scheme=scheme)
 
 
 def _shift(q: QTensor, scheme: Scheme) -> int | None:
