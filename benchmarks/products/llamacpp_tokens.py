@@ -27,6 +27,7 @@ class Session:
     """A model and a context on the CPU with so many threads."""
 
     def __init__(self, file: Path, room: int, batch: int, threads: int, repack: bool) -> None:
+        self.clock = time.perf_counter
         loading = llama_cpp.llama_model_default_params()
         loading.n_gpu_layers, loading.use_extra_bufts = 0, repack
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), loading)
@@ -45,11 +46,11 @@ class Session:
     def seconds(self, tokens: np.ndarray) -> float:
         """Decode these tokens, int32, as one batch behind what is in the cache; wall seconds."""
         array = (llama_cpp.llama_token * len(tokens))(*tokens.tolist())
-        start = time.perf_counter()
+        start = self.clock()
         if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError(f"llama.cpp could not decode {len(tokens)} tokens")
         llama_cpp.llama_synchronize(self.context)
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def close(self) -> None:
         """Free both."""
@@ -57,11 +58,15 @@ class Session:
         llama_cpp.llama_model_free(self.model)
 
 
-def measure(file: Path, prompt: int, decode: int, threads: int, rounds: int, repack: bool) -> dict[str, object]:
+def measure(
+    file: Path, prompt: int, decode: int, threads: int, rounds: int, repack: bool, cpu_time: bool = False
+) -> dict[str, object]:
     """Medians of one model, and the best round and token."""
     start = time.perf_counter()
     session = Session(file, prompt + decode, prompt, threads, repack)
     loading = time.perf_counter() - start
+    if cpu_time:
+        session.clock = time.process_time
     ids = np.random.default_rng(0).integers(0, session.vocab, prompt + decode, np.int32)
     prompts: list[float] = []
     steps: list[float] = []
@@ -97,6 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="timed after one that is not (3)")
     parser.add_argument("--plain", action="store_true", help="also without repacked weights")
+    parser.add_argument(
+        "--unpacked",
+        action="store_true",
+        help="only without repacked weights, whose AMX forms some virtual machines refuse",
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of one thread, where others use the machine"
+    )
     parser.add_argument("--json", type=Path, help="write the list of results here")
     options = parser.parse_args(arguments)
     common.bind_threads()
@@ -108,8 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     results = []
     for file in options.files:
-        for repack in (True, False) if options.plain else (True,):
-            result = measure(file, options.prompt, options.decode, options.threads, options.rounds, repack)
+        for repack in (False,) if options.unpacked else (True, False) if options.plain else (True,):
+            result = measure(
+                file, options.prompt, options.decode, options.threads, options.rounds, repack, options.cpu_time
+            )
             results.append(result)
             print(json.dumps(result), flush=True)
     if options.json:
