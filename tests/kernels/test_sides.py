@@ -68,6 +68,9 @@ def test_sums_are_exact(shape: tuple[int, int, int]) -> None:
         assert torch.equal(sides.integer_product(a, b), expected)
         assert torch.equal(sides.integer_product_reference(a, b), expected)
         assert torch.equal(sides.integer_product(a.T.contiguous().T, b), expected)
+        left, right = sides.filled(a, b)  # what CUDA takes
+        assert len(left) > 16 and left.shape[1] % 8 == 0 and len(right) % 8 == 0
+        assert torch.equal(sides.integer_product(left, right)[:m, :n], expected)
 
 
 def test_bad_sides_are_refused() -> None:

@@ -500,6 +500,15 @@ def test_evaluation_does_not_pass_the_layers_by(method: str) -> None:
         assert torch.allclose(encoder.eval()(x), plain, atol=1e-6)
 
 
+def test_a_report_speaks_of_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arrondi.training.method.engine", lambda device: "float32" if device == "cpu" else "torch")
+    for method in ("int8", "int4", "hlq", "lightseq"):
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32).to("meta"))
+        convert_to_lowbit_training(model, method)
+        here, there = (" ".join(row.arithmetic) for row in training_report(model))
+        assert "exact float32 pieces" in here and "pieces" not in there
+
+
 def test_widths_that_no_block_divides() -> None:
     for method in ("int4", "hlq", "mxfp4"):
         layer = nn.Linear(37, 29)

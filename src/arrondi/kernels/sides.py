@@ -11,6 +11,7 @@ import functools
 from typing import Final
 
 import torch
+from torch.nn import functional as F
 
 from arrondi.errors import ShapeError
 from arrondi.native import TYPES, available, native, operand, threads
@@ -152,9 +153,10 @@ def integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         )
     if a.shape[1] >= 2**17:
         raise ShapeError(f"Sums of {a.shape[1]} products of int8 may not fit int32: split the {a.shape[1]} columns.")
-    if engine(a.device.type) == "torch" and a.numel() and b.numel() and _torch_takes(a, b):
-        return torch._int_mm(a, b.T)
-    return integer_product_reference(a, b)
+    if engine(a.device.type) != "torch" or not a.numel() or not b.numel():
+        return integer_product_reference(a, b)
+    left, right = (a, b) if a.is_cpu else filled(a, b)
+    return torch._int_mm(left, right.T)[: len(a), : len(b)]
 
 
 def integer_product_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -183,9 +185,11 @@ def engine(device: str) -> str:
     return "torch"
 
 
-def _torch_takes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """CUDA's product has limits of its own on sizes."""
-    return a.is_cpu or (a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0)
+def filled(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sides (m, k) and (n, k) with zeros added up to the sizes that CUDA's product takes: m above 16, k and n multiples of 8."""
+    sums, rows, columns = -a.shape[1] % 8, max(17 - len(a), 0), -len(b) % 8
+    left = F.pad(a, (0, sums, 0, rows)) if sums or rows else a
+    return left, F.pad(b, (0, sums, 0, columns)) if sums or columns else b
 
 
 def _shape(x: torch.Tensor) -> tuple[int, int]:
@@ -246,6 +250,7 @@ __all__ = [
     "engine",
     "extremes",
     "extremes_reference",
+    "filled",
     "integer_product",
     "integer_product_reference",
     "round_codes",

@@ -110,7 +110,7 @@ def training_report(model: nn.Module) -> list[LayerReport]:
     for name, module in _layers(model):
         if isinstance(module, LOWBIT):
             lowbit = module.lowbit
-            arithmetic = lowbit.method.arithmetic(lowbit.layer)
+            arithmetic = lowbit.method.arithmetic(lowbit.layer, module.weight.device.type)
             rows.append(LayerReport(name, lowbit.method.name, arithmetic, None, lowbit.layer.learning_rate))
         elif isinstance(module, _Latent):
             way = f"float32, weights rounded to {module.kind.format}"

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from arrondi.arguments import Between, check_fields
 from arrondi.errors import SchemeError
 from arrondi.kernels import hadamard, hadamard_matrix
-from arrondi.kernels.sides import engine, integer_product, scaled
+from arrondi.kernels.sides import integer_product, scaled
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, padding, seed
+from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes, padding, seed
 from arrondi.training.scales import Rounded, rounded
 
 _STRIP: Final = 256
@@ -143,14 +143,11 @@ def _product(left: Rounded, right: Rounded) -> torch.Tensor:
     return scaled(integer_product(left.codes, right.codes.T), left.scale, right.scale, None, torch.float32)
 
 
-def _arithmetic(layer: Layer) -> Arithmetic:
-    lanes = "" if engine("cpu") == "torch" else ", in exact float32 pieces"
+def _arithmetic(layer: Layer, device: str) -> Arithmetic:
     options: HlqOptions = layer.options
-    by_input = (
-        "int8 × int8 → int32, low rank along sequences" if options.input_rank else "int4 × int4 → int32 in int8 lanes"
-    )
-    by_input += "" if options.input_rank else padding("outputs", layer.sums[0], options.block)
-    return "as before", f"{by_input}{lanes}", f"int8 × int8 → int32, low rank along sequences{lanes}"
+    low = f"int8 × int8 → int32, low rank along sequences{lanes(device)}"
+    high = f"int4 × int4 → int32{lanes(device, 4)}" + padding("outputs", layer.sums[0], options.block)
+    return "as before", low if options.input_rank else high, low
 
 
 HLQ: Final = TrainingMethod(

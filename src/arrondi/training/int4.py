@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
 from arrondi.kernels import hadamard
-from arrondi.kernels.sides import engine, extremes, integer_product, round_codes, scaled
+from arrondi.kernels.sides import extremes, integer_product, round_codes, scaled
 from arrondi.nn.fake import even_stride, first_step, step_slope
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, padding, seed
+from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes, padding, seed
 from arrondi.training.sampling import MOST, chances, drawn, logarithmic, split
 from arrondi.training.scales import inverse, rounded
 
@@ -263,10 +263,9 @@ def _nearest(slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Lay
     return _plain_products(codes, scale, passed, wanted)
 
 
-def _arithmetic(layer: Layer, backward: str) -> Arithmetic:
-    lanes = "in int8 lanes" if engine("cpu") == "torch" else "in exact float32 pieces"
-    lanes += padding("inputs", layer.sums[1], int(layer.kept.get("block", 1)))
-    return f"int4 × int4 → int32, {lanes}", f"{backward}, {lanes}", f"{backward}, {lanes}"
+def _arithmetic(layer: Layer, device: str, *, backward: str) -> Arithmetic:
+    way = lanes(device, 4) + padding("inputs", layer.sums[1], int(layer.kept.get("block", 1)))
+    return f"int4 × int4 → int32{way}", f"{backward}{way}", f"{backward}{way}"
 
 
 INT4: Final = TrainingMethod(

@@ -12,10 +12,10 @@ from typing import Final
 
 import torch
 
-from arrondi.kernels.sides import engine, integer_product, round_codes, scaled
+from arrondi.kernels.sides import integer_product, round_codes, scaled
 from arrondi.training.clips import channel_clips, deviation, sensitive_clip
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, seed
+from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes, seed
 from arrondi.training.scales import Rounded, inverse, rounded
 
 
@@ -161,8 +161,8 @@ def _adaptive_backward(
     return by_x, by_weight, {}
 
 
-def _arithmetic(layer: Layer) -> Arithmetic:
-    way = "int8 × int8 → int32" + ("" if engine("cpu") == "torch" else " (in exact float32 pieces)")
+def _arithmetic(layer: Layer, device: str) -> Arithmetic:
+    way = f"int8 × int8 → int32{lanes(device)}"
     return way, way, way
 
 

@@ -1,7 +1,7 @@
 """What a method of low-bit training is.
 
 Owns: `TrainingMethod`, `Layer` (what a method may know and keep of a layer), `Passed` (what it hands from the way forward to the
-way back), `seed`, where noise begins, and `padding`, what a report says of it.
+way back), `seed`, where noise begins, and what reports say: `padding` and `lanes`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
+from arrondi.kernels.sides import engine
 from arrondi.training.geometry import Geometry
 
 Arithmetic = tuple[str, str, str]
@@ -71,7 +72,7 @@ class TrainingMethod:
         source: the paper.
         options: a dataclass of its options, with defaults.
         forward, backward: the products; pure but for `Layer.kept` and `Layer.learning_rate`.
-        arithmetic: layer → in which numbers its three products run.
+        arithmetic: layer, kind of device → in which numbers its three products run there.
         learn: (weight (out, in), options) → first values of what is learned besides, by name; empty ones () that the first
             batch sets.
     """
@@ -82,13 +83,20 @@ class TrainingMethod:
     options: type
     forward: Forward
     backward: Backward
-    arithmetic: Callable[[Layer], Arithmetic]
+    arithmetic: Callable[[Layer, str], Arithmetic]
     learn: Callable[[torch.Tensor, Any], dict[str, torch.Tensor]] = nothing
 
 
 def padding(what: str, width: int, block: int) -> str:
     """What a report adds where a block of a transform does not divide a width."""
     return f", {width} {what} padded to {width + -width % block}" if width % block else ""
+
+
+def lanes(device: str, bits: int = 8) -> str:
+    """What a report adds to a product of codes of so many bits: how a kind of device multiplies them."""
+    if engine(device) != "torch":
+        return ", in exact float32 pieces"
+    return "" if bits == 8 else ", in int8 lanes"
 
 
 def seed() -> int:

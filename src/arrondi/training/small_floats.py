@@ -134,7 +134,7 @@ def _fp8_backward(
     return by_x, by_weight, {}
 
 
-def _arithmetic(layer: Layer, forward: str, backward: str, block: int = 1) -> Arithmetic:
+def _arithmetic(layer: Layer, device: str, *, forward: str, backward: str, block: int = 1) -> Arithmetic:
     outputs, inputs = layer.sums
     wide = padding("inputs", inputs, block), padding("outputs", outputs, block)
     return f"{forward} in float32{wide[0]}", f"{backward} in float32{wide[1]}", f"{backward} in float32"

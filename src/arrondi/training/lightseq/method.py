@@ -15,10 +15,10 @@ import torch
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
 from arrondi.kernels.clipping import MOST, clip_codes, marks, masked, narrow, widen
-from arrondi.kernels.sides import engine, extremes, integer_product, scaled
+from arrondi.kernels.sides import extremes, integer_product, scaled
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry, Tokens
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod
+from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes
 
 LEAST: Final = 1e-6
 """Of clips, which stay positive."""
@@ -219,10 +219,10 @@ def _clipped(
     return by_x * (side == 0), by_x * side
 
 
-def _arithmetic(layer: Layer) -> Arithmetic:
+def _arithmetic(layer: Layer, device: str) -> Arithmetic:
     forward = "int8 × int8 → int32" + (" → int8" if layer.options.outputs == "int8" else "")
     back = "float32 of rounded sides"
-    return forward + ("" if engine("cpu") == "torch" else " (in exact float32 pieces)"), back, back
+    return forward + lanes(device), back, back
 
 
 def _learn(weight: torch.Tensor, options: Any) -> dict[str, torch.Tensor]:
