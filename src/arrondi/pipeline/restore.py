@@ -10,8 +10,8 @@ import torch
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, ShardPlan, ShardWriter, TensorSpec
-from arrondi.checkpoint.containers.onnx.view import SUFFIX
 from arrondi.checkpoint.containers.config import QUANTIZATION
+from arrondi.checkpoint.containers.onnx.view import SUFFIX
 from arrondi.errors import SchemeError
 from arrondi.model import DTYPES
 from arrondi.pipeline.journal import Journal
