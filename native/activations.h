@@ -178,7 +178,7 @@ inline void digits_of(const Row& row, int start, int end, int width, const Integ
 // x / rms(x) · norm, in memory of the tile.
 inline Row normed(const Product& p, int tile, const Row& row) {
     const int k = p.weight.k, padded = (k + 15) / 16 * 16;
-    float* out = p.normed + static_cast<int64_t>(tile) * padded;
+    float* out = p.changed + static_cast<int64_t>(tile) * padded;
     Floats squares = zero_floats();
     for (int c = 0; c < k; c += 16) {
         const Floats x = load_some(row.x, row.type, row.at + c, row.at + k);
@@ -255,19 +255,6 @@ inline void pack_digits(const Product& p, const Row& row, int tile, int t, int c
         else
             pack([](Floats) { return zero_ints(); });  // what is no number has no digits
         p.tile_scale[at + t] = finite ? largest / range : largest - largest;
-    }
-}
-
-// One tile of activations in the form that p.digits asks for.
-inline void pack_tile(const Product& p, int tile) {
-    const int first = tile * p.tokens, count = p.m - first < p.tokens ? p.m - first : p.tokens;
-    uint8_t* out = p.tiles + tile * p.tile_bytes;
-    for (int t = 0; t < count; t++) {
-        const Row given = {p.x, p.x_type, (first + t) * p.ldx}, row = p.norm == nullptr ? given : normed(p, tile, given);
-        if (p.digits == 0)
-            pack_floats(p, row, t, count, out);
-        else
-            pack_digits(p, row, tile, t, count, out);
     }
 }
 

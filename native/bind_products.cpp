@@ -7,17 +7,25 @@
 #include "bind.h"
 #include "kernels.h"
 #include "prepack.h"
+#include "trellis.h"
 
 namespace arrondi {
 namespace {
 
 using Facts = std::vector<int64_t>;  // the fields of native_linear.Facts or Rounding, in their order
 
+int log2_of(int64_t run) {
+    int shift = 0;
+    while (int64_t{1} << shift < run && shift < 30) shift++;
+    if (int64_t{1} << shift != run) throw nb::value_error("sides are turned in blocks of a power of two");
+    return shift;
+}
+
 Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table,
-                 uintptr_t unit, uintptr_t offset_unit) {
-    if (f.size() != 11) throw nb::value_error("a packed weight has eleven facts");
+                 uintptr_t unit, uintptr_t offset_unit, uintptr_t rows, uintptr_t columns) {
+    if (f.size() != 16) throw nb::value_error("a packed weight has sixteen facts");
     Weight w{};
-    if (f[0] < 0 || f[0] >= kKinds) throw nb::value_error("there is no such kind of packed weight");
+    if (f[0] < 0 || f[0] > static_cast<int>(Kind::ring)) throw nb::value_error("there is no such kind of packed weight");
     w.kind = static_cast<Kind>(f[0]);
     w.n = static_cast<int>(f[1]);
     w.k = static_cast<int>(f[2]);
@@ -32,7 +40,20 @@ Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zer
     w.runs = (w.groups + w.run - 1) / w.run;
     w.steps = steps_of(w.kind, w.k);
     if (w.n < 0 || w.k < 1 || w.group < 1 || w.groups < 1) throw nb::value_error("a size of the packed weight is not positive");
-    if (f[7] < packed_bytes(w.kind, w.n, w.k)) throw nb::value_error("the packed codes are shorter than their shape asks for");
+    int64_t bytes;
+    if (w.kind == Kind::ring) {
+        for (int i = 0; i < 2; i++) {
+            if (f[11 + i] < 1 || f[11 + i] > 4) throw nb::value_error("codes of a ring that is multiplied have 1 to 4 bits");
+            w.ring_bits[i] = static_cast<int>(f[11 + i]);
+        }
+        w.state_bits = static_cast<int>(f[13]);
+        if (w.state_bits < 8 || w.state_bits > 16) throw nb::value_error("states have 8 to 16 bits");
+        bytes = ring_bytes(w.n, w.k, w.ring_bits[0], w.ring_bits[1]);
+    } else {
+        bytes = packed_bytes(w.kind, w.n, w.k);
+    }
+    w.turn = {at<float>(columns), at<float>(rows), log2_of(f[15]), log2_of(f[14])};
+    if (f[7] < bytes) throw nb::value_error("the packed codes are shorter than their shape asks for");
     w.codes = at<uint8_t>(codes);
     w.scale = at<void>(scale);
     w.zero = at<uint8_t>(zero);
@@ -64,10 +85,10 @@ void bind_products(nb::module_& m) {
     // A product with its weight bound: what stays the same from call to call crosses from Python once.
     nb::class_<Product>(m, "Product")
         .def("__init__", [](Product* made, const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset,
-                            uintptr_t table, uintptr_t unit, uintptr_t offset_unit, int digits, const Facts& rounding, uintptr_t x_scale, uintptr_t x_zero,
-                            uintptr_t bias, uintptr_t norm, float eps, int gate) {
+                            uintptr_t table, uintptr_t unit, uintptr_t offset_unit, uintptr_t rows, uintptr_t columns, int digits,
+                            const Facts& rounding, uintptr_t x_scale, uintptr_t x_zero, uintptr_t bias, uintptr_t norm, float eps, int gate) {
             Product p{};
-            p.weight = weight_of(facts, codes, scale, zero, offset, table, unit, offset_unit);
+            p.weight = weight_of(facts, codes, scale, zero, offset, table, unit, offset_unit, rows, columns);
             p.digits = digits;
             p.rounded = !rounding.empty();
             if (p.rounded) {

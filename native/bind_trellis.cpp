@@ -15,6 +15,14 @@ void bind_trellis(nb::module_& m) {
         run(ring_values, RingValues{rings, length, {even, odd}, state_bits, at<uint8_t>(codes), at<float>(table),
                                     at<float>(values), threads});
     });
+    m.def("ring_bytes", ring_bytes);
+    const auto packing = [](const char* (*function)(const RingPacking&)) {
+        return [function](int n, int k, int even, int odd, int ring, uintptr_t codes, uintptr_t packed, int threads) {
+            run(function, RingPacking{n, k, {even, odd}, ring, at<uint8_t>(codes), at<uint8_t>(packed), threads});
+        };
+    };
+    m.def("pack_rings", packing(pack_rings));
+    m.def("unpack_rings", packing(unpack_rings));
 }
 
 }  // namespace arrondi

@@ -1,11 +1,11 @@
-// Fast Hadamard transforms, for one path. Included by path_*.cpp after product.h.
+// Fast Hadamard transforms, for one path.
 //
 // A row is a matrix of `base` × `run`: butterflies along its rows, then the small matrix K from the left. Four
 // butterflies are within a register; the others take up to eight registers at a time, three stages for each way through
 // the cache.
 #pragma once
 
-#include "product.h"
+#include "activations.h"
 #include "transforms.h"
 
 namespace arrondi {

@@ -12,6 +12,12 @@
 //   tables  [blocks][4][bytes of an entry][4][16]: vector, byte, rows of the vector, entry
 //   scale   [blocks][groups][16] in its own type, and offset as well; zero [blocks][groups][16] uint8
 //   unit, offset_unit  [blocks][runs][16], where scales and offsets are counted: codes of a byte, times what some groups share
+//
+// States of a trellis (Kind::ring) are kept otherwise, for a state reaches beyond sixteen rows: eight blocks are a slab, and a slab
+// has one entry for every column, a little-endian stream in which the code of the last row comes first and those before it follow, then
+// sixteen bits of the rows before the slab. So the state of a row is the field that begins with its code.
+//
+//   codes   [slabs][[columns][ring_entry()], kRingPad bytes that may be read]
 #pragma once
 
 #include <cstddef>
@@ -43,11 +49,12 @@ enum class Kind : int {
     e5m2,     // one byte
     e3m2,     // planes 4 + 2
     e2m3,     // planes 4 + 2
+    ring,     // states of a bit-shift trellis, whose value is a sum of bytes
 };
-constexpr int kKinds = 21;
+constexpr int kKinds = 21;  // that lie in blocks: all but ring
 
 // Kinds that meet activations as integers.
-constexpr bool integer(Kind kind) { return kind <= Kind::rows2; }
+constexpr bool integer(Kind kind) { return kind <= Kind::rows2 || kind == Kind::ring; }
 
 // Bytes of an entry of the tables of rows; 0: the rows have none.
 constexpr int row_entry(Kind kind) {
@@ -56,7 +63,7 @@ constexpr int row_entry(Kind kind) {
 }
 
 // Codes decoded to bytes above 127.
-constexpr bool wide(Kind kind) { return kind == Kind::u8 || kind == Kind::wide_table4 || row_entry(kind) == 1; }
+constexpr bool wide(Kind kind) { return kind == Kind::u8 || kind == Kind::ring || kind == Kind::wide_table4 || row_entry(kind) == 1; }
 
 // Codes decoded to bytes by one table of sixteen.
 constexpr bool one_table(Kind kind) { return kind == Kind::table4 || kind == Kind::wide_table4; }
@@ -99,9 +106,22 @@ constexpr int step_bytes(Kind kind) {
         case Kind::float_rows2: return 128;
         case Kind::u1: return 64;
         case Kind::trit5: return 64;
+        case Kind::ring: return 0;  // it has no steps
     }
     return 0;
 }
+
+constexpr int kSlab = 8;            // blocks of a slab
+constexpr int kRingPad = 16;        // bytes behind the last entry of a slab
+constexpr int kRingMiddle = 510;    // what a sum of bytes is less to be a value
+constexpr uint32_t kRingFactor = 0x83DCD12D;
+
+// Columns: x is multiplied by signs and by Hadamard matrices before the product; rows: y afterwards, by matrices and then signs.
+struct Turn {
+    const float* columns;  // (k,) or null: neither is done
+    const float* rows;     // (n,)
+    int column_shift, row_shift;  // the matrices have 1 << shift rows
+};
 
 struct Weight {
     Kind kind;
@@ -123,9 +143,17 @@ struct Weight {
     uint8_t bytes[16];     // of table4 and wide_table4
     float floats[16];      // of float4
     const uint8_t* tables;  // of rows4 … and float_rows4 …
+    int ring_bits[2];       // of ring: of the codes of even and of odd rows
+    int state_bits;
+    Turn turn;
 };
 
 inline bool has_offset(const Weight& w) { return w.counted == Counted::no ? w.offset != nullptr : w.offset_unit != nullptr; }
+
+// Bytes of sixteen rows of one column, and of a slab of it.
+inline int ring_block_bytes(const Weight& w) { return w.ring_bits[0] + w.ring_bits[1]; }
+inline int ring_entry(const Weight& w) { return kSlab * ring_block_bytes(w) + 2; }
+inline int64_t ring_slab_bytes(const Weight& w) { return static_cast<int64_t>(w.k) * ring_entry(w) + kRingPad; }
 
 // How activations meet the codes.
 //   floats   as float32 (or pairs of bfloat16 where a path has that product)
@@ -171,7 +199,7 @@ struct Product {
     uint8_t* tiles;     // activations [tile][unit][row of the tile][4 bytes]
     int64_t tile_bytes;
     float* tile_scale;  // by token: [tile][kRowsMost]; else [tile][spans][kRowsMost]
-    float* normed;      // a row of each tile, where x is normed
+    float* changed;     // a row of each tile, where x is normed or turned
     int32_t* tile_sum;  // sums of the digits, [tile][spans][kRowsMost]
 };
 constexpr int kRowsMost = 8;
@@ -201,8 +229,8 @@ struct Path {
     // The same for many rows, `vectors` blocks at a time: decoded to a panel, which all tiles then use.
     void (*panel)(const Product&, int first, int last, uint8_t* scratch);
     size_t (*panel_scratch)(const Product&);
-    // y[token] of a gated product from its n results.
-    void (*gate)(const Product&, int token, const float* results);
+    // y[token] from its n results, which may be overwritten: turned back, then gated or added to.
+    void (*finish)(const Product&, int token, float* results);
     Quantizers quantizers;
     const Transforms* transforms;
     const Tokens* tokens;

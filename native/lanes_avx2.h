@@ -21,6 +21,7 @@ constexpr bool kShortSums = true;
 constexpr bool kWords = true;
 #endif
 constexpr bool kFastDot = true;
+constexpr int kRingSums = 2;
 
 struct Bytes {
     __m256i a, b;
@@ -122,6 +123,9 @@ template <int kBits>
 inline Ints shift_left(Ints v) {
     return {_mm256_slli_epi32(v.a, kBits), _mm256_slli_epi32(v.b, kBits)};
 }
+inline Ints shift_right_each(Ints v, Ints bits) { return {_mm256_srlv_epi32(v.a, bits.a), _mm256_srlv_epi32(v.b, bits.b)}; }
+constexpr bool kFields = false;
+inline Bytes fields(const void*, Bytes at) { return at; }
 #if defined(__AVXVNNI__)
 inline Ints dot7(Ints sum, Bytes u, Bytes s) {
     return {_mm256_dpbusd_avx_epi32(sum.a, u.a, s.a), _mm256_dpbusd_avx_epi32(sum.b, u.b, s.b)};
@@ -158,8 +162,26 @@ inline Ints dot8(Ints sum, Bytes u, Bytes s) { return {dot8_half(sum.a, u.a, s.a
 #endif
 inline Bytes even_words(Bytes v) { return both(v, {_mm256_set1_epi16(255), _mm256_set1_epi16(255)}); }
 inline Bytes odd_words(Bytes v) { return shift_down<8>(v); }
+inline Bytes repeat2(const void* p) {
+    int16_t two;
+    std::memcpy(&two, p, 2);
+    const __m256i v = _mm256_set1_epi16(two);
+    return {v, v};
+}
+#if defined(__AVXVNNI__)
+inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
+    return {_mm256_dpwssd_avx_epi32(sum.a, w.a, x.a), _mm256_dpwssd_avx_epi32(sum.b, w.b, x.b)};
+}
+#else
 inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
     return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(w.a, x.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(w.b, x.b))};
+}
+#endif
+// Sums of two bytes are below 511, whatever the bytes.
+inline Ints add_four(Ints sum, Bytes u) { return dot7(sum, u, splat_byte(1)); }
+inline Ints dot_sum(Ints sum, Bytes u, Bytes w) {
+    const __m256i one = _mm256_set1_epi8(1);
+    return dot_words(sum, {_mm256_maddubs_epi16(u.a, one), _mm256_maddubs_epi16(u.b, one)}, w);
 }
 inline __m256i count_ones_half(__m256i v) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //

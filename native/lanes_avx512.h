@@ -15,6 +15,7 @@ constexpr int kVectors = 4;  // registers of sixteen columns in a tile of weight
 constexpr bool kFastDot = true;
 constexpr bool kShortSums = false;  // nothing beats dot7 and dot8
 constexpr bool kWords = false;
+constexpr int kRingSums = 16;
 
 using Bytes = __m512i;
 using Ints = __m512i;
@@ -82,6 +83,18 @@ template <int kBits>
 inline Ints shift_left(Ints v) {
     return _mm512_slli_epi32(v, kBits);
 }
+inline Ints shift_right_each(Ints v, Ints bits) { return _mm512_srlv_epi32(v, bits); }
+#if defined(__AVX512VBMI__)
+constexpr bool kFields = true;
+inline Bytes fields(const void* p, Bytes at) {
+    int64_t eight;
+    std::memcpy(&eight, p, 8);
+    return _mm512_multishift_epi64_epi8(at, _mm512_set1_epi64(eight));
+}
+#else
+constexpr bool kFields = false;
+inline Bytes fields(const void*, Bytes at) { return at; }
+#endif
 inline Ints dot7(Ints sum, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(sum, u, s); }
 inline Ints dot8(Ints sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
 using Shorts = Ints;
@@ -90,7 +103,10 @@ inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); 
 inline Ints fold(Ints sum, Shorts part) { return add(sum, part); }
 inline Bytes even_words(Bytes v) { return v; }
 inline Bytes odd_words(Bytes v) { return v; }
-inline Ints dot_words(Ints sum, Bytes, Bytes) { return sum; }
+inline Bytes repeat2(const void*) { return _mm512_setzero_si512(); }
+inline Ints dot_sum(Ints sum, Bytes, Bytes) { return sum; }
+inline Ints dot_words(Ints sum, Bytes w, Bytes x) { return _mm512_dpwssd_epi32(sum, w, x); }
+inline Ints add_four(Ints sum, Bytes u) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi8(1)); }
 
 inline Floats zero_floats() { return _mm512_setzero_ps(); }
 inline Floats splat(float v) { return _mm512_set1_ps(v); }

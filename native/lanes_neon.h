@@ -16,6 +16,7 @@ constexpr int kVectors = 1;
 constexpr bool kFastDot = true;
 constexpr bool kShortSums = false;  // nothing beats dot7 and dot8
 constexpr bool kWords = false;
+constexpr int kRingSums = 4;
 
 struct Bytes {
     uint8x16_t v[4];
@@ -121,6 +122,11 @@ template <int kBits>
 inline Ints shift_left(Ints v) {
     ARRONDI_EACH(Ints, vshlq_n_s32(v.v[i], kBits));
 }
+inline Ints shift_right_each(Ints v, Ints bits) {
+    ARRONDI_EACH(Ints, vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v.v[i]), vnegq_s32(bits.v[i]))));
+}
+constexpr bool kFields = false;
+inline Bytes fields(const void*, Bytes at) { return at; }
 // A byte below 128 is the same number with a sign.
 inline Ints dot7(Ints sum, Bytes u, Bytes s) {
     ARRONDI_EACH(Ints, vdotq_s32(sum.v[i], vreinterpretq_s8_u8(u.v[i]), vreinterpretq_s8_u8(s.v[i])));
@@ -143,7 +149,17 @@ inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); 
 inline Ints fold(Ints sum, Shorts part) { return add(sum, part); }
 inline Bytes even_words(Bytes v) { return v; }
 inline Bytes odd_words(Bytes v) { return v; }
-inline Ints dot_words(Ints sum, Bytes, Bytes) { return sum; }
+inline Bytes repeat2(const void*) { return {}; }
+inline Ints dot_sum(Ints sum, Bytes, Bytes) { return sum; }
+inline int32x4_t dot_words_quarter(int32x4_t sum, int16x8_t w, int16x8_t x) {
+    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(w), vget_low_s16(x)), vmull_high_s16(w, x)));
+}
+inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
+    ARRONDI_EACH(Ints, dot_words_quarter(sum.v[i], vreinterpretq_s16_u8(w.v[i]), vreinterpretq_s16_u8(x.v[i])));
+}
+inline Ints add_four(Ints sum, Bytes u) {
+    ARRONDI_EACH(Ints, vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(sum.v[i]), u.v[i], vdupq_n_u8(1))));
+}
 inline Ints count_ones(Ints v) {
     ARRONDI_EACH(Ints, vreinterpretq_s32_u32(vpaddlq_u16(vpaddlq_u8(vcntq_u8(vreinterpretq_u8_s32(v.v[i]))))));
 }

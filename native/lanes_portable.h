@@ -20,6 +20,7 @@ constexpr int kVectors = 1;      // groups of sixteen columns in a tile of weigh
 constexpr bool kFastDot = false;    // whether integer products of three digits beat float ones
 constexpr bool kShortSums = false;  // whether sums that stay in 16 bits for a while (Shorts) are faster than dot7
 constexpr bool kWords = false;      // whether two digits, and codes above 127, are multiplied in 16 bits (dot_words)
+constexpr int kRingSums = 1;        // vectors of sums that stay in registers beside what decodes states
 
 struct Bytes {
     uint8_t v[64];
@@ -128,6 +129,13 @@ template <int kBits>
 inline Ints shift_left(Ints v) {
     ARRONDI_EACH(Ints, 16, wrapped(static_cast<uint32_t>(v.v[i]) << kBits));
 }
+// Each lane by a number of bits of its own, below 32.
+inline Ints shift_right_each(Ints v, Ints bits) {
+    ARRONDI_EACH(Ints, 16, wrapped(static_cast<uint32_t>(v.v[i]) >> bits.v[i]));
+}
+// With kFields: eight bits from each of 64 places of eight bytes; every eight results have the same eight bytes.
+constexpr bool kFields = false;
+inline Bytes fields(const void*, Bytes) { return {}; }
 // sum + u · s over the four bytes of each lane, u unsigned and s signed, exact. dot7: u below 128, which some CPUs do faster.
 inline Ints dot8(Ints sum, Bytes u, Bytes s) {
     for (int i = 0; i < 16; i++)
@@ -140,10 +148,27 @@ using Shorts = Ints;
 inline Shorts zero_shorts() { return zero_ints(); }
 inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
 inline Ints fold(Ints sum, Shorts part) { ARRONDI_EACH(Ints, 16, sum.v[i] + part.v[i]); }
-// With kWords: bytes 0 and 2, 1 and 3 of every lane as two numbers of 16 bits; sum + w · x over the two.
+// With kWords: bytes 0 and 2, 1 and 3 of every lane as two numbers of 16 bits; two bytes in each half of every lane.
 inline Bytes even_words(Bytes b) { return b; }
 inline Bytes odd_words(Bytes b) { return b; }
-inline Ints dot_words(Ints sum, Bytes, Bytes) { return sum; }
+inline Bytes repeat2(const void*) { return {}; }
+// With kWords: sum + (the sum of the four bytes of u) · w, which is in both halves of every lane.
+inline Ints dot_sum(Ints sum, Bytes, Bytes) { return sum; }
+// sum + w · x over the two int16 of each lane.
+inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
+    for (int i = 0; i < 32; i++) {
+        int16_t a, b;
+        std::memcpy(&a, w.v + 2 * i, 2);
+        std::memcpy(&b, x.v + 2 * i, 2);
+        sum.v[i / 2] += a * b;
+    }
+    return sum;
+}
+// sum + the four bytes of each lane.
+inline Ints add_four(Ints sum, Bytes u) {
+    for (int i = 0; i < 64; i++) sum.v[i / 4] += u.v[i];
+    return sum;
+}
 // In twos, fours and bytes, the library's function would not be inlined.
 inline int32_t ones_of(uint32_t v) {
     v = v - (v >> 1 & 0x55555555u);

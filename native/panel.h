@@ -235,8 +235,7 @@ inline void any_tile(const Product& p, Panel& panel, int tile, float* totals) {
             if (p.pairs) return float_tile<PairOp, kRowsHere>(p, panel, tile, totals);
         return float_tile<FloatOp, kRowsHere>(p, panel, tile, totals);
     }
-    if constexpr (kWords)
-        if (p.words) return integer_tile<WordOp, kRowsHere, 1>(p, panel, tile, totals);
+    if (p.words) return integer_tile<WordOp, kRowsHere, 1>(p, panel, tile, totals);
     if (wide(p.weight.kind)) return integer_rows<WideOp, kRowsHere>(p, panel, tile, totals);
     if constexpr (kShortSums)
         if (fold_quads(p.weight.kind) > 1) return integer_rows<ShortOp, kRowsHere>(p, panel, tile, totals);
@@ -282,7 +281,7 @@ inline void decode_floats(const Product& p, const Numbers<kKind>& numbers, int b
 }
 
 template <Kind kKind>
-inline void decode_panel(const Product& p, Panel& panel) {
+inline void decode_steps(const Product& p, Panel& panel) {
     using D = Decode<kKind>;
     const Weight& w = p.weight;
     constexpr int kColumns = 4 * D::kQuads;
@@ -324,6 +323,16 @@ inline void decode_panel(const Product& p, Panel& panel) {
             out += static_cast<int64_t>(units) * 64;
         }
     }
+}
+
+inline void decode_ring(const Product& p, Panel& panel);  // ring.h
+
+template <Kind kKind>
+inline void decode_panel(const Product& p, Panel& panel) {
+    if constexpr (kKind == Kind::ring)
+        decode_ring(p, panel);
+    else
+        decode_steps<kKind>(p, panel);
 }
 
 inline int panel_columns(const Product& p) {

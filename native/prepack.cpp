@@ -40,7 +40,8 @@ Planes planes_of(Kind kind) {
         case Kind::rows2:
         case Kind::float_rows2: return {1, {{2, 0}}};
         case Kind::u1: return {1, {{1, 0}}};
-        case Kind::trit5: break;
+        case Kind::trit5:
+        case Kind::ring: break;
     }
     return {0, {}};
 }

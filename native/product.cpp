@@ -28,10 +28,12 @@ class Scratch {
     size_t size_ = 0;
 };
 
-thread_local Scratch tiles_memory, panel_memory, gate_memory;
+thread_local Scratch tiles_memory, panel_memory, results_memory;
 
-// Tokens of a gated product that are computed before the gate is applied to them.
-constexpr int kGateTokens = 384;
+// Tokens that are computed before their results are turned back or gated.
+constexpr int kResultTokens = 384;
+
+constexpr int kRingUnit = 4;  // blocks of a ring that a thread takes at least: a group of sums
 
 // The longest run of whole steps that divides a group and is at most `most`.
 int span_of(const Weight& w, int most) {
@@ -74,26 +76,46 @@ const char* check(const Product& p) {
     if (p.gate != Gate::none && (w.n % 2 != 0 || p.residual != nullptr || p.integers))
         return "a gate needs as many rows before as behind it, and nothing that is added";
     if (p.integers && (!by_token(p) || w.groups != 1)) return "integer results need activations rounded by token and one scale a row";
+    const bool turned = w.turn.columns != nullptr;
+    if (turned != (w.turn.rows != nullptr)) return "a weight is turned on both sides or on none";
+    if (turned && ((w.k & ((1 << w.turn.column_shift) - 1)) != 0 || (w.n & ((1 << w.turn.row_shift) - 1)) != 0))
+        return "a side is turned in blocks that divide it";
+    if (turned && (p.rounded || p.integers)) return "activations of a turned weight are not rounded";
+    if (w.kind == Kind::ring && (w.groups != 1 || w.zero != nullptr || w.offset != nullptr))
+        return "states of a trellis have one scale a row and nothing else";
+    if (w.kind == Kind::ring && p.rounded && (p.digits != 1 || p.x_group != 0 || w.k > kZeroPointColumns))
+        return "states of a trellis meet activations of one digit a token, and up to 32768 of them";
     if (p.integers && p.digits == 2 && w.k > kZeroPointColumns)
         return "int32 sums of more than 32768 columns may overflow where activations have a zero point";
     return nullptr;
 }
 
-const char* ungated(Product& p) {
+// Results as they are before they are turned back or gated.
+const char* compute(Product& p) {
     const Path& path = arrondi::path();
     Weight& w = p.weight;
     // Pairs of bfloat16 need as many products as two digits, and no work at the end of a group.
-    if (p.digits == 2 && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
+    const bool ring = w.kind == Kind::ring;
+    if (p.digits == 2 && !ring && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
     // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
     // one or two tokens taking the codes apart costs more than that saves.
     const bool apart = wide(w.kind) || one_table(w.kind);
     p.words = path.words && (apart ? p.digits == 1 || p.digits == 2 : p.digits == 2 && p.m > 2);
     if (p.digits == 3 && (!path.fast_dot || (path.words && (apart || p.m > 2)))) p.digits = 0;
     const int padded = w.steps * 4 * step_quads(w.kind), blocks = (w.n + kBlock - 1) / kBlock;
-    const int rows = p.m * rows_of_token(p);
+    int rows = p.m * rows_of_token(p);
     // Rows of a tile when the weight is decoded in registers: as many as there are variants of (see stream_kind).
-    const int together = rows_of_token(p) > 1 ? 2 : 4;
-    const bool few = p.digits == 0 ? rows <= 4 : rows <= 12 && p.m <= 2 * together;
+    int together = rows_of_token(p) > 1 ? 2 : 4;
+    bool few = p.digits == 0 ? rows <= 4 : rows <= 12 && p.m <= 2 * together;
+    if (ring) {
+        // Decoding a state costs more than multiplying it: it is done once. Panels hold values, of ten bits.
+        together = rows_of_token(p) > 2 ? 2 : 4;
+        few = p.m <= together;
+        if (!few && p.digits == 3) p.digits = 0;
+        if (!few) p.words = p.digits > 0;
+        w.zero_all = few ? kRingMiddle : 0;
+        rows = p.m * rows_of_token(p);
+    }
     p.pairs = !few && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
     p.tokens = few ? (p.m < together ? p.m : together) : path.rows / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
@@ -109,12 +131,12 @@ const char* ungated(Product& p) {
     const int64_t units = p.digits > 0 ? columns / 4 : p.pairs ? columns / 2 : columns;
     p.tile_bytes = (units * (p.words ? 8 : 4) * p.tokens * rows_of_token(p) + 63) / 64 * 64;
     const size_t sums = static_cast<size_t>(tiles) * p.spans * kRowsMost * 4;
-    const size_t row = p.norm == nullptr ? 0 : static_cast<size_t>(w.k + 15) / 16 * 64;
+    const size_t row = p.norm == nullptr && w.turn.columns == nullptr ? 0 : static_cast<size_t>(w.k + 15) / 16 * 64;
     uint8_t* memory = tiles_memory.of(static_cast<size_t>(tiles) * (p.tile_bytes + row + kRowsMost * 4) + 2 * sums);
     if (memory == nullptr) return "there is no memory for the activations";
     p.tiles = memory;
     memory += tiles * p.tile_bytes;
-    p.normed = reinterpret_cast<float*>(memory);
+    p.changed = reinterpret_cast<float*>(memory);
     memory += tiles * row;
     p.tile_scale = reinterpret_cast<float*>(memory);
     p.tile_sum = reinterpret_cast<int32_t*>(memory + sums + static_cast<size_t>(tiles) * kRowsMost * 4);
@@ -122,16 +144,19 @@ const char* ungated(Product& p) {
     const bool small = static_cast<int64_t>(p.m) * padded < 65536;
     parallel_for(tiles, small ? 1 : p.threads, [&](int tile) { path.pack_tile(p, tile); });
 
-    const int64_t work = static_cast<int64_t>(blocks) * w.steps * step_bytes(w.kind);
+    const int64_t work = ring ? static_cast<int64_t>(blocks) * w.k * ring_block_bytes(w)
+                              : static_cast<int64_t>(blocks) * w.steps * step_bytes(w.kind);
     if (few) {
         // Pieces of about 64 KB of codes, so that a thread that comes late still finds some.
         int pieces = static_cast<int>(work / 65536) + 1;
         if (pieces > p.threads * 8) pieces = p.threads * 8;
-        if (pieces > blocks) pieces = blocks;
+        const int unit = ring ? kRingUnit : 1, units = (blocks + unit - 1) / unit;
+        if (pieces > units) pieces = units;
         if (work < 16384) pieces = 1;
         parallel_for(pieces, p.threads, [&](int piece) {
-            const int first = static_cast<int>(static_cast<int64_t>(blocks) * piece / pieces);
-            path.stream(p, first, static_cast<int>(static_cast<int64_t>(blocks) * (piece + 1) / pieces));
+            const int64_t first = static_cast<int64_t>(units) * piece / pieces * unit;
+            const int64_t last = static_cast<int64_t>(units) * (piece + 1) / pieces * unit;
+            path.stream(p, static_cast<int>(first), static_cast<int>(last < blocks ? last : blocks));
         });
         return nullptr;
     }
@@ -154,10 +179,10 @@ const char* ungated(Product& p) {
 const char* product(Product& p) {
     if (p.m == 0 || p.weight.n == 0) return nullptr;
     if (const char* wrong = check(p)) return wrong;
-    if (p.gate == Gate::none) return ungated(p);
-    const int most = p.m < kGateTokens ? p.m : kGateTokens, n = p.weight.n;
-    float* results = reinterpret_cast<float*>(gate_memory.of(static_cast<size_t>(most) * n * sizeof(float)));
-    if (results == nullptr) return "there is no memory for the results before the gate";
+    if (p.gate == Gate::none && p.weight.turn.rows == nullptr) return compute(p);
+    const int most = p.m < kResultTokens ? p.m : kResultTokens, n = p.weight.n;
+    float* results = reinterpret_cast<float*>(results_memory.of(static_cast<size_t>(most) * n * sizeof(float)));
+    if (results == nullptr) return "there is no memory for the results before they are finished";
     for (int first = 0; first < p.m; first += most) {
         Product part = p;
         part.x = static_cast<const uint8_t*>(p.x) + first * p.ldx * size_of(p.x_type);
@@ -165,9 +190,11 @@ const char* product(Product& p) {
         part.y = results;
         part.y_type = Type::f32;
         part.ldy = n;
-        if (const char* wrong = ungated(part)) return wrong;
+        part.residual = nullptr;
+        if (p.weight.turn.rows != nullptr) part.bias = nullptr;
+        if (const char* wrong = compute(part)) return wrong;
         parallel_for(part.m, part.m < 4 ? 1 : p.threads,
-                     [&](int token) { path().gate(p, first + token, results + static_cast<int64_t>(token) * n); });
+                     [&](int token) { path().finish(p, first + token, results + static_cast<int64_t>(token) * n); });
     }
     return nullptr;
 }

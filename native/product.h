@@ -1,9 +1,9 @@
 // Products with packed weights, for one path: the kind of the weight picks the code. Included after a lanes_*.h.
 #pragma once
 
-#include "panel.h"
-#include "powers.h"
+#include "ring.h"
 #include "stream.h"
+#include "turn.h"
 
 namespace arrondi {
 namespace ARRONDI_PATH {
@@ -32,6 +32,7 @@ inline void by_kind(Kind kind, const Arguments&... arguments) {
         case Kind::e5m2: return Action<Kind::e5m2>::run(arguments...);
         case Kind::e3m2: return Action<Kind::e3m2>::run(arguments...);
         case Kind::e2m3: return Action<Kind::e2m3>::run(arguments...);
+        case Kind::ring: return Action<Kind::ring>::run(arguments...);
     }
 }
 
@@ -44,6 +45,11 @@ struct StreamAction {
     }
 };
 
+template <>
+struct StreamAction<Kind::ring> {
+    static void run(const Product& p, int first, int last) { stream_ring(p, first, last); }
+};
+
 template <Kind kKind>
 struct PanelAction {
     static void run(const Product& p, int first, int last, uint8_t* scratch) { panel_kind<kKind>(p, first, last, scratch); }
@@ -53,19 +59,6 @@ inline void stream(const Product& p, int first, int last) { by_kind<StreamAction
 
 inline void panel(const Product& p, int first, int last, uint8_t* scratch) {
     by_kind<PanelAction>(p.weight.kind, p, first, last, scratch);
-}
-
-// y = gate(first half) · second half. Both gates are g · sigmoid(z), and e^-z is a power of two.
-inline void gate_token(const Product& p, int token, const float* results) {
-    const int half = p.weight.n / 2;
-    for (int c = 0; c < half; c += 16) {
-        const Floats g = load_some(results, Type::f32, c, half), u = load_some(results + half, Type::f32, c, half);
-        Floats z = g;
-        if (p.gate == Gate::gelu_tanh) z = mul(fma(mul(mul(g, g), g), splat(0.044715f), g), splat(1.59576912f));
-        const Floats power = min(max(mul(z, splat(-1.44269504f)), splat(-125.0f)), splat(125.0f));
-        const Floats y = mul(div(g, add(splat(1.0f), exp2_of(power))), u);
-        store_some(p.y, p.y_type, token * p.ldy + c, half - c < 16 ? half - c : 16, y);
-    }
 }
 
 }  // namespace ARRONDI_PATH

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -20,6 +21,13 @@ const char* wrong(int64_t rings, int64_t length, const int* bits, int state_bits
         if (bits[i] < 1 || bits[i] > most || bits[i] >= state_bits) return "codes of a ring have too few or too many bits";
     if (state_bits < 8 || state_bits > 16) return "states have 8 to 16 bits";
     return length * std::min(bits[0], bits[1]) < state_bits ? "a ring is shorter than a state" : nullptr;
+}
+
+const char* wrong(const RingPacking& job) {
+    if (job.n < 1 || job.k < 1) return "a size is not positive";
+    for (const int bits : job.bits)
+        if (bits < 1 || bits > 4) return "codes of a ring that is multiplied have 1 to 4 bits";
+    return job.ring < 1 || job.ring % (kSlab * kBlock) != 0 ? "rings are made of whole slabs" : nullptr;
 }
 
 }  // namespace
@@ -72,6 +80,51 @@ const char* ring_values(const RingValues& job) {
                 values[i] = job.table[state];
             }
         }
+    });
+    return nullptr;
+}
+
+int64_t ring_bytes(int n, int k, int even, int odd) {
+    const int64_t slabs = (n + kSlab * kBlock - 1) / (kSlab * kBlock);
+    return slabs * (static_cast<int64_t>(k) * (kSlab * (even + odd) + 2) + kRingPad);
+}
+
+const char* pack_rings(const RingPacking& job) {
+    if (const char* why = wrong(job)) return why;
+    const int rows = kSlab * kBlock, slabs = (job.n + rows - 1) / rows, entry = kSlab * (job.bits[0] + job.bits[1]) + 2;
+    const int last = std::max(job.n / job.ring - (job.n % job.ring > 0), 0) * job.ring;  // where the last ring begins
+    parallel_for(slabs, job.threads, [&](int slab) {
+        const int first = slab * rows, start = first < last ? first / job.ring * job.ring : last;
+        const int stop = start < last ? start + job.ring : job.n;
+        uint8_t* out = job.packed + slab * (static_cast<int64_t>(job.k) * entry + kRingPad);
+        for (int c = 0; c < job.k; c++) {
+            uint32_t held = 0;
+            int bits = 0, left = entry;
+            const auto append = [&](int row) {
+                const uint32_t code = row < job.n ? job.codes[static_cast<int64_t>(row) * job.k + c] : 0u;
+                held |= code << bits;
+                for (bits += job.bits[row % 2]; bits >= 8 && left > 0; bits -= 8, held >>= 8, left--) *out++ = static_cast<uint8_t>(held);
+            };
+            for (int row = first + rows - 1; row >= first; row--) append(row);
+            for (int row = first; left > 0;) append(row = row == start ? stop - 1 : row - 1);
+        }
+        std::memset(out, 0, kRingPad);
+    });
+    return nullptr;
+}
+
+const char* unpack_rings(const RingPacking& job) {
+    if (const char* why = wrong(job)) return why;
+    const int rows = kSlab * kBlock, slabs = (job.n + rows - 1) / rows, entry = kSlab * (job.bits[0] + job.bits[1]) + 2;
+    parallel_for(slabs, job.threads, [&](int slab) {
+        const uint8_t* in = job.packed + slab * (static_cast<int64_t>(job.k) * entry + kRingPad);
+        for (int c = 0; c < job.k; c++, in += entry)
+            for (int row = slab * rows + rows - 1, at = 0; row >= slab * rows; at += job.bits[row % 2], row--) {
+                const uint32_t two = in[at / 8] | static_cast<uint32_t>(in[at / 8 + 1]) << 8;
+                if (row < job.n)
+                    job.codes[static_cast<int64_t>(row) * job.k + c] =
+                        static_cast<uint8_t>(two >> at % 8 & ((1u << job.bits[row % 2]) - 1u));
+            }
     });
     return nullptr;
 }

@@ -39,7 +39,20 @@ struct RingScratch {
     uint8_t* picks;    // for every place the best predecessor of 2^(state_bits - bits) states, and the pad
 };
 
+// Codes (n, k), a byte each, of rings of rows ↔ entries of slabs; see kernels.h. `packed` holds ring_bytes().
+struct RingPacking {
+    int n, k;
+    int bits[2];
+    int ring;  // rows of a ring; the last one has what is left over too
+    uint8_t* codes;
+    uint8_t* packed;
+    int threads;
+};
+int64_t ring_bytes(int n, int k, int even, int odd);
+
 // Null, or a sentence that says what is wrong with the arguments.
+const char* pack_rings(const RingPacking& job);
+const char* unpack_rings(const RingPacking& job);
 const char* search_rings(const Rings& job);
 const char* ring_values(const RingValues& job);
 

@@ -25,7 +25,7 @@ from arrondi.kernels.act_order import contiguous_groups, scattered_groups
 from arrondi.kernels.binary import binary_linear, pack_signs, sign_tiles
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
-from arrondi.kernels.native_linear import NATIVE, integer_linear
+from arrondi.kernels.native_linear import NATIVE, TRELLIS, integer_linear
 from arrondi.kernels.packed import decoded, decoded_rows, pack_weight, unpack_weight
 from arrondi.kernels.reference import REFERENCE
 from arrondi.kernels.signs import SIGNS
@@ -33,7 +33,7 @@ from arrondi.kernels.torch_ops import TORCH_INT4, TORCH_INT8
 from arrondi.kernels.triton_linear import TRITON
 
 KERNELS: Final[Mapping[str, Kernel]] = MappingProxyType(
-    {k.name: k for k in (SIGNS, NATIVE, TORCH_INT4, TORCH_INT8, TRITON, REFERENCE)}
+    {k.name: k for k in (SIGNS, NATIVE, TRELLIS, TORCH_INT4, TORCH_INT8, TRITON, REFERENCE)}
 )
 """Every kernel by name, the preferred ones first."""
 

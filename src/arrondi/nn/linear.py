@@ -17,7 +17,7 @@ from torch import nn
 from arrondi.errors import SchemeError, ShapeError
 from arrondi.formats import ActivationScheme, PerTensor, PerToken
 from arrondi.kernels import KERNELS, Bound, Meta, choose, contiguous_groups, scattered_groups
-from arrondi.kernels.native_linear import NATIVE, join, pieces, product_of
+from arrondi.kernels.native_linear import NATIVE, TRELLIS, join, pieces, product_of
 from arrondi.kernels.product import Product
 from arrondi.nn.gradients import through, times, wanted
 from arrondi.nn.inputs import check_input, keep_grid, outlier_columns, round_inputs
@@ -294,8 +294,8 @@ def joined_product(
         norm, eps, gate: see `arrondi.kernels.product.Product`.
     """
     for layer in linears:
-        if layer.kernel != NATIVE.name:
-            return f"A layer runs on the kernel {layer.kernel}, and only {NATIVE.name} computes norms, gates or more layers in the same call."
+        if layer.kernel not in (NATIVE.name, TRELLIS.name):
+            return f"A layer runs on the kernel {layer.kernel}, and only {NATIVE.name} and {TRELLIS.name} compute norms, gates or more layers in the same call."
         if not layer.direct:
             return "A layer rounds or reorders its activations before the compiled product."
         if layer.spread and norm is not None:

@@ -1,6 +1,6 @@
 """Products by the compiled kernels (`native/` in the source tree).
 
-Owns: `NATIVE`. How codes are kept: `coding`; the packed weight: `prepack`; how activations meet it: `rounding`; the product:
+Owns: `NATIVE`. How codes are kept: `coding`; the packed weight: `prepack`; states of a trellis, and `TRELLIS`: `rings`; how activations meet it: `rounding`; the product:
 `operator`.
 """
 
@@ -15,6 +15,7 @@ from arrondi.kernels.kernel import Kernel
 from arrondi.kernels.native_linear.coding import BLOCK, STEP, coding_of
 from arrondi.kernels.native_linear.operator import bind, integer_linear, linear, product_of
 from arrondi.kernels.native_linear.prepack import Facts, Parts, facts_of, join, parts_of, pieces, prepack, unpack
+from arrondi.kernels.native_linear.rings import TRELLIS
 from arrondi.kernels.native_linear.rounding import Rounding, rounding_of, rounds
 from arrondi.native import TYPES, available
 
@@ -49,6 +50,7 @@ NATIVE: Final = Kernel("native", _refuse, prepack, unpack, linear, rounds, bind)
 __all__ = [
     "BLOCK",
     "NATIVE",
+    "TRELLIS",
     "Facts",
     "Parts",
     "Rounding",

@@ -20,19 +20,25 @@ from arrondi.tensor.ranges.grid import STORED
 BLOCK: Final = 16
 """Rows of the weight in one tile."""
 
+SLAB: Final = 128
+"""Rows of the weight whose states of a trellis lie together."""
+
 STEP: Final = 32
 """Columns of one packed step; of the 1.6-bit ternary layout 20."""
 
 _KINDS: Final = (
     "u8", "u6", "u5", "u4", "u3", "u2", "u1", "trit5", "table4", "wide_table4", "rows4", "rows3", "rows2",
-    "float4", "float_rows4", "float_rows3", "float_rows2", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3",
+    "float4", "float_rows4", "float_rows3", "float_rows2", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "ring",
 )  # fmt: skip
 """How codes are packed, numbered as in native/kernels.h."""
 
 KIND: Final = {name: number for number, name in enumerate(_KINDS)}
 
-INTEGERS: Final = frozenset(KIND[name] for name in _KINDS[:13])
+INTEGERS: Final = frozenset(KIND[name] for name in (*_KINDS[:13], "ring"))
 """Kinds that meet activations as integers."""
+
+RING: Final = KIND["ring"]
+"""States of a trellis; see `native_linear.rings`."""
 
 TABLES: Final = {KIND["table4"]: torch.uint8, KIND["wide_table4"]: torch.uint8, KIND["float4"]: torch.float32}
 """Kinds that are decoded by a table of sixteen numbers, and its type."""
@@ -81,6 +87,11 @@ def coding_of(scheme: Scheme) -> Coding | None:
         if bool((steps == steps.round()).all()) and most < 256 and low <= 0:
             return Coding(KIND["table4" if most < 128 else "wide_table4"], -low, unit, (steps - low).to(torch.uint8))
     return as_floats(scheme)
+
+
+def slab_shape(rows: int, columns: int, bits: tuple[int, int]) -> tuple[int, int]:
+    """The shape of packed states, uint8 (slabs, bytes): `bits` of the codes of even and of odd rows."""
+    return -(-rows // SLAB), columns * (SLAB // BLOCK * sum(bits) + 2) + 16
 
 
 def as_floats(scheme: Scheme) -> Coding:
@@ -138,6 +149,8 @@ def packing_of(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors | None =
         scheme, shape: of the weight.
         tensors: what `prepack` made of it; None before.
     """
+    if scheme.format.trellis is not None:
+        return Coding(RING, 0)
     coding = coding_of(scheme)
     assert coding is not None
     if scheme.format.levels == 3 and tile_shape(scheme.granularity, shape)[1] >= shape[1]:

@@ -1,6 +1,6 @@
 """A quantized weight in the layout of the compiled kernels, and back.
 
-Owns: `prepack`, `unpack`, weights side by side as one (`join`, `pieces`), and what the kernels are told of one (`Facts`,
+Owns: `prepack`, `unpack`, how scales lie (`as_blocks`, `per_tile`), weights side by side as one (`join`, `pieces`), and what the kernels are told of one (`Facts`,
 `Parts`). Codes lie in tiles of sixteen rows that the kernels decode in registers; see native/kernels.h.
 """
 
@@ -21,12 +21,15 @@ from arrondi.kernels.native_linear.coding import (
     INT8,
     KIND,
     NO,
+    RING,
     ROWS,
+    SLAB,
     TABLES,
     as_floats,
     counting_of,
     pack_tables,
     packing_of,
+    slab_shape,
     unpack_tables,
 )
 from arrondi.kernels.packed import on_grid, pack_part, unpack_part
@@ -37,6 +40,7 @@ from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import STORED, Grid
 from arrondi.tensor.storage import signed
 from arrondi.tensor.tables import round_table
+from arrondi.tensor.turned import block_of
 
 KEPT: Final = "kept_"
 """Begins the names of tensors that no product reads, only `unpack`."""
@@ -59,6 +63,8 @@ class Facts(NamedTuple):
         offset_type: number of the type of the offsets, or of their units.
         counted: how scales and offsets are kept: as numbers or as codes.
         run: groups that share a unit.
+        even, odd, state: of a trellis: bits of the codes of even and of odd rows, and of a state.
+        row_run, column_run: blocks in which both sides are turned; 1 where they are not.
     """
 
     kind: int
@@ -72,6 +78,11 @@ class Facts(NamedTuple):
     offset_type: int = 0
     counted: int = NO
     run: int = 1
+    even: int = 0
+    odd: int = 0
+    state: int = 0
+    row_run: int = 1
+    column_run: int = 1
 
 
 class Parts(NamedTuple):
@@ -86,6 +97,8 @@ class Parts(NamedTuple):
     offset_unit: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
+    row_side: torch.Tensor | None = None
+    column_side: torch.Tensor | None = None
 
 
 def facts_of(tensors: Tensors, meta: Meta) -> Facts:
@@ -98,7 +111,13 @@ def facts_of(tensors: Tensors, meta: Meta) -> Facts:
     offset_type = 0 if offset is None else TYPES[offset.dtype]
     way, run = (NO, 1) if counting is None else (counting.way, counting.run)
     groups = -(-columns // width)
-    return Facts(coding.kind, rows, columns, width, groups, scale_type, coding.zero, code_bytes, offset_type, way, run)
+    facts = Facts(coding.kind, rows, columns, width, groups, scale_type, coding.zero, code_bytes, offset_type, way, run)
+    trellis, turned = meta.scheme.format.trellis, meta.scheme.turned
+    if trellis is not None:
+        facts = facts._replace(even=trellis.bits[0], odd=trellis.bits[1], state=trellis.state)
+    if turned is not None:
+        facts = facts._replace(row_run=block_of(rows, turned), column_run=block_of(columns, turned))
+    return facts
 
 
 def parts_of(tensors: Tensors) -> Parts:
@@ -134,19 +153,24 @@ def check_parts(parts: Sequence[torch.Tensor | None], facts: Sequence[int]) -> t
         if missing:
             raise ShapeError(f"{name} of a packed weight of shape {(f.rows, f.columns)} is missing. Use prepack.")
     assert native is not None
+    code_bytes: tuple[int, ...] = (native.packed_bytes(f.kind, f.rows, f.columns),)
+    if f.kind == RING:
+        code_bytes = slab_shape(f.rows, f.columns, (f.even, f.odd))
     each = (-(-f.rows // BLOCK), f.groups, BLOCK)
     runs = (each[0], -(-f.groups // f.run), BLOCK)
     of_scale, of_offset = (_dtype(number) for number in (f.scale_type, f.offset_type))
     codes = torch.int8 if f.counted == INT8 else torch.uint8
     what = f"of a packed weight of shape {(f.rows, f.columns)}"
     places = [
-        operand(f"codes {what}", p.codes, (native.packed_bytes(f.kind, f.rows, f.columns),), torch.uint8),
+        operand(f"codes {what}", p.codes, code_bytes, torch.uint8),
         operand(f"scale {what}", p.scale, each, codes if counted else of_scale),
         operand(f"zero {what}", p.zero, each, torch.uint8),
         operand(f"offset {what}", p.offset, each, codes if counted else of_offset),
         operand(f"table {what}", p.table, (each[0], 256 * own) if own else (16,), table or torch.uint8),
         operand(f"unit {what}", p.unit, runs, of_scale),
         operand(f"offset_unit {what}", p.offset_unit, runs, of_offset),
+        operand(f"row_side {what}", p.row_side, (f.rows,), torch.float32),
+        operand(f"column_side {what}", p.column_side, (f.columns,), torch.float32),
         operand("input_scale", p.input_scale, (1,), torch.float32),
         operand("input_zero_point", p.input_zero_point, (1,), torch.int32),
     ]
@@ -179,21 +203,21 @@ def prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
     if counted is not None:
         return {"codes": packed} | counted | ({} if coding.table is None else {"table": coding.table})
     kept = _outer("scale", q.scale) | _outer("offset", q.offset)
-    scale, spoiled = _per_row(scale * coding.unit, q), _groups_with_nan(q)
+    scale, spoiled = per_row(scale * coding.unit, q), _groups_with_nan(q)
     if spoiled is not None:
         scale = torch.where(spoiled, torch.nan, scale)
         kept |= pack_part("scale", q.scale, q.scheme.scale)
-    tensors = {"codes": packed, "scale": _blocks(_narrowest(scale, q.scheme.scale), 1.0)}
+    tensors = {"codes": packed, "scale": as_blocks(narrowest(scale, q.scheme.scale), 1.0)}
     offset = q.offset.dequantize() if isinstance(q.offset, QTensor) else q.offset
     if q.zero_point is not None:
         zero = q.zero_point - q.scheme.format.qmin
         if bool(((zero >= 0) & (zero <= 255)).all()):
-            tensors["zero"] = _blocks(_per_row(zero.to(torch.uint8), q), 0)
+            tensors["zero"] = as_blocks(per_row(zero.to(torch.uint8), q), 0)
         else:  # made by hand: a zero point that is no code
             offset = -(q.zero_point * q.real_scale)
             kept["zero_point"] = q.zero_point.clone()
     if offset is not None:
-        tensors["offset"] = _blocks(_narrowest(_per_row(offset, q), q.scheme.offset), 0.0)
+        tensors["offset"] = as_blocks(narrowest(per_row(offset, q), q.scheme.offset), 0.0)
     if coding.table is not None:
         tensors["table"] = coding.table
     if q.table is not None and q.scheme.table is not None:
@@ -213,12 +237,12 @@ def unpack(tensors: Tensors, meta: Meta) -> QTensor:
     if "unit" in tensors:
         inner = _uncounted(tensors, meta)
         return QTensor(signed(codes, scheme.format), inner[0], None, inner[1], scheme)
-    scale = _stored("scale", kept, scheme.scale, _per_tile(tensors["scale"], meta).float() / coding.unit)
+    scale = _stored("scale", kept, scheme.scale, per_tile(tensors["scale"], meta).float() / coding.unit)
     zero_point, offset = kept.get("zero_point"), None
     if scheme.zero_point == "integer" and zero_point is None:
-        zero_point = _per_tile(tensors["zero"], meta).int() + scheme.format.qmin
+        zero_point = per_tile(tensors["zero"], meta).int() + scheme.format.qmin
     if scheme.zero_point == "float":
-        offset = _stored("offset", kept, scheme.offset, _per_tile(tensors["offset"], meta).float())
+        offset = _stored("offset", kept, scheme.offset, per_tile(tensors["offset"], meta).float())
     table = None if scheme.table is None else unpack_tables(tensors["table"], scheme.table, rows, scheme.format.levels)
     return QTensor(signed(codes, scheme.format), scale, zero_point, offset, scheme, table=table)
 
@@ -229,17 +253,20 @@ def _counted(q: QTensor) -> Tensors | None:
     if counting is None or not isinstance(q.scale, QTensor) or not isinstance(q.scale.scale, torch.Tensor):
         return None
     scale, offset = q.scale, q.offset
-    tensors = {"scale": _blocks(scale.codes, 0), "unit": _blocks(_narrowest(scale.real_scale, scale.scheme.scale), 0)}
+    tensors = {
+        "scale": as_blocks(scale.codes, 0),
+        "unit": as_blocks(narrowest(scale.real_scale, scale.scheme.scale), 0),
+    }
     if offset is None:
         return tensors
     if not isinstance(offset, QTensor) or not isinstance(offset.scale, torch.Tensor):
         return None
-    depth = _blocks(offset.codes, 0)
+    depth = as_blocks(offset.codes, 0)
     if counting.way == HALVES:
         tensors["scale"] |= depth << 4
     else:
         tensors["offset"] = depth
-    return tensors | {"offset_unit": _blocks(_narrowest(offset.real_scale, offset.scheme.scale), 0)}
+    return tensors | {"offset_unit": as_blocks(narrowest(offset.real_scale, offset.scheme.scale), 0)}
 
 
 def _uncounted(tensors: Tensors, meta: Meta) -> tuple[QTensor, QTensor | None]:
@@ -248,7 +275,7 @@ def _uncounted(tensors: Tensors, meta: Meta) -> tuple[QTensor, QTensor | None]:
     assert isinstance(inner, Scheme) and counting is not None
 
     def part(codes: torch.Tensor, unit: torch.Tensor) -> QTensor:
-        return QTensor(_per_tile(codes, meta), _per_tile(unit, meta).float(), None, None, inner)
+        return QTensor(per_tile(codes, meta), per_tile(unit, meta).float(), None, None, inner)
 
     scale = tensors["scale"]
     halves = counting.way == HALVES
@@ -261,7 +288,7 @@ def _uncounted(tensors: Tensors, meta: Meta) -> tuple[QTensor, QTensor | None]:
 def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | str:
     """Weights that read the same x as one, outputs side by side; a sentence why not where they differ in more than their rows.
 
-    Each must have a multiple of `BLOCK` rows, so that the tensors of every one are a piece of those of all. What only `unpack`
+    Each must have a multiple of `BLOCK` rows, or of `SLAB` where they are states of a trellis, so that the tensors of every one are a piece of those of all. What only `unpack`
     reads stays with every weight.
     """
     tensors, metas = [t for t, _ in weights], [m for _, m in weights]
@@ -277,15 +304,22 @@ def join(weights: Sequence[tuple[Tensors, Meta]]) -> tuple[Tensors, Meta] | str:
     for what, found in facts.items():
         if len(found) > 1:
             return f"Layers that read the same activations have different {what}."
+    tall = SLAB if packing_of(metas[0].scheme, metas[0].shape, tensors[0]).kind == RING else BLOCK
     for m in metas:
-        if m.shape[0] % BLOCK:
-            return f"Layers that read the same activations are joined in tiles of {BLOCK} rows, and one has {m.shape[0]} rows."
+        if m.shape[0] % tall:
+            return f"Layers that read the same activations are joined in tiles of {tall} rows, and one has {m.shape[0]} rows."
+    whole = replace(metas[0], shape=(sum(m.shape[0] for m in metas), metas[0].shape[1]))
+    if (turned := whole.scheme.turned) is not None:
+        if len({block_of(m.shape[0], turned) for m in (*metas, whole)}) > 1:
+            return "Layers that read the same activations are turned in blocks of different rows."
+        if not all(torch.equal(t["column_side"], tensors[0]["column_side"]) for t in tensors):
+            return "Layers that read the same activations turn them in different ways."
     joined = {}
     for name in _read(tensors[0]):
         differ = len({t[name].dtype for t in tensors}) > 1  # scales, offsets or units in the types that hold them
         parts = [t[name].float() if differ else t[name] for t in tensors]
         joined[name] = parts[0] if _shared(name, parts[0]) else torch.cat(parts)
-    return joined, replace(metas[0], shape=(sum(m.shape[0] for m in metas), metas[0].shape[1]))
+    return joined, whole
 
 
 def _read(tensors: Tensors) -> list[str]:
@@ -308,29 +342,29 @@ def pieces(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
 
 def _shared(name: str, tensor: torch.Tensor) -> bool:
     """Whether all rows of a weight share a tensor."""
-    return name in _STATIC or (name == "table" and tensor.dim() == 1)
+    return name in (*_STATIC, "column_side") or (name == "table" and tensor.dim() == 1)
 
 
-def _per_row(part: torch.Tensor, q: QTensor) -> torch.Tensor:
+def per_row(part: torch.Tensor, q: QTensor) -> torch.Tensor:
     """A scale-shaped tensor with one entry for every row, (out, groups)."""
     height = tile_shape(q.scheme.granularity, q.shape)[0]
     return part if height == 1 else part.repeat_interleave(height, dim=0)[: q.shape[0]]
 
 
-def _blocks(part: torch.Tensor, fill: float) -> torch.Tensor:
+def as_blocks(part: torch.Tensor, fill: float) -> torch.Tensor:
     """(out, groups) → (blocks, groups, 16), missing rows filled."""
     rows, groups = part.shape
     part = torch.nn.functional.pad(part, (0, 0, 0, -rows % BLOCK), value=fill)
     return part.reshape(-1, BLOCK, groups).transpose(1, 2).contiguous()
 
 
-def _per_tile(blocks: torch.Tensor, meta: Meta) -> torch.Tensor:
-    """The inverse of `_per_row` and `_blocks`."""
+def per_tile(blocks: torch.Tensor, meta: Meta) -> torch.Tensor:
+    """The inverse of `per_row` and `as_blocks`."""
     rows = blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[: meta.shape[0]]
     return rows[:: tile_shape(meta.scheme.granularity, meta.shape)[0]].contiguous()
 
 
-def _narrowest(scale: torch.Tensor, storage: str | Scheme) -> torch.Tensor:
+def narrowest(scale: torch.Tensor, storage: str | Scheme) -> torch.Tensor:
     """The same numbers in the smallest type that holds them; where the scheme names one, that is tried alone."""
     named = STORED.get(storage) if isinstance(storage, str) else None
     for dtype in (named,) if named is not None else (torch.bfloat16, torch.float16):

@@ -1,0 +1,251 @@
+// Products with states of a trellis, for one path: sixteen states at a time become four bytes each, whose sum is the value. See kernels.h.
+//
+// The product with a digit of x is the sum of the four bytes times the digit: one instruction where bytes are multiplied by fours.
+#pragma once
+
+#include "panel.h"
+
+namespace arrondi {
+namespace ARRONDI_PATH {
+
+constexpr int kRingBlocks = 4;  // that one call multiplies for a tile: sums stay with the span's codes in the nearest cache
+
+// Vectors of sums of one row of a tile.
+constexpr int ring_group(int rows) {
+    const int most = kRingSums / rows;
+    return most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
+
+// Where sixteen rows have their states, in the bytes of a block and the two that follow.
+struct Window {
+    Bytes order;
+    Ints bits, mask, factor;
+
+    explicit Window(const Weight& w) {
+        const int each[2] = {w.ring_bits[0], w.ring_bits[1]};
+        alignas(64) uint8_t bytes[64];
+        alignas(64) int32_t shift[16];
+        for (int row = kBlock - 1, at = 0; row >= 0; at += each[row % 2], row--) {
+            shift[row] = at % 8;
+            for (int i = 0; i < 4; i++)
+                bytes[4 * row + i] = static_cast<uint8_t>(narrow(w) ? at + (i < 2 ? 8 * i : 0) : at / 8 + i);
+        }
+        order = load_bytes(bytes);
+        bits = load_ints(shift);
+        mask = splat(int32_t{(1 << w.state_bits) - 1});
+        factor = splat(static_cast<int32_t>(kRingFactor));
+    }
+
+    // A block and what follows it are eight bytes at most, of which one instruction takes what every row needs.
+    static bool narrow(const Weight& w) { return kFields && ring_block_bytes(w) <= 6; }
+
+    template <bool kNarrow>
+    inline Bytes products(const uint8_t* p) const {
+        Ints states;
+        if constexpr (kNarrow)
+            states = lanes_of(fields(p, order));
+        else
+            states = shift_right_each(lanes_of(look_up(repeat16(p), order)), bits);
+        return bytes_of(mul(and_ints(states, mask), factor));
+    }
+};
+
+// The entry of a column, at the place of a block of its slab.
+inline const uint8_t* ring_at(const Weight& w, int block, int column) {
+    const uint8_t* slab = w.codes + block / kSlab * ring_slab_bytes(w);
+    return slab + static_cast<int64_t>(column) * ring_entry(w) + (kSlab - 1 - block % kSlab) * ring_block_bytes(w);
+}
+
+// sum[row][block] += states · digits over some columns. `kDigits` 0: words.
+template <int kRowsHere, int kDigits, int kGroup, bool kNarrow>
+inline void ring_columns(const Weight& w, const Window& window, const uint8_t* entry, const uint8_t* x, int columns,
+                         Ints (*sums)[kGroup]) {
+    const int64_t stride = ring_entry(w), step = ring_block_bytes(w);
+    Ints sum[kRowsHere][kGroup];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowsHere; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroup; g++) sum[r][g] = sums[r][g];
+    const auto column = [&](int j) {
+        Bytes digit[kRowsHere];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRowsHere; r++) {
+            // Words of the columns 0 and 2 of four lie side by side, and before those of 1 and 3.
+            if constexpr (kDigits == 0)
+                digit[r] = repeat2(x + 4 * (r + j % 2 * kRowsHere) + j / 2 * 2);
+            else
+                digit[r] = splat_byte(static_cast<int8_t>(x[4 * r + j]));
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroup; g++) {
+            const Bytes u = window.template products<kNarrow>(entry - g * step);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRowsHere; r++)
+                sum[r][g] = kDigits == 0 ? dot_sum(sum[r][g], u, digit[r]) : dot8(sum[r][g], u, digit[r]);
+        }
+        entry += stride;
+    };
+    int c = 0;
+    for (; c + 4 <= columns; c += 4, x += (kDigits == 0 ? 8 : 4) * kRowsHere) {
+        column(0);
+        column(1);
+        column(2);
+        column(3);
+    }
+    for (int j = 0; c < columns; c++, j++) column(j);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowsHere; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroup; g++) sums[r][g] = sum[r][g];
+}
+
+template <int kRowsHere, int kDigits, bool kNarrow>
+inline void ring_blocks(const Product& p, int tile, int first, int last) {
+    constexpr bool kWord = kDigits == 0;
+    constexpr int kOfToken = kWord ? 1 : kDigits, kTokens = kRowsHere / kOfToken, kGroup = ring_group(kRowsHere);
+    const Weight& w = p.weight;
+    const Window window(w);
+    const bool whole = whole_row<kOfToken>(p);
+    Floats total[kRingBlocks][kTokens];
+    Ints sum[kRingBlocks / kGroup][kRowsHere][kGroup];
+    for (int b = 0; b < kRingBlocks; b++)
+        for (int t = 0; t < kTokens; t++) total[b][t] = zero_floats();
+    for (int s = 0; s < p.spans; s++) {
+        const int start = s * p.span, end = start + p.span < w.k ? start + p.span : w.k;
+        const uint8_t* x = p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / 4 * (kWord ? 8 : 4) * kRowsHere;
+        const int32_t* digit_sum = sums_of(p, tile, s);
+        for (int block = first; block < last; block += kGroup) {
+            auto& mine = sum[(block - first) / kGroup];
+            for (int r = 0; r < kRowsHere; r++) {
+                const Ints fresh = splat(-digit_sum[r] * w.zero_all);
+                for (int g = 0; g < kGroup; g++) mine[r][g] = whole && s > 0 ? add(mine[r][g], fresh) : fresh;
+            }
+            ring_columns<kRowsHere, kDigits, kGroup, kNarrow>(w, window, ring_at(w, block, start), x, end - start, mine);
+            if (p.integers || (whole && s + 1 < p.spans)) continue;
+            for (int g = 0; g < kGroup && block + g < last; g++) {
+                Ints of_block[kRowsHere];
+                for (int r = 0; r < kRowsHere; r++) of_block[r] = mine[r][g];
+                flush<kRowsHere, kOfToken>(group_at(w, block + g, 0).scale, nullptr, of_block, scales_of(p, tile, s), digit_sum,
+                                           total[block - first + g]);
+            }
+        }
+    }
+    for (int block = first; block < last; block++)
+        for (int t = 0; t < kTokens; t++) {
+            const int token = tile * p.tokens + t, at = block - first;
+            if (p.integers) {
+                store_integers(p, token, block, sum[at / kGroup][t][at % kGroup]);
+                continue;
+            }
+            if (by_token(p)) total[at][t] = mul(total[at][t], splat(scales_of(p, tile)[t]));
+            store_result(p, token, block, total[at][t]);
+        }
+}
+
+// The values of sixteen rows of one column.
+template <bool kNarrow>
+inline Ints ring_numbers(const Window& window, const uint8_t* p) {
+    return add_four(splat(-kRingMiddle), window.template products<kNarrow>(p));
+}
+
+// The same with x as float32, a block at a time.
+template <int kRowsHere, bool kNarrow>
+inline void ring_blocks_floats(const Product& p, int tile, int first, int last) {
+    const Weight& w = p.weight;
+    const Window window(w);
+    const int64_t stride = ring_entry(w);
+    for (int block = first; block < last; block++) {
+        const uint8_t* entry = ring_at(w, block, 0);
+        const float* x = reinterpret_cast<const float*>(p.tiles + tile * p.tile_bytes);
+        Floats total[kRowsHere], sum[kRowsHere];
+        for (int r = 0; r < kRowsHere; r++) total[r] = zero_floats();
+        for (int start = 0; start < w.k; start += p.span) {
+            const int end = start + p.span < w.k ? start + p.span : w.k;
+            for (int r = 0; r < kRowsHere; r++) sum[r] = zero_floats();
+            for (int c = start; c < end; c++, entry += stride, x += kRowsHere) {
+                const Floats v = to_floats(ring_numbers<kNarrow>(window, entry));
+                for (int r = 0; r < kRowsHere; r++) sum[r] = fma(v, splat(x[r]), sum[r]);
+            }
+            for (int r = 0; r < kRowsHere; r++) total[r] = add(total[r], sum[r]);
+        }
+        const Floats scale = group_at(w, block, 0).scale;
+        for (int r = 0; r < kRowsHere; r++) store_result(p, tile * p.tokens + r, block, mul(total[r], scale));
+    }
+}
+
+template <bool kNarrow>
+inline void ring_tile(const Product& p, int tile, int first, int last) {
+    const int count = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
+    if constexpr (kWords)
+        if (p.words) switch (count) {
+                case 1: return ring_blocks<1, 0, kNarrow>(p, tile, first, last);
+                case 2: return ring_blocks<2, 0, kNarrow>(p, tile, first, last);
+                case 3: return ring_blocks<3, 0, kNarrow>(p, tile, first, last);
+                default: return ring_blocks<4, 0, kNarrow>(p, tile, first, last);
+            }
+    switch (p.digits * 8 + count) {
+        case 1: return ring_blocks_floats<1, kNarrow>(p, tile, first, last);
+        case 2: return ring_blocks_floats<2, kNarrow>(p, tile, first, last);
+        case 3: return ring_blocks_floats<3, kNarrow>(p, tile, first, last);
+        case 4: return ring_blocks_floats<4, kNarrow>(p, tile, first, last);
+        case 9: return ring_blocks<1, 1, kNarrow>(p, tile, first, last);
+        case 10: return ring_blocks<2, 1, kNarrow>(p, tile, first, last);
+        case 11: return ring_blocks<3, 1, kNarrow>(p, tile, first, last);
+        case 12: return ring_blocks<4, 1, kNarrow>(p, tile, first, last);
+        case 17: return ring_blocks<2, 2, kNarrow>(p, tile, first, last);
+        case 18: return ring_blocks<4, 2, kNarrow>(p, tile, first, last);
+        case 19: return ring_blocks<6, 2, kNarrow>(p, tile, first, last);
+        case 20: return ring_blocks<8, 2, kNarrow>(p, tile, first, last);
+        case 25: return ring_blocks<3, 3, kNarrow>(p, tile, first, last);
+        case 26: return ring_blocks<6, 3, kNarrow>(p, tile, first, last);
+        default: break;
+    }
+}
+
+// Blocks first … last, `first` a multiple of kRingBlocks.
+inline void stream_ring(const Product& p, int first, int last) {
+    const int tiles = (p.m + p.tokens - 1) / p.tokens;
+    for (int block = first; block < last; block += kRingBlocks)
+        for (int tile = 0; tile < tiles; tile++) {
+            const int stop = block + kRingBlocks < last ? block + kRingBlocks : last;
+            Window::narrow(p.weight) ? ring_tile<kFields>(p, tile, block, stop) : ring_tile<false>(p, tile, block, stop);
+        }
+}
+
+// Columns of one block of a panel: words of columns 0 and 2, 1 and 3 of every four, or float32 with the scale in it.
+template <bool kNarrow>
+inline void decode_ring_block(const Product& p, const Window& window, const Panel& panel, int block, uint8_t* out) {
+    const Weight& w = p.weight;
+    const int64_t stride = ring_entry(w);
+    const uint8_t* entry = ring_at(w, block, panel.column);
+    const Floats scale = group_at(w, block, 0).scale;
+    const Ints low = splat(int32_t{0xffff});
+    for (int c = 0; c < panel.columns; c += 4, entry += 4 * stride) {
+        Ints v[4];
+        for (int j = 0; j < 4; j++)
+            v[j] = panel.column + c + j < w.k ? ring_numbers<kNarrow>(window, entry + j * stride) : zero_ints();
+        if (p.words) {
+            for (int j = 0; j < 2; j++, out += 64) store_bytes(out, bytes_of(or_ints(and_ints(v[j], low), shift_left<16>(v[j + 2]))));
+        } else {
+            for (int j = 0; j < 4; j++, out += 64) store_bytes(out, bytes_of(as_ints(mul(to_floats(v[j]), scale))));
+        }
+    }
+}
+
+inline void decode_ring(const Product& p, Panel& panel) {
+    const Window window(p.weight);
+    panel.from = panel.units;
+    panel.stride = static_cast<int64_t>(panel.columns) * (p.words ? 32 : 64) + kStagger;
+    for (int v = 0; v < kVectors; v++) {
+        uint8_t* out = panel.units + v * panel.stride;
+        if (v >= panel.blocks)
+            __builtin_memset(out, 0, static_cast<size_t>(panel.stride - kStagger));
+        else if (Window::narrow(p.weight))
+            decode_ring_block<kFields>(p, window, panel, panel.first + v, out);
+        else
+            decode_ring_block<false>(p, window, panel, panel.first + v, out);
+    }
+}
+
+}  // namespace ARRONDI_PATH
+}  // namespace arrondi
