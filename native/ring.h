@@ -125,8 +125,13 @@ inline void ring_blocks(const Product& p, int tile, int first, int last) {
             for (int g = 0; g < kGroup && block + g < last; g++) {
                 Ints of_block[kRowsHere];
                 for (int r = 0; r < kRowsHere; r++) of_block[r] = mine[r][g];
-                flush<kRowsHere, kOfToken>(group_at(w, block + g, 0).scale, nullptr, of_block, scales_of(p, tile, s), digit_sum,
-                                           total[block - first + g]);
+                const Floats scale = group_at(w, block + g, 0).scale;
+                const float* token_scale = scales_of(p, tile, s);
+                for (int t = 0; t < kTokens; t++) {
+                    const Floats by = token_scale == nullptr ? scale : mul(scale, splat(token_scale[t]));
+                    Floats& all = total[block - first + g][t];
+                    all = fma(value_of<kOfToken>(of_block + t * kOfToken), by, all);
+                }
             }
         }
     }
