@@ -50,6 +50,7 @@ SCHEMES["learned codebook"] = LayerScheme(Scheme(codebook("mine", [-1.0, 0.5, 2.
 GRAPHS = {
     *(f"W{b}A16" for b in (2, 4, 8)), *(f"W{b}A16_ASYM" for b in (2, 4)), "Q4_0", "Q8_0", "w=int4/channel", "w=int4/channel/asym", "w=int4/channel1",
     "w=int4/tensor", "w=int8/channel/asym", "w=int8/g64/float16", "w=uint4/g32", "w=uint8/channel/asym",
+    "w=uint4/g32/asym",
 }  # fmt: skip
 STORED_BY = {
     "compressed-tensors": {
@@ -115,7 +116,7 @@ def rings(p: Placed) -> QTensor:
     assert scheme.format.trellis is not None and scheme.turned is not None
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, scheme.format.levels, (rows, columns), generator=generator, dtype=torch.uint8)
-    codes[::2] %= 2 ** scheme.format.trellis.bits[0]
+    codes[::2] &= 2 ** scheme.format.trellis.bits[0] - 1
     stored = scheme.turned.seed is None
     scale = torch.ones(1, 1) if stored else torch.rand(rows, 1, generator=generator).half().float()
     numbers = [torch.randn(n, generator=generator).half().float() for n in (rows, columns)]
