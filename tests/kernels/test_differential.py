@@ -158,7 +158,7 @@ def test_the_operators_are_tested_here():
     for kernel in names & {"native", "reference"}:
         assert {shape for k, n in PAIRS if k == kernel for shape, _ in few(kernel, n)} == set(SHAPES)
     cpu = {"native": native is not None, "torch-int4": _vectorised(), "torch-int8": _vectorised(), "reference": True}
-    there = cpu | {"triton": False, "signs": False}  # they have tests of their own
+    there = cpu | {"triton": False, "signs": False, "trellis": False}  # they have tests of their own
     assert names == {name for name in KERNELS if there[name]}
 
 

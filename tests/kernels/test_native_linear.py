@@ -154,7 +154,7 @@ def test_every_path_agrees_with_the_reference(path: str):
 
 def test_the_codings_are_all_there():
     kinds = {packing_of(parse_scheme(text).weights, (16, 64)).kind for text in CODINGS}
-    assert kinds | {KIND["table4"], KIND["float4"]} == set(KIND.values())
+    assert kinds | {KIND["table4"], KIND["float4"], KIND["ring"]} == set(KIND.values())
 
 
 def test_the_error_in_float32_is_that_of_a_few_roundings(path: str):
@@ -272,7 +272,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"facts": {"counted": 2}, "scale": torch.zeros(1, 2, 16, dtype=torch.uint8)}, "unit .* missing"),
     ({"facts": {"counted": 2}, "unit": torch.zeros(1, 2, 16)}, "scale .* in uint8"),
     ({"facts": {"run": 0}}, "positive"),
-    ({"facts": None}, "11 facts, got"),
+    ({"facts": None}, "16 facts, got"),
 ]
 
 
