@@ -107,6 +107,8 @@ class QTensor:
         if self.scheme.format.trellis is not None:
             check_shape(self.shape, self.scheme.format.trellis)
         stored = self.scheme.turned is not None and self.scheme.turned.seed is None
+        if not isinstance(self.sides, Sides | None):
+            raise ShapeError(f"sides of {self.scheme} are Sides or None, got {said(self.sides)}.")
         found = None if self.sides is None else tuple(tuple(side.shape) for side in self.sides)
         if found != (tuple((n,) for n in self.shape) if stored else None):
             raise ShapeError(f"{self.scheme} of shape {self.shape} has numbers for its sides of shapes {found}.")
