@@ -13,7 +13,7 @@ from arrondi.arguments import said
 from arrondi.distributed.links import Links
 from arrondi.distributed.parcel import Parcel, whole
 from arrondi.distributed.schemes import GRADIENT_SCHEMES, check_world
-from arrondi.distributed.scripts import all_gather, all_reduce, reduce_scatter, shared_scale
+from arrondi.distributed.scripts import Encode, all_gather, all_reduce, reduce_scatter, shared_scale
 from arrondi.errors import DataError, ShapeError
 from arrondi.tensor.blocks import BlockCodec
 
@@ -45,7 +45,7 @@ def mean_all_reduce(
     layout = whole(tensor.numel(), codec.block)
     parcel = Parcel(codec, *layout.shares(links.topology.world))
     rows = layout.share(tensor.detach().reshape(-1).float(), links.topology.world)
-    script = all_reduce(rows, links.topology, parcel, lambda _, x, p: p.encode(x, generator), flat=flat)
+    script = all_reduce(rows, links.topology, parcel, _encoding(generator), flat=flat)
     return layout.join(links.run(script)).view(tensor.shape).to(tensor.dtype)
 
 
@@ -74,9 +74,7 @@ def mean_reduce_scatter(
             f"A reduce-scatter takes one axis that {world} ranks divide, got {tuple(tensor.shape)}. Pad it first."
         )
     parcel = Parcel(codec, len(tensor) // world)
-    script = reduce_scatter(
-        tensor.detach().view(world, -1), links.topology, parcel, lambda _, x, p: p.encode(x, generator), flat=flat
-    )
+    script = reduce_scatter(tensor.detach().view(world, -1), links.topology, parcel, _encoding(generator), flat=flat)
     return links.run(script).to(tensor.dtype)
 
 
@@ -93,7 +91,7 @@ def gather_shards(tensor: torch.Tensor, group: Group, codec: BlockCodec) -> torc
     """
     links = _links(tensor, group)
     parcel = Parcel(codec, tensor.numel())
-    script = all_gather(tensor.detach().reshape(-1), links.topology, parcel, lambda _, x, p: p.encode(x))
+    script = all_gather(tensor.detach().reshape(-1), links.topology, parcel, _encoding())
     return links.run(script).view(-1, *tensor.shape).to(tensor.dtype)
 
 
@@ -108,6 +106,11 @@ def shared_scale_all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     links = _links(tensor, group)
     check_world(GRADIENT_SCHEMES["int8"], links.topology)
     return links.run(shared_scale(tensor.detach().reshape(-1), links.topology)).view(tensor.shape).to(tensor.dtype)
+
+
+def _encoding(generator: torch.Generator | None = None) -> Encode:
+    """What every hop does with what it sends."""
+    return lambda _, x, parcel: parcel.encode(x, generator)
 
 
 def _links(tensor: torch.Tensor, group: Group) -> Links:

@@ -19,7 +19,7 @@ from arrondi.errors import SchemeError
 from arrondi.kernels import hadamard, hadamard_matrix
 from arrondi.kernels.sides import integer_product, scaled
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes, padding, seed
+from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, lanes, padding, seed
 from arrondi.training.scales import Rounded, rounded
 
 _STRIP: Final = 256
@@ -96,9 +96,8 @@ def _forward(
 
 def _backward(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
-    codes, scale, weight = passed.tensors
-    assert codes is not None and scale is not None and weight is not None
+) -> Gradients:
+    codes, scale, weight = passed.whole
     options: HlqOptions = layer.options
     rows, line, block = len(slope), geometry.line, options.block
     by_x = by_weight = None

@@ -21,7 +21,7 @@ from arrondi.kernels.sides import extremes, integer_product, round_codes, scaled
 from arrondi.nn.fake import even_stride, first_step, step_slope
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes, padding, seed
+from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, lanes, padding, seed
 from arrondi.training.sampling import MOST, chances, drawn, logarithmic, split
 from arrondi.training.scales import inverse, rounded
 
@@ -168,14 +168,9 @@ def _learn(weight: torch.Tensor, options: Any) -> dict[str, torch.Tensor]:
     return {"step_x": torch.zeros(1), "step_weight": torch.zeros(1)}
 
 
-_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]
-
-
-def _finish(by_x: torch.Tensor | None, by_weight: torch.Tensor | None, passed: Passed) -> _Gradients:
+def _finish(by_x: torch.Tensor | None, by_weight: torch.Tensor | None, passed: Passed) -> Gradients:
     """Gradients of rounded values → of what was rounded, turned back, and of the steps."""
-    codes, left, of_weight, weight, step_x, step_weight = passed.tensors
-    assert codes is not None and left is not None and of_weight is not None
-    assert weight is not None and step_x is not None and step_weight is not None
+    codes, left, of_weight, weight, _, step_weight = passed.whole
     block, width = passed.facts
     learned = {}
     if by_x is not None:
@@ -207,10 +202,9 @@ def _chances(sizes: torch.Tensor, budget: float, how: str) -> torch.Tensor:
 
 def _sampled(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> _Gradients:
+) -> Gradients:
     """Both products from two 4-bit halves of the gradient, of whose 2 · rows about as many as there are rows are multiplied."""
-    codes, _, of_weight, _, step_x, step_weight = passed.tensors
-    assert codes is not None and of_weight is not None and step_x is not None and step_weight is not None
+    codes, _, of_weight, _, step_x, step_weight = passed.whole
     halves = split(slope, seed())
     generator = torch.Generator().manual_seed(seed())
     x = _plain(codes)
@@ -239,10 +233,9 @@ def _sampled(
     return _finish(by_x, by_weight, passed)
 
 
-def _plain_products(slopes: torch.Tensor, scale: torch.Tensor, passed: Passed, wanted: tuple[bool, bool]) -> _Gradients:
+def _plain_products(slopes: torch.Tensor, scale: torch.Tensor, passed: Passed, wanted: tuple[bool, bool]) -> Gradients:
     """Both products from one matrix of codes with one scale."""
-    codes, _, of_weight, _, step_x, step_weight = passed.tensors
-    assert codes is not None and of_weight is not None and step_x is not None and step_weight is not None
+    codes, _, of_weight, _, step_x, step_weight = passed.whole
     by_x = by_weight = None
     if wanted[0]:
         sums = integer_product(slopes, of_weight.T)
@@ -253,11 +246,13 @@ def _plain_products(slopes: torch.Tensor, scale: torch.Tensor, passed: Passed, w
     return _finish(by_x, by_weight, passed)
 
 
-def _luq(slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]) -> Any:
+def _luq(slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]) -> Gradients:
     return _plain_products(*logarithmic(slope, seed()), passed, wanted)
 
 
-def _nearest(slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]) -> Any:
+def _nearest(
+    slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
+) -> Gradients:
     scale = extremes(slope).amax() / MOST if slope.numel() else torch.zeros(())
     codes = round_codes(slope, row=inverse(scale).expand(len(slope)), lowest=-MOST, highest=MOST)
     return _plain_products(codes, scale, passed, wanted)

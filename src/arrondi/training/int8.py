@@ -15,7 +15,7 @@ import torch
 from arrondi.kernels.sides import integer_product, round_codes, scaled
 from arrondi.training.clips import channel_clips, deviation, sensitive_clip
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes, seed
+from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, lanes, seed
 from arrondi.training.scales import Rounded, inverse, rounded
 
 
@@ -85,15 +85,11 @@ def _by_weight(slopes: Rounded, codes: torch.Tensor, factor: torch.Tensor | None
     return scaled(integer_product(slopes.codes.T, codes.T), slopes.scale, factor, None, torch.float32)
 
 
-_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]
-
-
 def _backward(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> _Gradients:
+) -> Gradients:
     """Scales of what is summed over cannot leave the sum: the gradient takes them in before it is rounded."""
-    codes, scale, of_weight, weight_scale = passed.tensors
-    assert codes is not None and scale is not None and of_weight is not None and weight_scale is not None
+    codes, scale, of_weight, weight_scale = passed.whole
     noise = layer.options.stochastic
     by_x = by_weight = None
     if wanted[0]:
@@ -115,11 +111,10 @@ def _clipped(slope: torch.Tensor, clip: torch.Tensor, by_column: bool, noise: bo
 
 def _unified_backward(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> _Gradients:
+) -> Gradients:
     """One clip for the layer, by the direction of what is left; it is kept as a share of the largest gradient, which a
     loss scale does not change."""
-    codes, scale, of_weight, weight_scale = passed.tensors
-    assert codes is not None and scale is not None and of_weight is not None and weight_scale is not None
+    codes, scale, of_weight, weight_scale = passed.whole
     options: UnifiedOptions = layer.options
     largest = slope.detach().float().abs().amax() if slope.numel() else slope.new_zeros((), dtype=torch.float32)
     count = layer.kept.get("steps", torch.zeros((), dtype=torch.int64))
@@ -143,10 +138,9 @@ def _unified_backward(
 
 def _adaptive_backward(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> _Gradients:
+) -> Gradients:
     """A clip for each output in the product that keeps outputs apart, and one for all in the one that sums over them."""
-    codes, scale, of_weight, weight_scale = passed.tensors
-    assert codes is not None and scale is not None and of_weight is not None and weight_scale is not None
+    codes, scale, of_weight, weight_scale = passed.whole
     options: AdaptiveOptions = layer.options
     by_x = by_weight = None
     if wanted[0]:

@@ -1,7 +1,7 @@
 """What a method of low-bit training is.
 
 Owns: `TrainingMethod`, `Layer` (what a method may know and keep of a layer), `Passed` (what it hands from the way forward to the
-way back), `seed`, where noise begins, and what reports say: `padding` and `lanes`.
+way back), `Gradients`, `seed`, where noise begins, and what reports say: `padding` and `lanes`.
 """
 
 from __future__ import annotations
@@ -45,16 +45,20 @@ class Passed(NamedTuple):
     tensors: tuple[torch.Tensor | None, ...]
     facts: tuple[Any, ...] = ()
 
+    @property
+    def whole(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of a method that hands on all of them."""
+        return tuple(t for t in self.tensors if t is not None)
+
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Geometry, Layer], tuple[torch.Tensor, Passed]]
 """(x in the layer's shape, weight (out, in), bias (out,), geometry, layer) → (y (rows, out) in the type of x, what is passed)."""
 
-Backward = Callable[
-    [torch.Tensor, Passed, Geometry, Layer, tuple[bool, bool]],
-    tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]],
-]
-"""(gradient (rows, out), what was passed, geometry, layer, whether x and weight want theirs) → (gradient of x as rows (rows, in),
-of the weight (out, in), of what is learned by name)."""
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]
+"""Of x as rows (rows, in), of the weight (out, in), of what is learned by name."""
+
+Backward = Callable[[torch.Tensor, Passed, Geometry, Layer, tuple[bool, bool]], Gradients]
+"""(gradient (rows, out), what was passed, geometry, layer, whether x and weight want theirs) → gradients."""
 
 
 def nothing(weight: torch.Tensor, options: Any) -> dict[str, torch.Tensor]:

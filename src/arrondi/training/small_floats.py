@@ -17,7 +17,7 @@ from arrondi.arguments import check_fields
 from arrondi.kernels import hadamard
 from arrondi.kernels.sides import round_codes
 from arrondi.training.geometry import Geometry
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, padding, seed
+from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, padding, seed
 
 _BLOCK: Final = 32
 _E2M1_MAX: Final = 6.0
@@ -93,9 +93,8 @@ def _mx_forward(
 
 def _mx_backward(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
-    x, weight = passed.tensors
-    assert x is not None and weight is not None
+) -> Gradients:
+    x, weight = passed.whole
     by_x = by_weight = None
     if wanted[0]:
         left, right = _sides(slope, weight.T, layer.options, back=True)
@@ -125,9 +124,8 @@ def _fp8_forward(
 
 def _fp8_backward(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
-    values, scale, of_weight, weight_scale = passed.tensors
-    assert values is not None and scale is not None and of_weight is not None and weight_scale is not None
+) -> Gradients:
+    values, scale, of_weight, weight_scale = passed.whole
     slopes, slope_scale = _cast(slope, torch.float8_e5m2)
     by_x = slopes.float() @ of_weight.float() * (slope_scale * weight_scale) if wanted[0] else None
     by_weight = slopes.float().T @ geometry.matrix(values.float()) * (slope_scale * scale) if wanted[1] else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,9 +20,15 @@ from arrondi.training.lightseq.cache import DecoderState
 from arrondi.training.lightseq.integer import IntegerLinear, clips_of, to_integers
 from arrondi.training.lightseq.method import LightseqOptions
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class _Block(nn.Module):
     """What both kinds of layers have: norms before or after, and two products with an activation between."""
+
+    origin: ClassVar[type[nn.TransformerEncoderLayer | nn.TransformerDecoderLayer]]
+    """What it is made from."""
 
     def __init__(self, layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
         super().__init__()
@@ -34,6 +40,23 @@ class _Block(nn.Module):
         self.linear2 = int8_linear(layer.linear2.weight, layer.linear2.bias, inputs)
         self.dropout = copy.deepcopy(layer.dropout)
         self.train(layer.training)
+
+    @classmethod
+    def from_torch(cls, layer: Any) -> Self:
+        """A layer with copies of the weights of PyTorch's.
+
+        Raises:
+            SchemeError: it is another module.
+        """
+        if not isinstance(layer, cls.origin):
+            raise SchemeError(f"{cls.__name__} is made from nn.{cls.origin.__name__}, got {type(layer).__name__}.")
+        return cls(layer)
+
+    def export(self) -> Self:
+        """A copy for inference, with codes in place of weights; its outputs are the same. Run a batch first."""
+        found = copy.deepcopy(self).eval()
+        to_integers(found)
+        return found.requires_grad_(False)
 
     def _added(self, x: torch.Tensor, norm: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         if self.norm_first:
@@ -48,11 +71,6 @@ class _Block(nn.Module):
         y: torch.Tensor = last(self.linear2(self.dropout(between)))
         return y
 
-    def _exported(self) -> Any:
-        found = copy.deepcopy(self).eval()
-        to_integers(found)
-        return found.requires_grad_(False)
-
 
 class LightSeqEncoderLayer(_Block):
     """`nn.TransformerEncoderLayer` with LightSeq's int8 products (Wang et al., 2021, arXiv:2010.13887).
@@ -61,25 +79,14 @@ class LightSeqEncoderLayer(_Block):
     offset of them is added after sums became numbers. The first batch sets the clips: run one before `fully_shard`.
     """
 
+    origin = nn.TransformerEncoderLayer
+
     def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
         super().__init__(layer)
         self.self_attn = LightSeqAttention(layer.self_attn)
         self.norm1, self.norm2 = copy.deepcopy(layer.norm1), copy.deepcopy(layer.norm2)
         self.dropout1, self.dropout2 = copy.deepcopy(layer.dropout1), copy.deepcopy(layer.dropout2)
         self.train(layer.training)
-
-    @classmethod
-    def from_torch(cls, layer: nn.TransformerEncoderLayer) -> LightSeqEncoderLayer:
-        """A layer with copies of the weights of PyTorch's.
-
-        Raises:
-            SchemeError: it is another module.
-        """
-        if not isinstance(layer, nn.TransformerEncoderLayer):
-            raise SchemeError(
-                f"LightSeqEncoderLayer is made from nn.TransformerEncoderLayer, got {type(layer).__name__}."
-            )
-        return cls(layer)
 
     def forward(
         self, src: torch.Tensor, src_mask: Mask = None, src_key_padding_mask: Mask = None, is_causal: bool = False
@@ -98,16 +105,13 @@ class LightSeqEncoderLayer(_Block):
         values, of the attention's output, and of the two feed-forward ones. The last is 0: that product has no clip of outputs."""
         return clips_of([self.self_attn.qkv, self.self_attn.out_proj, self.linear1, self.linear2])
 
-    def export(self) -> LightSeqEncoderLayer:
-        """A copy for inference, with codes in place of weights; its outputs are the same. Run a batch first."""
-        exported: LightSeqEncoderLayer = self._exported()
-        return exported
-
 
 class LightSeqDecoderLayer(_Block):
     """`nn.TransformerDecoderLayer` with LightSeq's int8 products; queries, keys and values of its own sequence have one learned clip
     more, of the cache. See `LightSeqEncoderLayer`.
     """
+
+    origin = nn.TransformerDecoderLayer
 
     def __init__(self, layer: nn.TransformerDecoderLayer) -> None:
         super().__init__(layer)
@@ -124,19 +128,6 @@ class LightSeqDecoderLayer(_Block):
     dropout1: nn.Module
     dropout2: nn.Module
     dropout3: nn.Module
-
-    @classmethod
-    def from_torch(cls, layer: nn.TransformerDecoderLayer) -> LightSeqDecoderLayer:
-        """A layer with copies of the weights of PyTorch's.
-
-        Raises:
-            SchemeError: it is another module.
-        """
-        if not isinstance(layer, nn.TransformerDecoderLayer):
-            raise SchemeError(
-                f"LightSeqDecoderLayer is made from nn.TransformerDecoderLayer, got {type(layer).__name__}."
-            )
-        return cls(layer)
 
     def forward(
         self,
@@ -205,11 +196,6 @@ class LightSeqDecoderLayer(_Block):
     def memory_clips(self) -> torch.Tensor:
         """Of the product for keys and values across: weight, input, output, (3,) float32."""
         return clips_of([self.multihead_attn.kv])
-
-    def export(self) -> LightSeqDecoderLayer:
-        """A copy for inference, with codes in place of weights; its outputs are the same. Run a batch first."""
-        exported: LightSeqDecoderLayer = self._exported()
-        return exported
 
 
 def use_lightseq_layers(model: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from arrondi.kernels.clipping import MOST, clip_codes, marks, masked, narrow, wi
 from arrondi.kernels.sides import extremes, integer_product, scaled
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry, Tokens
-from arrondi.training.method import Arithmetic, Layer, Passed, TrainingMethod, lanes
+from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, lanes
 
 LEAST: Final = 1e-6
 """Of clips, which stay positive."""
@@ -178,7 +178,7 @@ def _largest(sums: torch.Tensor) -> torch.Tensor:
 
 def _backward(
     slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]:
+) -> Gradients:
     """Products in floating point of what was rounded; gradients pass where nothing was clipped."""
     codes, beyond, of_weight, clip, clip_weight, beyond_out, seen = passed.tensors
     assert codes is not None and beyond is not None and of_weight is not None
