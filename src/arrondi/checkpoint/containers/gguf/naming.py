@@ -18,6 +18,7 @@ from arrondi.errors import SchemeError
 
 _EXPERT: Final = re.compile(r"(?P<front>.*\.experts)\.(?P<index>\d+)\.(?P<part>.+)")
 _ENDS: Final = (".weight", ".bias")
+_HEAD, _TABLE = "output.weight", "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,18 @@ def gguf_places(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     counts: dict[str, int] = {}
     for m in experts:
         counts[f"{m['front']}.{m['part']}"] = max(counts.get(f"{m['front']}.{m['part']}", 0), int(m["index"]) + 1)
+    # Where the head is the table of tokens, a checkpoint may call the one tensor by either name; llama.cpp wants the table.
+    shared = bool(getattr(config, "tie_word_embeddings", False)) and not any(
+        names.get_name(name, try_suffixes=_ENDS) == _TABLE for name in shapes
+    )
     places: dict[str, Place] = {}
     taken: dict[tuple[str, int], str] = {}
     for name, shape in shapes.items():
         m = _EXPERT.fullmatch(name)
         plain = f"{m['front']}.{m['part']}" if m else name
         found = names.get_name(plain, try_suffixes=_ENDS)
+        if found == _HEAD and shared:
+            found = _TABLE
         if found is None:
             raise SchemeError(
                 f"{name}: GGUF has no name for it in a model of the architecture {called!r}. Give a GGUF file of this model: --template F16.gguf."

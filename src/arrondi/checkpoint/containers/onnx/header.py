@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
-from arrondi.checkpoint.containers.onnx.wire import BYTES, Field, Wire, signed
 from arrondi.checkpoint.containers.tensor_file import DTYPES
+from arrondi.checkpoint.containers.wire import BYTES, Field, Wire, signed
 from arrondi.errors import FileFormatError
 
 TYPES: Final[Mapping[int, str]] = {

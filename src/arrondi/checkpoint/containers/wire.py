@@ -36,12 +36,21 @@ class Field(NamedTuple):
 class Wire:
     """The messages of one open file.
 
+    Args:
+        path: names the file.
+        file: is open for reading.
+        wanted: what kind of file it should be, in a refusal.
+        advice: ends a refusal.
+
     Attributes:
         size: of the file.
     """
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
+    def __init__(
+        self, path: Path, file: IO[bytes], wanted: str = "ONNX file", advice: str = "Export it again."
+    ) -> None:
         self.path, self.size = path, os.fstat(file.fileno()).st_size
+        self._wanted, self._advice = wanted, advice
         self._file, self._at, self._held = file, 0, b""
 
     def fields(self, start: int, stop: int) -> Iterator[Field]:
@@ -105,13 +114,13 @@ class Wire:
         self._file.seek(field.start)
         found = self._file.read(length)
         if len(found) != length:
-            raise FileFormatError(f"{self.path}: became shorter while it was read. Export it again.")
+            raise FileFormatError(f"{self.path}: became shorter while it was read. {self._advice}")
         return found
 
     def wrong(self, at: int, what: str) -> FileFormatError:
         """The error for bytes that no message has."""
         return FileFormatError(
-            f"{self.path}: has {what} at byte {at}. It is truncated or no ONNX file; export it again."
+            f"{self.path}: has {what} at byte {at}. It is truncated or no {self._wanted}. {self._advice}"
         )
 
     def _byte(self, at: int) -> int:
@@ -119,7 +128,7 @@ class Wire:
             self._file.seek(at)
             self._at, self._held = at, self._file.read(_WINDOW)
             if not self._held:
-                raise FileFormatError(f"{self.path}: became shorter while it was read. Export it again.")
+                raise FileFormatError(f"{self.path}: became shorter while it was read. {self._advice}")
         return self._held[at - self._at]
 
 
