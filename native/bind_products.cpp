@@ -82,6 +82,9 @@ void bind_products(nb::module_& m) {
         nb::gil_scoped_release free;
         unpack_rows(static_cast<Kind>(kind), at<uint8_t>(packed), k, first, count, at<uint8_t>(out));
     });
+    m.def("ring_rows", [](const Facts& facts, uintptr_t codes, uintptr_t scale, int64_t count, uintptr_t ids, uintptr_t y, int threads) {
+        run(ring_rows, RingRows{weight_of(facts, codes, scale, 0, 0, 0, 0, 0, 0, 0), count, at<int64_t>(ids), at<float>(y), threads});
+    });
     // A product with its weight bound: what stays the same from call to call crosses from Python once.
     nb::class_<Product>(m, "Product")
         .def("__init__", [](Product* made, const Facts& facts, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset,

@@ -211,6 +211,15 @@ inline bool by_token(const Product& p) { return p.rounded && p.x_group == 0; }
 // Rows of a tile that one token takes: a digit is a row like others.
 inline int rows_of_token(const Product& p) { return p.digits == 0 || p.words ? 1 : p.digits; }
 
+// Rows of a weight of states as numbers: y[i] is row ids[i] with its scale, its side of rows turned back and that of columns not.
+struct RingRows {
+    Weight weight;
+    int64_t count;
+    const int64_t* ids;
+    float* y;  // (count, k)
+    int threads;
+};
+
 struct Transforms;  // transforms.h
 struct Tokens;      // tokens.h
 struct Codes;       // codes.h
@@ -231,6 +240,8 @@ struct Path {
     size_t (*panel_scratch)(const Product&);
     // y[token] from its n results, which may be overwritten: turned back, then gated or added to.
     void (*finish)(const Product&, int token, float* results);
+    // Row `i` of what is asked for.
+    void (*ring_row)(const RingRows&, int64_t i);
     Quantizers quantizers;
     const Transforms* transforms;
     const Tokens* tokens;
@@ -251,5 +262,6 @@ void use_path(const char* name);
 
 // Runs one product. Null, or a sentence that says what is wrong with the arguments.
 const char* product(Product& p);
+const char* ring_rows(const RingRows& job);
 
 }  // namespace arrondi

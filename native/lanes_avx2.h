@@ -179,9 +179,9 @@ inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
 #endif
 // Sums of two bytes are below 511, whatever the bytes.
 inline Ints add_four(Ints sum, Bytes u) { return dot7(sum, u, splat_byte(1)); }
-inline Ints dot_sum(Ints sum, Bytes u, Bytes w) {
+inline Bytes add_pairs(Bytes u) {
     const __m256i one = _mm256_set1_epi8(1);
-    return dot_words(sum, {_mm256_maddubs_epi16(u.a, one), _mm256_maddubs_epi16(u.b, one)}, w);
+    return {_mm256_maddubs_epi16(u.a, one), _mm256_maddubs_epi16(u.b, one)};
 }
 inline __m256i count_ones_half(__m256i v) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //

@@ -103,8 +103,12 @@ inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); 
 inline Ints fold(Ints sum, Shorts part) { return add(sum, part); }
 inline Bytes even_words(Bytes v) { return v; }
 inline Bytes odd_words(Bytes v) { return v; }
-inline Bytes repeat2(const void*) { return _mm512_setzero_si512(); }
-inline Ints dot_sum(Ints sum, Bytes, Bytes) { return sum; }
+inline Bytes repeat2(const void* p) {
+    int16_t two;
+    std::memcpy(&two, p, 2);
+    return _mm512_set1_epi16(two);
+}
+inline Bytes add_pairs(Bytes u) { return _mm512_maddubs_epi16(u, _mm512_set1_epi8(1)); }
 inline Ints dot_words(Ints sum, Bytes w, Bytes x) { return _mm512_dpwssd_epi32(sum, w, x); }
 inline Ints add_four(Ints sum, Bytes u) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi8(1)); }
 

@@ -149,8 +149,12 @@ inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); 
 inline Ints fold(Ints sum, Shorts part) { return add(sum, part); }
 inline Bytes even_words(Bytes v) { return v; }
 inline Bytes odd_words(Bytes v) { return v; }
-inline Bytes repeat2(const void*) { return {}; }
-inline Ints dot_sum(Ints sum, Bytes, Bytes) { return sum; }
+inline Bytes repeat2(const void* p) {
+    uint16_t two;
+    std::memcpy(&two, p, 2);
+    ARRONDI_EACH(Bytes, vreinterpretq_u8_u16(vdupq_n_u16(two)));
+}
+inline Bytes add_pairs(Bytes u) { ARRONDI_EACH(Bytes, vreinterpretq_u8_u16(vpaddlq_u8(u.v[i]))); }
 inline int32x4_t dot_words_quarter(int32x4_t sum, int16x8_t w, int16x8_t x) {
     return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(w), vget_low_s16(x)), vmull_high_s16(w, x)));
 }

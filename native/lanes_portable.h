@@ -148,12 +148,23 @@ using Shorts = Ints;
 inline Shorts zero_shorts() { return zero_ints(); }
 inline Shorts dot_short(Shorts sum, Bytes u, Bytes s) { return dot7(sum, u, s); }
 inline Ints fold(Ints sum, Shorts part) { ARRONDI_EACH(Ints, 16, sum.v[i] + part.v[i]); }
-// With kWords: bytes 0 and 2, 1 and 3 of every lane as two numbers of 16 bits; two bytes in each half of every lane.
+// With kWords: bytes 0 and 2, 1 and 3 of every lane as two numbers of 16 bits.
 inline Bytes even_words(Bytes b) { return b; }
 inline Bytes odd_words(Bytes b) { return b; }
-inline Bytes repeat2(const void*) { return {}; }
-// With kWords: sum + (the sum of the four bytes of u) · w, which is in both halves of every lane.
-inline Ints dot_sum(Ints sum, Bytes, Bytes) { return sum; }
+// Two bytes in both halves of every lane.
+inline Bytes repeat2(const void* p) {
+    const uint8_t* q = static_cast<const uint8_t*>(p);
+    ARRONDI_EACH(Bytes, 64, q[i & 1]);
+}
+// Sums of two neighbouring bytes, 16 bits each.
+inline Bytes add_pairs(Bytes u) {
+    Bytes r;
+    for (int i = 0; i < 64; i += 2) {
+        const uint16_t sum = static_cast<uint16_t>(u.v[i] + u.v[i + 1]);
+        std::memcpy(r.v + i, &sum, 2);
+    }
+    return r;
+}
 // sum + w · x over the two int16 of each lane.
 inline Ints dot_words(Ints sum, Bytes w, Bytes x) {
     for (int i = 0; i < 32; i++) {

@@ -33,7 +33,7 @@ thread_local Scratch tiles_memory, panel_memory, results_memory;
 // Tokens that are computed before their results are turned back or gated.
 constexpr int kResultTokens = 384;
 
-constexpr int kRingUnit = 4;  // blocks of a ring that a thread takes at least: a group of sums
+constexpr int kRingUnit = 4;  // blocks of a ring that a thread takes at least: half a slab
 
 // The longest run of whole steps that divides a group and is at most `most`.
 int span_of(const Weight& w, int most) {
@@ -100,22 +100,14 @@ const char* compute(Product& p) {
     // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
     // one or two tokens taking the codes apart costs more than that saves.
     const bool apart = wide(w.kind) || one_table(w.kind);
-    p.words = path.words && (apart ? p.digits == 1 || p.digits == 2 : p.digits == 2 && p.m > 2);
-    if (p.digits == 3 && (!path.fast_dot || (path.words && (apart || p.m > 2)))) p.digits = 0;
+    if (p.digits == 3 && (!path.fast_dot || (path.words && (apart || p.m > 2)) || (ring && p.m > 1))) p.digits = 0;
+    p.words = ring ? p.digits == 1 || p.digits == 2
+                   : path.words && (apart ? p.digits == 1 || p.digits == 2 : p.digits == 2 && p.m > 2);
     const int padded = w.steps * 4 * step_quads(w.kind), blocks = (w.n + kBlock - 1) / kBlock;
-    int rows = p.m * rows_of_token(p);
     // Rows of a tile when the weight is decoded in registers: as many as there are variants of (see stream_kind).
-    int together = rows_of_token(p) > 1 ? 2 : 4;
-    bool few = p.digits == 0 ? rows <= 4 : rows <= 12 && p.m <= 2 * together;
-    if (ring) {
-        // Decoding a state costs more than multiplying it: it is done once. Panels hold values, of ten bits.
-        together = rows_of_token(p) > 2 ? 2 : 4;
-        few = p.m <= together;
-        if (!few && p.digits == 3) p.digits = 0;
-        if (!few) p.words = p.digits > 0;
-        w.zero_all = few ? kRingMiddle : 0;
-        rows = p.m * rows_of_token(p);
-    }
+    const int rows = p.m * rows_of_token(p), together = rows_of_token(p) > 1 ? 2 : 4;
+    const bool few = ring || p.digits == 0 ? p.m <= 4 : rows <= 12 && p.m <= 2 * together;
+    if (ring) w.zero_all = few ? kRingMiddle : 0;  // panels hold values, and not sums of bytes
     p.pairs = !few && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
     p.tokens = few ? (p.m < together ? p.m : together) : path.rows / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
@@ -150,7 +142,7 @@ const char* compute(Product& p) {
         // Pieces of about 64 KB of codes, so that a thread that comes late still finds some.
         int pieces = static_cast<int>(work / 65536) + 1;
         if (pieces > p.threads * 8) pieces = p.threads * 8;
-        const int unit = ring ? kRingUnit : 1, units = (blocks + unit - 1) / unit;
+        const int unit = !ring ? 1 : blocks < 4 * kSlab * p.threads ? kRingUnit : kSlab, units = (blocks + unit - 1) / unit;
         if (pieces > units) pieces = units;
         if (work < 16384) pieces = 1;
         parallel_for(pieces, p.threads, [&](int piece) {
@@ -196,6 +188,18 @@ const char* product(Product& p) {
         parallel_for(part.m, part.m < 4 ? 1 : p.threads,
                      [&](int token) { path().finish(p, first + token, results + static_cast<int64_t>(token) * n); });
     }
+    return nullptr;
+}
+
+const char* ring_rows(const RingRows& job) {
+    const Weight& w = job.weight;
+    if (w.kind != Kind::ring || w.groups != 1) return "rows are read of states with one scale a row";
+    if (w.turn.row_shift > 7) return "rows are read where their side is turned in blocks of up to 128";
+    if (job.count < 0 || w.codes == nullptr || w.scale == nullptr || (job.count > 0 && (job.ids == nullptr || job.y == nullptr)))
+        return "a buffer is null";
+    for (int64_t i = 0; i < job.count; i++)
+        if (job.ids[i] < 0 || job.ids[i] >= w.n) return "a row lies beyond the weight";
+    parallel_for(static_cast<int>(job.count), job.threads, [&](int i) { path().ring_row(job, i); });
     return nullptr;
 }
 

@@ -1,6 +1,6 @@
 // Products with states of a trellis, for one path: sixteen states at a time become four bytes each, whose sum is the value. See kernels.h.
 //
-// The product with a digit of x is the sum of the four bytes times the digit: one instruction where bytes are multiplied by fours.
+// With x as words of 16 bits, bytes are added by twos and multiplied by twos; with digits of eight bits one instruction does both.
 #pragma once
 
 #include "panel.h"
@@ -8,7 +8,7 @@
 namespace arrondi {
 namespace ARRONDI_PATH {
 
-constexpr int kRingBlocks = 4;  // that one call multiplies for a tile: sums stay with the span's codes in the nearest cache
+constexpr int kRingAhead = 2048;  // bytes of entries that are asked for before they are needed
 
 // Vectors of sums of one row of a tile.
 constexpr int ring_group(int rows) {
@@ -56,8 +56,8 @@ inline const uint8_t* ring_at(const Weight& w, int block, int column) {
     return slab + static_cast<int64_t>(column) * ring_entry(w) + (kSlab - 1 - block % kSlab) * ring_block_bytes(w);
 }
 
-// sum[row][block] += states · digits over some columns. `kDigits` 0: words.
-template <int kRowsHere, int kDigits, int kGroup, bool kNarrow>
+// sum[row][block] += states · digits over some columns. `kDigits` 0: words. `kAsk`: whether entries come from memory.
+template <int kRowsHere, int kDigits, int kGroup, bool kNarrow, bool kAsk>
 inline void ring_columns(const Weight& w, const Window& window, const uint8_t* entry, const uint8_t* x, int columns,
                          Ints (*sums)[kGroup]) {
     const int64_t stride = ring_entry(w), step = ring_block_bytes(w);
@@ -78,11 +78,13 @@ inline void ring_columns(const Weight& w, const Window& window, const uint8_t* e
         }
 #pragma GCC unroll 4
         for (int g = 0; g < kGroup; g++) {
-            const Bytes u = window.template products<kNarrow>(entry - g * step);
+            Bytes u = window.template products<kNarrow>(entry - g * step);
+            if constexpr (kDigits == 0) u = add_pairs(u);
 #pragma GCC unroll 8
             for (int r = 0; r < kRowsHere; r++)
-                sum[r][g] = kDigits == 0 ? dot_sum(sum[r][g], u, digit[r]) : dot8(sum[r][g], u, digit[r]);
+                sum[r][g] = kDigits == 0 ? dot_words(sum[r][g], u, digit[r]) : dot8(sum[r][g], u, digit[r]);
         }
+        if constexpr (kAsk) __builtin_prefetch(entry + kRingAhead);
         entry += stride;
     };
     int c = 0;
@@ -106,9 +108,9 @@ inline void ring_blocks(const Product& p, int tile, int first, int last) {
     const Weight& w = p.weight;
     const Window window(w);
     const bool whole = whole_row<kOfToken>(p);
-    Floats total[kRingBlocks][kTokens];
-    Ints sum[kRingBlocks / kGroup][kRowsHere][kGroup];
-    for (int b = 0; b < kRingBlocks; b++)
+    Floats total[kSlab][kTokens];
+    Ints sum[kSlab / kGroup][kRowsHere][kGroup];
+    for (int b = 0; b < kSlab; b++)
         for (int t = 0; t < kTokens; t++) total[b][t] = zero_floats();
     for (int s = 0; s < p.spans; s++) {
         const int start = s * p.span, end = start + p.span < w.k ? start + p.span : w.k;
@@ -120,7 +122,9 @@ inline void ring_blocks(const Product& p, int tile, int first, int last) {
                 const Ints fresh = splat(-digit_sum[r] * w.zero_all);
                 for (int g = 0; g < kGroup; g++) mine[r][g] = whole && s > 0 ? add(mine[r][g], fresh) : fresh;
             }
-            ring_columns<kRowsHere, kDigits, kGroup, kNarrow>(w, window, ring_at(w, block, start), x, end - start, mine);
+            const auto columns = block == first ? ring_columns<kRowsHere, kDigits, kGroup, kNarrow, true>
+                                                : ring_columns<kRowsHere, kDigits, kGroup, kNarrow, false>;
+            columns(w, window, ring_at(w, block, start), x, end - start, mine);
             if (p.integers || (whole && s + 1 < p.spans)) continue;
             for (int g = 0; g < kGroup && block + g < last; g++) {
                 Ints of_block[kRowsHere];
@@ -159,62 +163,56 @@ inline void ring_blocks_floats(const Product& p, int tile, int first, int last) 
     const Weight& w = p.weight;
     const Window window(w);
     const int64_t stride = ring_entry(w);
-    for (int block = first; block < last; block++) {
-        const uint8_t* entry = ring_at(w, block, 0);
-        const float* x = reinterpret_cast<const float*>(p.tiles + tile * p.tile_bytes);
-        Floats total[kRowsHere], sum[kRowsHere];
-        for (int r = 0; r < kRowsHere; r++) total[r] = zero_floats();
-        for (int start = 0; start < w.k; start += p.span) {
-            const int end = start + p.span < w.k ? start + p.span : w.k;
+    Floats total[kSlab][kRowsHere];
+    for (int b = 0; b < kSlab; b++)
+        for (int r = 0; r < kRowsHere; r++) total[b][r] = zero_floats();
+    for (int start = 0; start < w.k; start += p.span) {
+        const int end = start + p.span < w.k ? start + p.span : w.k;
+        for (int block = first; block < last; block++) {
+            const uint8_t* entry = ring_at(w, block, start);
+            const float* x = reinterpret_cast<const float*>(p.tiles + tile * p.tile_bytes) + static_cast<int64_t>(start) * kRowsHere;
+            Floats sum[kRowsHere];
             for (int r = 0; r < kRowsHere; r++) sum[r] = zero_floats();
             for (int c = start; c < end; c++, entry += stride, x += kRowsHere) {
+                if (block == first) __builtin_prefetch(entry + kRingAhead);
                 const Floats v = to_floats(ring_numbers<kNarrow>(window, entry));
                 for (int r = 0; r < kRowsHere; r++) sum[r] = fma(v, splat(x[r]), sum[r]);
             }
-            for (int r = 0; r < kRowsHere; r++) total[r] = add(total[r], sum[r]);
+            for (int r = 0; r < kRowsHere; r++) total[block - first][r] = add(total[block - first][r], sum[r]);
         }
+    }
+    for (int block = first; block < last; block++) {
         const Floats scale = group_at(w, block, 0).scale;
-        for (int r = 0; r < kRowsHere; r++) store_result(p, tile * p.tokens + r, block, mul(total[r], scale));
+        for (int r = 0; r < kRowsHere; r++) store_result(p, tile * p.tokens + r, block, mul(total[block - first][r], scale));
     }
 }
 
 template <bool kNarrow>
 inline void ring_tile(const Product& p, int tile, int first, int last) {
     const int count = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
-    if constexpr (kWords)
-        if (p.words) switch (count) {
-                case 1: return ring_blocks<1, 0, kNarrow>(p, tile, first, last);
-                case 2: return ring_blocks<2, 0, kNarrow>(p, tile, first, last);
-                case 3: return ring_blocks<3, 0, kNarrow>(p, tile, first, last);
-                default: return ring_blocks<4, 0, kNarrow>(p, tile, first, last);
-            }
-    switch (p.digits * 8 + count) {
+    if (p.words) switch (count) {
+            case 1: return ring_blocks<1, 0, kNarrow>(p, tile, first, last);
+            case 2: return ring_blocks<2, 0, kNarrow>(p, tile, first, last);
+            case 3: return ring_blocks<3, 0, kNarrow>(p, tile, first, last);
+            default: return ring_blocks<4, 0, kNarrow>(p, tile, first, last);
+        }
+    if (p.digits == 3) return ring_blocks<3, 3, kNarrow>(p, tile, first, last);
+    switch (count) {
         case 1: return ring_blocks_floats<1, kNarrow>(p, tile, first, last);
         case 2: return ring_blocks_floats<2, kNarrow>(p, tile, first, last);
         case 3: return ring_blocks_floats<3, kNarrow>(p, tile, first, last);
-        case 4: return ring_blocks_floats<4, kNarrow>(p, tile, first, last);
-        case 9: return ring_blocks<1, 1, kNarrow>(p, tile, first, last);
-        case 10: return ring_blocks<2, 1, kNarrow>(p, tile, first, last);
-        case 11: return ring_blocks<3, 1, kNarrow>(p, tile, first, last);
-        case 12: return ring_blocks<4, 1, kNarrow>(p, tile, first, last);
-        case 17: return ring_blocks<2, 2, kNarrow>(p, tile, first, last);
-        case 18: return ring_blocks<4, 2, kNarrow>(p, tile, first, last);
-        case 19: return ring_blocks<6, 2, kNarrow>(p, tile, first, last);
-        case 20: return ring_blocks<8, 2, kNarrow>(p, tile, first, last);
-        case 25: return ring_blocks<3, 3, kNarrow>(p, tile, first, last);
-        case 26: return ring_blocks<6, 3, kNarrow>(p, tile, first, last);
-        default: break;
+        default: return ring_blocks_floats<4, kNarrow>(p, tile, first, last);
     }
 }
 
-// Blocks first … last, `first` a multiple of kRingBlocks.
+// Blocks first … last, `first` a multiple of four; as many of a slab as there are at once, so that its entries come from memory once.
 inline void stream_ring(const Product& p, int first, int last) {
     const int tiles = (p.m + p.tokens - 1) / p.tokens;
-    for (int block = first; block < last; block += kRingBlocks)
-        for (int tile = 0; tile < tiles; tile++) {
-            const int stop = block + kRingBlocks < last ? block + kRingBlocks : last;
+    for (int block = first, stop; block < last; block = stop) {
+        stop = (block / kSlab + 1) * kSlab < last ? (block / kSlab + 1) * kSlab : last;
+        for (int tile = 0; tile < tiles; tile++)
             Window::narrow(p.weight) ? ring_tile<kFields>(p, tile, block, stop) : ring_tile<false>(p, tile, block, stop);
-        }
+    }
 }
 
 // Columns of one block of a panel: words of columns 0 and 2, 1 and 3 of every four, or float32 with the scale in it.
@@ -250,6 +248,47 @@ inline void decode_ring(const Product& p, Panel& panel) {
         else
             decode_ring_block<false>(p, window, panel, panel.first + v, out);
     }
+}
+
+inline int ones_of_row(uint32_t bits) {
+    int ones = 0;
+    for (; bits != 0; bits &= bits - 1) ones++;
+    return ones;
+}
+
+// A row is turned back by the signs of a row of its Hadamard matrix: the sum over the matrix's rows of the weight, each with its scale.
+template <bool kNarrow>
+inline void ring_row_of(const RingRows& job, int64_t i) {
+    const Weight& w = job.weight;
+    const Window window(w);
+    const int run = 1 << w.turn.row_shift, id = static_cast<int>(job.ids[i]), first = id / run * run;
+    const int from = first / kBlock, to = (first + run - 1) / kBlock + 1;
+    const float unit = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(run)));
+    Floats factors[kSlab];
+    for (int block = from; block < to; block++) {
+        float each[kBlock];
+        store_floats(each, group_at(w, block, 0).scale);
+        for (int lane = 0; lane < kBlock; lane++) {
+            const int row = block * kBlock + lane - first;
+            const bool there = row >= 0 && row < run;
+            each[lane] = !there ? 0.0f : each[lane] * (ones_of_row(static_cast<uint32_t>(row & (id - first))) % 2 == 0 ? unit : -unit);
+        }
+        factors[block - from] = load_floats(each);
+    }
+    float* y = job.y + i * w.k;
+    const auto column = [&](int c) {
+        Floats sum = zero_floats();
+        for (int block = from; block < to; block++)
+            sum = fma(to_floats(ring_numbers<kNarrow>(window, ring_at(w, block, c))), factors[block - from], sum);
+        return sum;
+    };
+    int c = 0;
+    for (; c + 4 <= w.k; c += 4) store_sums(y + c, column(c), column(c + 1), column(c + 2), column(c + 3));
+    for (; c < w.k; c++) y[c] = sum(column(c));
+}
+
+inline void ring_row(const RingRows& job, int64_t i) {
+    Window::narrow(job.weight) ? ring_row_of<kFields>(job, i) : ring_row_of<false>(job, i);
 }
 
 }  // namespace ARRONDI_PATH

@@ -186,6 +186,7 @@ int run(int argc, char** argv) {
         const int before = failures.load();
         const int products = try_all_products(seed, quick);
         try_callers(seed);
+        try_rings(seed, quick);
         try_jobs(seed, quick);
         try_directions(seed, quick);
         try_codes(seed, quick);

@@ -138,6 +138,8 @@ int try_all_products(uint64_t seed, bool quick);
 void try_callers(uint64_t seed);
 // Attention along principal directions.
 void try_directions(uint64_t seed, bool quick);
+// Products with states of a trellis, and their packing.
+void try_rings(uint64_t seed, bool quick);
 // What the path in use does besides: quantizers, transforms, tokens.
 void try_jobs(uint64_t seed, bool quick);
 // Networks on codes.

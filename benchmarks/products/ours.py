@@ -10,15 +10,16 @@ from collections.abc import Iterator
 import torch
 from common import Bind, Case, main
 
-from arrondi.formats import parse_scheme
+from arrondi.formats import Scheme, parse_scheme
 from arrondi.kernels import choose
 from arrondi.nn import QLinear
 from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 
 SCHEMES = {
     "w8": "W8A16", "w6": "W6A16", "w5": "W5A16", "w4": "W4A16", "w3": "W3A16", "w2": "W2A16", "ternary": "TERNARY",
     "binary": "BINARY", "nf4": "NF4", "fp4": "FP4", "nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16", "fp8": "FP8A16",
-    "w4a8": "W4A8", "w8a8": "W8A8", "w4a8g": "w=int4/g128,a=int8/g128",
+    "tcq2": "TCQ2", "tcq3": "TCQ3", "tcq4": "TCQ4", "w4a8": "W4A8", "w8a8": "W8A8", "w4a8g": "w=int4/g128,a=int8/g128",
 }  # fmt: skip
 """Case → scheme of arrondi."""
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -35,8 +36,7 @@ def _cases() -> Iterator[Case]:
         for dtype_name, dtype in DTYPES.items():
 
             def build(n: int, k: int, copies: int, scheme=scheme, dtype=dtype) -> Bind:
-                weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
-                q = quantize_tensor(weight, scheme.weights)
+                q = _weight(n, k, scheme.weights)
                 layers = [QLinear(q, inputs=scheme.inputs, dtype=dtype) for _ in range(copies)]
 
                 def bind(m: int):
@@ -47,9 +47,19 @@ def _cases() -> Iterator[Case]:
 
             weights = scheme.weights
             shape = (1024, 4096)
-            bits = quantize_tensor(torch.ones(shape), weights).bits_per_weight
+            bits = _weight(*shape, weights).bits_per_weight
             kernel = choose(weights, shape, dtype).name
             yield Case(f"{name} {dtype_name}" + ("" if kernel == "native" else f" ({kernel})"), bits, build)
+
+
+def _weight(n: int, k: int, scheme: Scheme) -> QTensor:
+    """Random numbers on their grid; of a trellis random codes, for a search takes longer than all that is timed."""
+    generator = torch.Generator().manual_seed(0)
+    if scheme.format.trellis is None:
+        return quantize_tensor(torch.randn(n, k, generator=generator) * 0.02, scheme)
+    levels = torch.tensor([2**bits for bits in scheme.format.trellis.bits])[torch.arange(n) % 2, None]
+    codes = (torch.randint(0, 256, (n, k), generator=generator) % levels).to(torch.uint8)
+    return QTensor(codes, torch.full((n, 1), 2.0**-13), None, None, scheme)
 
 
 if __name__ == "__main__":

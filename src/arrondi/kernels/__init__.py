@@ -26,7 +26,7 @@ from arrondi.kernels.binary import binary_linear, pack_signs, sign_tiles
 from arrondi.kernels.hadamard import hadamard, hadamard_matrix
 from arrondi.kernels.kernel import Bound, Kernel, Meta, Tensors
 from arrondi.kernels.native_linear import NATIVE, TRELLIS, integer_linear
-from arrondi.kernels.packed import decoded, decoded_rows, pack_weight, unpack_weight
+from arrondi.kernels.packed import decoded, decoded_rows, pack_weight, rows_at, unpack_weight
 from arrondi.kernels.reference import REFERENCE
 from arrondi.kernels.signs import SIGNS
 from arrondi.kernels.torch_ops import TORCH_INT4, TORCH_INT8
@@ -126,6 +126,7 @@ __all__ = [
     "integer_linear",
     "pack_signs",
     "pack_weight",
+    "rows_at",
     "scattered_groups",
     "sign_tiles",
     "unpack_weight",

@@ -15,11 +15,12 @@ import torch
 
 from arrondi.formats import Scheme, scale_shape, tile_shape
 from arrondi.kernels.kernel import Tensors
+from arrondi.kernels.packed_rings import Rings, decoded_rings, rings_at
 from arrondi.tensor.apart import Kept
-from arrondi.tensor.packing import pack, unpack
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.storage import load_scale, signed, store_scale, unsigned
+from arrondi.tensor.storage import load_codes, load_scale, store_codes, store_scale
 from arrondi.tensor.tables import load_table, store_table
+from arrondi.tensor.turned import Sides
 
 CHUNK: Final = 1 << 18
 """Weights decoded at a time for a few rows of x: with their temporaries they stay in the core's own cache."""
@@ -37,7 +38,7 @@ def pack_weight(q: QTensor) -> Tensors:
     Returns:
         `codes` (out, bytes) uint8; `scale` in its stored type (e8m0 as exponent bytes), or `scale_codes`,
         `scale_scale`, … of a quantized scale; `zero_point`, `offset` (as `scale`), `group_index` (int32), `table` and
-        `apart_index`, `apart_values` where the tensor has them.
+        `apart_index`, `apart_values`, `row_side`, `column_side` where the tensor has them. Of a trellis, `codes` (in, bytes).
     """
     # A clone, since a view would keep the whole of a larger tensor or file mapping alive.
     return {"codes": _packed_codes(q)} | {name: part.clone().contiguous() for name, part in pack_grid(q).items()}
@@ -56,6 +57,8 @@ def pack_grid(q: QTensor) -> Tensors:
         packed |= _pack_table(q)
     if q.apart is not None:
         packed |= {"apart_index": q.apart.index, "apart_values": q.apart.values}
+    if q.sides is not None:
+        packed |= {"row_side": q.sides.rows, "column_side": q.sides.columns}
     return packed
 
 
@@ -66,7 +69,7 @@ def unpack_weight(tensors: Tensors, scheme: Scheme, shape: tuple[int, ...]) -> Q
         tensors: from `pack_weight`.
         scheme, shape: of the tensor, 2-D.
     """
-    return on_grid(signed(unpack(tensors["codes"], scheme.format.bits, shape[1]), scheme.format), tensors, scheme)
+    return on_grid(load_codes(tensors["codes"], shape, scheme.format), tensors, scheme)
 
 
 def on_grid(codes: torch.Tensor, tensors: Tensors, scheme: Scheme) -> QTensor:
@@ -76,7 +79,9 @@ def on_grid(codes: torch.Tensor, tensors: Tensors, scheme: Scheme) -> QTensor:
     zero = tensors["zero_point"].int() if scheme.zero_point == "integer" else None
     offset = unpack_part("offset", tensors, scheme.offset, wanted) if scheme.zero_point == "float" else None
     table = load_table(tensors["table"]) if scheme.table is not None else None
-    return QTensor(codes, scale, zero, offset, scheme, tensors.get("group_index"), table, _kept(tensors))
+    return QTensor(
+        codes, scale, zero, offset, scheme, tensors.get("group_index"), table, _kept(tensors), _sides(tensors)
+    )
 
 
 def pack_part(name: str, part: torch.Tensor | QTensor, storage: str | Scheme) -> Tensors:
@@ -127,11 +132,15 @@ def decoded_rows(
     tall = 1 if own is None else own.rows or rows
     shared = max((h for h in (tile_shape(scheme.granularity, shape)[0], tall) if 1 < h < rows), default=1)
     step = max(chunk // max(columns, 1), 1)
+    if scheme.format.trellis is not None:
+        for part, values in decoded_rings(_rings(tensors, scheme, shape), step):
+            yield part, values.to(dtype)
+        return
     step = -(-step // shared) * shared
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         part = _granules(start, stop, tile_shape(scheme.granularity, shape)[0])
-        codes = signed(unpack(tensors["codes"][start:stop], scheme.format.bits, columns), scheme.format)
+        codes = load_codes(tensors["codes"][start:stop], (stop - start, columns), scheme.format)
         zeros = None if zero is None else zero[part].int()
         own_tables = None if tables is None else tables[_granules(start, stop, tall)]
         q = QTensor(codes, scale[part], zeros, None if offset is None else offset[part], plain, index, own_tables)
@@ -154,6 +163,16 @@ def decoded(
     return whole
 
 
+def rows_at(tensors: Tensors, scheme: Scheme, shape: tuple[int, int], ids: torch.Tensor) -> torch.Tensor:
+    """Rows (n,) of a weight of a trellis, float32 (n, in); every row is decoded with its ring."""
+    return rings_at(_rings(tensors, scheme, shape), ids)
+
+
+def _rings(tensors: Tensors, scheme: Scheme, shape: tuple[int, int]) -> Rings:
+    scale = _real(unpack_part("scale", tensors, scheme.scale, scale_shape(scheme.granularity, shape)))
+    return Rings(tensors["codes"], scale, _sides(tensors), scheme, shape)
+
+
 def _pack_table(q: QTensor) -> Tensors:
     """Tables in their stored type; as they are where they do not fit it (made by hand)."""
     assert q.table is not None and q.scheme.table is not None
@@ -165,10 +184,18 @@ def _kept(tensors: Tensors) -> Kept | None:
     return Kept(tensors["apart_index"], tensors["apart_values"]) if "apart_index" in tensors else None
 
 
+def _sides(tensors: Tensors) -> Sides | None:
+    return Sides(tensors["row_side"], tensors["column_side"]) if "row_side" in tensors else None
+
+
 def _packed_codes(q: QTensor) -> torch.Tensor:
     """Some rows at a time: packing needs up to eight bytes for each code."""
     format, rows = q.scheme.format, max(WIDE_CHUNK // max(q.shape[1], 1), 1)
-    return torch.cat([pack(unsigned(part, format), format.bits) for part in q.codes.split(rows)])
+    if format.trellis is not None:
+        return torch.cat(
+            [store_codes(part, format) for part in q.codes.split(max(WIDE_CHUNK // max(q.shape[0], 1), 1), 1)]
+        )
+    return torch.cat([store_codes(part, format) for part in q.codes.split(rows)])
 
 
 def _real(part: torch.Tensor | QTensor) -> torch.Tensor:

@@ -12,9 +12,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from arrondi.errors import DataError, ShapeError
+from arrondi.errors import DataError, SchemeError, ShapeError
 from arrondi.formats import PerChannel, PerGroup, PerTensor, Scheme, tile_shape
-from arrondi.kernels import decoded, pack_weight, unpack_weight
+from arrondi.kernels import Meta, decoded, pack_weight, rows_at, unpack_weight
+from arrondi.kernels.native_linear import TRELLIS, ring_rows
+from arrondi.kernels.native_linear.coding import SLAB
 from arrondi.nn.packed import PackedWeight, keep_types
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.rows import rowwise
@@ -25,6 +27,8 @@ _TRIED: Final = ((2, 0, 3),)
 
 def refuse_table(scheme: Scheme) -> str | None:
     """Why rows cannot be looked up in a table of this scheme, as the end of a sentence; None if they can."""
+    if scheme.format.trellis is not None and scheme.format.trellis.ring == "tile":
+        return f"rows of an embedding are looked up one by one, and tiles of {scheme.format} hold sixteen in an order of their own"
     plain = scheme.apart is None and scheme.table is None and (rowwise(scheme) or not isinstance(scheme.scale, Scheme))
     if plain and isinstance(scheme.granularity, PerChannel | PerGroup | PerTensor):
         return None
@@ -89,7 +93,9 @@ class QEmbedding(nn.Module):
             )
         self.num_embeddings, self.embedding_dim = weight.shape
         self.scheme, self.dtype, self.shared, self.factor = weight.scheme, dtype, height > 1, factor
-        for name, tensor in pack_weight(weight).items():
+        meta = Meta(weight.scheme, (weight.shape[0], weight.shape[1]), torch.float32)
+        self.meta = meta if _compiled(weight) else None
+        for name, tensor in (pack_weight(weight) if self.meta is None else TRELLIS.prepack(weight, dtype)).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -105,19 +111,26 @@ class QEmbedding(nn.Module):
             raise DataError(
                 f"Ids must lie in 0 … {self.num_embeddings - 1}, got {int(flat.min())} … {int(flat.max())} in shape {tuple(ids.shape)}."
             )
-        rows = {}
-        for name, buffer in self._buffers.items():
-            assert buffer is not None
-            keep = self.shared and name != "packed_codes"
-            rows[name.removeprefix("packed_")] = buffer if keep else buffer[flat]
-        values = decoded(rows, self.scheme, (flat.numel(), self.embedding_dim), self.dtype)
-        values = values.reshape(*ids.shape, self.embedding_dim)
+        values = self._rows(flat).reshape(*ids.shape, self.embedding_dim)
         return values if self.factor == 1.0 else values * self.factor
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        tensors, shape = self._tensors(), (self.num_embeddings, self.embedding_dim)
+        if self.meta is not None:
+            return ring_rows(tensors, self.meta, ids).to(self.dtype)
+        if self.scheme.format.trellis is not None:
+            return rows_at(tensors, self.scheme, shape, ids).to(self.dtype)
+        rows = {n: t if self.shared and n != "codes" else t[ids] for n, t in tensors.items()}
+        return decoded(rows, self.scheme, (ids.numel(), shape[1]), self.dtype)
 
     def unpack(self) -> QTensor:
         """The table again: the same codes, scales, zero points, offsets and scheme."""
-        tensors = {n.removeprefix("packed_"): b for n, b in self._buffers.items() if b is not None}
-        return unpack_weight(tensors, self.scheme, (self.num_embeddings, self.embedding_dim))
+        if self.meta is not None:
+            return TRELLIS.unpack(self._tensors(), self.meta)
+        return unpack_weight(self._tensors(), self.scheme, (self.num_embeddings, self.embedding_dim))
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {n.removeprefix("packed_"): b for n, b in self._buffers.items() if b is not None}
 
     @property
     def weight(self) -> PackedWeight:
@@ -131,4 +144,18 @@ class QEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         keep_types(self, lambda: super(QEmbedding, self)._apply(fn, recurse))
+        where = self.get_buffer("packed_codes").device
+        if self.meta is not None and where.type not in ("cpu", "meta"):
+            raise SchemeError(
+                f"{TRELLIS.name} packed this table for another device: it runs on the CPU, got {where}. Load the model on {where} anew."
+            )
         return self
+
+
+def _compiled(weight: QTensor) -> bool:
+    """Whether the compiled kernels look rows up: those of a trellis are turned with up to 127 others."""
+    turned = weight.scheme.turned
+    where = weight.codes.device
+    return TRELLIS.refuse(weight.scheme, weight.shape, torch.float32, where) is None and (
+        turned is None or turned.block <= SLAB
+    )

@@ -69,9 +69,9 @@ def turn_columns(x: torch.Tensor, sides: Sides, turned: Turned) -> torch.Tensor:
     return hadamard_columns(x * sides.columns.to(x), turned)
 
 
-def unturn(v: torch.Tensor, sides: Sides, turned: Turned) -> torch.Tensor:
-    """W of V (m, n)."""
-    whole = hadamard_rows(hadamard_columns(v, turned), turned)
+def unturn(v: torch.Tensor, sides: Sides, turned: Turned, *, rows: int | None = None) -> torch.Tensor:
+    """W of V (m, n); `rows` of the whole matrix where these are some of its blocks."""
+    whole = hadamard_rows(hadamard_columns(v, turned), turned, rows)
     return whole.mul_(sides.columns.to(v)).mul_(sides.rows.to(v)[:, None])
 
 
@@ -83,9 +83,9 @@ def hadamard_columns(x: torch.Tensor, turned: Turned) -> torch.Tensor:
     return (x.reshape(-1, block) @ sylvester(block, x.dtype, str(x.device))).reshape(x.shape)
 
 
-def hadamard_rows(x: torch.Tensor, turned: Turned) -> torch.Tensor:
-    """H x along the first axis of a matrix."""
-    block = block_of(x.shape[0], turned)
+def hadamard_rows(x: torch.Tensor, turned: Turned, rows: int | None = None) -> torch.Tensor:
+    """H x along the first axis of a matrix, or of whole blocks of one of so many rows."""
+    block = block_of(x.shape[0] if rows is None else rows, turned)
     if block == 1:
         return x.clone()
     return (sylvester(block, x.dtype, str(x.device)) @ x.reshape(-1, block, x.shape[1])).reshape(x.shape)

@@ -15,7 +15,7 @@ from arrondi.kernels.kernel import Kernel
 from arrondi.kernels.native_linear.coding import BLOCK, STEP, coding_of
 from arrondi.kernels.native_linear.operator import bind, integer_linear, linear, product_of
 from arrondi.kernels.native_linear.prepack import Facts, Parts, facts_of, join, parts_of, pieces, prepack, unpack
-from arrondi.kernels.native_linear.rings import TRELLIS
+from arrondi.kernels.native_linear.rings import TRELLIS, ring_rows
 from arrondi.kernels.native_linear.rounding import Rounding, rounding_of, rounds
 from arrondi.native import TYPES, available
 
@@ -63,6 +63,7 @@ __all__ = [
     "pieces",
     "prepack",
     "product_of",
+    "ring_rows",
     "rounding_of",
     "rounds",
     "unpack",

@@ -1,6 +1,6 @@
 """States of a trellis in the layout of the compiled kernels, and back; and the kernel that multiplies them.
 
-Owns: `TRELLIS`. A slab of rows has one entry for every column: its codes and the sixteen bits before them, in which every state is a field
+Owns: `TRELLIS`, and `ring_rows`, rows of a table that are looked up. A slab of rows has one entry for every column: its codes and the sixteen bits before them, in which every state is a field
 of bits, so that a few instructions give sixteen values wherever a ring begins; see native/kernels.h. A turned weight stays in its own
 basis: the product turns x before and its results afterwards.
 
@@ -15,10 +15,19 @@ import torch
 
 from arrondi.formats import Scheme
 from arrondi.formats.trellis import RING
+from arrondi.kernels.hadamard import hadamard
 from arrondi.kernels.kernel import Kernel, Meta, Tensors
 from arrondi.kernels.native_linear.coding import slab_shape
 from arrondi.kernels.native_linear.operator import bind, linear
-from arrondi.kernels.native_linear.prepack import as_blocks, narrowest, per_row, per_tile
+from arrondi.kernels.native_linear.prepack import (
+    as_blocks,
+    check_parts,
+    facts_of,
+    narrowest,
+    parts_of,
+    per_row,
+    per_tile,
+)
 from arrondi.native import TYPES, available, native, operand, threads
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.trellis import refuse_shape
@@ -75,6 +84,29 @@ def _unpack(tensors: Tensors, meta: Meta) -> QTensor:
     sides = Sides(tensors["row_side"].clone(), tensors["column_side"].clone()) if stored else None
     scale = per_tile(tensors["scale"], meta).float()
     return QTensor(codes, scale, None, None, meta.scheme, sides=sides)
+
+
+def ring_rows(tensors: Tensors, meta: Meta, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the weight.
+
+    Args:
+        tensors, meta: of `TRELLIS`; rows are turned in blocks of up to 128.
+        ids: int64 (n,), each a row of the weight.
+
+    Returns:
+        float32 (n, in).
+    """
+    assert native is not None
+    facts, ids = facts_of(tensors, meta), ids.contiguous()
+    _, _, (codes, scale, *_) = check_parts(parts_of(tensors), facts)
+    rows = torch.empty(len(ids), facts.columns, dtype=torch.float32, device="cpu")
+    at = operand("ids", ids, ids.shape, torch.int64), operand("rows", rows, rows.shape, torch.float32)
+    native.ring_rows(list(facts), codes, scale, len(ids), *at, threads())
+    if meta.scheme.turned is None:
+        return rows
+    if facts.column_run > 1:
+        rows = hadamard(rows.reshape(-1, facts.column_run)).reshape(rows.shape)
+    return rows.mul_(tensors["column_side"]).mul_(tensors["row_side"][ids, None])
 
 
 TRELLIS: Final = Kernel("trellis", _refuse, _prepack, _unpack, linear, bind=bind)
