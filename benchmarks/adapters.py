@@ -2,15 +2,18 @@
 
     python benchmarks/adapters.py --model DIR --text FILE              all of it
     python benchmarks/adapters.py --model DIR --text FILE --parts starts,train --steps 60
+    python benchmarks/adapters.py --parts beside --peer bitsandbytes=PYTHON
 
 Parts: `starts`, the error of every start by scheme; `train`, fine-tuning on the text from every start beside LoRA on the ordinary weights (nats a token of the
 last tenth); `optimizer`, nanoseconds a parameter and bytes of states beside PyTorch's AdamW; `saved`, bytes that wait for the way back, and
-the time of a step. Times are CPU seconds.
+the time of a step; `beside`, 8-bit AdamW and a layer in NF4 beside bitsandbytes in an environment of its own. Times are CPU seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import tempfile
 import time
 import warnings
@@ -159,6 +162,27 @@ def optimizer(count: int, rounds: int) -> None:
         print(f"{name:<26}{1e9 * seconds / count:8.2f} {states / count:8.3f}", flush=True)
 
 
+def beside(python: str, count: int, rounds: int, shape: tuple[int, int, int] = (512, 2048, 2048)) -> None:
+    """A step on one tensor, and an NF4 layer forward and back to its input, here and by bitsandbytes."""
+    tokens, inputs, outputs = shape
+    script = Path(__file__).parent / "peers" / "bitsandbytes_training.py"
+    command = [python, str(script), *map(str, (count, *shape, rounds))]
+    theirs = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    p = nn.Parameter(torch.randn(count))
+    p.grad = torch.randn(count) * 0.01
+    made = ar.optim.AdamW8bit([p])
+    layer = ar.quantize(nn.Sequential(nn.Linear(inputs, outputs, bias=False)), "NF4_DQ")
+    x, slope = torch.randn(tokens, inputs, requires_grad=True), torch.randn(tokens, outputs)
+    ours = {"step": fastest(made.step, rounds), "states": made.state_nbytes}
+    ours |= {"layer": fastest(lambda: layer(x).backward(slope), rounds), "weight": layer[0].weight_nbytes}
+    print(f"\nAdamW8bit on {count:,} parameters; NF4 with double quantization, {tokens} tokens, {inputs} → {outputs}")
+    for name, row in (("arrondi", ours), ("bitsandbytes", theirs)):
+        print(
+            f"{name:<14} step {1e9 * row['step'] / count:6.2f} ns a parameter, states {row['states'] / count:6.3f} bytes; "
+            f"layer {row['layer']:6.4f} CPU s, weight {row['weight']:,} bytes"
+        )
+
+
 def saved(model: Path, text: Path, length: int, rounds: int) -> None:
     """One step of training all parameters."""
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
@@ -190,8 +214,9 @@ def saved(model: Path, text: Path, length: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--peer", default="", help="bitsandbytes=PYTHON, for the part beside")
     parser.add_argument("--parts", default="starts,optimizer,saved,train")
     parser.add_argument("--schemes", default=";".join(SCHEMES))
     parser.add_argument("--rank", type=int, default=16)
@@ -203,6 +228,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     parts = given.parts.split(",")
+    if "beside" in parts:
+        beside(given.peer.removeprefix("bitsandbytes="), given.count, given.rounds)
     if "starts" in parts:
         starts(given.model, given.rank, given.schemes.split(";"))
     if "optimizer" in parts:
