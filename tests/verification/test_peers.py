@@ -51,7 +51,8 @@ ROWS: dict[str, tuple[str, str, str, float]] = {
     "small": (STORIES, "W4A16", "compressed-tensors", 1e-5),
     **{f"gptq {s}": (BOOKS, s, "gptq", 0.002) for s in ("w=int2/g32", "w=int3/g32/asym", "w=int4/g32", "w=int4/g32/asym", "w=int8/channel")},
     **{f"awq {s}": (BOOKS, s, "awq", 0.002) for s in ("w=int4/g32", "w=int4/g32/asym")},
-    **{f"bitsandbytes {s}": (BOOKS, s, "bitsandbytes", 0.01) for s in ("NF4", "NF4_DQ", "FP4_BNB", "W8A8")},
+    **{f"bitsandbytes {s}": (BOOKS, s, "bitsandbytes", 0.01) for s in ("NF4", "NF4_DQ", "FP4_BNB")},
+    "bitsandbytes W8A8": (BOOKS, "W8A8", "bitsandbytes", 0.02),
     "auto-round": (BOOKS, "w=int4/g32/asym", "auto-round", 0.002),
 }  # fmt: skip
 """What transformers loads: model, scheme, layout, and how far it may be, beside the bound that is computed."""
