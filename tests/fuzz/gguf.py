@@ -30,8 +30,42 @@ from arrondi.errors import ArrondiError
 from tests.fuzz.checkpoints import Result, limited
 
 KINDS = ("header", "model")
-_NUMBERS = (0, 1, 2, 3, 4, 7, 8, 9, 16, 31, 32, 33, 64, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
-_WORDS = (b"general.architecture", b"llama", b"gpt2", b"general.alignment", b"blk.0.attn_q.weight", b"token_embd.weight", b"", b"\xff\xfe", b"F32")
+_NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    16,
+    31,
+    32,
+    33,
+    64,
+    255,
+    256,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63,
+    2**64 - 1,
+)
+_WORDS = (
+    b"general.architecture",
+    b"llama",
+    b"gpt2",
+    b"general.alignment",
+    b"blk.0.attn_q.weight",
+    b"token_embd.weight",
+    b"",
+    b"\xff\xfe",
+    b"F32",
+)
 _ALLOCATED = 256 << 20
 """Bytes by which the process may grow: what the libraries that read configs take once, and nothing of what a header claims."""
 _TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "F32", "F16", "BF16")
@@ -174,8 +208,13 @@ def _unlike_gguf(header: Header, raw: bytes) -> str | None:
         reader = GGUFReader(header.path)
     except Exception:
         return None  # it asks for more than the format does, and does not say what
-    theirs = {t.name: (t.tensor_type.name, tuple(int(n) for n in t.shape)[::-1], int(t.data_offset)) for t in reader.tensors}
-    ours = {n.encode("utf-8", "surrogateescape").decode("utf-8", "replace"): (s.type, s.shape, s.start) for n, s in header.tensors.items()}
+    theirs = {
+        t.name: (t.tensor_type.name, tuple(int(n) for n in t.shape)[::-1], int(t.data_offset)) for t in reader.tensors
+    }
+    ours = {
+        n.encode("utf-8", "surrogateescape").decode("utf-8", "replace"): (s.type, s.shape, s.start)
+        for n, s in header.tensors.items()
+    }
     if theirs.keys() == ours.keys() and theirs != ours:
         name = next(n for n in ours if ours[n] != theirs[n])
         return f"{name} is {ours[name]}, and {theirs[name]} to the package gguf"
