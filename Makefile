@@ -30,6 +30,7 @@ test-full: $(STAMP)
 # Mutants of small checkpoints and graphs: read exactly, or refused in one sentence. SEED and SECONDS may be given.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.checkpoints --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.gguf --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.graphs --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 
 check: $(STAMP)

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 
 from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.gguf.encode import GGUFPlan, GGUFWriter
 from arrondi.checkpoint.containers.gguf.header import Field, Header, read_header
-from arrondi.checkpoint.layouts.ggml import BLOCKS
 from arrondi.errors import ArrondiError
 from tests.fuzz.checkpoints import Result, limited
 
@@ -113,8 +113,6 @@ def _file(fields: dict[str, Field], tensors: dict[str, tuple[str, tuple[int, ...
         for name, (kind, shape) in tensors.items():
             values = rng.standard_normal(shape, dtype=np.float32)
             number = gguf.GGMLQuantizationType[kind]
-            if kind in BLOCKS and not hasattr(gguf.quants, kind):
-                raise AssertionError(kind)
             try:
                 raw = gguf.quantize(values, number)
             except NotImplementedError:  # which the package only decodes: zeros in its scales are as good as any
@@ -223,6 +221,7 @@ def _unlike_gguf(header: Header, raw: bytes) -> str | None:
 
 def run(seed: int, mutants: int, seconds: float, kinds: tuple[str, ...] = KINDS) -> Result:
     """As many mutants of every kind as asked for, or as the time allows."""
+    transformers.logging.set_verbosity_error()
     result, stop = Result(read=Counter()), time.monotonic() + seconds
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         for kind in kinds:

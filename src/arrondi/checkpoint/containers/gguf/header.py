@@ -226,7 +226,9 @@ class _Parser:
         if axes > _MOST_AXES:
             raise FileFormatError(f"{self.path}: tensor {name!r} has {axes} axes. {_AGAIN}")
         shape = tuple(self.number(8) for _ in range(axes))[::-1]
-        if any(n >= 2**40 for n in shape) or math.prod(max(n, 1) for n in shape) >= 2**59:
+        # An empty tensor takes no bytes, whatever its other axes claim.
+        longest = self.size if 0 in shape else 2**40
+        if any(n >= longest for n in shape) or math.prod(max(n, 1) for n in shape) >= 2**59:
             raise FileFormatError(f"{self.path}: tensor {name!r} has the shape {shape}. {_AGAIN}")
         return name, self.type_of(name, self.number(4)), shape, self.number(8)
 

@@ -65,6 +65,7 @@ def _view(files: tuple[tuple[Path, int, int], ...]) -> View:
     first = headers[0]
     if first.value("general.type", "model") != "model":
         raise FileFormatError(f"{first.path}: a GGUF file of the type {first.value('general.type')!r}, not a model.")
+    _check_blocks(first, sum(len(h.tensors) for h in headers))
     config = config_of(first)
     parsed, model = _built(first, config)
     entries = model_entries(headers, config, model)
@@ -80,6 +81,15 @@ def _view(files: tuple[tuple[Path, int, int], ...]) -> View:
     if types:
         said["quantization_config"] = {"quant_method": "gguf", "version": 1, "types": types}
     return View(headers, said, entries, _home(first, said))
+
+
+def _check_blocks(header: Header, tensors: int) -> None:
+    """Whether there can be as many blocks as a header says: a model of that many is built of it, whatever its tensors are."""
+    blocks = header.value(f"{header.architecture}.block_count", 0)
+    if not isinstance(blocks, int) or not 0 <= blocks <= tensors:
+        raise FileFormatError(
+            f"{header.path}: says that the model has {blocks!r} blocks, and holds {tensors} tensors. Download it again."
+        )
 
 
 def _types(entries: dict[str, Entry], model: Any) -> dict[str, Any]:

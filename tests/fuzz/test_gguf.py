@@ -1,0 +1,50 @@
+"""A short run of the fuzzer of GGUF files, and that it would notice."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from arrondi.checkpoint import Checkpoint
+from arrondi.checkpoint.containers.gguf.header import read_header
+from arrondi.errors import FileFormatError
+from tests.fuzz.gguf import KINDS, bases, run, verdict
+
+
+def test_mutants_are_read_or_refused() -> None:
+    result = run(seed=2026, mutants=100, seconds=300)
+    assert result.mutants == 100 * len(KINDS)
+    assert not result.failures, result.failures[:3]
+
+
+def test_another_place_of_a_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(path: Path) -> object:
+        header = read_header(path)
+        name, stored = next(iter(header.tensors.items()))
+        return type(header)(
+            path, header.version, header.fields, {**header.tensors, name: stored._replace(start=stored.start + 32)}
+        )
+
+    assert verdict(bases()["header"], "header", tmp_path) is None
+    monkeypatch.setattr("tests.fuzz.gguf.read_header", moved)
+    assert "to the package gguf" in str(verdict(bases()["header"], "header", tmp_path))
+
+
+def test_more_blocks_than_tensors_are_refused(tmp_path: Path) -> None:
+    raw = bases()["model"].replace(
+        b"block_count" + struct.pack("<II", 4, 1), b"block_count" + struct.pack("<II", 4, 2**31)
+    )
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with pytest.raises(
+        FileFormatError, match=r"m\.gguf: says that the model has 2147483648 blocks, and holds 12 tensors"
+    ):
+        Checkpoint.open(tmp_path / "m.gguf")
+
+
+def test_an_empty_tensor_with_a_long_axis_is_refused(tmp_path: Path) -> None:
+    raw = bases()["header"].replace(struct.pack("<QQ", 256, 2), struct.pack("<QQ", 0, 2**38), 1)
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with pytest.raises(FileFormatError, match="has the shape"):
+        read_header(tmp_path / "m.gguf")
