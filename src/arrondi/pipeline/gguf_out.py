@@ -27,6 +27,14 @@ from arrondi.pipeline.resolve import PlannedTensor
 
 _UINT32: Final = 4
 _FILE_TYPES: Final = {"F32": 0, "F16": 1, "BF16": 32}
+_MIXED: Final[Mapping[str, Mapping[str, str]]] = {
+    "Q2_K": {"Q3_K": "Q2_K", "": "Q2_K_S"},
+    "Q3_K": {"Q4_K": "Q3_K_M", "Q5_K": "Q3_K_L", "": "Q3_K_S"},
+    "Q4_K": {"Q6_K": "Q4_K_M", "": "Q4_K_S"},
+    "Q5_K": {"Q6_K": "Q5_K_M", "": "Q5_K_S"},
+    "MXFP4": {"": "MXFP4_MOE"},
+}
+"""Type of most matrices → a type of others in the blocks, "" for any, and what llama.cpp calls such a mix; the first that is there."""
 _OF_SPLITS: Final = "split."
 _FREQUENCIES: Final = "rope_freqs.weight"
 _TOKENS: Final = "token_embd.weight"
@@ -157,7 +165,7 @@ def _fields(
 
 
 def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """The number by which llama.cpp calls a file of whose blocks most matrices are of one type."""
+    """The number by which llama.cpp calls a file of such types: that of most matrices in its blocks, and of the mix that the others make it."""
     from gguf import LlamaFileType
 
     counts: dict[str, int] = {}
@@ -167,6 +175,7 @@ def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
     most = max(counts, key=lambda k: counts[k], default="F32")
     if most in _FILE_TYPES:
         return _FILE_TYPES[most]
+    others = _MIXED.get(most, {"": most})
+    name = next(name for other, name in others.items() if not other or other in counts)
     names: dict[str, Any] = {t.name: t.value for t in LlamaFileType}
-    found = (names.get(f"MOSTLY_{most}{end}") for end in ("", "_S", "_M"))
-    return int(next((n for n in found if n is not None), 0))
+    return int(names.get(f"MOSTLY_{name}", 0))

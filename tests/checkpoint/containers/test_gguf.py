@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from transformers import AutoModelForCausalLM
 
 import arrondi
@@ -19,6 +19,7 @@ from arrondi.checkpoint.containers.gguf.encode import GGUFWriter as Writer
 from arrondi.checkpoint.containers.gguf.header import Field, read_header
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError
 from arrondi.pipeline.convert import convert_model
+from arrondi.pipeline.gguf_out import _file_type
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "mixtral", "qwen2-moe")
 NORMS = "norm.weight"
@@ -237,3 +238,21 @@ def test_names_of_one_architecture_are_not_those_of_another(models: Callable[...
     convert_model(models("gemma2"), tmp_path / "gemma2.gguf", "gguf")
     convert_model(models("llama"), tmp_path / "llama.gguf", "gguf")
     assert "blk.0.ffn_norm.weight" in read_header(tmp_path / "llama.gguf").tensors
+
+
+@pytest.mark.parametrize(
+    ("base", "others", "name"),
+    [
+        ("Q4_K", (), "Q4_K_S"),
+        ("Q4_K", ("Q6_K",), "Q4_K_M"),
+        ("Q3_K", ("Q5_K", "Q4_K"), "Q3_K_M"),
+        ("Q3_K", ("Q5_K",), "Q3_K_L"),
+        ("Q2_K", ("Q3_K",), "Q2_K"),
+        ("MXFP4", ("Q8_0",), "MXFP4_MOE"),
+        ("Q8_0", (), "Q8_0"),
+    ],
+)
+def test_a_file_is_called_by_its_mix(base: str, others: tuple[str, ...], name: str) -> None:
+    layout = {f"blk.{i}.ffn_up.weight": (base, (256, 256)) for i in range(4)}
+    layout |= {f"blk.{i}.attn_v.weight": (kind, (256, 256)) for i, kind in enumerate(others)}
+    assert LlamaFileType(_file_type(layout)).name == f"MOSTLY_{name}"
