@@ -85,10 +85,10 @@ def _view(files: tuple[tuple[Path, int, int], ...]) -> View:
 
 def _check_blocks(header: Header, tensors: int) -> None:
     """Whether there can be as many blocks as a header says: a model of that many is built of it, whatever its tensors are."""
-    blocks = header.value(f"{header.architecture}.block_count", 0)
+    blocks = header.value(f"{header.architecture}.block_count")
     if not isinstance(blocks, int) or not 0 <= blocks <= tensors:
         raise FileFormatError(
-            f"{header.path}: says that the model has {blocks!r} blocks, and holds {tensors} tensors. Download it again."
+            f"{header.path}: gives {blocks!r} as its number of blocks, and holds {tensors} tensors. Download it again."
         )
 
 
