@@ -12,7 +12,9 @@ import arrondi
 from arrondi.checkpoint.layouts.ggml import BLOCKS
 from arrondi.errors import SchemeError
 from arrondi.pipeline import Recipe
+from arrondi.pipeline.convert import convert_model
 from arrondi.pipeline.mixes import MIXES, Facts, mix_of, type_in_mix
+from arrondi.pipeline.recipe import Rule
 
 V, DOWN, OUT, UP = (f"blk.3.{n}.weight" for n in ("attn_v", "ffn_down", "attn_output", "ffn_up"))
 HEAD, WORDS = "output.weight", "token_embd.weight"
@@ -68,6 +70,12 @@ def test_heads_tables_and_rows_that_no_large_block_divides() -> None:
     assert all(BLOCKS[mix.base].written for mix in MIXES.values())
 
 
+def test_of_two_types_with_one_scheme_the_word_decides() -> None:
+    words = ("TQ1_0", "tq1-0", "TQ2_0", "mix:TQ1_0", "Q4_K", "Q4_K_M")
+    assert [Rule(word).blocks for word in words] == ["TQ1_0", "TQ1_0", "", "TQ1_0", "", ""]
+    assert Rule("TQ1_0").scheme == Rule("TQ2_0").scheme
+
+
 def test_a_name_is_a_mix_where_no_type_has_it() -> None:
     assert [mix_of(word) for word in ("Q4_K_M", "q4-k-m", "Q4_K", "mix:q4_0", "W4A16", None)] == [
         "Q4_K_M", "Q4_K_M", "", "Q4_0", "", "",
@@ -94,3 +102,12 @@ def test_a_mix_is_made_of_a_model(tied: bool, models: Callable[..., Path], text:
         block |= {"ffn_up": "Q4_K", "ffn_gate": "Q4_K", "ffn_down": "Q8_0" if more else "Q5_0"}
         wanted |= {f"blk.{i}.{n}.weight": kind for n, kind in block.items()}
     assert types == wanted
+
+
+def test_the_smaller_type_of_three_values_is_written_and_stays(models: Callable[..., Path], tmp_path: Path) -> None:
+    source = models("llama", hidden_size=256, intermediate_size=512)
+    arrondi.quantize(source, "TQ1_0", out=tmp_path / "one.gguf", to="gguf", evaluate=False)
+    convert_model(tmp_path / "one.gguf", tmp_path / "again.gguf", "gguf", exact_only=True)
+    one, again = ({t.name: t for t in GGUFReader(tmp_path / n).tensors} for n in ("one.gguf", "again.gguf"))
+    assert one["blk.0.ffn_up.weight"].tensor_type.name == "TQ1_0"
+    assert all(t.tensor_type == one[n].tensor_type and (t.data == one[n].data).all() for n, t in again.items())

@@ -129,7 +129,8 @@ class _Work:
                 planned.append(PlannedTensor(tensor, dtype, "kept by rule", "it is not quantized"))
                 continue
             values = checkpoint.layer(tensor.name)
-            found = chosen(values, placed, layout, wanted)
+            as_it_is = checkpoint.layout is layout and wanted is None and layout.refuse(placed) is None
+            found = Choice(placed.scheme, "exact") if as_it_is else chosen(values, placed, layout, wanted)
             if isinstance(found, str) and placed.kind == "Linear":
                 raise SchemeError(f"{tensor.name} ({placed.scheme}) cannot be stored as {layout.name}: {found}.")
             if isinstance(found, str):  # a table, which any target holds as the numbers that it means
@@ -138,7 +139,8 @@ class _Work:
             choices[tensor.name] = found
             scattered = placed.indexed and found.verdict != "requantized"
             rule = Rule(found.scheme, "gptq", options={"order": "dynamic"}) if scattered else None
-            planned.append(PlannedTensor(tensor, dtype, "quantized", "", rule, found.scheme))
+            storage = placed.storage if as_it_is else ""
+            planned.append(PlannedTensor(tensor, dtype, "quantized", "", rule, found.scheme, storage=storage))
         why = layout.together([t.placed for t in planned if t.status == "quantized"])
         if why:
             raise SchemeError(f"{source.where}: {why}")

@@ -130,11 +130,12 @@ MIXES: Final[Mapping[str, Mix]] = MappingProxyType({
     "IQ4_NL": Mix("IQ4_NL", _WIDE_5, _BLIND_5, of_eight="Q5_K"),
     "IQ4_XS": Mix("IQ4_XS", _WIDE_5, _BLIND_5, of_eight="Q5_K"),
     "TQ2_0": Mix("TQ2_0", table="Q4_K"),
+    "TQ1_0": Mix("TQ1_0", table="Q4_K"),
     "MXFP4_MOE": Mix("Q8_0", stacks="MXFP4"),
 })  # fmt: skip
 """Every mix of types that are written here. Where a type has the same name, the mix is `mix:NAME`."""
 
-_ALONE: Final = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "TQ2_0": "Q4_0"}  # fmt: skip
+_ALONE: Final = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL", "TQ2_0": "Q4_0", "TQ1_0": "Q4_0"}  # fmt: skip
 """What stands in for a type of blocks of 256 in rows that they do not divide."""
 
 _ROLES: Final = (
@@ -165,6 +166,12 @@ def base_scheme(mix: str) -> LayerScheme:
     scheme = BLOCKS[MIXES[mix].base].scheme
     assert scheme is not None
     return LayerScheme(scheme)
+
+
+def blocks_of(word: object, mix: str) -> str:
+    """The type of blocks that a word or a mix asks for where its scheme does not tell: there are two types of three values; else ""."""
+    name = MIXES[mix].base if mix else word.strip().upper().replace("-", "_") if isinstance(word, str) else ""
+    return name if name in BLOCKS and BLOCKS[name].trits else ""
 
 
 def role_of(name: str) -> str:

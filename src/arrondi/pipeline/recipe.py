@@ -18,7 +18,7 @@ from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import FORMATS, LayerScheme, Scheme
 from arrondi.formats.kv import as_cache, parse_kv
-from arrondi.pipeline.mixes import base_scheme, mix_of
+from arrondi.pipeline.mixes import base_scheme, blocks_of, mix_of
 from arrondi.pipeline.steps import check_fallback, check_scheme, check_step, get_step, step_of_kind
 from arrondi.tensor.checks import layer_scheme_of
 
@@ -36,6 +36,7 @@ class Rule:
         fallback: round step where nothing is known of a weight's inputs; "" is the method's own choice.
         mix: a name of `arrondi.pipeline.mixes.MIXES`, by which every weight gets a type of its own; a word for the scheme may name one.
             The scheme is that of its base.
+        blocks: a type of GGUF's blocks of which another has the same scheme; "": the scheme tells.
     """
 
     scheme: LayerScheme | None
@@ -44,10 +45,13 @@ class Rule:
     options: Mapping[str, Any] = field(default_factory=dict)
     fallback: str = ""
     mix: str = ""
+    blocks: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _selectors(self.targets))
-        if mix := mix_of(self.scheme):
+        mix = mix_of(self.scheme)
+        object.__setattr__(self, "blocks", self.blocks or blocks_of(self.scheme, mix or self.mix))
+        if mix:
             object.__setattr__(self, "mix", mix)
             object.__setattr__(self, "scheme", base_scheme(mix))
         if self.scheme is not None:
@@ -223,6 +227,7 @@ class Recipe:
                     "options": dict(r.options),
                     **({"fallback": r.fallback} if r.fallback else {}),
                     **({"mix": r.mix} if r.mix else {}),
+                    **({"blocks": r.blocks} if r.blocks else {}),
                 }
                 for r in self.rules
             ],
@@ -261,10 +266,12 @@ def _by_step(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _layer_scheme(scheme: str | Scheme | LayerScheme, group_size: int | None = None) -> Any:
-    """A layer's scheme from a word or a value, with another group size if there is one; a word that names a mix as it is."""
+    """A layer's scheme from a word or a value, with another group size if there is one; a word that says more than its scheme as it is."""
     if mix := mix_of(scheme):
         if group_size is not None:
             raise SchemeError(f"The block sizes of {mix} are those of its types. Drop --group-size.")
+        return scheme
+    if blocks_of(scheme, "") and group_size is None:
         return scheme
     layer = layer_scheme_of(scheme)
     return layer if group_size is None else layer.with_group_size(group_size)

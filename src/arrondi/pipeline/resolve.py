@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import torch
 
 from arrondi.checkpoint import Layout, Placed
+from arrondi.checkpoint.layouts.ggml import BLOCKS
 from arrondi.formats import LayerScheme, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from arrondi.model import Site, Source, StoredTensor, deaf_parameters
 from arrondi.nn import refuse_table
@@ -53,6 +54,7 @@ class PlannedTensor:
         rule: the rule that quantizes it.
         scheme: what it becomes, after it was fitted to the shape.
         picked: numbers of the recipe's rewrites and repairs that pick it.
+        storage: the layout's word for how it stores the scheme, of what is taken over as it is.
     """
 
     tensor: StoredTensor
@@ -62,6 +64,7 @@ class PlannedTensor:
     rule: Rule | None = None
     scheme: LayerScheme | None = None
     picked: frozenset[int] = frozenset()
+    storage: str = ""
 
     @property
     def name(self) -> str:
@@ -89,7 +92,8 @@ class PlannedTensor:
     def placed(self) -> Placed:
         """The layer as the output holds it."""
         assert self.scheme is not None
-        return placed_of(self.tensor, self.scheme, self.rule)
+        placed = placed_of(self.tensor, self.scheme, self.rule)
+        return replace(placed, storage=self.storage) if self.storage else placed
 
 
 def placed_of(tensor: StoredTensor, scheme: LayerScheme, rule: Rule | None) -> Placed:
@@ -98,7 +102,9 @@ def placed_of(tensor: StoredTensor, scheme: LayerScheme, rule: Rule | None) -> P
     kind = first.classes[0] if first.param_index is None else "Linear"
     kind = "Embedding" if first.kind == "embedding" else kind
     indexed = rule is not None and rule.options.get("order") == "dynamic"
-    return Placed(tensor.name, tensor.shape, scheme, first.modules[0], kind, first.file_flipped, indexed)
+    same = rule is not None and bool(rule.blocks) and BLOCKS[rule.blocks].scheme == scheme.weights
+    storage = rule.blocks if rule is not None and same else ""
+    return Placed(tensor.name, tensor.shape, scheme, first.modules[0], kind, first.file_flipped, indexed, storage)
 
 
 class Resolver:

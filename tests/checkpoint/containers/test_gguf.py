@@ -17,9 +17,11 @@ from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.gguf.encode import GGUFPlan
 from arrondi.checkpoint.containers.gguf.encode import GGUFWriter as Writer
 from arrondi.checkpoint.containers.gguf.header import Field, read_header
+from arrondi.checkpoint.layouts.ggml import BLOCKS
 from arrondi.errors import ArrondiError, FileFormatError, SchemeError
 from arrondi.pipeline.convert import convert_model
 from arrondi.pipeline.gguf_out import _file_type
+from tests.checkpoint.layouts.test_ggml import random_rows, theirs
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "mixtral", "qwen2-moe")
 NORMS = "norm.weight"
@@ -82,6 +84,47 @@ def test_blocks_of_gguf_itself(models: Callable[..., Path], tmp_path: Path) -> N
     assert ours.quantized and not theirs.quantized and ours.names == theirs.names
     for tensor_name in ours.names:
         assert torch.equal(ours.dense(tensor_name), theirs.dense(tensor_name)), tensor_name
+
+
+def test_types_whose_values_are_on_no_grid_are_read_as_gguf_decodes_them(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One of each in a file: no matrix of the model has its rows turned but those of queries and keys."""
+    convert_model(
+        models("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=3), tmp_path / "plain.gguf", "gguf"
+    )
+    header = read_header(tmp_path / "plain.gguf")
+    kinds = [kind for kind in BLOCKS.values() if kind.scheme is None or not kind.written]
+    places = [(i, part) for i in range(3) for part in ("gate", "up", "down")][: len(kinds)]
+    assert len(kinds) == len(places) == 8
+    raw = {
+        f"blk.{i}.ffn_{part}.weight": random_rows(kind, 256, 256) for (i, part), kind in zip(places, kinds, strict=True)
+    }
+    types = dict(zip(raw, kinds, strict=True))
+    tensors = {n: (types[n].name, (256, 256)) if n in raw else (s.type, s.shape) for n, s in header.tensors.items()}
+    writer = Writer(tmp_path / "some.gguf", GGUFPlan(header.fields, tensors))
+    for name in header.tensors:
+        writer.put(name, raw[name] if name in raw else header.read(name))
+    writer.publish()
+    checkpoint = Checkpoint.open(tmp_path / "some.gguf")
+    for (i, part), (name, kind) in zip(places, types.items(), strict=True):
+        found = checkpoint.dense(f"model.layers.{i}.mlp.{part}_proj.weight")
+        assert np.array_equal(found.numpy(), theirs(raw[name], kind)), kind.name
+
+
+def test_types_of_another_program_are_named(tmp_path: Path) -> None:
+    path = header_of(tmp_path, lambda w: w.add_tensor("t", np.zeros((2, 3), dtype=np.float32)))
+    raw = bytearray(path.read_bytes())
+    at = raw.index(struct.pack("<QQIQ", 3, 2, 0, 0)) + 16
+    for number, words in (
+        (141, "IQ6_K of ik_llama.cpp"),
+        (155, "IQ4_KT of ik_llama.cpp"),
+        (999, "type 999, which is not known"),
+    ):
+        raw[at : at + 4] = struct.pack("<I", number)
+        path.write_bytes(raw)
+        with pytest.raises(FileFormatError, match=words):
+            read_header(path)
 
 
 def test_a_dequantized_file_is_an_ordinary_directory(models: Callable[..., Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from arrondi.checkpoint.containers.writer import TensorSpec
 from arrondi.checkpoint.layouts.checks import check_padding, checked, checked_grid
+from arrondi.checkpoint.layouts.claims import check_described, check_ignored
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Names, Placed, Reader
 from arrondi.errors import ArrondiError, FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme, scale_shape
@@ -256,11 +257,10 @@ def _find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]
     unknown = sorted(str(k) for k in config.keys() - _KEYS)
     if unknown:
         raise FileFormatError(f"quantization_config has the key {unknown[0]!r}, which is not known here.")
-    tensors, ignore = config.get("tensors"), config.get("ignore", [])
+    tensors = config.get("tensors")
     if not isinstance(tensors, Mapping):
         raise FileFormatError(f"tensors should be an object, found {type(tensors).__name__}.")
-    if not isinstance(ignore, list) or not all(isinstance(word, str) for word in ignore):
-        raise FileFormatError("ignore should be a list of words.")
+    check_ignored(config.get("ignore", []))
     placed = [_place(name, facts) for name, facts in tensors.items()]
     _check_neighbours(placed, names)
     if config.get("digest") != digest(tensors):
@@ -288,9 +288,7 @@ def _check_neighbours(placed: list[Placed], names: Names) -> None:
 def _place(name: str, facts: object) -> Placed:
     if not isinstance(facts, Mapping):
         raise FileFormatError(f"{name} should be described by an object, found {type(facts).__name__}.")
-    for key, value in facts.items():
-        if key not in _FACTS or not isinstance(value, _FACTS[key]):
-            raise FileFormatError(f"{name} has {key}: {value!r}, which is not known here.")
+    check_described(name, facts, _FACTS)
     if not {"shape", "scheme"} <= facts.keys():
         raise FileFormatError(f"{name} lacks its shape or its scheme.")
     if len(facts["scheme"]) > _LONGEST:

@@ -1,7 +1,7 @@
 """The tensors of a file by the layer that they belong to.
 
 Owns: `groups_of` (the paths whose tensors only quantization stores), `check_beside` (nothing is left over, next to a quantized weight
-or elsewhere), `shape_of` and `placed_under`.
+or elsewhere), `shape_of`, `linear` and `placed_under`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ def shape_of(names: Names, name: str, axes: int) -> tuple[int, ...]:
     return shape
 
 
+def linear(path: str, shape: tuple[int, ...], scheme: LayerScheme, turned: bool, storage: str = "") -> Placed:
+    """A linear layer of this shape, (out, in); `turned`: its plain weight is (in, out), of a Conv1D."""
+    plain, kind = (shape[::-1], "Conv1D") if turned else (shape, "Linear")
+    return Placed(f"{path}.weight", plain, scheme, kind=kind, transposed=turned, storage=storage)
+
+
 def placed_under(path: str, shape: tuple[int, int], scheme: Scheme, names: Names, turned: bool = False) -> Placed:
     """A linear layer of this shape, (out, in), whose `P.scales` have the type that is stored.
 
@@ -68,8 +74,7 @@ def placed_under(path: str, shape: tuple[int, int], scheme: Scheme, names: Names
     dtype = names[f"{path}.scales"][0]
     if dtype not in FLOATS:
         raise FileFormatError(f"{path}.scales should hold floating-point numbers, found {dtype}.")
-    layer, kind = LayerScheme(replace(scheme, scale=FLOATS[dtype])), "Conv1D" if turned else "Linear"
-    return Placed(f"{path}.weight", shape[::-1] if turned else shape, layer, kind=kind, transposed=turned)
+    return linear(path, shape, LayerScheme(replace(scheme, scale=FLOATS[dtype])), turned)
 
 
 def check_beside(

@@ -1,6 +1,6 @@
 """A JSON object of which every key is claimed by somebody, or refused.
 
-Owns: `Claims`. A layout asks for the keys that it knows, each with the kind of its value, names those that change no number, and
+Owns: `Claims`, and `check_described` and `check_ignored` of our own descriptions. A layout asks for the keys that it knows, each with the kind of its value, names those that change no number, and
 refuses the rest with `done`.
 """
 
@@ -119,6 +119,27 @@ class Claims:
     def _wrong(self, key: str, value: object, wanted: str) -> FileFormatError:
         found = "nothing" if value is None else _said(value)
         return FileFormatError(f"{self._where}.{key} should be {wanted}, found {found}.")
+
+
+def check_described(name: str, facts: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Refuse what describes a tensor if it has a key that `kinds` lacks, or a value of another kind.
+
+    Raises:
+        FileFormatError: it does.
+    """
+    for key, value in facts.items():
+        if key not in kinds or not isinstance(value, kinds[key]):
+            raise FileFormatError(f"{name} has {key}: {value!r}, which is not known here.")
+
+
+def check_ignored(ignore: object) -> None:
+    """Refuse a list of what is not quantized that is no list of words.
+
+    Raises:
+        FileFormatError: it is none.
+    """
+    if not isinstance(ignore, list) or not all(isinstance(word, str) for word in ignore):
+        raise FileFormatError("ignore should be a list of words.")
 
 
 def compiled(pattern: str, where: str) -> re.Pattern[str]:

@@ -70,6 +70,13 @@ class Stored(NamedTuple):
         return (*self.shape[:-1], (self.stop - self.start) // max(rows, 1))
 
 
+_OF_IK: Final = {
+    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS",
+    146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
+}  # fmt: skip
+"""Number of a type → its name, of those that only ik_llama.cpp has."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What a file says.
@@ -238,6 +245,10 @@ class _Parser:
         try:
             return str(GGMLQuantizationType(number).name)
         except ValueError:
+            if number in _OF_IK:
+                raise FileFormatError(
+                    f"{self.path}: tensor {name!r} is of the type {_OF_IK[number]} of ik_llama.cpp, which is not read here. Take a file in the types of llama.cpp, such as Q4_K or IQ4_XS."
+                ) from None
             raise FileFormatError(
                 f"{self.path}: tensor {name!r} is of ggml's type {number}, which is not known here. Update the package gguf, or take a file of another type."
             ) from None

@@ -30,6 +30,7 @@ from typing import Final
 import torch
 
 from arrondi.checkpoint.containers.writer import TensorSpec
+from arrondi.checkpoint.layouts.beside import linear
 from arrondi.checkpoint.layouts.bitsandbytes.state import KINDS, SIZES, State, read_state
 from arrondi.checkpoint.layouts.checks import checked
 from arrondi.checkpoint.layouts.layout import LayerValues, Names, Placed, Reader
@@ -191,10 +192,7 @@ def place(path: str, names: Names, read: Reader, kind: str, turned: bool) -> Pla
         raise FileFormatError(f"{name} should hold codes as bytes, found {names.get(name, ('nothing',))[0]}.")
     form = Form(note.dtype, stored, note.length, note.nested if flat else 0)
     canonical = replace(form, length=0)
-    placed = Placed(
-        name, (columns, rows) if turned else (rows, columns), LayerScheme(scheme), kind="Conv1D" if turned else "Linear",
-        transposed=turned, storage=str(form),
-    )  # fmt: skip
+    placed = linear(path, (rows, columns), LayerScheme(scheme), turned, str(form))
     if _state(placed, canonical).room == note.length:
         placed = replace(placed, storage=str(canonical))
     return placed

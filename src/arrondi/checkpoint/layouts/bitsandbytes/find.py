@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from arrondi.checkpoint.layouts.beside import check_beside, groups_of, shape_of
+from arrondi.checkpoint.layouts.beside import check_beside, groups_of, linear, shape_of
 from arrondi.checkpoint.layouts.bitsandbytes import blocks, rows
 from arrondi.checkpoint.layouts.bitsandbytes.config import read_config
 from arrondi.checkpoint.layouts.bitsandbytes.state import KINDS
@@ -38,11 +38,7 @@ def find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]:
     for path in groups_of(names, _EIGHT, (*_EIGHT, "weight")):
         shape = shape_of(names, f"{path}.weight", 2)
         scheme = LayerScheme(rows.WEIGHTS, rows.inputs_of(said.threshold))
-        flipped = is_conv1d(path, turned)
-        kind = "Conv1D" if flipped else "Linear"
-        placed.append(
-            Placed(f"{path}.weight", shape[::-1] if flipped else shape, scheme, kind=kind, transposed=flipped)
-        )
+        placed.append(linear(path, shape, scheme, is_conv1d(path, turned)))
     for kind in KINDS:
         ending = f".{blocks.NOTE}{kind}"
         for path in [n.removesuffix(ending) for n in names if n.endswith(ending)]:

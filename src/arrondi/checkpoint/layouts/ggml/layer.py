@@ -15,6 +15,7 @@ import torch
 
 from arrondi.checkpoint.containers.writer import TensorSpec
 from arrondi.checkpoint.layouts.checks import checked
+from arrondi.checkpoint.layouts.claims import check_described, check_ignored
 from arrondi.checkpoint.layouts.ggml.blocks import BLOCKS, BlockType, type_of
 from arrondi.checkpoint.layouts.ggml.coding import block_type, decode_blocks, encode_blocks
 from arrondi.checkpoint.layouts.layout import LayerValues, ModelFacts, Names, Placed, Reader
@@ -92,11 +93,10 @@ def find(config: Mapping[str, Any], names: Names, reader: Reader) -> list[Placed
         )
     if strange := sorted(str(key) for key in described.keys() - _KEYS):
         raise FileFormatError(f"quantization_config has the key {strange[0]!r}, which is not known here.")
-    types, ignore = described.get("types"), described.get("ignore", [])
+    types = described.get("types")
     if not isinstance(types, Mapping):
         raise FileFormatError(f"types should be an object, found {type(types).__name__}.")
-    if not isinstance(ignore, list) or not all(isinstance(word, str) for word in ignore):
-        raise FileFormatError("ignore should be a list of words.")
+    check_ignored(described.get("ignore", []))
     stray = next(
         (n for n, (kind, _) in names.items() if n not in types and (kind in BLOCKS or _looks_packed(n, kind))), None
     )
@@ -131,9 +131,7 @@ def _place(name: str, facts: object, names: Names) -> Placed:
     facts = {"type": facts} if isinstance(facts, str) else facts
     if not isinstance(facts, Mapping) or "type" not in facts:
         raise FileFormatError(f"{name} should be described by a type or an object that has one, found {facts!r}.")
-    for key, value in facts.items():
-        if key not in _FACTS or not isinstance(value, _FACTS[key]):
-            raise FileFormatError(f"{name} has {key}: {value!r}, which is not known here.")
+    check_described(name, facts, _FACTS)
     kind = block_type(facts["type"])
     if kind.scheme is None:
         raise FileFormatError(
