@@ -174,6 +174,18 @@ def blocks_of(word: object, mix: str) -> str:
     return name if name in BLOCKS and BLOCKS[name].trits else ""
 
 
+def check_names(mix: str, blocks: str) -> None:
+    """Refuse a mix or a type of blocks that there is not; "" stands for none.
+
+    Raises:
+        SchemeError: it is unknown.
+    """
+    if mix and mix not in MIXES:
+        raise unknown("mix", mix, MIXES)
+    if blocks and blocks not in BLOCKS:
+        raise unknown("type of blocks", blocks, BLOCKS)
+
+
 def role_of(name: str) -> str:
     """What a tensor of that name in GGUF is for: a role of which mixes say something, or ""."""
     return next((role for role, pattern in _ROLES if re.fullmatch(pattern, name)), "")

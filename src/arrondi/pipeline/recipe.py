@@ -18,7 +18,7 @@ from arrondi.arguments import check_fields, said
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.formats import FORMATS, LayerScheme, Scheme
 from arrondi.formats.kv import as_cache, parse_kv
-from arrondi.pipeline.mixes import base_scheme, blocks_of, mix_of
+from arrondi.pipeline.mixes import base_scheme, blocks_of, check_names, mix_of
 from arrondi.pipeline.steps import check_fallback, check_scheme, check_step, get_step, step_of_kind
 from arrondi.tensor.checks import layer_scheme_of
 
@@ -49,14 +49,16 @@ class Rule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _selectors(self.targets))
-        mix = mix_of(self.scheme)
-        object.__setattr__(self, "blocks", self.blocks or blocks_of(self.scheme, mix or self.mix))
-        if mix:
+        word = self.scheme
+        if mix := mix_of(word):
             object.__setattr__(self, "mix", mix)
             object.__setattr__(self, "scheme", base_scheme(mix))
         if self.scheme is not None:
             object.__setattr__(self, "scheme", layer_scheme_of(self.scheme))
         check_fields(self)
+        check_names(self.mix, self.blocks)
+        if not self.blocks:
+            object.__setattr__(self, "blocks", blocks_of(word, self.mix))
         check_step(self.method, self.options)
         if self.fallback:
             check_fallback(self.method, self.fallback)
