@@ -18,7 +18,7 @@ from arrondi.checkpoint import LAYOUTS, LayerValues, Layout, ShardWriter
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, parse_scheme
 from arrondi.model import OnDisk
-from arrondi.pipeline.convert_choice import Choice, chosen, converted
+from arrondi.pipeline.convert_choice import Choice, chosen, converted, stays
 from arrondi.pipeline.gguf_out import write_gguf
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import recorded, travelling
@@ -129,7 +129,7 @@ class _Work:
                 planned.append(PlannedTensor(tensor, dtype, "kept by rule", "it is not quantized"))
                 continue
             values = checkpoint.layer(tensor.name)
-            as_it_is = checkpoint.layout is layout and wanted is None and layout.refuse(placed) is None
+            as_it_is = checkpoint.layout is layout and wanted is None and stays(values, placed, layout)
             found = Choice(placed.scheme, "exact") if as_it_is else chosen(values, placed, layout, wanted)
             if isinstance(found, str) and placed.kind == "Linear":
                 raise SchemeError(f"{tensor.name} ({placed.scheme}) cannot be stored as {layout.name}: {found}.")

@@ -1,6 +1,6 @@
 """Which scheme of a layout holds a quantized tensor: the same values where there is one, the nearest where there is none.
 
-Owns: `chosen` and the `Choice` that it makes. Nothing is known of single layouts here: schemes are tried in the order of their size, and the
+Owns: `chosen` and the `Choice` that it makes, and `stays`. Nothing is known of single layouts here: schemes are tried in the order of their size, and the
 layout says which of them it holds.
 """
 
@@ -83,8 +83,18 @@ def converted(q: QTensor, choice: Choice) -> QTensor:
 def _kept(values: LayerValues, placed: Placed, layout: Layout) -> QTensor:
     """A weight as a file in the layout gives it back."""
     as_planned = replace(placed, storage="", indexed=values.weight.group_index is not None)
-    tensors = layout.write(as_planned, values)
-    return layout.read(as_planned, tensors.__getitem__).weight
+    return _written(values, as_planned, layout)
+
+
+def _written(values: LayerValues, placed: Placed, layout: Layout) -> QTensor:
+    return layout.read(placed, layout.write(placed, values).__getitem__).weight
+
+
+def stays(values: LayerValues, placed: Placed, layout: Layout) -> bool:
+    """Whether a layer that its layout stores in one of several ways can be stored in that way again, and comes back the same."""
+    if not placed.storage or layout.refuse(placed) is not None:
+        return False
+    return _difference(_written(values, placed, layout), values.weight) == 0
 
 
 def _rounded(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerScheme | None) -> Choice | str:
