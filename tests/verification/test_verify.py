@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -163,6 +164,48 @@ def test_a_consumer_that_fails_is_a_mismatch(body: str, said: str, blocks: Path,
     found = arrondi.verify(blocks, ["llama.cpp"], pythons={"llama.cpp": str(python)}, timeout=2.0)
     assert not found["ok"] and said in only(found)["failure"] and only(found)["relative_difference"] is None
     assert time.monotonic() - began < 50
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are looked for by their ids")
+def test_a_consumer_ends_with_whoever_asked_it(tmp_path: Path) -> None:
+    """Also with one that is killed, and with all that it has started."""
+    script = tmp_path / "sleeps.py"
+    script.write_text(
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"open({str(tmp_path / 'ids')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}.')\n"
+        "time.sleep(60)\n"
+    )
+    asks = (
+        "import sys; from arrondi.verification.interpreters import Interpreter; from arrondi.verification.process import ask; "
+        f"ask(Interpreter(sys.executable, False), {str(script)!r}, {{}}, {{}}, 60)"
+    )
+    asking = subprocess.Popen([sys.executable, "-c", asks])
+    _until(lambda: (tmp_path / "ids").exists() and (tmp_path / "ids").read_text().endswith("."))
+    asking.kill()
+    asking.wait()
+    for each in map(int, (tmp_path / "ids").read_text().rstrip(".").split()):
+        _until(lambda each=each: not _lives(each))
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if holds():
+            return
+        time.sleep(0.05)
+    pytest.fail("it never came about")
+
+
+def _lives(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet collected does not."""
+    try:
+        return " Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2][:2]
+    except OSError:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        return not Path("/proc/self").exists()
 
 
 def test_an_interpreter_is_named_by_the_environment(

@@ -1,4 +1,7 @@
-"""A consumer asked in a process of its own: `ask`. Arrays go there and come back as files; nothing of it can take this process along."""
+"""A consumer asked in a process of its own: `ask`. Arrays go there and come back as files; nothing of it can take this process along.
+
+It ends with this process, however that ends: `scripts/child.py` watches its standard input.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def ask(
         places = {"inputs": "inputs.npz", "out": "out.npz", "about": "about.json"}
         asked = {**request, **{key: str(room / name) for key, name in places.items()}}
         (room / "request.json").write_text(json.dumps(asked), encoding="utf-8")
-        command = [interpreter.python, str(SCRIPTS / script), str(room / "request.json")]
+        command = [interpreter.python, str(SCRIPTS / "child.py"), str(SCRIPTS / script), str(room / "request.json")]
         failure = _run(command, interpreter.environment, room / "said.txt", seconds)
         if failure:
             return Answer(failure=failure)
@@ -73,7 +76,7 @@ def _run(command: list[str], environment: Mapping[str, str], said: Path, seconds
     """Run a command to its end; "" or why it failed."""
     with said.open("wb") as words:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, env=environment, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=words, stderr=words, env=environment, start_new_session=True
         )
         try:
             status = process.wait(seconds)
@@ -82,6 +85,8 @@ def _run(command: list[str], environment: Mapping[str, str], said: Path, seconds
         finally:
             if process.poll() is None:
                 _end(process)
+            if process.stdin is not None:
+                process.stdin.close()  # only now: it ends when this is closed
     if not status:
         return ""
     lines = [line.strip() for line in said.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
