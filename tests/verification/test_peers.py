@@ -18,10 +18,11 @@ import torch
 import arrondi
 from arrondi.graph import lower, read_graph, write_graph
 from arrondi.measure.text import load_tokenizer
+from arrondi.pipeline.convert import convert_model
 from arrondi.verification.interpreters import Interpreter, variable
 from arrondi.verification.process import ask
 from tests.graph.nets import Residual, images, perturbed
-from tests.verification.damage import halves, in_directory, in_gguf, next_nibbles, one_up, q4_0_one_up
+from tests.verification.damage import halves, in_directory, in_gguf, in_onnx, next_nibbles, one_up, q4_0_one_up
 
 pytestmark = pytest.mark.peer
 
@@ -53,6 +54,8 @@ ROWS: dict[str, tuple[str, str, str, float]] = {
     **{f"awq {s}": (BOOKS, s, "awq", 0.002) for s in ("w=int4/g32", "w=int4/g32/asym")},
     **{f"bitsandbytes {s}": (BOOKS, s, "bitsandbytes", 0.01) for s in ("NF4", "NF4_DQ", "FP4_BNB")},
     "bitsandbytes W8A8": (BOOKS, "W8A8", "bitsandbytes", 0.02),
+    "torchao": (BOOKS, "w=int8/channel", "torchao", 1e-5),
+    "torchao with inputs": (BOOKS, "W8A8", "torchao", 0.02),
     "auto-round": (BOOKS, "w=int4/g32/asym", "auto-round", 0.002),
 }  # fmt: skip
 """What transformers loads: model, scheme, layout, and how far it may be, beside the bound that is computed."""
@@ -96,8 +99,6 @@ TYPES = ("F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K"
 def test_gguf_in_llama_cpp_and_transformers(kind: str, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     if kind == "F16":
-        from arrondi.pipeline.convert import convert_model
-
         convert_model(data / BOOKS, out, "gguf")
     else:
         arrondi.quantize(data / BOOKS, kind, out=out, to="gguf")
@@ -170,3 +171,18 @@ def test_networks_in_onnx_runtime_and_openvino(row: str, tmp_path: Path) -> None
     found = arrondi.verify(out, names, pythons=pythons(openvino=0))
     assert found["ok"], found
     assert found["consumers"][0]["relative_difference"] < 1e-3, found
+
+
+@pytest.mark.parametrize("layout", ["onnx", "onnx-qdq"])
+@pytest.mark.parametrize("scheme", ["w=int4/g32", "w=uint4/g64/asym", "w=int8/g32"])
+def test_language_models_as_graphs(layout: str, scheme: str, data: Path, sees: Sees, tmp_path: Path) -> None:
+    """Products with packed weights are predicted by our own reader of them, not by the runtime."""
+    arrondi.quantize(data / STORIES, scheme, out=tmp_path / "out")
+    convert_model(tmp_path / "out", tmp_path / "graph", layout)
+    others = pythons(openvino=0)
+    found = arrondi.verify(tmp_path / "graph", ["onnxruntime", "openvino"], pythons=others)
+    assert found["ok"] and max(row["relative_difference"] for row in found["consumers"]) < 1e-5, found
+    if layout == "onnx":
+        name = "model.layers.1.mlp.up_proj.weight_quantized"
+        sees(in_onnx(tmp_path / "graph" / "model.onnx", tmp_path / "wrong.onnx", name, next_nibbles))
+        assert not arrondi.verify(tmp_path / "graph", ["onnxruntime"])["ok"]

@@ -7,7 +7,7 @@ bound is a multiple of it. Two independent roundings of one kind lie √2 times 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -84,6 +84,10 @@ _AGAIN: Final = Expected(
 _NEXT_CODE: Final = Expected(
     _packed(Rounding(last_bits)), 2.0, FLOAT_SUMS, "Inputs are rounded by the same rule, but the last bit of a sum can move one to its next code"
 )  # fmt: skip
+_TORCHAO: Final = replace(
+    _NEXT_CODE,
+    reason="Torchao takes 1/127.5 of the largest input for the step of int8, where others take 1/127, so that inputs get other codes",
+)
 
 
 def of_transformers(layout: str | None, placed: list[Placed], facts: ModelFacts) -> Expected:
@@ -92,6 +96,8 @@ def of_transformers(layout: str | None, placed: list[Placed], facts: ModelFacts)
         return _SIXTEEN
     if layout == "bitsandbytes":
         return _BITSANDBYTES_INT8 if any(p.scheme.inputs for p in placed) else _BITSANDBYTES
+    if layout == "torchao" and any(p.scheme.inputs for p in placed):
+        return _TORCHAO
     if layout != "compressed-tensors":
         return _EXACT
     if needs_bfloat16(placed, facts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from arrondi.checkpoint import Checkpoint
+from arrondi.checkpoint.containers.graph_weights import CODES
 from arrondi.errors import ArrondiError, SchemeError
 from arrondi.graph import Graph, Program, lower, read_graph
 from arrondi.graph.sizes import free_batch
@@ -20,6 +23,7 @@ from arrondi.verification.predict import Predicted
 from arrondi.verification.prompt import numbers_for
 from arrondi.verification.subject import Subject
 
+_PACKED: Final = "com.microsoft.MatMulNBits"
 _NEAR: Final[Mapping[str, float]] = {"onnxruntime": 2.0**-10, "openvino": 2.0**-6}
 """Consumer → how near to the middle of two codes, in steps, a value may go to either."""
 
@@ -46,6 +50,7 @@ def network_subject(path: str | Path, data: str | Path | None = None) -> Subject
         inputs = {v.name: x.numpy() for v, x in zip(graph.inputs, batch, strict=True)}
         words = f"the first {len(batch[0])} samples of {samples.source}"
 
+    graph = _with_own_weights(graph, path)
     refusals = {"openvino": f"openvino does not know {unknown[0]}."} if (unknown := _not_openvino(graph)) else {}
 
     def predicted(consumers: Sequence[str]) -> Mapping[str, Predicted]:
@@ -54,6 +59,21 @@ def network_subject(path: str | Path, data: str | Path | None = None) -> Subject
 
     request = {"file": str(path.resolve())}
     return Subject(path, NETWORK, inputs, words, refusals, request, OF_NETWORKS.__getitem__, predicted)
+
+
+def _with_own_weights(graph: Graph, path: Path) -> Graph:
+    """Products with packed weights as products with what these mean here: else the operator would be computed by the runtime that is to be verified."""
+    packed = [n for n in graph.nodes if n.op == _PACKED and not any(n.inputs[4:])]
+    if not packed:
+        return graph
+    checkpoint, constants, turned = Checkpoint.open(path), dict(graph.constants), {}
+    for node in packed:
+        name = node.inputs[1].removesuffix(CODES)
+        if name in checkpoint.placed:
+            made = next(graph.fresh(f"{name}_dense"))
+            constants[made] = np.ascontiguousarray(checkpoint.dense(name).T.numpy())
+            turned[node.name] = replace(node, op="MatMul", inputs=(node.inputs[0], made), attrs={})
+    return graph.with_nodes([turned.get(n.name, n) for n in graph.nodes], constants)
 
 
 def _not_openvino(graph: Graph) -> list[str]:

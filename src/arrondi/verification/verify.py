@@ -22,6 +22,8 @@ from arrondi.verification.process import ask
 from arrondi.verification.subject import Subject, model_subject
 
 SECONDS: Final = 600.0
+_GRAPH: Final = "model.onnx"
+"""The file of a directory that holds a graph."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -47,7 +49,7 @@ def verify_model(
     """Open an output in its consumers, and compare what they compute with what its codes mean.
 
     Args:
-        path: a model directory, a GGUF file, or an ONNX file.
+        path: a model directory, a GGUF file, an ONNX file, or a directory with one.
         consumers: names of `arrondi.verification.consumers.CONSUMERS`; None: all that are installed and read it.
         pythons: consumer → the interpreter that has it. Else ARRONDI_LLAMA_CPP, ARRONDI_TRANSFORMERS, … name it, or it is this one.
         data: samples for a network, as for `evaluate`; None: numbers are made up.
@@ -70,10 +72,12 @@ def verify_model(
     for name in (*(asked or ()), *pythons):
         if name not in CONSUMERS:
             raise unknown("consumer", name, CONSUMERS)
-    network = is_graph_file(path)
+    inside = Path(path) / _GRAPH
+    where = inside if inside.is_file() and not (Path(path) / "model.safetensors").exists() else path
+    network = is_graph_file(where)
     if data is not None and not network:
         raise SchemeError("Samples are for networks of ONNX operators; a model of transformers is given a text. Leave data out.")  # fmt: skip
-    subject = network_subject(path, data) if network else model_subject(path)
+    subject = network_subject(where, data) if network else model_subject(path)
     found, skipped = _installed(subject, asked, pythons)
     predicted = subject.predict([f.consumer.name for f in found])
     rows = []
