@@ -29,9 +29,10 @@ from safetensors.torch import load, save
 from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, ModelFacts, Placed
 from arrondi.checkpoint.layouts.bitsandbytes.blocks import nested_scheme
 from arrondi.errors import ArrondiError
-from arrondi.formats import parse_scheme
+from arrondi.formats import Scheme, parse_scheme
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.turned import Sides
 from tests.checkpoint.copies import static_grid
 from tests.checkpoint.layouts.plain import decoded
 from tests.fuzz.inputs import inputs_apart
@@ -55,13 +56,16 @@ READERS = {
     "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/asym", "w=uint4/g32/offset"],
     "torchao": ["w=int4/g32", "w=int3/channel/asym", "w=int8/channel,a=int8/token", "w=fp8/channel"],
     "mlx": ["w=uint4/g32/offset", "w=uint3/g32/offset/float16", "MXFP4A16", "MXFP8A16"],
+    "exl3": ["EXL3_2", "w=tcq5-l16-3inst-tile/tensor/rht128:sides", "w=tcq8-l16-mcg-tile/tensor/rht128:sides", "signs"],
     "plain": ["plain"],
 }  # fmt: skip
 SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
 _MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
 _NF4_DQ32 = f"w=nf4/g32/s:({nested_scheme()})"
-_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq", "torchao", "mlx")
+_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq", "torchao", "mlx", "exl3")
 """Layouts whose numbers the plain decoders of the tests know."""
+_SUMS = ("exl3",)
+"""Of these, layouts whose numbers are sums, which may be rounded in another order."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def base(reader: str, scheme: str) -> Base:
     generator = torch.Generator().manual_seed(1)
     tensors = {
         "model.norm.weight": torch.randn(64, generator=generator),
-        "model.layers.0.a.bias": torch.randn(32, generator=generator),
+        "model.layers.0.a.bias": torch.randn(128 if reader == "exl3" else 32, generator=generator),
     }
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -90,6 +94,12 @@ def base(reader: str, scheme: str) -> Base:
     }
     made = []
     for i, (name, shape) in enumerate(SHAPES.items()):
+        if reader == "exl3":
+            old = scheme == "signs"
+            placed = Placed(name, (128, 128), parse_scheme("EXL3_3" if old else scheme), storage=scheme if old else "")
+            tensors |= LAYOUTS[reader].write(placed, LayerValues(random_tiles(placed.scheme.weights, generator)))
+            made.append(placed)
+            continue
         weight = torch.randn(shape, generator=generator)
         if reader == "plain":
             tensors[name] = weight
@@ -119,6 +129,13 @@ def base(reader: str, scheme: str) -> Base:
         checkpoint = opened(Path(folder), json.dumps(config).encode(), file)
         numbers = {name: checkpoint.dense(name) for name in checkpoint.names}
     return Base(config, file, numbers, dict(checkpoint.placed), reader in _OF_OTHERS)
+
+
+def random_tiles(scheme: Scheme, generator: torch.Generator) -> QTensor:
+    """128 × 128 codes of a trellis in tiles: any codes are rings."""
+    codes = torch.randint(0, 2**scheme.format.bits, (128, 128), generator=generator, dtype=torch.uint8)
+    sides = Sides(*(torch.randn(128, generator=generator).half().float() for _ in range(2)))
+    return QTensor(codes, torch.ones(1, 1), None, None, scheme, sides=sides)
 
 
 def opened(folder: Path, config: bytes, file: bytes) -> Checkpoint:
@@ -175,7 +192,7 @@ def verdict(reader: str, of: Base, config: bytes, file: bytes, folder: Path) -> 
         if found.shape == of.numbers[name].shape and torch.equal(found, of.numbers[name]):
             continue
         if reader in _OF_OTHERS:
-            if wrong := unlike_plain(config, file, name, found):
+            if wrong := unlike_plain(config, file, name, found, exact=reader not in _SUMS):
                 return wrong
             continue
         if reader != "compressed-tensors":
@@ -196,13 +213,15 @@ def verdict(reader: str, of: Base, config: bytes, file: bytes, folder: Path) -> 
     return inputs_apart(package_schemes(json.loads(config), checkpoint), checkpoint, other) if other else None
 
 
-def unlike_plain(config: bytes, file: bytes, name: str, found: torch.Tensor) -> str | None:
+def unlike_plain(config: bytes, file: bytes, name: str, found: torch.Tensor, exact: bool) -> str | None:
     """What is wrong with numbers of another tool's layout, held against a plain decoder; None if nothing is."""
     try:
         expected = decoded(json.loads(config), load(file))[name.removesuffix(".weight")]
     except Exception as error:
         return f"{name} has other numbers, and the plain decoder fails: {type(error).__name__} {error}"
-    same = found.shape == expected.shape and bool((found == torch.from_numpy(expected.copy())).all())
+    plain = torch.from_numpy(expected.copy())
+    bound = 0.0 if exact else 1e-5 * float(plain.abs().max())
+    same = found.shape == plain.shape and torch.allclose(found, plain, rtol=0.0, atol=bound)
     return None if same else f"{name} has other numbers than a plain decoder gives"
 
 

@@ -43,12 +43,12 @@ _METHODS: Final[Mapping[str, str]] = MappingProxyType({
     "eetq": "quantized by EETQ",
     "bitnet": "a BitNet model in its packed form",
     "exl2": "quantized by ExLlamaV2",
-    "exl3": "quantized by ExLlamaV3",
 })  # fmt: skip
 
 _COMPANIONS: Final = (
     ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx",
     ".weight_scale_2", ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".codes", "_blocks", "_scales", ".scales", ".W_q",
+    ".trellis", ".suh", ".svh",
 )  # fmt: skip
 """How the tensors are called that quantizers store beside or instead of a weight."""
 

@@ -21,6 +21,7 @@ from tests.checkpoint.layouts.plain import decoded
 LAYOUT = LAYOUTS["exl3"]
 FACTORS = {"mcg": 0xCBAC1FED - 2**32, "mul1": 0x83DCD12D - 2**32}
 CONFIG = {"quantization_config": {"quant_method": "exl3", "version": "0.0.6", "bits": 3.0, "head_bits": 6}}
+KINDS = {torch.int16: "I16", torch.float16: "F16", torch.int32: "I32", torch.float32: "F32"}
 FILES = [
     (1, "mcg", False),
     (2, "mul1", False),
@@ -55,8 +56,7 @@ def made(bits: int, function: str, signs: bool = False, rows: int = 256, columns
 
 
 def found(tensors: dict[str, torch.Tensor]) -> list[object]:
-    kinds = {torch.int16: "I16", torch.float16: "F16", torch.int32: "I32", torch.float32: "F32"}
-    names = {name: (kinds[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    names = {name: (KINDS[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
     return list(LAYOUT.find(CONFIG, names, tensors.__getitem__))
 
 
@@ -82,6 +82,7 @@ def test_files_are_read_as_a_plain_decoder_reads_them_and_written_again(bits: in
         ({"a.suh": None}, "a.suh is missing"),
         ({"a.trellis": None}, "a.trellis is missing"),
         ({"a.mcg": torch.tensor(FACTORS["mcg"], dtype=torch.int32)}, "both stored"),
+        ({"a.mul1": torch.tensor([FACTORS["mul1"]], dtype=torch.int32)}, r"a.mul1 should be one number, I32 \(\)"),
         ({"a.weight": torch.zeros(256, 128)}, "beside a quantized weight"),
     ],
 )
@@ -98,6 +99,30 @@ def test_an_unknown_factor_and_an_unknown_key_are_refused() -> None:
         LAYOUT.read(placed, tensors.__getitem__)
     with pytest.raises(FileFormatError, match="'rotate'"):
         LAYOUT.find({"quantization_config": {**CONFIG["quantization_config"], "rotate": True}}, {}, tensors.__getitem__)
+
+
+def test_what_gptqmodel_says_of_a_file_is_known_and_what_would_change_it_is_not() -> None:
+    tensors = made(2, "mul1")
+    theirs = {
+        "bits": 2.0, "group_size": -1, "desc_act": False, "lm_head": False, "method": "exl3", "format": "exl3", "checkpoint_format": "exl3",
+        "pack_dtype": "int32", "meta": {"fallback": {"strategy": "rtn"}}, "out_scales": "auto", "codebook": "mul1",
+        "tensor_storage": {"a": {"bits_per_weight": 2}},
+    }  # fmt: skip
+    names = {name: (KINDS[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    said = {"quant_method": "exl3", **theirs}
+    assert len(LAYOUT.find({"quantization_config": said}, names, tensors.__getitem__)) == 1
+    for key, value in {"group_size": 128, "desc_act": True, "format": "gptq", "rotation": "hadamard"}.items():
+        with pytest.raises(FileFormatError, match=f"{key} is"):
+            LAYOUT.find({"quantization_config": said | {key: value}}, names, tensors.__getitem__)
+
+
+def test_a_head_that_was_filled_up_to_blocks_is_refused() -> None:
+    tensors = {name.replace("a.", "lm_head."): t for name, t in made(2, "mul1").items()}
+    names = {name: (KINDS[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    for config in ({"vocab_size": 200}, {"text_config": {"vocab_size": 200}}):
+        with pytest.raises(FileFormatError, match="256 outputs for a vocabulary of 200"):
+            LAYOUT.find(CONFIG | config, names, tensors.__getitem__)
+    assert len(LAYOUT.find(CONFIG | {"vocab_size": 256}, names, tensors.__getitem__)) == 1
 
 
 def written(folder: Path) -> Path:
@@ -127,13 +152,19 @@ def written(folder: Path) -> Path:
 
 def test_conversion_to_our_own_layout_and_back_is_exact(tmp_path: Path) -> None:
     source = written(tmp_path / "exl3")
+    (source / "quantization_config.json").write_text("{}")  # ExLlamaV3's description of these files, and of no others
     for to, at, into in (("arrondi", source, "ours"), ("exl3", tmp_path / "ours", "back")):
         result = convert_model(at, tmp_path / into, to, exact_only=True)
         assert {row["verdict"] for row in result["tensors"] if "verdict" in row} <= {"exact", "copied"}
+    assert not (tmp_path / "ours" / "quantization_config.json").exists()
     old, new = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(new[name], t) for name, t in old.items() if not name.endswith((".su", ".sv")))
     with pytest.raises(ArrondiError):
         convert_model(source, tmp_path / "awq", "awq", exact_only=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+    with pytest.raises(FileFormatError, match="quantized"):
+        Checkpoint.open(source)
 
 
 _ASK = """

@@ -25,7 +25,9 @@ _SUFFIXES: Final = frozenset({
 _LEGAL: Final = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _OF_PARTS: Final = frozenset({".safetensors", ".bin"})
 _WRITTEN_ANEW: Final = frozenset({"config.json", "report.json", "manifest.json"})
-_OF_QUANTIZERS: Final = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
+_OF_QUANTIZERS: Final = frozenset({
+    "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json",
+})  # fmt: skip
 _WEIGHTS: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".tflite", ".mlmodel"}
 )

@@ -39,6 +39,11 @@ _STATE: Final = 16
 _MARKS: Final[Mapping[Function, int]] = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
 """Functions of states that a stored factor names."""
 _LEAVES: Final = ("trellis", "suh", "svh", "su", "sv", *_MARKS)
+_TOLD: Final = (
+    "version", "bits", "head_bits", "codebook", "calibration", "out_scales", "tensor_storage", "original_quantization_config", "meta",
+    "lm_head", "dynamic", "pack_dtype",
+)  # fmt: skip
+"""Keys of ExLlamaV3 and GPTQModel that the stored tensors say themselves, layer by layer."""
 SIGNS: Final = "signs"
 """The storage of older files."""
 _AT_ONCE: Final = 8
@@ -108,8 +113,7 @@ def _read(placed: Placed, read: Reader) -> LayerValues:
     path, scheme = placed.name.removesuffix(".weight"), placed.scheme.weights
     assert scheme.format.trellis is not None
     function = _function(scheme)
-    if function in _MARKS and int(read(f"{path}.{function}").reshape(-1)[0]) != int(_mark(_MARKS[function])):
-        found = int(read(f"{path}.{function}").reshape(-1)[0]) % 2**32
+    if function in _MARKS and (found := int(read(f"{path}.{function}")) % 2**32) != _MARKS[function]:
         raise FileFormatError(
             f"{path}.{function} is {found:#x}; the only factor that is known is {_MARKS[function]:#x}."
         )
@@ -174,26 +178,30 @@ def _config(placed: list[Placed], kept: list[str], facts: ModelFacts = ModelFact
 
 def _find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]:
     claims = Claims(config["quantization_config"], "quantization_config")
-    claims.only("quant_method", "exl3")
-    claims.only("method", "exl3")
-    claims.only("format", "exl3")
-    # The stored tensors say all of it, layer by layer.
-    remarks = (
-        "version",
-        "bits",
-        "head_bits",
-        "codebook",
-        "calibration",
-        "out_scales",
-        "tensor_storage",
-        "original_quantization_config",
-        "meta",
-    )
-    claims.remarks(remarks)
+    for key in ("quant_method", "method", "format", "checkpoint_format"):
+        claims.only(key, "exl3")
+    claims.only("group_size", -1)
+    claims.only("desc_act", False)
+    claims.only("sym", True)
+    claims.only("adapter")
+    claims.only("rotation", False)
+    claims.remarks(_TOLD)
     claims.done()
     placed = [_place(path, names) for path in groups_of(names, _LEAVES, ("trellis",))]
+    _check_head(placed, config)
     check_beside(placed, [s for p in placed for s in _specs(p)], names)
     return placed
+
+
+def _check_head(placed: list[Placed], config: Mapping[str, Any]) -> None:
+    """Refuse a head that is filled up to whole blocks: what it gives beyond the vocabulary is mixed into all else of its last block."""
+    text = config.get("text_config")
+    words = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    for p in placed:
+        if p.path.rpartition(".")[2] == "lm_head" and type(words) is int and p.shape[0] > words:
+            raise FileFormatError(
+                f"{p.path}.trellis has {p.shape[0]} outputs for a vocabulary of {words}: it was filled up to blocks of {_BLOCK}, which is not read here."
+            )
 
 
 def _place(path: str, names: Names) -> Placed:
@@ -213,8 +221,9 @@ def _place(path: str, names: Names) -> Placed:
             f"{path}.{marks[0]} and {path}.{marks[1]} are both stored, and a layer has one function of states."
         )
     for mark in marks:
-        if names[f"{path}.{mark}"][0] not in ("I32", "U32") or math.prod(names[f"{path}.{mark}"][1]) != 1:
-            raise FileFormatError(f"{path}.{mark} should be one int32 number, found {names[f'{path}.{mark}'][1]}.")
+        if names[f"{path}.{mark}"] != ("I32", ()):
+            dtype, shape = names[f"{path}.{mark}"]
+            raise FileFormatError(f"{path}.{mark} should be one number, I32 (), found {dtype} {shape}.")
     old = f"{path}.suh" not in names and f"{path}.su" in names
     for side, count in (("u", columns), ("v", rows)):
         name, wanted = (f"{path}.s{side}", ("I16", (count // 16,))) if old else (f"{path}.s{side}h", ("F16", (count,)))
