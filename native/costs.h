@@ -26,6 +26,7 @@ inline Costs minimum(Costs a, Costs b) { return _mm512_min_epu16(a, b); }
 inline Costs add_costs(Costs a, Costs b) { return _mm512_adds_epu16(a, b); }
 inline Costs subtract_costs(Costs a, Costs b) { return _mm512_subs_epu16(a, b); }
 inline Costs difference(Costs a, Costs b) { return _mm512_subs_epi16(a, b); }
+inline Costs twice(Costs d) { return _mm512_adds_epi16(d, d); }
 inline Costs square(Costs d) { return _mm512_mulhrs_epi16(d, d); }
 inline Picks pick(Picks old, Costs best, Costs other, int16_t number) {
     return _mm512_mask_mov_epi16(old, _mm512_cmplt_epu16_mask(other, best), _mm512_set1_epi16(number));
@@ -54,6 +55,7 @@ inline Costs minimum(Costs a, Costs b) { return _mm256_min_epu16(a, b); }
 inline Costs add_costs(Costs a, Costs b) { return _mm256_adds_epu16(a, b); }
 inline Costs subtract_costs(Costs a, Costs b) { return _mm256_subs_epu16(a, b); }
 inline Costs difference(Costs a, Costs b) { return _mm256_subs_epi16(a, b); }
+inline Costs twice(Costs d) { return _mm256_adds_epi16(d, d); }
 inline Costs square(Costs d) { return _mm256_mulhrs_epi16(d, d); }
 inline Picks pick(Picks old, Costs best, Costs other, int16_t number) {
     return _mm256_blendv_epi8(_mm256_set1_epi16(number), old, _mm256_cmpeq_epi16(_mm256_min_epu16(best, other), best));
@@ -85,6 +87,10 @@ inline Costs add_costs(Costs a, Costs b) { return vqaddq_u16(a, b); }
 inline Costs subtract_costs(Costs a, Costs b) { return vqsubq_u16(a, b); }
 inline Costs difference(Costs a, Costs b) {
     return vreinterpretq_u16_s16(vqsubq_s16(vreinterpretq_s16_u16(a), vreinterpretq_s16_u16(b)));
+}
+inline Costs twice(Costs d) {
+    const int16x8_t v = vreinterpretq_s16_u16(d);
+    return vreinterpretq_u16_s16(vqaddq_s16(v, v));
 }
 inline Costs square(Costs d) {
     const int16x8_t v = vreinterpretq_s16_u16(d);
@@ -139,6 +145,13 @@ inline Costs difference(const Costs& a, const Costs& b) {
     return each([&](int i) {
         const int d = as_signed(a.lane[i]) - as_signed(b.lane[i]);
         return d < -32768 ? -32768 : d > 32767 ? 32767 : d;
+    });
+}
+// 2 d of signed numbers, within the same
+inline Costs twice(const Costs& d) {
+    return each([&](int i) {
+        const int v = 2 * as_signed(d.lane[i]);
+        return v < -32768 ? -32768 : v > 32767 ? 32767 : v;
     });
 }
 // d² / 2^15, rounded

@@ -15,10 +15,10 @@ namespace {
 
 constexpr int kRingsAtOnce = 64;  // that one piece decodes
 
-const char* wrong(int64_t rings, int64_t length, const int* bits, int state_bits, int most) {
+const char* wrong(int64_t rings, int64_t length, const int* bits, int state_bits) {
     if (rings < 0 || length < 1 || length > 1 << 20) return "there are no rings of that size";
     for (int i = 0; i < 2; i++)
-        if (bits[i] < 1 || bits[i] > most || bits[i] >= state_bits) return "codes of a ring have too few or too many bits";
+        if (bits[i] < 1 || bits[i] > 8 || bits[i] >= state_bits) return "codes of a ring have too few or too many bits";
     if (state_bits < 8 || state_bits > 16) return "states have 8 to 16 bits";
     return length * std::min(bits[0], bits[1]) < state_bits ? "a ring is shorter than a state" : nullptr;
 }
@@ -33,7 +33,7 @@ const char* wrong(const RingPacking& job) {
 }  // namespace
 
 const char* search_rings(const Rings& job) {
-    if (const char* why = wrong(job.rings, job.length, job.bits, job.state_bits, 4)) return why;
+    if (const char* why = wrong(job.rings, job.length, job.bits, job.state_bits)) return why;
     if (job.window < 1) return "a seam is searched on both sides";
     const auto search = path().quantizers.search_ring;
     const size_t states = (size_t{1} << job.state_bits) + kStatePad;
@@ -64,7 +64,7 @@ const char* search_rings(const Rings& job) {
 }
 
 const char* ring_values(const RingValues& job) {
-    if (const char* why = wrong(job.rings, job.length, job.bits, job.state_bits, 8)) return why;
+    if (const char* why = wrong(job.rings, job.length, job.bits, job.state_bits)) return why;
     const uint32_t mask = (1u << job.state_bits) - 1u;
     const int pieces = static_cast<int>((job.rings + kRingsAtOnce - 1) / kRingsAtOnce);
     parallel_for(pieces, job.threads, [&](int piece) {

@@ -4,6 +4,9 @@
 // p · count + (s >> bits) for every p. So their cheapest is found once for all s that differ in the new code alone. Costs
 // are 16 bits wide; what is far above the cheapest stops at the top, and the cheapest is taken off all of them now and then.
 // A ring is closed in two searches: a first one across its seam, with free ends, gives the state there; the second begins and ends in it.
+//
+// Errors of codes of more than four bits are a few steps, whose squares would vanish in a cost: they are doubled first, once for each bit
+// more. What that takes to the end of 16 bits lies so far off that it is not chosen, as long as targets are within the values.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +20,7 @@ namespace arrondi {
 namespace ARRONDI_PATH {
 
 constexpr int kRenew = 16;  // places between two times that the cheapest is taken off
+constexpr int kWhole = 4;  // most bits of a code whose error is squared as it is
 
 template <int kBits>
 inline void best_before(const int16_t* costs, int16_t* best, uint8_t* picks, int states) {
@@ -39,8 +43,9 @@ void ring_step(const RingScratch& s, uint8_t* picks, const int16_t* steps, int16
     best_before<kBits>(s.costs, s.best, picks, states);
     const Costs t = splat_cost(target);
     for (int i = 0; i < states; i += kCosts) {
-        const Costs error = square(difference(t, load_costs(steps + i)));
-        store_costs(s.costs + i, add_costs(spread<kBits>(s.best + (i >> kBits)), error));
+        Costs error = difference(t, load_costs(steps + i));
+        for (int bits = kWhole; bits < kBits; bits++) error = twice(error);
+        store_costs(s.costs + i, add_costs(spread<kBits>(s.best + (i >> kBits)), square(error)));
     }
 }
 
@@ -67,7 +72,8 @@ class RingSearch {
 
     void forward(int64_t first, int64_t last) {
         using Step = void (*)(const RingScratch&, uint8_t*, const int16_t*, int16_t, int);
-        static constexpr Step kSteps[] = {ring_step<1>, ring_step<2>, ring_step<3>, ring_step<4>};
+        static constexpr Step kSteps[] = {ring_step<1>, ring_step<2>, ring_step<3>, ring_step<4>,
+                                          ring_step<5>, ring_step<6>, ring_step<7>, ring_step<8>};
         for (int64_t j = first; j < last; j++) {
             const int64_t i = j % job_.length;
             if ((j - first) % kRenew == kRenew - 1) take_off(s_.costs, states_);

@@ -97,6 +97,19 @@ def test_any_number_of_rows_and_columns(rows: int) -> None:
     assert bool(torch.isfinite(trellis(torch.zeros(rows, 51), SCHEME, moment).dequantize()).all())
 
 
+@pytest.mark.parametrize("fed", [False, True])
+def test_rows_of_zeros_take_no_part_in_the_errors_of_their_block(fed: bool) -> None:
+    """Where the scales of rows are in the sides, rows of a block of 128 share what they lose."""
+    weight, _, moment = made()
+    weight = weight * 0.01
+    weight[3] = 0
+    scheme = parse_scheme("w=tcq2-l8-mul1-tile/tensor/rht128:sides").weights
+    back = trellis(weight, scheme, moment if fed else None).dequantize()
+    assert not back[3].any()
+    assert float((back - weight).square().sum() / weight.square().sum()) < 0.2
+    assert not trellis(torch.zeros(M, N), scheme, moment if fed else None).dequantize().any()
+
+
 def test_refusals_are_sentences() -> None:
     weight, _, moment = made()
     with pytest.raises(SchemeError, match="Use a trellis such as TCQ2"):

@@ -31,7 +31,6 @@ from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import round_scale
 from arrondi.tensor.trellis import (
-    MOST_SEARCHED,
     TILE,
     check_shape,
     from_lines,
@@ -54,8 +53,6 @@ def refuse_trellis(scheme: Scheme, options: Mapping[str, Any]) -> str | None:
     found = scheme.format.trellis
     if found is None:
         return f"trellis searches codes along rings, got {scheme}. Use a trellis such as TCQ2, TCQ3 or TCQ4, or another method."
-    if found.rate > MOST_SEARCHED:
-        return f"Codes of {scheme.format} are read, not searched. Use at most {MOST_SEARCHED} bits, such as TCQ4 or EXL3_4."
     stored = scheme.turned is not None and scheme.turned.seed is None
     if (scheme.granularity == PerChannel()) is stored:
         return f"trellis finds a scale for each row, or numbers for both sides, got {scheme}. Use TCQ2, TCQ3, TCQ4, or EXL3_3."
@@ -79,7 +76,7 @@ def trellis(
 
     Args:
         weight: (m, n), any float dtype, finite.
-        scheme: a trellis of up to 4 bits, one scale a row, turned or not.
+        scheme: a trellis, one scale a row, turned or not, or numbers for both sides.
         moment: second moment of the layer's inputs, of size n; None: all inputs count alike.
         cross_moment: Σ x fᵀ (n, n), inputs of the quantized model times those of the original; None: as if these were the same.
         strength: share of the correction for earlier rounding, where there is a cross moment.
@@ -104,6 +101,7 @@ def trellis(
         moment, cross_moment = check_moments("trellis", weight, moment, cross_moment, name)
         weight = corrected(weight, moment, cross_moment, damping, strength)
     work = _finite(weight, scheme, moment, name)
+    empty = (work == 0).all(1)
     sides = _sides(work, scheme, widening)
     if sides is not None and scheme.turned is not None:
         work = turn(work, sides, scheme.turned)
@@ -122,7 +120,10 @@ def trellis(
             codes, _ = sweep(work, factor, RowScales(scheme, scale), block_size, None)
         hessian.diagonal().add_(needed * float(hessian.diagonal().mean()))
         scale, sides = _fitted(work, codes, scale, sides, hessian, scheme)
-    own = sides if scheme.turned is not None and scheme.turned.seed is None else None
+    own = None
+    if sides is not None and scheme.turned is not None and scheme.turned.seed is None:
+        # Rows of a block share their errors in units of their scales; a row of zeros is to have none of them.
+        own = Sides(torch.where(empty, 0.0, sides.rows), sides.columns)
     return QTensor(codes, scale, None, None, scheme, sides=own)
 
 

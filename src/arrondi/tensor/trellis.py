@@ -18,8 +18,8 @@ from arrondi.native import available, native, operand, threads
 
 TILE: Final = 16
 """Rows and columns of a tile."""
-MOST_SEARCHED: Final = 4
-"""Bits of a weight up to which codes are searched; more are only read."""
+_COARSE: Final = 4
+"""Most bits of a code whose error is squared as it is; that of others is doubled first, once for each bit more."""
 _MUL1, _MCG, _3INST = 0x83DCD12D, 0xCBAC1FED, (89226354, 64248484)
 _FINEST: Final = 9000.0
 """Steps of a standard deviation in which costs are counted: the largest values just fit 16 bits."""
@@ -179,7 +179,8 @@ def search(targets: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     """Codes whose values lie nearest to rings of numbers, in the sum of squares.
 
     Args:
-        targets: (rings, length) float32, in units of the values; beyond four standard deviations of these all are one.
+        targets: (rings, length) float32, in units of the values; beyond four standard deviations of these all are one, and of codes of more
+            than four bits beyond the values.
 
     Returns:
         uint8 (rings, length).
@@ -187,6 +188,9 @@ def search(targets: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     The search is Viterbi's with costs of 16 bits, closed by a first one across the seam; "nearest" is within about one percent of the best.
     """
     steps, unit = _steps(trellis)
+    if trellis.bits[1] > _COARSE:
+        values = state_values(trellis)
+        targets = targets.clamp(float(values.min()), float(values.max()))
     if targets.device.type != "cpu" or not available() or native is None:
         return search_reference(targets, trellis)
     codes = torch.empty(targets.shape, dtype=torch.uint8, device="cpu")
@@ -248,6 +252,7 @@ def _forward(
             least = torch.minimum(least, choices[:, number])
         picks.append(pick)
         distance = (numbers[:, place, None] - values).clamp(-(2**15), 2**15 - 1)
+        distance = (distance << max(bits - _COARSE, 0)).clamp(-(2**15), 2**15 - 1)
         costs = (least.repeat_interleave(2**bits, 1) + ((distance * distance + 2**14) >> 15)).clamp(max=65535)
     return picks, costs
 
