@@ -43,7 +43,7 @@ class Case(NamedTuple):
 FEW: Final = ("W4A16", "W3A16", "W2A16")
 WIDTHS: Final = ("W8A16", *FEW)
 TABLES: Final = tuple(f"w=lut{bits}/g128/t:int8:64" for bits in (4, 3, 2))
-TRELLISES: Final = ("TCQ4", "TCQ3", "TCQ2")
+TRELLISES: Final = ("TCQ4", "TCQ3", "TCQ2", "EXL3_4", "EXL3_3", "EXL3_2")
 FLOATS: Final = ("NF4_DQ", "NVFP4A16", "MXFP4A16")
 FOUR_BITS: Final = ("w=int4/g128,a=int4/token", "NVFP4", "MXFP4")
 ABSMAX: Final = {"range": "absmax"}

@@ -190,7 +190,8 @@ def test_gptqmodel_decodes_what_we_write_to_the_values_that_we_read(tmp_path: Pa
         (pytest.fail if os.environ.get("ARRONDI_PEERS") else pytest.skip)(
             "ARRONDI_CHECKPOINTS names no interpreter with gptqmodel"
         )
-    convert_model(written(tmp_path / "old"), tmp_path / "new", "exl3")
+    convert_model(written(tmp_path / "old"), tmp_path / "ours", "arrondi")  # signs stay packed from EXL3 to EXL3
+    convert_model(tmp_path / "ours", tmp_path / "new", "exl3")
     checkpoint = Checkpoint.open(tmp_path / "new")
     command = [pythons[0], "-c", _ASK, tmp_path / "new" / "model.safetensors", tmp_path / "theirs"]
     done = subprocess.run(command, capture_output=True, text=True)
