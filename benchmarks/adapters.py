@@ -33,6 +33,7 @@ from arrondi.model import OnDisk
 from arrondi.pipeline import Recipe
 from arrondi.repair.low_rank import nuclear_norm
 from arrondi.tensor.nearest import fake_quantize
+from arrondi.training.saved_bits import bits_by_sensitivity
 
 SCHEMES: Final = ("NF4_DQ", "W4A16", "w=int3/g64/asym", "w=int2/g64/asym")
 STARTS: Final = ("pissa", "qpissa", "loftq")
@@ -183,18 +184,21 @@ def beside(python: str, count: int, rounds: int, shape: tuple[int, int, int] = (
         )
 
 
-def saved(model: Path, text: Path, length: int, rounds: int) -> None:
-    """One step of training all parameters."""
+def saved(model: Path, text: Path, length: int, rounds: int, mixed: Sequence[float] = (4, 3)) -> None:
+    """One step of training all parameters; `mixed`, bits by tensor at these averages."""
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     rows = windows(model, text, length)[0][:8]
     print(
         f"\na step on 8 windows of {length} tokens: MB that wait for the way back, CPU seconds, the gradient's relative error"
     )
     exact: list[torch.Tensor] = []
-    for bits in (32, 8, 4, 2):
+    uneven = {
+        f"{b} mixed": bits_by_sensitivity(net, lambda: net(input_ids=rows[:2], labels=rows[:2]).loss, b) for b in mixed
+    }
+    for name, bits in {"32": 32, "8": 8, "4": 4, "2": 2, **uneven}.items():
         sizes = []
 
-        def step(bits: int = bits, sizes: list[int] = sizes) -> None:
+        def step(bits: Any = bits, sizes: list[int] = sizes) -> None:
             net.zero_grad()
             if bits == 32:
                 net(input_ids=rows, labels=rows).loss.backward()
@@ -209,7 +213,7 @@ def saved(model: Path, text: Path, length: int, rounds: int) -> None:
         exact = exact or [g.clone() for g in grads]
         off = float((torch.cat(grads) - torch.cat(exact)).norm() / torch.cat(exact).norm())
         size = "" if not sizes else f"{sizes[1] / 1e6:8.2f} of {sizes[0] / 1e6:8.2f}"
-        print(f"{bits:>2} bits {size:>24} {seconds:8.3f} {off:8.4f}", flush=True)
+        print(f"{name:>8} bits {size:>24} {seconds:8.3f} {off:8.4f}", flush=True)
 
 
 def main() -> None:

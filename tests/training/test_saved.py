@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from arrondi.errors import SchemeError
 from arrondi.training.saved import compress_saved_activations
+from arrondi.training.saved_bits import bits_by_sensitivity
 from tests.kernels.common import normal
 
 
@@ -190,6 +191,41 @@ def test_nan_and_infinity_are_not_hidden() -> None:
     )
 
 
+class Branches(nn.Module):
+    """Of whose two saved inputs the second counts for thirty times the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(256, 64), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x[0]) + 30 * self.other(nn.functional.dropout(x[1], 0.1))
+
+
+def test_bits_go_where_the_gradient_feels_them() -> None:
+    torch.manual_seed(0)
+    model, x = Branches(), normal(2, 64, 256)
+    bits = bits_by_sensitivity(model, lambda: model(x).sum(), 5)
+    assert bits == [2, 8] and all(p.grad is None for p in model.parameters())
+
+    def lost(bits: Any) -> float:
+        found = []
+        for options in ({}, {"bits": bits}):
+            torch.manual_seed(1)
+            grads, saved = gradients(model, x, **options)
+            found.append(torch.cat([g.flatten() for g in grads.values()]))
+        assert bits == 4 or saved.kept_bytes == 64 * 256 * 10 // 8 + 2 * 64 * 4
+        return off(found[1], found[0])
+
+    assert lost(bits) < lost(4) / 3
+
+
 def test_bad_input() -> None:
-    with pytest.raises(SchemeError, match="2, 4 or 8 bits, got 3"):
-        compress_saved_activations(bits=3)
+    for bits in (3, 32, [], [2, 3]):
+        with pytest.raises(SchemeError, match="2, 4 or 8 bits, got"):
+            compress_saved_activations(bits=bits)
+    with pytest.raises(SchemeError, match="from 2 to 8 bits on average"):
+        bits_by_sensitivity(mlp(), lambda: torch.zeros(()), 1)
+    small = nn.Linear(4, 4)
+    with pytest.raises(SchemeError, match="saves nothing"):
+        bits_by_sensitivity(small, lambda: small(torch.ones(2, 4)).sum(), 4)

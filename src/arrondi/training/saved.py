@@ -10,7 +10,7 @@ Source: Chen et al. 2021, arXiv:2104.14129 (ActNN).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -74,13 +74,14 @@ class compress_saved_activations(TorchFunctionMode):
     """While this lasts, floating-point tensors that autograd saves take `bits` bits each.
 
     Args:
-        bits: 2, 4 or 8.
+        bits: 2, 4 or 8; or of each tensor its own, in the order in which they are saved, as `bits_by_sensitivity` gives them: 32
+            keeps one as it is, and tensors after the end of the list take its last bits.
         group: features of a sample under one step; a sample is one place of the first axis.
         generator: of the stochastic rounding, on the device of the activations; None: one seeded with 0, for each device its own.
         model: whose frozen parameters are not taken for activations where autocast casts them; nothing else is read of it.
 
     Attributes:
-        tensors: encoded so far; one that several products save counts once.
+        sizes: numbers of each tensor that was encoded; one that several products save is there once.
         plain_bytes, kept_bytes: of what was saved of floating-point activations, and of what it became; what is too small (1 KiB) to be encoded is in
             both, parameters are in neither.
 
@@ -99,22 +100,28 @@ class compress_saved_activations(TorchFunctionMode):
     (197632, 17220)
 
     Raises:
-        SchemeError: bits are none of 2, 4 and 8.
+        SchemeError: bits are none of these.
     """
 
     def __init__(
         self,
-        bits: Bits = 2,
+        bits: Bits | Sequence[Bits] = 2,
         *,
         group: int = 256,
         generator: torch.Generator | None = None,
         model: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if bits not in (2, 4, 8):
-            raise SchemeError(f"Activations are kept in 2, 4 or 8 bits, got {bits!r}.")
-        self.codec = BlockCodec(bits, group, symmetric=False, rounding="stochastic", side="bfloat16", propagate=True)
-        self.tensors = self.plain_bytes = self.kept_bytes = 0
+        each = tuple(bits) if isinstance(bits, Sequence) else (bits,)
+        for one in each or (bits,):
+            if one not in (2, 4, 8) and (one != 32 or not isinstance(bits, Sequence)):
+                raise SchemeError(f"Activations are kept in 2, 4 or 8 bits, got {one!r}.")
+        self._codecs = [
+            BlockCodec(one, group, symmetric=False, rounding="stochastic", side="bfloat16", propagate=True)
+            for one in each
+        ]
+        self.sizes: list[int] = []
+        self.plain_bytes = self.kept_bytes = 0
         self._generators = {} if generator is None else {generator.device: generator}
         self._shapes = set() if model is None else {frozenset(p.shape) for p in model.parameters()}
         self._alive: dict[tuple[Any, ...], weakref.ref[_Kept]] = {}
@@ -123,6 +130,11 @@ class compress_saved_activations(TorchFunctionMode):
         self._axes = -1
         self._storages: dict[int, StorageWeakRef] = {}
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
+
+    @property
+    def tensors(self) -> int:
+        """How many were encoded so far."""
+        return len(self.sizes)
 
     def __enter__(self) -> compress_saved_activations:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
@@ -195,13 +207,14 @@ class compress_saved_activations(TorchFunctionMode):
     def _encoded(self, x: torch.Tensor) -> _Kept:
         with torch.no_grad():
             sample = x.numel() // x.shape[0] if x.ndim > 1 else x.numel()
-            rows = (x.shape[0], sample) if sample >= self.codec.block and x.ndim > 1 else (1, x.numel())
+            codec = self._codecs[min(len(self.sizes), len(self._codecs) - 1)]
+            rows = (x.shape[0], sample) if sample >= codec.block and x.ndim > 1 else (1, x.numel())
             if x.device not in self._generators:
                 self._generators[x.device] = torch.Generator(x.device).manual_seed(0)
-            message = self.codec.encode(x.detach().reshape(rows), self._generators[x.device])
-        self.tensors += 1
+            message = codec.encode(x.detach().reshape(rows), self._generators[x.device])
+        self.sizes.append(x.numel())
         self.kept_bytes += message.nbytes
-        return _Kept(message, self.codec, rows, x.dtype)
+        return _Kept(message, codec, rows, x.dtype)
 
     def _key(self, x: torch.Tensor) -> tuple[Any, ...]:
         """Equal for tensors of the same numbers in the same order. A storage that is gone cannot be taken for a new one at its place:
