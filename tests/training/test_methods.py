@@ -260,6 +260,20 @@ def test_a_block_is_taken_where_it_helps() -> None:
     assert best_block(x, weight) >= 16
 
 
+def test_wider_blocks_spread_outliers_further() -> None:
+    """Relative error of a 4-bit product whose input has two columns of 25 times the size: the specification's measurements."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 128), torch.randn(64, 128)
+    x[:, [3, 70]] *= 25
+    wanted = {1: 0.343, 8: 0.250, 16: 0.203, 32: 0.171, 64: 0.167, 128: 0.151}
+    for block, error in wanted.items():
+        layer = nn.Linear(128, 64, bias=False)
+        layer.weight.data = weight.clone()
+        exact = layer(x)
+        convert_to_lowbit_training(layer, "int4", block=block)
+        assert float(((layer(x) - exact).norm() / exact.norm()).detach()) == pytest.approx(error, rel=0.15)
+
+
 def test_the_first_batch_decides_well() -> None:
     """Its NaN and zeros give usual steps, and the step of an input that wants no gradient itself is trained."""
     for method in ("int4", "luq", "lsq-only", "lightseq"):

@@ -56,6 +56,20 @@ def test_gradients_of_inputs_are_exact_and_those_of_weights_right_on_average() -
     assert 0.2 < errors[0] < 1.0
 
 
+def test_the_variance_is_the_law_s() -> None:
+    """A number between two codes has a sixth of the square of a step on average."""
+    torch.manual_seed(0)
+    layer, x, slope = nn.Linear(256, 16, bias=False), normal(64, 256), normal(64, 16, seed=9)
+    draw, found = torch.Generator().manual_seed(3), []
+    for _ in range(60):
+        with compress_saved_activations(bits=2, generator=draw):
+            y = layer(x)
+        found.append(torch.autograd.grad(y, layer.weight, slope)[0])
+    steps = (x.amax(1) - x.amin(1)) / 3
+    law = float((slope.square().sum(1) * steps.square() / 6).sum() * 256)
+    assert float(torch.stack(found).var(0).sum()) == pytest.approx(law, rel=0.1)
+
+
 def test_more_bits_are_nearer_and_a_generator_decides() -> None:
     model, x = mlp(), normal(64, 256)
     wanted, _ = gradients(model, x)
