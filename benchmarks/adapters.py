@@ -30,7 +30,7 @@ from arrondi.adapters.initial import Init, initialize
 from arrondi.adapters.places import places
 from arrondi.checkpoint import Checkpoint
 from arrondi.model import OnDisk
-from arrondi.pipeline import Recipe
+from arrondi.pipeline import Recipe, TextOptions
 from arrondi.repair.low_rank import nuclear_norm
 from arrondi.tensor.nearest import fake_quantize
 from arrondi.training.saved_bits import bits_by_sensitivity
@@ -104,7 +104,7 @@ def tuned(
     return found, spent / max(steps, 1)
 
 
-def train(model: Path, text: Path, rank: int, steps: int, length: int, rate: float) -> None:
+def train(model: Path, text: Path, rank: int, steps: int, length: int, rate: float, inits: Sequence[str]) -> None:
     """Fine-tuning from every start."""
     import peft
 
@@ -112,14 +112,17 @@ def train(model: Path, text: Path, rank: int, steps: int, length: int, rate: flo
     data = windows(model, text, length)
     print(f"\nfine-tuning, rank {rank}, {steps} steps of 8 windows of {length} tokens: nats a token of held-out text")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("dense", "lora", "pissa", "qpissa", "loftq"):
+        seen, words = Path(folder) / "seen.txt", text.read_text(encoding="utf-8")
+        seen.write_text(words[: len(words) * 9 // 10], encoding="utf-8")
+        for name in inits:
             torch.manual_seed(0)
             if name == "dense":
                 config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
                 made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
             else:
                 base = Path(folder) / name
-                initialize(model, base, Init(name, rank), Recipe.simple("NF4_DQ"))
+                given = TextOptions(seen if name == "eora" else None, samples=32, seq_len=length, evaluate=False)
+                initialize(model, base, Init(name, rank), Recipe.simple("NF4_DQ"), text=given)
                 made = peft.PeftModel.from_pretrained(ar.load(base), base / "adapter", is_trainable=True)
             losses, seconds = tuned(made, data, steps, rate, 4)
             label = "LoRA on ordinary weights" if name == "dense" else f"NF4_DQ, {name}"
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument("--peer", default="", help="bitsandbytes=PYTHON, for the part beside")
     parser.add_argument("--parts", default="starts,optimizer,saved,train")
     parser.add_argument("--schemes", default=";".join(SCHEMES))
+    parser.add_argument("--inits", default="dense,lora,pissa,qpissa,loftq,eora", help="of the part train")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--length", type=int, default=128)
@@ -241,7 +245,7 @@ def main() -> None:
     if "saved" in parts:
         saved(given.model, given.text, given.length, given.rounds)
     if "train" in parts:
-        train(given.model, given.text, given.rank, given.steps, given.length, given.rate)
+        train(given.model, given.text, given.rank, given.steps, given.length, given.rate, given.inits.split(","))
 
 
 if __name__ == "__main__":
