@@ -36,7 +36,14 @@ from arrondi.training import PRODUCTS
 from communication import GPT
 from networks import _CIFAR, ResNet20, ViT, _pictures, _scaled
 
-METHODS: Final = ("float32", *PRODUCTS)
+VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "hlq-input": ("hlq", {"input_rank": 8}),
+    "int4-ends": ("int4", {"ignore": ("patch", "head")}),
+    "int4-uniform": ("int4", {"sampling": "uniform"}),
+}
+"""Methods with options: the low rank for the gradient of the input, too; a vision transformer's first and last layer in float; rows drawn uniformly."""
+
+METHODS: Final = ("float32", *PRODUCTS, *VARIANTS)
 SHAPES: Final = ((512, 2048, 2048), (4096, 2048, 2048), (512, 4096, 11008), (4096, 4096, 11008))
 """Tokens, inputs, outputs of one layer."""
 
@@ -216,7 +223,8 @@ def train(make: Callable[[Path, int], Task], data: Path, method: str, seed: int,
     torch.manual_seed(seed)
     task = make(data, seed)
     if method != "float32":
-        arrondi.convert_to_lowbit_training(task.model, method, ignore=task.ignore)
+        name, options = VARIANTS.get(method, (method, {}))
+        arrondi.convert_to_lowbit_training(task.model, name, **{"ignore": task.ignore, **options})
     task.model.train()
     first = next(task.batches)
     task.loss(task.model, first)  # learned steps begin with the first batch
@@ -310,7 +318,7 @@ def main() -> None:
     parser.add_argument("--peer", default="", help="torchao=PYTHON: its int8 training beside --speed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(("float32", *PRODUCTS)), help=f"also {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=float, default=1.0, help="times the steps of each task")
     parser.add_argument("--rows", type=Path, help="file in which finished rows are kept and found again")
