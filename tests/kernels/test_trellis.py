@@ -27,6 +27,7 @@ from arrondi.native import native
 from arrondi.nn import QEmbedding, QLinear, QStack, joined_product
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.rows import rows_of
 from arrondi.tensor.turned import Sides
 from tests.kernels.common import PATHS, assert_same, inputs, normal
 
@@ -271,6 +272,25 @@ def test_the_operator_has_gradients():
     wanted = q.dequantize().sum(0).expand(4, -1)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_rows_are_cut_out_where_rings_end():
+    for shape, start, count in (
+        ((512, 64), 0, 256),
+        ((768, 64), 256, 512),
+        ((640, 64), 256, 384),
+        ((600, 64), 256, 344),
+    ):
+        q = weight(TURNED[0], shape)
+        torch.testing.assert_close(rows_of(q, start, count).dequantize(), q.dequantize()[start : start + count])
+    for shape, start, count in (
+        ((600, 64), 0, 300),
+        ((600, 64), 300, 300),
+        ((400, 64), 0, 256),
+        ((512, 64), 128, 256),
+    ):
+        with pytest.raises(ShapeError, match="on a trellis cannot be cut out"):
+            rows_of(weight(TURNED[0], shape), start, count)
 
 
 def test_tables_and_stacks_hold_trellises():

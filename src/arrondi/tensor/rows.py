@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from arrondi.errors import ShapeError
 from arrondi.formats import PerChannel, PerGroup, Scheme, tile_shape
+from arrondi.formats.trellis import RING
 from arrondi.tensor.apart import stack_kept
 from arrondi.tensor.qtensor import QTensor
-from arrondi.tensor.turned import Sides
+from arrondi.tensor.trellis import TILE
+from arrondi.tensor.turned import Sides, block_of
 
 
 def rowwise(scheme: Scheme) -> bool:
@@ -37,7 +40,16 @@ def _along_rows(storage: str | Scheme) -> bool:
 
 
 def rows_of(q: QTensor, start: int, count: int) -> QTensor:
-    """Some rows of a matrix, cut where a tile ends; a scale for all rows goes with every part."""
+    """Some rows of a matrix, cut where a tile ends; a scale for all rows goes with every part.
+
+    Raises:
+        ShapeError: of a trellis, rows that are not on rings, or turned in blocks, of their own.
+    """
+    if not _whole_rings(q, start, count):
+        raise ShapeError(
+            f"Rows {start} … {start + count - 1} of {q.shape[0]} on a trellis cannot be cut out: their values depend on rows around them. "
+            "Quantize the parts of this matrix one by one, or in another format."
+        )
     height = tile_shape(q.scheme.granularity, q.shape)[0]
     whole = height == q.shape[0]
     first, last = (0, 1) if whole else (start // height, -(-(start + count) // height))
@@ -58,6 +70,24 @@ def rows_of(q: QTensor, start: int, count: int) -> QTensor:
         scheme, kept = replace(scheme, apart=replace(scheme.apart, count=few) if few else None), kept if few else None
     sides = None if q.sides is None else Sides(q.sides.rows[start : start + count], q.sides.columns)
     return QTensor(codes, cut(q.scale), cut(q.zero_point), cut(q.offset), scheme, q.group_index, table, kept, sides)
+
+
+def _whole_rings(q: QTensor, start: int, count: int) -> bool:
+    """Whether rows mean the same without the others: one ring after the other, in the blocks in which the whole is turned."""
+    trellis, turned, rows = q.scheme.format.trellis, q.scheme.turned, q.shape[0]
+    if trellis is None or count == rows:
+        return True
+    tall = TILE if trellis.ring == "tile" else RING
+    last = (
+        rows // tall * tall if rows % tall == 0 else max(rows // tall - 1, 0) * tall
+    )  # where the longer last ring begins
+    rings = (
+        start % tall == 0 and start <= last and (start + count == rows or (count % tall == 0 and start + count <= last))
+    )
+    if turned is None:
+        return rings
+    block = block_of(rows, turned)
+    return rings and start % block == 0 and block_of(count, turned) == block
 
 
 def stack_rows(parts: Sequence[QTensor]) -> QTensor:
