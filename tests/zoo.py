@@ -131,7 +131,14 @@ SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Models with an encoder and a decoder, beside `t5` and `whisper`."""
 
-KNOWN = {**ARCHITECTURES, **UNUSUAL, **SEQ2SEQ}
+OF_GGUF: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("GemmaForCausalLM", {**DECODER, "head_dim": 16}),
+    "phi": ("PhiForCausalLM", {**DECODER, "partial_rotary_factor": 0.5}),
+    "stablelm": ("StableLmForCausalLM", {**DECODER, "partial_rotary_factor": 0.5}),
+}
+"""Models whose files are read and written, and that are like others in all else."""
+
+KNOWN = {**ARCHITECTURES, **UNUSUAL, **SEQ2SEQ, **OF_GGUF}
 ZOO = {**ARCHITECTURES, **UNUSUAL}
 
 

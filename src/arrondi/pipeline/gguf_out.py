@@ -36,7 +36,6 @@ _MIXED: Final[Mapping[str, Mapping[str, str]]] = {
 }
 """Type of most matrices → a type of others in the blocks, "" for any, and what llama.cpp calls such a mix; the first that is there."""
 _OF_SPLITS: Final = "split."
-_FREQUENCIES: Final = "rope_freqs.weight"
 _TOKENS: Final = "token_embd.weight"
 
 Values = Callable[[str], LayerValues]
@@ -83,8 +82,7 @@ def write_gguf(
                 f"{name} is {found[0]}, and others of its stack {layout[place.name][0]}. Give all experts of a layer one scheme."
             )
     factors = factors_of(source.model.config)
-    if factors is not None:
-        layout[_FREQUENCIES] = ("F32", tuple(factors.shape))
+    layout |= {name: ("F32", tuple(factor.shape)) for name, factor in factors.items()}
     fields = _fields(source, template, places, layout)
     writer = GGUFWriter(out, GGUFPlan(fields, layout))
     try:
@@ -93,8 +91,8 @@ def write_gguf(
                 progress(i, len(planned), t.name)
             place = places[t.name]
             writer.put(place.name, _stored(source, t, values, place, tensors[t.name]), place.index, place.count)
-        if factors is not None:
-            writer.put(_FREQUENCIES, factors)
+        for name, factor in factors.items():
+            writer.put(name, factor)
         reason = unsaid(source.model.config, read_header(writer.part)) if template is None else None
         if reason is not None:
             raise SchemeError(f"{out}: {reason}. Give a GGUF file of this model: --template F16.gguf.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,19 @@ from arrondi.pipeline.convert import convert_model
 from arrondi.pipeline.gguf_out import _file_type
 from tests.checkpoint.layouts.test_ggml import random_rows, theirs
 
-FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "mixtral", "qwen2-moe")
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 9.0],
+    "short_factor": [1.0, 1.0, 1.1, 1.1, 1.2, 1.2, 1.3, 1.4],
+    "original_max_position_embeddings": 256,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("llama", "qwen3", "gemma2", "gpt2", "mixtral", "qwen2-moe", "gemma", "phi", "stablelm", "falcon", "phi3-fused-qkv")},
+    "falcon of groups": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon of heads": ("falcon", {"multi_query": False}),
+    "phi3 of two lengths": ("phi3-fused-qkv", {"rope_parameters": LONG, "original_max_position_embeddings": 256, "max_position_embeddings": 512}),
+}  # fmt: skip
 NORMS = "norm.weight"
 """To Gemma's a number is added in the file and taken away again, which rounds."""
 
@@ -34,7 +47,8 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_comes_back(name: str, models: Callable[..., Path], tmp_path: Path) -> None:
-    plain, file = models(name), tmp_path / "m.gguf"
+    model, changes = FAMILIES[name]
+    plain, file = models(model, **changes), tmp_path / "m.gguf"
     result = convert_model(plain, file, "gguf")
     assert result["copied"] == len(result["tensors"]) and result["bytes"] == file.stat().st_size
     before, after = Checkpoint.open(plain), Checkpoint.open(file)
@@ -43,7 +57,7 @@ def test_a_model_comes_back(name: str, models: Callable[..., Path], tmp_path: Pa
     else:
         assert before.names == after.names
     for tensor in before.names.keys() & after.names.keys():
-        close = name == "gemma2" and tensor.endswith(NORMS)
+        close = name in ("gemma", "gemma2") and tensor.endswith(NORMS)
         torch.testing.assert_close(
             after.dense(tensor), before.dense(tensor), rtol=1e-6 if close else 0, atol=2e-7 if close else 0
         )

@@ -14,6 +14,7 @@ import torch
 
 import arrondi
 from arrondi.pipeline.convert import convert_model
+from tests.checkpoint.containers.test_gguf import FAMILIES
 
 pytestmark = pytest.mark.peer
 
@@ -21,7 +22,7 @@ TOKENS = tuple(range(1, 13))
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("llama", "qwen3", "gemma2", "gpt2", "mixtral", "qwen2-moe")},
+    **FAMILIES,
     "gemma3": ("gemma3", {"num_hidden_layers": 6, "layer_types": None}),
     "yarn": ("llama", {"rope_parameters": YARN}),
     "linear": ("llama", {"rope_parameters": LINEAR}),

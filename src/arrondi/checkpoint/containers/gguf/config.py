@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from arrondi.checkpoint.containers.config import QUANTIZATION
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
+from arrondi.checkpoint.containers.gguf.families import FAMILIES
 from arrondi.checkpoint.containers.gguf.header import Header
 from arrondi.checkpoint.containers.gguf.rope import rope_of
 from arrondi.errors import FileFormatError
@@ -58,7 +59,8 @@ def config_of(header: Header) -> dict[str, Any]:
 
     architecture = header.architecture
     try:
-        config: dict[str, Any] = load_gguf_checkpoint(str(header.path))["config"]
+        family = FAMILIES.get(architecture)
+        config: dict[str, Any] = family.config(header) if family else load_gguf_checkpoint(str(header.path))["config"]
         if config.get("model_type") == "llama" and header.value(f"{architecture}.expert_count", 0):
             config |= {"model_type": "mixtral", "num_local_experts": header.value(f"{architecture}.expert_count")}
         usual = transformers.CONFIG_MAPPING[config["model_type"]]()
@@ -107,6 +109,8 @@ def _alike(one: Any, two: Any) -> bool:
             for k in (one.keys() | two.keys())
             if one.get(k) is not None and two.get(k) is not None
         )
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(_alike(a, b) for a, b in zip(one, two, strict=True))
     if isinstance(one, int | float) and isinstance(two, int | float):
         return math.isclose(one, two, rel_tol=1e-6)
     return bool(one == two)

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+from arrondi.checkpoint.containers.gguf.families import FAMILIES
 from arrondi.checkpoint.containers.gguf.header import Field
+from arrondi.checkpoint.containers.gguf.rope import attention_factor
 from arrondi.errors import SchemeError
 
 _UINT32, _FLOAT32, _BOOL, _STRING = 4, 6, 7, 8
 
 _CALLED: Final[Mapping[str, str]] = MappingProxyType({
-    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3",
+    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", **{f.model_type: name for name, f in FAMILIES.items()},
 })  # fmt: skip
 """model_type → architecture in GGUF, where they are not spelled alike."""
 
@@ -49,6 +51,14 @@ def _scaled(config: Any, key: str) -> Any:
     return _rope(config, key) if _rope(config, "rope_type") in ("linear", "yarn") else None
 
 
+def _original(config: Any) -> Any:
+    return (
+        _rope(config, "original_max_position_embeddings")
+        if _rope(config, "rope_type") in ("yarn", "longrope")
+        else None
+    )
+
+
 def _key_length(config: Any) -> Any:
     return getattr(config, "head_dim", None)
 
@@ -65,7 +75,8 @@ _MORE: Final[Mapping[str, _Get]] = MappingProxyType({
     "rope.freq_base": lambda c: _rope(c, "rope_theta"),
     "rope.scaling.type": lambda c: _scaled(c, "rope_type"),
     "rope.scaling.factor": lambda c: _scaled(c, "factor"),
-    "rope.scaling.original_context_length": lambda c: _scaled(c, "original_max_position_embeddings"),
+    "rope.scaling.original_context_length": _original,
+    "rope.scaling.attn_factor": attention_factor,
     "expert_count": lambda c: getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None),
     "expert_used_count": lambda c: getattr(c, "num_experts_per_tok", None),
     "expert_feed_forward_length": lambda c: getattr(c, "moe_intermediate_size", None),
@@ -113,20 +124,26 @@ def fields_of_config(config: Any, name: str) -> dict[str, Field]:
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     architecture, kind = architecture_of(config), config.model_type
-    words = next(
-        (GGUF_CONFIG_MAPPING[k] for k in (kind, _WORDS.get(kind), architecture) if k in GGUF_CONFIG_MAPPING), None
+    family = FAMILIES.get(architecture)
+    words = (
+        family.words
+        if family
+        else next(
+            (GGUF_CONFIG_MAPPING[k] for k in (kind, _WORDS.get(kind), architecture) if k in GGUF_CONFIG_MAPPING), None
+        )
     )
     if words is None:
         raise SchemeError(
             f"How GGUF describes a model of the type {kind!r} is not known here. Give a GGUF file of this model: --template F16.gguf."
         )
     rope = _rope(config, "rope_type")
-    if rope not in (None, "default", "linear", "yarn", "llama3"):
+    if rope not in (None, "default", "linear", "yarn", "llama3", "longrope"):
         raise SchemeError(
             f"Positions are scaled by {rope!r}, which is not written here. Give a GGUF file of this model: --template F16.gguf."
         )
     values = {key: getattr(config, own, None) for key, own in words.items() if own is not None}
-    values |= {key: found for key, get in _MORE.items() if (found := get(config)) is not None}
+    more = {**_MORE, **(family.more if family else {})}
+    values |= {key: found for key, get in more.items() if (found := get(config)) is not None}
     fields = {
         "general.architecture": Field(_STRING, None, architecture),
         "general.type": Field(_STRING, None, "model"),

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from arrondi.checkpoint.containers.gguf.families import FAMILIES
 from arrondi.checkpoint.containers.gguf.header import Header, Stored
 from arrondi.checkpoint.containers.gguf.tables import own_tables
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry
@@ -67,6 +68,9 @@ def processor_of(architecture: str, config: Mapping[str, Any]) -> Any:
     """Transformers' way back for an architecture, as GGUF calls it."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+    family = FAMILIES.get(architecture)
+    if family is not None and family.processor is not None:
+        return family.processor(config)
     return TENSOR_PROCESSORS.get(_LIKE.get(architecture, architecture), TensorProcessor)(config=dict(config))
 
 

@@ -1,7 +1,7 @@
 """Rotary positions as a GGUF file describes them, in transformers' words.
 
-Owns: `rope_of`, and `factors_of` for the way back. The header says how positions are scaled; the frequencies of Llama 3 are a tensor instead, which is compared with what
-the config that its makers gave would compute.
+Owns: `rope_of`, and `factors_of` for the way back. The header says how positions are scaled; the frequencies of Llama 3 are a tensor instead, which
+is compared with what the config that its makers gave would compute, and those of Phi 3 two, for short texts and long ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from arrondi.checkpoint.containers.gguf.header import Header
 from arrondi.errors import FileFormatError
 
 _FACTORS: Final = "rope_freqs.weight"
+_LONG: Final = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 _LLAMA3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Llama 3.1 and all that follow it have; only the factor differs."""
 _SAME: Final = 1e-4
@@ -31,19 +32,37 @@ def rope_of(header: Header, config: dict[str, Any]) -> dict[str, Any]:
     base = float(config.get("rope_theta") or header.value(f"{name}.rope.freq_base") or _BASE)
     kind = header.value(f"{name}.rope.scaling.type", "none")
     factor = header.value(f"{name}.rope.scaling.factor")
+    original = header.value(f"{name}.rope.scaling.original_context_length")
+    if _LONG["long_factor"] in header.tensors and _LONG["short_factor"] in header.tensors and original:
+        lists = {word: header.read(tensor).flatten().tolist() for word, tensor in _LONG.items()}
+        more = {"original_max_position_embeddings": int(original)}
+        attention = header.value(f"{name}.rope.scaling.attn_factor")
+        said = {**lists, **more, **({"attention_factor": float(attention)} if attention else {})}
+        return {
+            "rope_parameters": {"rope_theta": base, "rope_type": "longrope", **_share(header, config), **said},
+            **more,
+        }
     if _FACTORS in header.tensors:
         return {"rope_parameters": {"rope_theta": base, **_llama3(header, config, base)}}
+    part = _share(header, config)
     if kind == "none" or not factor or (kind == "linear" and factor == 1):
-        return {}
+        return {"rope_parameters": {"rope_theta": base, "rope_type": "default", **part}} if part else {}
     if kind == "linear":
         return {"rope_parameters": {"rope_theta": base, "rope_type": "linear", "factor": float(factor)}}
     if kind == "yarn":
-        original = header.value(f"{name}.rope.scaling.original_context_length")
         more = {"original_max_position_embeddings": int(original)} if original else {}
         return {"rope_parameters": {"rope_theta": base, "rope_type": "yarn", "factor": float(factor), **more}}
     raise FileFormatError(
         f"{header.path}: scales its positions by {kind!r}, which is not read here. Give the original model."
     )
+
+
+def _share(header: Header, config: dict[str, Any]) -> dict[str, float]:
+    """Of each head what is turned, where that is not all."""
+    name = header.architecture
+    turned, heads = header.value(f"{name}.rope.dimension_count"), config.get("num_attention_heads")
+    whole = header.value(f"{name}.attention.key_length") or (config["hidden_size"] // heads if heads else None)
+    return {"partial_rotary_factor": turned / whole} if turned and whole and turned < whole else {}
 
 
 def _llama3(header: Header, config: dict[str, Any], base: float) -> dict[str, Any]:
@@ -65,10 +84,25 @@ def _divisors(count: int, base: float, rule: dict[str, Any]) -> torch.Tensor:
     return 1 / ((1 - smooth) / rule["factor"] + smooth)
 
 
-def factors_of(config: Any) -> torch.Tensor | None:
-    """What a file says of the frequencies of a config whose positions are scaled as Llama 3's are: float32 (head size / 2,); else None."""
+def factors_of(config: Any) -> dict[str, torch.Tensor]:
+    """The tensors by which a file says how positions are scaled, float32 (turned numbers of a head / 2,): of Llama 3's way and of Phi 3's."""
     rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return {tensor: torch.tensor(rope[word], dtype=torch.float32) for word, tensor in _LONG.items()}
     if rope.get("rope_type") != "llama3":
-        return None
+        return {}
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return _divisors(size // 2, float(rope["rope_theta"]), rope).float()
+    return {_FACTORS: _divisors(size // 2, float(rope["rope_theta"]), rope).float()}
+
+
+def attention_factor(config: Any) -> float | None:
+    """By what queries and keys of long texts are multiplied where positions are scaled as Phi 3's are; None: they are not.
+
+    Source: Ding et al., 2024, arXiv:2402.13753, as transformers computes it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    given, original = rope.get("attention_factor"), int(rope["original_max_position_embeddings"])
+    factor = rope.get("factor") or config.max_position_embeddings / original
+    return float(given) if given else math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
