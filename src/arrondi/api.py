@@ -43,7 +43,7 @@ from arrondi.verification import verify_model
 
 AnyScheme = str | Scheme | LayerScheme
 _OF_DIRECTORIES: Final = (
-    "out", "kv", "observer", "evaluation", "limits", "to", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
+    "out", "kv", "observer", "evaluation", "limits", "to", "template", "device", "overwrite", "shard_bytes", "samples", "seq_len", "eval_samples", "seed", "column", "imatrix", "images",
 )  # fmt: skip
 """Arguments of `quantize` that are for model directories alone."""
 
@@ -87,6 +87,7 @@ def quantize(
     grids: Mapping[str, str] | None = None,
     budget: str | None = None,
     budget_by: str = "loss",
+    template: str | Path | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -117,6 +118,7 @@ def quantize(
         faint: whether values of such networks whose quiet samples eight bits drown have sixteen.
         int32_bias: whether biases of such networks are written as int32 codes of scale S_x · S_w.
         to: the layout of the files, a name of `arrondi.checkpoint.LAYOUTS`; None takes the most widely read that holds the scheme.
+        template: with `to="gguf"`, a GGUF file of the same model, whose header is taken.
         keep_misfits, shard_bytes, overwrite, device, progress: see `arrondi.pipeline.quantize_model`.
 
     Returns:
@@ -173,7 +175,7 @@ def quantize(
         images,
     )
     return quantize_model(
-        model, out, rules, text, layout=to, keep_misfits=keep_misfits, shard_bytes=shard_bytes,
+        model, out, rules, text, layout=to, keep_misfits=keep_misfits, template=template, shard_bytes=shard_bytes,
         overwrite=overwrite, device=device, progress=progress,
     )  # fmt: skip
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, GGUFWriter, LlamaFileType, dequantize
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import ArrondiError, OutputError
+from arrondi.pipeline.convert import convert_model
 
 
 @pytest.mark.parametrize(("scheme", "method"), [("Q4_0", "rtn"), ("Q8_0", "gptq")])
@@ -35,6 +36,7 @@ def test_one_file_and_its_report(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "m.report.json"]
     assert report["file_bytes"] == out.stat().st_size
     assert {t.tensor_type.name for t in GGUFReader(out).tensors if "ffn" in t.name and "norm" not in t.name} == {scheme}
+    assert GGUFReader(out).fields["general.name"].contents() == plain.name
     found = arrondi.evaluate(out, plain, text, seq_len=32, samples=4)
     assert found["kl_mean"] == pytest.approx(report["evaluation"]["kl_mean"], rel=1e-6)
 
@@ -78,3 +80,55 @@ def test_a_killed_run_goes_on(models: Callable[..., Path], tmp_path: Path) -> No
     assert out.read_bytes() == whole
     with pytest.raises(OutputError, match="is there already"):
         arrondi.quantize(plain, "Q4_0", out=out, to="gguf")
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+
+
+def number_of(file: Path) -> str:
+    fields = GGUFReader(file).fields
+    assert fields["general.quantization_version"].contents() == 2
+    return LlamaFileType(fields["general.file_type"].contents()).name
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q3_K_S", "mix:Q2_K", "Q5_K_S"])
+def test_a_file_of_a_mix_bears_its_number(mix: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """As llama-quantize writes it; from the types of so few blocks Q3_K_S looks like another."""
+    arrondi.quantize(models("llama", **WIDE), mix, out=tmp_path / "m.gguf", to="gguf")
+    assert number_of(tmp_path / "m.gguf") == f"MOSTLY_{mix.removeprefix('mix:')}"
+    convert_model(tmp_path / "m.gguf", tmp_path / "again.gguf", "gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
+def test_a_mix_of_a_few_tensors_gives_no_name(models: Callable[..., Path], tmp_path: Path) -> None:
+    rules = (arrondi.Rule("Q4_K_M", "rtn", ("re:.*k_proj.*",)), arrondi.Rule("Q8_0", "rtn"))
+    arrondi.quantize(models("llama", **WIDE), recipe=arrondi.Recipe(rules), out=tmp_path / "m.gguf", to="gguf")
+    assert number_of(tmp_path / "m.gguf") == "MOSTLY_Q8_0"
+
+
+def test_a_template_gives_the_header(models: Callable[..., Path], tmp_path: Path) -> None:
+    plain, template, out = models("llama", **WIDE), tmp_path / "f16.gguf", tmp_path / "m.gguf"
+    convert_model(plain, tmp_path / "first.gguf", "gguf")
+    reader = GGUFReader(tmp_path / "first.gguf")
+    writer = GGUFWriter(template, "llama")
+    for key, field in reader.fields.items():
+        if key.startswith("llama."):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    writer.add_name("of the template")
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    arrondi.quantize(plain, "Q4_K_M", out=out, to="gguf", template=template)
+    assert GGUFReader(out).fields["general.name"].contents() == "of the template"
+    assert number_of(out) == "MOSTLY_Q4_K_M"
+    other = tmp_path / "gpt2.gguf"
+    convert_model(models("gpt2"), other, "gguf")
+    for wrong, words in ((other, "of the architecture 'gpt2'"), (plain / "config.json", "is no GGUF file")):
+        with pytest.raises(ArrondiError, match=words):
+            arrondi.quantize(plain, "Q4_K_M", out=tmp_path / "n.gguf", to="gguf", template=wrong)
+    with pytest.raises(ArrondiError, match="goes with --to gguf"):
+        arrondi.quantize(plain, "W4A16", out=tmp_path / "n", template=template)
+    assert {p.name for p in tmp_path.iterdir()} == {"first.gguf", "f16.gguf", "gpt2.gguf", "m.gguf", "m.report.json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -113,6 +114,9 @@ def quantize(
     option: opt.Options = None,
     recipe: opt.RecipeFile = None,
     to: opt.LayoutName = None,
+    template: Annotated[
+        Path | None, typer.Option(help="With --to gguf: a GGUF file of the same model, whose header is taken.")
+    ] = None,
     keep_misfits: opt.KeepMisfits = False,
     shard_size: Annotated[str, typer.Option(help="Largest output file: 500MB, 5GB.")] = "5GB",
     device: opt.Device = "cpu",
@@ -151,7 +155,7 @@ def quantize(
     if is_graph_file(model):
         networks.refuse_text_options({
             "--eval-text": eval_text, "--column": column, "--imatrix": imatrix, "--calibration-images": calibration_images,
-            "--to": to, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase,
+            "--to": to, "--template": template, "--embeddings": embeddings, "--kv": kv, "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase,
             "--all-experts": all_experts, "--keep-misfits": keep_misfits, "--device": device != "cpu",
             **dict.fromkeys(set_by_user(context, "seq_len", "eval_samples", "shard_size"), True),
         })  # fmt: skip
@@ -226,6 +230,7 @@ def quantize(
             resolved,
             text,
             layout=to,
+            template=template,
             keep_misfits=keep_misfits,
             shard_bytes=shard_bytes,
             overwrite=overwrite,

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
+from arrondi.checkpoint.containers.tokenizer import tokenizer_of
 from arrondi.errors import DataError, FileFormatError
 
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -27,24 +27,11 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         FileFormatError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise FileFormatError(
             f"{folder}: no tokenizer files. Copy tokenizer.json and tokenizer_config.json there; text cannot be read without them."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tokenizer.decode(
-            join(encode(["One text, ", "and another."], tokenizer), tokenizer)
-        )  # some errors show only now
-        return tokenizer
-    except Exception as error:  # whatever a broken tokenizer raises, it is the file that is wrong
-        reraise_exhaustion(error)
-        reason = str(error).strip().partition("\n")[0]
-        raise FileFormatError(
-            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}). Take its files from the original model."
-        ) from error
+    return tokenizer_of(folder, lambda t: t.decode(join(encode(["One text, ", "and another."], t), t)))
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -19,7 +19,7 @@ from arrondi.errors import SchemeError, unknown
 from arrondi.formats import LayerScheme, parse_scheme
 from arrondi.model import OnDisk
 from arrondi.pipeline.convert_choice import Choice, chosen, converted, stays
-from arrondi.pipeline.gguf_out import write_gguf
+from arrondi.pipeline.gguf_out import Named, write_gguf
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import recorded, travelling
 from arrondi.pipeline.manifest import check_apart, finished
@@ -50,6 +50,7 @@ def convert_model(
     scheme: str | LayerScheme | None = None,
     exact_only: bool = False,
     template: str | Path | None = None,
+    called: Named = Named(),
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -64,11 +65,12 @@ def convert_model(
         exact_only: refuse where a value would change.
         template: for "gguf", a GGUF file of the same architecture, whose header is taken; for "onnx", a graph of the model, whose weights are
             replaced, instead of the one that PyTorch exports.
+        called: for "gguf", its names where the model given is not the one that its user has.
         shard_bytes, overwrite, progress: as for `quantize_model`.
 
     Returns:
         `to`; `tensors`, each with its name, what it was (`from`), what it is (`to`), `verdict`, and, where values changed, `max_error` and `sqnr_db`;
-        `exact`, `rescaled`, `requantized` and `copied`, how many there are; and `bytes`.
+        `exact`, `rescaled`, `requantized` and `copied`, how many there are; `notes`, sentences about a GGUF file; and `bytes`.
 
     Raises:
         FileFormatError: not a model, or a layout that is not known.
@@ -93,12 +95,13 @@ def convert_model(
         work.refuse_changes()
     check_apart(source.checkpoint.folder.path, out)
     if to == GGUF:
-        nbytes = write_gguf(
-            source, work.planned, work.values, out, template=template, overwrite=overwrite, progress=progress
-        )
+        nbytes, notes = write_gguf(
+            source, work.planned, work.values, out, template=template, called=called, overwrite=overwrite, progress=progress
+        )  # fmt: skip
     else:
+        notes = []
         nbytes = _write_directory(source, work, out, shard_bytes, overwrite, progress)
-    return {"to": to, **work.summary(), "bytes": nbytes}
+    return {"to": to, **work.summary(), "notes": notes, "bytes": nbytes}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ any other; what it wrote is then put into the file as it is.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from arrondi.checkpoint import write_json
 from arrondi.checkpoint.containers.gguf.header import is_gguf
 from arrondi.checkpoint.containers.gguf.metadata import fields_of_config
 from arrondi.checkpoint.containers.gguf.naming import gguf_places
+from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer
 from arrondi.checkpoint.containers.onnx.view import SUFFIX
 from arrondi.errors import SchemeError
 from arrondi.pipeline.convert import convert_model
-from arrondi.pipeline.gguf_out import check_file
+from arrondi.pipeline.gguf_out import Named, check_file, header_of_template
 from arrondi.pipeline.onnx_export import check_exportable, stored_names
 from arrondi.pipeline.onnx_out import check_out
 from arrondi.pipeline.run import Progress
@@ -25,27 +27,50 @@ from arrondi.pipeline.task import Task
 
 
 def quantize_gguf(
-    task: Task, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+    task: Task,
+    out: Path,
+    *,
+    template: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a task whose layout is "gguf", and make one file of what it wrote; its report lies beside it, as `NAME.report.json`.
 
+    Args:
+        template: a GGUF file of the same architecture, whose header is taken; None: the source, if it is one.
+
     Raises:
         SchemeError: GGUF has no words for the model.
+        FileFormatError: the template is no GGUF file.
         OutputError: the name is no file's, something is there, or the disk is full.
     """
     check_file(out, overwrite)
     source = task.opened.source
-    template = source.where if is_gguf(source.where) else None
+    if template is None and is_gguf(source.where):
+        template = source.where
     if template is None:
         fields_of_config(source.model.config, "")
+        fields_of_tokenizer(source.checkpoint.folder.home, 0)
+    else:
+        header_of_template(template, source.model.config)
     gguf_places(source.model.config, {t.name: t.shape for t in source.tensors})
     folder = out.with_name(f".{out.name}.run")
     report = task.run(folder, progress=progress)
-    result = convert_model(folder, out, "gguf", exact_only=True, template=template, overwrite=overwrite)
-    report = {**report, "container": "gguf", "file_bytes": result["bytes"]}
+    called = Named(source.where.resolve().name, _mix_of(task))
+    result = convert_model(folder, out, "gguf", exact_only=True, template=template, called=called, overwrite=overwrite)
+    notes = [*report["notes"], *result["notes"]]
+    report = {**report, "notes": notes, "container": "gguf", "file_bytes": result["bytes"]}
     write_json(out.with_name(f"{out.stem}.report.json"), report)
     shutil.rmtree(folder)
     return report
+
+
+def _mix_of(task: Task) -> str:
+    """The mix by which most weights get their types; "": that is none."""
+    weights: Counter[str] = Counter()
+    for tensor in task.plan.quantized:
+        weights[tensor.rule.mix if tensor.rule else ""] += tensor.weights
+    return max(weights, key=lambda mix: weights[mix], default="")
 
 
 def quantize_onnx(

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from arrondi.checkpoint import LAYOUTS, LayerValues, ModelFacts
 from arrondi.checkpoint.containers.gguf.config import unsaid
 from arrondi.checkpoint.containers.gguf.encode import GGUFPlan, GGUFWriter
-from arrondi.checkpoint.containers.gguf.header import Field, is_gguf, read_header, split_files
+from arrondi.checkpoint.containers.gguf.header import Field, Header, is_gguf, read_header, split_files
 from arrondi.checkpoint.containers.gguf.metadata import architecture_of, fields_of_config
 from arrondi.checkpoint.containers.gguf.naming import Place, gguf_places
 from arrondi.checkpoint.containers.gguf.rope import factors_of
-from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer
+from arrondi.checkpoint.containers.gguf.tokens import caveats_of
+from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer, named
 from arrondi.checkpoint.containers.tensor_file import DTYPE_NAMES
 from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError, OutputError, SchemeError
@@ -42,6 +43,25 @@ Values = Callable[[str], LayerValues]
 Progress = Callable[[int, int, str], None]
 
 
+class Written(NamedTuple):
+    """What was written: its bytes, and sentences about what a reader should know of it."""
+
+    nbytes: int
+    notes: list[str]
+
+
+class Named(NamedTuple):
+    """What a file is called that was made in several steps.
+
+    Attributes:
+        model: its name; "": that of its directory.
+        mix: that by which its types were chosen; "": it is found by the types.
+    """
+
+    model: str = ""
+    mix: str = ""
+
+
 def write_gguf(
     source: OnDisk,
     planned: list[PlannedTensor],
@@ -49,9 +69,10 @@ def write_gguf(
     out: Path,
     *,
     template: str | Path | None = None,
+    called: Named = Named(),
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> int:
+) -> Written:
     """Write a model whose quantized tensors are blocks of ggml.
 
     Args:
@@ -60,10 +81,8 @@ def write_gguf(
         values: the layer of a quantized tensor.
         out: the file.
         template: a GGUF file of the same architecture, whose keys are taken.
+        called: its names.
         overwrite: a file that is there may be replaced.
-
-    Returns:
-        bytes of the file.
 
     Raises:
         SchemeError: a tensor or an architecture that GGUF has no name for.
@@ -83,7 +102,7 @@ def write_gguf(
             )
     factors = factors_of(source.model.config)
     layout |= {name: ("F32", tuple(factor.shape)) for name, factor in factors.items()}
-    fields = _fields(source, template, places, layout)
+    fields = _fields(source, template, called, layout)
     writer = GGUFWriter(out, GGUFPlan(fields, layout))
     try:
         for i, t in enumerate(planned):
@@ -99,7 +118,7 @@ def write_gguf(
         writer.publish()
     finally:
         writer.close()
-    return out.stat().st_size
+    return Written(out.stat().st_size, caveats_of(fields))
 
 
 def check_file(out: Path, overwrite: bool) -> None:
@@ -137,35 +156,62 @@ def _stored(source: OnDisk, tensor: PlannedTensor, values: Values, place: Place,
 def _fields(
     source: OnDisk,
     template: str | Path | None,
-    places: Mapping[str, Place],
+    called: Named,
     layout: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> dict[str, Field]:
     """The keys of the header."""
     path = Path(template) if template is not None else source.checkpoint.folder.path
-    if template is not None and not is_gguf(path):
-        raise FileFormatError(f"{path}: is no GGUF file. A template is one of the same model, such as its F16 file.")
-    if is_gguf(path):
-        header = read_header(split_files(path)[0])
-        wanted = architecture_of(source.model.config)
-        if header.architecture != wanted:
-            raise SchemeError(
-                f"{path}: of the architecture {header.architecture!r}, and the model is {wanted!r}. Give a file of the same model."
-            )
-        fields = {k: f for k, f in header.fields.items() if not k.startswith(_OF_SPLITS)}
+    if template is not None or is_gguf(path):
+        fields = {
+            k: f
+            for k, f in header_of_template(path, source.model.config).fields.items()
+            if not k.startswith(_OF_SPLITS)
+        }
+        if template is None and _same_types(path, layout):
+            return fields
     else:
         where = source.checkpoint.folder.home
         rows = next((s for n, (_, s) in layout.items() if n == _TOKENS), (0,))[0]
-        fields = fields_of_config(source.model.config, where.resolve().name) | fields_of_tokenizer(where, rows)
+        tokenizer = fields_of_tokenizer(where, rows)
+        name = named(called.model or where.resolve().name, tokenizer)
+        fields = fields_of_config(source.model.config, name) | tokenizer
     return fields | {
-        "general.file_type": Field(_UINT32, None, _file_type(layout)),
+        "general.file_type": Field(_UINT32, None, _file_type(layout, called.mix)),
         "general.quantization_version": Field(_UINT32, None, 2),
     }
 
 
-def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """The number by which llama.cpp calls a file of such types: that of most matrices in its blocks, and of the mix that the others make it."""
+def header_of_template(path: str | Path, config: Any) -> Header:
+    """The header of a GGUF file whose keys a model takes.
+
+    Raises:
+        FileFormatError: it is no GGUF file.
+        SchemeError: it is of another architecture.
+    """
+    path = Path(path)
+    if not is_gguf(path):
+        raise FileFormatError(f"{path}: is no GGUF file. A template is one of the same model, such as its F16 file.")
+    header, wanted = read_header(split_files(path)[0]), architecture_of(config)
+    if header.architecture != wanted:
+        raise SchemeError(
+            f"{path}: of the architecture {header.architecture!r}, and the model is {wanted!r}. Give a file of the same model."
+        )
+    return header
+
+
+def _same_types(path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+    """Whether a file has every tensor in the type in which it will be written: then what it says of itself stays true."""
+    stored = {n: s.type for file in split_files(path) for n, s in read_header(file).tensors.items()}
+    return stored == {n: kind for n, (kind, _) in layout.items()}
+
+
+def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]], mix: str = "") -> int:
+    """The number by which llama.cpp calls a file: of the mix that its types were chosen by, else of most matrices in its blocks and what the others make it."""
     from gguf import LlamaFileType
 
+    names: dict[str, Any] = {t.name: t.value for t in LlamaFileType}
+    if mix:
+        return int(names[f"MOSTLY_{mix}"])
     counts: dict[str, int] = {}
     for name, (kind, shape) in layout.items():
         if len(shape) > 1 and name.startswith("blk."):
@@ -175,5 +221,4 @@ def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
         return _FILE_TYPES[most]
     others = _MIXED.get(most, {"": most})
     name = next(name for other, name in others.items() if not other or other in counts)
-    names: dict[str, Any] = {t.name: t.value for t in LlamaFileType}
     return int(names.get(f"MOSTLY_{name}", 0))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arrondi.errors import SchemeError
 from arrondi.model import OnDisk, device_named
 from arrondi.pipeline.convert import GGUF, ONNX
 from arrondi.pipeline.file_runs import quantize_gguf, quantize_onnx
@@ -25,6 +26,7 @@ def quantize_model(
     *,
     layout: str | None = None,
     keep_misfits: bool = False,
+    template: str | Path | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     device: str = "cpu",
@@ -41,6 +43,7 @@ def quantize_model(
         text: calibration and evaluation text.
         layout: storage layout; None takes the most widely read one that holds everything.
         keep_misfits: keep weights whose shape does not fit instead of taking other groups.
+        template: with the layout "gguf", a GGUF file of the same architecture, whose header is taken.
         shard_bytes: files are split when they would exceed this.
         overwrite: a finished output may be replaced.
         device: where units are run, as torch names devices.
@@ -55,12 +58,14 @@ def quantize_model(
     """
     text, out = text or TextOptions(), Path(out)
     device_named(device)
+    if template is not None and layout != GGUF:
+        raise SchemeError("A template is a GGUF file of the same model and goes with --to gguf. Leave it out.")
     opened = Opened.read(original(model, out), text, device, recipe)
     task = Task.of(opened, recipe, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes)
     if planned is not None:
         planned(task.plan.to_dict())
     if task.plan.layout.name == GGUF:
-        return quantize_gguf(task, out, overwrite=overwrite, progress=progress)
+        return quantize_gguf(task, out, template=template, overwrite=overwrite, progress=progress)
     if task.plan.layout.name in ONNX:
         return quantize_onnx(task, out, overwrite=overwrite, progress=progress)
     return task.run(out, overwrite=overwrite, progress=progress)

@@ -18,6 +18,8 @@ def print_conversion(document: Mapping[str, Any]) -> None:
                 out,
                 f"{row['name']}: {row['verdict']}, {row['from']} → {row['to']}, at most {row['max_error']:.3g} off{lost}",
             )
+    for note in document.get("notes", ()):
+        say(out, note, warn=True)
     counts = [f"{document[v]} {v}" for v in ("exact", "rescaled", "requantized", "copied") if document[v]]
     say(out, f"{', '.join(counts)}; {document['to']}, {document['bytes'] / 1e6:,.1f} MB.")
 

@@ -1,27 +1,44 @@
-"""Tokenizers as keys of a GGUF header: what llama.cpp cuts as the library tokenizers does is written, all else refused."""
+"""Tokenizers as keys of a GGUF header: what llama.cpp cuts as their makers do is written, all else refused."""
 
 from __future__ import annotations
 
+import base64
 import json
-import os
-import subprocess
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
-from arrondi.checkpoint.containers.gguf.encode import GGUFPlan, GGUFWriter
+from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.gguf.header import Field, read_header
-from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer
+from arrondi.checkpoint.containers.gguf.tokens import caveats_of
+from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer, named
 from arrondi.errors import FileFormatError, SchemeError
 from arrondi.pipeline.convert import convert_model
-from tests.checkpoint.containers.vocabularies import likely, model_file, pairs, texts
+from tests.checkpoint.containers.vocabularies import (
+    CUTS,
+    DIGITS,
+    LETTERS,
+    TEXTS,
+    WORDS,
+    by_name,
+    home,
+    likely,
+    model_file,
+    pairs,
+    parts_of_words,
+    pieces,
+    sample,
+    scored,
+    split_by,
+    steps,
+)
 
-NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 ALIKE = (
     "tokens",
     "token_type",
@@ -31,18 +48,6 @@ ALIKE = (
     "eos_token_id",
     "unknown_token_id",
 )
-
-
-def home(folder: Path, document: dict[str, Any], file: bytes = b"") -> Path:
-    """A directory with this tokenizer: as a tokenizer.model where there is one."""
-    folder.mkdir(exist_ok=True)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if file:
-        (folder / "tokenizer.model").write_bytes(file)
-    else:
-        (folder / "tokenizer.json").write_text(json.dumps(document))
-    return folder
 
 
 def test_both_files_of_a_vocabulary_say_the_same(tmp_path: Path) -> None:
@@ -71,40 +76,87 @@ def test_added_tokens_lie_behind_the_pieces(tmp_path: Path) -> None:
     assert tokens[count:] == ["<tool>", f"[PAD{count + 1}]", f"[PAD{count + 2}]"] and types[count:] == [3, 5, 5]
 
 
-def _nfkc(document: dict[str, Any]) -> None:
-    document["normalizer"]["normalizers"].append({"type": "NFKC"})
+@pytest.mark.parametrize("name", CUTS)
+def test_every_way_to_cut_has_its_name(name: str, tmp_path: Path) -> None:
+    fields = fields_of_tokenizer(home(tmp_path / "m", by_name(name)), 0)
+    assert fields["tokenizer.ggml.pre"].value == name and fields["tokenizer.ggml.model"].value == "gpt2"
 
 
-def _digits(document: dict[str, Any]) -> None:
-    document["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
+def test_whole_words_are_merged_or_not_where_that_changes_nothing(tmp_path: Path) -> None:
+    document = by_name("qwen2")
+    document["model"]["ignore_merges"] = True
+    assert fields_of_tokenizer(home(tmp_path / "m", document), 0)["tokenizer.ggml.pre"].value == "qwen2"
+    document["model"]["merges"] = document["model"]["merges"][1:]  # the first piece is a word that merges do not make
+    with pytest.raises(SchemeError, match="no name for"):
+        fields_of_tokenizer(home(tmp_path / "m", document), 0)
 
 
-def _spaces(document: dict[str, Any]) -> None:
-    document["normalizer"] = None
+def changed(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    model = changes.pop("model", {})
+    return {**document, **changes, "model": {**document["model"], **model}}
 
 
-def _twice(document: dict[str, Any]) -> None:
-    document["added_tokens"].append({"id": len(document["model"]["vocab"]), "content": "a", "special": False})
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "another pattern": (lambda: changed(sample(), pre_tokenizer=steps(split_by("."), LETTERS)), "cuts texts in a way that llama.cpp has no name for"),
+    "pieces of Falcon's": (lambda: changed(sample(), pre_tokenizer=CUTS["falcon"][0]), "never makes its piece 'Ġ"),
+    "another step": (lambda: changed(sample(), pre_tokenizer=steps(WORDS, DIGITS)), "cuts texts in a way that llama.cpp has no name for"),
+    "a space before": (lambda: changed(sample(), pre_tokenizer={**WORDS, "add_prefix_space": True}), "cuts texts in a way"),
+    "lower case": (lambda: changed(sample(), normalizer={"type": "Lowercase"}), "changes texts by Lowercase"),
+    "ends of words": (lambda: changed(sample(), model={"end_of_word_suffix": "</w>"}), "end_of_word_suffix"),
+    "a list of words": (lambda: changed(sample(), model={"type": "WordLevel", "unk_token": "a"}), "'WordLevel' is not known to llama.cpp"),
+    "pieces in lower case": (lambda: changed(pieces(prefixed=True), normalizer={"type": "Lowercase"}), "changes texts with Lowercase"),
+    "early and late": (lambda: early_and_late(), "early and late"),
+    "a piece out of reach": (lambda: out_of_reach(), "are not what its merges make"),
+    "likely pieces and bytes": (lambda: changed(likely(), model={"byte_fallback": True}), "in bytes"),
+    "likely pieces cut at lines": (lambda: changed(scored(), pre_tokenizer=steps({"type": "WhitespaceSplit"}, METASPACE)), "line ends"),
+    "a normal form": (lambda: changed(pairs(), normalizer={"type": "NFKC"}), "with NFKC"),
+    "digits apart": (lambda: changed(pairs(), pre_tokenizer=DIGITS), "with Digits"),
+    "spaces as they are": (lambda: changed(pairs(), normalizer=None), "keeps spaces"),
+    "two alike": (lambda: twice(), "'a' under two numbers"),
+    "pieces with spaces": (lambda: changed(pieces(prefixed=False), pre_tokenizer={**METASPACE, "split": True, "prepend_scheme": "never"}), "though it splits"),
+    "words of another kind": (lambda: changed(parts_of_words(), pre_tokenizer={"type": "Whitespace"}), "otherwise than BERT"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(_nfkc, "with NFKC"), (_digits, "with Digits"), (_spaces, "keeps spaces"), (_twice, "'a' under two numbers")],
-)
-def test_what_llama_cpp_would_cut_otherwise_is_refused(
-    change: Callable[[dict[str, Any]], None], words: str, tmp_path: Path
-) -> None:
+def early_and_late() -> dict[str, Any]:
+    document = pieces(prefixed=True)
+    merges = document["model"]["merges"]
+    one, two = next(m for m in merges if len(m[0]) > 1)
+    return changed(
+        document,
+        model={
+            "merges": [*merges, [one[0], one[1:] + two]],
+            "vocab": {**document["model"]["vocab"], one[1:] + two: 5000},
+        },
+    )
+
+
+def out_of_reach() -> dict[str, Any]:
+    document = pieces(prefixed=True)
+    return changed(document, model={"vocab": {**document["model"]["vocab"], "qz": 5000}})
+
+
+def twice() -> dict[str, Any]:
     document = pairs()
-    change(document)
-    with pytest.raises(SchemeError, match=words):
-        fields_of_tokenizer(home(tmp_path / "m", document), 0)
+    added = {
+        "id": len(document["model"]["vocab"]),
+        "content": "a",
+        "special": False,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
+    return changed(document, added_tokens=[*document["added_tokens"], added])
 
 
-def test_likely_pieces_with_bytes_are_refused(tmp_path: Path) -> None:
-    document = likely()
-    document["model"]["byte_fallback"] = True
-    with pytest.raises(SchemeError, match="in bytes"):
-        fields_of_tokenizer(home(tmp_path / "m", document), 0)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_llama_cpp_would_cut_otherwise_is_refused(kind: str, tmp_path: Path) -> None:
+    make, words = REFUSED[kind]
+    with pytest.raises(SchemeError, match=words) as error:
+        fields_of_tokenizer(home(tmp_path / "m", make()), 0)
+    assert str(error.value).startswith(str(tmp_path / "m/tokenizer.json")) and "--template" in str(error.value)
 
 
 def test_a_damaged_tokenizer_model_is_refused(tmp_path: Path) -> None:
@@ -131,27 +183,53 @@ def test_a_head_that_is_the_table_of_tokens(models: Callable[..., Path], tmp_pat
     } - {"output_norm.weight"}
 
 
-@pytest.mark.peer
-@pytest.mark.parametrize("kind", ["pairs", "pairs of tokenizer.model", "likely"])
-def test_llama_cpp_cuts_texts_alike(kind: str, tmp_path: Path) -> None:
-    python = os.environ.get("ARRONDI_LLAMA_CPP", "")
-    if not python:
-        if os.environ.get("ARRONDI_PEERS"):
-            pytest.fail("make peers needs ARRONDI_LLAMA_CPP, an interpreter with llama-cpp-python")
-        pytest.skip("ARRONDI_LLAMA_CPP names no interpreter with llama-cpp-python")
-    document = likely() if kind == "likely" else pairs()
-    folder = home(tmp_path / "m", document, model_file(document) if "model" in kind else b"")
-    fields = {"general.architecture": Field(8, None, "llama"), **fields_of_tokenizer(folder, 0)}
-    writer = GGUFWriter(tmp_path / "v.gguf", GGUFPlan(fields, {"t": ("F32", (4,))}))
-    writer.put("t", torch.zeros(4))
-    writer.publish()
-    # Likely pieces are trimmed: of new lines at the end by tokenizers only; SentencePiece's map of characters has made spaces of them before.
-    cut = [t for t in texts() if kind != "likely" or t.rstrip() == t.rstrip(" ")]
-    (tmp_path / "texts.json").write_text(json.dumps(cut))
-    script = Path(__file__).with_name("llama_tokens.py")
-    command = [python, script, *(tmp_path / n for n in ("v.gguf", "texts.json", "ids.json"))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr[-2000:]
-    own = Tokenizer.from_str(json.dumps(document))
-    for text, found in zip(cut, json.loads((tmp_path / "ids.json").read_text()), strict=True):
-        assert found == own.encode(text).ids, text
+def test_what_a_reader_should_know_of_a_vocabulary(tmp_path: Path) -> None:
+    document = pieces(prefixed=True)
+    vocabulary = {n: i for i, n in enumerate(n for n in document["model"]["vocab"] if not n.startswith("<0x"))}
+    lacking = fields_of_tokenizer(home(tmp_path / "a", changed(document, model={"vocab": vocabulary})), 0)
+    assert "no pieces for single bytes" in caveats_of(lacking)[0]
+    for whole in (document, sample()):
+        assert not caveats_of(fields_of_tokenizer(home(tmp_path / "b", whole), 0))
+    assert "no tokenizer" in caveats_of({})[0]
+
+
+def with_table(units: int) -> dict[str, Any]:
+    """Likely pieces after a map of characters that has so many units, and maps nothing."""
+    table = base64.b64encode(struct.pack("<I", 4 * units) + bytes(4 * units) + b"\0").decode()
+    return changed(scored(), normalizer={"type": "Precompiled", "precompiled_charsmap": table})
+
+
+def test_a_table_of_letters_travels(tmp_path: Path) -> None:
+    fields = fields_of_tokenizer(home(tmp_path / "m", with_table(256)), 0)
+    found = bytes(fields["tokenizer.ggml.precompiled_charsmap"].value)
+    assert found == struct.pack("<I", 1024) + bytes(1025)
+
+
+def test_a_table_that_breaks_a_tokenizer_off_is_refused(tmp_path: Path) -> None:
+    """The library ends with something that is no Exception."""
+    with pytest.raises(FileFormatError, match="the tokenizer cannot be loaded"):
+        fields_of_tokenizer(home(tmp_path / "m", with_table(1)), 0)
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_the_space_before_a_text_comes_back(prefixed: bool, models: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers puts one before every text that is cut into pieces of Llama; the header says whether."""
+    plain = models("llama")
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(plain / name)
+    home(folder, pieces(prefixed=prefixed))
+    convert_model(folder, tmp_path / "m.gguf", "gguf")
+    again = AutoTokenizer.from_pretrained(Checkpoint.open(tmp_path / "m.gguf").folder.home)
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in TEXTS:
+        if "<|endoftext|>" not in text:
+            assert again(text, add_special_tokens=False)["input_ids"] == own.encode(text).ids, text
+
+
+def test_no_other_vocabulary_is_taken_for_that_of_phi_3(tmp_path: Path) -> None:
+    fields = fields_of_tokenizer(home(tmp_path / "m", sample()), 0)
+    assert named("Phi-3-mini", fields) == "Phi_3-mini" and named("Llama", fields) == "Llama"
+    tokens = [*fields["tokenizer.ggml.tokens"].value, "<s>", "</s>", "<unk>"]
+    assert named("Phi-3-mini", {"tokenizer.ggml.tokens": Field(9, 8, tokens)}) == "Phi-3-mini"

@@ -1,144 +1,158 @@
-"""The sentence pieces of a tokenizer.json, as the library tokenizers writes it.
+"""Sentence pieces of a tokenizer.json, as the library tokenizers writes it (Llama, Mistral, Gemma; T5).
 
-Owns: `pieces_of_json`, and `added_to`, the tokens of any vocabulary with those that were added to it.
+Owns: `joined_pieces_of` and `likely_pieces_of`. What is done to a text before it is cut must be what llama.cpp does for such a vocabulary: anything
+else is refused. Where a text begins with a space, llama.cpp puts another before it, as SentencePiece does; a Metaspace does not.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
-from arrondi.checkpoint.containers.gguf.pieces import (
+from arrondi.checkpoint.containers.gguf.merges import scores_of
+from arrondi.checkpoint.containers.gguf.splits import flat
+from arrondi.checkpoint.containers.gguf.tokens import (
     BYTE,
-    CONTROL,
+    BYTES,
     NORMAL,
     SPACE,
     UNKNOWN,
-    UNUSED,
-    USER,
-    Pieces,
-    bytes_of_unigrams,
+    Vocabulary,
+    added_to,
 )
 from arrondi.errors import SchemeError
 
-_BYTES: Final = frozenset(f"<0x{i:02X}>" for i in range(256))
-_ELSE: Final = "Give a GGUF file of this model: --template F16.gguf."
+BYTES_OF_LIKELY: Final = (
+    "it spells characters that it lacks in bytes, which llama.cpp does not for a vocabulary of likely pieces."
+)
+_PREFIX, _TRIMMED = "add_space_prefix", "remove_extra_whitespaces"
 
 
-def pieces_of_json(path: Path, document: Mapping[str, Any], size: int) -> Pieces:
-    """The vocabulary of a tokenizer.json whose model is BPE with byte fallback, or Unigram.
+class _Spaces(NamedTuple):
+    """What is done to a text before it is cut.
 
-    Args:
-        path: names the file.
-        document: what it holds.
-        size: rows of the model's table of tokens.
+    Attributes:
+        escaped: spaces become ▁.
+        prefix: a space is put before the text.
+        single: several spaces in a row are one.
+        stripped: spaces at the end are dropped.
+        split: pieces begin with a ▁ or have none.
+        lines: texts are cut at line ends, too.
+        charsmap: the map of characters.
+    """
+
+    escaped: bool = False
+    prefix: bool = False
+    single: bool = False
+    stripped: bool = False
+    split: bool = False
+    lines: bool = False
+    charsmap: bytes = b""
+
+
+def joined_pieces_of(document: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a tokenizer.json whose model is BPE with byte fallback: pieces that are joined, and bytes of what is none.
 
     Raises:
-        SchemeError: something is done to a text that llama.cpp does not do.
+        SchemeError: llama.cpp would cut texts otherwise.
     """
-    model = document.get("model") or {}
-    unigram = model.get("type") == "Unigram"
-    if unigram:
-        scored = {token: float(score) for token, score in model.get("vocab") or []}
-        vocabulary = {token: i for i, (token, _) in enumerate(model.get("vocab") or [])}
-        unknown = next((t for t, i in vocabulary.items() if i == model.get("unk_id")), None)
-        if model.get("byte_fallback"):
-            raise bytes_of_unigrams(path)
-    else:
-        vocabulary, unknown = model.get("vocab") or {}, model.get("unk_token")
-        scored = _scores(vocabulary, model)
-    types = {
-        t: UNKNOWN if t == unknown else BYTE if t in _BYTES and not unigram else NORMAL for t in vocabulary
-    }  # fmt: skip
-    tokens, kinds = added_to(document, vocabulary, types, size)
+    model = document["model"]
+    vocabulary: dict[str, int] = model.get("vocab") or {}
+    spaces = _spaces(document, vocabulary, likely=False)
+    scored = scores_of(document)
+    kinds = {t: UNKNOWN if t == model.get("unk_token") else BYTE if t in BYTES else NORMAL for t in vocabulary}
+    return _pieces("llama", document, vocabulary, kinds, scored, {_PREFIX: spaces.prefix})
+
+
+def likely_pieces_of(document: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a tokenizer.json whose model is Unigram: the sum of the scores of a text's pieces is largest.
+
+    Raises:
+        SchemeError: llama.cpp would cut texts otherwise.
+    """
+    model = document["model"]
+    if model.get("byte_fallback"):
+        raise SchemeError(BYTES_OF_LIKELY)
+    rows = model.get("vocab") or []
+    vocabulary = {token: i for i, (token, _) in enumerate(rows)}
+    spaces = _spaces(document, vocabulary, likely=True)
+    kinds = {t: UNKNOWN if i == model.get("unk_id") else NORMAL for t, i in vocabulary.items()}
+    flags = {_PREFIX: spaces.prefix, _TRIMMED: spaces.single}
+    scored = {token: float(score) for token, score in rows}
+    return _pieces("t5", document, vocabulary, kinds, scored, flags, spaces.charsmap)
+
+
+def _pieces(
+    model: str,
+    document: Mapping[str, Any],
+    vocabulary: Mapping[str, int],
+    kinds: Mapping[str, int],
+    scored: Mapping[str, float],
+    flags: Mapping[str, bool],
+    charsmap: bytes = b"",
+) -> Vocabulary:
+    tokens, types = added_to(vocabulary, kinds, document.get("added_tokens") or [], pieces=True)
     lowest = min(scored.values(), default=0.0)
-    scores = [scored.get(t, lowest) for t in tokens]
-    prefix, trimmed, charsmap = _spaces(path, document, vocabulary, unigram)
-    return Pieces("t5" if unigram else "llama", tokens, scores, kinds, prefix, trimmed, charsmap)
+    return Vocabulary(
+        model, tokens, types, scores=[scored.get(t, lowest) for t in tokens], flags=flags, charsmap=charsmap
+    )
 
 
-def added_to(
-    document: Mapping[str, Any], vocabulary: Mapping[str, int], kinds: Mapping[str, int], size: int
-) -> tuple[list[str], list[int]]:
-    """Every token by its number, and of what kind it is.
-
-    Args:
-        document: of tokenizer.json.
-        vocabulary: token → its number.
-        kinds: token → its kind.
-        size: how many there must be at least.
-    """
-    added = {t["id"]: t for t in document.get("added_tokens") or []}
-    last = max((*vocabulary.values(), *added), default=-1) + 1
-    tokens = [f"[PAD{i}]" for i in range(max(size, last))]
-    types = [UNUSED] * len(tokens)
-    for token, number in vocabulary.items():
-        tokens[number], types[number] = token, kinds[token]
-    for number, token in added.items():
-        tokens[number] = token["content"]
-        if types[number] != UNKNOWN:
-            types[number] = CONTROL if token.get("special") else USER
-    return tokens, types
-
-
-def _scores(vocabulary: Mapping[str, int], model: Mapping[str, Any]) -> dict[str, float]:
-    """How early pairs are merged into a token: llama.cpp merges the pair with the highest score first, as the list of merges says."""
-    merges = model.get("merges") or []
-    order = {m.replace(" ", "") if isinstance(m, str) else "".join(m): i for i, m in reversed([*enumerate(merges)])}
-    return {token: -float(order.get(token, len(merges))) for token in vocabulary}
-
-
-def _spaces(
-    path: Path, document: Mapping[str, Any], vocabulary: Mapping[str, int], unigram: bool
-) -> tuple[bool, bool, bytes]:
-    """What is done to a text before it is cut: whether a space is put before it, whether spaces are trimmed, and the map of characters.
+def _spaces(document: Mapping[str, Any], vocabulary: Mapping[str, int], *, likely: bool) -> _Spaces:
+    """What becomes of spaces.
 
     Raises:
-        SchemeError: it is more than llama.cpp does for such a vocabulary.
+        SchemeError: that, or something else that is done to a text, is more than llama.cpp does for such a vocabulary.
     """
-    escaped = prefix = trimmed = stripped = split = False
-    charsmap = b""
-    for step in _steps(document.get("normalizer"), "normalizers"):
-        kind, pattern = step.get("type"), step.get("pattern") or {}
-        if kind == "Prepend" and step.get("prepend") == SPACE:
-            prefix = True
-        elif kind == "Replace" and pattern == {"String": " "} and step.get("content") == SPACE:
-            escaped = True
-        elif unigram and kind == "Precompiled":
-            charsmap = base64.b64decode(step.get("precompiled_charsmap") or "")
-        elif unigram and kind == "Replace" and pattern == {"Regex": " {2,}"} and step.get("content") in (" ", SPACE):
-            trimmed = True
-        elif unigram and kind == "Strip" and step.get("strip_right"):
-            stripped = True
-        else:
-            raise _more(path, "changes a text", step)
-    for step in _steps(document.get("pre_tokenizer"), "pretokenizers"):
-        if step.get("type") == "Metaspace" and step.get("replacement") == SPACE:
-            escaped, split = True, step.get("split", True)
-            prefix = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
-        elif not (escaped and step.get("type") == "Split" and step.get("pattern") == {"String": " "}):
-            raise _more(path, "splits a text", step)
-    across = next((t for t in vocabulary if SPACE in t[1:] and t.strip(SPACE)), None)
-    if not escaped or trimmed != stripped or (split and across is not None):
-        what = f"has the token {across!r} though it splits texts at spaces"
-        what = "keeps spaces" if not escaped else "trims some spaces and keeps others" if trimmed != stripped else what
-        raise SchemeError(f"{path}: {what}, which llama.cpp does not for sentence pieces. {_ELSE}")
-    return prefix, trimmed, charsmap
+    found = _Spaces()
+    for step in flat(document.get("normalizer"), "normalizers"):
+        found = found._replace(**_normalized(step, likely))
+    for step in flat(document.get("pre_tokenizer"), "pretokenizers"):
+        found = found._replace(**_split(step, found.escaped, likely))
+    if not found.escaped:
+        raise SchemeError("it keeps spaces, which llama.cpp does not for sentence pieces.")
+    if found.lines and not found.charsmap:
+        raise SchemeError("it cuts texts at line ends and says nothing of them otherwise, which llama.cpp does not.")
+    if found.single != found.stripped:
+        raise SchemeError("it trims some spaces and keeps others, which llama.cpp does not for sentence pieces.")
+    runs = found.single  # then there are none in a text
+    across = next((t for t in vocabulary if SPACE in t[1:] and not (runs and not t.strip(SPACE))), None)
+    if found.split and across is not None:
+        raise SchemeError(f"it has the token {across!r} though it splits texts at spaces, which llama.cpp does not.")
+    return found
 
 
-def _steps(found: Any, key: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a sequence that may hold sequences."""
-    for step in [found] if found else []:
-        if step.get("type") == "Sequence":
-            for inner in step.get(key) or []:
-                yield from _steps(inner, key)
-        else:
-            yield step
+def _normalized(step: Mapping[str, Any], likely: bool) -> dict[str, Any]:
+    """What a step of the normalizer does."""
+    kind, pattern = step.get("type"), step.get("pattern") or {}
+    if kind == "Prepend" and step.get("prepend") == SPACE:
+        return {"prefix": True}
+    if kind == "Replace" and pattern == {"String": " "} and step.get("content") == SPACE:
+        return {"escaped": True}
+    if likely and kind == "Precompiled":
+        return {"charsmap": base64.b64decode(step.get("precompiled_charsmap") or "")}
+    if likely and kind == "Replace" and pattern == {"Regex": " {2,}"} and step.get("content") in (" ", SPACE):
+        return {"single": True}
+    if likely and kind == "Strip" and step.get("strip_right"):
+        return {"stripped": True}
+    raise _more("changes", step)
 
 
-def _more(path: Path, what: str, step: Mapping[str, Any]) -> SchemeError:
+def _split(step: Mapping[str, Any], escaped: bool, likely: bool) -> dict[str, Any]:
+    """What a step of the pre-tokenizer does."""
+    kind = step.get("type")
+    if kind == "Metaspace" and step.get("replacement") == SPACE:
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        return {"escaped": True, "split": step.get("split", True), "prefix": scheme != "never"}
+    if likely and kind == "WhitespaceSplit":
+        return {"single": True, "stripped": True, "lines": True}
+    if escaped and kind == "Split" and step.get("pattern") == {"String": " "}:
+        return {}
+    raise _more("splits", step)
+
+
+def _more(what: str, step: Mapping[str, Any]) -> SchemeError:
     return SchemeError(
-        f"{path}: {what} with {step.get('type')} before it is cut, which llama.cpp does not do so for sentence pieces. {_ELSE}"
+        f"it {what} texts with {step.get('type')} before it cuts them, which llama.cpp does not so for sentence pieces."
     )

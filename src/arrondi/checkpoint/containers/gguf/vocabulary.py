@@ -1,26 +1,33 @@
 """A tokenizer as the keys of a GGUF header.
 
-Owns: `fields_of_tokenizer`. Vocabularies of bytes in pairs (GPT-2, Llama 3, Qwen) are written from tokenizer.json, those of sentence pieces
-(Llama, Mistral, Gemma) from it or from tokenizer.model; what llama.cpp would cut otherwise is refused rather than written.
+Owns: `fields_of_tokenizer` and `named`. What llama.cpp would cut otherwise than the makers of a tokenizer is refused rather than written.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
+from arrondi.checkpoint.containers.gguf.byte_pairs import byte_pairs_of
 from arrondi.checkpoint.containers.gguf.header import Field
-from arrondi.checkpoint.containers.gguf.pieces import NORMAL, UNUSED, Pieces, read_pieces
+from arrondi.checkpoint.containers.gguf.sentencepiece import read_pieces
 from arrondi.checkpoint.containers.gguf.special import said_by_files, said_by_tokenizer, with_added
-from arrondi.checkpoint.containers.gguf.trained import added_to, pieces_of_json
+from arrondi.checkpoint.containers.gguf.tokens import Vocabulary
+from arrondi.checkpoint.containers.gguf.trained import joined_pieces_of, likely_pieces_of
+from arrondi.checkpoint.containers.gguf.words import parts_of_words_of
 from arrondi.checkpoint.containers.json_file import read_json
+from arrondi.checkpoint.containers.tokenizer import tokenizer_of
 from arrondi.errors import SchemeError
 
-_UINT8, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 0, 5, 6, 7, 8, 9
-_GPT2: Final = "gpt-2"
-_TAKE: Final = "Take it from the original model."
+_JSON, _MODEL = "tokenizer.json", "tokenizer.model"
+_OTHERS: Final = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+"""Files of tokenizers that transformers makes a tokenizer.json of."""
+_PHI3: Final = re.compile("(phi)-?3", re.IGNORECASE)
+_PHI3_TOKENS: Final = frozenset({"</s>", "<unk>", "<s>", "<|endoftext|>"})
 
 
 def fields_of_tokenizer(home: Path, size: int) -> dict[str, Field]:
@@ -31,83 +38,63 @@ def fields_of_tokenizer(home: Path, size: int) -> dict[str, Field]:
         size: rows of the model's table of tokens; the vocabulary is filled up to it.
 
     Raises:
-        SchemeError: a tokenizer that GGUF has no keys for, or that is not known here.
-        FileFormatError: its file cannot be read.
+        SchemeError: a tokenizer that llama.cpp does not compute exactly, or that is not known here.
+        FileFormatError: its files cannot be read.
     """
-    path, model_file = home / "tokenizer.json", home / "tokenizer.model"
-    if path.exists():
-        document = read_json(path, _TAKE)
-        model = document.get("model") or {}
-        kind = model.get("type")
-        if kind not in ("BPE", "Unigram"):
-            raise SchemeError(
-                f"{path}: a vocabulary of the kind {kind!r} is not written to GGUF here. Give a GGUF file of this model: --template F16.gguf."
-            )
-        if kind == "BPE" and not model.get("byte_fallback"):
-            fields = _byte_level(path, document, model, size)
-        else:
-            fields = _of_pieces(path, pieces_of_json(path, document, size), size)
-        return fields | said_by_tokenizer(home)
-    if model_file.exists():
-        pieces = with_added(home, read_pieces(model_file))
-        return _of_pieces(model_file, pieces, size) | said_by_files(home, pieces)
-    return {}
+    names = [n for n in (_JSON, _MODEL, *_OTHERS) if (home / n).exists()]
+    if not names:
+        return {}
+    path = home / names[0]
+    try:
+        if names[0] == _MODEL:
+            found = with_added(home, read_pieces(path))
+            return found.fields(size) | said_by_files(home, found)
+        tokenizer = tokenizer_of(home)
+        found = _of_document(_document(path, tokenizer))
+        return found.fields(size) | said_by_tokenizer(home, tokenizer, found.model)
+    except SchemeError as error:
+        raise SchemeError(f"{path}: {error} Give a GGUF file of this model: --template F16.gguf.") from None
 
 
-def _of_pieces(path: Path, pieces: Pieces, size: int) -> dict[str, Field]:
-    """Of sentence pieces."""
-    more = max(size - len(pieces.tokens), 0)
-    tokens = [*pieces.tokens, *(f"[PAD{len(pieces.tokens) + i}]" for i in range(more))]
-    fields = _list(path, tokens, [*pieces.types, *[UNUSED] * more]) | {
-        "tokenizer.ggml.model": Field(_STRING, None, pieces.kind),
-        "tokenizer.ggml.pre": Field(_STRING, None, "default"),
-        "tokenizer.ggml.scores": Field(_ARRAY, _FLOAT32, [*pieces.scores, *[min(pieces.scores, default=0.0)] * more]),
-        "tokenizer.ggml.add_space_prefix": Field(_BOOL, None, pieces.prefix),
-    }
-    if pieces.kind == "t5":
-        fields["tokenizer.ggml.remove_extra_whitespaces"] = Field(_BOOL, None, pieces.trimmed)
-        if pieces.charsmap:
-            fields["tokenizer.ggml.precompiled_charsmap"] = Field(_ARRAY, _UINT8, list(pieces.charsmap))
-    return fields
+def named(name: str, fields: Mapping[str, Field]) -> str:
+    """A model's name, by which llama.cpp tells vocabularies whose special tokens take the spaces behind them along.
+
+    It takes every vocabulary of a model that is called Phi 3 for that of Phi 3, and does not load one in which a token of that is missing.
+    """
+    tokens = fields.get("tokenizer.ggml.tokens")
+    known = tokens is None or _PHI3_TOKENS.issubset(tokens.value)
+    return name if known else _PHI3.sub(r"\1_3", name)
 
 
-def _byte_level(path: Path, document: Mapping[str, Any], model: Mapping[str, Any], size: int) -> dict[str, Field]:
-    """Of bytes in pairs."""
-    vocabulary: dict[str, int] = model.get("vocab") or {}
-    tokens, types = added_to(document, vocabulary, dict.fromkeys(vocabulary, NORMAL), size)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
-    return _list(path, tokens, types) | {
-        "tokenizer.ggml.model": Field(_STRING, None, "gpt2"),
-        "tokenizer.ggml.pre": Field(_STRING, None, _splits(path, document)),
-        "tokenizer.ggml.merges": Field(_ARRAY, _STRING, merges),
-    }
+def _document(path: Path, tokenizer: Any) -> dict[str, Any]:
+    """What tokenizer.json says, or would say."""
+    if path.name == _JSON:
+        document = read_json(path, "Take it from the original model.")
+    elif hasattr(tokenizer, "backend_tokenizer"):
+        document = json.loads(tokenizer.backend_tokenizer.to_str())
+    else:
+        raise SchemeError(f"its tokenizer ({type(tokenizer).__name__}) is a program of its own.")
+    return {**document, "model": document.get("model") or {}}
 
 
-def _list(path: Path, tokens: list[str], types: list[int]) -> dict[str, Field]:
-    """The tokens, of which no two may be spelled alike: llama.cpp does not load a model of such."""
-    twice = next((t for t, n in Counter(tokens).items() if n > 1), None)
-    if twice is not None:
-        raise SchemeError(
-            f"{path}: has the token {twice!r} under two numbers, which llama.cpp does not load. Give a GGUF file of this model: --template F16.gguf."
-        )
-    return {
-        "tokenizer.ggml.tokens": Field(_ARRAY, _STRING, tokens),
-        "tokenizer.ggml.token_type": Field(_ARRAY, _INT32, types),
-    }
+def _of_document(document: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a tokenizer.json."""
+    model = document["model"]
+    kind = model.get("type") or ("BPE" if "merges" in model else None)
+    if kind not in _KINDS:
+        raise SchemeError(f"a vocabulary of the kind {kind!r} is not known to llama.cpp.")
+    return _KINDS[kind](document)
 
 
-def _splits(path: Path, document: Mapping[str, Any]) -> str:
-    """The name by which llama.cpp knows how a text is split before it is merged."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+def _pairs_of(document: Mapping[str, Any]) -> Vocabulary:
+    model = document["model"]
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise SchemeError(f"its pieces have a {key} ({model[key]!r}), which llama.cpp does not know.")
+    return (joined_pieces_of if model.get("byte_fallback") else byte_pairs_of)(document)
 
-    before = document.get("pre_tokenizer") or {}
-    parts = before.get("pretokenizers") or [before]
-    patterns = [p["pattern"].get("Regex") for p in parts if p.get("type") == "Split"]
-    if not patterns and any(p.get("type") == "ByteLevel" and p.get("use_regex", True) for p in parts):
-        return _GPT2
-    named = {regex: name for name, regex in reversed(GGUF_PRE_TOKENIZER_SPLITS.items())}
-    if len(patterns) != 1 or patterns[0] not in named:
-        raise SchemeError(
-            f"{path}: splits text in a way that llama.cpp has no known name for. Give a GGUF file of this model: --template F16.gguf."
-        )
-    return str({"llama3": "llama-bpe"}.get(named[patterns[0]], named[patterns[0]]))
+
+_KINDS: Final[Mapping[str | None, Callable[[Mapping[str, Any]], Vocabulary]]] = MappingProxyType({
+    "BPE": _pairs_of, "Unigram": likely_pieces_of, "WordPiece": parts_of_words_of,
+})  # fmt: skip
+"""Type of a model of the library tokenizers → how it is read."""

@@ -1,6 +1,6 @@
-"""The pieces of a vocabulary that writes spaces as ▁, out of the file that SentencePiece itself writes (tokenizer.model).
+"""The vocabulary of the file that SentencePiece itself writes (tokenizer.model), read without a package.
 
-Owns: `Pieces` and `read_pieces`. What llama.cpp's tokenizer of that kind does not do to a text is refused.
+Owns: `read_pieces`. What llama.cpp's tokenizer of that kind does not do to a text is refused.
 
 Source: sentencepiece_model.proto of google/sentencepiece (messages ModelProto, TrainerSpec, NormalizerSpec).
 """
@@ -8,48 +8,27 @@ Source: sentencepiece_model.proto of google/sentencepiece (messages ModelProto, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
+from arrondi.checkpoint.containers.gguf.tokens import BYTE, NORMAL, SPACE, USER, Vocabulary
+from arrondi.checkpoint.containers.gguf.trained import BYTES_OF_LIKELY
 from arrondi.checkpoint.containers.wire import BYTES, Field, Wire, signed
 from arrondi.errors import FileFormatError, SchemeError
 
-SPACE: Final = "▁"
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
-"""Kinds of tokens: SentencePiece, and GGUF after it, have the same numbers."""
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 _UNIGRAM, _BPE = 1, 2
+_SPACES: Final = {"prefix": 3, "trimmed": 4, "escaped": 5}
+"""What is done to spaces → the field of NormalizerSpec that says so; all of it is where they say nothing."""
+_SUFFIX: Final = 24
+"""Field of TrainerSpec: spaces are marked at the end of a word."""
 _TAKE: Final = "Take it from the original model."
 _NUMBERS: Final[Mapping[int, tuple[str, int]]] = {40: ("unk", 0), 41: ("bos", 1), 42: ("eos", 2), 43: ("pad", -1)}
 """Field of TrainerSpec → the special token whose number it is, and that number where it is left out."""
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """A vocabulary.
-
-    Attributes:
-        kind: how a text is cut: "llama", where the pair with the highest score is joined first, or "t5", the likeliest pieces.
-        tokens, scores, types: by number.
-        prefix: a space is put before the text.
-        trimmed: spaces at the ends are dropped, and several in a row are one.
-        charsmap: what is done to characters before, as SentencePiece compiles it.
-        special: "bos", "eos", "unk" or "pad" → its number.
-    """
-
-    kind: str
-    tokens: list[str]
-    scores: list[float]
-    types: list[int]
-    prefix: bool
-    trimmed: bool = False
-    charsmap: bytes = b""
-    special: Mapping[str, int] = field(default_factory=dict)
-
-
-def read_pieces(path: Path) -> Pieces:
+def read_pieces(path: Path) -> Vocabulary:
     """The vocabulary of a tokenizer.model.
 
     Raises:
@@ -64,7 +43,7 @@ def read_pieces(path: Path) -> Pieces:
         raise FileFormatError(f"{path}: cannot be read ({error.strerror}). {_TAKE}") from error
 
 
-def _pieces(wire: Wire) -> Pieces:
+def _pieces(wire: Wire) -> Vocabulary:
     tokens: list[str] = []
     scores: list[float] = []
     types: list[int] = []
@@ -89,25 +68,20 @@ def _pieces(wire: Wire) -> Pieces:
     algorithm = trainer[3].value if 3 in trainer else _UNIGRAM
     charsmap = wire.bytes(normalizer[2]) if 2 in normalizer else b""
     if not tokens or algorithm not in (_UNIGRAM, _BPE):
-        raise SchemeError(
-            f"{wire.path}: holds no vocabulary of pairs or of likely pieces. Give a GGUF file of this model: --template F16.gguf."
-        )
-    if algorithm == _BPE and charsmap:
-        raise SchemeError(
-            f"{wire.path}: changes characters before it cuts a text, which llama.cpp does not for a vocabulary of pairs. Give a GGUF file of this model: --template F16.gguf."
-        )
+        raise SchemeError("it holds no vocabulary of pairs or of likely pieces.")
+    said = {name: bool(normalizer[n].value) if n in normalizer else True for name, n in _SPACES.items()}
+    if not said["escaped"] or (_SUFFIX in trainer and trainer[_SUFFIX].value):
+        raise SchemeError("it marks spaces otherwise than by a piece that begins with them, which llama.cpp does not.")
+    if algorithm == _BPE and (charsmap or said["trimmed"]):
+        what = "changes characters" if charsmap else "trims spaces"
+        raise SchemeError(f"it {what} before it cuts texts, which llama.cpp does not for a vocabulary of pairs.")
     if algorithm == _UNIGRAM and BYTE in types:
-        raise bytes_of_unigrams(wire.path)
+        raise SchemeError(BYTES_OF_LIKELY)
+    flags = {"add_space_prefix": said["prefix"]}
+    if algorithm == _UNIGRAM:
+        flags["remove_extra_whitespaces"] = said["trimmed"]
     special = {name: signed(trainer[n].value) if n in trainer else usual for n, (name, usual) in _NUMBERS.items()}
-    return Pieces(
-        "llama" if algorithm == _BPE else "t5", tokens, scores, types,
-        prefix=3 not in normalizer or bool(normalizer[3].value), trimmed=algorithm == _UNIGRAM and (4 not in normalizer or bool(normalizer[4].value)),
-        charsmap=charsmap, special={name: n for name, n in special.items() if 0 <= n < len(tokens)},
+    return Vocabulary(
+        "llama" if algorithm == _BPE else "t5", tokens, types, scores=scores, flags=flags, charsmap=charsmap,
+        special={name: n for name, n in special.items() if 0 <= n < len(tokens)},
     )  # fmt: skip
-
-
-def bytes_of_unigrams(path: Path) -> SchemeError:
-    """The refusal of a vocabulary of likely pieces that spells unknown characters in bytes."""
-    return SchemeError(
-        f"{path}: spells characters that it lacks in bytes, which llama.cpp does not for a vocabulary of likely pieces. Give a GGUF file of this model: --template F16.gguf."
-    )
