@@ -48,3 +48,13 @@ def test_an_empty_tensor_with_a_long_axis_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(raw)
     with pytest.raises(FileFormatError, match="has the shape"):
         read_header(tmp_path / "m.gguf")
+
+
+def test_rows_without_blocks_are_refused(tmp_path: Path) -> None:
+    """Of a type that others have, in a model that has no width."""
+    raw, square = bases()["model"], struct.pack("<QQ", 256, 256)
+    at = raw.index(b"blk.0.ffn_gate.weight") + len(b"blk.0.ffn_gate.weight") + 4
+    assert raw[at : at + 16] == square
+    (tmp_path / "m.gguf").write_bytes(raw[:at] + struct.pack("<QQ", 0, 256) + raw[at + 16 :])
+    with pytest.raises(FileFormatError, match=r"m\.gguf.*gate_proj.weight should be rows of Q2_K"):
+        Checkpoint.open(tmp_path / "m.gguf").verify()

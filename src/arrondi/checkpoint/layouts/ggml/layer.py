@@ -140,7 +140,7 @@ def _place(name: str, facts: object, names: Names) -> Placed:
     if name not in names:
         raise FileFormatError(f"{name} has a type, and is not stored.")
     stored, shape = names[name]
-    if stored not in ("U8", kind.name) or len(shape) < 2 or shape[-1] % kind.size:
+    if stored not in ("U8", kind.name) or len(shape) < 2 or 0 in shape or shape[-1] % kind.size:
         raise FileFormatError(
             f"{name} should be rows of {kind.name}, blocks of {kind.size} bytes, found {stored} {tuple(shape)}."
         )
