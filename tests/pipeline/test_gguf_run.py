@@ -12,6 +12,7 @@ from gguf import GGUFReader, GGUFWriter, LlamaFileType, dequantize
 import arrondi
 from arrondi.checkpoint import Checkpoint
 from arrondi.errors import ArrondiError, OutputError
+from arrondi.pipeline import Recipe, TextOptions, rehearse
 from arrondi.pipeline.convert import convert_model
 
 
@@ -129,6 +130,8 @@ def test_a_template_gives_the_header(models: Callable[..., Path], tmp_path: Path
     for wrong, words in ((other, "of the architecture 'gpt2'"), (plain / "config.json", "is no GGUF file")):
         with pytest.raises(ArrondiError, match=words):
             arrondi.quantize(plain, "Q4_K_M", out=tmp_path / "n.gguf", to="gguf", template=wrong)
+        with pytest.raises(ArrondiError, match=words):
+            rehearse(plain, tmp_path / "n.gguf", Recipe.simple("Q4_K_M"), TextOptions(), layout="gguf", template=wrong)
     with pytest.raises(ArrondiError, match="goes with --to gguf"):
         arrondi.quantize(plain, "W4A16", out=tmp_path / "n", template=template)
     assert {p.name for p in tmp_path.iterdir()} == {"first.gguf", "f16.gguf", "gpt2.gguf", "m.gguf", "m.report.json"}

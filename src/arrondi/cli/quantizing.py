@@ -217,7 +217,9 @@ def quantize(
         calibration_images,
     )
     if dry_run:
-        planned, texts = rehearse(model, output, resolved, text, layout=to, keep_misfits=keep_misfits)
+        planned, texts = rehearse(
+            model, output, resolved, text, layout=to, keep_misfits=keep_misfits, template=template
+        )
         both = texts.calibration, texts.evaluation
         tokens, eval_tokens = (0 if windows is None else windows.ids.numel() for windows in both)
         seq_len = max((windows.seq_len for windows in both if windows is not None), default=seq_len)

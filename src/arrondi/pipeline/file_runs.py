@@ -18,6 +18,7 @@ from arrondi.checkpoint.containers.gguf.naming import gguf_places
 from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer
 from arrondi.checkpoint.containers.onnx.view import SUFFIX
 from arrondi.errors import SchemeError
+from arrondi.model import OnDisk
 from arrondi.pipeline.convert import convert_model
 from arrondi.pipeline.gguf_out import Named, check_file, header_of_template
 from arrondi.pipeline.onnx_export import check_exportable, stored_names
@@ -48,12 +49,7 @@ def quantize_gguf(
     source = task.opened.source
     if template is None and is_gguf(source.where):
         template = source.where
-    if template is None:
-        fields_of_config(source.model.config, "")
-        fields_of_tokenizer(source.checkpoint.folder.home, 0)
-    else:
-        header_of_template(template, source.model.config)
-    gguf_places(source.model.config, {t.name: t.shape for t in source.tensors})
+    check_described(source, template)
     folder = out.with_name(f".{out.name}.run")
     report = task.run(folder, progress=progress)
     called = Named(source.where.resolve().name, _mix_of(task))
@@ -63,6 +59,20 @@ def quantize_gguf(
     write_json(out.with_name(f"{out.stem}.report.json"), report)
     shutil.rmtree(folder)
     return report
+
+
+def check_described(source: OnDisk, template: str | Path | None) -> None:
+    """Whether a GGUF file can say what a model is, before anything is done.
+
+    Raises:
+        SchemeError, FileFormatError: as `quantize_gguf`.
+    """
+    if template is not None or is_gguf(source.where):
+        header_of_template(template or source.where, source.model.config)
+    else:
+        fields_of_config(source.model.config, "")
+        fields_of_tokenizer(source.checkpoint.folder.home, 0)
+    gguf_places(source.model.config, {t.name: t.shape for t in source.tensors})
 
 
 def _mix_of(task: Task) -> str:

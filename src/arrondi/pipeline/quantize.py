@@ -9,7 +9,7 @@ from typing import Any
 from arrondi.errors import SchemeError
 from arrondi.model import OnDisk, device_named
 from arrondi.pipeline.convert import GGUF, ONNX
-from arrondi.pipeline.file_runs import quantize_gguf, quantize_onnx
+from arrondi.pipeline.file_runs import check_described, quantize_gguf, quantize_onnx
 from arrondi.pipeline.foreseen import largest_inputs
 from arrondi.pipeline.plan import Plan, make_plan
 from arrondi.pipeline.recipe import Recipe
@@ -58,8 +58,7 @@ def quantize_model(
     """
     text, out = text or TextOptions(), Path(out)
     device_named(device)
-    if template is not None and layout != GGUF:
-        raise SchemeError("A template is a GGUF file of the same model and goes with --to gguf. Leave it out.")
+    _check_template(template, layout)
     opened = Opened.read(original(model, out), text, device, recipe)
     task = Task.of(opened, recipe, layout=layout, keep_misfits=keep_misfits, shard_bytes=shard_bytes)
     if planned is not None:
@@ -79,11 +78,13 @@ def rehearse(
     *,
     layout: str | None = None,
     keep_misfits: bool = False,
+    template: str | Path | None = None,
 ) -> tuple[Plan, Texts]:
     """The plan and the windows of a run that is not started; what `quantize_model` refuses before its work is refused here, too.
 
     The problems of a plan are its own: they are left for the reader.
     """
+    _check_template(template, layout)
     source = OnDisk(original(model, Path(out)))
     texts = read_texts(source, text, recipe)
     largest = largest_inputs(source, recipe, texts.calibration_batches)
@@ -91,4 +92,11 @@ def rehearse(
         source, recipe, layout=layout, keep_misfits=keep_misfits, images=texts.images is not None, largest=largest
     )
     check_calibration(plan, texts)
+    if plan.layout.name == GGUF:
+        check_described(source, template)
     return plan, texts
+
+
+def _check_template(template: str | Path | None, layout: str | None) -> None:
+    if template is not None and layout != GGUF:
+        raise SchemeError("A template is a GGUF file of the same model and goes with --to gguf. Leave it out.")
