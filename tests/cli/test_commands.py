@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import load_file
 
 from tests.cli.conftest import Cli
 
@@ -86,6 +88,12 @@ def test_quantize_eval_inspect_dequantize_run(cli: Cli, models: Models, text: Pa
     assert inspected["bits_per_weight"] == pytest.approx(5.0, abs=0.05)  # 4 bits and a float32 scale for 32
     assert len(inspected["tensors"]) == report["counts"]["quantized"] + report["counts"]["kept by rule"]
 
+    alone = cli("inspect", out / "model.safetensors", "--json").document
+    stored = load_file(out / "model.safetensors")
+    assert {t["name"]: tuple(t["shape"]) for t in alone["tensors"]} == {n: tuple(t.shape) for n, t in stored.items()}
+    assert (alone["container"], alone["layout"]) == ("safetensors", inspected["layout"])
+    assert alone["bytes"] == inspected["bytes"] and "weight_packed" in cli("inspect", out / "model.safetensors").out
+
     assert cli("dequantize", out, "-o", plain, "--dtype", "float32", "--json").code == 0
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     transformers.AutoModelForCausalLM.from_pretrained(plain)
@@ -99,6 +107,20 @@ def test_quantize_eval_inspect_dequantize_run(cli: Cli, models: Models, text: Pa
     rounded = ("--activations", "int4/token", "--json")
     worse = cli("eval", out, "--against", model, "--text", text, "--seq-len", 32, "--samples", 4, *rounded).document
     assert worse["kl_mean"] > found["kl_mean"]
+
+
+def test_a_graph_of_a_language_model_is_measured_on_text(cli: Cli, models: Models, text: Path, tmp_path: Path) -> None:
+    """What lies beside the graph says which model it is; its numbers are those of the same weights in any other layout."""
+    model, few = models("llama"), ("--text", text, "--seq-len", 32, "--samples", 4, "--json")
+    out, graph = quantized(cli, model, tmp_path / "q", text), tmp_path / "graph"
+    assert cli("convert", out, "-o", graph, "--to", "onnx", "--exact-only").code == 0
+    found = [cli("eval", m, "--against", model, *few) for m in (out, graph, graph / "model.onnx")]
+    assert [f.code for f in found] == [0, 0, 0], found[2].err
+    assert found[0].document == found[1].document == found[2].document and found[0].document["kl_mean"] > 0
+    (tmp_path / "alone").mkdir()
+    shutil.copy(graph / "model.onnx", tmp_path / "alone")
+    refused = cli("eval", tmp_path / "alone/model.onnx", "--against", model, *few)
+    assert refused.code == 2 and "no config.json with a model_type" in refused.err and "--data" in refused.err
 
 
 def test_tables_for_people(cli: Cli, models: Models, text: Path, tmp_path: Path) -> None:

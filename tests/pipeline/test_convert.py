@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
@@ -54,6 +55,33 @@ def test_there_and_back(scheme: str, targets: tuple[str, ...], packed: Callable[
         else:
             assert torch.equal(a.dequantize(), b.dequantize()), name
             assert torch.equal(a.codes, b.codes), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme", "via"),
+    [("hqq", "w=uint4/g32/asym", "mlx"), ("compressed-tensors", "w=int4/g32/asym/bfloat16", "mlx"), ("torchao", "w=int4/g32/float16", "hqq")],
+)  # fmt: skip
+def test_what_a_layout_widens_comes_back_as_it_was(
+    layout: str, scheme: str, via: str, models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Zero points become float32 offsets in layouts that have none; back in the first, every byte is the old one."""
+    arrondi.quantize(models("llama"), scheme, out=tmp_path / "a", to=layout)
+    convert_model(tmp_path / "a", tmp_path / "b", via, exact_only=True)
+    convert_model(tmp_path / "b", tmp_path / "c", layout, exact_only=True)
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in "ac")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert value.dtype == two[name].dtype and torch.equal(value, two[name]), name
+
+
+def test_a_refusal_says_what_the_target_lacks_and_what_helps(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match=r"fp8 stores fp8_e4m3 under float32 scales, not int4/g32"):
+        convert_model(packed("w=int4/g32"), tmp_path / "no", "fp8")
+    with pytest.raises(
+        SchemeError,
+        match=r"moves values by at most .*: leave --exact-only out, or quantize with --scheme w=uint4/g32/offset",
+    ):
+        convert_model(packed("w=int4/g32/asym"), tmp_path / "no.gguf", "gguf", exact_only=True)
 
 
 def test_what_changed_is_said(packed: Callable[[str], Path], tmp_path: Path) -> None:

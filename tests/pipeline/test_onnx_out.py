@@ -19,6 +19,7 @@ from arrondi.errors import ArrondiError, OutputError, SchemeError
 from arrondi.graph.bulk import write_bulk
 from arrondi.pipeline.convert import convert_model
 from arrondi.pipeline.diff import diff_models
+from arrondi.pipeline.inspect import inspect_model
 from arrondi.pipeline.onnx_out import dequantize_to_onnx
 from tests.checkpoint.containers.onnx_nets import in_blocks, in_four, mlp, values_of
 
@@ -74,9 +75,8 @@ def test_there_and_back(graph: Path, models: Callable[..., Path], tmp_path: Path
         last = tmp_path / name
         if name == "c.onnx":
             assert "MatMulNBits" not in operators(last)
-        if name == "d":
-            last = last / "model.onnx"
-            (tmp_path / "d" / "config.json").write_bytes((graph.parent / "config.json").read_bytes())
+        if name == "d":  # a folder that holds one graph is that graph
+            (last / "config.json").write_bytes((graph.parent / "config.json").read_bytes())
     one, two = (load_file(p / "model.safetensors") for p in (tmp_path / "q", tmp_path / "e"))
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -84,6 +84,15 @@ def test_there_and_back(graph: Path, models: Callable[..., Path], tmp_path: Path
         assert torch.equal(value if parted else value.float(), two[name]), (
             name
         )  # a graph computes in one type of floats
+
+
+def test_a_folder_that_holds_one_graph_is_that_graph(graph: Path, tmp_path: Path) -> None:
+    assert inspect_model(graph.parent) == inspect_model(graph)
+    assert {r["verdict"] for r in diff_models(graph.parent, graph)["tensors"]} == {"same codes"}
+    for name in ("encoder.onnx", "decoder.onnx"):
+        (tmp_path / name).symlink_to(graph)
+    with pytest.raises(ArrondiError, match=r"Give one of them, such as decoder\.onnx"):
+        Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("standard", [False, True])

@@ -44,9 +44,11 @@ def evaluate(
 
     With --kv both models are in memory, and the text is read in short pieces through the rounded cache.
     """
+    from arrondi.checkpoint.containers.onnx.view import is_onnx
     from arrondi.graph import is_graph_file
 
-    if is_graph_file(model):
+    as_language = text is not None and data is None and is_onnx(Path(model))
+    if is_graph_file(model) and not as_language:
         networks.refuse_text_options({
             "--text": text, "--kv": kv, "--activations": activations, "--column": column, "--samples": samples, "--device": device != "cpu",
             "--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, **dict.fromkeys(set_by_user(context, "seq_len"), True),

@@ -46,6 +46,11 @@ def build_model(config: dict[str, Any], folder: object, dtype: torch.dtype = tor
     plain = {k: v for k, v in config.items() if k not in QUANTIZATION}
     names = plain.get("architectures") or []
     kind = plain.get("model_type")
+    if not isinstance(kind, str) and str(folder).endswith(".onnx"):
+        raise FileFormatError(
+            f"{folder}: no config.json with a model_type lies beside it, so nothing says which model of transformers it is. Put that model's config.json "
+            "and tokenizer there, or give the file as a network, with --data instead of a text."
+        )
     if not isinstance(kind, str):
         raise FileFormatError(
             f"{folder}: config.json has no model_type. Only models of transformers are read: give a directory that save_pretrained wrote."

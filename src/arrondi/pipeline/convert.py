@@ -163,8 +163,17 @@ class _Work:
         if changed:
             more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             raise SchemeError(
-                f"{self.layout.name} cannot hold every value as it is: {', '.join(changed[:_NAMED])}{more}. Leave --exact-only out, or choose another target."
+                f"{self.layout.name} cannot hold every value as it is: {', '.join(changed[:_NAMED])}{more}. {self._advice()}"
             )
+
+    def _advice(self) -> str:
+        """What to do where a value would change."""
+        moved = [c for c in self.choices.values() if c.verdict != "exact"]
+        if all(c.verdict == "rescaled" for c in moved):
+            scheme = moved[0].scheme.weights
+            by = max(c.error for c in moved)
+            return f"Only scales and offsets are stored otherwise, which moves values by at most {by:.2g}: leave --exact-only out, or quantize with --scheme w={scheme}."
+        return "Leave --exact-only out, or choose another target."
 
     def summary(self) -> dict[str, Any]:
         """What was done to every tensor, and how many of each verdict there are."""

@@ -13,16 +13,18 @@ from typing import Final, Literal
 import torch
 
 from arrondi.checkpoint import LayerValues, Layout, Placed
-from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerChannel, PerGroup, Scheme
+from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerChannel, PerGroup
 from arrondi.formats.presets import PRESETS
+from arrondi.formats.scheme import ScaleType
 from arrondi.tensor.express import expressed
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.ranges.grid import STORED
 
 Verdict = Literal["exact", "rescaled", "requantized", "copied"]
 
 _GROUPS: Final = (128, 64, 32, 16)
-_STORED: Final = ("float32", "bfloat16", "float16")
+_STORED: Final[tuple[ScaleType, ...]] = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def chosen(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerSch
     """
     q = values.weight
     near: tuple[float, Choice] | None = None
-    for scheme in _words(placed.scheme):
+    for scheme in _words(placed.scheme, _types(q)):
         if layout.refuse(replace(placed, scheme=scheme, storage="")) is not None:
             continue
         made = expressed(q, scheme.weights)
@@ -98,7 +100,9 @@ def stays(values: LayerValues, placed: Placed, layout: Layout) -> bool:
 
 
 def _rounded(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerScheme | None) -> Choice | str:
-    q, reason = values.weight, ""
+    q = values.weight
+    own = wanted or layout.fit(placed.scheme)
+    reason = layout.refuse(replace(placed, scheme=own, storage="", indexed=False)) or ""
     fits = []
     for scheme in map(layout.fit, [wanted] if wanted else _presets(placed.scheme)):
         why = layout.refuse(replace(placed, scheme=scheme, storage="", indexed=False))
@@ -123,10 +127,21 @@ def _presets(own: LayerScheme) -> Iterator[LayerScheme]:
             yield replace(preset, inputs=own.inputs, outputs=own.outputs)
 
 
-def _words(own: LayerScheme) -> Iterator[LayerScheme]:
-    """Other schemes in which the values of one may be said, itself first."""
-    yield own
+def _types(q: QTensor) -> tuple[ScaleType, ...]:
+    """Types of scales, the narrowest that holds those of a tensor as they are first: what a layout widened comes back as it was."""
+    scale = q.real_scale
+    return tuple(sorted(_STORED, key=lambda name: not torch.equal(scale.to(STORED[name]).float(), scale)))
+
+
+def _words(own: LayerScheme, types: tuple[ScaleType, ...]) -> Iterator[LayerScheme]:
+    """Other schemes in which the values of one may be said, itself first.
+
+    Before it comes only the zero point that wide offsets have been: layouts that lack zero points make float32 numbers of them.
+    """
     w = own.weights
+    if w.zero_point == "float" and w.scale == w.offset == "float32":
+        yield replace(own, weights=replace(w, zero_point="integer", scale=types[0], signed=None))
+    yield own
     if w.format.trellis is not None:
         return
     for granularity in _granularities(w.granularity):
@@ -134,8 +149,8 @@ def _words(own: LayerScheme) -> Iterator[LayerScheme]:
             for zero in ("none", "integer", "float"):
                 if format.kind != "integer" and zero != w.zero_point:
                     continue
-                for stored in (w.scale, *_STORED) if not isinstance(w.scale, Scheme) else _STORED:
-                    if isinstance(stored, Scheme) or (stored == "e8m0" and zero != "none"):
+                for stored in ("e8m0", *types) if w.scale == "e8m0" else types:
+                    if stored == "e8m0" and zero != "none":
                         continue
                     offset = "float32" if zero != "float" or stored == "e8m0" else stored
                     yield replace(own, weights=replace(

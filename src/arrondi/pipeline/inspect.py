@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint, Entry, readers_of
-from arrondi.checkpoint.containers.gguf.header import is_gguf, read_header
+from arrondi.checkpoint.containers.gguf import header as gguf
+from arrondi.checkpoint.containers.json_file import read_json
 from arrondi.checkpoint.containers.onnx.view import is_onnx
 from arrondi.checkpoint.containers.onnx.view import view_of as onnx_view
+from arrondi.checkpoint.containers.tensor_file import is_safetensors, read_header, read_metadata
 from arrondi.checkpoint.containers.tflite.header import is_tflite, read_model
+from arrondi.checkpoint.method import method_of
 from arrondi.errors import SchemeError
 from arrondi.graph import is_graph_file, read_graph
 from arrondi.graph.contents import contents
@@ -33,6 +37,8 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         are none) and `model_bits_per_weight` of everything; `bytes` of all tensors, which is what the files hold besides
         their headers, `file_bytes`, `parameters`; and `tensors` with name, shape, format, bytes and bits per weight of each.
 
+        Of one safetensors file: its tensors as they are stored, and the words of its header as `metadata`; `layout` is what a config.json beside it says.
+
         Of a network of ONNX operators: see `arrondi.graph.contents`, and `path` and `file_bytes`. An ONNX file whose weights have a form of
         com.microsoft's, or that is large, is not read as a network: of it there are tensors, and `inputs`, `outputs`, `opset` and `operators`.
 
@@ -47,24 +53,50 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
             "file_bytes": file_bytes(path) if Path(path).suffix == ".onnx" else Path(path).stat().st_size,
             **held,
         }
+    if is_safetensors(path):
+        return _shard(Path(path))
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     parts = _stored_parts(checkpoint)
     tensors = [_row(checkpoint, name, found) for name, found in parts.items()]
-    weights = sum(math.prod(t["shape"]) for t in tensors)
-    packed = [t for t in tensors if t["quantized"]]
-    packed_weights = sum(math.prod(t["shape"]) for t in packed)
-    total = sum(t["bytes"] for t in tensors)
     return {
         "path": str(checkpoint.folder.path),
         "architecture": (checkpoint.folder.config.get("architectures") or [None])[0],
         **_container(checkpoint.folder.path),
         "layout": checkpoint.layout.name if checkpoint.layout else None,
         "readers": _readers(checkpoint),
+        **_totals(tensors, checkpoint.folder.entries.values()),
+    }
+
+
+def _shard(path: Path) -> dict[str, Any]:
+    """One file of a model, as it is stored: of a quantized layer it may hold a part."""
+    entries, beside = read_header(path), path.parent / "config.json"
+    config = read_json(beside, "Download it again.") if beside.is_file() else {}
+    method = method_of(config, entries)
+    tensors = [_entry_row(name, entry.shape, entry.dtype, [entry]) for name, entry in entries.items()]
+    return {
+        "path": str(path),
+        "architecture": (config.get("architectures") or [None])[0],
+        "container": "safetensors",
+        "metadata": read_metadata(path),
+        "layout": method if isinstance(method, str) else None,
+        "readers": [],
+        **_totals(tensors, entries.values()),
+    }
+
+
+def _totals(tensors: list[dict[str, Any]], entries: Collection[Entry]) -> dict[str, Any]:
+    """Tensors and their sums."""
+    weights = sum(math.prod(t["shape"]) for t in tensors)
+    packed = [t for t in tensors if t["quantized"]]
+    packed_weights = sum(math.prod(t["shape"]) for t in packed)
+    total = sum(t["bytes"] for t in tensors)
+    return {
         "parameters": weights,
         "quantized_parameters": packed_weights,
         "bytes": total,
-        "file_bytes": sum(p.stat().st_size for p in {e.path for e in checkpoint.folder.entries.values()}),
+        "file_bytes": sum(p.stat().st_size for p in {e.path for e in entries}),
         "bits_per_weight": round(8 * sum(t["bytes"] for t in packed) / packed_weights, 4) if packed_weights else None,
         "model_bits_per_weight": round(8 * total / max(weights, 1), 4),
         "tensors": tensors,
@@ -82,8 +114,8 @@ def _is_container(path: Path) -> bool:
 
 def _container(path: Path) -> dict[str, Any]:
     """What kind of files these are, and what the header of a single file says, but for its lists."""
-    if is_gguf(path):
-        fields = read_header(path).fields.items()
+    if gguf.is_gguf(path):
+        fields = gguf.read_header(path).fields.items()
         said = {key: field.value for key, field in fields if not isinstance(field.value, list)}
         return {"container": "gguf", "metadata": said}
     if is_onnx(path):
@@ -173,12 +205,19 @@ def _stored_parts(checkpoint: Checkpoint) -> dict[str, list[Entry]]:
 def _row(checkpoint: Checkpoint, name: str, parts: list[Entry]) -> dict[str, Any]:
     placed = checkpoint.placed.get(name)
     shape = checkpoint.names.get(name, parts[0].shape if parts else ())
+    format = str(placed.scheme) if placed else parts[0].dtype if parts else "shared"
+    return _entry_row(name, shape, format, parts, placed is not None)
+
+
+def _entry_row(
+    name: str, shape: tuple[int, ...], format: str, parts: list[Entry], quantized: bool = False
+) -> dict[str, Any]:
     nbytes = sum(e.nbytes for e in parts)
     return {
         "name": name,
         "shape": list(shape),
-        "format": str(placed.scheme) if placed else parts[0].dtype if parts else "shared",
+        "format": format,
         "bytes": nbytes,
         "bits_per_weight": round(8 * nbytes / max(math.prod(shape), 1), 4),
-        "quantized": placed is not None,
+        "quantized": quantized,
     }

@@ -84,7 +84,8 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
 def print_inspection(document: Mapping[str, Any]) -> None:
     """Tensors and totals of a checkpoint."""
     out = console()
-    rows = Rows(f"{document['path']}: {document['architecture']}", ("tensor", "shape", "format", "bits", "bytes"))
+    kind = f": {document['architecture']}" if document["architecture"] else ""
+    rows = Rows(f"{document['path']}{kind}", ("tensor", "shape", "format", "bits", "bytes"))
     for t in document["tensors"]:
         rows.add(t["name"], _shape(t["shape"]), t["format"], f"{t['bits_per_weight']:.3f}", f"{t['bytes']:,}")
     rows.show(out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from arrondi.arguments import check_arguments
+from arrondi.checkpoint.containers.onnx.view import graph_in
 from arrondi.errors import MissingExtraError, SchemeError, unknown
 from arrondi.graph import is_graph_file
 from arrondi.verification.consumers import CONSUMERS, Consumer
@@ -22,8 +23,6 @@ from arrondi.verification.process import ask
 from arrondi.verification.subject import Subject, model_subject
 
 SECONDS: Final = 600.0
-_GRAPH: Final = "model.onnx"
-"""The file of a directory that holds a graph."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -72,8 +71,7 @@ def verify_model(
     for name in (*(asked or ()), *pythons):
         if name not in CONSUMERS:
             raise unknown("consumer", name, CONSUMERS)
-    inside = Path(path) / _GRAPH
-    where = inside if inside.is_file() and not (Path(path) / "model.safetensors").exists() else path
+    where = graph_in(Path(path))
     network = is_graph_file(where)
     if data is not None and not network:
         raise SchemeError("Samples are for networks of ONNX operators; a model of transformers is given a text. Leave data out.")  # fmt: skip

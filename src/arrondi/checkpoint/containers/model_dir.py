@@ -59,7 +59,7 @@ class ModelDir:
         Raises:
             FileFormatError: nothing there, no config, no safetensors weights, a file that lies, a missing shard.
         """
-        path = resolve(path)
+        path = onnx.graph_in(resolve(path))
         for is_one, view_of in _FILES:
             if path.is_file() and is_one(path):
                 view = view_of(path)

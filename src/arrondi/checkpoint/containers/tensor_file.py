@@ -1,6 +1,6 @@
 """One safetensors file, read lazily and written in place.
 
-Owns: `read_header`, `read_metadata`, `Entry` (where a tensor lies), `read_tensor`, and `encode_header` for the writer. The format
+Owns: `is_safetensors`, `read_header`, `read_metadata`, `Entry` (where a tensor lies), `read_tensor`, and `encode_header` for the writer. The format
 is an 8-byte little-endian length, a JSON header, then one byte buffer (the specification of safetensors 0.x).
 
 Why not the safetensors package here: a map of the whole file counts towards the resident set and its writer wants every
@@ -79,6 +79,11 @@ class Entry:
     def made(self, stored: torch.Tensor) -> torch.Tensor:
         """The model's tensor of the stored one; of blocks of ggml, rows of bytes in the model's order."""
         return stored if self.turn is None else self.turn.apply(stored, self.shape)
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is called as one of this format is."""
+    return Path(path).suffix.lower() == ".safetensors" and Path(path).is_file()
 
 
 def read_header(path: Path) -> dict[str, Entry]:

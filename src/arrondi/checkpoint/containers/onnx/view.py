@@ -1,6 +1,6 @@
 """An ONNX file as a model directory: its weights by the names of the modules that they belong to, and the config that lies beside it.
 
-Owns: `is_onnx`, `view_of` and `View`.
+Owns: `is_onnx`, `graph_in`, `view_of` and `View`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ class View:
 def is_onnx(path: Path) -> bool:
     """Whether a file is called as an ONNX file is."""
     return path.suffix.lower() == SUFFIX and path.is_file()
+
+
+def graph_in(path: Path) -> Path:
+    """The ONNX file of a folder that holds one, and no safetensors files, as its model; any other path stays what it is."""
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return path
+    graphs = [p for p in path.iterdir() if is_onnx(p)]
+    return graphs[0] if len(graphs) == 1 else path
 
 
 def view_of(path: Path) -> View:
