@@ -13,7 +13,7 @@ from typing import Final, Literal
 import torch
 
 from arrondi.checkpoint import LayerValues, Layout, Placed
-from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerChannel, PerGroup
+from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerBlock, PerChannel, PerGroup
 from arrondi.formats.presets import PRESETS
 from arrondi.formats.scheme import ScaleType
 from arrondi.tensor.express import expressed
@@ -24,6 +24,8 @@ from arrondi.tensor.ranges.grid import STORED
 Verdict = Literal["exact", "rescaled", "requantized", "copied"]
 
 _GROUPS: Final = (128, 64, 32, 16)
+_BLOCKS: Final = PerBlock(128, 128)
+"""Those of every fp8 file that has blocks."""
 _STORED: Final[tuple[ScaleType, ...]] = ("bfloat16", "float16", "float32")
 
 
@@ -160,7 +162,7 @@ def _words(own: LayerScheme, types: tuple[ScaleType, ...]) -> Iterator[LayerSche
 
 def _granularities(own: Granularity) -> list[Granularity]:
     """The same, and all that are as fine or, should scales be equal, as coarse."""
-    return list(dict.fromkeys([own, PerChannel(), *(PerGroup(n) for n in _GROUPS)]))
+    return list(dict.fromkeys([own, PerChannel(), *(PerGroup(n) for n in _GROUPS), _BLOCKS]))
 
 
 def _formats(own: Format) -> list[Format]:
