@@ -56,13 +56,14 @@ READERS = {
     "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/asym", "w=uint4/g32/offset"],
     "torchao": ["w=int4/g32", "w=int3/channel/asym", "w=int8/channel,a=int8/token", "w=fp8/channel"],
     "mlx": ["w=uint4/g32/offset", "w=uint3/g32/offset/float16", "MXFP4A16", "MXFP8A16"],
+    "modelopt": ["w=fp8/tensor,a=fp8/tensor/static", "w=fp8/b128x128", "w=int4/g32", "w=int8/channel", "NVFP4", "MXFP8", "w=fp8/channel,a=fp8/token"],
     "exl3": ["EXL3_2", "w=tcq5-l16-3inst-tile/tensor/rht128:sides", "w=tcq8-l16-mcg-tile/tensor/rht128:sides", "signs"],
     "plain": ["plain"],
 }  # fmt: skip
 SHAPES = {"model.layers.0.a.weight": (32, 64), "model.layers.0.b.weight": (64, 96)}
 _MIXED = ["w=int4/g32", "w=int8/channel,a=int8/token"]
 _NF4_DQ32 = f"w=nf4/g32/s:({nested_scheme()})"
-_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq", "torchao", "mlx", "exl3")
+_OF_OTHERS = ("gptq", "awq", "bitsandbytes", "auto-round", "fp8", "mxfp4", "hqq", "torchao", "mlx", "exl3", "modelopt")
 """Layouts whose numbers the plain decoders of the tests know."""
 _SUMS = ("exl3",)
 """Of these, layouts whose numbers are sums, which may be rounded in another order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import arrondi
-from arrondi.checkpoint import Checkpoint
+from arrondi.checkpoint import LAYOUTS, Checkpoint, LayerValues, Placed
 from arrondi.checkpoint.containers.gguf.header import read_header
 from arrondi.errors import ArrondiError, OutputError, SchemeError
+from arrondi.formats import parse_scheme
 from arrondi.pipeline.convert import convert_model
+from arrondi.pipeline.convert_choice import Choice, chosen, converted
 from arrondi.pipeline.diff import diff_models
+from arrondi.tensor.nearest import quantize_tensor
 
 CASES = [
     ("w=int4/g32", ("gptq", "awq", "gguf", "compressed-tensors")),
@@ -59,22 +63,34 @@ def test_there_and_back(scheme: str, targets: tuple[str, ...], packed: Callable[
 
 @pytest.mark.parametrize(
     ("layout", "scheme", "via"),
-    [("hqq", "w=uint4/g32/asym", "mlx"), ("compressed-tensors", "w=int4/g32/asym/bfloat16", "mlx"), ("torchao", "w=int4/g32/float16", "hqq"),
-        ("fp8", "FP8_BLOCK", "compressed-tensors")],
+    [("hqq", "w=uint4/g32/asym", "mlx"), ("compressed-tensors", "w=int4/g32/asym/bfloat16", "mlx"), ("torchao", "w=int4/g32/float16", "hqq")],
 )  # fmt: skip
 def test_what_a_layout_widens_comes_back_as_it_was(
     layout: str, scheme: str, via: str, models: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Zero points become float32 offsets where there are none, blocks larger than a matrix its rows; back in the first, every byte is the old one."""
+    """Zero points become float32 offsets where there are none; back in the first, every byte is the old one."""
     arrondi.quantize(models("llama"), scheme, out=tmp_path / "a", to=layout)
     convert_model(tmp_path / "a", tmp_path / "b", via, exact_only=True)
     convert_model(tmp_path / "b", tmp_path / "c", layout, exact_only=True)
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in "ac")
     assert one.keys() == two.keys()
     for name, value in one.items():
-        assert value.dtype == two[name].dtype and torch.equal(value.view(torch.uint8), two[name].view(torch.uint8)), (
-            name
-        )
+        assert value.dtype == two[name].dtype and torch.equal(
+            *(t.reshape(-1).view(torch.uint8) for t in (value, two[name]))
+        ), name
+
+
+def test_blocks_larger_than_a_matrix_become_rows_and_blocks_again() -> None:
+    """compressed-tensors has no smaller last block, fp8 no scales of rows."""
+    scheme = parse_scheme("FP8_BLOCK")
+    placed = Placed("a.weight", (64, 256), scheme)
+    values = LayerValues(
+        quantize_tensor(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), scheme.weights)
+    )
+    rows = chosen(values, placed, LAYOUTS["compressed-tensors"])
+    assert isinstance(rows, Choice) and rows.verdict == "exact" and rows.scheme != scheme
+    held = LayerValues(converted(values.weight, rows))
+    assert chosen(held, replace(placed, scheme=rows.scheme), LAYOUTS["fp8"]) == Choice(scheme, "exact")
 
 
 def test_a_refusal_says_what_the_target_lacks_and_what_helps(packed: Callable[[str], Path], tmp_path: Path) -> None:

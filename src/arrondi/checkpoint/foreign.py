@@ -31,7 +31,6 @@ _OTHER_WEIGHTS: Final[Mapping[str, str]] = MappingProxyType({
 _METHODS: Final[Mapping[str, str]] = MappingProxyType({
     "fbgemm_fp8": "quantized to FP8 by FBGEMM",
     "quanto": "quantized by Quanto",
-    "modelopt": "quantized by NVIDIA ModelOpt",
     "quark": "quantized by AMD Quark",
     "fouroversix": "quantized by fouroversix",
     "sinq": "quantized by SINQ",

@@ -51,6 +51,11 @@ def others_of(layout: str, placed: list[Placed], facts: ModelFacts) -> list[Verd
         ]  # fmt: skip
     if layout in _OF_GRAPHS:
         return [Verdict(*row) for row in _OF_GRAPHS[layout]]
+    if layout == "modelopt":
+        return [
+            Verdict(TRANSFORMERS, False, f"{TRANSFORMERS} does not read this layout."),
+            *(Verdict(name, True, f"{name} has a reader of this layout for GPUs, by its source; not run here.") for name in ("TensorRT-LLM", "vLLM", "SGLang")),
+        ]  # fmt: skip
     if layout == "mlx":
         return [
             Verdict("mlx-lm", True, "mlx-lm reads it, where it knows the architecture; a Llama was run on a CPU."),

@@ -15,10 +15,12 @@ from typing import Any, Final
 from arrondi.checkpoint.containers.json_file import read_json
 from arrondi.checkpoint.containers.model_dir import ModelDir
 from arrondi.checkpoint.containers.tensor_file import read_metadata
+from arrondi.checkpoint.layouts.modelopt.config import of_file
 from arrondi.errors import FileFormatError
 
 _GPTQ: Final = "quantize_config.json"
-_SAME: Final = ("bits", "group_size", "sym", "checkpoint_format")
+_MODELOPT: Final = "hf_quant_config.json"
+_SAME: Final = ("bits", "group_size", "sym", "checkpoint_format", "quant_algo")
 """Keys that decide what the numbers mean."""
 
 
@@ -31,6 +33,9 @@ def with_sidecar(folder: ModelDir) -> ModelDir:
     own = folder.config.get("quantization_config")
     if isinstance(own, dict) and own.get("quant_method") == "torchao":
         return _with_metadata(folder, own)
+    if own is None or (isinstance(own, dict) and own.get("quant_method") == "modelopt"):
+        folder = _with_modelopt(folder, own)
+        own = folder.config.get("quantization_config")
     path = folder.path / _GPTQ
     if not path.is_file() or not any(n.endswith(".qweight") for n in folder.entries):
         return folder
@@ -41,6 +46,20 @@ def with_sidecar(folder: ModelDir) -> ModelDir:
     if isinstance(own, dict):
         _check_same(path, own, beside)
     return folder
+
+
+def _with_modelopt(folder: ModelDir, own: dict[str, Any] | None) -> ModelDir:
+    """The file beside says the size of groups, which config.json may leave out."""
+    path = folder.path / _MODELOPT
+    if not path.is_file() or not any(n.endswith(".weight_scale") for n in folder.entries):
+        return folder
+    try:
+        told = of_file(read_json(path, "Download it again."))
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    if own is not None:
+        _check_same(path, own, told)
+    return replace(folder, config={**folder.config, "quantization_config": {**told, **(own or {})}})
 
 
 def _with_metadata(folder: ModelDir, own: dict[str, Any]) -> ModelDir:

@@ -265,7 +265,39 @@ def mlx(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
     return found
 
 
+def modelopt(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    """What is stored tells codes and scales apart: bytes of float8, of integers, of pairs of rows or of columns."""
+    found = {}
+    half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for name in [n for n in tensors if n.endswith(".weight_scale")]:
+        path = name.removesuffix(".weight_scale")
+        own = said.get("quantized_layers", {}).get(path, said)["quant_algo"].lower()
+        codes, scale = tensors[f"{path}.weight"], tensors[name].double()
+        numbers = codes.double().numpy()
+        if own == "w4a16_awq":
+            numbers = np.stack([codes.numpy() % 16, codes.numpy() // 16], 1).reshape(-1, codes.shape[1]).astype(float)
+            numbers = numbers - 16 * (numbers > 7)
+        elif codes.dtype == torch.uint8:
+            numbers = np.stack([codes.numpy() % 16, codes.numpy() // 16], -1).reshape(len(codes), -1)
+            numbers = np.concatenate([half, -half])[numbers]
+        if tensors[name].dtype == torch.uint8:
+            scale = torch.exp2(scale - 127)
+        scale = (
+            (scale * tensors[f"{path}.weight_scale_2"].double()).float()
+            if f"{path}.weight_scale_2" in tensors
+            else scale
+        )
+        grid = scale.double().numpy()
+        grid = grid[:, None] if grid.ndim == 1 else grid[:, 0, :, 0] if grid.ndim == 4 else grid
+        if grid.ndim:
+            high, wide = (128, 128) if own == "fp8_pb_wo" else (1, -(-numbers.shape[1] // grid.shape[1]))
+            grid = grid.repeat(high, 0).repeat(wide, 1)[: numbers.shape[0], : numbers.shape[1]]
+        found[path] = (numbers * grid).astype(np.float32)
+    return found
+
+
 READERS = {
+    "modelopt": modelopt,
     "exl3": exl3,
     "mlx": mlx,
     "hqq": hqq,

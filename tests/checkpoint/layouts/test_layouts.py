@@ -77,6 +77,9 @@ STORED_BY = {
     "exl3": {f"EXL3_{bits}" for bits in range(1, 9)},
     "onnx": GRAPHS,
     "onnx-qdq": GRAPHS,
+    "modelopt": {
+        "W4A16", "W8A8_STATIC", "FP8", "FP8_DYNAMIC", "NVFP4", "NVFP4A16", "MXFP4A16", "MXFP8", "Q4_0",
+    },
     "mlx": {"Q4_1", "Q5_1", "MXFP4A16", "MXFP8A16", "w=uint3/g32/offset"},
     "torchao": {
         *(f"W{b}A16" for b in range(2, 9)), *(f"W{b}A16_ASYM" for b in range(2, 8)), "W8A8", "FP8_DYNAMIC", "FP8A16", "Q4_0", "Q5_0", "Q8_0",

