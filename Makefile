@@ -44,7 +44,8 @@ format: $(STAMP)
 
 # Real peers and real models; DATA is a directory of models and texts. A skip is a failure here. ARRONDI_CHECKPOINTS names interpreters with
 # transformers, accelerate, optimum, gptqmodel and bitsandbytes, and, after a colon, with transformers, auto-round and hqq (with mlx, torchao and
-# others between them); ARRONDI_LLAMA_CPP one with llama-cpp-python, ARRONDI_OPENVINO one with openvino.
+# others between them); ARRONDI_LLAMA_CPP one with llama-cpp-python, ARRONDI_IK_LLAMA with ik-llama-cpp-python, ARRONDI_OPENVINO with openvino,
+# ARRONDI_LITERT with ai-edge-litert.
 peers: $(STAMP)
 	ARRONDI_DATA=$(DATA) ARRONDI_PEERS=1 $(PYTEST) -m peer
 

@@ -205,8 +205,9 @@ def _stored_parts(checkpoint: Checkpoint) -> dict[str, list[Entry]]:
 def _row(checkpoint: Checkpoint, name: str, parts: list[Entry]) -> dict[str, Any]:
     placed = checkpoint.placed.get(name)
     shape = checkpoint.names.get(name, parts[0].shape if parts else ())
-    format = str(placed.scheme) if placed else parts[0].dtype if parts else "shared"
-    return _entry_row(name, shape, format, parts, placed is not None)
+    lattice = parts[0].lattice if parts else ""
+    format = str(placed.scheme) if placed else lattice or (parts[0].dtype if parts else "shared")
+    return _entry_row(name, shape, format, parts, placed is not None or bool(lattice))
 
 
 def _entry_row(

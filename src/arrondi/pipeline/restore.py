@@ -58,7 +58,8 @@ def dequantize_model(
         raise SchemeError(
             f"{out}: names an ONNX file, and {model} is none. Give a directory: -o {out.with_suffix('')}."
         )
-    if not checkpoint.quantized:
+    values = sum(bool(entry.lattice) for entry in checkpoint.folder.entries.values())
+    if not checkpoint.quantized and not values:
         raise SchemeError(
             f"{checkpoint.folder.path} is not quantized: nothing in it says that a tensor is. Use it as it is."
         )
@@ -69,8 +70,8 @@ def dequantize_model(
     plan = ShardPlan.split(specs, shard_bytes)
     key = run_key("dequantize", ledger, checkpoint.folder.fingerprint(), dtype, shard_bytes)
     result = {
-        "restored": len(checkpoint.placed),
-        "copied": len(checkpoint.names) - len(checkpoint.placed),
+        "restored": len(checkpoint.placed) + values,
+        "copied": len(checkpoint.names) - len(checkpoint.placed) - values,
         "bytes": plan.nbytes,
         "dtype": dtype,
     }

@@ -131,8 +131,7 @@ def test_types_of_another_program_are_named(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     at = raw.index(struct.pack("<QQIQ", 3, 2, 0, 0)) + 16
     for number, words in (
-        (141, "IQ6_K of ik_llama.cpp"),
-        (155, "IQ4_KT of ik_llama.cpp"),
+        (135, "IQ2_BN of ik_llama.cpp"),
         (999, "type 999, which is not known"),
     ):
         raw[at : at + 4] = struct.pack("<I", number)

@@ -76,6 +76,11 @@ class Entry:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def lattice(self) -> str:
+        """The type of the stored blocks whose values are on no grid, so that they are read as numbers; "" for all others."""
+        return self.turn.dtype if isinstance(self.turn, Turn) and self.turn.decoded else ""
+
     def made(self, stored: torch.Tensor) -> torch.Tensor:
         """The model's tensor of the stored one; of blocks of ggml, rows of bytes in the model's order."""
         return stored if self.turn is None else self.turn.apply(stored, self.shape)

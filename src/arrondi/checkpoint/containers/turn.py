@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from arrondi.checkpoint.containers.gguf.ik import IK_TYPES, decode_ik
 from arrondi.errors import FileFormatError
 
 
@@ -51,11 +52,15 @@ class Turn:
 
 
 def _decoded(stored: torch.Tensor, kind: str) -> torch.Tensor:
-    """float32 of blocks, by gguf's own tables."""
+    """float32 of blocks, by gguf's own tables where it has them."""
     from gguf import GGMLQuantizationType, dequantize
 
     with np.errstate(all="ignore"):
-        values = torch.from_numpy(dequantize(stored.numpy(), GGMLQuantizationType[kind]))
+        values = (
+            decode_ik(stored, kind)
+            if kind in IK_TYPES
+            else torch.from_numpy(dequantize(stored.numpy(), GGMLQuantizationType[kind]))
+        )
     if not bool(torch.isfinite(values).all()):
         raise FileFormatError(
             f"A scale of its {kind} blocks is NaN or infinite. The file is damaged; download it again."

@@ -15,6 +15,7 @@ from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.checkpoint.containers.gguf.families import FAMILIES
 from arrondi.checkpoint.containers.gguf.header import Header
 from arrondi.checkpoint.containers.gguf.rope import rope_of
+from arrondi.checkpoint.containers.gguf.stand_in import readable
 from arrondi.errors import FileFormatError
 
 _MORE: Final[Mapping[str, str]] = MappingProxyType({
@@ -60,7 +61,8 @@ def config_of(header: Header) -> dict[str, Any]:
     architecture = header.architecture
     try:
         family = FAMILIES.get(architecture)
-        config: dict[str, Any] = family.config(header) if family else load_gguf_checkpoint(str(header.path))["config"]
+        with readable(header) as path:
+            config: dict[str, Any] = family.config(header) if family else load_gguf_checkpoint(str(path))["config"]
         if config.get("model_type") == "llama" and header.value(f"{architecture}.expert_count", 0):
             config |= {"model_type": "mixtral", "num_local_experts": header.value(f"{architecture}.expert_count")}
         usual = transformers.CONFIG_MAPPING[config["model_type"]]()

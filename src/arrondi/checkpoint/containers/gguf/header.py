@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
+from arrondi.checkpoint.containers.gguf.ik import IK_TYPES, NAMED
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry, read_tensor
 from arrondi.errors import FileFormatError
 
@@ -70,11 +71,7 @@ class Stored(NamedTuple):
         return (*self.shape[:-1], (self.stop - self.start) // max(rows, 1))
 
 
-_OF_IK: Final = {
-    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS",
-    146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
-}  # fmt: skip
-"""Number of a type → its name, of those that only ik_llama.cpp has."""
+_OF_IK: Final = {kind.number: name for name, kind in IK_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -246,8 +243,10 @@ class _Parser:
             return str(GGMLQuantizationType(number).name)
         except ValueError:
             if number in _OF_IK:
+                return _OF_IK[number]
+            if number in NAMED:
                 raise FileFormatError(
-                    f"{self.path}: tensor {name!r} is of the type {_OF_IK[number]} of ik_llama.cpp, which is not read here. Take a file in the types of llama.cpp, such as Q4_K or IQ4_XS."
+                    f"{self.path}: tensor {name!r} is of the type {NAMED[number]} of ik_llama.cpp, which is not read here. Take a file from before its rows were repacked, or in another type."
                 ) from None
             raise FileFormatError(
                 f"{self.path}: tensor {name!r} is of ggml's type {number}, which is not known here. Update the package gguf, or take a file of another type."
@@ -280,10 +279,12 @@ class _Parser:
     def bytes_of(self, name: str, kind: str, shape: tuple[int, ...]) -> int:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        own = IK_TYPES.get(kind)
+        elements, nbytes = (own.elements, own.size) if own else GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         columns = shape[-1] if shape else 1
         if columns % elements:
             raise FileFormatError(
                 f"{self.path}: tensor {name!r} has rows of {columns} numbers, which blocks of {elements} ({kind}) do not divide. {_AGAIN}"
             )
-        return math.prod(shape) // elements * nbytes
+        heads = own.head * math.prod(shape[:-1]) if own else 0
+        return heads + math.prod(shape) // elements * nbytes

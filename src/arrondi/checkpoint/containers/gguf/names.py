@@ -18,14 +18,15 @@ import torch
 
 from arrondi.checkpoint.containers.gguf.families import FAMILIES
 from arrondi.checkpoint.containers.gguf.header import Header, Stored
+from arrondi.checkpoint.containers.gguf.ik import IK_TYPES
 from arrondi.checkpoint.containers.gguf.tables import own_tables
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry
 from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError
 
 _STACK: Final = re.compile(r"blk\.(?P<block>\d+)\.ffn_(?P<part>gate|up|down)_exps\.(?P<leaf>weight|bias)")
-GRIDLESS: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
-"""Types of blocks whose values are points of a lattice and not codes with a scale: they are read as numbers."""
+GRIDLESS: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", *IK_TYPES})
+"""Types of blocks whose values are points of a lattice and not codes with a scale, and all of ik_llama.cpp's: they are read as numbers."""
 _LIKE: Final = {"gemma": "gemma2"}
 """Architectures that transformers does not read, and the one whose converter does the same to them."""
 _TIMES: Final = 2.0

@@ -18,6 +18,7 @@ from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.checkpoint.containers.gguf.config import config_of
 from arrondi.checkpoint.containers.gguf.header import Header, read_header, split_files
 from arrondi.checkpoint.containers.gguf.names import model_entries
+from arrondi.checkpoint.containers.gguf.stand_in import readable
 from arrondi.checkpoint.containers.gguf.tokens import SPACE
 from arrondi.checkpoint.containers.json_file import write_json
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry
@@ -154,9 +155,8 @@ def _home(header: Header, config: dict[str, Any]) -> Path:
     write_json(home / "config.json", config)
     if header.value("tokenizer.ggml.model") is not None:
         try:
-            found = AutoTokenizer.from_pretrained(
-                str(header.path.parent), gguf_file=header.path.name, local_files_only=True
-            )
+            with readable(header) as path:
+                found = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
             _as_the_header_says(found, header).save_pretrained(home)
         except Exception as error:  # a vocabulary that transformers cannot turn: the model is read, its text is not
             reraise_exhaustion(error)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from arrondi.checkpoint.layouts.ggml.planes import Plane, planes
+from arrondi.checkpoint.containers.gguf.planes import Plane, planes
 from arrondi.formats import PRESETS, Scheme
 
 

@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
+from arrondi.checkpoint.containers.gguf.planes import read_planes, write_planes
 from arrondi.checkpoint.layouts.ggml.blocks import BLOCKS, BlockType
-from arrondi.checkpoint.layouts.ggml.planes import read_planes, write_planes
 from arrondi.checkpoint.layouts.ggml.ternary import read_trits, write_trits
 from arrondi.errors import FileFormatError, ShapeError, unknown
 from arrondi.formats import Format, Scheme, scale_shape
