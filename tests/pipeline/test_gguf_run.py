@@ -135,3 +135,27 @@ def test_a_template_gives_the_header(models: Callable[..., Path], tmp_path: Path
     with pytest.raises(ArrondiError, match="goes with --to gguf"):
         arrondi.quantize(plain, "W4A16", out=tmp_path / "n", template=template)
     assert {p.name for p in tmp_path.iterdir()} == {"first.gguf", "f16.gguf", "gpt2.gguf", "m.gguf", "m.report.json"}
+
+
+def test_what_another_command_left_beside_the_file_is_replaced(
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run had come to its end, and the file was not made."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    plain, out = models("llama"), tmp_path / "m.gguf"
+    with monkeypatch.context() as patched:
+        patched.setattr("arrondi.pipeline.file_runs.convert_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            arrondi.quantize(plain, "Q4_0", out=out, to="gguf")
+    assert (tmp_path / ".m.gguf.run").is_dir()
+    arrondi.quantize(plain, "Q8_0", out=out, to="gguf")
+    assert number_of(out) == "MOSTLY_Q8_0" and not (tmp_path / ".m.gguf.run").exists()
+
+
+def test_what_a_header_cannot_say_is_refused_before_the_work(models: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArrondiError, match="GGUF says nothing of query_pre_attn_scalar"):
+        arrondi.quantize(models("gemma2", query_pre_attn_scalar=77), "Q8_0", out=tmp_path / "m.gguf", to="gguf")
+    assert not [*tmp_path.iterdir()]

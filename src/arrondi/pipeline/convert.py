@@ -6,7 +6,7 @@ rules give back of the tensors that will be written is compared with the source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +37,7 @@ GGUF: Final = "gguf"
 ONNX: Final = ("onnx", "onnx-qdq")
 _NAMED: Final = 5
 """Tensors that a refusal names."""
-_COUNTED: Final = ("exact", "rescaled", "requantized", "copied")
+_COUNTED: Final = ("exact", "rescaled", "requantized", "copied", "left out")
 
 Progress = Callable[[int, int, str], None]
 
@@ -70,7 +70,7 @@ def convert_model(
 
     Returns:
         `to`; `tensors`, each with its name, what it was (`from`), what it is (`to`), `verdict`, and, where values changed, `max_error` and `sqnr_db`;
-        `exact`, `rescaled`, `requantized` and `copied`, how many there are; `notes`, sentences about a GGUF file; and `bytes`.
+        `exact`, `rescaled`, `requantized`, `copied` and `left_out`, how many there are; `notes`, sentences about a GGUF file; and `bytes`.
 
     Raises:
         FileFormatError: not a model, or a layout that is not known.
@@ -95,13 +95,13 @@ def convert_model(
         work.refuse_changes()
     check_apart(source.checkpoint.folder.path, out)
     if to == GGUF:
-        nbytes, notes = write_gguf(
+        nbytes, notes, left = write_gguf(
             source, work.planned, work.values, out, template=template, called=called, overwrite=overwrite, progress=progress
         )  # fmt: skip
     else:
-        notes = []
+        notes, left = [], frozenset[str]()
         nbytes = _write_directory(source, work, out, shard_bytes, overwrite, progress)
-    return {"to": to, **work.summary(), "notes": notes, "bytes": nbytes}
+    return {"to": to, **work.summary(left), "notes": notes, "bytes": nbytes}
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,20 @@ class _Work:
             return f"Only scales and offsets are stored otherwise, which moves values by at most {by:.2g}: leave --exact-only out, or quantize with --scheme w={scheme}."
         return "Leave --exact-only out, or choose another target."
 
-    def summary(self) -> dict[str, Any]:
-        """What was done to every tensor, and how many of each verdict there are."""
+    def summary(self, left: Collection[str] = ()) -> dict[str, Any]:
+        """What was done to every tensor, and how many of each verdict there are.
+
+        Args:
+            left: tensors that the target has no place for.
+        """
         rows = []
         for t in self.planned:
             choice = self.choices.get(t.name)
             held = self.source.checkpoint.placed.get(t.name)
             was = str(held.scheme) if held else ""
+            if t.name in left:
+                rows.append({"name": t.name, "verdict": "left out"})
+                continue
             if choice is None:
                 rows.append(
                     {"name": t.name, "verdict": "copied"}
@@ -193,7 +200,7 @@ class _Work:
             if choice.verdict != "exact":
                 row |= {"max_error": choice.error, "sqnr_db": choice.sqnr_db}
             rows.append(row)
-        return {"tensors": rows, **{v: sum(r["verdict"] == v for r in rows) for v in _COUNTED}}
+        return {"tensors": rows, **{v.replace(" ", "_"): sum(r["verdict"] == v for r in rows) for v in _COUNTED}}
 
 
 def _write_directory(

@@ -13,14 +13,11 @@ from typing import Any
 
 from arrondi.checkpoint import write_json
 from arrondi.checkpoint.containers.gguf.header import is_gguf
-from arrondi.checkpoint.containers.gguf.metadata import fields_of_config
-from arrondi.checkpoint.containers.gguf.naming import gguf_places
-from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer
 from arrondi.checkpoint.containers.onnx.view import SUFFIX
 from arrondi.errors import SchemeError
-from arrondi.model import OnDisk
 from arrondi.pipeline.convert import convert_model
-from arrondi.pipeline.gguf_out import Named, check_file, header_of_template
+from arrondi.pipeline.gguf_out import Named, check_file, check_gguf
+from arrondi.pipeline.manifest import finished_key
 from arrondi.pipeline.onnx_export import check_exportable, stored_names
 from arrondi.pipeline.onnx_out import check_out
 from arrondi.pipeline.run import Progress
@@ -49,9 +46,8 @@ def quantize_gguf(
     source = task.opened.source
     if template is None and is_gguf(source.where):
         template = source.where
-    check_described(source, template)
-    folder = out.with_name(f".{out.name}.run")
-    report = task.run(folder, progress=progress)
+    check_gguf(source, task.plan.tensors, template)
+    folder, report = _run_beside(task, out, progress)
     called = Named(source.where.resolve().name, _mix_of(task))
     result = convert_model(folder, out, "gguf", exact_only=True, template=template, called=called, overwrite=overwrite)
     notes = [*report["notes"], *result["notes"]]
@@ -61,18 +57,14 @@ def quantize_gguf(
     return report
 
 
-def check_described(source: OnDisk, template: str | Path | None) -> None:
-    """Whether a GGUF file can say what a model is, before anything is done.
+def _run_beside(task: Task, out: Path, progress: Progress | None) -> tuple[Path, dict[str, Any]]:
+    """Run a task into the hidden directory beside its file.
 
-    Raises:
-        SchemeError, FileFormatError: as `quantize_gguf`.
+    What another command finished there, and was killed before its file was made, is replaced: nobody has seen it.
     """
-    if template is not None or is_gguf(source.where):
-        header_of_template(template or source.where, source.model.config)
-    else:
-        fields_of_config(source.model.config, "")
-        fields_of_tokenizer(source.checkpoint.folder.home, 0)
-    gguf_places(source.model.config, {t.name: t.shape for t in source.tensors})
+    folder = out.with_name(f".{out.name}.run")
+    stale = finished_key(folder) not in (None, task.key)
+    return folder, task.run(folder, overwrite=stale, progress=progress)
 
 
 def _mix_of(task: Task) -> str:
@@ -103,8 +95,7 @@ def quantize_onnx(
         raise SchemeError(
             f"{parts[0]} is not one matrix of the model's graph (transformers makes its parameters of several tensors, or several of it). Leave it out: --ignore {parts[0].removesuffix('.weight')}."
         )
-    folder = out.with_name(f".{out.name}.run")
-    report = task.run(folder, progress=progress)
+    folder, report = _run_beside(task, out, progress)
     result = convert_model(folder, out, task.plan.layout.name, exact_only=True, overwrite=overwrite)
     report = {**report, "container": "onnx", "file_bytes": result["bytes"]}
     alone = out.suffix.lower() == SUFFIX

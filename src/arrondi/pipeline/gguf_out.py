@@ -1,11 +1,13 @@
-"""A model as one GGUF file: `write_gguf`. The header comes from the source if that is GGUF, from a template, or from the model's config.
+"""A model as one GGUF file: `write_gguf`, and `check_gguf` before the work. The header comes from the source if that is GGUF, from a template, or from the model's config.
 
 Numbers that are not quantized keep their type where llama.cpp multiplies by it; vectors are float32, as its programs want them.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,8 +17,8 @@ from arrondi.checkpoint import LAYOUTS, LayerValues, ModelFacts
 from arrondi.checkpoint.containers.gguf.config import unsaid
 from arrondi.checkpoint.containers.gguf.encode import GGUFPlan, GGUFWriter
 from arrondi.checkpoint.containers.gguf.header import Field, Header, is_gguf, read_header, split_files
-from arrondi.checkpoint.containers.gguf.metadata import architecture_of, fields_of_config
-from arrondi.checkpoint.containers.gguf.naming import Place, gguf_places
+from arrondi.checkpoint.containers.gguf.metadata import architecture_of, fields_of_config, text_of
+from arrondi.checkpoint.containers.gguf.naming import Place
 from arrondi.checkpoint.containers.gguf.rope import factors_of
 from arrondi.checkpoint.containers.gguf.tokens import caveats_of
 from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer, named
@@ -24,6 +26,7 @@ from arrondi.checkpoint.containers.tensor_file import DTYPE_NAMES
 from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError, OutputError, SchemeError
 from arrondi.model import OnDisk
+from arrondi.pipeline.gguf_parts import Parts, parts_of
 from arrondi.pipeline.resolve import PlannedTensor
 
 _UINT32: Final = 4
@@ -44,10 +47,17 @@ Progress = Callable[[int, int, str], None]
 
 
 class Written(NamedTuple):
-    """What was written: its bytes, and sentences about what a reader should know of it."""
+    """What was written.
+
+    Attributes:
+        nbytes: of the file.
+        notes: sentences about what a reader should know of it.
+        left: tensors that it has no place for.
+    """
 
     nbytes: int
     notes: list[str]
+    left: frozenset[str]
 
 
 class Named(NamedTuple):
@@ -89,36 +99,77 @@ def write_gguf(
         OutputError: something is there, or the disk is full.
     """
     check_file(out, overwrite)
-    shapes = {t.name: t.shape for t in planned}
-    places = gguf_places(source.model.config, shapes)
-    tensors = {t.name: _type_of(t) for t in planned}
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, place in places.items():
-        stack = (place.count,) if place.count > 1 else ()
-        found = (tensors[name], (*stack, *place.shape))
-        if layout.setdefault(place.name, found) != found:
-            raise SchemeError(
-                f"{name} is {found[0]}, and others of its stack {layout[place.name][0]}. Give all experts of a layer one scheme."
-            )
-    factors = factors_of(source.model.config)
-    layout |= {name: ("F32", tuple(factor.shape)) for name, factor in factors.items()}
-    fields = _fields(source, template, called, layout)
-    writer = GGUFWriter(out, GGUFPlan(fields, layout))
+    begun = _Begun.of(source, planned, out, template, called)
+    places, writer = begun.parts.places, begun.writer
     try:
-        for i, t in enumerate(planned):
+        placed = [t for t in planned if t.name in places]
+        for i, t in enumerate(placed):
             if progress:
-                progress(i, len(planned), t.name)
+                progress(i, len(placed), t.name)
             place = places[t.name]
-            writer.put(place.name, _stored(source, t, values, place, tensors[t.name]), place.index, place.count)
-        for name, factor in factors.items():
-            writer.put(name, factor)
-        reason = unsaid(source.model.config, read_header(writer.part)) if template is None else None
-        if reason is not None:
-            raise SchemeError(f"{out}: {reason}. Give a GGUF file of this model: --template F16.gguf.")
+            writer.put(place.name, _stored(source, t, values, place, begun.types[t.name]), place.index, place.count)
         writer.publish()
     finally:
         writer.close()
-    return Written(out.stat().st_size, caveats_of(fields))
+    notes = [*begun.parts.notes, *caveats_of(begun.fields)]
+    return Written(out.stat().st_size, notes, frozenset(begun.parts.left))
+
+
+def check_gguf(source: OnDisk, planned: list[PlannedTensor], template: str | Path | None) -> None:
+    """Whether a GGUF file can say what a model is, before anything is done: one is begun, whose tensors have no values.
+
+    Raises:
+        SchemeError, FileFormatError: as `write_gguf`.
+    """
+    with tempfile.TemporaryDirectory(prefix="arrondi-") as folder:
+        _Begun.of(source, planned, Path(folder) / "m.gguf", template, Named()).writer.close()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A file that says all of a model but its values.
+
+    Attributes:
+        parts: the places of the tensors.
+        types: tensor → what it is stored as.
+        fields: the keys of the header.
+        writer: of the file.
+    """
+
+    parts: Parts
+    types: Mapping[str, str]
+    fields: Mapping[str, Field]
+    writer: GGUFWriter
+
+    @classmethod
+    def of(
+        cls, source: OnDisk, planned: list[PlannedTensor], out: Path, template: str | Path | None, called: Named
+    ) -> _Begun:
+        parts = parts_of(source)
+        types = {t.name: _type_of(t) for t in planned if t.name in parts.places}
+        layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, place in parts.places.items():
+            stack = (place.count,) if place.count > 1 else ()
+            found = (types[name], (*stack, *place.shape))
+            if layout.setdefault(place.name, found) != found:
+                raise SchemeError(
+                    f"{name} is {found[0]}, and others of its stack {layout[place.name][0]}. Give all experts of a layer one scheme."
+                )
+        config = text_of(source.model.config)
+        factors = factors_of(config)
+        layout |= {name: ("F32", tuple(factor.shape)) for name, factor in factors.items()}
+        fields = _fields(source, template, called, layout)
+        writer = GGUFWriter(out, GGUFPlan(fields, layout))
+        try:
+            for name, factor in factors.items():
+                writer.put(name, factor)
+            reason = unsaid(config, read_header(writer.part)) if template is None else None
+            if reason is not None:
+                raise SchemeError(f"{source.where}: {reason}. Give a GGUF file of this model: --template F16.gguf.")
+        except BaseException:
+            writer.close()
+            raise
+        return cls(parts, types, fields, writer)
 
 
 def check_file(out: Path, overwrite: bool) -> None:

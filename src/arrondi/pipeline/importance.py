@@ -27,9 +27,9 @@ from arrondi.measure.calling import Calling
 from arrondi.measure.data import Data, check_windows, chosen, read_windows
 from arrondi.measure.text import fit_length, load_tokenizer, positions_of
 from arrondi.model import Budget, OnDisk, Site, Source, Stream, device_named, settle, walk
+from arrondi.pipeline.listing import listed
 from arrondi.pipeline.statistics import Forward, Key, Seen, Side, collect
 
-_NAMED: Final = 3
 _HIDDEN_LIMIT: Final = 512 << 20
 
 
@@ -63,8 +63,7 @@ class Known:
             (list(self.unused), "also holds {}, which no weight of this model answers to"),
         ):
             if names:
-                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-                found.append(f"The importance matrix {what.format(', '.join(names[:_NAMED]) + more)}.")
+                found.append(f"The importance matrix {what.format(listed(names))}.")
         return {**self.facts, "lacking": sorted(self.lacking & wanted)}, found
 
 

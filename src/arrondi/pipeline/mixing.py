@@ -7,15 +7,16 @@ experts.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
-from arrondi.checkpoint.containers.gguf.metadata import architecture_of
-from arrondi.checkpoint.containers.gguf.naming import Place, gguf_places
+from arrondi.checkpoint.containers.gguf.metadata import architecture_of, text_of
+from arrondi.checkpoint.containers.gguf.naming import Place
 from arrondi.checkpoint.layouts.ggml import BLOCKS
 from arrondi.formats import LayerScheme
 from arrondi.model import Source, StoredTensor
-from arrondi.pipeline.mixes import Facts, role_of, type_in_mix
+from arrondi.pipeline.gguf_parts import parts_of
+from arrondi.pipeline.mixes import Facts, base_scheme, role_of, type_in_mix
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LAYERS_OF_70B = 80
@@ -38,11 +39,13 @@ class Mixing:
             columns: of its matrix.
             importance: something is known of its inputs.
         """
-        place, config = self._places[tensor.name], self.source.model.config
+        if tensor.name not in self._places:  # it will be in no file
+            return base_scheme(mix)
+        place, config = self._places[tensor.name], text_of(self.source.model.config)
         role = role_of(place.name)
         blocks = self._blocks.get(role, [])
         block = _block(place.name)
-        called, heads = architecture_of(config), int(getattr(config, "num_attention_heads", 1) or 1)
+        called, heads = architecture_of(self.source.model.config), int(getattr(config, "num_attention_heads", 1) or 1)
         experts = next((int(n) for key in _EXPERTS if (n := getattr(config, key, None))), 0)
         facts = Facts(
             columns,
@@ -61,9 +64,8 @@ class Mixing:
         return None if scheme is None else LayerScheme(scheme)
 
     @cached_property
-    def _places(self) -> dict[str, Place]:
-        config: Any = self.source.model.config
-        return gguf_places(config, {t.name: t.shape for t in self.source.tensors})
+    def _places(self) -> Mapping[str, Place]:
+        return parts_of(self.source).places
 
     @cached_property
     def _blocks(self) -> dict[str, list[int]]:

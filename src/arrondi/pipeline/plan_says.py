@@ -11,12 +11,12 @@ from collections.abc import Collection, Sequence
 
 from arrondi.checkpoint import Layout
 from arrondi.model import Source
+from arrondi.pipeline.listing import NAMED, listed
 from arrondi.pipeline.plan_facts import is_joined
 from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import LOOKED_UP, UNREACHED, PlannedTensor
 from arrondi.pipeline.steps import get_step
 
-_NAMED = 3
 """Layers that a note names."""
 
 
@@ -84,7 +84,7 @@ def joined_unlike(source: Source, tensors: Sequence[PlannedTensor]) -> list[str]
 
 def kept(refused: Sequence[PlannedTensor]) -> list[str]:
     """What is said of tensors that a rule picked and that stay as they are."""
-    return [f"{t.name} is kept: {t.reason}." for t in refused[:_NAMED]]
+    return [f"{t.name} is kept: {t.reason}." for t in refused[:NAMED]]
 
 
 def why_not(layout: Layout, tensors: list[PlannedTensor]) -> str:
@@ -93,7 +93,7 @@ def why_not(layout: Layout, tensors: list[PlannedTensor]) -> str:
     for t in tensors:
         if t.status == "kept because impossible" and t.rule:
             lost.setdefault(t.reason, []).append(t.name)
-    why = "; ".join(f"{reason} ({listed(names)})" for reason, names in list(lost.items())[:_NAMED])
+    why = "; ".join(f"{reason} ({listed(names)})" for reason, names in list(lost.items())[:NAMED])
     return f"Not stored as {layout.name}, which more programs read: {why}."
 
 
@@ -142,8 +142,3 @@ def of_tables(quantized: Sequence[PlannedTensor], told: Collection[str]) -> list
             how = f"Rounded by {t.rule.method} on what the tied head is given in the original, damped so that rows count as much that are looked up"
         found.setdefault(how, []).append(t.name)
     return [f"{how}: {listed(names)}." for how, names in found.items()]
-
-
-def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

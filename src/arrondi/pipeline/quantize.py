@@ -9,8 +9,9 @@ from typing import Any
 from arrondi.errors import SchemeError
 from arrondi.model import OnDisk, device_named
 from arrondi.pipeline.convert import GGUF, ONNX
-from arrondi.pipeline.file_runs import check_described, quantize_gguf, quantize_onnx
+from arrondi.pipeline.file_runs import quantize_gguf, quantize_onnx
 from arrondi.pipeline.foreseen import largest_inputs
+from arrondi.pipeline.gguf_out import check_gguf
 from arrondi.pipeline.plan import Plan, make_plan
 from arrondi.pipeline.recipe import Recipe
 from arrondi.pipeline.run import Progress
@@ -93,7 +94,7 @@ def rehearse(
     )
     check_calibration(plan, texts)
     if plan.layout.name == GGUF:
-        check_described(source, template)
+        check_gguf(source, plan.tensors, template)
     return plan, texts
 
 

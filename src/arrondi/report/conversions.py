@@ -20,7 +20,8 @@ def print_conversion(document: Mapping[str, Any]) -> None:
             )
     for note in document.get("notes", ()):
         say(out, note, warn=True)
-    counts = [f"{document[v]} {v}" for v in ("exact", "rescaled", "requantized", "copied") if document[v]]
+    verdicts = ("exact", "rescaled", "requantized", "copied", "left_out")
+    counts = [f"{document[v]} {v.replace('_', ' ')}" for v in verdicts if document.get(v)]
     say(out, f"{', '.join(counts)}; {document['to']}, {document['bytes'] / 1e6:,.1f} MB.")
 
 

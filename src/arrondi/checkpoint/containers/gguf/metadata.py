@@ -1,6 +1,6 @@
 """A transformers config as the keys of a GGUF header.
 
-Owns: `architecture_of` and `fields_of_config`. The words are those by which transformers reads GGUF files, backwards; what it does not
+Owns: `architecture_of`, `text_of` and `fields_of_config`. The words are those by which transformers reads GGUF files, backwards; what it does not
 read and runtimes need is in a table here.
 """
 
@@ -19,7 +19,7 @@ from arrondi.errors import SchemeError
 _UINT32, _FLOAT32, _BOOL, _STRING = 4, 6, 7, 8
 
 _CALLED: Final[Mapping[str, str]] = MappingProxyType({
-    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", **{f.model_type: name for name, f in FAMILIES.items()},
+    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen2_5_vl": "qwen2vl", **{f.model_type: name for name, f in FAMILIES.items()},
 })  # fmt: skip
 """model_type → architecture in GGUF, where they are not spelled alike."""
 
@@ -90,6 +90,11 @@ _MORE: Final[Mapping[str, _Get]] = MappingProxyType({
 _UNSIGNED: Final = re.compile(r".*(_count|_count_kv|_length|\.sliding_window|vocab_size|dimension_count)$")
 
 
+def text_of(config: Any) -> Any:
+    """The config of what reads and writes text, of a model that sees or hears as well."""
+    return getattr(config, "text_config", None) or config
+
+
 def architecture_of(config: Any) -> str:
     """The architecture's name in GGUF.
 
@@ -101,12 +106,12 @@ def architecture_of(config: Any) -> str:
     """
     from gguf import MODEL_ARCH_NAMES
 
-    kind = config.model_type
-    wanted = _CALLED.get(kind, kind)
-    found = next((n for n in MODEL_ARCH_NAMES.values() if _plain(n) == _plain(wanted)), None)
+    kinds = dict.fromkeys((config.model_type, text_of(config).model_type))
+    wanted = [_plain(_CALLED.get(kind, kind)) for kind in kinds]
+    found = next((n for w in wanted for n in MODEL_ARCH_NAMES.values() if _plain(n) == w), None)
     if found is None:
         raise SchemeError(
-            f"GGUF has no architecture for model_type {kind!r}. Give a GGUF file of this model: --template F16.gguf."
+            f"GGUF has no architecture for model_type {config.model_type!r}. Give a GGUF file of this model: --template F16.gguf."
         )
     return found
 
@@ -123,7 +128,8 @@ def fields_of_config(config: Any, name: str) -> dict[str, Field]:
     """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    architecture, kind = architecture_of(config), config.model_type
+    architecture, config = architecture_of(config), text_of(config)
+    kind = config.model_type
     family = FAMILIES.get(architecture)
     words = (
         family.words
