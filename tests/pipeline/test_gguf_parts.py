@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 import arrondi
@@ -57,27 +57,46 @@ def test_a_tensor_that_is_read_is_never_left_out(models: Callable[..., Path]) ->
         gguf_places(own, shapes, ["mtp.fc.weight"])
 
 
-def test_what_is_not_built_stays_in_a_gguf_file(models: Callable[..., Path], tmp_path: Path) -> None:
-    """Under its own name, in its own type."""
-    convert_model(models("llama", **WIDE), tmp_path / "first.gguf", "gguf")
-    reader, draft = GGUFReader(tmp_path / "first.gguf"), "blk.2.nextn.eh_proj.weight"
-    writer = GGUFWriter(tmp_path / "more.gguf", "llama")
+DRAFT = "blk.9.nextn.eh_proj.weight"
+
+
+def with_draft(plain: Path, file: Path, kind: GGMLQuantizationType) -> np.ndarray:
+    """Writes a GGUF file of a model and a tensor of a draft layer that it does not build, whose numbers are returned."""
+    convert_model(plain, file.with_name("without.gguf"), "gguf")
+    reader, writer = GGUFReader(file.with_name("without.gguf")), GGUFWriter(file, "llama")
     for key, field in reader.fields.items():
         if key.startswith("llama."):
             writer.add_key_value(key, field.contents(), field.types[0])
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    values = np.linspace(-1, 1, 4 * 256, dtype=np.float32).reshape(4, 256)
-    writer.add_tensor(draft, values)
+    raw = quantize(np.linspace(-1, 1, 4 * 256, dtype=np.float32).reshape(4, 256), kind)
+    writer.add_tensor(DRAFT, raw, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return np.asarray(dequantize(raw, kind))
+
+
+def test_what_is_not_built_stays_in_a_gguf_file(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Under its own name, in its own type."""
+    values = with_draft(models("llama", **WIDE), tmp_path / "more.gguf", GGMLQuantizationType.F32)
     arrondi.quantize(tmp_path / "more.gguf", "Q4_K_M", out=tmp_path / "m.gguf", to="gguf")
     found = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
-    assert np.array_equal(found[draft].data, values)
+    assert np.array_equal(found[DRAFT].data, values)
     assert found["blk.0.ffn_up.weight"].tensor_type == GGMLQuantizationType.Q4_K
-    assert Checkpoint.open(tmp_path / "m.gguf").dense(draft).equal(torch.from_numpy(values))
+    assert Checkpoint.open(tmp_path / "m.gguf").dense(DRAFT).equal(torch.from_numpy(values))
+
+
+def test_blocks_that_are_not_built_go_from_file_to_file(models: Callable[..., Path], tmp_path: Path) -> None:
+    values = with_draft(models("llama", **WIDE), tmp_path / "m.gguf", GGMLQuantizationType.Q8_0)
+    result = convert_model(tmp_path / "m.gguf", tmp_path / "again.gguf", "gguf", exact_only=True)
+    assert result["left_out"] == 0
+    found = {t.name: t for t in GGUFReader(tmp_path / "again.gguf").tensors}[DRAFT]
+    assert found.tensor_type == GGMLQuantizationType.Q8_0
+    assert np.array_equal(dequantize(found.data, found.tensor_type), values)
+    convert_model(tmp_path / "m.gguf", tmp_path / "ct", "compressed-tensors")
+    assert Checkpoint.open(tmp_path / "ct").dense(DRAFT).float().equal(torch.from_numpy(values))
 
 
 def test_towers_that_text_does_not_reach(models: Callable[..., Path], tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ class PlannedTensor:
 
 def placed_of(tensor: StoredTensor, scheme: LayerScheme, rule: Rule | None) -> Placed:
     """A tensor with its scheme, as layouts know it."""
+    if not tensor.sites:  # no model builds it: it was quantized elsewhere, and is what it was
+        return Placed(tensor.name, tensor.shape, scheme)
     first = tensor.sites[0]
     kind = first.classes[0] if first.param_index is None else "Linear"
     kind = "Embedding" if first.kind == "embedding" else kind
