@@ -13,6 +13,7 @@ from typing import Any
 
 from arrondi.checkpoint import write_json
 from arrondi.checkpoint.containers.gguf.header import is_gguf
+from arrondi.checkpoint.containers.hub import title_of
 from arrondi.checkpoint.containers.onnx.view import SUFFIX
 from arrondi.errors import SchemeError
 from arrondi.pipeline.convert import convert_model
@@ -48,7 +49,7 @@ def quantize_gguf(
         template = source.where
     check_gguf(source, task.plan.tensors, template)
     folder, report = _run_beside(task, out, progress)
-    called = Named(source.where.resolve().name, _mix_of(task))
+    called = Named(title_of(source.where), _mix_of(task))
     result = convert_model(folder, out, "gguf", exact_only=True, template=template, called=called, overwrite=overwrite)
     notes = [*report["notes"], *result["notes"]]
     report = {**report, "notes": notes, "container": "gguf", "file_bytes": result["bytes"]}

@@ -22,6 +22,7 @@ from arrondi.checkpoint.containers.gguf.naming import Place
 from arrondi.checkpoint.containers.gguf.rope import factors_of
 from arrondi.checkpoint.containers.gguf.tokens import caveats_of
 from arrondi.checkpoint.containers.gguf.vocabulary import fields_of_tokenizer, named
+from arrondi.checkpoint.containers.hub import title_of
 from arrondi.checkpoint.containers.tensor_file import DTYPE_NAMES
 from arrondi.checkpoint.containers.turn import Turn
 from arrondi.errors import FileFormatError, OutputError, SchemeError
@@ -224,7 +225,7 @@ def _fields(
         where = source.checkpoint.folder.home
         rows = next((s for n, (_, s) in layout.items() if n == _TOKENS), (0,))[0]
         tokenizer = fields_of_tokenizer(where, rows)
-        name = named(called.model or where.resolve().name, tokenizer)
+        name = named(called.model or title_of(where), tokenizer)
         fields = fields_of_config(source.model.config, name) | tokenizer
     return fields | {
         "general.file_type": Field(_UINT32, None, _file_type(layout, called.mix)),

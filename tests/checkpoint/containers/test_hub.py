@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from arrondi.checkpoint import Checkpoint
-from arrondi.checkpoint.containers.hub import resolve
+from arrondi.checkpoint.containers.hub import resolve, title_of
 from arrondi.errors import FileFormatError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -47,6 +47,18 @@ def test_a_model_in_the_cache_is_read_by_its_name(cache: Path, models: Callable[
     assert checkpoint.names == Checkpoint.open(source).names
     assert Path("tokenizer.json") in checkpoint.folder.other_files()
     assert checkpoint.dense("model.norm.weight").equal(Checkpoint.open(source).dense("model.norm.weight"))
+
+
+def test_what_a_model_is_called(cache: Path, models: Callable[..., Path], tmp_path: Path) -> None:
+    snapshot = cached(cache, models("llama", num_hidden_layers=1))
+    assert title_of(snapshot) == "model"
+    assert title_of(tmp_path / "Phi-3.5") == "Phi-3.5" and title_of(tmp_path / "Phi-3.5.gguf") == "Phi-3.5"
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "some/model.safetensors"])
+def test_a_file_that_is_not_there(name: str, cache: Path) -> None:
+    with pytest.raises(FileFormatError, match="no such file"):
+        resolve(name)
 
 
 def test_a_directory_of_that_name_comes_first(cache: Path, models: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A model by its name on the Hugging Face Hub.
 
-Owns: `resolve`. A path that exists always wins; then the local cache; then, unless the machine is told to stay offline, the
+Owns: `resolve`, and `title_of` for the way back. A path that exists always wins; then the local cache; then, unless the machine is told to stay offline, the
 Hub. Only what a model directory needs is downloaded: JSON, tokenizer files and safetensors, never pickles.
 """
 
@@ -15,10 +15,14 @@ from typing import Final
 from arrondi.errors import DataError, FileFormatError
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_REPOSITORY: Final = "models--"
+"""What a folder of the cache begins with that has the snapshots of a model."""
 _WANTED: Final = [
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "*.py", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
 
+_FILES: Final = frozenset({".gguf", ".safetensors", ".onnx", ".tflite", ".pt2"})
+"""Endings of models that are one file; a name on the Hub is that of a directory."""
 _OURS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE)
 """What this machine refuses, and not the Hub."""
 
@@ -43,6 +47,8 @@ def resolve(model: str | Path) -> Path:
         raise FileFormatError(
             f"{name}: an address. Give the path of a model directory, or a name on the Hub such as org/model."
         )
+    if path.suffix.lower() in _FILES:
+        raise FileFormatError(f"{path}: no such file. Check the name.")
     missing = f"{path}: no such directory. Give the path of a model directory with config.json and safetensors files"
     if not _NAME.fullmatch(name) or ".." in name or "--" in name:
         raise FileFormatError(f"{missing}.")
@@ -50,6 +56,15 @@ def resolve(model: str | Path) -> Path:
     if cached is not None:
         return cached
     return _downloaded(name, missing)
+
+
+def title_of(path: Path) -> str:
+    """What the model of a directory or a file is called: by the name of that, or by that on the Hub of a snapshot in the cache."""
+    path = path.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith(_REPOSITORY):
+        return repository.rpartition("--")[2]
+    return path.stem if path.suffix.lower() in _FILES else path.name
 
 
 def _cached(name: str) -> Path | None:
