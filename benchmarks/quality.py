@@ -43,7 +43,10 @@ class Case(NamedTuple):
 FEW: Final = ("W4A16", "W3A16", "W2A16")
 WIDTHS: Final = ("W8A16", *FEW)
 TABLES: Final = tuple(f"w=lut{bits}/g128/t:int8:64" for bits in (4, 3, 2))
-TRELLISES: Final = ("TCQ4", "TCQ3", "TCQ2", "EXL3_4", "EXL3_3", "EXL3_2")
+TRELLISES: Final = ("TCQ4", "TCQ3", "TCQ2")
+TILES: Final = ("EXL3_4", "EXL3_3", "EXL3_2")
+SEEDS: Final = tuple(f"w=tcq{bits}/channel/float16/rht128:{seed}" for bits in (4, 3, 2) for seed in (1, 2))
+"""The presets' trellises turned by other signs."""
 FLOATS: Final = ("NF4_DQ", "NVFP4A16", "MXFP4A16")
 FOUR_BITS: Final = ("w=int4/g128,a=int4/token", "NVFP4", "MXFP4")
 ABSMAX: Final = {"range": "absmax"}
@@ -79,7 +82,9 @@ CASES: Final = (
     Case("gptaq sweeps", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}}),
     Case("gptaq sweeps e2e", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}, "repairs": ["e2e"]}),
     Case("gptaq refine tune e2e", FEW, {"method": "gptaq", "options": REFINED, "repairs": ["tune", "e2e"]}),
-    Case("trellis", TRELLISES, {"method": "trellis"}),
+    Case("trellis", (*TRELLISES, *SEEDS, *TILES), {"method": "trellis"}),
+    Case("trellis e2e", TRELLISES, {"method": "trellis", "repairs": ["e2e"]}),
+    Case("trellis tune e2e", TRELLISES, {"method": "trellis", "repairs": ["tune", "e2e"]}),
     Case("rtn", ("W8A8",), {"method": "rtn"}),
     Case("llm-int8", ("W8A8",), {"method": "llm-int8"}),
     Case("smoothquant rtn", ("W8A8",), {"method": "rtn", "rewrites": ["smoothquant"]}),

@@ -23,7 +23,7 @@ int log2_of(int64_t run) {
 
 Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t offset, uintptr_t table,
                  uintptr_t unit, uintptr_t offset_unit, uintptr_t rows, uintptr_t columns) {
-    if (f.size() != 16) throw nb::value_error("a packed weight has sixteen facts");
+    if (f.size() != 17) throw nb::value_error("a packed weight has seventeen facts");
     Weight w{};
     if (f[0] < 0 || f[0] > static_cast<int>(Kind::ring)) throw nb::value_error("there is no such kind of packed weight");
     w.kind = static_cast<Kind>(f[0]);
@@ -48,7 +48,9 @@ Weight weight_of(const Facts& f, uintptr_t codes, uintptr_t scale, uintptr_t zer
         }
         w.state_bits = static_cast<int>(f[13]);
         if (w.state_bits < 8 || w.state_bits > 16) throw nb::value_error("states have 8 to 16 bits");
-        bytes = ring_bytes(w.n, w.k, w.ring_bits[0], w.ring_bits[1]);
+        w.squares = f[16] != 0;
+        if (w.squares && (w.n % kBlock != 0 || w.k % kBlock != 0)) throw nb::value_error("squares have sixteen rows and sixteen columns");
+        bytes = ring_bytes(w.n, w.k, w.ring_bits[0], w.ring_bits[1], w.squares);
     } else {
         bytes = packed_bytes(w.kind, w.n, w.k);
     }

@@ -18,6 +18,11 @@
 // sixteen bits of the rows before the slab. So the state of a row is the field that begins with its code.
 //
 //   codes   [slabs][[columns][ring_entry()], kRingPad bytes that may be read]
+//
+// Rings of squares, sixteen rows of sixteen columns, column by column, end where a block does. The stream of one begins with its last
+// column, and after its first column the sixteen bits with which it began follow once more.
+//
+//   codes   [slabs][[columns / 16][8 blocks][ring_square_bytes()], kRingPad]
 #pragma once
 
 #include <cstddef>
@@ -145,15 +150,19 @@ struct Weight {
     const uint8_t* tables;  // of rows4 … and float_rows4 …
     int ring_bits[2];       // of ring: of the codes of even and of odd rows
     int state_bits;
+    bool squares;           // of ring
     Turn turn;
 };
 
 inline bool has_offset(const Weight& w) { return w.counted == Counted::no ? w.offset != nullptr : w.offset_unit != nullptr; }
 
-// Bytes of sixteen rows of one column, and of a slab of it.
+// Bytes of sixteen rows of one column, of a slab of it, and of a square.
 inline int ring_block_bytes(const Weight& w) { return w.ring_bits[0] + w.ring_bits[1]; }
 inline int ring_entry(const Weight& w) { return kSlab * ring_block_bytes(w) + 2; }
-inline int64_t ring_slab_bytes(const Weight& w) { return static_cast<int64_t>(w.k) * ring_entry(w) + kRingPad; }
+inline int ring_square_bytes(const Weight& w) { return kBlock * ring_block_bytes(w) + 2; }
+inline int64_t ring_slab_bytes(const Weight& w) {
+    return (w.squares ? static_cast<int64_t>(w.k / kBlock) * kSlab * ring_square_bytes(w) : static_cast<int64_t>(w.k) * ring_entry(w)) + kRingPad;
+}
 
 // How activations meet the codes.
 //   floats   as float32 (or pairs of bfloat16 where a path has that product)

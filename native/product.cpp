@@ -108,7 +108,7 @@ const char* compute(Product& p) {
     const int rows = p.m * rows_of_token(p), together = rows_of_token(p) > 1 ? 2 : 4;
     const bool few = ring || p.digits == 0 ? p.m <= 4 : rows <= 12 && p.m <= 2 * together;
     if (ring) w.zero_all = few ? kRingMiddle : 0;  // panels hold values, and not sums of bytes
-    p.pairs = !few && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
+    p.pairs = !few && !ring && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
     p.tokens = few ? (p.m < together ? p.m : together) : path.rows / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
     p.span = span_of(w, p.x_group != 0 ? p.x_group : p.rounded ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);

@@ -50,17 +50,35 @@ struct Window {
     }
 };
 
-// The entry of a column, at the place of a block of its slab.
+// Sixteen rows of a column.
 inline const uint8_t* ring_at(const Weight& w, int block, int column) {
     const uint8_t* slab = w.codes + block / kSlab * ring_slab_bytes(w);
+    if (w.squares)
+        return slab + static_cast<int64_t>(column / kBlock * kSlab + block % kSlab) * ring_square_bytes(w) +
+               (kBlock - 1 - column % kBlock) * ring_block_bytes(w);
     return slab + static_cast<int64_t>(column) * ring_entry(w) + (kSlab - 1 - block % kSlab) * ring_block_bytes(w);
 }
 
-// sum[row][block] += states · digits over some columns. `kDigits` 0: words. `kAsk`: whether entries come from memory.
+// How far it is from there to the next column, to that behind sixteen of them beside this step, to the block below; and how far
+// what is asked for from memory moves with each column.
+struct RingSteps {
+    int64_t column, turn, block, ahead;
+
+    explicit RingSteps(const Weight& w) {
+        const int64_t bytes = ring_block_bytes(w), square = ring_square_bytes(w);
+        column = w.squares ? -bytes : ring_entry(w);
+        turn = w.squares ? kBlock * bytes + kSlab * square : 0;
+        block = w.squares ? square : -bytes;
+        ahead = w.squares ? kSlab * square / kBlock : column;
+    }
+};
+
+// sum[row][block] += states · digits over some columns, the first at a multiple of sixteen. `kDigits` 0: words. `kAsk`: whether entries come from memory.
 template <int kRowsHere, int kDigits, int kGroup, bool kNarrow, bool kAsk>
 inline void ring_columns(const Weight& w, const Window& window, const uint8_t* entry, const uint8_t* x, int columns,
                          Ints (*sums)[kGroup]) {
-    const int64_t stride = ring_entry(w), step = ring_block_bytes(w);
+    const RingSteps steps(w);
+    const uint8_t* ahead = entry + kRingAhead;
     Ints sum[kRowsHere][kGroup];
 #pragma GCC unroll 8
     for (int r = 0; r < kRowsHere; r++)
@@ -78,14 +96,17 @@ inline void ring_columns(const Weight& w, const Window& window, const uint8_t* e
         }
 #pragma GCC unroll 4
         for (int g = 0; g < kGroup; g++) {
-            Bytes u = window.template products<kNarrow>(entry - g * step);
+            Bytes u = window.template products<kNarrow>(entry + g * steps.block);
             if constexpr (kDigits == 0) u = add_pairs(u);
 #pragma GCC unroll 8
             for (int r = 0; r < kRowsHere; r++)
                 sum[r][g] = kDigits == 0 ? dot_words(sum[r][g], u, digit[r]) : dot8(sum[r][g], u, digit[r]);
         }
-        if constexpr (kAsk) __builtin_prefetch(entry + kRingAhead);
-        entry += stride;
+        if constexpr (kAsk) {
+            __builtin_prefetch(ahead);
+            ahead += steps.ahead;
+        }
+        entry += steps.column;
     };
     int c = 0;
     for (; c + 4 <= columns; c += 4, x += (kDigits == 0 ? 8 : 4) * kRowsHere) {
@@ -93,6 +114,7 @@ inline void ring_columns(const Weight& w, const Window& window, const uint8_t* e
         column(1);
         column(2);
         column(3);
+        if (c % kBlock == kBlock - 4) entry += steps.turn;
     }
     for (int j = 0; c < columns; c++, j++) column(j);
 #pragma GCC unroll 8
@@ -162,7 +184,7 @@ template <int kRowsHere, bool kNarrow>
 inline void ring_blocks_floats(const Product& p, int tile, int first, int last) {
     const Weight& w = p.weight;
     const Window window(w);
-    const int64_t stride = ring_entry(w);
+    const RingSteps steps(w);
     Floats total[kSlab][kRowsHere];
     for (int b = 0; b < kSlab; b++)
         for (int r = 0; r < kRowsHere; r++) total[b][r] = zero_floats();
@@ -173,10 +195,11 @@ inline void ring_blocks_floats(const Product& p, int tile, int first, int last) 
             const float* x = reinterpret_cast<const float*>(p.tiles + tile * p.tile_bytes) + static_cast<int64_t>(start) * kRowsHere;
             Floats sum[kRowsHere];
             for (int r = 0; r < kRowsHere; r++) sum[r] = zero_floats();
-            for (int c = start; c < end; c++, entry += stride, x += kRowsHere) {
+            for (int c = start; c < end; c++, entry += steps.column, x += kRowsHere) {
                 if (block == first) __builtin_prefetch(entry + kRingAhead);
                 const Floats v = to_floats(ring_numbers<kNarrow>(window, entry));
                 for (int r = 0; r < kRowsHere; r++) sum[r] = fma(v, splat(x[r]), sum[r]);
+                if (c % kBlock == kBlock - 1) entry += steps.turn;
             }
             for (int r = 0; r < kRowsHere; r++) total[block - first][r] = add(total[block - first][r], sum[r]);
         }
@@ -219,11 +242,11 @@ inline void stream_ring(const Product& p, int first, int last) {
 template <bool kNarrow>
 inline void decode_ring_block(const Product& p, const Window& window, const Panel& panel, int block, uint8_t* out) {
     const Weight& w = p.weight;
-    const int64_t stride = ring_entry(w);
-    const uint8_t* entry = ring_at(w, block, panel.column);
+    const int64_t stride = RingSteps(w).column;
     const Floats scale = group_at(w, block, 0).scale;
     const Ints low = splat(int32_t{0xffff});
-    for (int c = 0; c < panel.columns; c += 4, entry += 4 * stride) {
+    for (int c = 0; c < panel.columns; c += 4) {
+        const uint8_t* entry = ring_at(w, block, panel.column + c);
         Ints v[4];
         for (int j = 0; j < 4; j++)
             v[j] = panel.column + c + j < w.k ? ring_numbers<kNarrow>(window, entry + j * stride) : zero_ints();

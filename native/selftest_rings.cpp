@@ -13,7 +13,7 @@ constexpr int kRing = 256;
 
 struct Case {
     int n, k, m, bits[2], state;
-    bool turned;
+    bool squares, turned;
     Type x_type;
     int digits, threads;
     Gate gate;
@@ -21,8 +21,8 @@ struct Case {
 
     std::string text() const {
         char text[200];
-        std::snprintf(text, sizeof text, "ring n=%d k=%d m=%d bits=%d/%d state=%d turned=%d x=%s digits=%d threads=%d gate=%d residual=%d", n, k, m,
-                      bits[0], bits[1], state, turned, kTypeNames[static_cast<int>(x_type)], digits, threads, static_cast<int>(gate), residual);
+        std::snprintf(text, sizeof text, "ring n=%d k=%d m=%d bits=%d/%d state=%d squares=%d turned=%d x=%s digits=%d threads=%d gate=%d residual=%d", n, k, m,
+                      bits[0], bits[1], state, squares, turned, kTypeNames[static_cast<int>(x_type)], digits, threads, static_cast<int>(gate), residual);
         return text;
     }
 };
@@ -34,13 +34,26 @@ void ring_of(int n, int row, int& start, int& stop) {
     stop = row < whole ? start + kRing : n;
 }
 
-// By the definition: the last bits of a closed line.
-int value_of(const Case& c, const std::vector<uint8_t>& codes, int row, int column) {
+// The place before a place of a line, and its code.
+void step_back(const Case& c, int& row, int& column) {
+    if (c.squares) {
+        if (row-- % kBlock != 0) return;
+        row += kBlock;
+        column = column % kBlock == 0 ? column + kBlock - 1 : column - 1;
+        return;
+    }
     int start, stop;
     ring_of(c.n, row, start, stop);
+    row = row == start ? stop - 1 : row - 1;
+}
+
+// By the definition: the last bits of a closed line.
+int value_of(const Case& c, const std::vector<uint8_t>& codes, int row, int column) {
     uint32_t state = 0;
-    for (int have = 0, at = row; have < c.state; have += c.bits[at % 2], at = at == start ? stop - 1 : at - 1)
-        state |= static_cast<uint32_t>(codes[static_cast<size_t>(at) * c.k + column]) << have;
+    for (int have = 0; have < c.state; step_back(c, row, column)) {
+        state |= static_cast<uint32_t>(codes[static_cast<size_t>(row) * c.k + column]) << have;
+        have += c.bits[row % 2];
+    }
     uint32_t product = (state & ((1u << c.state) - 1u)) * kRingFactor;
     int sum = -kRingMiddle;
     for (; product != 0; product >>= 8) sum += static_cast<int>(product & 255u);
@@ -71,10 +84,11 @@ double gate_of(Gate gate, double g) {
 
 void try_ring(const Case& c, Random& random) {
     const size_t weights = static_cast<size_t>(c.n) * c.k;
-    std::vector<uint8_t> codes(weights), packed(static_cast<size_t>(ring_bytes(c.n, c.k, c.bits[0], c.bits[1])), 0xee), back(weights, 0xee);
+    std::vector<uint8_t> codes(weights), packed(static_cast<size_t>(ring_bytes(c.n, c.k, c.bits[0], c.bits[1], c.squares)), 0xee), back(weights, 0xee);
     for (size_t i = 0; i < weights; i++) codes[i] = static_cast<uint8_t>(random.below(1 << c.bits[i / static_cast<size_t>(c.k) % 2]));
-    const char* wrong = pack_rings({c.n, c.k, {c.bits[0], c.bits[1]}, kRing, codes.data(), packed.data(), c.threads});
-    if (wrong == nullptr) wrong = unpack_rings({c.n, c.k, {c.bits[0], c.bits[1]}, kRing, back.data(), packed.data(), c.threads});
+    const int ring = c.squares ? 0 : kRing;
+    const char* wrong = pack_rings({c.n, c.k, {c.bits[0], c.bits[1]}, ring, codes.data(), packed.data(), c.threads});
+    if (wrong == nullptr) wrong = unpack_rings({c.n, c.k, {c.bits[0], c.bits[1]}, ring, back.data(), packed.data(), c.threads});
     if (wrong != nullptr) return fail("%s: %s", c.text().c_str(), wrong);
     if (back != codes) return fail("%s: unpacked, codes are others", c.text().c_str());
 
@@ -103,6 +117,7 @@ void try_ring(const Case& c, Random& random) {
     w.ring_bits[0] = c.bits[0];
     w.ring_bits[1] = c.bits[1];
     w.state_bits = c.state;
+    w.squares = c.squares;
     if (c.turned) w.turn = {columns.data(), rows.data(), column_shift, row_shift};
     p.x = x.data();
     p.x_type = c.x_type;
@@ -180,10 +195,14 @@ void try_rings(uint64_t seed, bool quick) {
         for (int state = 8; state <= 16; state += quick ? 4 : 1)
             for (int turned = 0; turned < 2; turned++)
                 for (int m : kTokens) {
-                    Case c{any_of(kRows, random), any_of(kColumns, random), m, {bits[0], bits[1]}, state, turned != 0, any_of(kTypes, random), 0,
+                    Case c{any_of(kRows, random), any_of(kColumns, random), m, {bits[0], bits[1]}, state, random.below(2) == 0, turned != 0, any_of(kTypes, random), 0,
                            any_of(kThreads, random), any_of(kGates, random), false};
                     c.digits = c.x_type == Type::f32 ? 3 : 2;
                     c.residual = c.gate == Gate::none && random.below(2) == 0;
+                    if (c.squares) {
+                        c.n = (c.n + kBlock - 1) / kBlock * kBlock;
+                        c.k = (c.k + kBlock - 1) / kBlock * kBlock;
+                    }
                     if (c.n * bits[0] >= state) try_ring(c, random);
                 }
 }

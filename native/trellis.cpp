@@ -14,6 +14,7 @@ namespace arrondi {
 namespace {
 
 constexpr int kRingsAtOnce = 64;  // that one piece decodes
+constexpr int kRingSquare = kBlock * kBlock;
 
 const char* wrong(int64_t rings, int64_t length, const int* bits, int state_bits) {
     if (rings < 0 || length < 1 || length > 1 << 20) return "there are no rings of that size";
@@ -27,7 +28,55 @@ const char* wrong(const RingPacking& job) {
     if (job.n < 1 || job.k < 1) return "a size is not positive";
     for (const int bits : job.bits)
         if (bits < 1 || bits > 4) return "codes of a ring that is multiplied have 1 to 4 bits";
+    if (job.ring == 0) return job.n % kBlock != 0 || job.k % kBlock != 0 ? "squares have sixteen rows and sixteen columns" : nullptr;
     return job.ring < 1 || job.ring % (kSlab * kBlock) != 0 ? "rings are made of whole slabs" : nullptr;
+}
+
+int square_bytes(const RingPacking& job) { return kBlock * (job.bits[0] + job.bits[1]) + 2; }
+int slabs_of(const RingPacking& job) { return (job.n + kSlab * kBlock - 1) / (kSlab * kBlock); }
+uint8_t* square_at(const RingPacking& job, int slab, int across, int block) {
+    const int64_t bytes = square_bytes(job);
+    return job.packed + slab * (job.k / kBlock * kSlab * bytes + kRingPad) + (static_cast<int64_t>(across) * kSlab + block) * bytes;
+}
+
+// A code of a square counted from its last.
+uint8_t& code_of_square(const RingPacking& job, int first, int across, int place) {
+    const int from_start = kRingSquare - 1 - place, row = first + from_start % kBlock, column = across * kBlock + from_start / kBlock;
+    return job.codes[static_cast<int64_t>(row) * job.k + column];
+}
+
+void pack_squares(const RingPacking& job) {
+    parallel_for(slabs_of(job), job.threads, [&](int slab) {
+        for (int across = 0; across < job.k / kBlock; across++)
+            for (int block = 0; block < kSlab; block++) {
+                uint8_t* out = square_at(job, slab, across, block);
+                const int first = (slab * kSlab + block) * kBlock;
+                if (first >= job.n) {
+                    std::memset(out, 0, static_cast<size_t>(square_bytes(job)));
+                    continue;
+                }
+                uint32_t held = 0;
+                for (int place = 0, bits = 0, left = square_bytes(job); left > 0; place++) {
+                    held |= uint32_t{code_of_square(job, first, across, place % kRingSquare)} << bits;
+                    for (bits += job.bits[(place + 1) % 2]; bits >= 8 && left > 0; bits -= 8, held >>= 8, left--) *out++ = static_cast<uint8_t>(held);
+                }
+            }
+        std::memset(square_at(job, slab, job.k / kBlock, 0), 0, kRingPad);
+    });
+}
+
+void unpack_squares(const RingPacking& job) {
+    parallel_for(slabs_of(job), job.threads, [&](int slab) {
+        for (int across = 0; across < job.k / kBlock; across++)
+            for (int block = 0; block < kSlab; block++) {
+                const uint8_t* in = square_at(job, slab, across, block);
+                const int first = (slab * kSlab + block) * kBlock;
+                for (int place = 0, at = 0; place < kRingSquare && first < job.n; at += job.bits[(place + 1) % 2], place++) {
+                    const uint32_t two = in[at / 8] | static_cast<uint32_t>(in[at / 8 + 1]) << 8;
+                    code_of_square(job, first, across, place) = static_cast<uint8_t>(two >> at % 8 & ((1u << job.bits[(place + 1) % 2]) - 1u));
+                }
+            }
+    });
 }
 
 }  // namespace
@@ -84,13 +133,18 @@ const char* ring_values(const RingValues& job) {
     return nullptr;
 }
 
-int64_t ring_bytes(int n, int k, int even, int odd) {
+int64_t ring_bytes(int n, int k, int even, int odd, bool squares) {
     const int64_t slabs = (n + kSlab * kBlock - 1) / (kSlab * kBlock);
+    if (squares) return slabs * (static_cast<int64_t>(k / kBlock) * kSlab * (kBlock * (even + odd) + 2) + kRingPad);
     return slabs * (static_cast<int64_t>(k) * (kSlab * (even + odd) + 2) + kRingPad);
 }
 
 const char* pack_rings(const RingPacking& job) {
     if (const char* why = wrong(job)) return why;
+    if (job.ring == 0) {
+        pack_squares(job);
+        return nullptr;
+    }
     const int rows = kSlab * kBlock, slabs = (job.n + rows - 1) / rows, entry = kSlab * (job.bits[0] + job.bits[1]) + 2;
     const int last = std::max(job.n / job.ring - (job.n % job.ring > 0), 0) * job.ring;  // where the last ring begins
     parallel_for(slabs, job.threads, [&](int slab) {
@@ -115,6 +169,10 @@ const char* pack_rings(const RingPacking& job) {
 
 const char* unpack_rings(const RingPacking& job) {
     if (const char* why = wrong(job)) return why;
+    if (job.ring == 0) {
+        unpack_squares(job);
+        return nullptr;
+    }
     const int rows = kSlab * kBlock, slabs = (job.n + rows - 1) / rows, entry = kSlab * (job.bits[0] + job.bits[1]) + 2;
     parallel_for(slabs, job.threads, [&](int slab) {
         const uint8_t* in = job.packed + slab * (static_cast<int64_t>(job.k) * entry + kRingPad);

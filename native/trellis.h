@@ -43,12 +43,12 @@ struct RingScratch {
 struct RingPacking {
     int n, k;
     int bits[2];
-    int ring;  // rows of a ring; the last one has what is left over too
+    int ring;  // rows of a ring; the last one has what is left over too; 0: squares of sixteen rows and columns
     uint8_t* codes;
     uint8_t* packed;
     int threads;
 };
-int64_t ring_bytes(int n, int k, int even, int odd);
+int64_t ring_bytes(int n, int k, int even, int odd, bool squares);
 
 // Null, or a sentence that says what is wrong with the arguments.
 const char* pack_rings(const RingPacking& job);

@@ -54,7 +54,7 @@ def quantize(
     model: str | Path | torch.nn.Module,
     scheme: AnyScheme | None = None,
     *,
-    method: str = "rtn",
+    method: str | None = None,
     calibration: Data | None = None,
     out: str | Path | None = None,
     recipe: Recipe | None = None,
@@ -99,7 +99,7 @@ def quantize(
         model: a model directory, a Hub name, or a module. A module is changed in place: its layers are replaced by layers that
             hold packed codes.
         scheme: what the weights become, "W4A16" if neither it nor `recipe` is given.
-        method: how codes are chosen, a name of `arrondi.STEPS`.
+        method: how codes are chosen, a name of `arrondi.STEPS`; None: "rtn", or for a trellis "trellis" or "trellis-yaqa".
         calibration: data for methods and static scales that need them. For a module, batches as it is called: tensors, tuples
             of positional arguments or dicts of keyword arguments.
         out: directory to write; needed for a directory, not for a module (see `save`).
@@ -196,7 +196,7 @@ def plan(
     model: str | Path,
     scheme: AnyScheme | None = None,
     *,
-    method: str = "rtn",
+    method: str | None = None,
     recipe: Recipe | None = None,
     group_size: int | None = None,
     targets: Iterable[str] = ("Linear",),
@@ -230,7 +230,7 @@ def plan(
 def _rules(
     recipe: Recipe | None,
     scheme: AnyScheme | None,
-    method: str,
+    method: str | None,
     group_size: int | None,
     targets: Iterable[str],
     ignore: Iterable[str] | None,
@@ -242,7 +242,7 @@ def _rules(
 ) -> Recipe:
     """The recipe, that of a preset, or one method and what goes with it; one of them alone."""
     if preset is not None and recipe is None:
-        if method != "rtn" or tuple(rewrites) or tuple(repairs):
+        if method is not None or tuple(rewrites) or tuple(repairs):
             raise SchemeError(f"The preset {preset} says what is done. Leave method, rewrites and repairs out.")
         return preset_recipe(
             preset,
@@ -260,7 +260,7 @@ def _rules(
             repairs=repairs, embeddings=embeddings,
         )  # fmt: skip
     given = {
-        "scheme": scheme, "method": None if method == "rtn" else method, "group_size": group_size,
+        "scheme": scheme, "method": method, "group_size": group_size,
         "targets": None if tuple(targets) == ("Linear",) else targets, "ignore": ignore, "options": options,
         "rewrites": tuple(rewrites) or None, "repairs": tuple(repairs) or None, "preset": preset,
         "embeddings": embeddings,

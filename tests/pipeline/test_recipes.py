@@ -330,7 +330,31 @@ def test_a_recipe_that_makes_no_sense_is_refused_when_it_is_made(make: Callable[
 
 def test_every_option_of_every_method_takes_its_own_default() -> None:
     for name, method in arrondi.METHODS.items():
-        Recipe.simple("TCQ3" if name == "trellis" else "W4A16", name, options=method.options)
+        Recipe.simple("TCQ3" if name.startswith("trellis") else "W4A16", name, options=method.options)
+
+
+def test_a_trellis_is_searched_where_no_method_is_named(
+    models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(
+        json.dumps(
+            {"rules": [{"scheme": "W4A16"}, {"scheme": "TCQ2", "targets": "re:.*down_proj"}, {"scheme": "TCQ3S"}]}
+        )
+    )
+    assert [rule.method for rule in Recipe.read(path).rules] == ["rtn", "trellis", "trellis-yaqa"]
+    assert Recipe.simple("TCQ2").rules[0].method == "trellis"
+    assert Recipe.simple("TCQ2", "rtn").rules[0].method == Rule(parse_scheme("W4A16")).method == "rtn"
+    scheme = "w=tcq2-l8-square/channel/float16/rht16"
+    data = TextOptions(text, samples=4, seq_len=24, evaluate=False)
+    for name, method in (("usual", None), ("plain", "trellis"), ("blind", "rtn")):
+        quantize_model(models("llama"), tmp_path / name, Recipe.simple(scheme, method), data)
+    codes = {
+        name: {k: v for k, v in load_file(tmp_path / name / "model.safetensors").items() if "down_proj" in k}
+        for name in ("usual", "plain", "blind")
+    }
+    for one, other in (("usual", "plain"), ("plain", "blind"), ("usual", "blind")):
+        assert any(not torch.equal(codes[one][k], codes[other][k]) for k in codes[one]), (one, other)
 
 
 # ── recipe files ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -121,6 +121,55 @@ def test_refusals_are_sentences() -> None:
     with pytest.raises(DataError, match="NaN or infinity"):
         trellis(weight.clone().index_fill_(0, torch.tensor([3]), float("nan")), SCHEME, moment)
     for name, method in METHODS.items():
-        if name not in ("trellis", "rtn") and (reason := method.refuse(SCHEME, {})) is None:
+        if name not in ("trellis", "trellis-yaqa", "rtn") and (reason := method.refuse(SCHEME, {})) is None:
             raise AssertionError(f"{name} says that it can make {SCHEME}: {reason}")
     assert isinstance(SCHEME, Scheme)
+
+
+def outputs_known(rows: int) -> torch.Tensor:
+    """Σ g gᵀ of outputs that hang together: a few directions, and a little of all."""
+    generator = torch.Generator().manual_seed(9)
+    few = torch.randn(rows, 6, generator=generator)
+    return few @ few.T + 0.1 * torch.eye(rows)
+
+
+def loss_lost(weight: torch.Tensor, x: torch.Tensor, g: torch.Tensor, q: QTensor) -> float:
+    d = (weight - q.dequantize()) @ x.T
+    return float((d * (g @ d)).sum())
+
+
+@pytest.mark.parametrize("text", ["w=tcq2-l8-square/channel/rht64", "w=tcq2.5-l8-square/channel", "w=tcq2-l8-mul1-tile/tensor/rht128:sides"])  # fmt: skip
+def test_rows_make_up_for_each_other(text: str) -> None:
+    weight, x, moment = made()
+    scheme, g = parse_scheme(text).weights, outputs_known(M)
+    alone = trellis(weight, scheme, moment)
+    parts = (g[:128, :128].contiguous(), g[128:, 128:].contiguous())  # nothing is known between blocks
+    together = trellis(weight, scheme, moment, output_moments=parts)
+    whole = torch.block_diag(*parts)
+    assert loss_lost(weight, x, whole, together) < 0.8 * loss_lost(weight, x, whole, alone)
+
+
+def test_rows_whose_outputs_count_alike_make_up_for_nothing() -> None:
+    weight, _, moment = made()
+    scheme = parse_scheme("w=tcq2-l8-square/channel/rht64").weights
+    alone, same = (trellis(weight, scheme, moment, output_moments=g) for g in (None, [torch.eye(M)]))
+    assert torch.equal(alone.codes, same.codes)
+    torch.testing.assert_close(alone.real_scale, same.real_scale, rtol=2e-3, atol=1e-6)
+
+
+def test_scales_are_the_best_for_all_rows_together() -> None:
+    weight, x, moment = made()
+    scheme, g = parse_scheme("w=tcq2-l8-square/channel/float32").weights, outputs_known(M) + 5 * torch.eye(M)
+    q = trellis(weight, scheme, moment, output_moments=[g], damping=1e-6, output_damping=1e-6)
+    for row in (0, 100, M - 1):
+        for factor in (0.97, 1.03):
+            scale = q.real_scale.clone()
+            scale[row] *= factor
+            other = QTensor(q.codes, scale, None, None, q.scheme)
+            assert loss_lost(weight, x, g, q) < loss_lost(weight, x, g, other)
+
+
+def test_gradients_of_other_outputs_are_refused() -> None:
+    weight, _, moment = made()
+    with pytest.raises(ShapeError, match="for 128 outputs, the weight has 256"):
+        trellis(weight, SCHEME, moment, output_moments=[torch.eye(128)])

@@ -208,8 +208,23 @@ def test_matrices_that_no_rings_fill_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["TCQ2", "TCQ3.5", "w=tcq2-l14/channel/float16/rht128:7", "w=tcq3-l16-mcg-tile/tensor/rht128:sides"]
+    "text",
+    ["TCQ2", "TCQ3.5", "TCQ2.5S", "w=tcq2-l14/channel/float16/rht128:7", "w=tcq3-l16-mcg-tile/tensor/rht128:sides"],
 )
 def test_the_grammar_says_them(text: str) -> None:
     scheme = parse_scheme(text)
     assert parse_scheme(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize("name", ["tcq2-square", "tcq2.5-l14-square"])
+def test_squares_are_lines_of_columns(name: str) -> None:
+    trellis = of(name)
+    codes = random_codes(48, 32, trellis)
+    values = ring_values(codes, trellis)
+    for top in range(0, 48, 16):
+        for left in range(0, 32, 16):
+            line = [int(codes[top + row, left + column]) for column in range(16) for row in range(16)]
+            wanted = torch.tensor(walked(line, trellis)).reshape(16, 16).T
+            assert torch.equal(values[top : top + 16, left : left + 16], wanted)
+    with pytest.raises(ShapeError, match="squares of 16 rows"):
+        ring_values(codes[:40], trellis)

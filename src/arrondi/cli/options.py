@@ -21,7 +21,8 @@ SchemeName = Annotated[
     ),
 ]  # fmt: skip
 MethodName = Annotated[
-    str | None, typer.Option(help="How codes are chosen; `arrondi methods` lists all.", show_default="rtn")
+    str | None,
+    typer.Option(help="How codes are chosen; `arrondi methods` lists all.", show_default="rtn; of a trellis its own"),
 ]
 PresetName = Annotated[
     str | None,

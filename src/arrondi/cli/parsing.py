@@ -56,7 +56,7 @@ def recipe_from(
     if file is None:
         return Recipe.simple(
             "W4A16" if scheme is None else scheme,
-            "rtn" if method is None else method,
+            method,
             group_size=group_size,
             targets=targets or ["Linear"],
             ignore=None if ignore is None else [s for s in ignore if s],

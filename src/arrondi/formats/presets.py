@@ -6,6 +6,7 @@ Owns: `PRESETS` and `ALIASES`. Where compressed-tensors has the name, the meanin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -57,6 +58,10 @@ PRESETS: Final[Mapping[str, LayerScheme]] = MappingProxyType({
     "T158": LayerScheme(Scheme(FORMATS["ternary"], PerTensor())),
     "BINARY": LayerScheme(Scheme(FORMATS["binary"], PerGroup(128))),
     **{name.upper(): LayerScheme(Scheme(f, PerChannel(), scale="float16", turned=Turned())) for name, f in TRELLISES.items()},
+    **{
+        f"{name.upper()}S": LayerScheme(Scheme(of_trellis(replace(f.trellis, ring="square")), PerChannel(), scale="float16", turned=Turned()))
+        for name, f in TRELLISES.items() if f.trellis is not None
+    },
     **{
         f"EXL3_{bits}": LayerScheme(Scheme(of_trellis(Trellis(float(bits), 16, "mul1", "tile")), PerTensor(), turned=Turned(128, None)))
         for bits in range(1, 9)

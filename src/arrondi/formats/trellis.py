@@ -21,8 +21,8 @@ Function = Literal["bytes", "mul1", "mcg", "3inst"]
 """state → value. "bytes": the sum of the four bytes of state · 0x83DCD12D mod 2^32, less 510, an integer; the others are those of EXL3,
 float16: "mul1" the same sum made normal, "mcg" and "3inst" two halves of a product added."""
 
-Ring = Literal["rows", "tile"]
-"""Who follows whom: "rows": 256 rows of one column; "tile": 16 columns and 16 rows in the order of EXL3."""
+Ring = Literal["rows", "square", "tile"]
+"""Who follows whom: "rows": 256 rows of one column; "square": 16 columns of 16 rows, column by column; "tile": the same in the order of EXL3."""
 
 RING: Final = 256
 """Weights of a ring; the last of a column takes what is left over, too."""
@@ -30,10 +30,13 @@ RING: Final = 256
 BITS: Final = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
 """Bits of a weight; halves alternate between the whole numbers beside them. More than 4 are for files of others."""
 
+SIDE: Final = 16
+"""Rows and columns of a square or a tile."""
+
 STATES: Final = range(8, 17)
 """Bits of a state."""
 
-_NAME: Final = re.compile(r"tcq([1-8](?:\.5)?)(?:-l([0-9]{1,2}))?(?:-(bytes|mul1|mcg|3inst))?(?:-(tile))?")
+_NAME: Final = re.compile(r"tcq([1-8](?:\.5)?)(?:-l([0-9]{1,2}))?(?:-(bytes|mul1|mcg|3inst))?(?:-(square|tile))?")
 
 
 @dataclass(frozen=True)

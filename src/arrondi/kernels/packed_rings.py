@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from arrondi.formats import Scheme
-from arrondi.formats.trellis import RING
+from arrondi.formats.trellis import RING, SIDE
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.storage import load_codes
 from arrondi.tensor.turned import Sides, block_of, sides_of, unturn
@@ -39,9 +39,10 @@ class Rings:
         """Rows that can be decoded without the others: whole rings in whole blocks of a turned side, at least `step` where there are as many."""
         rows, trellis, turned = self.shape[0], self.scheme.format.trellis, self.scheme.turned
         assert trellis is not None
-        tall = RING if turned is None else math.lcm(RING, block_of(rows, turned))
-        # The last ring has what is left over, too; tiles lie in an order of their own.
-        last = max(rows // RING - (rows % RING > 0), 0) * RING // tall * tall if trellis.ring == "rows" else 0
+        ring = RING if trellis.ring == "rows" else SIDE
+        tall = ring if turned is None else math.lcm(ring, block_of(rows, turned))
+        # The last ring has what is left over, too.
+        last = max(rows // ring - (rows % ring > 0), 0) * ring // tall * tall
         step = -(-step // tall) * tall
         for start in range(0, last, step):
             yield slice(start, min(start + step, last))
@@ -53,7 +54,7 @@ class Rings:
         rows, columns = self.shape
         trellis, turned = self.scheme.format.trellis, self.scheme.turned
         assert trellis is not None
-        # Parts begin at whole bytes: 256 codes have 32 bytes for every bit of one.
+        # Parts begin at whole bytes: sixteen codes have two bytes for every bit of one.
         first, stop = part.start * sum(trellis.bits) // 16, part.stop * sum(trellis.bits) // 16
         stream = self.codes[:, first : self.codes.shape[1] if part.stop == rows else stop].contiguous()
         codes = load_codes(stream, (part.stop - part.start, columns), self.scheme.format)

@@ -30,7 +30,7 @@ class Rule:
     Attributes:
         scheme: what a round step makes of them, as a value or a word; None leaves them alone. Rewrites and repairs have none. A
             method that makes something else of it (a learned codebook of as many bits) says so here.
-        method: name of a step.
+        method: name of a step; "" is the usual one of the scheme, see `usual_method`.
         targets: selectors.
         options: of the step.
         fallback: round step where nothing is known of a weight's inputs; "" is the method's own choice.
@@ -40,7 +40,7 @@ class Rule:
     """
 
     scheme: LayerScheme | None
-    method: str = "rtn"
+    method: str = ""
     targets: tuple[str, ...] = ("Linear",)
     options: Mapping[str, Any] = field(default_factory=dict)
     fallback: str = ""
@@ -59,6 +59,8 @@ class Rule:
         check_names(self.mix, self.blocks)
         if not self.blocks:
             object.__setattr__(self, "blocks", blocks_of(word, self.mix))
+        if not self.method:
+            object.__setattr__(self, "method", usual_method(self.scheme))
         check_step(self.method, self.options)
         if self.fallback:
             check_fallback(self.method, self.fallback)
@@ -119,7 +121,7 @@ class Recipe:
     def simple(
         cls,
         scheme: str | Scheme | LayerScheme,
-        method: str = "rtn",
+        method: str | None = None,
         *,
         group_size: int | None = None,
         targets: Iterable[str] = ("Linear",),
@@ -134,7 +136,7 @@ class Recipe:
 
         Args:
             scheme: a word, a scheme of weights, or one of a layer; or a mix of types such as Q4_K_M.
-            method: name of a round step.
+            method: name of a round step; None: the usual one of the scheme, see `usual_method`.
             group_size: another than the scheme's; -1 is a whole row.
             targets, ignore: selectors.
             options: of the method; of another step under `STEP.OPTION`.
@@ -144,12 +146,12 @@ class Recipe:
                 of the head. A head that is tied to it has the
                 same codes, which are then chosen by gptq if the method looks at second moments; all else is rounded to nearest.
         """
-        if not isinstance(method, str):
+        if not isinstance(method, str | None):
             raise SchemeError(f"The method is a word, got {said(method)}.")
-        step, picked, own = get_step(method), _selectors(targets), _by_step(options or {})
-        rounding = Rule(
-            _layer_scheme(scheme, group_size), step.name, picked, {**own.pop("", {}), **own.pop(step.name, {})}
-        )
+        layer = _layer_scheme(scheme, group_size)
+        step = get_step(usual_method(None if mix_of(layer) else layer_scheme_of(layer)) if method is None else method)
+        picked, own = _selectors(targets), _by_step(options or {})
+        rounding = Rule(layer, step.name, picked, {**own.pop("", {}), **own.pop(step.name, {})})
         before = [step_of_kind("rewrite", name) for name in _selectors(rewrites)]
         after = [step_of_kind("repair", name) for name in _selectors(repairs)]
         twice = next((name for name in (*before, *after) if (*before, *after).count(name) > 1), None)
@@ -288,6 +290,12 @@ def _of_tables(scheme: Any, needs: Iterable[str]) -> Rule:
         return Rule(scheme, "rtn", ("Embedding",))
 
 
+def usual_method(scheme: LayerScheme | None) -> str:
+    """The method where none is named: rtn, or for a trellis the search with what calibration there is, which without any is the same."""
+    trellis = None if scheme is None else scheme.weights.format.trellis
+    return "rtn" if trellis is None else "trellis" if trellis.ring == "rows" else "trellis-yaqa"
+
+
 def table_scheme(text: str) -> LayerScheme:
     """A scheme of weights from its word, its grammar, or `int8/row`."""
     words = text.strip().lower().split("/")
@@ -298,13 +306,13 @@ def table_scheme(text: str) -> LayerScheme:
 def _rule(entry: Any, number: int) -> Rule:
     """One rule of a recipe file."""
     _known(entry, {"scheme", "method", "targets", "group_size", "options", "fallback"}, f"rule {number}")
-    method, options, fallback = entry.get("method", "rtn"), entry.get("options", {}), entry.get("fallback", "")
+    method, options, fallback = entry.get("method", ""), entry.get("options", {}), entry.get("fallback", "")
     if not isinstance(method, str) or not isinstance(options, dict) or not isinstance(fallback, str):
         raise TypeError(
             f"rule {number} has the method {method!r}, the options {options!r} and the fallback {fallback!r}"
         )
     targets = _words(entry.get("targets", "Linear"))
-    if get_step(method).kind != "round":
+    if method and get_step(method).kind != "round":
         if entry.keys() & {"scheme", "group_size"}:
             raise ValueError(f"rule {number} has a scheme or a group_size, and {method} rounds nothing")
         return Rule(None, method.lower(), targets, options, fallback)

@@ -153,6 +153,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType({
     ),
     "qronos": Method(qronos, PAIRS, "Zhang et al. 2025, arXiv:2505.11695", 150.0, refuse_gptq, unpaired="gptq"),
     "trellis": Method(trellis, NOTHING, "Tseng et al. 2024, arXiv:2406.11235", 500.0, refuse_trellis, wants=PAIRS),
+    "trellis-yaqa": Method(trellis, NOTHING, "Tseng et al. 2025, arXiv:2505.22988", 500.0, refuse_trellis, wants=PAIRS | OUTPUTS),
     "llm-int8": Method(
         llm_int8, NOTHING, "Dettmers et al. 2022, arXiv:2208.07339", 30.0, refuse_llm_int8, wants=ABSMAX, sizes=size_llm_int8, foresees=foresees_llm_int8
     ),

@@ -5,14 +5,16 @@ a trellis are made for; its inputs' moment is turned with it. Then columns are v
 of whole rings with the least squared error (`arrondi.tensor.trellis`); of tiles, sixteen columns at once. At last the scale of each row is
 fitted to its codes.
 
-Where inputs of the original are known as well, what is rounded is the weight that makes up for earlier rounding (`gptaq.corrected`).
+Where inputs of the original are known as well, what is rounded is the weight that makes up for earlier rounding (`gptaq.corrected`). Where
+gradients of outputs are known too, rows that no ring joins make up for each other (`arrondi.rounding.row_feedback`): with tiles sixteen by sixteen.
 
-Sources: Tseng, Sun, Hou, De Sa 2024, arXiv:2406.11235 (QTIP); Li et al. 2025, arXiv:2504.02692 (the asymmetric target).
+Sources: Tseng, Sun, Hou, De Sa 2024, arXiv:2406.11235 (QTIP); Li et al. 2025, arXiv:2504.02692 (the asymmetric target); Tseng, Sun, De Sa 2025,
+arXiv:2505.22988 (feedback on both sides).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Final
 
@@ -27,6 +29,7 @@ from arrondi.rounding.gptq_factor import root_factor
 from arrondi.rounding.gptq_grids import RowScales
 from arrondi.rounding.gptq_sweep import sweep
 from arrondi.rounding.options import BlockSize, Damping, Strength
+from arrondi.rounding.row_feedback import RowFeedback
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import round_scale
@@ -65,6 +68,8 @@ def trellis(
     moment: SecondMoment | None = None,
     *,
     cross_moment: torch.Tensor | None = None,
+    output_moments: Sequence[torch.Tensor] | None = None,
+    output_damping: Damping = 0.05,
     strength: Strength = 1.0,
     damping: Damping = 0.01,
     widening: Widening = 0.0,
@@ -79,6 +84,9 @@ def trellis(
         scheme: a trellis, one scale a row, turned or not, or numbers for both sides.
         moment: second moment of the layer's inputs, of size n; None: all inputs count alike.
         cross_moment: Σ x fᵀ (n, n), inputs of the quantized model times those of the original; None: as if these were the same.
+        output_moments: Σ g gᵀ of gradients of the loss with respect to outputs, as the (k, k) blocks of its diagonal; None: all outputs
+            count alike, and rows make up for nothing.
+        output_damping: fraction of the mean diagonal of each of these that is added to it.
         strength: share of the correction for earlier rounding, where there is a cross moment.
         damping: fraction of the mean diagonal of the moment that is added to its diagonal.
         widening: standard deviation of a row over that of the values at which its codes are searched; 0: the usual one of its bits.
@@ -102,6 +110,8 @@ def trellis(
         weight = corrected(weight, moment, cross_moment, damping, strength)
     work = _finite(weight, scheme, moment, name)
     empty = (work == 0).all(1)
+    if output_moments and (known := sum(map(len, output_moments))) != len(work):
+        raise ShapeError(f"{name}: the gradients' moments are for {known} outputs, the weight has {len(work)}.")
     sides = _sides(work, scheme, widening)
     if sides is not None and scheme.turned is not None:
         work = turn(work, sides, scheme.turned)
@@ -114,12 +124,16 @@ def trellis(
         factor, needed = root_factor(hessian.clone(), damping)
         if facts is not None and needed != damping:
             facts["damping"] = needed
-        if found.ring == "tile":
-            codes = tiles_swept(work / scale, factor, found)
-        else:
-            codes, _ = sweep(work, factor, RowScales(scheme, scale), block_size, None)
+        rows = None if not output_moments else RowFeedback.of(output_moments, sides, scheme, output_damping)
+
+        def swept(some: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            if found.ring != "rows":
+                return tiles_swept(some / scale, factor, found)
+            return sweep(some, factor, RowScales(scheme, scale), block_size, None)[0]
+
+        codes = swept(work, scale) if rows is None else rows.visited(work, scale, swept)
         hessian.diagonal().add_(needed * float(hessian.diagonal().mean()))
-        scale, sides = _fitted(work, codes, scale, sides, hessian, scheme)
+        scale, sides = _fitted(work, codes, scale, sides, hessian, scheme, rows)
     own = None
     if sides is not None and scheme.turned is not None and scheme.turned.seed is None:
         # Rows of a block share their errors in units of their scales; a row of zeros is to have none of them.
@@ -206,11 +220,15 @@ def _fitted(
     sides: Sides | None,
     hessian: torch.Tensor,
     scheme: Scheme,
+    rows: RowFeedback | None,
 ) -> tuple[torch.Tensor, Sides | None]:
-    """The scale of each row with the least error d H dᵀ, d what it leaves of the weight with these codes; or one for all, in the sides."""
+    """The scale of each row with the least error d H dᵀ, d what it leaves of the weight with these codes, or of all rows together as their
+    outputs count; or one for all, in the sides."""
     assert scheme.format.trellis is not None
     values = ring_values(codes, scheme.format.trellis)
     seen = values @ hessian
+    if rows is not None and scale.numel() > 1:
+        return round_scale(rows.best_scales(values, seen, work, scale), scheme.scale), sides
     power, wanted = (seen * values).sum(1, keepdim=True), (seen * work).sum(1, keepdim=True)
     if scheme.turned is not None and scheme.turned.seed is None and sides is not None:
         factor = wanted.sum() / power.sum() if float(power.sum()) > 0 else 1.0

@@ -77,7 +77,7 @@ def _whole_rings(q: QTensor, start: int, count: int) -> bool:
     trellis, turned, rows = q.scheme.format.trellis, q.scheme.turned, q.shape[0]
     if trellis is None or count == rows:
         return True
-    tall = TILE if trellis.ring == "tile" else RING
+    tall = RING if trellis.ring == "rows" else TILE
     last = (
         rows // tall * tall if rows % tall == 0 else max(rows // tall - 1, 0) * tall
     )  # where the longer last ring begins

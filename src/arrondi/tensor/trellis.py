@@ -14,10 +14,9 @@ import torch
 from arrondi.errors import ShapeError
 from arrondi.formats import Trellis
 from arrondi.formats.trellis import RING
+from arrondi.formats.trellis import SIDE as TILE
 from arrondi.native import available, native, operand, threads
 
-TILE: Final = 16
-"""Rows and columns of a tile."""
 _COARSE: Final = 4
 """Most bits of a code whose error is squared as it is; that of others is doubled first, once for each bit more."""
 _MUL1, _MCG, _3INST = 0x83DCD12D, 0xCBAC1FED, (89226354, 64248484)
@@ -79,8 +78,8 @@ def refuse_shape(shape: tuple[int, ...], trellis: Trellis) -> str | None:
     if len(shape) != 2:
         return f"A trellis writes matrices (out, in), got shape {shape}. Pass each matrix of a stack."
     rows, columns = shape
-    if trellis.ring == "tile" and (rows % TILE or columns % TILE):
-        return f"{trellis.name} writes tiles of 16 rows and 16 columns, got {rows} × {columns}. Leave 'tile' out."
+    if trellis.ring != "rows" and (rows % TILE or columns % TILE):
+        return f"{trellis.name} writes {trellis.ring}s of 16 rows and 16 columns, got {rows} × {columns}. Leave '{trellis.ring}' out."
     if rows * trellis.bits[0] < trellis.state and rows * columns:
         return (
             f"Rings of {rows} rows hold less than a state of {trellis.state} bits. Use integer groups for this layer."
@@ -100,9 +99,9 @@ def _tile_order() -> torch.Tensor:
 def to_lines(x: torch.Tensor, trellis: Trellis) -> list[torch.Tensor]:
     """A matrix (m, n) as its rings: (rings, length) each, for rings of 256 and then for the longer or shorter ones."""
     rows, columns = x.shape
-    if trellis.ring == "tile":
-        tiles = x.T.reshape(columns // TILE, TILE, rows // TILE, TILE).transpose(1, 2).reshape(-1, RING)
-        return [tiles[:, _tile_order().to(x.device)]]
+    if trellis.ring != "rows":
+        squares = x.T.reshape(columns // TILE, TILE, rows // TILE, TILE).transpose(1, 2).reshape(-1, RING)
+        return [squares[:, _tile_order().to(x.device)] if trellis.ring == "tile" else squares]
     whole = max(rows // RING - (rows % RING > 0), 0) * RING
     tall = x.T
     parts = [tall[:, :whole].reshape(-1, RING), tall[:, whole:]]
@@ -112,10 +111,12 @@ def to_lines(x: torch.Tensor, trellis: Trellis) -> list[torch.Tensor]:
 def from_lines(lines: list[torch.Tensor], shape: tuple[int, ...], trellis: Trellis) -> torch.Tensor:
     """The inverse of `to_lines`."""
     rows, columns = shape
-    if trellis.ring == "tile":
-        tiles = torch.empty_like(lines[0])
-        tiles[:, _tile_order().to(tiles.device)] = lines[0]
-        shaped = tiles.reshape(columns // TILE, rows // TILE, TILE, TILE).transpose(1, 2)
+    if trellis.ring != "rows":
+        squares = lines[0]
+        if trellis.ring == "tile":
+            squares = torch.empty_like(lines[0])
+            squares[:, _tile_order().to(squares.device)] = lines[0]
+        shaped = squares.reshape(columns // TILE, rows // TILE, TILE, TILE).transpose(1, 2)
         return shaped.reshape(columns, rows).T.contiguous()
     return torch.cat([part.reshape(columns, -1) for part in lines], 1).T.contiguous()
 

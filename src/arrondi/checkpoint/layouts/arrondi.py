@@ -25,7 +25,7 @@ from arrondi.checkpoint.layouts.claims import check_described, check_ignored
 from arrondi.checkpoint.layouts.layout import LayerValues, Layout, ModelFacts, Names, Placed, Reader
 from arrondi.errors import ArrondiError, FileFormatError
 from arrondi.formats import ActivationScheme, LayerScheme, Scheme, parse_scheme, scale_shape
-from arrondi.formats.trellis import RING
+from arrondi.formats.trellis import RING, SIDE
 from arrondi.rewrite.spread import check_block
 from arrondi.tensor.apart import Kept
 from arrondi.tensor.qtensor import QTensor
@@ -48,8 +48,10 @@ def _refuse(placed: Placed) -> str | None:
     trellis = placed.scheme.weights.format.trellis
     if trellis is not None and (reason := refuse_shape(placed.matrix_shape, trellis)) is not None:
         return reason[0].lower() + reason[1:].rstrip(".")
-    if trellis is not None and placed.matrices > 1 and placed.matrix_shape[0] // placed.matrices % RING:
-        return f"rings of {RING} rows do not end where the matrices of a stack do"
+    if trellis is not None and placed.matrices > 1:
+        tall = RING if trellis.ring == "rows" else SIDE
+        if placed.matrix_shape[0] // placed.matrices % tall:
+            return f"rings of {tall} rows do not end where the matrices of a stack do"
     try:
         back = parse_scheme(str(placed.scheme))
     except ArrondiError:

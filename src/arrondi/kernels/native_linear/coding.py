@@ -89,9 +89,11 @@ def coding_of(scheme: Scheme) -> Coding | None:
     return as_floats(scheme)
 
 
-def slab_shape(rows: int, columns: int, bits: tuple[int, int]) -> tuple[int, int]:
-    """The shape of packed states, uint8 (slabs, bytes): `bits` of the codes of even and of odd rows."""
-    return -(-rows // SLAB), columns * (SLAB // BLOCK * sum(bits) + 2) + 16
+def slab_shape(rows: int, columns: int, bits: tuple[int, int], squares: bool) -> tuple[int, int]:
+    """The shape of packed states, uint8 (slabs, bytes): `bits` of the codes of even and of odd rows; `squares` or columns."""
+    most = SLAB // BLOCK
+    one = columns // BLOCK * most * (BLOCK * sum(bits) + 2) if squares else columns * (most * sum(bits) + 2)
+    return -(-rows // SLAB), one + 16
 
 
 def as_floats(scheme: Scheme) -> Coding:

@@ -65,6 +65,7 @@ class Facts(NamedTuple):
         run: groups that share a unit.
         even, odd, state: of a trellis: bits of the codes of even and of odd rows, and of a state.
         row_run, column_run: blocks in which both sides are turned; 1 where they are not.
+        squares: of a trellis: 1 where its rings are squares, 0 where they are columns.
     """
 
     kind: int
@@ -83,6 +84,7 @@ class Facts(NamedTuple):
     state: int = 0
     row_run: int = 1
     column_run: int = 1
+    squares: int = 0
 
 
 class Parts(NamedTuple):
@@ -114,7 +116,9 @@ def facts_of(tensors: Tensors, meta: Meta) -> Facts:
     facts = Facts(coding.kind, rows, columns, width, groups, scale_type, coding.zero, code_bytes, offset_type, way, run)
     trellis, turned = meta.scheme.format.trellis, meta.scheme.turned
     if trellis is not None:
-        facts = facts._replace(even=trellis.bits[0], odd=trellis.bits[1], state=trellis.state)
+        facts = facts._replace(
+            even=trellis.bits[0], odd=trellis.bits[1], state=trellis.state, squares=int(trellis.ring == "square")
+        )
     if turned is not None:
         facts = facts._replace(row_run=block_of(rows, turned), column_run=block_of(columns, turned))
     return facts
@@ -155,7 +159,7 @@ def check_parts(parts: Sequence[torch.Tensor | None], facts: Sequence[int]) -> t
     assert native is not None
     code_bytes: tuple[int, ...] = (native.packed_bytes(f.kind, f.rows, f.columns),)
     if f.kind == RING:
-        code_bytes = slab_shape(f.rows, f.columns, (f.even, f.odd))
+        code_bytes = slab_shape(f.rows, f.columns, (f.even, f.odd), f.squares != 0)
     each = (-(-f.rows // BLOCK), f.groups, BLOCK)
     runs = (each[0], -(-f.groups // f.run), BLOCK)
     of_scale, of_offset = (_dtype(number) for number in (f.scale_type, f.offset_type))

@@ -1,7 +1,7 @@
 """States of a trellis in the layout of the compiled kernels, and back; and the kernel that multiplies them.
 
 Owns: `TRELLIS`, and `ring_rows`, rows of a table that are looked up. A slab of rows has one entry for every column: its codes and the sixteen bits before them, in which every state is a field
-of bits, so that a few instructions give sixteen values wherever a ring begins; see native/kernels.h. A turned weight stays in its own
+of bits, so that a few instructions give sixteen values wherever a ring begins; squares are kept whole; see native/kernels.h. A turned weight stays in its own
 basis: the product turns x before and its results afterwards.
 
 Source of the way states are decoded: Tseng, Sun, Hou, De Sa 2024, arXiv:2406.11235 (QTIP).
@@ -47,8 +47,8 @@ def _refuse(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device: 
         return "This installation has no compiled kernels, or ARRONDI_CPU=none leaves them alone."
     if dtype not in TYPES:
         return f"It takes float32, bfloat16 and float16 activations, got {dtype}."
-    if trellis.function != "bytes" or trellis.ring != "rows" or trellis.rate > 4:
-        return f"It takes sums of bytes along rows with up to 4 bits a weight, got {scheme.format}."
+    if trellis.function != "bytes" or trellis.ring == "tile" or trellis.rate > 4:
+        return f"It takes sums of bytes along rows or squares with up to 4 bits a weight, got {scheme.format}."
     if len(shape) != 2 or not all(shape):
         return f"It multiplies by matrices (out, in) that are not empty, got shape {shape}."
     if shape[1] > _MOST_COLUMNS or shape[0] * shape[1] > _LARGEST:
@@ -58,11 +58,11 @@ def _refuse(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device: 
 
 def _prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
     assert native is not None and q.scheme.format.trellis is not None
-    (rows, columns), bits = q.shape, q.scheme.format.trellis.bits
-    codes = q.codes.contiguous()
-    packed = torch.empty(slab_shape(rows, columns, bits), dtype=torch.uint8, device="cpu")
+    (rows, columns), trellis = q.shape, q.scheme.format.trellis
+    codes, squares = q.codes.contiguous(), trellis.ring == "square"
+    packed = torch.empty(slab_shape(rows, columns, trellis.bits, squares), dtype=torch.uint8, device="cpu")
     native.pack_rings(
-        rows, columns, *bits, RING, operand("codes", codes, (rows, columns), torch.uint8),
+        rows, columns, *trellis.bits, 0 if squares else RING, operand("codes", codes, (rows, columns), torch.uint8),
         operand("packed codes", packed, packed.shape, torch.uint8), threads(),
     )  # fmt: skip
     tensors = {"codes": packed, "scale": as_blocks(narrowest(per_row(q.real_scale, q), q.scheme.scale), 1.0)}
@@ -74,11 +74,12 @@ def _prepack(q: QTensor, dtype: torch.dtype) -> Tensors:
 
 def _unpack(tensors: Tensors, meta: Meta) -> QTensor:
     assert native is not None and meta.scheme.format.trellis is not None
-    (rows, columns), bits, turned = meta.shape, meta.scheme.format.trellis.bits, meta.scheme.turned
+    (rows, columns), trellis, turned = meta.shape, meta.scheme.format.trellis, meta.scheme.turned
+    squares = trellis.ring == "square"
     packed, codes = tensors["codes"], torch.empty(meta.shape, dtype=torch.uint8, device="cpu")
     native.unpack_rings(
-        rows, columns, *bits, RING, operand("codes", codes, codes.shape, torch.uint8),
-        operand("packed codes", packed, slab_shape(rows, columns, bits), torch.uint8), threads(),
+        rows, columns, *trellis.bits, 0 if squares else RING, operand("codes", codes, codes.shape, torch.uint8),
+        operand("packed codes", packed, slab_shape(rows, columns, trellis.bits, squares), torch.uint8), threads(),
     )  # fmt: skip
     stored = turned is not None and turned.seed is None
     sides = Sides(tensors["row_side"].clone(), tensors["column_side"].clone()) if stored else None
