@@ -228,6 +228,24 @@ def test_the_space_before_a_text_comes_back(prefixed: bool, models: Callable[...
             assert again(text, add_special_tokens=False)["input_ids"] == own.encode(text).ids, text
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", CUTS)
+def test_a_way_to_cut_comes_back(name: str, family: str, models: Callable[..., Path], tmp_path: Path) -> None:
+    """Whatever tokenizers models of the architecture usually have."""
+    plain, folder = models(family), tmp_path / "plain"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).symlink_to(plain / file)
+    home(folder, by_name(name))
+    convert_model(folder, tmp_path / "m.gguf", "gguf")
+    again = AutoTokenizer.from_pretrained(Checkpoint.open(tmp_path / "m.gguf").folder.home)
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in TEXTS:
+        assert again(text, add_special_tokens=False)["input_ids"] == own.encode(text, add_special_tokens=False).ids, (
+            text
+        )
+
+
 def test_no_other_vocabulary_is_taken_for_that_of_phi_3(tmp_path: Path) -> None:
     fields = fields_of_tokenizer(home(tmp_path / "m", sample()), 0)
     assert named("Phi-3-mini", fields) == "Phi_3-mini" and named("Llama", fields) == "Llama"

@@ -18,8 +18,7 @@ from arrondi.checkpoint.containers.descriptors import reraise_exhaustion
 from arrondi.checkpoint.containers.gguf.config import config_of
 from arrondi.checkpoint.containers.gguf.header import Header, read_header, split_files
 from arrondi.checkpoint.containers.gguf.names import model_entries
-from arrondi.checkpoint.containers.gguf.stand_in import readable
-from arrondi.checkpoint.containers.gguf.tokens import SPACE
+from arrondi.checkpoint.containers.gguf.spoken import tokenizer_of_header
 from arrondi.checkpoint.containers.json_file import write_json
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry
 from arrondi.errors import ArrondiError, FileFormatError
@@ -145,8 +144,6 @@ _FOLDERS: Final[list[tempfile.TemporaryDirectory[str]]] = []
 
 def _home(header: Header, config: dict[str, Any]) -> Path:
     """A folder with the config and, where transformers can make one of the header, the tokenizer."""
-    from transformers import AutoTokenizer
-
     folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(
         prefix="arrondi-", ignore_cleanup_errors=True
     )
@@ -155,26 +152,7 @@ def _home(header: Header, config: dict[str, Any]) -> Path:
     write_json(home / "config.json", config)
     if header.value("tokenizer.ggml.model") is not None:
         try:
-            with readable(header) as path:
-                found = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-            _as_the_header_says(found, header).save_pretrained(home)
+            tokenizer_of_header(header).save_pretrained(home)
         except Exception as error:  # a vocabulary that transformers cannot turn: the model is read, its text is not
             reraise_exhaustion(error)
     return home
-
-
-def _as_the_header_says(found: Any, header: Header) -> Any:
-    """The tokenizer with the space before texts that the header asks for, or without; transformers goes by the kind of the vocabulary."""
-    from tokenizers.normalizers import Normalizer, Prepend, Replace, Sequence
-    from transformers import PreTrainedTokenizerFast
-
-    if header.value("tokenizer.ggml.model") != "llama":
-        return found
-    steps: list[Normalizer] = [Replace(" ", SPACE)]
-    if header.value("tokenizer.ggml.add_space_prefix", True):
-        steps.insert(0, Prepend(SPACE))
-    backend = found.backend_tokenizer
-    backend.normalizer, backend.pre_tokenizer = Sequence(steps), None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=found.chat_template, **found.special_tokens_map
-    )
