@@ -14,6 +14,7 @@ _HOME: Final = {
     "compare": "api", "dequantize": "api", "evaluate": "api", "inspect": "api", "load": "api", "plan": "api", "quantize": "api", "save": "api", "verify": "api",
     "Recipe": "pipeline", "Rule": "pipeline", "STEPS": "pipeline", "Step": "pipeline",
     "Limits": "measure.limits",
+    "allow_torch_load": "checkpoint.containers.torch_file",
     "KV_KINDS": "formats.kv", "CacheScheme": "formats.kv", "QuantizedCache": "runtime.kv", "calibrate_cache": "runtime.kv", "calibrate_clips": "runtime.kv", "kv_cache": "runtime.kv",
     "ActivationScheme": "formats", "FORMATS": "formats", "Format": "formats", "LayerScheme": "formats", "PRESETS": "formats",
     "PerBlock": "formats", "PerChannel": "formats", "PerGroup": "formats", "PerTensor": "formats", "PerToken": "formats",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from arrondi.api import save as save
     from arrondi.api import verify as verify
     from arrondi.calibration import SecondMoment as SecondMoment
+    from arrondi.checkpoint.containers.torch_file import allow_torch_load as allow_torch_load
     from arrondi.distributed.ddp import compress_gradients as compress_gradients
     from arrondi.distributed.fsdp import compress_fsdp as compress_fsdp
     from arrondi.distributed.schemes import GRADIENT_SCHEMES as GRADIENT_SCHEMES

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.cli.conftest import Cli, refused
 
@@ -91,6 +93,24 @@ def test_a_config_that_is_no_json(cli: Cli, tmp_path: Path) -> None:
     (bad / "config.json").write_text('{"model_type": "llama"}')
     (bad / "pytorch_model.bin").write_bytes(b"pickle")
     refused(cli("inspect", bad), "pytorch_model.bin", "save_pretrained")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_pickled_weights_are_opened_by_every_command_if_the_user_says_so(
+    command: str, cli: Cli, models: Models, text: Path, tmp_path: Path
+) -> None:
+    good = models("llama", num_hidden_layers=1)
+    if command in ("dequantize", "verify"):  # of what is quantized
+        assert cli("quantize", good, "-o", tmp_path / "q", "--group-size", 32).code == 0
+        good = tmp_path / "q"
+    bad = Path(shutil.copytree(good, tmp_path / "pickled"))
+    torch.save(load_file(bad / "model.safetensors"), bad / "pytorch_model.bin")
+    (bad / "model.safetensors").unlink()
+    arguments = [*COMMANDS[command](bad, good, text, tmp_path / "out")]
+    arguments += ["--group-size", 32] if command.startswith(("plan", "quantize")) else []
+    refused(cli(command.split()[0], *arguments), "pytorch_model.bin", "--allow-torch-load")
+    done = cli(command.split()[0], *arguments, "--allow-torch-load")
+    assert done.code == 0 or (command == "verify" and "not installed" in done.err), done.err
 
 
 @pytest.mark.parametrize("command", ["plan", "quantize", "run", "inspect"])

@@ -13,14 +13,15 @@ from typing import Any, Final
 
 from arrondi.checkpoint.containers.disk import WORK
 
+ALLOW: Final = (
+    "add --allow-torch-load, which loads tensors and runs nothing (in Python: with arrondi.allow_torch_load())"
+)
+_PICKLED: Final = f"pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR, or {ALLOW}"
 _FILES: Final[Mapping[str, str]] = MappingProxyType({
     ".gguf": "a GGUF file, which llama.cpp runs. This program reads safetensors directories: give the original model",
     ".safetensors": "one safetensors file. A model is the directory that holds it, with config.json: give that directory",
     ".tflite": "called a TFLite file, and does not begin as one. Download it again",
-    ".bin": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
-    ".pt": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
-    ".pth": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
-    ".ckpt": "pickled weights, which can run code when loaded. Save the model with model.save_pretrained(DIR) and give DIR",
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLED),
 })  # fmt: skip
 
 _ORIGINAL: Final = "Give the original, unquantized model"
@@ -97,8 +98,8 @@ def _other_weights(names: Sequence[str], suffixes: Collection[str]) -> str | Non
                 "AutoHQQHFModel.save_to_safetensors(model, DIR)"
             )
         return (
-            f"only pickled weights ({pickles[0]}), which can run code when loaded. Save the model as safetensors first: "
-            "model.save_pretrained(DIR)"
+            f"only pickled weights ({pickles[0]}), which can run code when loaded. Save the model as safetensors first "
+            f"(model.save_pretrained(DIR)), or {ALLOW}"
         )
     graphs = [n for n in names if n.endswith(".onnx")]
     if graphs:

@@ -9,6 +9,7 @@ import typer
 
 from arrondi.cli import options as opt
 from arrondi.cli.answers import answer
+from arrondi.cli.opening import opens
 from arrondi.cli.parsing import recipe_from
 from arrondi.cli.strict import Strict
 
@@ -105,5 +106,5 @@ def merge(
     answer(result, json_, print_merge)
 
 
-adapt.command("init", cls=Strict)(init)
-adapt.command("merge", cls=Strict)(merge)
+adapt.command("init", cls=Strict)(opens(init))
+adapt.command("merge", cls=Strict)(opens(merge))

@@ -10,6 +10,7 @@ from arrondi.cli.adapting import adapt
 from arrondi.cli.communicating import traffic
 from arrondi.cli.converting import convert, diff
 from arrondi.cli.measuring import bench, evaluate
+from arrondi.cli.opening import opens
 from arrondi.cli.quantizing import plan, quantize
 from arrondi.cli.reading import dequantize, imatrix, inspect
 from arrondi.cli.running import demo, run
@@ -42,18 +43,18 @@ def _root(
 ) -> None: ...
 
 
-app.command(cls=Strict)(plan)
-app.command(cls=Strict)(quantize)
-app.command(cls=Strict)(compare)
+app.command(cls=Strict)(opens(plan))
+app.command(cls=Strict)(opens(quantize))
+app.command(cls=Strict)(opens(compare))
 app.command(cls=Strict)(methods)
-app.command("eval", cls=Strict)(evaluate)
-app.command(cls=Strict)(inspect)
-app.command(cls=Strict)(dequantize)
-app.command(cls=Strict)(convert)
-app.command(cls=Strict)(diff)
-app.command(cls=Strict)(verify)
-app.command(cls=Strict)(imatrix)
-app.command(cls=Strict)(run)
+app.command("eval", cls=Strict)(opens(evaluate))
+app.command(cls=Strict)(opens(inspect))
+app.command(cls=Strict)(opens(dequantize))
+app.command(cls=Strict)(opens(convert))
+app.command(cls=Strict)(opens(diff))
+app.command(cls=Strict)(opens(verify))
+app.command(cls=Strict)(opens(imatrix))
+app.command(cls=Strict)(opens(run))
 app.command(cls=Strict)(demo)
 app.command(cls=Strict)(bench)
 app.add_typer(adapt)

@@ -146,8 +146,8 @@ def _words(own: LayerScheme, types: tuple[ScaleType, ...]) -> Iterator[LayerSche
     yield own
     if w.format.trellis is not None:
         return
-    for granularity in _granularities(w.granularity):
-        for format in _formats(w.format):
+    for format in _formats(w.format):
+        for granularity in _granularities(w.granularity):
             for zero in ("none", "integer", "float"):
                 if format.kind != "integer" and zero != w.zero_point:
                     continue

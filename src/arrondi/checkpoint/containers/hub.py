@@ -1,7 +1,7 @@
 """A model by its name on the Hugging Face Hub.
 
 Owns: `resolve`, and `title_of` for the way back. A path that exists always wins; then the local cache; then, unless the machine is told to stay offline, the
-Hub. Only what a model directory needs is downloaded: JSON, tokenizer files and safetensors, never pickles.
+Hub. Only what a model directory needs is downloaded: JSON, tokenizer files and safetensors; pickles only where they may be read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from arrondi.checkpoint.containers.torch_file import torch_files, torch_load_allowed
 from arrondi.errors import DataError, FileFormatError
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -73,12 +74,17 @@ def _cached(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found: str | None = snapshot_download(name, allow_patterns=_WANTED, local_files_only=True)
+        found: str | None = snapshot_download(name, allow_patterns=_wanted(), local_files_only=True)
     except LocalEntryNotFoundError as error:  # the shards may all be there though a side file is not
         found = getattr(error, "snapshot_path", None)
     except (OSError, ValueError):
         return None
     return Path(found) if found is not None and _complete(Path(found)) else None
+
+
+def _wanted() -> list[str]:
+    """Files by their names; those of torch.save only where they may be read."""
+    return [*_WANTED, "pytorch_model*.bin"] if torch_load_allowed() else _WANTED
 
 
 def _complete(path: Path) -> bool:
@@ -90,7 +96,7 @@ def _complete(path: Path) -> bool:
         index = parse_json((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
         files = set(index["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return any(shard.exists() for shard in path.glob("*.safetensors"))
+        return any(shard.exists() for shard in path.glob("*.safetensors")) or bool(torch_files(path))
     return (path / "model.safetensors").exists() or all((path / str(f)).exists() for f in files)
 
 
@@ -99,7 +105,7 @@ def _downloaded(name: str, missing: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, allow_patterns=_wanted()))
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         known = {401: "the Hub has no such model, or it needs a login", 403: "access to this model must be asked for on its page", 404: "the Hub has no such model"}  # fmt: skip

@@ -24,6 +24,13 @@ from arrondi.checkpoint.containers.side_files import copy_side_files, side_files
 from arrondi.checkpoint.containers.tensor_file import Entry, read_header, read_tensor
 from arrondi.checkpoint.containers.tflite import view as tflite
 from arrondi.checkpoint.containers.tflite.header import is_tflite
+from arrondi.checkpoint.containers.torch_file import (
+    INDEX,
+    is_torch_file,
+    read_torch_header,
+    torch_files,
+    torch_load_allowed,
+)
 from arrondi.checkpoint.foreign import what_directory, what_file
 from arrondi.errors import FileFormatError
 
@@ -64,6 +71,8 @@ class ModelDir:
             if path.is_file() and is_one(path):
                 view = view_of(path)
                 return cls(path, view.config, view.entries, view.home)
+        if is_torch_file(path):
+            return cls(path, _config(path.parent), read_torch_header(path), path.parent)
         if not path.is_dir():
             what = what_file(path) or (
                 "a file, but a model is a directory with config.json and safetensors files. Give its directory"
@@ -71,12 +80,10 @@ class ModelDir:
             raise FileFormatError(f"{path}: {what}.")
         if not (path / "config.json").exists():
             raise FileFormatError(f"{path}: {what_directory(path)}.")
-        config = read_json(path / "config.json", "Download it again.")
-        check_config(config, path / "config.json")
-        check_generation(path)
+        config = _config(path)
         entries = _entries(path)
         if not entries:
-            raise FileFormatError(f"{path}: its safetensors files hold no tensor.")
+            raise FileFormatError(f"{path}: its files hold no tensor.")
         return cls(path, config, entries, path)
 
     @property
@@ -116,19 +123,30 @@ class ModelDir:
         return digest.hexdigest()
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, checked; empty where there is none."""
+    if not (folder / "config.json").exists():
+        return {}
+    config = read_json(folder / "config.json", "Download it again.")
+    check_config(config, folder / "config.json")
+    check_generation(folder)
+    return config
+
+
 def _entries(path: Path) -> dict[str, Entry]:
     """Every stored tensor. As in transformers, model.safetensors comes first, then the index, then whatever is there."""
     weight_map: dict[str, str] = {}
+    index = next((path / name for name in _indexes(path) if (path / name).exists()), None)
     if (path / "model.safetensors").exists():
         files = [path / "model.safetensors"]
-    elif (path / _INDEX).exists():
-        weight_map = _read_index(path / _INDEX)
+    elif index is not None:
+        weight_map = _read_index(index)
         files = [path / file for file in sorted(set(weight_map.values()))]
     else:
         files = _weight_files(path)
     entries: dict[str, Entry] = {}
     for file in files:
-        for name, entry in read_header(file).items():
+        for name, entry in (read_torch_header if is_torch_file(file) else read_header)(file).items():
             if name in entries:
                 raise FileFormatError(
                     f"{file}: tensor {name!r} is also in {entries[name].path.name}. Remove one of the files."
@@ -137,9 +155,15 @@ def _entries(path: Path) -> dict[str, Entry]:
     for name, shard in weight_map.items():
         if name not in entries:
             raise FileFormatError(
-                f"{path / shard}: tensor {name!r} should be here, says {_INDEX}. Download both again."
+                f"{path / shard}: tensor {name!r} should be here, says its index. Download both again."
             )
     return entries
+
+
+def _indexes(path: Path) -> tuple[str, ...]:
+    """Names of the files that say which tensor is in which shard."""
+    pickled = torch_load_allowed() and not any(path.glob("*.safetensors"))
+    return (_INDEX, INDEX) if pickled else (_INDEX,)
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -158,7 +182,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
+    files = sorted(p for p in path.glob("*.safetensors") if p.is_file()) or torch_files(path)
     if not files:
         raise FileFormatError(f"{path}: {what_directory(path)}.")
     return files
