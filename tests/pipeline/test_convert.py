@@ -20,11 +20,14 @@ from arrondi.pipeline.convert_choice import Choice, chosen, converted
 from arrondi.pipeline.diff import diff_models
 from arrondi.tensor.nearest import quantize_tensor
 
+DOUBLE = "w=nf4/g32/s:(dynamic8/flat256/offset/o:(binary/tensor))"
+"""Blocks of 256 scales, of which some matrices of the model have three a row."""
 CASES = [
     ("w=int4/g32", ("gptq", "awq", "gguf", "compressed-tensors")),
     ("w=int4/g32/asym", ("gptq", "mlx", "hqq", "torchao", "compressed-tensors", "arrondi")),
     ("w=int8/g32", ("gptq", "gguf", "arrondi")),
     ("w=nf4/g64", ("bitsandbytes", "arrondi")),
+    (DOUBLE, ("bitsandbytes", "arrondi", "bitsandbytes")),
 ]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arrondi.formats import FORMATS, PRESETS, PerRun, parse_scheme, tile_shape
+from arrondi.errors import SchemeError, ShapeError
+from arrondi.formats import FORMATS, PRESETS, PerFlat, PerRun, parse_scheme, scale_shape, tile_shape
 from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
+from arrondi.tensor.rows import rows_of
 
 PLAIN = {"NF4_DQ": "NF4", "FP4_BNB_DQ": "FP4_BNB"}
 
@@ -29,7 +31,7 @@ def test_bits_and_errors_are_the_published_ones(name: str) -> None:
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
-@pytest.mark.parametrize("columns", [64, 256, 1024, 64 * 256])
+@pytest.mark.parametrize("columns", [64, 256, 1024, 64 * 256, 64 * 6, 64 * 43])
 def test_the_scales_are_those_of_a_plain_computation(columns: int) -> None:
     """Flattened blocks of 256 scales less their mean, each over its largest magnitude, nearest of 256 log-spaced levels."""
     rows = 16 if columns > 1024 else 256
@@ -64,6 +66,25 @@ def test_extreme_scales_stay_positive_and_the_rest_of_the_tensor_keeps_its_own()
     assert float(q.dequantize()[0].abs().max()) < 1e-2
     constant = quantize_tensor(torch.full((8, 256), 0.25), "NF4_DQ")
     torch.testing.assert_close(constant.dequantize(), torch.full((8, 256), 0.25), rtol=1e-5, atol=0)
+
+
+def test_blocks_of_the_flattened_tensor_run_across_rows() -> None:
+    x = gaussian(7, 30)
+    scheme = parse_scheme("w=int8/g10/s:(int8/flat8)").weights
+    q = quantize_tensor(x, scheme)
+    assert isinstance(q.scale, QTensor) and isinstance(q.scale.scale, torch.Tensor)
+    assert q.scale.shape == (7, 3) and q.scale.scale.shape == (1, 3)
+    plain = x.reshape(7, 3, 10).abs().amax(-1).reshape(-1)
+    for block, (mine, real) in enumerate(zip(q.real_scale.reshape(-1).split(8), plain.split(8), strict=True)):
+        step = float(q.scale.scale[0, block])
+        assert float(mine.max()) <= 128 * step
+        assert float((mine / mine.max() - real / real.max()).abs().max()) < 0.02
+    with pytest.raises(ShapeError, match="blocks of 8 run across them"):
+        rows_of(q, 2, 3)
+    with pytest.raises(SchemeError, match="are for scales, not for weights"):
+        parse_scheme("w=int8/flat256")
+    assert tile_shape(PerFlat(8), (4, 16)) == (1, 8) and tile_shape(PerFlat(8), (6, 4)) == (2, 4)
+    assert tile_shape(PerFlat(64), (3, 4)) == (3, 4) and scale_shape(PerFlat(8), (4, 2, 3)) == (1, 1, 3)
 
 
 def test_runs_are_whole_rows_or_parts_of_one() -> None:

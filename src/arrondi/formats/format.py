@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -169,17 +170,28 @@ _FP4_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """Magnitudes of bitsandbytes' FP4 in code order, before dividing by 12; bit 3 is the sign."""
 
 
+def _single(x: float) -> float:
+    """The nearest float32."""
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
+
 def dynamic_levels(signed: bool = True) -> tuple[float, ...]:
     """The 256 values of the log-spaced 8-bit map, ascending: 7 decades of 2^i intervals of [0.1, 1] (2^(i+1) without signs), their midpoints, 0 and 1.
+
+    Each is a float32 and comes of sums and products in that type, so that they are those of bitsandbytes to the last bit: edges are one
+    rounding of start + k · step, counted from the nearer end.
 
     Source: Dettmers 2016, arXiv:1511.04561; as in Dettmers et al. 2021, arXiv:2110.02861.
     """
     levels = {0.0, 1.0}
     for i in range(7):
         count = 2**i if signed else 2 ** (i + 1)
-        edges = [0.1 + 0.9 * k / count for k in range(count + 1)]
+        start = _single(0.1)
+        step = _single(_single(1 - start) / count)
+        near = (count + 1) // 2
+        edges = [_single(start + step * k if k < near else 1 - step * (count - k)) for k in range(count + 1)]
         for low, high in itertools.pairwise(edges):
-            middle = (low + high) / 2 * 10.0 ** (i - 6)
+            middle = _single(_single(10.0 ** (i - 6)) * _single(_single(low + high) / 2))
             levels |= {middle, -middle} if signed else {middle}
     return tuple(sorted(levels))
 

@@ -11,13 +11,22 @@ from typing import Any, cast
 from arrondi.arguments import said
 from arrondi.errors import SchemeError, unknown
 from arrondi.formats.format import Format, get_format
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
+from arrondi.formats.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerFlat,
+    PerGroup,
+    PerRun,
+    PerTensor,
+    PerToken,
+)
 from arrondi.formats.hints import unknown_scheme
 from arrondi.formats.presets import ALIASES, PRESETS
 from arrondi.formats.scheme import ActivationScheme, Apart, Dynamic, LayerScheme, Scheme, Table, TableType, Turned
 
 _EXAMPLE = "Example: w=int4/g128/asym,a=int8/token."
-_SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})|run([0-9]{1,9})")
+_SIZES = re.compile(r"g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|channel([0-9]{1,9})|run([0-9]{1,9})|flat([0-9]{1,9})")
 _SPREAD = re.compile(r"h([1-9][0-9]{0,8})")
 _STORED = re.compile(r"(s|o):(?:\((.*)\)|(float32|bfloat16|float16|e8m0))")
 _TABLE = re.compile(r"t:(int8|float16|bfloat16|float32)(?::([0-9]{1,9}|all))?")
@@ -161,12 +170,16 @@ def _tensor(text: str, granularity: Granularity, whole: str) -> tuple[Scheme, Dy
     return Scheme(**found), dynamic, spread
 
 
-def _granularity(group: str | None, rows: str | None, columns: str, axis: str | None, run: str) -> Granularity:
+def _granularity(
+    group: str | None, rows: str | None, columns: str, axis: str | None, run: str | None, flat: str
+) -> Granularity:
     if group:
         return PerGroup(int(group))
     if rows:
         return PerBlock(int(rows), int(columns))
-    return PerChannel(int(axis)) if axis else PerRun(int(run))
+    if run:
+        return PerRun(int(run))
+    return PerChannel(int(axis)) if axis else PerFlat(int(flat))
 
 
 def _format(head: str, whole: str) -> Format:

@@ -6,6 +6,7 @@ The shape of a scale follows: every dimension is `ceil(size / tile)`, so the sca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from arrondi.arguments import check_fields
@@ -74,7 +75,19 @@ class PerToken:
     """One scale for every position: the last axis shares it. Meant for activations, computed at run time."""
 
 
-Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerRun | PerToken
+@dataclass(frozen=True)
+class PerFlat:
+    """One scale for every `size` elements of the flattened tensor, wherever rows end. Meant for scales that are quantized in turn."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.size < 1:
+            raise ShapeError(f"A block has at least one element, got {self.size}. Use 'tensor' for one scale in all.")
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerRun | PerFlat | PerToken
 
 
 def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -84,6 +97,11 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
     ((1, 32), (1, 96), (2, 32))
     >>> tile_shape(PerRun(256), (4, 96)), tile_shape(PerRun(64), (4, 96))
     ((2, 96), (1, 64))
+    >>> tile_shape(PerFlat(48), (4, 96)), tile_shape(PerFlat(256), (4, 96))
+    ((1, 48), (256,))
+
+    Returns:
+        an extent for every axis; only one, of the flattened tensor, where blocks of that run across rows.
 
     Raises:
         ShapeError: the tensor has too few axes for this granularity.
@@ -108,6 +126,13 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
             if len(shape) == 1 or size <= columns:
                 return (*(1 for _ in shape[:-1]), min(size, columns))
             return (*(1 for _ in shape[:-2]), min(size // columns, max(shape[-2], 1)), columns)
+        case PerFlat(size):
+            columns = max(shape[-1], 1)
+            if size >= math.prod(shape):
+                return shape
+            if columns % size == 0 or (size % columns == 0 and len(shape) <= 2):
+                return tile_shape(PerRun(size), shape)
+            return (size,)
         case PerBlock(rows, columns):
             if len(shape) < 2:
                 raise ShapeError(f"PerBlock needs two axes, got shape {shape}. Use groups of {columns} instead.")
@@ -117,8 +142,12 @@ def tile_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, .
 def scale_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scale of a tensor of this shape: one entry for every tile, ragged last tiles included.
 
+    Blocks that run across rows are a row of scales.
+
     >>> scale_shape(PerGroup(32), (4, 100)), scale_shape(PerTensor(), (4, 100))
     ((4, 4), (1, 1))
     """
     tile = tile_shape(granularity, shape)
+    if len(tile) < len(shape):
+        return (*(1 for _ in shape[:-1]), -(-math.prod(shape) // tile[0]))
     return tuple(-(-n // t) if t else 1 for n, t in zip(shape, tile, strict=True))

@@ -12,7 +12,7 @@ from typing import Final
 
 from arrondi.formats.format import FORMATS, TRELLISES, of_trellis
 from arrondi.formats.ggml import GGML
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
+from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerFlat, PerGroup, PerTensor, PerToken
 from arrondi.formats.scheme import ActivationScheme, LayerScheme, Scheme, Turned, ZeroPoint
 from arrondi.formats.trellis import Trellis
 
@@ -26,7 +26,7 @@ _TOKEN8 = ActivationScheme(Scheme(FORMATS["int8"], PerToken()))
 _NV = Scheme(_F4, PerGroup(16), scale=Scheme(_F8, PerTensor()))
 _MX4 = Scheme(_F4, PerGroup(32), scale="e8m0")
 _MX8 = Scheme(_F8, PerGroup(32), scale="e8m0")
-_DQ = Scheme(FORMATS["dynamic8"], PerRun(256), "float", offset=Scheme(FORMATS["binary"], PerTensor()))
+_DQ = Scheme(FORMATS["dynamic8"], PerFlat(256), "float", offset=Scheme(FORMATS["binary"], PerTensor()))
 """Block scales of bitsandbytes' double quantization: less their mean, in 8 bits, a float32 for every 256."""
 _G = PerGroup(128)
 

@@ -15,7 +15,16 @@ from typing import Final, Literal
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
 from arrondi.formats.format import Format
-from arrondi.formats.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerRun, PerTensor, PerToken
+from arrondi.formats.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerFlat,
+    PerGroup,
+    PerRun,
+    PerTensor,
+    PerToken,
+)
 
 ScaleType = Literal["float32", "bfloat16", "float16", "e8m0"]
 OffsetType = Literal["float32", "bfloat16", "float16"]
@@ -217,6 +226,8 @@ class Scheme:
                 where = f"g{size}"
             case PerRun(size):
                 where = f"run{size}"
+            case PerFlat(size):
+                where = f"flat{size}"
             case PerBlock(rows, columns):
                 where = f"b{rows}x{columns}"
         zero = {"none": "", "integer": "/asym", "float": "/offset"}[self.zero_point]
@@ -264,7 +275,9 @@ class ActivationScheme:
             raise SchemeError(
                 f"Outliers are found in each tensor, by a size of at least 0, and go with dynamic scales, got {self.outliers} and {self.scheme}."
             )
-        if self.dynamic is False and isinstance(self.scheme.granularity, PerToken | PerGroup | PerBlock | PerRun):
+        if self.dynamic is False and isinstance(
+            self.scheme.granularity, PerToken | PerGroup | PerBlock | PerRun | PerFlat
+        ):
             raise SchemeError(
                 f"Static scales are known before the tensors are, so they cannot follow single tokens, got {self.scheme}. "
                 "Use 'tensor' (one scale) or 'dynamic'."
@@ -298,6 +311,10 @@ class LayerScheme:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.weights.granularity, PerFlat):
+            raise SchemeError(
+                f"Blocks of the flattened tensor are for scales, not for weights, got {self.weights}. Use g{self.weights.granularity.size}."
+            )
         if self.inputs is not None and self.inputs.spread and self.weights.apart is not None:
             raise SchemeError(
                 "Columns with outliers are kept of inputs that are not transformed. Drop llm-int8, or the rotation."

@@ -12,7 +12,7 @@ import torch
 
 from arrondi.arguments import said
 from arrondi.errors import DataError, SchemeError, ShapeError
-from arrondi.formats import Scheme, scale_shape, tile_shape
+from arrondi.formats import PerFlat, Scheme, scale_shape, tile_shape
 from arrondi.tensor.checks import SchemeLike, check_tensor, named, scheme_of
 from arrondi.tensor.encoding import code_dtype, encode
 from arrondi.tensor.qtensor import Parts, QTensor
@@ -187,7 +187,8 @@ def quantize_scales(
         if outer is not None:
             parts = outer
         else:
-            found = fit(to_tiles(scale, tile_shape(scheme.granularity, tuple(scale.shape))), scheme)
+            count = scale.numel() if isinstance(scheme.granularity, PerFlat) else None
+            found = fit(to_tiles(scale, tile_shape(scheme.granularity, tuple(scale.shape))), scheme, count=count)
             if scheme.symmetric and scheme.scale == "float32":
                 # Some layouts store the reciprocal: make the outer scale a number that survives 1/(1/s).
                 found = Grid(1 / (1 / found.scale.clamp(min=torch.finfo(torch.float32).tiny)))

@@ -335,6 +335,8 @@ def _rows(x: torch.Tensor, scheme: Scheme, types: Collection[torch.dtype] = TYPE
         return None
     shape = tuple(x.shape) or (1,)
     tile = tile_shape(scheme.granularity, shape)
+    if len(tile) < len(shape):
+        return None
     for lead in range(len(shape)):
         if tile[lead:] == shape[lead:] and all(t == 1 for t in tile[:lead]):
             columns = math.prod(shape[lead:])

@@ -50,8 +50,13 @@ def rows_of(q: QTensor, start: int, count: int) -> QTensor:
             f"Rows {start} … {start + count - 1} of {q.shape[0]} on a trellis cannot be cut out: their values depend on rows around them. "
             "Quantize the parts of this matrix one by one, or in another format."
         )
-    height = tile_shape(q.scheme.granularity, q.shape)[0]
-    whole = height == q.shape[0]
+    tile = tile_shape(q.scheme.granularity, q.shape)
+    height = tile[0]
+    if len(tile) < len(q.shape) and (start, count) != (0, q.shape[0]):
+        raise ShapeError(
+            f"Rows of {q.shape} cannot be cut out where blocks of {height} run across them. Keep the tensor whole, or use groups."
+        )
+    whole = height == q.shape[0] or len(tile) < len(q.shape)
     first, last = (0, 1) if whole else (start // height, -(-(start + count) // height))
 
     def cut(part: Any) -> Any:

@@ -17,6 +17,8 @@ def to_tiles(x: torch.Tensor, tile: tuple[int, ...]) -> torch.Tensor:
     """`x` (any shape) → (number of tiles, elements of a tile), tiles in row-major order of the scale's shape."""
     if not x.ndim:
         return x.reshape(1, 1)
+    if len(tile) < x.ndim:  # blocks of the flattened tensor
+        x = x.reshape(-1)
     x = _pad(x, tile)
     if all(t == 1 for t in tile[:-1]) or tile == tuple(x.shape):
         return x.reshape(-1, math.prod(tile))
@@ -32,6 +34,8 @@ def from_tiles(tiles: torch.Tensor, tile: tuple[int, ...], shape: tuple[int, ...
     """The inverse of `to_tiles` for a tensor of `shape`; contiguous."""
     if not shape:
         return tiles.reshape(())
+    if len(tile) < len(shape):
+        return from_tiles(tiles, tile, (math.prod(shape),)).reshape(shape)
     counts = [-(-n // t) for n, t in zip(shape, tile, strict=True)]
     padded = tuple(c * t for c, t in zip(counts, tile, strict=True))
     if all(t == 1 for t in tile[:-1]) or _full_suffix(padded, tile) is not None:

@@ -19,14 +19,16 @@ import torch
 from safetensors.torch import save_file
 
 SHAPES = {"model.layers.0.a": (64, 128), "model.layers.0.b": (32, 64)}
+WIDE = {"model.layers.0.a": (128, 384), "model.layers.0.b": (32, 64)}
+"""The first has six blocks of 64 a row, so that blocks of 256 scales run across rows."""
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1}
 
 
-def weights() -> dict[str, torch.nn.Linear]:
+def weights(shapes: dict[str, tuple[int, int]] = SHAPES) -> dict[str, torch.nn.Linear]:
     """Linear layers of random numbers, one with a bias, one with a row of zeros."""
     generator = torch.Generator().manual_seed(0)
     made = {}
-    for i, (name, (rows, columns)) in enumerate(SHAPES.items()):
+    for i, (name, (rows, columns)) in enumerate(shapes.items()):
         linear = torch.nn.Linear(columns, rows, bias=i == 0)
         linear.weight.data = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
         linear.weight.data[1] = 0
@@ -128,12 +130,14 @@ def awq(folder: Path, size: int, symmetric: bool) -> None:
     save(folder, config, tensors, expected)
 
 
-def bitsandbytes4(folder: Path, kind: str, double: bool, dtype: torch.dtype, size: int) -> None:
+def bitsandbytes4(
+    folder: Path, kind: str, double: bool, dtype: torch.dtype, size: int, shapes: dict[str, tuple[int, int]] = SHAPES
+) -> None:
     """Layers of bitsandbytes' Linear4bit."""
     import bitsandbytes as bnb
 
     tensors, expected = {}, {}
-    for name, linear in weights().items():
+    for name, linear in weights(shapes).items():
         data, state = bnb.functional.quantize_4bit(
             linear.weight.data.to(dtype), blocksize=size, compress_statistics=double, quant_type=kind
         )
@@ -309,6 +313,7 @@ def main(out: Path) -> None:
                 dtype = torch.bfloat16 if double else torch.float32
                 bitsandbytes4(out / f"bitsandbytes-{kind}{'-double' * double}", kind, double, dtype, 64)
         bitsandbytes4(out / "bitsandbytes-nf4-128", "nf4", True, torch.float16, 128)
+        bitsandbytes4(out / "bitsandbytes-nf4-double-wide", "nf4", True, torch.bfloat16, 64, WIDE)
         bitsandbytes8(out / "bitsandbytes-int8")
     if importlib.util.find_spec("auto_round"):
         for bits in (2, 4, 8):

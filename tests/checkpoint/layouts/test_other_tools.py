@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -507,7 +506,8 @@ def test_files_of_the_packages_are_written_again_byte_by_byte(packages: Path) ->
         layout = checkpoint.layout
         assert layout is not None
         for name, placed in checkpoint.placed.items():
-            if layout.refuse(replace(placed)) is not None:
+            if layout.refuse(placed) is not None:
+                assert "double" not in case.name, case.name
                 continue
             for part, value in layout.write(placed, checkpoint.layer(name)).items():
                 both = value, tensors[part]
@@ -532,6 +532,7 @@ LOADED = {
     "awq-some-kept": ("w=int4/g32/asym", "awq", ["lm_head", "re:.*down_proj"]),
     "bitsandbytes-nf4": ("w=nf4/g32", "bitsandbytes", None),
     "bitsandbytes-some-kept": ("w=nf4/g32", "bitsandbytes", ["lm_head", "re:.*down_proj"]),
+    "bitsandbytes-double": ("w=nf4/g32/s:(dynamic8/flat256/offset/o:(binary/tensor))", "bitsandbytes", None),
     "bitsandbytes-int8": ("W8A8", "bitsandbytes", None),
     "mxfp4-experts": ("MXFP4A16", "mxfp4", None),
     "torchao-int8": ("w=int8/channel", "torchao", None),

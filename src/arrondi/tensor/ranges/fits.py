@@ -32,7 +32,13 @@ from arrondi.tensor.ranges.extremes import absmax, ends, reach
 from arrondi.tensor.ranges.grid import Grid, round_offset, round_scale
 
 
-def fit(tiles: torch.Tensor, scheme: Scheme, rule: str = "auto", shrink: torch.Tensor | float = 1.0) -> Grid:
+def fit(
+    tiles: torch.Tensor,
+    scheme: Scheme,
+    rule: str = "auto",
+    shrink: torch.Tensor | float = 1.0,
+    count: int | None = None,
+) -> Grid:
     """The grid of every tile.
 
     Args:
@@ -40,6 +46,7 @@ def fit(tiles: torch.Tensor, scheme: Scheme, rule: str = "auto", shrink: torch.T
         scheme: format, zero point and storage; its granularity is already in the shape of `tiles`.
         rule: a name of `FITS`, or "auto": floor for power-of-two scales, least-squares for ternary and binary, narrow
             for floats and codebooks, full for symmetric integers. Asymmetric schemes always span min … max.
+        count: how many of the elements, from the first on, are the tensor's own, where the last tile is padded; None: all.
         shrink: factor on the range, scalar or (tiles, 1); below one it clips. Power-of-two scales stay powers of two.
 
     Returns:
@@ -54,7 +61,7 @@ def fit(tiles: torch.Tensor, scheme: Scheme, rule: str = "auto", shrink: torch.T
             raise SchemeError(
                 f"Fit {rule!r} is for symmetric schemes, got {scheme}. An asymmetric grid spans min … max."
             )
-        return _affine(tiles, scheme, shrink)
+        return _affine(tiles, scheme, shrink, count)
     check_rule(rule)
     name = default_rule(scheme) if rule == "auto" else rule
     powers = name in EXPONENT_RULES
@@ -94,7 +101,7 @@ def default_rule(scheme: Scheme) -> str:
     return "full" if scheme.format.kind == "integer" else "narrow"
 
 
-def _affine(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float) -> Grid:
+def _affine(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float, count: int | None) -> Grid:
     low, high = ends(tiles)
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise DataError("The values hold NaN or infinity. Repair or exclude the tensor.")
@@ -105,7 +112,7 @@ def _affine(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float) -
         zero = torch.round(bottom - low / scale).clamp_(bottom, top)
         return Grid(scale, zero_point=zero.int())
     if scheme.shared_offset:
-        return _around_mean(tiles, scheme, shrink)
+        return _around_mean(tiles, scheme, shrink, count)
     if isinstance(scheme.offset, Scheme) and scheme.offset.format.qmin == 0:
         low = low.clamp(max=0)  # offsets that share a sign are the negative ones, as in GGUF's K types
         high = torch.maximum(low, high)
@@ -120,9 +127,9 @@ def _affine(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float) -
     return Grid(scale, offset=round_offset(offset, scheme.offset))
 
 
-def _around_mean(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float) -> Grid:
+def _around_mean(tiles: torch.Tensor, scheme: Scheme, shrink: torch.Tensor | float, count: int | None) -> Grid:
     """One offset for all tiles, their mean; the scale of a tile reaches its element farthest from it."""
-    mean = tiles.double().mean().float()
+    mean = tiles.reshape(-1)[:count].double().mean().float()
     scale = absmax(tiles - mean) * shrink / scheme.format.largest
     return Grid(round_scale(scale, scheme.scale), offset=mean.expand_as(scale).clone())
 

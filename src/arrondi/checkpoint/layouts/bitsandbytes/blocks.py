@@ -14,8 +14,8 @@ With double quantization absmax is uint8 and there are, for blocks of 256 scales
     P.weight.nested_quant_map               float32 (256,)       the values of absmax, to which the note's nested_offset is added
 
 `Placed.storage` says what the scheme does not: the type in which the package restores the weight, the type in whose clothes the bytes are
-stored (`bnb_4bit_quant_storage`), the length of the note, and the size of blocks of scales that a scheme cannot say: they run across rows of
-scales, or their values differ from ours (by the last bit of a float32: the package computes its table in that type). Such scales are
+stored (`bnb_4bit_quant_storage`), the length of the note, and the size of blocks of scales whose table of values is not ours. The package
+computes it in float32, and so do we; on a CPU without fused multiplication some values would differ in their last bit. Such scales are
 read as the float32 numbers that they are, and not written. "" is float32, uint8, and a note with room for any offset.
 
 Source: bitsandbytes 0.50, `functional.py` (`QuantState`).
@@ -35,7 +35,7 @@ from arrondi.checkpoint.layouts.bitsandbytes.state import KINDS, SIZES, State, r
 from arrondi.checkpoint.layouts.checks import checked
 from arrondi.checkpoint.layouts.layout import LayerValues, Names, Placed, Reader
 from arrondi.errors import FileFormatError
-from arrondi.formats import FORMATS, LayerScheme, PerGroup, PerRun, PerTensor, Scheme, scale_shape
+from arrondi.formats import FORMATS, LayerScheme, PerFlat, PerGroup, PerRun, PerTensor, Scheme, scale_shape
 from arrondi.tensor.packing import pack, unpack
 from arrondi.tensor.qtensor import QTensor
 
@@ -69,7 +69,7 @@ class Form:
 def nested_scheme(size: int = _NESTED) -> Scheme:
     """Scales less their mean, in 8 log-spaced bits."""
     mean = Scheme(FORMATS["binary"], PerTensor())
-    return Scheme(FORMATS["dynamic8"], PerRun(size), "float", offset=mean)
+    return Scheme(FORMATS["dynamic8"], PerFlat(size), "float", offset=mean)
 
 
 def refuse(placed: Placed) -> str | None:
@@ -87,8 +87,6 @@ def refuse(placed: Placed) -> str | None:
     columns = placed.matrix_shape[1]
     if columns % granularity.size and (isinstance(granularity, PerGroup) or granularity.size % columns):
         return f"blocks of bitsandbytes run over the rows of a matrix, and {granularity.size} does not divide {columns}"
-    if isinstance(weights.scale, Scheme) and _crosses(scale_shape(granularity, placed.matrix_shape), _NESTED):
-        return f"blocks of {_NESTED} scales of bitsandbytes would run across rows of scales"
     return (
         "double-quantized scales of bitsandbytes are read as the numbers that they are"
         if Form.of(placed).flat
@@ -182,11 +180,12 @@ def place(path: str, names: Names, read: Reader, kind: str, turned: bool) -> Pla
         )
     granularity = PerGroup(note.size) if columns % note.size == 0 else PerRun(note.size)
     scheme = Scheme(FORMATS[KINDS[kind]], granularity)
-    flat = bool(note.nested) and _crosses(scale_shape(granularity, note.shape), note.nested)
-    if note.nested and not flat and names.get(f"{name}.nested_quant_map") == ("F32", (256,)):
+    flat = False
+    if note.nested and names.get(f"{name}.nested_quant_map") == ("F32", (256,)):
         flat = not torch.equal(read(f"{name}.nested_quant_map"), _values("dynamic8"))
     if note.nested and not flat:
-        scheme = replace(scheme, scale=nested_scheme(note.nested))
+        below = _below_zero(name, names, read, note)
+        scheme = replace(scheme, scale=nested_scheme(note.nested), signed=True if below else None)
     stored = _STORAGE.get(names.get(name, ("", ()))[0])
     if stored is None:
         raise FileFormatError(f"{name} should hold codes as bytes, found {names.get(name, ('nothing',))[0]}.")
@@ -198,6 +197,19 @@ def place(path: str, names: Names, read: Reader, kind: str, turned: bool) -> Pla
     return placed
 
 
+def _below_zero(name: str, names: Names, read: Reader, note: State) -> bool:
+    """Whether a scale is negative: what should be 0 may come back from its mean on the other side."""
+    wanted = {f"{name}.absmax": "U8", f"{name}.nested_absmax": "F32"}
+    if any(names.get(n, ("", ()))[0] != dtype for n, dtype in wanted.items()):
+        return False  # which is refused later, as another type
+    largest = read(f"{name}.nested_absmax")
+    if not largest.numel() or note.offset - float(largest.max()) >= 0:
+        return False
+    scales = _values("dynamic8")[read(f"{name}.absmax").reshape(-1).int()]
+    sized = largest.repeat_interleave(note.nested)[: len(scales)]
+    return len(sized) == len(scales) and bool((scales * sized + note.offset < 0).any())
+
+
 def _state(placed: Placed, form: Form) -> State:
     """The note of a layer, without its offset."""
     weights = placed.scheme.weights
@@ -205,7 +217,7 @@ def _state(placed: Placed, form: Form) -> State:
     granularity = weights.granularity
     assert isinstance(granularity, PerGroup | PerRun)
     nested = form.flat
-    if isinstance(weights.scale, Scheme) and isinstance(weights.scale.granularity, PerRun):
+    if isinstance(weights.scale, Scheme) and isinstance(weights.scale.granularity, PerFlat):
         nested = weights.scale.granularity.size
     return State(kind, granularity.size, form.dtype, placed.matrix_shape, nested, 0.0, form.length)
 
@@ -219,14 +231,9 @@ def _nested(codes: torch.Tensor, scale: torch.Tensor, offset: float, scheme: Sch
     return QTensor(codes, scale.reshape(shape), None, mean, scheme)
 
 
-def _crosses(shape: tuple[int, ...], size: int) -> bool:
-    """Whether blocks of `size` scales, of (rows, groups) flattened, do not end with rows."""
-    rows, groups = shape
-    return size % groups != 0 and groups % size != 0 and rows * groups > size
-
-
 def _values(format: str) -> torch.Tensor:
-    return torch.tensor(FORMATS[format].values, dtype=torch.float32)
+    """The values of codes as the package's tables have them: its zeros have no sign."""
+    return torch.tensor(FORMATS[format].values, dtype=torch.float32) + 0.0
 
 
 def _check_values(name: str, stored: torch.Tensor, format: str) -> None:

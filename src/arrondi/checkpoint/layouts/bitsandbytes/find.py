@@ -27,7 +27,7 @@ def find(config: Mapping[str, Any], names: Names, read: Reader) -> list[Placed]:
     Args:
         config: config.json.
         names: every stored tensor.
-        read: gives a stored tensor; only notes and tables are read.
+        read: gives a stored tensor; only notes and tables are read, and scales in 8 bits.
 
     Raises:
         FileFormatError: the config and the files contradict each other, or say what is not known here.
