@@ -16,8 +16,8 @@ from arrondi.checkpoint import LayerValues, Layout, Placed
 from arrondi.formats import FORMATS, Format, Granularity, LayerScheme, PerBlock, PerChannel, PerGroup
 from arrondi.formats.presets import PRESETS
 from arrondi.formats.scheme import ScaleType
+from arrondi.tensor.distance import distance_of, requantized
 from arrondi.tensor.express import expressed
-from arrondi.tensor.nearest import quantize_tensor
 from arrondi.tensor.qtensor import QTensor
 from arrondi.tensor.ranges.grid import STORED
 
@@ -81,7 +81,7 @@ def chosen(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerSch
 def converted(q: QTensor, choice: Choice) -> QTensor:
     """The tensor as its choice has it."""
     made = None if choice.verdict == "requantized" else expressed(q, choice.scheme.weights)
-    return made if made is not None else quantize_tensor(q.dequantize(), choice.scheme.weights)
+    return made if made is not None else requantized(q, choice.scheme.weights)
 
 
 def _kept(values: LayerValues, placed: Placed, layout: Layout) -> QTensor:
@@ -113,12 +113,10 @@ def _rounded(values: LayerValues, placed: Placed, layout: Layout, wanted: LayerS
             fits.append(scheme)
     bits = placed.scheme.weights.format.bits
     for scheme in sorted(fits, key=lambda s: (s.weights.format.bits < bits, s.weights.format.bits)):
-        made = quantize_tensor(q.dequantize(), scheme.weights)
+        made = requantized(q, scheme.weights)
         kept = _kept(replace(values, weight=made), replace(placed, scheme=scheme), layout)
-        old, new = q.dequantize().double(), kept.dequantize().double()
-        noise = float((new - old).square().sum())
-        sqnr = float("inf") if noise == 0 else 10 * float(torch.log10(old.square().sum() / noise))
-        return Choice(scheme, "requantized", float((new - old).abs().max()), round(sqnr, 2))
+        found = distance_of(q, kept)
+        return Choice(scheme, "requantized", found.largest, round(found.sqnr_db, 2))
     return reason or "it holds no such layer"
 
 
@@ -174,5 +172,4 @@ def _formats(own: Format) -> list[Format]:
 
 
 def _difference(made: QTensor, q: QTensor) -> float:
-    a, b = made.dequantize(), q.dequantize()
-    return 0.0 if torch.equal(a, b) else float((a - b).abs().max())
+    return distance_of(q, made).largest

@@ -11,6 +11,7 @@ import torch
 
 from arrondi.arguments import check_arguments
 from arrondi.checkpoint import Checkpoint
+from arrondi.tensor.distance import distance
 from arrondi.tensor.qtensor import QTensor
 
 VERDICTS: Final = ("same codes", "same values", "different", "other shape", "only in the first", "only in the second")
@@ -50,15 +51,15 @@ def _row(name: str, one: Checkpoint, two: Checkpoint) -> dict[str, Any]:
         return row | {"verdict": "other shape"}
     if _same_codes(one.read(name), two.read(name)):
         return row | {"verdict": "same codes"}
-    a, b = (c.dense(name).double() for c in (one, two))
+    a, b = (c.dense(name) for c in (one, two))
     if torch.equal(a, b):
         return row | {"verdict": "same values"}
-    noise, signal = float((a - b).square().sum()), float(a.square().sum())
-    sqnr = 10 * math.log10(signal / noise) if signal and noise else None
+    found = distance(a, b)
+    sqnr = found.sqnr_db
     return row | {
         "verdict": "different",
-        "max_error": float((a - b).abs().max()),
-        "sqnr_db": None if sqnr is None else round(sqnr, 2),
+        "max_error": found.largest,
+        "sqnr_db": round(sqnr, 2) if math.isfinite(sqnr) else None,
     }
 
 

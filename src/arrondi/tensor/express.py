@@ -43,9 +43,10 @@ def expressed(q: QTensor, scheme: Scheme) -> QTensor | None:
     shift = _shift(q, scheme)
     if shift is None:
         return None
-    codes = (q.codes.int() + shift).to(code_dtype(scheme.format)) if shift else q.codes
-    if codes.dtype != code_dtype(scheme.format):
-        codes = codes.to(code_dtype(scheme.format))
+    # The shifted codes fit, so sums that wrap are right, and no wider type is needed.
+    codes = (q.codes.view(torch.uint8) + shift % 256 if shift else q.codes.view(torch.uint8)).view(
+        code_dtype(scheme.format)
+    )
     regrouped = [_regrouped(q, part, scheme) for part in (q.real_scale, q.zero_point, q.real_offset)]
     scale, zero, offset = (None if part is None else part[0] for part in regrouped)
     if scale is None or any(part is not None and part[0] is None for part in regrouped):
