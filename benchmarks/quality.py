@@ -5,6 +5,7 @@ perplexity, top-1 agreement, bits per weight (all that is stored counted) and CP
 
     python benchmarks/quality.py                                       the sample model that ships with the package
     python benchmarks/quality.py --model DIR --calibration TEXT --evaluation TEXT --only . --rows FILE.jsonl
+    python benchmarks/quality.py --model ENCODER …                      cosines and relative errors of what it gives
     python benchmarks/quality.py … --only 'W[43]A16 (gptq|gptaq)'       cases whose label the pattern finds; '.' takes all
 
 `--rows` keeps finished rows in a file of JSON lines: a second run with the same arguments takes them from there. For one text that serves
@@ -44,8 +45,14 @@ FEW: Final = ("W4A16", "W3A16", "W2A16")
 WIDTHS: Final = ("W8A16", *FEW)
 TABLES: Final = tuple(f"w=lut{bits}/g128/t:int8:64" for bits in (4, 3, 2))
 TRELLISES: Final = ("TCQ4", "TCQ3", "TCQ2")
+SQUARES: Final = ("TCQ4S", "TCQ3S", "TCQ2S")
 TILES: Final = ("EXL3_4", "EXL3_3", "EXL3_2")
-SEEDS: Final = tuple(f"w=tcq{bits}/channel/float16/rht128:{seed}" for bits in (4, 3, 2) for seed in (1, 2))
+SEEDS: Final = tuple(
+    f"w=tcq{bits}{ring}/channel/float16/rht128:{seed}"
+    for bits in (4, 3, 2)
+    for ring in ("", "-square")
+    for seed in (1, 2)
+)
 """The presets' trellises turned by other signs."""
 FLOATS: Final = ("NF4_DQ", "NVFP4A16", "MXFP4A16")
 FOUR_BITS: Final = ("w=int4/g128,a=int4/token", "NVFP4", "MXFP4")
@@ -82,9 +89,10 @@ CASES: Final = (
     Case("gptaq sweeps", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}}),
     Case("gptaq sweeps e2e", FEW, {"method": "gptaq", "options": {"sweeps": 5, **REFINED}, "repairs": ["e2e"]}),
     Case("gptaq refine tune e2e", FEW, {"method": "gptaq", "options": REFINED, "repairs": ["tune", "e2e"]}),
-    Case("trellis", (*TRELLISES, *SEEDS, *TILES), {"method": "trellis"}),
+    Case("trellis", (*TRELLISES, *SQUARES, *SEEDS, *TILES), {"method": "trellis"}),
     Case("trellis e2e", TRELLISES, {"method": "trellis", "repairs": ["e2e"]}),
-    Case("trellis tune e2e", TRELLISES, {"method": "trellis", "repairs": ["tune", "e2e"]}),
+    Case("trellis-yaqa", (*SQUARES, *TRELLISES, *SEEDS, *TILES), {"method": "trellis-yaqa"}),
+    Case("trellis-yaqa e2e", SQUARES, {"method": "trellis-yaqa", "repairs": ["e2e"]}),
     Case("rtn", ("W8A8",), {"method": "rtn"}),
     Case("llm-int8", ("W8A8",), {"method": "llm-int8"}),
     Case("smoothquant rtn", ("W8A8",), {"method": "rtn", "rewrites": ["smoothquant"]}),
@@ -152,6 +160,15 @@ def measured(
 
 def show(label: str, row: dict[str, Any]) -> None:
     result, bits, seconds = row["result"], row["bits"], row["seconds"]
+    if "kl_mean" not in result:
+        low, high = result["relative_error_interval"]
+        print(
+            f"{label:44s} {'–' if bits is None else f'{bits:.3f}':>7s}  relative error {result['relative_error']:.4f}  {low:.4f} … {high:.4f}"
+            f"  cosine of tokens {result['token_cosine']:.5f}, of sentences {result['sentence_cosine']:.5f}"
+            f"  {'–' if seconds is None else f'{seconds:.1f}':>7s}",
+            flush=True,
+        )
+        return
     low, high = result["kl_mean_interval"]
     print(
         f"{label:44s} {'–' if bits is None else f'{bits:.3f}':>7s}  {result['kl_mean']:.5f}  {low:.5f} … {high:.5f}  {result['perplexity']:10.3f}"

@@ -125,6 +125,8 @@ inline Ints shift_left(Ints v) {
 }
 inline Ints shift_right_each(Ints v, Ints bits) { return {_mm256_srlv_epi32(v.a, bits.a), _mm256_srlv_epi32(v.b, bits.b)}; }
 constexpr bool kFields = false;
+constexpr bool kFours = false;
+inline Bytes add_fours(Bytes low, Bytes) { return low; }
 inline Bytes fields(const void*, Bytes at) { return at; }
 #if defined(__AVXVNNI__)
 inline Ints dot7(Ints sum, Bytes u, Bytes s) {

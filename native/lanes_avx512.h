@@ -108,6 +108,11 @@ inline Bytes repeat2(const void* p) {
     std::memcpy(&two, p, 2);
     return _mm512_set1_epi16(two);
 }
+constexpr bool kFours = true;
+inline Bytes add_fours(Bytes low, Bytes high) {
+    const Bytes none = _mm512_setzero_si512();
+    return _mm512_mask_dbsad_epu8(_mm512_dbsad_epu8(low, none, 0), 0xaaaaaaaau, high, none, 0);
+}
 inline Bytes add_pairs(Bytes u) { return _mm512_maddubs_epi16(u, _mm512_set1_epi8(1)); }
 inline Ints dot_words(Ints sum, Bytes w, Bytes x) { return _mm512_dpwssd_epi32(sum, w, x); }
 inline Ints add_four(Ints sum, Bytes u) { return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi8(1)); }

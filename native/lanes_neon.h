@@ -126,6 +126,8 @@ inline Ints shift_right_each(Ints v, Ints bits) {
     ARRONDI_EACH(Ints, vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v.v[i]), vnegq_s32(bits.v[i]))));
 }
 constexpr bool kFields = false;
+constexpr bool kFours = false;
+inline Bytes add_fours(Bytes low, Bytes) { return low; }
 inline Bytes fields(const void*, Bytes at) { return at; }
 // A byte below 128 is the same number with a sign.
 inline Ints dot7(Ints sum, Bytes u, Bytes s) {

@@ -156,6 +156,20 @@ inline Bytes repeat2(const void* p) {
     const uint8_t* q = static_cast<const uint8_t*>(p);
     ARRONDI_EACH(Bytes, 64, q[i & 1]);
 }
+// With kFours: sums of every four bytes as words of 16 bits, those of `low` in the lower half of each lane and of `high` in the upper.
+constexpr bool kFours = true;
+inline Bytes add_fours(Bytes low, Bytes high) {
+    Bytes r;
+    for (int i = 0; i < 16; i++) {
+        uint16_t sum[2] = {0, 0};
+        for (int j = 0; j < 4; j++) {
+            sum[0] = static_cast<uint16_t>(sum[0] + low.v[4 * i + j]);
+            sum[1] = static_cast<uint16_t>(sum[1] + high.v[4 * i + j]);
+        }
+        std::memcpy(r.v + 4 * i, sum, 4);
+    }
+    return r;
+}
 // Sums of two neighbouring bytes, 16 bits each.
 inline Bytes add_pairs(Bytes u) {
     Bytes r;

@@ -1,6 +1,7 @@
 // Products with states of a trellis, for one path: sixteen states at a time become four bytes each, whose sum is the value. See kernels.h.
 //
-// With x as words of 16 bits, bytes are added by twos and multiplied by twos; with digits of eight bits one instruction does both.
+// With x as words of 16 bits, bytes are added by twos and multiplied by twos, or where an instruction adds four of them, those of two
+// columns are multiplied at once; with digits of eight bits one instruction does both.
 #pragma once
 
 #include "panel.h"
@@ -108,12 +109,34 @@ inline void ring_columns(const Weight& w, const Window& window, const uint8_t* e
         }
         entry += steps.column;
     };
+    // Two columns whose words lie side by side, at once: their sums share a multiplication.
+    const auto columns_of_pair = [&](const uint8_t* low, int pair) {
+        const uint8_t* high = low + 2 * steps.column;
+        Bytes digit[kRowsHere];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRowsHere; r++) digit[r] = repeat4(x + 4 * (r + pair * kRowsHere));
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroup; g++) {
+            const int64_t at = g * steps.block;
+            const Bytes u = add_fours(window.template products<kNarrow>(low + at), window.template products<kNarrow>(high + at));
+#pragma GCC unroll 8
+            for (int r = 0; r < kRowsHere; r++) sum[r][g] = dot_words(sum[r][g], u, digit[r]);
+        }
+    };
     int c = 0;
     for (; c + 4 <= columns; c += 4, x += (kDigits == 0 ? 8 : 4) * kRowsHere) {
-        column(0);
-        column(1);
-        column(2);
-        column(3);
+        if constexpr (kDigits == 0 && kFours) {
+            columns_of_pair(entry, 0);
+            columns_of_pair(entry + steps.column, 1);
+            if constexpr (kAsk)
+                for (int j = 0; j < 4; j++, ahead += steps.ahead) __builtin_prefetch(ahead);
+            entry += 4 * steps.column;
+        } else {
+            column(0);
+            column(1);
+            column(2);
+            column(3);
+        }
         if (c % kBlock == kBlock - 4) entry += steps.turn;
     }
     for (int j = 0; c < columns; c++, j++) column(j);

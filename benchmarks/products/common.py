@@ -6,7 +6,8 @@ any peer's virtual environment; nothing here imports the library under test.
 Every case keeps so many copies of its packed weights that one round over them reads more than `--rotate-mb`: a product
 finds no weight in a cache, as in a model that is larger than them. Calls go round over the copies, first one untimed
 round, then calls one by one until `--seconds` are spent and there are at least `LEAST` of them; `ms` is their median.
-`best_ms` is the shortest: where the two lie far apart, something else had the cores. `gbytes` are the bytes of one copy
+`best_ms` is the shortest: where the two lie far apart, something else had the cores. With `--cpu-time` both are the process's own time on all of
+its cores: of use with one thread, beside other work. `gbytes` are the bytes of one copy
 of the packed weights, scales and zero points included, over 1e9.
 
 OpenMP's threads are held on cores of their own: a scheduler may leave two of them on one core, where each spins until
@@ -66,14 +67,14 @@ def bind_threads() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"OMP_PROC_BIND": "true"})
 
 
-def times_ms(run: Run, copies: int, seconds: float) -> tuple[float, float]:
+def times_ms(run: Run, copies: int, seconds: float, clock: Callable[[], float]) -> tuple[float, float]:
     """Median and least milliseconds of one call of `run`, after an untimed round; a slow one gets fewer of both."""
     taken: list[float] = []
 
     def call() -> None:
-        start = time.perf_counter()
+        start = clock()
         run(len(taken) % copies)
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
 
     while len(taken) < copies and (len(taken) < 2 or sum(taken) < PATIENCE):
         call()
@@ -98,7 +99,11 @@ def main(
     parser.add_argument("--cases", default="", help="only cases whose name contains one of these (comma-separated)")
     parser.add_argument("--seconds", type=float, default=0.5, help="timed for each m (0.5)")
     parser.add_argument("--rotate-mb", type=float, default=300, help="weights read before one comes again (300)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time of the process on its cores, not of the clock on the wall"
+    )
     options = parser.parse_args(arguments)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     bind_threads()
     wanted = options.cases.split(",")
     known = list(prepare(options.threads))
@@ -113,7 +118,7 @@ def main(
             try:
                 bind = case.build(n, k, copies)
                 for m in options.m:
-                    ms, best = times_ms(bind(m), copies, options.seconds)
+                    ms, best = times_ms(bind(m), copies, options.seconds, clock)
                     times = {"ms": round(ms, 4), "best_ms": round(best, 4), "gbytes": round(nbytes / 1e9, 9)}
                     results.append({"peer": peer, "case": case.name, "n": n, "k": k, "m": m, **times})
                     speed = f"{nbytes / ms / 1e6:7.1f} GB/s  {2 * m * n * k / ms / 1e6:8.1f} GFLOP/s"

@@ -19,7 +19,8 @@ from arrondi.tensor.qtensor import QTensor
 SCHEMES = {
     "w8": "W8A16", "w6": "W6A16", "w5": "W5A16", "w4": "W4A16", "w3": "W3A16", "w2": "W2A16", "ternary": "TERNARY",
     "binary": "BINARY", "nf4": "NF4", "fp4": "FP4", "nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16", "fp8": "FP8A16",
-    "tcq2": "TCQ2", "tcq3": "TCQ3", "tcq4": "TCQ4", "w4a8": "W4A8", "w8a8": "W8A8", "w4a8g": "w=int4/g128,a=int8/g128",
+    "tcq2": "TCQ2", "tcq3": "TCQ3", "tcq4": "TCQ4",
+    "tcq2s": "TCQ2S", "tcq3s": "TCQ3S", "tcq4s": "TCQ4S", "w4a8": "W4A8", "w8a8": "W8A8", "w4a8g": "w=int4/g128,a=int8/g128",
 }  # fmt: skip
 """Case → scheme of arrondi."""
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

@@ -23,7 +23,12 @@ import numpy as np
 from common import Bind, Case, Run
 
 F32: Final = 0  # of enum ggml_type
-TYPES: Final = {"F16": (1, 16.0), "Q8_0": (8, 8.5), "Q6_K": (14, 6.5625), "Q4_0": (2, 4.5), "Q4_K": (12, 4.5)}
+TYPES: Final = {
+    "F16": (1, 16.0), "Q8_0": (8, 8.5), "Q6_K": (14, 6.5625), "Q4_0": (2, 4.5), "Q4_K": (12, 4.5), "Q3_K": (11, 3.4375), "Q2_K": (10, 2.625),
+    "IQ3_XXS": (18, 3.0625), "IQ2_XXS": (16, 2.0625),
+}  # fmt: skip
+"""Type → its number in ggml, and bits of a weight."""
+ROWS: Final = 256  # that are encoded; further ones are the same again, for IQ types take seconds a million weights
 NODES: Final = 8  # room in a graph: one product and its two sources
 ALIGN: Final = 64  # of a tensor in a buffer
 
@@ -116,9 +121,12 @@ class Weights:
         self.buffer = ggml.c.ggml_backend_alloc_ctx_tensors_from_buft(self.context, buffer_type)
         if not Products(self, 1).supported:
             raise NotImplementedError("ggml does not repack this type on this CPU")
-        values = np.random.default_rng(0).standard_normal((n, k), np.float32) * np.float32(0.02)
-        packed = np.empty(n * ggml.c.ggml_row_size(kind, k), np.uint8)
-        ggml.c.ggml_quantize_chunk(kind, values.ctypes.data, packed.ctypes.data, 0, n, k, None)
+        few, row = min(n, ROWS), ggml.c.ggml_row_size(kind, k)
+        values = np.random.default_rng(0).standard_normal((few, k), np.float32) * np.float32(0.02)
+        some, alike = np.empty(few * row, np.uint8), np.ones(k, np.float32)
+        importance = alike.ctypes.data_as(POINTER(c_float))  # without it there is no IQ2_XXS
+        ggml.c.ggml_quantize_chunk(kind, values.ctypes.data, some.ctypes.data, 0, few, k, importance)
+        packed = np.resize(some, n * row)
         for tensor in self.tensors:
             ggml.c.ggml_backend_tensor_set(tensor, packed.ctypes.data, 0, packed.nbytes)
 

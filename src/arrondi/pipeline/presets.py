@@ -53,6 +53,11 @@ _FED_BACK: Final = Preset(
     repairs=("e2e",),
     options={"refine": 2},
 )
+_TRELLIS: Final = Preset(
+    "trellis codes fed back by columns and, where they are squares, by rows, then scales and norms learned end to end where the model fits in memory",
+    "trellis-yaqa",
+    repairs=("e2e",),
+)
 _TABLES: Final = Preset(
     "learned tables with GPTAQ's correction, refined, then scales and norms learned unit by unit and end to end",
     "any4",
@@ -75,6 +80,8 @@ def _best(scheme: LayerScheme) -> Preset:
         return replace(_TABLES, options={**_TABLES.options, "rows": scheme.weights.table.rows})
     if few:
         return _FEW_BIT_INPUTS
+    if scheme.weights.format.trellis is not None:
+        return _TRELLIS
     return _WEIGHTS if refuse_yaqa(scheme.weights, {}) else _FED_BACK
 
 
