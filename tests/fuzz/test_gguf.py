@@ -58,3 +58,27 @@ def test_rows_without_blocks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(raw[:at] + struct.pack("<QQ", 0, 256) + raw[at + 16 :])
     with pytest.raises(FileFormatError, match=r"m\.gguf.*gate_proj.weight should be rows of Q2_K"):
         Checkpoint.open(tmp_path / "m.gguf").verify()
+
+
+@pytest.mark.parametrize(
+    ("key", "new", "said"),
+    [
+        (b"embedding_length", None, "a number of its header is missing"),
+        (b"attention.head_count_kv", 3_000_000, "is no such tensor of a model with this header"),
+    ],
+)
+def test_numbers_that_give_no_model_are_refused(key: bytes, new: int | None, said: str, tmp_path: Path) -> None:
+    raw = bases()["model"]
+    at = raw.index(key + struct.pack("<I", 4)) + len(key)
+    name = b"llama.rope.dimension_count"
+    turned = struct.pack("<Q", len(name)) + name + struct.pack("<II", 4, 8)
+    turned += struct.pack("<Q", 9) + b"of no use" + struct.pack("<I?", 7, True)  # so that 64 bytes are put in
+    if new is None:
+        raw = raw[: at - 1] + b"_" + raw[at:]
+    else:
+        raw = raw[: at + 4] + struct.pack("<I", new) + raw[at + 8 :]
+    start = raw.index(struct.pack("<Q", len("general.architecture")) + b"general.architecture")
+    raw = raw[:16] + struct.pack("<Q", struct.unpack("<Q", raw[16:24])[0] + 2) + raw[24:start] + turned + raw[start:]
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with pytest.raises(FileFormatError, match=r"m\.gguf: .*" + said):
+        Checkpoint.open(tmp_path / "m.gguf")

@@ -83,7 +83,12 @@ class Entry:
 
     def made(self, stored: torch.Tensor) -> torch.Tensor:
         """The model's tensor of the stored one; of blocks of ggml, rows of bytes in the model's order."""
-        return stored if self.turn is None else self.turn.apply(stored, self.shape)
+        if self.turn is None:
+            return stored
+        try:
+            return self.turn.apply(stored, self.shape)
+        except FileFormatError as error:
+            raise FileFormatError(f"{self.path}: {self.name}: {error}") from error
 
 
 def is_safetensors(path: str | Path) -> bool:

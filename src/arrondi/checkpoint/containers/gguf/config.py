@@ -16,7 +16,7 @@ from arrondi.checkpoint.containers.gguf.families import FAMILIES
 from arrondi.checkpoint.containers.gguf.header import Header
 from arrondi.checkpoint.containers.gguf.rope import rope_of
 from arrondi.checkpoint.containers.gguf.stand_in import readable
-from arrondi.errors import FileFormatError
+from arrondi.errors import ArrondiError, FileFormatError
 
 _MORE: Final[Mapping[str, str]] = MappingProxyType({
     "context_length": "max_position_embeddings",
@@ -72,6 +72,30 @@ def config_of(header: Header) -> dict[str, Any]:
         raise FileFormatError(
             f"{header.path}: transformers does not read GGUF files of the architecture {architecture!r} ({reason}). Give the original model."
         ) from error
+    try:
+        return _completed(config, header, usual)
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # of what is computed of the numbers of a header
+        if isinstance(error, ArrondiError):
+            raise
+        raise FileFormatError(
+            f"{header.path}: a number of its header is missing, or cannot be ({type(error).__name__}: {error}). Download it again."
+        ) from error
+
+
+def _completed(config: dict[str, Any], header: Header, usual: Any) -> dict[str, Any]:
+    """What transformers reads of a header, and what it leaves out.
+
+    Args:
+        config: as transformers reads it.
+        header: of the file.
+        usual: the config that a class of the kind has by itself.
+    """
+    architecture = header.architecture
     config.pop("_model_name_or_path", None)
     config |= {word: None for word in _TOKENS if word not in config}
     for key, word in _MORE.items():

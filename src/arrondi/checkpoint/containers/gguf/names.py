@@ -22,7 +22,7 @@ from arrondi.checkpoint.containers.gguf.ik import IK_TYPES
 from arrondi.checkpoint.containers.gguf.tables import own_tables
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry
 from arrondi.checkpoint.containers.turn import Turn
-from arrondi.errors import FileFormatError
+from arrondi.errors import ArrondiError, FileFormatError
 
 _STACK: Final = re.compile(r"blk\.(?P<block>\d+)\.ffn_(?P<part>gate|up|down)_exps\.(?P<leaf>weight|bias)")
 GRIDLESS: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", *IK_TYPES})
@@ -89,7 +89,14 @@ def _entries(
             start = stored.start + i * size
             yield Entry(own, header.path, stored.type, stored.raw_shape[1:], start, start + size)
         return
-    form = form_of(processor, name, stored.shape) if name in names else Form(stored.shape)
+    try:
+        form = form_of(processor, name, stored.shape) if name in names else Form(stored.shape)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ArrondiError):
+            raise
+        raise FileFormatError(
+            f"{header.path}: {name} of the shape {stored.shape} is no such tensor of a model with this header ({error}). Download it again."
+        ) from error
     yield _entry(names.get(name, name), header.path, stored, form)
 
 

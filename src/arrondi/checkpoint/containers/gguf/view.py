@@ -69,7 +69,7 @@ def _view(files: tuple[tuple[Path, int, int], ...]) -> View:
     _check_blocks(first, sum(len(h.tensors) for h in headers))
     config = config_of(first)
     parsed, model = _built(first, config)
-    entries = model_entries(headers, config, model)
+    entries = model_entries(headers, {**parsed.to_dict(), **config}, model)
     entries = {n: e for n, e in entries.items() if n not in _COMPUTED}
     if not entries:
         raise FileFormatError(f"{first.path}: holds no tensor.")
