@@ -46,7 +46,9 @@ def call_of(model: str, work: Path, text: str, method: str) -> Callable[[Path], 
         quantize_model(model, work / "packed", recipe)
         restore._GROUP_BYTES = 50_000
         return lambda out: dequantize_model(work / "packed", out, shard_bytes=100_000)
-    recipe = arrondi.Recipe.simple("W4A16", method, group_size=32)
+    searched = method.startswith("trellis")
+    scheme = "w=tcq2-l8-square/channel/float16/rht16" if searched else "W4A16"
+    recipe = arrondi.Recipe.simple(scheme, method, group_size=None if searched else 32)
     texts = TextOptions(Path(text), samples=2, seq_len=24, eval_samples=2) if method != "rtn" else None
     return lambda out: quantize_model(model, out, recipe, texts, shard_bytes=100_000)
 

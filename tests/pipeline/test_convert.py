@@ -19,6 +19,7 @@ from arrondi.pipeline.convert import convert_model
 from arrondi.pipeline.convert_choice import Choice, chosen, converted
 from arrondi.pipeline.diff import diff_models
 from arrondi.tensor.nearest import quantize_tensor
+from arrondi.tensor.qtensor import QTensor
 
 DOUBLE = "w=nf4/g32/s:(dynamic8/flat256/offset/o:(binary/tensor))"
 """Blocks of 256 scales, of which some matrices of the model have three a row."""
@@ -213,3 +214,11 @@ def test_scales_that_the_files_of_a_target_round_are_not_called_exact(
         if row["verdict"] != "copied":
             same = torch.equal(one.dense(row["name"]), two.dense(row["name"]))
             assert (row["verdict"] == "exact") is same, row["name"]
+
+
+def test_a_layer_that_no_scheme_of_the_target_holds_is_refused_by_its_own_scheme() -> None:
+    scheme = parse_scheme("TCQ2S")
+    codes = torch.zeros(128, 128, dtype=torch.uint8)
+    values = LayerValues(QTensor(codes, torch.ones(128, 1), None, None, scheme.weights))
+    found = chosen(values, Placed("a.weight", (128, 128), scheme), LAYOUTS["exl3"])
+    assert found == f"exl3 has no format for {scheme}"

@@ -40,6 +40,7 @@ GPTQ = arrondi.Recipe.simple("W4A16", "gptq", group_size=32)
     [
         ("gptq", 3),
         ("awq", 1),
+        pytest.param("trellis-yaqa", 1, marks=pytest.mark.full),
         ("dequantize", 2),
         *(pytest.param(m, 50, marks=pytest.mark.full) for m in ("rtn", "gptq", "dequantize")),
     ],
