@@ -23,6 +23,7 @@ from arrondi.model.instance import Instance, Rounding
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.model.probe import probe
+from arrondi.model.shapes import facts_by_shapes
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.towers import deaf_parameters
 from arrondi.model.units import find_lists
@@ -163,6 +164,11 @@ class OnDisk:
     def dtype_of(self, tensor: StoredTensor) -> torch.dtype:
         """The element type of a tensor as it is written without quantization."""
         return self.stored_dtype(tensor.sources[0])
+
+    def by_shapes(self) -> None:
+        """From now on, what weights do is told by shapes alone, for those who run nothing: a unit's weights take no memory."""
+        lists = find_lists(self.model)
+        self._probed = (lists[0] if lists else "", facts_by_shapes(self.model))
 
     def run_as_whole(self, facts: Facts) -> None:
         """From now on the model is one unit, of which a run has told this."""
