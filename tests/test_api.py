@@ -31,7 +31,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a function is no name": (
         lambda: arrondi.quantize(net(), method=arrondi.gptq),
-        "method takes a word, got .*function",
+        "method takes a word or None, got .*function",
     ),
     "nothing is no scheme": (lambda: arrondi.parse_scheme(None), "such as .W4A16., got None"),
     "nothing is no format": (lambda: arrondi.get_format(None), "number format is a word, got NoneType"),

@@ -272,7 +272,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"facts": {"counted": 2}, "scale": torch.zeros(1, 2, 16, dtype=torch.uint8)}, "unit .* missing"),
     ({"facts": {"counted": 2}, "unit": torch.zeros(1, 2, 16)}, "scale .* in uint8"),
     ({"facts": {"run": 0}}, "positive"),
-    ({"facts": None}, "16 facts, got"),
+    ({"facts": None}, "17 facts, got"),
 ]
 
 

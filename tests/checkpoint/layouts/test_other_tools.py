@@ -307,6 +307,7 @@ FAULTS: list[tuple[str, str, Edit, str]] = [
     ("modelopt", "several", said(quantized_layers={A: {"quant_algo": "NVFP4"}}), "quantized_layers says nothing of"),
     ("modelopt", "FP8", put(f"{A}.weight_scale", at((), float("inf"))), "NaN or infinite"),
     ("modelopt", "w=int4/g32", said(group_size=64), "config does not describe"),
+    ("modelopt", "w=int4/g32", said(group_size=33), "groups of 33 .* do not divide"),
     ("modelopt", "w=int4/g32", said(has_zero_point=True), "has_zero_point is True"),
     ("mlx", "w=uint4/g32/offset", said(bits=5), "config does not describe"),
     ("mlx", "w=uint4/g32/offset", said(bits=7), "bits should be one of 1, 2, 3"),

@@ -84,7 +84,7 @@ def read_torch_header(path: Path) -> dict[str, Entry]:
         if dtype is None or tensor.layout != torch.strided:
             raise FileFormatError(f"{path}: tensor {name!r} is of type {tensor.dtype}, {tensor.layout}. Save it as numbers of a plain type.")  # fmt: skip
         if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            raise FileFormatError(f"{path}: tensor {name!r} is a view whose numbers do not lie in a row. Save it with .contiguous().")  # fmt: skip
+            raise FileFormatError(f"{path}: tensor {name!r} is a view whose numbers do not lie in a row. Save a contiguous copy of it.")  # fmt: skip
         offset: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         start, size = int(tensor.storage_offset()) * tensor.itemsize, tensor.numel() * tensor.itemsize
         if offset is None or offset not in places or start + size > places[offset]:
@@ -141,10 +141,10 @@ def _state(path: Path) -> Mapping[str, torch.Tensor]:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
     if not isinstance(held, Mapping) or not held:
-        raise FileFormatError(f"{path}: holds no table of tensors. Give the file that model.state_dict() was saved to.")
+        raise FileFormatError(f"{path}: holds no table of tensors. Give a file of the state dict alone.")
     for name, value in held.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise FileFormatError(f"{path}: {str(name)[:60]!r} is no tensor but {type(value).__name__}. Give the file that model.state_dict() was saved to.")  # fmt: skip
+            raise FileFormatError(f"{path}: {str(name)[:60]!r} is no tensor but {type(value).__name__}. Give a file of the state dict alone.")  # fmt: skip
     return held
 
 

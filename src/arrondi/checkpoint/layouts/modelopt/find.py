@@ -63,4 +63,8 @@ def _placed(path: str, said: Said, names: Names) -> Placed:
         size = columns // groups
         if size * groups != columns:
             raise FileFormatError(f"{path}.weight_scale has {groups} groups, which do not divide {columns} columns.")
+    if size and columns % size:
+        raise FileFormatError(
+            f"{path}.weight has {columns} columns, which groups of {size} (group_size) do not divide."
+        )
     return linear(path, (rows, columns), said.kind.sized(size or 1), turned=False)
