@@ -524,6 +524,7 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 LOADED = {
     "gptq-sym": ("w=int4/g32", "gptq", None),
     "gptq-asym": ("w=int4/g32/asym", "gptq", None),
+    "gptq-2": ("w=int2/g32", "gptq", None),
     "gptq-3": ("w=int3/g32/asym", "gptq", None),
     "gptq-8": ("w=int8/channel", "gptq", None),
     "gptq-some-kept": ("w=int4/g32", "gptq", ["lm_head", "re:.*down_proj"]),
