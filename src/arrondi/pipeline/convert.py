@@ -88,7 +88,8 @@ def convert_model(
         )  # fmt: skip
         return found
     source = OnDisk.open(model)
-    source.by_shapes()
+    if to != GGUF:  # which asks what text reaches, and only a run tells that
+        source.by_shapes()
     if template is not None and to != GGUF:
         raise SchemeError(f"A template is a file of the same model and goes with --to gguf or onnx, got --to {to}. Leave it out.")  # fmt: skip
     work = _Work.of(source, LAYOUTS[to], wanted)
