@@ -78,11 +78,18 @@ def _said(raw: bytes, rng: random.Random) -> bytes:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(raw)
-    except DecodeError:
+        return _changed(model, rng)
+    except (
+        DecodeError,
+        UnicodeDecodeError,
+    ):  # bytes that an earlier mutation has spoilt, which the package cannot name
         return raw
+
+
+def _changed(model: Any, rng: random.Random) -> bytes:
     graph, kind = model.graph, rng.randrange(9)
     if not graph.node or not graph.initializer:
-        return raw
+        return bytes(model.SerializeToString())
     node, tensor = rng.choice(list(graph.node)), rng.choice(list(graph.initializer))
     if kind == 0 and node.attribute:
         rng.choice(list(node.attribute)).i = rng.choice(_NUMBERS)
@@ -98,12 +105,12 @@ def _said(raw: bytes, rng: random.Random) -> bytes:
     elif kind == 5:
         graph.initializer.remove(tensor)
     elif kind == 6:
-        tensor.name = rng.choice([tensor.name + "x", "", rng.choice(list(graph.initializer)).name])
+        tensor.name = rng.choice([f"{tensor.name}x", "", rng.choice(list(graph.initializer)).name])
     elif kind == 7:
         node.op_type = rng.choice(["MatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Gather", "QLinearMatMul", "MatMulInteger", "Identity", "Transpose"])  # fmt: skip
     else:
         rng.shuffle(tensor.dims) if rng.random() < 0.5 else tensor.dims.append(rng.choice([1, 2]))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def plain_values(model: Any) -> dict[str, list[np.ndarray]]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 import arrondi
 from arrondi.checkpoint import Checkpoint
@@ -236,12 +236,25 @@ def _set(node: int, key: str, value: int) -> Callable[[Any], None]:
     return change
 
 
+def _without(key: str) -> Callable[[Any], None]:
+    """An attribute that says no number, which is 0 then and not the operator's default."""
+
+    def change(model: Any) -> None:
+        for node in model.graph.node:
+            for a in node.attribute:
+                if a.name == key:
+                    a.ClearField("i")
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
         (_set(0, "block_size", 24), "blocks of 24"),
         (_set(0, "block_size", 32), "are needed"),
         (_set(0, "bits", 3), "3 bits"),
+        (_without("bits"), "0 bits"),
         (_set(0, "N", 49), "are needed"),
         (_set(0, "K", 2**40), "are needed"),
         (_set(1, "K", -1), "(40, -1)"),
@@ -254,6 +267,36 @@ def _set(node: int, key: str, value: int) -> Callable[[Any], None]:
 def test_files_that_lie_are_refused(change: Callable[[Any], None], word: str, tmp_path: Path) -> None:
     (tmp_path / "q.onnx").write_bytes(_changed(change).SerializeToString())
     _refused(tmp_path / "q.onnx", word)
+
+
+def _as_text(model: Any) -> None:
+    held = next(t for t in model.graph.initializer if t.data_type not in (TensorProto.FLOAT, TensorProto.INT64))
+    held.ClearField("raw_data")
+    held.data_type = TensorProto.STRING
+
+
+def _of_several_kinds(model: Any) -> None:
+    model.graph.node[0].attribute.add(name="axis", type=AttributeProto.INT, i=1, ints=[1, 2])
+
+
+@pytest.mark.parametrize(("change", "word"), [(_as_text, "holds text"), (_of_several_kinds, "not a whole number")])
+def test_values_of_another_kind_are_no_traceback(change: Callable[[Any], None], word: str, tmp_path: Path) -> None:
+    model = in_blocks(mlp(), 4, True, standard=True)
+    change(model)
+    (tmp_path / "q.onnx").write_bytes(model.SerializeToString())
+    _refused(tmp_path / "q.onnx", word)
+
+
+def test_numbers_of_any_length_are_counted(tmp_path: Path) -> None:
+    """Varints may be longer than a byte each, so their count is known only when they are read."""
+    model = mlp()
+    bias = next(t for t in model.graph.initializer if t.name.endswith("bias"))
+    bias.CopyFrom(helper.make_tensor(bias.name, TensorProto.FLOAT16, [47], [1.5] * 47))
+    bias.dims[0] = 48
+    (tmp_path / "q.onnx").write_bytes(model.SerializeToString())
+    checkpoint = Checkpoint.open(tmp_path / "q.onnx")
+    with pytest.raises(FileFormatError, match="47 numbers are stored"):
+        checkpoint.dense("encoder.layer.0.dense.bias")
 
 
 def test_every_cut_is_refused(tmp_path: Path) -> None:

@@ -187,8 +187,8 @@ def auto_round(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarra
     if packing == "auto_round:auto_awq":
         return awq(said, tensors)
     format = "gptq" if packing == "auto_round:auto_gptq" else "gptq_v2"
-    rules = {f"+:^{re.escape(k)}$": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
-    rules |= {f"+:.*?(?:{k})": v for k, v in said.get("extra_config", {}).items() if v.get("bits") != 16}
+    rules = {f"+:^{re.escape(k)}$": v for k, v in (said.get("extra_config") or {}).items() if v.get("bits") != 16}
+    rules |= {f"+:.*?(?:{k})": v for k, v in (said.get("extra_config") or {}).items() if v.get("bits") != 16}
     found: dict[str, np.ndarray] = {}
     for name in tensors:
         if name.endswith(".qweight"):  # an index of groups, which these files lack
@@ -271,7 +271,7 @@ def modelopt(said: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]
     half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     for name in [n for n in tensors if n.endswith(".weight_scale")]:
         path = name.removesuffix(".weight_scale")
-        own = said.get("quantized_layers", {}).get(path, said)["quant_algo"].lower()
+        own = (said.get("quantized_layers") or {}).get(path, said)["quant_algo"].lower()
         codes, scale = tensors[f"{path}.weight"], tensors[name].double()
         numbers = codes.double().numpy()
         if own == "w4a16_awq":

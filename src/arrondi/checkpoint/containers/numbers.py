@@ -6,6 +6,7 @@ grid that a scheme can say becomes the numbers that it means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,6 +57,10 @@ class Numbers:
         """
         made = stored if self.varints is None else from_varints(stored, self.varints)
         inner = self.unpacked or (shape[::-1] if self.transposed else shape)
+        if made.numel() != -(-math.prod(inner) * self.bits // 8):
+            raise FileFormatError(
+                f"{made.numel()} numbers are stored, and {tuple(inner)} of {self.bits} bits is said to be there. The file is damaged."
+            )
         if self.scales:
             made = self._scaled(self._codes(made).reshape(inner))
         made = made.reshape(inner)

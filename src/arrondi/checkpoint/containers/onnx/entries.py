@@ -10,6 +10,7 @@ import torch
 from arrondi.checkpoint.containers.numbers import Numbers
 from arrondi.checkpoint.containers.onnx.header import NARROW, Constant
 from arrondi.checkpoint.containers.tensor_file import DTYPES, Entry, read_tensor
+from arrondi.errors import FileFormatError
 from arrondi.tensor.packing import unpack
 
 FLOATS: Final = ("F32", "F16", "BF16", "F64")
@@ -21,7 +22,14 @@ def entry_of(name: str, held: Constant, shape: tuple[int, ...] | None = None, tr
     Args:
         shape: another one of as many numbers; None: its own.
         transposed: the entry has the transpose.
+
+    Raises:
+        FileFormatError: it holds no numbers.
     """
+    if held.dtype not in DTYPES and held.dtype not in NARROW:
+        raise FileFormatError(
+            f"{held.path}: the tensor {held.name!r} holds text, and is used as numbers. The file is damaged."
+        )
     narrow = held.dtype in NARROW
     dtype = "U8" if narrow else held.dtype
     stored = (-(-held.numel * NARROW[held.dtype] // 8),) if narrow else held.shape

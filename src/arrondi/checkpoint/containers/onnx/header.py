@@ -216,7 +216,7 @@ class _Parser:
         self.found.nodes.append(Node(words[3], op, tuple(inputs), tuple(outputs), plain, scope))
 
     def attribute(self, whole: Field, depth: int) -> tuple[str, Any]:
-        name = ""
+        name, kind = "", 0
         value: Any = None
         for f in self.wire.fields(whole.start, whole.stop):
             if f.number == 1 and f.kind == BYTES:
@@ -232,8 +232,10 @@ class _Parser:
             elif f.number in (6, 11) and f.kind == BYTES:
                 self.graph(f, depth + 1)
             elif f.number == 8:
-                value = [*(value or []), *self.wire.numbers(f)]
-        return name, value
+                value = [*(value if isinstance(value, list) else []), *self.wire.numbers(f)]
+            elif f.number == 20 and f.kind != BYTES:
+                kind = f.value
+        return name, _UNSAID.get(kind) if value is None else value
 
     def tensor(self, whole: Field) -> Constant:
         shape, kind, name = list[int](), 0, ""
@@ -368,6 +370,10 @@ class _Parser:
         """Operators of a function, of which only the names count: constants inside are refused where they would be weights."""
         for f in self.inner(whole, 7):
             self.found.functions += [self.wire.text(g) for g in self.inner(f, 4)]
+
+
+_UNSAID: Final[Mapping[int, float]] = {1: 0.0, 2: 0}
+"""Types of attributes that may be left out because they are zero: of a float, of a whole number."""
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
