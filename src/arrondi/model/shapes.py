@@ -1,4 +1,5 @@
-"""What running a model on images, sound or pairs of texts says of its weights, told by shapes alone: `facts_by_shapes`.
+"""What running a model on images, sound or pairs of texts says of its weights, told by shapes alone: `facts_by_shapes`,
+and `unreached_by_text`.
 
 Models that do not run on token ids alone are run on the meta device, where nothing is computed and nothing takes memory. Which inputs
 they want is not asked of their class: of a few usual ones, those are taken that their forward pass names and gets through.
@@ -19,6 +20,8 @@ from arrondi.model.flow import trace
 from arrondi.model.site import Facts
 
 _META = torch.device("meta")
+_OTHERS = {"pixel_values", "input_features", "input_values"}
+"""Inputs of towers that may stand beside text."""
 _TOKENS = 8
 _SAMPLES = 16_000
 """Of a second of sound."""
@@ -45,6 +48,30 @@ def facts_by_shapes(model: Any) -> Facts:
             return Facts.of(flow)
         best = best if best.leaders else Facts.of(flow)
     return best
+
+
+@torch.no_grad()
+def unreached_by_text(model: Any, units: str) -> frozenset[str] | None:
+    """Parameters outside the blocks whose modules the model does not call on token ids: towers for images and sound.
+
+    Args:
+        model: of transformers, its parameters on the meta device; it is not changed.
+        units: name of its list of blocks; "": there is none.
+
+    Returns:
+        their names; None: the model also takes other inputs, and shapes alone do not take it through token ids.
+    """
+    shadow, called = copy.deepcopy(model).to("meta"), set[str]()
+    for name, module in shadow.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=_META)
+    try:
+        shadow(input_ids=ids)
+    except Exception:  # routers may ask for numbers, and other models for other inputs
+        known = inspect.signature(shadow.forward).parameters
+        return None if "input_ids" in known and known.keys() & _OTHERS else frozenset()
+    names = (n for n, _ in shadow.named_parameters(remove_duplicate=False) if not (units and n.startswith(f"{units}.")))
+    return frozenset(n for n in names if n.rpartition(".")[0] not in called)
 
 
 def usual_inputs(model: Any, device: torch.device = _META) -> Iterator[dict[str, torch.Tensor]]:

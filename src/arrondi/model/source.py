@@ -23,7 +23,7 @@ from arrondi.model.instance import Instance, Rounding
 from arrondi.model.names import Names
 from arrondi.model.overlay import Overlay
 from arrondi.model.probe import probe
-from arrondi.model.shapes import facts_by_shapes
+from arrondi.model.shapes import facts_by_shapes, unreached_by_text
 from arrondi.model.site import Facts, Site, StoredTensor, find_tensors
 from arrondi.model.towers import deaf_parameters
 from arrondi.model.units import find_lists
@@ -166,9 +166,15 @@ class OnDisk:
         return self.stored_dtype(tensor.sources[0])
 
     def by_shapes(self) -> None:
-        """From now on, what weights do is told by shapes alone, for those who run nothing: a unit's weights take no memory."""
+        """From now on, what weights do is told by shapes alone, for those who run nothing: a unit's weights take no memory.
+
+        A model of several senses of which shapes do not tell what text reaches is run after all.
+        """
         lists = find_lists(self.model)
-        self._probed = (lists[0] if lists else "", facts_by_shapes(self.model))
+        units = lists[0] if lists else ""
+        unreached = unreached_by_text(self.model, units)
+        if unreached is not None:
+            self._probed = (units, replace(facts_by_shapes(self.model), unreached=unreached))
 
     def run_as_whole(self, facts: Facts) -> None:
         """From now on the model is one unit, of which a run has told this."""

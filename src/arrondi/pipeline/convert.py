@@ -22,6 +22,7 @@ from arrondi.pipeline.convert_choice import Choice, chosen, converted, stays
 from arrondi.pipeline.gguf_out import Named, write_gguf
 from arrondi.pipeline.journal import Journal
 from arrondi.pipeline.ledger import recorded, travelling
+from arrondi.pipeline.listing import listed
 from arrondi.pipeline.manifest import check_apart, finished
 from arrondi.pipeline.onnx_out import write_onnx
 from arrondi.pipeline.plan import Plan
@@ -35,8 +36,6 @@ from arrondi.pipeline.step import Declared
 
 GGUF: Final = "gguf"
 ONNX: Final = ("onnx", "onnx-qdq")
-_NAMED: Final = 5
-"""Tensors that a refusal names."""
 _COUNTED: Final = ("exact", "rescaled", "requantized", "copied", "left out")
 
 Progress = Callable[[int, int, str], None]
@@ -88,8 +87,7 @@ def convert_model(
         )  # fmt: skip
         return found
     source = OnDisk.open(model)
-    if to != GGUF:  # which asks what text reaches, and only a run tells that
-        source.by_shapes()
+    source.by_shapes()
     if template is not None and to != GGUF:
         raise SchemeError(f"A template is a file of the same model and goes with --to gguf or onnx, got --to {to}. Leave it out.")  # fmt: skip
     work = _Work.of(source, LAYOUTS[to], wanted)
@@ -163,9 +161,8 @@ class _Work:
         """
         changed = [f"{n} ({c.verdict})" for n, c in self.choices.items() if c.verdict != "exact"]
         if changed:
-            more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             raise SchemeError(
-                f"{self.layout.name} cannot hold every value as it is: {', '.join(changed[:_NAMED])}{more}. {self._advice()}"
+                f"{self.layout.name} cannot hold every value as it is: {listed(changed)}. {self._advice()}"
             )
 
     def _advice(self) -> str:

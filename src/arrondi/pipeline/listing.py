@@ -9,5 +9,6 @@ NAMED: Final = 3
 
 
 def listed(names: Sequence[str]) -> str:
+    """The first of some names with commas between them, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

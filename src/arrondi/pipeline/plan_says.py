@@ -17,8 +17,6 @@ from arrondi.pipeline.recipe import Recipe, matches
 from arrondi.pipeline.resolve import LOOKED_UP, UNREACHED, PlannedTensor
 from arrondi.pipeline.steps import get_step
 
-"""Layers that a note names."""
-
 
 def unmatched(source: Source, recipe: Recipe, used: set[str]) -> list[str]:
     """A sentence for every selector of the user that picked nothing."""

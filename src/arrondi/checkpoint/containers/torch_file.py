@@ -135,7 +135,8 @@ def _state(path: Path) -> Mapping[str, torch.Tensor]:
             f"{path}: holds more than tensors ({_reason(error)}), which could run code. Ask for safetensors where it comes from."
         ) from error
     except Exception as error:  # whatever the loader makes of a damaged file
-        reraise_exhaustion(error) if isinstance(error, OSError) else None
+        if isinstance(error, OSError):
+            reraise_exhaustion(error)
         raise FileFormatError(f"{path}: cannot be loaded ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}). Download it again.") from error  # fmt: skip
     for key in _INSIDE:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
