@@ -78,7 +78,13 @@ class Checkpoint:
 
     @property
     def quantized(self) -> bool:
+        """Whether a layout says what some tensors mean."""
         return self.layout is not None
+
+    @property
+    def lattices(self) -> dict[str, str]:
+        """Tensors that are read as numbers though they are stored in few bits → the type of their blocks."""
+        return {n: e.lattice for n, e in self.folder.entries.items() if e.lattice}
 
     @cached_property
     def names(self) -> dict[str, tuple[int, ...]]:

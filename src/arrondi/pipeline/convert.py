@@ -101,7 +101,18 @@ def convert_model(
     else:
         notes, left = [], frozenset[str]()
         nbytes = _write_directory(source, work, out, shard_bytes, overwrite, progress)
-    return {"to": to, **work.summary(left), "notes": notes, "bytes": nbytes}
+    return {"to": to, **work.summary(left), "notes": [*notes, *_on_no_grid(source)], "bytes": nbytes}
+
+
+def _on_no_grid(source: OnDisk) -> list[str]:
+    """What is said of tensors that were stored in few bits and are written as numbers."""
+    lattices = source.checkpoint.lattices
+    kinds = ", ".join(sorted(set(lattices.values())))
+    if not lattices:
+        return []
+    return [
+        f"Written as numbers, which takes more bytes: {listed(list(lattices))}. No layout has a grid for {kinds}; dequantize the model and quantize it to have few bits again."
+    ]
 
 
 @dataclass(frozen=True)

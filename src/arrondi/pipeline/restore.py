@@ -58,7 +58,7 @@ def dequantize_model(
         raise SchemeError(
             f"{out}: names an ONNX file, and {model} is none. Give a directory: -o {out.with_suffix('')}."
         )
-    values = sum(bool(entry.lattice) for entry in checkpoint.folder.entries.values())
+    values = len(checkpoint.lattices)
     if not checkpoint.quantized and not values:
         raise SchemeError(
             f"{checkpoint.folder.path} is not quantized: nothing in it says that a tensor is. Use it as it is."

@@ -19,7 +19,7 @@ from arrondi.checkpoint import Checkpoint
 from arrondi.checkpoint.containers.gguf.encode import GGUFPlan, GGUFWriter
 from arrondi.checkpoint.containers.gguf.header import read_header
 from arrondi.checkpoint.containers.gguf.ik import IK_TYPES, NAMED, decode_ik
-from arrondi.errors import FileFormatError
+from arrondi.errors import FileFormatError, SchemeError
 from arrondi.pipeline.convert import convert_model
 
 COLUMNS = 768
@@ -125,6 +125,18 @@ def test_a_file_of_all_types(mixed: Path, tmp_path: Path) -> None:
     assert result["restored"] == 21 and torch.equal(
         Checkpoint.open(tmp_path / "plain").dense("model.layers.2.mlp.down_proj.weight"), found
     )
+
+
+def test_numbers_of_no_grid_are_told_of(mixed: Path, tmp_path: Path) -> None:
+    """They are not quantized a second time in silence, and a file that grows says why."""
+    with pytest.raises(SchemeError, match="already quantized"):
+        arrondi.quantize(mixed, "Q8_0", out=tmp_path / "again.gguf", to="gguf")
+    result = convert_model(mixed, tmp_path / "grown.gguf", "gguf")
+    (said,) = [note for note in result["notes"] if "Written as numbers" in note]
+    assert "and 18 more" in said and "IQ4_KT" in said
+    name = "model.layers.2.mlp.down_proj.weight"
+    one, two = (Checkpoint.open(p).dense(name) for p in (mixed, tmp_path / "grown.gguf"))
+    assert torch.equal(one, two)
 
 
 def test_rows_that_were_woven_together_are_named(mixed: Path) -> None:
