@@ -66,7 +66,7 @@ def merge_adapter(
     there = places(OnDisk(checkpoint))
     _check_fits(found, there, checkpoint, Path(adapter))
     at = [there[name] for name in found.deltas]
-    dense = DENSE.get(scheme.lower()) if scheme is not None else None if checkpoint.quantized else ""
+    dense = DENSE.get(scheme.lower()) if scheme is not None else None if checkpoint.layout is not None else ""
     with scratch(out) as folder:
         whole = folder / "together"
         rewritten(checkpoint, whole, found.deltas, at, torch.float32)

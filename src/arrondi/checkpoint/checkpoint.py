@@ -78,8 +78,8 @@ class Checkpoint:
 
     @property
     def quantized(self) -> bool:
-        """Whether a layout says what some tensors mean."""
-        return self.layout is not None
+        """Whether some tensors are stored in few bits: a layout says what they mean, or they are `lattices`."""
+        return self.layout is not None or bool(self.lattices)
 
     @property
     def lattices(self) -> dict[str, str]:

@@ -59,7 +59,7 @@ def dequantize_model(
             f"{out}: names an ONNX file, and {model} is none. Give a directory: -o {out.with_suffix('')}."
         )
     values = len(checkpoint.lattices)
-    if not checkpoint.quantized and not values:
+    if not checkpoint.quantized:
         raise SchemeError(
             f"{checkpoint.folder.path} is not quantized: nothing in it says that a tensor is. Use it as it is."
         )

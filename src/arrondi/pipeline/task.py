@@ -153,7 +153,7 @@ def followed(opened: Opened, folder: Path, progress: Progress | None = None) -> 
 def original(model: str | Path, out: Path) -> Checkpoint:
     """The model, which is not quantized and lies apart from the output."""
     checkpoint = Checkpoint.open(model)
-    if checkpoint.quantized or checkpoint.lattices:
+    if checkpoint.quantized:
         raise SchemeError(
             f"{checkpoint.folder.path} is already quantized. Restore it first: arrondi dequantize {checkpoint.folder.path} -o PLAIN."
         )

@@ -85,7 +85,7 @@ def load(
     if (stored := stored_states(source.home, source.config)) is not None:
         rounded_layers(model.config, stored[0])  # or the sentence that says why not
         setattr(model, KNOWN, stored[1])
-    if source.checkpoint.quantized:
+    if source.checkpoint.layout is not None:
         again = partial(load, source.where, dtype=dtype, activations=activations, fuse=False, device=where)
         model.save_pretrained = SavePretrained(Held(model), source.where, source.checkpoint.folder.fingerprint(), again)
     return model
