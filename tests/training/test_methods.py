@@ -219,13 +219,15 @@ def test_windows_are_the_convolution(how: tuple[int, int, int]) -> None:
     x = torch.randn(2, 3, 9, 11, requires_grad=True)
     windows = Windows.of(conv, x.shape)
     y = conv(x)
-    rows = windows.matrix(x.detach()) @ conv.weight.flatten(1).T
+    rows = windows.matrix(windows.points(x.detach())) @ windows.weight(conv.weight).T
     assert torch.allclose(windows.result(rows), y, atol=1e-5)
     slope = torch.randn_like(y)
-    (expected,) = torch.autograd.grad(y, x, slope)
-    assert torch.allclose(
-        windows.back(slope.permute(0, 2, 3, 1).flatten(0, 2) @ conv.weight.flatten(1).detach()), expected, atol=1e-5
-    )
+    expected, by_weight = torch.autograd.grad(y, (x, conv.weight), slope)
+    rows = slope.permute(0, 2, 3, 1).flatten(0, 2)
+    by_x = windows.back(rows @ windows.weight(conv.weight).detach())
+    assert torch.allclose(windows.shaped(by_x), expected, atol=1e-5)
+    found = rows.T @ windows.matrix(windows.points(x.detach()))
+    assert torch.allclose(windows.like_weight(found), by_weight, atol=1e-4)
 
 
 # ---- int4 ----

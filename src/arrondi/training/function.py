@@ -26,10 +26,9 @@ class _Product(torch.autograd.Function):
         bias: torch.Tensor | None,
         *learned: torch.Tensor,
     ) -> torch.Tensor:
-        matrix = weight.reshape(layer.sums)
-        y, passed = method.forward(x, matrix, bias, geometry, layer)
+        y, passed = method.forward(geometry.points(x), geometry.weight(weight), bias, geometry, layer)
         ctx.method, ctx.layer, ctx.geometry = method, layer, geometry
-        ctx.facts, ctx.shape, ctx.types = passed.facts, weight.shape, (x.dtype, weight.dtype)
+        ctx.facts, ctx.types = passed.facts, (x.dtype, weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(*passed.tensors)
         return y
@@ -41,9 +40,9 @@ class _Product(torch.autograd.Function):
         wanted = (ctx.needs_input_grad[3] or any(ctx.needs_input_grad[6:]), ctx.needs_input_grad[4])
         passed = Passed(ctx.saved_tensors, ctx.facts)
         by_x, by_weight, by_learned = ctx.method.backward(slope, passed, ctx.geometry, ctx.layer, wanted)
-        by_x = ctx.geometry.back(by_x).to(ctx.types[0]) if by_x is not None and ctx.needs_input_grad[3] else None
+        by_x = ctx.geometry.shaped(by_x).to(ctx.types[0]) if by_x is not None and ctx.needs_input_grad[3] else None
         if by_weight is not None:
-            by_weight = by_weight.reshape(ctx.shape).to(ctx.types[1])
+            by_weight = ctx.geometry.like_weight(by_weight).to(ctx.types[1])
         by_bias = slope.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
         return None, None, None, by_x, by_weight, by_bias, *(by_learned.get(name) for name in ctx.layer.learned)
 

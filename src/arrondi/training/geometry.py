@@ -1,7 +1,8 @@
 """How a layer is a product of matrices: y = x wᵀ with x (rows, in), w (out, in).
 
-Owns: `Geometry` and its two kinds, of a linear layer and of a convolution. Codes are taken apart into rows after rounding, so
-that what is kept for the way back is no larger than the input.
+Owns: `Geometry` and its two kinds, of a linear layer and of a convolution. An input is points, each with its features: tokens, or
+pixels with their channels. Points are rounded and turned before windows repeat them in the rows of the product, so that what is
+computed for each of them, and what is kept for the way back, is no larger than the input.
 """
 
 from __future__ import annotations
@@ -23,20 +24,36 @@ class Geometry(Protocol):
         """Rows that follow each other in one sequence or picture."""
         ...
 
-    def units(self, x: torch.Tensor) -> torch.Tensor:
-        """x as a matrix of which each row has one scale: tokens, or pictures."""
+    def points(self, x: torch.Tensor) -> torch.Tensor:
+        """x → (points, features)."""
+        ...
+
+    def shaped(self, points: torch.Tensor) -> torch.Tensor:
+        """(points, features) → x's shape."""
+        ...
+
+    def units(self, points: torch.Tensor) -> torch.Tensor:
+        """Points as a matrix of which each row has one scale: tokens, or pictures."""
         ...
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales of units → those of the rows of the product."""
         ...
 
-    def matrix(self, x: torch.Tensor) -> torch.Tensor:
-        """x, or its codes in its shape → (rows, in)."""
+    def matrix(self, points: torch.Tensor) -> torch.Tensor:
+        """(points, features), of any number of features → (rows, taps · features)."""
         ...
 
     def back(self, slope: torch.Tensor) -> torch.Tensor:
-        """(rows, in), a gradient → x's shape; the transpose of `matrix`."""
+        """(rows, taps · features), a gradient → (points, features); the transpose of `matrix`."""
+        ...
+
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The layer's weight → (out, taps · features)."""
+        ...
+
+    def like_weight(self, slope: torch.Tensor) -> torch.Tensor:
+        """(out, taps · features), a gradient → the shape of the layer's weight."""
         ...
 
     def result(self, y: torch.Tensor) -> torch.Tensor:
@@ -54,17 +71,29 @@ class Tokens:
     def line(self) -> int:
         return int(self.shape[-2]) if len(self.shape) > 2 else 1  # rows of a plain matrix are samples
 
-    def units(self, x: torch.Tensor) -> torch.Tensor:
+    def points(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, self.shape[-1])
+
+    def shaped(self, points: torch.Tensor) -> torch.Tensor:
+        return points.reshape(self.shape)
+
+    def units(self, points: torch.Tensor) -> torch.Tensor:
+        return points
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         return scale
 
-    def matrix(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(-1, self.shape[-1])
+    def matrix(self, points: torch.Tensor) -> torch.Tensor:
+        return points
 
     def back(self, slope: torch.Tensor) -> torch.Tensor:
-        return slope.reshape(self.shape)
+        return slope
+
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def like_weight(self, slope: torch.Tensor) -> torch.Tensor:
+        return slope
 
     def result(self, y: torch.Tensor) -> torch.Tensor:
         return y.reshape(*self.shape[:-1], y.shape[-1])
@@ -72,7 +101,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Windows:
-    """Of a two-dimensional convolution without groups, whose input is (pictures, channels, height, width)."""
+    """Of a two-dimensional convolution without groups, whose input is (pictures, channels, height, width).
+
+    Channels come last everywhere in between, as in `torch.channels_last`: windows are then copied in runs of channels, and a network
+    whose layers are all converted never changes its order.
+    """
 
     shape: torch.Size
     kernel: tuple[int, int]
@@ -105,27 +138,49 @@ class Windows:
     def line(self) -> int:
         return math.prod(self.out)
 
-    def units(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(self.shape[0], -1)
+    def points(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1).reshape(-1, self.shape[1])
+
+    def shaped(self, points: torch.Tensor) -> torch.Tensor:
+        pictures, channels, height, width = self.shape
+        return points.reshape(pictures, height, width, channels).permute(0, 3, 1, 2)
+
+    def units(self, points: torch.Tensor) -> torch.Tensor:
+        return points.reshape(self.shape[0], -1)
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         return scale.repeat_interleave(math.prod(self.out))
 
-    def matrix(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.reshape(self.shape)
+    def matrix(self, points: torch.Tensor) -> torch.Tensor:
+        pictures, _, height, width = self.shape
+        x = points.reshape(pictures, height, width, -1)
         if any(self.padding):
-            x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
-        pictures, channels = self.shape[:2]
-        n, c, h, w = x.stride()
-        sizes = (pictures, *self.out, channels, *self.kernel)
-        steps = (n, h * self.stride[0], w * self.stride[1], c, h * self.dilation[0], w * self.dilation[1])
+            x = F.pad(x, (0, 0, self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
+        n, h, w, c = x.stride()
+        sizes = (pictures, *self.out, *self.kernel, x.shape[3])
+        steps = (n, h * self.stride[0], w * self.stride[1], h * self.dilation[0], w * self.dilation[1], c)
         return x.as_strided(sizes, steps).reshape(pictures * math.prod(self.out), -1)
 
     def back(self, slope: torch.Tensor) -> torch.Tensor:
-        columns = slope.reshape(self.shape[0], math.prod(self.out), -1).transpose(1, 2)
-        return F.fold(
-            columns, self.shape[2:], self.kernel, dilation=self.dilation, padding=self.padding, stride=self.stride
-        )
+        pictures, _, height, width = self.shape
+        below, aside = self.padding
+        taps = slope.reshape(pictures, *self.out, *self.kernel, -1)
+        total = slope.new_zeros((pictures, height + 2 * below, width + 2 * aside, taps.shape[-1]))
+        for i in range(self.kernel[0]):
+            for j in range(self.kernel[1]):
+                total[:, self._seen(0, i), self._seen(1, j)] += taps[:, :, :, i, j]
+        return total[:, below : below + height, aside : aside + width].reshape(-1, taps.shape[-1])
+
+    def _seen(self, axis: int, tap: int) -> slice:
+        """The pixels of the padded input that one tap of the kernel meets."""
+        start = tap * self.dilation[axis]
+        return slice(start, start + (self.out[axis] - 1) * self.stride[axis] + 1, self.stride[axis])
+
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+    def like_weight(self, slope: torch.Tensor) -> torch.Tensor:
+        return slope.reshape(len(slope), *self.kernel, self.shape[1]).permute(0, 3, 1, 2)
 
     def result(self, y: torch.Tensor) -> torch.Tensor:
         return y.reshape(self.shape[0], *self.out, -1).permute(0, 3, 1, 2)

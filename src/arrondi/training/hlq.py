@@ -111,7 +111,7 @@ def _backward(
     if wanted[1]:
         left = rounded(compressed(slope, line, block, options.rank), by_column=True, seed=seed())
         by_weight = scaled(integer_product(left.codes.T, codes.T), left.scale, scale, None, torch.float32)
-    return by_x, by_weight, {}
+    return None if by_x is None else geometry.back(by_x), by_weight, {}
 
 
 def turned_weight(weight: torch.Tensor, block: int) -> Rounded:

@@ -151,44 +151,54 @@ def _forward(
     *,
     turn: bool = False,
 ) -> tuple[torch.Tensor, Passed]:
-    matrix = geometry.matrix(x)
-    block = _settled(layer, matrix, weight, turn)
-    there = _turned(_padded(matrix, block).float(), block)
+    taps = weight.reshape(-1, x.shape[1])  # the transform mixes the features of a point, so it does not meet windows
+    block = _settled(layer, x, taps, turn)
+    there = _turned(_padded(x, block).float(), block)
     step_x, step_weight = (layer.learned[name].detach().abs().reshape(()) for name in ("step_x", "step_weight"))
-    codes, of_weight = _rounded(there, step_x), _weight_codes(weight, block, step_weight)
+    codes, of_weight = _rounded(there, step_x), _weight_codes(taps, block, step_weight).reshape(len(weight), -1)
     plain = _plain(codes)
-    sums = integer_product(plain, of_weight)
-    unsound = 0 * extremes(there)  # a learned step would hide what is not finite
+    sums = integer_product(geometry.matrix(plain), of_weight)
+    unsound = _of_rows(0 * extremes(there), geometry)  # a learned step would hide what is not finite
     y = scaled(sums, step_x * step_weight + unsound, None, bias, x.dtype)
     left = round_codes(there * inverse(step_x) - plain, row=torch.full((len(there),), float(_FINE)))
-    return y, Passed((codes, left, of_weight, weight, step_x, step_weight), (block, weight.shape[1]))
+    return y, Passed((codes, left, of_weight, weight, step_x, step_weight), (block,))
+
+
+def _of_rows(values: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Values of points, added up over the points of each row of the product."""
+    return geometry.matrix(values[:, None]).sum(1)
 
 
 def _learn(weight: torch.Tensor, options: Any) -> dict[str, torch.Tensor]:
     return {"step_x": torch.zeros(1), "step_weight": torch.zeros(1)}
 
 
-def _finish(by_x: torch.Tensor | None, by_weight: torch.Tensor | None, passed: Passed) -> Gradients:
-    """Gradients of rounded values → of what was rounded, turned back, and of the steps."""
+def _finish(
+    by_x: torch.Tensor | None, by_weight: torch.Tensor | None, passed: Passed, geometry: Geometry, features: int
+) -> Gradients:
+    """Gradients of rounded sides → of what was rounded, turned back, and of the steps."""
     codes, left, of_weight, weight, _, step_weight = passed.whole
-    block, width = passed.facts
+    (block,) = passed.facts
     learned = {}
     if by_x is not None:
+        by_x = geometry.back(by_x)
         plain = _plain(codes).float()
         there = plain + left.float() / _FINE
         there = torch.where(codes > _HIGH, torch.where(plain < 0, float(_LOW), float(_HIGH)), there)
         learned["step_x"] = step_slope(there, plain, by_x, _LOW, _HIGH).reshape(1)
-        by_x = _turned(by_x * (codes <= _HIGH), block, back=True)[:, :width]
+        by_x = _turned(by_x * (codes <= _HIGH), block, back=True)[:, :features]
     if by_weight is not None:
+        of_weight, by_weight = (side.reshape(-1, codes.shape[1]) for side in (of_weight, by_weight))
+        taps = weight.reshape(-1, features)
         total = torch.zeros((), device=weight.device)
         there = inverse(step_weight)
         for strip in _strips(*by_weight.shape):
-            turned = _turned(_padded(weight[strip], block).float(), block) * there
+            turned = _turned(_padded(taps[strip], block).float(), block) * there
             slope = by_weight[strip]
             total += step_slope(turned, of_weight[strip], slope, _LOW, _HIGH, of_weight.numel())
             by_weight[strip] = _turned(slope * ((turned > _LOW) & (turned < _HIGH)), block, back=True)
         learned["step_weight"] = total.reshape(1)
-        by_weight = by_weight[:, :width]
+        by_weight = by_weight[:, :features].reshape(weight.shape)
     return by_x, by_weight, learned
 
 
@@ -213,27 +223,35 @@ def _sampled(
     rows, how = len(slope), layer.options.sampling
     by_x = by_weight = None
     if wanted[0]:
-        by_x = torch.zeros((rows, x.shape[1]), dtype=torch.float32, device=slope.device)
+        by_x = torch.zeros((rows, of_weight.shape[1]), dtype=torch.float32, device=slope.device)
         for (part, scale), p in zip(parts, _chances(sizes, rows, how).split(rows), strict=True):
             kept, more = drawn(p, generator)
             sums = integer_product(part[kept], of_weight.T)
             by_x.index_add_(0, kept, scaled(sums, more * scale * step_weight, None, None, torch.float32))
         by_x += 0 * halves.scale  # of what is not finite no row is drawn, and nothing may hide it
     if wanted[1]:
-        leverage = sizes * x.float().norm(dim=1).repeat(2)
+        leverage = sizes * _of_rows(x.float().square().sum(1), geometry).sqrt().repeat(2)
+        windows = geometry.matrix(x)
         for (part, scale), p in zip(parts, _chances(leverage, rows, how).split(rows), strict=True):
             kept, more = drawn(p, generator)
             # The weights of rows stand inside the sum: rows take them in and are rounded anew, by output.
             again = rounded(part[kept].to(torch.bfloat16), row=more, by_column=True, seed=seed())
-            sums = integer_product(again.codes.T, x[kept].T)
+            sums = integer_product(again.codes.T, windows[kept].T)
             half = scaled(sums, again.scale * scale * step_x, None, None, torch.float32)
             by_weight = half if by_weight is None else by_weight.add_(half)
         assert by_weight is not None
         by_weight += 0 * halves.scale
-    return _finish(by_x, by_weight, passed)
+    return _finish(by_x, by_weight, passed, geometry, layer.features)
 
 
-def _plain_products(slopes: torch.Tensor, scale: torch.Tensor, passed: Passed, wanted: tuple[bool, bool]) -> Gradients:
+def _plain_products(
+    slopes: torch.Tensor,
+    scale: torch.Tensor,
+    passed: Passed,
+    geometry: Geometry,
+    layer: Layer,
+    wanted: tuple[bool, bool],
+) -> Gradients:
     """Both products from one matrix of codes with one scale."""
     codes, _, of_weight, _, step_x, step_weight = passed.whole
     by_x = by_weight = None
@@ -241,13 +259,13 @@ def _plain_products(slopes: torch.Tensor, scale: torch.Tensor, passed: Passed, w
         sums = integer_product(slopes, of_weight.T)
         by_x = scaled(sums, (scale * step_weight).expand(len(sums)), None, None, torch.float32)
     if wanted[1]:
-        sums = integer_product(slopes.T, _plain(codes).T)
+        sums = integer_product(slopes.T, geometry.matrix(_plain(codes)).T)
         by_weight = scaled(sums, (scale * step_x).expand(len(sums)), None, None, torch.float32)
-    return _finish(by_x, by_weight, passed)
+    return _finish(by_x, by_weight, passed, geometry, layer.features)
 
 
 def _luq(slope: torch.Tensor, passed: Passed, geometry: Geometry, layer: Layer, wanted: tuple[bool, bool]) -> Gradients:
-    return _plain_products(*logarithmic(slope, seed()), passed, wanted)
+    return _plain_products(*logarithmic(slope, seed()), passed, geometry, layer, wanted)
 
 
 def _nearest(
@@ -255,11 +273,11 @@ def _nearest(
 ) -> Gradients:
     scale = extremes(slope).amax() / MOST if slope.numel() else torch.zeros(())
     codes = round_codes(slope, row=inverse(scale).expand(len(slope)), lowest=-MOST, highest=MOST)
-    return _plain_products(codes, scale, passed, wanted)
+    return _plain_products(codes, scale, passed, geometry, layer, wanted)
 
 
 def _arithmetic(layer: Layer, device: str, *, backward: str) -> Arithmetic:
-    way = lanes(device, 4) + padding("inputs", layer.sums[1], int(layer.kept.get("block", 1)))
+    way = lanes(device, 4) + padding("inputs", layer.features, int(layer.kept.get("block", 1)))
     return f"int4 × int4 → int32{way}", f"{backward}{way}", f"{backward}{way}"
 
 

@@ -94,7 +94,7 @@ def _backward(
     by_x = by_weight = None
     if wanted[0]:
         tokens = rounded(slope, column=weight_scale, seed=seed() if noise else None)
-        by_x = _by_input(tokens, of_weight, None)
+        by_x = geometry.back(_by_input(tokens, of_weight, None))
     if wanted[1]:
         outputs = rounded(slope, row=geometry.spread(scale), by_column=True, seed=seed() if noise else None)
         by_weight = _by_weight(outputs, geometry.matrix(codes), None)
@@ -128,7 +128,7 @@ def _unified_backward(
     slopes = _clipped(slope, clip.expand(slope.shape[0]), False, options.stochastic)
     by_x = by_weight = None
     if wanted[0]:
-        by_x = _by_input(slopes, of_weight, weight_scale[:1].expand(of_weight.shape[1]))
+        by_x = geometry.back(_by_input(slopes, of_weight, weight_scale[:1].expand(of_weight.shape[1])))
     if wanted[1]:
         matrix = geometry.matrix(codes)
         outputs = Rounded(slopes.codes, (clip / 127).expand(slope.shape[1]))
@@ -145,7 +145,7 @@ def _adaptive_backward(
     by_x = by_weight = None
     if wanted[0]:
         tokens = rounded(slope, whole=True, seed=seed() if options.stochastic else None)
-        by_x = _by_input(tokens, of_weight, weight_scale[:1].expand(of_weight.shape[1]))
+        by_x = geometry.back(_by_input(tokens, of_weight, weight_scale[:1].expand(of_weight.shape[1])))
     if wanted[1]:
         clips = channel_clips(slope, layer.kept.get("clips"), options.share, options.speed)
         layer.kept["clips"] = clips

@@ -29,11 +29,13 @@ class Layer:
         learned: parameters besides weight and bias, by name, that an optimizer trains.
         kept: tensors that change from step to step and that nobody trains, by name.
         sums: (out, in) of the product.
+        features: of a point of the input, in numbers; `in` is a multiple of it.
         learning_rate: by which factor the layer's step should be shortened, where a method asks for it.
     """
 
     options: Any
     sums: tuple[int, int]
+    features: int
     learned: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     learning_rate: float = 1.0
@@ -52,10 +54,10 @@ class Passed(NamedTuple):
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Geometry, Layer], tuple[torch.Tensor, Passed]]
-"""(x in the layer's shape, weight (out, in), bias (out,), geometry, layer) → (y (rows, out) in the type of x, what is passed)."""
+"""(x (points, features), weight (out, taps · features), bias (out,), geometry, layer) → (y (rows, out) in the type of x, what is passed)."""
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor]]
-"""Of x as rows (rows, in), of the weight (out, in), of what is learned by name."""
+"""Of x (points, features), of the weight (out, taps · features), of what is learned by name."""
 
 Backward = Callable[[torch.Tensor, Passed, Geometry, Layer, tuple[bool, bool]], Gradients]
 """(gradient (rows, out), what was passed, geometry, layer, whether x and weight want theirs) → gradients."""

@@ -59,7 +59,7 @@ def become(module: nn.Linear | nn.Conv2d, method: TrainingMethod, options: Any) 
         name: nn.Parameter(value.to(weight.device), requires_grad=weight.requires_grad)
         for name, value in method.learn(weight.detach().reshape(sums), options).items()
     }
-    layer = Layer(options, sums, learned)
+    layer = Layer(options, sums, int(weight.shape[1]), learned)
     lowbit = LowBit(method, layer, type(module))
     object.__setattr__(module, "lowbit", lowbit)
     for name, parameter in learned.items():

@@ -98,7 +98,7 @@ def _mx_backward(
     by_x = by_weight = None
     if wanted[0]:
         left, right = _sides(slope, weight.T, layer.options, back=True)
-        by_x = left @ right.T
+        by_x = geometry.back(left @ right.T)
     if wanted[1]:
         left, right = _sides(slope.T, geometry.matrix(x).T, layer.options, back=True)
         by_weight = left @ right.T
@@ -127,8 +127,11 @@ def _fp8_backward(
 ) -> Gradients:
     values, scale, of_weight, weight_scale = passed.whole
     slopes, slope_scale = _cast(slope, torch.float8_e5m2)
-    by_x = slopes.float() @ of_weight.float() * (slope_scale * weight_scale) if wanted[0] else None
-    by_weight = slopes.float().T @ geometry.matrix(values.float()) * (slope_scale * scale) if wanted[1] else None
+    by_x = by_weight = None
+    if wanted[0]:
+        by_x = geometry.back(slopes.float() @ of_weight.float() * (slope_scale * weight_scale))
+    if wanted[1]:
+        by_weight = slopes.float().T @ geometry.matrix(values.float()) * (slope_scale * scale)
     return by_x, by_weight, {}
 
 

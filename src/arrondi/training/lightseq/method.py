@@ -14,7 +14,7 @@ import torch
 
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
-from arrondi.kernels.clipping import MOST, clip_codes, marks, masked, narrow, widen
+from arrondi.kernels.clipping import MOST, clip_codes, masked, narrow, widen
 from arrondi.kernels.sides import extremes, integer_product, scaled
 from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry, Tokens
@@ -122,11 +122,10 @@ def _products(
     geometry: Geometry,
     layer: Layer,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Sums, codes of x in its shape, which of it lay beyond the clip, and codes of the weight."""
+    """Sums, codes of x, which of it lay beyond the clip, and codes of the weight."""
     unsigned = layer.options.inputs == "unsigned"
-    codes, beyond = clip_codes(x.reshape(-1, x.shape[-1]), clip, unsigned=unsigned, marked=True)
+    codes, beyond = clip_codes(x, clip, unsigned=unsigned, marked=True)
     of_weight = clip_codes(weight, clip_weight).codes
-    codes = codes.reshape(x.shape)
     return integer_product(geometry.matrix(codes), of_weight), codes, beyond, of_weight
 
 
@@ -196,7 +195,8 @@ def _backward(
     learned: dict[str, torch.Tensor] = {}
     if wanted[0]:
         by_x = (slope @ of_weight.to(slope.dtype)).float().mul_(clip_weight / MOST)
-        by_x, ends = _clipped(by_x, codes, beyond, geometry, unsigned)
+        by_x, ends = masked(geometry.back(by_x), beyond, codes, unsigned=unsigned)
+        assert ends is not None
         learned["clip"] = ends.sum().reshape(1)
     if wanted[1]:
         by_weight = (slope.T @ geometry.matrix(codes).to(slope.dtype)).float()
@@ -204,19 +204,6 @@ def _backward(
             by_weight = (by_weight + MOST * slope.float().sum(0)[:, None]) / 2
         by_weight.mul_(clip / MOST)
     return by_x, by_weight, learned
-
-
-def _clipped(
-    by_x: torch.Tensor, codes: torch.Tensor, beyond: torch.Tensor, geometry: Geometry, unsigned: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient (rows, in) of what lay within the clip, and what the clip gets."""
-    if isinstance(geometry, Tokens):
-        y, ends = masked(by_x, beyond, geometry.matrix(codes), unsigned=unsigned)
-        assert ends is not None
-        return y, ends
-    side = marks(beyond, codes.shape[-1]).reshape(codes.shape) * codes.sign()  # at which end, 0 where it was inside
-    side = geometry.matrix(side)
-    return by_x * (side == 0), by_x * side
 
 
 def _arithmetic(layer: Layer, device: str) -> Arithmetic:

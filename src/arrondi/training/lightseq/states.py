@@ -44,7 +44,7 @@ class StatesClip(nn.Module):
     def __init__(self, like: torch.Tensor) -> None:
         super().__init__()
         self.clip = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=like.device))
-        self.layer = Layer(None, (0, 0), {"clip": self.clip})
+        self.layer = Layer(None, (0, 0), 0, {"clip": self.clip})
 
     def forward(self, *states: torch.Tensor) -> list[torch.Tensor]:
         """Each as numbers that a code has, in its own shape and type; gradients pass within the clip."""
