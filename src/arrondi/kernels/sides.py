@@ -1,6 +1,6 @@
 """Integer products whose two sides are both rounded anew at every step, as in low-bit training.
 
-Owns: `extremes`, `round_codes`, `scaled`, each with a slow reference that gives the same numbers, and `integer_product`, exact
+Owns: `extremes`, `round_codes`, `scaled`, each with a slow reference that gives the same numbers, `later`, and `integer_product`, exact
 sums of int8 products by whichever engine is exact on this machine. Stochastic rounding (unbiased) takes its noise from a hash of
 a seed and the place of a number, so that it is the same on every machine and with any number of threads.
 """
@@ -103,6 +103,11 @@ def round_codes_reference(
     if seed is not None:
         values = values + _noise(values.shape[0], values.shape[1], seed, values.device)
     return values.nan_to_num(nan=lowest).clamp(lowest, highest).round().to(torch.int8)
+
+
+def later(seed: int | None, rows: int) -> int | None:
+    """The seed with which a part of a matrix that begins at a row is rounded as it is with the whole; None stays None."""
+    return None if seed is None else (seed + rows * _GOLDEN) & _WORD
 
 
 def scaled(sums: torch.Tensor, row: Factor, column: Factor, bias: Factor, dtype: torch.dtype) -> torch.Tensor:
@@ -253,6 +258,7 @@ __all__ = [
     "filled",
     "integer_product",
     "integer_product_reference",
+    "later",
     "round_codes",
     "round_codes_reference",
     "scaled",

@@ -15,11 +15,14 @@ from torch.nn import functional as F
 
 from arrondi.arguments import check_fields
 from arrondi.kernels import hadamard
-from arrondi.kernels.sides import round_codes
+from arrondi.kernels.sides import later, round_codes
 from arrondi.training.geometry import Geometry
 from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, padding, seed
 
 _BLOCK: Final = 32
+_STRIP: Final = 1 << 12
+"""Blocks that are rounded at a time."""
+
 _E2M1_MAX: Final = 6.0
 _SMALLEST: Final = -126.0
 
@@ -58,13 +61,17 @@ def blocks_of_fp4(x: torch.Tensor, noise: int | None = None) -> torch.Tensor:
         Of x's shape; NaN for a block in which something is not finite.
     """
     blocks = x.reshape(-1, _BLOCK)
-    most = blocks.abs().amax(1, keepdim=True)
-    power = torch.exp2((most / _E2M1_MAX).log2().ceil().clamp_min(_SMALLEST))
-    there = blocks / power
-    size = there.abs()
-    unit = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    steps = round_codes(there / unit, lowest=-8, highest=8, seed=noise)
-    return (steps * unit * power + 0 * most).reshape(x.shape)
+    y = torch.empty_like(blocks)
+    for start in range(0, len(blocks), _STRIP):  # strips stay in cache
+        part = blocks[start : start + _STRIP]
+        most = part.abs().amax(1, keepdim=True)
+        power = torch.exp2((most / _E2M1_MAX).log2().ceil().clamp_min(_SMALLEST))
+        there = part / power
+        size = there.abs()
+        unit = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+        steps = round_codes(there / unit, lowest=-8, highest=8, seed=later(noise, start))
+        torch.addcmul(0 * most, unit.mul_(power), steps, out=y[start : start + _STRIP])
+    return y.reshape(x.shape)
 
 
 def _sides(
