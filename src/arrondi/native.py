@@ -1,6 +1,6 @@
 """The compiled kernels, if they are there.
 
-Owns: `native`, the extension module or None; which path of it runs; and `operand`, the only way to hand it a tensor: an
+Owns: `native`, the extension module or None; which path of it runs; `plain`, of which tensors it is asked; and `operand`, the only way to hand it one: an
 address is given for a shape, type and layout that were checked, since the kernels read and write where they are told to.
 Without the extension (no compiler when arrondi was installed) everything works through PyTorch, and the first use says once
 that it is slower.
@@ -107,6 +107,11 @@ def kernel_threads(*, alone: bool) -> Iterator[None]:
 Dtypes = torch.dtype | tuple[torch.dtype, ...]
 
 _Layout = Literal["contiguous", "rows", "last"]
+
+
+def plain(x: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor lie in the memory of this machine: no subclass, which may be a shard or a mere description."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu
 
 
 def operand(

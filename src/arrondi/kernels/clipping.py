@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from arrondi.errors import ShapeError
-from arrondi.native import TYPES, available, native, operand, threads
+from arrondi.native import TYPES, available, native, operand, plain, threads
 
 MOST: Final = 127
 
@@ -203,7 +203,7 @@ def _packed(beyond: torch.Tensor) -> torch.Tensor:
 
 
 def _compiled(x: torch.Tensor, *types: torch.dtype) -> bool:
-    return type(x) is torch.Tensor and x.is_cpu and x.dtype in types and available() and hasattr(native, "clip_codes")
+    return plain(x) and x.dtype in types and available() and hasattr(native, "clip_codes")
 
 
 def _shape(x: torch.Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from arrondi.errors import ShapeError
-from arrondi.native import TYPES, available, native, operand, threads
+from arrondi.native import TYPES, available, native, operand, plain, threads
 
 _EXACT_COLUMNS: Final = 1024
 """Products of int8 that float32 adds up without rounding: 1024 · 128² = 2²⁴."""
@@ -204,7 +204,7 @@ def _shape(x: torch.Tensor) -> tuple[int, int]:
 
 
 def _compiled(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and x.is_cpu and x.dtype in TYPES and available()
+    return plain(x) and x.dtype in TYPES and available()
 
 
 def _matrix(x: torch.Tensor, row: Factor, column: Factor) -> tuple[tuple[int, ...], tuple[object, ...]]:
