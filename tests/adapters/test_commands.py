@@ -115,7 +115,9 @@ def test_pissa_in_ordinary_numbers_and_back_to_plain_lora(models: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3}}], ids=str
+    "options",
+    [{}, {"use_dora": True}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3, r"layers\.[12]\.mlp\..*": 40}}],
+    ids=str,
 )
 def test_merging_is_what_peft_computes(starts: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     base = starts["lora"][0]
@@ -178,11 +180,67 @@ def test_bad_input(models: Callable[..., Path], starts: Any, tmp_path: Path) -> 
             "no linear layer",
         ),
         (lambda: merge_adapter(starts["lora"][0] / "adapter", *[starts["lora"][0]] * 2), OutputError, "same directory"),
+        (lambda: Init("lora", alpha=float("inf")), SchemeError, "finite"),
     ]
     for call, error, words in cases:
         with pytest.raises(error, match=words):
             call()
     assert not out.exists()
+
+
+def test_ordinary_numbers_replace_only_what_arrondi_wrote(
+    models: Callable[..., Path], starts: Any, tmp_path: Path
+) -> None:
+    base, theirs, out = starts["lora"][0], tmp_path / "theirs", tmp_path / "out"
+    theirs.mkdir()
+    (theirs / "config.json").write_text("{}", encoding="utf-8")
+    (theirs / "thesis.txt").write_text("years of work", encoding="utf-8")
+
+    def merged(folder: Path, **more: Any) -> Any:
+        return merge_adapter(base / "adapter", base, folder, scheme="bf16", **more)
+
+    for overwrite in (False, True):
+        for call in (
+            lambda overwrite=overwrite: initialize(models("llama"), theirs, Init("pissa", rank=4), overwrite=overwrite),
+            lambda overwrite=overwrite: merged(theirs, overwrite=overwrite),
+        ):
+            with pytest.raises(OutputError, match="Nothing was touched"):
+                call()
+    assert sorted(p.name for p in theirs.iterdir()) == ["config.json", "thesis.txt"]
+    merged(out)
+    with pytest.raises(OutputError, match="--overwrite"):
+        merged(out)
+    merged(out, overwrite=True)
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    entries = Checkpoint.open(out).folder.entries.values()
+    assert {e.torch_dtype for e in entries} == {torch.bfloat16}
+
+
+def test_a_model_that_reads_no_text_is_merged_all_the_same(models: Callable[..., Path], tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    ar.quantize(models("vit"), "W8A16", out=base, evaluate=False)
+    peft.get_peft_model(ar.load(base), peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(adapter)
+    assert arrondi("adapt", "merge", adapter, "--base", base, "-o", tmp_path / "merged") == 0
+
+
+def test_factors_that_belong_to_other_weights_are_refused(
+    models: Callable[..., Path], starts: Any, tmp_path: Path
+) -> None:
+    """peft's pissa moves a part of each weight into the factors, and does so again at every loading."""
+    model = peft.get_peft_model(
+        plain(models("llama")), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    model.save_pretrained(tmp_path / "pissa")
+    with pytest.raises(FileFormatError, match="path_initial_model_for_weight_conversion"):
+        merge_adapter(tmp_path / "pissa", models("llama"), tmp_path / "out", scheme="fp32")
+    config = json.loads((tmp_path / "pissa" / "adapter_config.json").read_text(encoding="utf-8"))
+    for change in ({"alpha_pattern": {"q_proj": "many"}}, {"alpha_pattern": [1]}, {"lora_alpha": None}):
+        text = json.dumps({**config, "init_lora_weights": True, **change})
+        (tmp_path / "pissa" / "adapter_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(FileFormatError, match="alpha"):
+            Adapter.read(tmp_path / "pissa")
+    with pytest.raises(FileFormatError, match="other codes"):
+        peft.PeftModel.from_pretrained(ar.load(starts["lora"][0]), starts["qpissa"][0] / "adapter")
 
 
 def test_adapters_that_are_more_than_lora_are_refused(starts: Any, tmp_path: Path) -> None:

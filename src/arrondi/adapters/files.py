@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from arrondi.adapters.origin import read_origin
+from arrondi.arguments import said
 from arrondi.checkpoint import ShardPlan, ShardWriter, read_header, read_tensor, write_json
 from arrondi.checkpoint.containers.json_file import read_json
 from arrondi.errors import FileFormatError
@@ -27,6 +30,9 @@ _UNKNOWN: Final = (
     "alora_invocation_tokens", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
 """Settings of peft under which a layer is more than W + B A."""
+
+STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base as it is; under all others peft changes it where the adapter is put on, again at every loading."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,11 @@ class Adapter:
             raise FileFormatError(
                 f"{folder}: holds an adapter of the kind {config.get('peft_type')}, and LoRA is merged here. Merge it with peft, over the dequantized model."
             )
+        start = config.get("init_lora_weights", True)
+        if start not in STARTS:
+            raise FileFormatError(
+                f"{folder}: it was started by init_lora_weights={start!r}, which changes the weights under it, so its factors belong to others than its base holds. Save it with path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
+            )
         used = [name for name in _UNKNOWN if config.get(name)]
         if config.get("bias", "none") != "none":
             used.append("bias")
@@ -86,6 +97,7 @@ class Adapter:
             raise FileFormatError(
                 f"{folder}: its {' and '.join(used)} changes more than weights by B A. Merge it with peft, over the dequantized model."
             )
+        _check_numbers(folder, config)
         if not (folder / WEIGHTS).is_file():
             raise FileFormatError(f"{folder}: has no {WEIGHTS}. Save the adapter with safe_serialization.")
         tensors = {n: read_tensor(e).float() for n, e in read_header(folder / WEIGHTS).items()}
@@ -95,6 +107,10 @@ class Adapter:
 def _deltas(folder: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Delta]:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise FileFormatError(
+                f"{folder}: {name} holds NaN or infinity. The training failed; take an earlier state."
+            )
         module, _, what = name.removeprefix(_PREFIX).rpartition(".lora_")
         part = what.removesuffix(".weight")
         if not module or part not in ("A", "B", "magnitude_vector", "embedding_A", "embedding_B"):
@@ -120,11 +136,20 @@ def _deltas(folder: Path, tensors: dict[str, torch.Tensor], config: Mapping[str,
     return found
 
 
+def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    patterns = config.get("alpha_pattern") or {}
+    values = [config.get("lora_alpha", 1), *(patterns.values() if isinstance(patterns, Mapping) else [None])]
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise FileFormatError(
+            f"{folder / CONFIG}: lora_alpha is a number and alpha_pattern gives one for each of its patterns, got {said(values)}. Save the adapter again."
+        )
+
+
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """As peft computes it: α / r, or α / √r; α may be another for some layers, and r is that of the file."""
+    """As peft computes it: α / r, or α / √r; α may be another for some layers, by patterns for the end of their paths, and r is that of the file."""
     patterns = config.get("alpha_pattern") or {}
     alpha = next(
-        (v for k, v in patterns.items() if module == k or module.endswith(f".{k}")), config.get("lora_alpha", rank)
+        (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), config.get("lora_alpha", rank)
     )
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 

@@ -6,6 +6,7 @@ plain copy of the model first, so method, format, layout and files are those of 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from arrondi.adapters.files import Delta, write_adapter
 from arrondi.adapters.moments import input_moments
 from arrondi.adapters.origin import digest, write_origin
-from arrondi.adapters.places import Place, places, rewritten, scratch
+from arrondi.adapters.places import Place, places, published, rewritten, scratch
 from arrondi.checkpoint import Checkpoint, read_report, write_json
 from arrondi.errors import OutputError, SchemeError, ShapeError, unknown
 from arrondi.formats import LayerScheme
@@ -67,8 +68,10 @@ class Init:
     def __post_init__(self) -> None:
         if self.name not in INITS:
             raise unknown("init", self.name, INITS)
-        if self.rank < 1 or self.steps < 1 or (self.alpha is not None and not self.alpha > 0):
-            raise SchemeError(f"Rank, steps and alpha are more than 0, got {self.rank}, {self.steps} and {self.alpha}.")
+        if self.rank < 1 or self.steps < 1 or (self.alpha is not None and not 0 < self.alpha < math.inf):
+            raise SchemeError(
+                f"Rank, steps and alpha are finite and more than 0, got {self.rank}, {self.steps} and {self.alpha}."
+            )
 
     @property
     def scaling(self) -> float:
@@ -141,8 +144,7 @@ def initialize(
     work = _Work(checkpoint, source, init, chosen, progress or (lambda done, total, what: None))
     with scratch(out) as folder:
         if recipe is None:
-            _refuse_model(out, overwrite)
-            rewritten(checkpoint, out, work.changes, work.places, None)
+            published(checkpoint, out, work.changes, work.places, None, overwrite=overwrite)
         elif init.name in ("lora", "eora"):
             quantize_model(model, out, recipe, text, overwrite=overwrite)
         else:
@@ -294,10 +296,3 @@ def _name_original(out: Path, model: Path) -> None:
     """The report names the user's model, not the copy that was rounded."""
     path = out / "report.json"
     write_json(path, {**read_report(path), "model": str(model)})
-
-
-def _refuse_model(out: Path, overwrite: bool) -> None:
-    if (out / "config.json").exists() or any(out.glob("*.safetensors")):
-        if not overwrite:
-            raise OutputError(f"{out}: a model is there already. Choose a new directory or add --overwrite.")
-        shutil.rmtree(out)

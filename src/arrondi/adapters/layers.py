@@ -17,11 +17,9 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
+from arrondi.adapters.files import STARTS
 from arrondi.errors import SchemeError
 from arrondi.nn import QConv, QEmbedding, QLinear, QStack
-
-_STARTS: Final = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base as it is."""
 
 
 def _refuse_merge(*args: Any, **kwargs: Any) -> NoReturn:
@@ -32,7 +30,7 @@ def _refuse_merge(*args: Any, **kwargs: Any) -> NoReturn:
 
 def _check_start(config: Any) -> None:
     start = config.init_lora_weights
-    if start not in _STARTS:
+    if start not in STARTS:
         from arrondi.adapters.initial import INITS  # with all of quantizing, which training does not need
 
         ours = str(start).split("_")[0]

@@ -12,10 +12,10 @@ import torch
 
 from arrondi.adapters.files import Adapter, Delta
 from arrondi.adapters.origin import ORIGIN, digest
-from arrondi.adapters.places import Place, places, rewritten, scratch
+from arrondi.adapters.places import Place, places, published, rewritten, scratch
 from arrondi.checkpoint import Checkpoint
-from arrondi.errors import FileFormatError, OutputError, ShapeError
-from arrondi.measure.compare import compare_models
+from arrondi.errors import DataError, FileFormatError, ShapeError
+from arrondi.measure.compare import compare_models, is_causal
 from arrondi.measure.data import Data
 from arrondi.model import DTYPES, OnDisk
 from arrondi.pipeline import Recipe, Rule, TextOptions, quantize_model
@@ -34,6 +34,7 @@ def merge_adapter(
     method: str = "rtn",
     text: TextOptions | None = None,
     measured_on: Data | None = None,
+    otherwise: Data | None = None,
     measured_windows: int = 32,
     seq_len: int = 256,
     overwrite: bool = False,
@@ -47,7 +48,8 @@ def merge_adapter(
         scheme: what weights become; None: what they are in the base. `bf16`, `fp16` and `fp32` leave them in ordinary numbers.
         method: how codes are chosen.
         text: calibration data of methods and static scales that need them.
-        measured_on: text on which the result is compared with base and adapter; None: only weights are.
+        measured_on: text on which the result is compared with base and adapter.
+        otherwise: text in its place for language models that can read it; None, and where it cannot be read: only weights are compared.
         measured_windows, seq_len: windows at most, tokens of each.
         overwrite: a finished output of arrondi may be replaced.
 
@@ -63,7 +65,8 @@ def merge_adapter(
     found, checkpoint, out = Adapter.read(adapter), Checkpoint.open(base), Path(out)
     check_apart(checkpoint.folder.path, out)
     check_apart(Path(adapter), out)
-    there = places(OnDisk(checkpoint))
+    source = OnDisk(checkpoint)
+    there = places(source)
     _check_fits(found, there, checkpoint, Path(adapter))
     at = [there[name] for name in found.deltas]
     dense = DENSE.get(scheme.lower()) if scheme is not None else None if checkpoint.layout is not None else ""
@@ -76,9 +79,7 @@ def merge_adapter(
             layout = checkpoint.layout.name if scheme is None and checkpoint.layout is not None else None
             quantize_model(whole, out, recipe, options, layout=layout, overwrite=overwrite)
         else:
-            if (out / "config.json").exists():
-                raise OutputError(f"{out}: a model is there already. Choose a new directory.")
-            rewritten(checkpoint, out, found.deltas, at, DTYPES[dense] if dense else None)
+            published(checkpoint, out, found.deltas, at, DTYPES[dense] if dense else None, overwrite=overwrite)
         rows = list(_rows(found.deltas, there, checkpoint, Checkpoint.open(out)))
         result: dict[str, Any] = {
             "merged": len(rows),
@@ -86,9 +87,15 @@ def merge_adapter(
             "sqnr_db": _sqnr(rows),
             "layers": rows,
         }
-        if measured_on is not None:
-            said = compare_models(out, whole, measured_on, seq_len=seq_len, samples=measured_windows)
-            result |= {k: said[k] for k in ("kl_mean", "perplexity", "reference_perplexity", "protocol") if k in said}
+        on = measured_on if measured_on is not None else otherwise if is_causal(source.model) else None
+        try:
+            said = {} if on is None else compare_models(out, whole, on, seq_len=seq_len, samples=measured_windows)
+        except (DataError, FileFormatError) as error:
+            if measured_on is not None:
+                raise
+            said = {}  # merged all the same, of a model without a tokenizer
+            result["not_measured"] = str(error).replace(str(whole), str(checkpoint.folder.path))
+        result |= {k: said[k] for k in ("kl_mean", "perplexity", "reference_perplexity", "protocol") if k in said}
     for row in rows:
         row["sqnr_db"] = _sqnr([row])
         del row["signal"], row["noise"]
@@ -107,7 +114,7 @@ def _check_fits(found: Adapter, there: Mapping[str, Place], checkpoint: Checkpoi
             raise ShapeError(
                 f"{folder}: {name} is {shape[0]} × {shape[1]} in {checkpoint.folder.path}, the adapter is for {delta.shape[0]} × {delta.shape[1]}. Name the base that it was trained on."
             )
-        if rank > min(shape):
+        if rank > min(shape) and there[name].stored in checkpoint.placed:  # which over plain weights peft allows
             raise ShapeError(
                 f"{folder}: {name} has a rank of {rank}, more than a matrix of {shape[0]} × {shape[1]} has. It is no adapter of this layer."
             )

@@ -1,6 +1,6 @@
 """What an adapter was trained on: `ORIGIN`, a small file beside it with a digest of every packed layer that it changes.
 
-Owns: `digest`, `note_origin`, `write_origin` and `read_origin`. An adapter fits the codes under it; with others it does something else, and nothing in
+Owns: `digest`, `note_origin`, `check_origin`, `write_origin` and `read_origin`. An adapter fits the codes under it; with others it does something else, and nothing in
 peft's own files says which they were.
 """
 
@@ -44,6 +44,29 @@ def note_origin(model: Any, directory: str | Path) -> None:
     }
     for config in [*Path(directory).glob(_CONFIG), *Path(directory).glob(f"*/{_CONFIG}")] if packed else []:
         write_origin(config.parent, packed)
+
+
+def check_origin(model: Any, directory: str | Path, subfolder: str | None = None) -> None:
+    """Refuse an adapter for other codes before a peft model loads it. Ordinary layers take every adapter, as in plain peft.
+
+    Args:
+        model: a PeftModel over a loaded model.
+        directory: of the adapter; a name on the Hub is not looked at.
+
+    Raises:
+        FileFormatError: a packed layer holds other codes than those that the adapter was made for.
+    """
+    base = getattr(model, "base_model", None)
+    inner = getattr(base, "model", base)
+    folder = Path(directory, subfolder or "")
+    layers = dict(inner.named_modules()) if inner is not None else {}
+    for name, wanted in read_origin(folder).items():
+        layer = layers.get(name)
+        layer = getattr(layer, "base_layer", layer)
+        if isinstance(layer, (QLinear, QEmbedding)) and digest(layer.unpack().dequantize()) != wanted:
+            raise FileFormatError(
+                f"{folder}: was trained on other codes than this model holds ({name} differs). Load the base that it was trained on, or take {ORIGIN} out of the adapter to use it all the same."
+            )
 
 
 def write_origin(directory: Path, layers: Mapping[str, str], **facts: Any) -> None:

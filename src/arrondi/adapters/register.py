@@ -1,7 +1,7 @@
-"""peft learns of packed layers: `when_imported`, and the four places of peft where they are told.
+"""peft learns of packed layers: `when_imported`, and the five places of peft where they are told.
 
 peft asks a table in each `LoraConfig` for layers that it does not know (`_register_custom_module`), takes "all-linear" by class,
-copies `modules_to_save` to train them, and saves an adapter without what it was trained on. All four are functions that get one of ours around them when peft is imported: nobody who
+copies `modules_to_save` to train them, and saves and loads an adapter without what it was trained on. All five are functions that get one of ours around them when peft is imported: nobody who
 does not use adapters pays for an import.
 """
 
@@ -62,7 +62,7 @@ def _register(peft: Any) -> None:
         from peft.utils import ModulesToSaveWrapper
 
         from arrondi.adapters.layers import LAYERS, all_linear, refuse_copies
-        from arrondi.adapters.origin import note_origin
+        from arrondi.adapters.origin import check_origin, note_origin
 
         def custom(config: Any, *args: Any, **kwargs: Any) -> None:
             config._register_custom_module(dict(LAYERS))
@@ -70,8 +70,12 @@ def _register(peft: Any) -> None:
         def saved(model: Any, directory: Any, *args: Any, **kwargs: Any) -> None:
             note_origin(model, directory)
 
+        def loads(model: Any, directory: Any, *args: Any, subfolder: Any = None, **kwargs: Any) -> None:
+            check_origin(model, directory, subfolder)
+
         peft.LoraConfig.__post_init__ = _followed(peft.LoraConfig.__post_init__, custom)
         peft.PeftModel.save_pretrained = _followed(peft.PeftModel.save_pretrained, saved)
+        peft.PeftModel.load_adapter = _preceded(peft.PeftModel.load_adapter, loads)
         ModulesToSaveWrapper.check_module = _followed(ModulesToSaveWrapper.check_module, refuse_copies)
         tuners_utils._maybe_include_all_linear_layers = all_linear(tuners_utils._maybe_include_all_linear_layers)
     except (ImportError, AttributeError) as error:
@@ -91,5 +95,16 @@ def _followed(function: Callable[..., Any], then: Callable[..., None]) -> Callab
         result = function(*args, **kwargs)
         then(*args, **kwargs)
         return result
+
+    return both
+
+
+def _preceded(function: Callable[..., Any], first: Callable[..., None]) -> Callable[..., Any]:
+    """Another function with the same arguments, and then `function`."""
+
+    @functools.wraps(function)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return both

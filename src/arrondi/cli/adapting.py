@@ -86,7 +86,7 @@ def merge(
     samples: opt.Samples = 128,
     seq_len: opt.SeqLen = 512,
     text: Annotated[
-        Path | None, typer.Option("--text", help="Text to measure on.", show_default="the sample's")
+        Path | None, typer.Option("--text", help="Text to measure on.", show_default="the sample's, of language models")
     ] = None,
     eval_samples: Windows = 32,
     overwrite: Overwrite = False,
@@ -100,7 +100,7 @@ def merge(
 
     asked = TextOptions(calibration, samples, seq_len, evaluate=False)
     result = merge_adapter(
-        adapter, base, output, scheme=scheme, method=method, text=asked, measured_on=text or sample_path() / "heldout.txt",
+        adapter, base, output, scheme=scheme, method=method, text=asked, measured_on=text, otherwise=sample_path() / "heldout.txt",
         measured_windows=eval_samples, overwrite=overwrite,
     )  # fmt: skip
     answer(result, json_, print_merge)

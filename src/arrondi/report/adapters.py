@@ -32,6 +32,8 @@ def print_merge(result: Mapping[str, Any]) -> None:
     rows.show(out)
     if "kl_mean" in result:
         say(out, f"against base and adapter: {_measured(result)}")
+    if "not_measured" in result:
+        say(out, f"not measured on text: {result['not_measured']}")
 
 
 def _measured(said: Mapping[str, Any]) -> str:
