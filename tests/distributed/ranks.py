@@ -213,6 +213,17 @@ def check_a_state_goes_on_after_pickling(rank: int, world: int) -> None:
     found = train(second, rank, 3, first=5)
     assert relative(found[0], wanted[5]) < 0.3
     assert copy.step == 8
+    again = pickle.loads(pickle.dumps(copy))
+    refused(SchemeError, "settings of its own", lambda: arrondi.compress_gradients(DistributedDataParallel(network()), again, bits=8))  # fmt: skip
+    wider = DistributedDataParallel(nn.Sequential(nn.Linear(64, 80), *list(network())[1:]))
+    refused(DataError, "errors of another model", lambda: arrondi.compress_gradients(wider, again))
+    # As saved with another number of ranks: shares, and so the errors of their sums, have other sizes.
+    for key in [k for k in again.memory.held if k.endswith("/server")]:
+        again.memory.held[key] = torch.cat([again.memory.held[key]] * 2)
+    third = DistributedDataParallel(network())
+    arrondi.compress_gradients(third, again)
+    train(third, rank, 1, first=8)
+    same_everywhere(flat_gradient(third))
 
 
 def check_nan_reaches_everyone(rank: int, world: int) -> None:
@@ -335,6 +346,34 @@ def check_fsdp_nan_and_feedback(rank: int, world: int) -> None:
         assert bool(flat_gradient(model).isfinite().all())
 
 
+class Branches(nn.Module):
+    """One of two layers in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor, step: int) -> torch.Tensor:
+        out: torch.Tensor = self.head((self.second if step % 2 else self.first)(x))
+        return out
+
+
+def check_fsdp_errors_of_one_branch_are_not_added_to_another(rank: int, world: int) -> None:
+    plain, with_errors, without = Branches(), fully_shard(Branches()), fully_shard(Branches())
+    for model, feedback in ((with_errors, "ef"), (without, "none")):
+        arrondi.compress_fsdp(model, weights="none", gradients="int4", error_feedback=feedback, rounding="nearest")
+    for step in range(2):
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+        for model in (plain, with_errors, without):
+            model.zero_grad()
+            model(x, step).square().mean().backward()
+    for p, q, r in zip(with_errors.parameters(), without.parameters(), plain.parameters(), strict=True):
+        if r.grad is not None:
+            assert torch.equal(p.grad.full_tensor(), q.grad.full_tensor())
+            assert relative(p.grad.full_tensor(), r.grad) < 0.3
+
+
 def check_fsdp_with_8bit_states(rank: int, world: int) -> None:
     """Each rank rounds the states of its own shards, uneven ones too, and they go to PyTorch's optimizer and back."""
     model, plain = sharded(), network()
@@ -367,6 +406,7 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
     "fsdp gradients alone": check_fsdp_gradients_alone,
     "fsdp secondary copy": check_fsdp_secondary_copy,
     "fsdp nan and feedback": check_fsdp_nan_and_feedback,
+    "fsdp errors of one branch are not added to another": check_fsdp_errors_of_one_branch_are_not_added_to_another,
     "fsdp with 8-bit states": check_fsdp_with_8bit_states,
 }
 

@@ -20,7 +20,7 @@ from arrondi.distributed.links import Links, default_group
 from arrondi.distributed.parcel import Layout, Parcel, pieces_of
 from arrondi.distributed.schemes import GRADIENT_SCHEMES, GradientScheme, check_world
 from arrondi.distributed.scripts import SCALE_ROW, Exchange, Script, all_reduce, shared_scale
-from arrondi.errors import SchemeError, unknown
+from arrondi.errors import DataError, SchemeError, unknown
 from arrondi.tensor.blocks import Bits, BlockCodec, Rounding
 
 _SMALL: Final = 2048
@@ -31,7 +31,8 @@ _SMALL: Final = 2048
 class GradientState:
     """What a hook keeps: its settings, the step, the errors of every parameter, and (not pickled) the process groups.
 
-    After unpickling, give it to `compress_gradients` in place of the scheme's name; training goes on where it was.
+    After unpickling, give it to `compress_gradients` in place of the scheme's name; training goes on where it was. With another number
+    of ranks, errors of parameters go along, and those of places in messages start from zero.
 
     Attributes:
         step: iterations seen.
@@ -60,6 +61,10 @@ class GradientState:
         check_world(self.scheme, self.links.topology)
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
         check_agreement(model.module.named_parameters(), group, values=True)
+        if strange := next((name for name, p in named if not self.memory.fits(name, p.numel())), None):
+            raise DataError(
+                f"This state holds errors of another model: {strange} has another size there. Give the scheme's name to begin anew."
+            )
         self.names = {id(p): name for name, p in named}
 
     def reduce(self, bucket: dist.GradBucket) -> torch.Tensor:
@@ -145,7 +150,7 @@ def compress_gradients(
 
     Raises:
         SchemeError: no process group, no such scheme, a hook is registered already, or the world does not fit.
-        DataError: ranks whose parameters differ.
+        DataError: ranks whose parameters differ, or a state of another model.
     """
     if isinstance(scheme, str) and scheme not in GRADIENT_SCHEMES:
         raise unknown("gradient scheme", scheme, GRADIENT_SCHEMES)
@@ -160,6 +165,8 @@ def compress_gradients(
             "This model has a communication hook already, and DDP takes one. Wrap the model in DistributedDataParallel anew for another."
         )
     if isinstance(scheme, GradientState):
+        if (bits, block, rounding, error_feedback, per_node) != (None,) * 5:
+            raise SchemeError("A state has settings of its own. Leave bits, block, rounding, error_feedback and per_node out, or give the scheme's name.")  # fmt: skip
         state = scheme
     else:
         found = GRADIENT_SCHEMES[scheme]

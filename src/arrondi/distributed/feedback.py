@@ -39,9 +39,9 @@ class Memory:
     held: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def load(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        """The error of a name, zeros at first, in the shape of `like`, float32."""
+        """The error of a name, in the shape of `like`, float32: zeros at first, and of a place that has another size by now."""
         kept = self.held.get(key)
-        if kept is None:
+        if kept is None or not self.fits(key, like.numel()):
             return torch.zeros(like.shape, device=like.device)
         kept = kept.to(like.device)
         return (_KEPT.decode(kept, like.numel()) if self.kind == "loco" else kept).view(like.shape)
@@ -55,6 +55,13 @@ class Memory:
                 average += self.beta * before.reshape(-1)
             lost = _KEPT.encode(average)
         self.held[key] = lost
+
+    def fits(self, key: str, count: int) -> bool:
+        """Whether what is kept under a name, if anything, is for so many numbers."""
+        return key not in self.held or len(self.held[key]) == self._length(count)
+
+    def _length(self, count: int) -> int:
+        return _KEPT.nbytes(count) if self.kind == "loco" else count
 
     def tick(self, step: int) -> None:
         """At the end of a step."""

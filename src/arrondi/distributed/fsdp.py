@@ -117,7 +117,9 @@ class QuantizedReduceScatter(_Alloc):
         generator = generator_for(input_tensor.device, *what) if self.codec.rounding == "stochastic" else None
         parcel = Parcel(self.codec, layout.coded, layout.plain)
         rows = layout.sort(input_tensor.view(topology.world, -1).float())
-        sender = Sender(self.memory, f"{self.key}/{len(output_tensor)}", generator)
+        # Of a buffer with other parameters than foreseen nobody knows whose errors they are: they are not kept.
+        memory = self.memory if layout is self.layout else Memory()
+        sender = Sender(memory, self.key, generator)
         mean = self.links.run(reduce_scatter(rows, topology, parcel, sender))
         output_tensor.copy_(layout.unsort(mean if op == dist.ReduceOp.AVG else mean * topology.world))
         self.memory.tick(self.step)
