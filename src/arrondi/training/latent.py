@@ -212,7 +212,12 @@ class LatentLinear(_Latent, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x (…, in) → (…, out)."""
-        return F.linear(self._inputs(input), self.value(), self.bias)
+        weight = self.value()
+        if self.options.inputs != "sign":
+            return F.linear(self._inputs(input), weight, self.bias)
+        codes, scale = _apart(weight)
+        sums = F.linear(self._inputs(input), codes)
+        return _scaled(sums, scale, self.bias)
 
 
 class LatentConv2d(_Latent, nn.Conv2d):
@@ -224,7 +229,12 @@ class LatentConv2d(_Latent, nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x (…, in, height, width) → (…, out, height, width)."""
-        return self._conv_forward(self._inputs(input), self.value(), self.bias)
+        weight = self.value()
+        if self.options.inputs != "sign":
+            return self._conv_forward(self._inputs(input), weight, self.bias)
+        codes, scale = _apart(weight)
+        sums = self._conv_forward(self._inputs(input), codes, None)
+        return _scaled(sums.movedim(-3, -1), scale, self.bias).movedim(-1, -3)
 
 
 class LatentEmbedding(_Latent, nn.Embedding):
@@ -240,6 +250,22 @@ class LatentEmbedding(_Latent, nn.Embedding):
             return F.embedding(input, self.value(), self.padding_idx)
         found = F.embedding(input, self.weight, self.padding_idx)
         return self._rounded(found.flatten(0, -2)).view_as(found)
+
+
+def _apart(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (m, …) over the largest number of each row, and those (m,).
+
+    Sums of signs are whole numbers then, exact as those of the packed layer: zero stays zero, whose sign the next layer may ask for.
+    """
+    scale = weight.detach().flatten(1).abs().amax(1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return weight / scale.view(-1, *[1] * (weight.ndim - 1)), scale
+
+
+def _scaled(sums: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(…, m) in the type of the sums, which autocast may have chosen."""
+    y = sums * scale
+    return (y if bias is None else y + bias).to(sums.dtype)
 
 
 _CLASSES: Final[tuple[tuple[type[nn.Module], type[_Latent]], ...]] = (
