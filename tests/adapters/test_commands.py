@@ -223,6 +223,25 @@ def test_a_model_that_reads_no_text_is_merged_all_the_same(models: Callable[...,
     assert arrondi("adapt", "merge", adapter, "--base", base, "-o", tmp_path / "merged") == 0
 
 
+def test_an_output_layer_that_stayed_plain(starts: Any, tmp_path: Path) -> None:
+    """peft saves its weight along, and takes more rank than it has."""
+    base = starts["lora"][0]
+    model = peft.get_peft_model(ar.load(base), peft.LoraConfig(r=40, target_modules=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    assert Adapter.read(tmp_path / "adapter").copies
+    merge_adapter(tmp_path / "adapter", base, tmp_path / "dense", scheme="fp32")
+    torch.testing.assert_close(logits(plain(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        model.base_model.model.lm_head.base_layer.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FileFormatError, match="another lm_head"):
+        merge_adapter(tmp_path / "adapter", base, tmp_path / "no")
+
+
 def test_factors_that_belong_to_other_weights_are_refused(
     models: Callable[..., Path], starts: Any, tmp_path: Path
 ) -> None:

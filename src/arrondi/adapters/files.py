@@ -25,6 +25,7 @@ from arrondi.repair.low_rank import Factors
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
+_COPY: Final = ".base_layer.weight"
 _UNKNOWN: Final = (
     "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora", "use_bdlora", "arrow_config",
     "alora_invocation_tokens", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
@@ -67,10 +68,12 @@ class Adapter:
     Attributes:
         deltas: module → what is done to its weight.
         origin: module → digest of the packed layer that it was made for; empty where that is not known.
+        copies: module → its weight (out, in) without the adapter, which peft saves along for output layers.
     """
 
     deltas: Mapping[str, Delta]
     origin: Mapping[str, str]
+    copies: Mapping[str, torch.Tensor]
 
     @classmethod
     def read(cls, path: str | Path) -> Adapter:
@@ -100,8 +103,10 @@ class Adapter:
         _check_numbers(folder, config)
         if not (folder / WEIGHTS).is_file():
             raise FileFormatError(f"{folder}: has no {WEIGHTS}. Save the adapter with safe_serialization.")
-        tensors = {n: read_tensor(e).float() for n, e in read_header(folder / WEIGHTS).items()}
-        return cls(_deltas(folder, tensors, config), read_origin(folder))
+        tensors = {n: read_tensor(e) for n, e in read_header(folder / WEIGHTS).items()}
+        copied = [n for n in tensors if n.endswith(_COPY)]
+        copies = {n.removeprefix(_PREFIX).removesuffix(_COPY): tensors.pop(n) for n in copied}
+        return cls(_deltas(folder, {n: t.float() for n, t in tensors.items()}, config), read_origin(folder), copies)
 
 
 def _deltas(folder: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Delta]:

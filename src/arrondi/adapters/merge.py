@@ -118,6 +118,11 @@ def _check_fits(found: Adapter, there: Mapping[str, Place], checkpoint: Checkpoi
             raise ShapeError(
                 f"{folder}: {name} has a rank of {rank}, more than a matrix of {shape[0]} × {shape[1]} has. It is no adapter of this layer."
             )
+    for name, copy in found.copies.items():
+        if name not in there or not torch.equal(there[name].weight(checkpoint).to(copy.dtype), copy):
+            raise FileFormatError(
+                f"{folder}: brings another {name} along than {checkpoint.folder.path} holds. Name the base that it was trained on, or merge it with peft, over the dequantized model."
+            )
     for name, wanted in found.origin.items():
         if name not in there:
             continue
