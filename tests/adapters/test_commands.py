@@ -223,7 +223,7 @@ def test_a_model_that_reads_no_text_is_merged_all_the_same(models: Callable[...,
     assert arrondi("adapt", "merge", adapter, "--base", base, "-o", tmp_path / "merged") == 0
 
 
-def test_an_output_layer_that_stayed_plain(starts: Any, tmp_path: Path) -> None:
+def test_an_output_layer_that_stayed_plain(models: Callable[..., Path], starts: Any, tmp_path: Path) -> None:
     """peft saves its weight along, and takes more rank than it has."""
     base = starts["lora"][0]
     model = peft.get_peft_model(ar.load(base), peft.LoraConfig(r=40, target_modules=["lm_head"]))
@@ -240,6 +240,8 @@ def test_an_output_layer_that_stayed_plain(starts: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(FileFormatError, match="another lm_head"):
         merge_adapter(tmp_path / "adapter", base, tmp_path / "no")
+    with pytest.raises(FileFormatError, match="shares its weight"):
+        merge_adapter(tmp_path / "adapter", models("llama", tie_word_embeddings=True), tmp_path / "no")
 
 
 def test_factors_that_belong_to_other_weights_are_refused(

@@ -67,7 +67,7 @@ def merge_adapter(
     check_apart(Path(adapter), out)
     source = OnDisk(checkpoint)
     there = places(source)
-    _check_fits(found, there, checkpoint, Path(adapter))
+    _check_fits(found, source, there, checkpoint, Path(adapter))
     at = [there[name] for name in found.deltas]
     dense = DENSE.get(scheme.lower()) if scheme is not None else None if checkpoint.layout is not None else ""
     with scratch(out) as folder:
@@ -102,9 +102,15 @@ def merge_adapter(
     return result
 
 
-def _check_fits(found: Adapter, there: Mapping[str, Place], checkpoint: Checkpoint, folder: Path) -> None:
+def _check_fits(
+    found: Adapter, source: OnDisk, there: Mapping[str, Place], checkpoint: Checkpoint, folder: Path
+) -> None:
     """Refuse an adapter of another model."""
     for name, delta in found.deltas.items():
+        if name not in there and any(name in site.modules for site in source.sites):
+            raise FileFormatError(
+                f"{folder}: adapts {name}, which shares its weight with another layer of {checkpoint.folder.path} or is no linear layer. Merge it with peft, over the dequantized model."
+            )
         if name not in there:
             raise FileFormatError(
                 f"{folder}: adapts {name}, which is no linear layer of {checkpoint.folder.path}. Name the base that it was trained on."

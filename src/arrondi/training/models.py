@@ -100,7 +100,9 @@ def make_latent(
     if changed and left:
         warnings.warn(f"Some layers stay in float: {'; '.join(left)}", stacklevel=2)
     if not changed:
-        raise SchemeError(f"{type(model).__name__} has no layer that {method} could train. Name some in targets.")
+        raise SchemeError(
+            f"{type(model).__name__} has no layer that {method} could train, which are Linear, Conv2d and Embedding, not classes that compute in a way of their own. Name some in targets."
+        )
     return model
 
 
