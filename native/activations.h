@@ -125,11 +125,29 @@ inline Grid grid_of(const Product& p, const Row& row, int start, int end) {
     return {step, lowest - lanes[0], highest - lanes[0]};
 }
 
-// One token's numbers [start, end) → integers → digits, `width` columns from `out` on (padded with zeros), every quad `stride`
-// bytes after the one before; the digits of one number lie 4 bytes apart, the lowest last. `kDigits` 0: words, even_words()
-// of all tokens, then odd_words().
+// Where bytes of a tile lie: rows take turns with every four of them, or with every chunk of a matrix unit.
+struct Cells {
+    uint8_t* out;
+    int rows, chunk;
+
+    // The byte `at` of a row; `at` and what is written there lie within four bytes, or a chunk.
+    inline uint8_t* place(int64_t at, int row) const {
+        if (chunk == 0) return out + at * rows + 4 * row;
+        return out + at / chunk * chunk * kRowsMost + row * chunk + at % chunk;
+    }
+    // Sixteen bytes of a row, `at` a multiple of sixteen.
+    inline void put(int64_t at, int row, const uint8_t* bytes) const {
+        if (chunk != 0)
+            __builtin_memcpy(place(at, row), bytes, 16);
+        else
+            for (int q = 0; q < 16; q += 4) __builtin_memcpy(place(at + q, row), bytes + q, 4);
+    }
+};
+
+// One token's numbers [start, end) → integers → digits, `width` columns (padded with zeros); the digits of one number are rows from
+// `first` on, the lowest last. `kDigits` 0: words, even_words() of all tokens, then odd_words().
 template <int kDigits, class Integers>
-inline void digits_of(const Row& row, int start, int end, int width, const Integers& integers, uint8_t* out, int stride,
+inline void digits_of(const Row& row, int start, int end, int width, const Integers& integers, const Cells& cells, int first,
                       int32_t* sums) {
     constexpr int kSums = kDigits == 0 ? 1 : kDigits;
     Ints total[kSums];
@@ -154,8 +172,9 @@ inline void digits_of(const Row& row, int start, int end, int width, const Integ
             for (int q = 0; q < 4; q++) {
                 const uint16_t* w = words + 4 * q;
                 const uint16_t even[2] = {w[0], w[2]}, odd[2] = {w[1], w[3]};
-                __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride, even, 4);
-                __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride + stride / 2, odd, 4);
+                const int64_t at = 2 * (static_cast<int64_t>(start) + c + 4 * q);
+                __builtin_memcpy(cells.place(at, first), even, 4);
+                __builtin_memcpy(cells.place(at + 4, first), odd, 4);
             }
             continue;
         }
@@ -163,7 +182,7 @@ inline void digits_of(const Row& row, int start, int end, int width, const Integ
         for (int d = 0; d < kDigits; d++) {
             total[d] = add(total[d], digit[d]);
             store_low_bytes(bytes, digit[d]);
-            for (int q = 0; q < 4; q++) __builtin_memcpy(out + static_cast<int64_t>(c / 4 + q) * stride + 4 * d, bytes + 4 * q, 4);
+            cells.put(start + c, first + d, bytes);
         }
     }
     for (int d = 0; d < kSums; d++) {
@@ -192,28 +211,26 @@ inline Row normed(const Product& p, int tile, const Row& row) {
 }
 
 // Token `t` of a tile of `count` as float32 or pairs of bfloat16.
-inline void pack_floats(const Product& p, const Row& row, int t, int count, uint8_t* out) {
+inline void pack_floats(const Product& p, const Row& row, int t, const Cells& cells) {
     const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
     for (int c = 0; c < padded; c += 16) {
         const Floats x = load_some(row.x, row.type, row.at + c, row.at + (k > c ? k : c));
         if (p.pairs) {
             uint16_t halves[16];
             store_low_halves(halves, bf16_bits(x));
-            for (int i = 0; i < 8; i++)
-                __builtin_memcpy(out + (static_cast<int64_t>(c / 2 + i) * count + t) * 4, halves + 2 * i, 4);
+            for (int i = 0; i < 16; i += 8) cells.put(2 * (static_cast<int64_t>(c) + i), t, reinterpret_cast<const uint8_t*>(halves + i));
         } else {
             float lanes[16];
             store_floats(lanes, x);
-            for (int i = 0; i < 16; i++)
-                __builtin_memcpy(out + (static_cast<int64_t>(c + i) * count + t) * 4, lanes + i, 4);
+            for (int i = 0; i < 16; i++) __builtin_memcpy(cells.place(4 * (static_cast<int64_t>(c) + i), t), lanes + i, 4);
         }
     }
 }
 
 // The same as digits, with their scales and sums.
-inline void pack_digits(const Product& p, const Row& row, int tile, int t, int count, uint8_t* out) {
+inline void pack_digits(const Product& p, const Row& row, int tile, int t, const Cells& cells) {
     const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
-    const int rows = rows_of_token(p), stride = (p.words ? 8 : 4) * rows * count;
+    const int rows = rows_of_token(p);
     Grid grid{};
     if (by_token(p)) {
         grid = grid_of(p, row, 0, k);
@@ -224,13 +241,12 @@ inline void pack_digits(const Product& p, const Row& row, int tile, int t, int c
         const int start = s * p.span, end = start + p.span < k ? start + p.span : k;
         const int width = (start + p.span < padded && s + 1 < p.spans ? start + p.span : padded) - start;
         const int64_t at = (static_cast<int64_t>(tile) * p.spans + s) * kRowsMost;
-        uint8_t* quads = out + static_cast<int64_t>(start / 4) * stride + 4 * rows * t;
         int32_t* sums = p.tile_sum + at + rows * t;
         const auto pack = [&](const auto& integers) {
-            if (p.words) return digits_of<0>(row, start, end, width, integers, quads, stride, sums);
-            if (p.digits == 1) return digits_of<1>(row, start, end, width, integers, quads, stride, sums);
-            if (p.digits == 2) return digits_of<2>(row, start, end, width, integers, quads, stride, sums);
-            digits_of<3>(row, start, end, width, integers, quads, stride, sums);
+            if (p.words) return digits_of<0>(row, start, end, width, integers, cells, t, sums);
+            if (p.digits == 1) return digits_of<1>(row, start, end, width, integers, cells, t, sums);
+            if (p.digits == 2) return digits_of<2>(row, start, end, width, integers, cells, 2 * t, sums);
+            digits_of<3>(row, start, end, width, integers, cells, 3 * t, sums);
         };
         if (p.rounded) {
             // A group may have several spans, where those of the weight are shorter.

@@ -8,6 +8,13 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace arrondi {
 
@@ -23,6 +30,9 @@ namespace avx512_vnni { extern const Path kPath; }
 #endif
 #if defined(ARRONDI_WITH_AVX512_BF16)
 namespace avx512_bf16 { extern const Path kPath; }
+#endif
+#if defined(ARRONDI_WITH_AVX512_AMX)
+namespace avx512_amx { void matrix_panel(const Product& p, int first, int last, uint8_t* scratch); }
 #endif
 #if defined(ARRONDI_WITH_NEON_DOTPROD)
 namespace neon_dotprod { extern const Path kPath; }
@@ -53,6 +63,28 @@ bool has_avx512_bf16() {
     return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512vpopcntdq");
 }
+#if defined(ARRONDI_WITH_AVX512_AMX) && defined(ARRONDI_WITH_AVX512_BF16) && defined(__linux__)
+// A process has to ask Linux for the tiles, of which it may have none in a virtual machine.
+bool has_avx512_amx() {
+    unsigned a, b, c, d, low, high;
+    if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0 || (d >> 25 & 1) == 0) return false;  // bfloat16, tiles, int8
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr long kAsk = 0x1023, kTileData = 18;
+    return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+// Panels with many rows on the matrix unit, all else as without it.
+const Path kMatrix = [] {
+    Path path = avx512_bf16::kPath;
+    path.name = "avx512_amx";
+    path.matrix_panel = avx512_amx::matrix_panel;
+    return path;
+}();
+const Path* const matrix_path = &kMatrix;
+#else
+bool has_avx512_amx() { return false; }
+const Path* const matrix_path = nullptr;
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 bool has_neon_dotprod() { return (getauxval(AT_HWCAP) & (1UL << 20)) != 0; }
 bool has_neon_i8mm() { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & (1UL << 13)) != 0; }
@@ -72,6 +104,7 @@ bool always() { return true; }
 
 const Entry kEntries[] = {
 #if defined(__x86_64__)
+    {"avx512_amx", matrix_path, has_avx512_amx},
 #if defined(ARRONDI_WITH_AVX512_BF16)
     {"avx512_bf16", &avx512_bf16::kPath, has_avx512_bf16},
 #else
@@ -105,7 +138,7 @@ const Entry kEntries[] = {
 #else
     {"neon_dotprod", nullptr, has_neon_dotprod},
 #endif
-    {"avx512_bf16", nullptr, never}, {"avx512_vnni", nullptr, never}, {"avx_vnni", nullptr, never}, {"avx2", nullptr, never},
+    {"avx512_amx", nullptr, never}, {"avx512_bf16", nullptr, never}, {"avx512_vnni", nullptr, never}, {"avx_vnni", nullptr, never}, {"avx2", nullptr, never},
 #endif
     {"portable", &portable::kPath, always},
 };

@@ -204,14 +204,16 @@ struct Product {
     int x_span;         // columns of a token under one scale: some spans; by token without meaning
     bool pairs;         // floats as pairs of bfloat16
     bool words;         // one or two digits in one number of 16 bits
+    int chunk;          // bytes of a row that a matrix unit takes at once; 0: none is used
+    int panels;         // that meet a part of the activations one after another, while it is in cache
     int tokens;         // of one tile
-    uint8_t* tiles;     // activations [tile][unit][row of the tile][4 bytes]
+    uint8_t* tiles;     // activations [tile][unit][row of the tile][4 bytes]; [tile][chunk][kRowsMost][bytes of a chunk] for a matrix unit
     int64_t tile_bytes;
     float* tile_scale;  // by token: [tile][kRowsMost]; else [tile][spans][kRowsMost]
     float* changed;     // a row of each tile, where x is normed or turned
     int32_t* tile_sum;  // sums of the digits, [tile][spans][kRowsMost]
 };
-constexpr int kRowsMost = 8;
+constexpr int kRowsMost = 16;
 // Longer sums of nine bits times eight may not fit int32.
 constexpr int kZeroPointColumns = 32768;
 
@@ -244,9 +246,11 @@ struct Path {
     void (*pack_tile)(const Product&, int tile);
     // y[:, blocks first … last) for few rows: the weight is decoded in registers.
     void (*stream)(const Product&, int first, int last);
-    // The same for many rows, `vectors` blocks at a time: decoded to a panel, which all tiles then use.
+    // The same for many rows, `panels` times `vectors` blocks at most: decoded to panels, which all tiles then use.
     void (*panel)(const Product&, int first, int last, uint8_t* scratch);
     size_t (*panel_scratch)(const Product&);
+    // `panel` on a matrix unit (see matrix.h); null where there is none.
+    void (*matrix_panel)(const Product&, int first, int last, uint8_t* scratch);
     // y[token] from its n results, which may be overwritten: turned back, then gated or added to.
     void (*finish)(const Product&, int token, float* results);
     // Row `i` of what is asked for.

@@ -5,6 +5,7 @@
 // register by a repeated unit means.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "spans.h"
@@ -48,47 +49,51 @@ inline void each(const Function& f) {
         for (int v = 0; v < kVectors; v++) f(r, v);
 }
 
-// The heart: start(s) fills s[row][vector], panel · tile over `units` is added, and finish(s) takes it; the vectors of a panel lie
-// `stride` bytes apart.
-template <class Op, int kRowsHere, class Start, class Finish>
-inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, const Start& start, const Finish& finish) {
-    typename Op::Sum s[kRowsHere][kVectors];
-    start(s);
-    for (int u = 0; u < units; u++, panel += 64, x += 4 * kRowsHere) {
-        Bytes w[kVectors];
+// Sums in registers. A product with an `Op` over `units`: sums of every row and vector begin with start(row, vector), panel · tile is added,
+// and finish(sums) asks for them by sums(row, vector); the vectors of a panel lie `stride` bytes apart.
+struct Registers {
+    static constexpr int rows_apart(int rows) { return rows; }
+
+    template <class Op, int kRowsHere, class Start, class Finish>
+    static inline void multiply(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, const Start& start, const Finish& finish) {
+        typename Op::Sum s[kRowsHere][kVectors];
+        each<kRowsHere>([&](int r, int v) { s[r][v] = start(r, v); });
+        for (int u = 0; u < units; u++, panel += 64, x += 4 * kRowsHere) {
+            Bytes w[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) w[v] = load_bytes(panel + stride * v);
+            for (int v = 0; v < kVectors; v++) w[v] = load_bytes(panel + stride * v);
 #pragma GCC unroll 6
-        for (int r = 0; r < kRowsHere; r++) {
-            const Bytes one = repeat4(x + 4 * r);
+            for (int r = 0; r < kRowsHere; r++) {
+                const Bytes one = repeat4(x + 4 * r);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) s[r][v] = Op::step(s[r][v], w[v], one);
+                for (int v = 0; v < kVectors; v++) s[r][v] = Op::step(s[r][v], w[v], one);
+            }
+        }
+        finish([&](int r, int v) { return s[r][v]; });
+    }
+
+    // The same with sums of integers that are started, and taken, as 32 bits. `fold_units`: after which a sum of 16 bits must be folded.
+    template <class Op, int kRowsHere, class Start, class Finish>
+    static inline void multiply_integers(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, int fold_units, const Start& start,
+                                         const Finish& finish) {
+        if constexpr (kShortSums && std::is_same_v<Op, ShortOp>) {
+            Ints sum[kRowsHere][kVectors];
+            each<kRowsHere>([&](int r, int v) { sum[r][v] = start(r, v); });
+            for (; units > 0; units -= fold_units, panel += 64 * fold_units, x += 4 * kRowsHere * fold_units)
+                multiply<Op, kRowsHere>(
+                    panel, stride, x, units < fold_units ? units : fold_units, [](int, int) { return zero_shorts(); },
+                    [&](const auto& s) { each<kRowsHere>([&](int r, int v) { sum[r][v] = fold(sum[r][v], s(r, v)); }); });
+            finish([&](int r, int v) { return sum[r][v]; });
+        } else {
+            multiply<Op, kRowsHere>(panel, stride, x, units, start, finish);
         }
     }
-    finish(s);
-}
-
-// The same with sums of integers that are started, and taken, as 32 bits. `fold_units`: after which a sum of 16 bits must be folded.
-template <class Op, int kRowsHere, class Start, class Finish>
-inline void multiply_integers(const uint8_t* panel, int64_t stride, const uint8_t* x, int units, int fold_units, const Start& start,
-                              const Finish& finish) {
-    if constexpr (kShortSums && std::is_same_v<Op, ShortOp>) {
-        Ints sum[kRowsHere][kVectors];
-        start(sum);
-        for (; units > 0; units -= fold_units, panel += 64 * fold_units, x += 4 * kRowsHere * fold_units)
-            multiply<Op, kRowsHere>(
-                panel, stride, x, units < fold_units ? units : fold_units,
-                [](auto& s) { each<kRowsHere>([&](int r, int v) { s[r][v] = zero_shorts(); }); },
-                [&](auto& s) { each<kRowsHere>([&](int r, int v) { sum[r][v] = fold(sum[r][v], s[r][v]); }); });
-        finish(sum);
-    } else {
-        multiply<Op, kRowsHere>(panel, stride, x, units, start, finish);
-    }
-}
+};
 
 // Columns of a panel that are decoded at once, and tokens between two decodings: panel and sums stay in the core's caches.
 constexpr int kPanelColumns = 512;
 constexpr int kPanelTokens = 384;
+constexpr int kUnitTokens = 512;  // the same for a matrix unit
 constexpr int kWidth = kBlock * kVectors;
 constexpr int kStagger = 320;  // bytes between the vectors of a panel, so that they do not compete for the same cache sets
 
@@ -121,9 +126,9 @@ inline void prefetch_next(Panel& panel, int lines) {
     }
 }
 
-template <class Op, int kRowsHere, int kDigits>
+template <class How, class Op, int kRowsHere, int kDigits>
 inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals) {
-    constexpr int kTokens = kRowsHere / kDigits;
+    constexpr int kTokens = kRowsHere / kDigits, kApart = How::rows_apart(kRowsHere);
     const Weight& w = p.weight;
     const bool whole = whole_row<kDigits>(p);
     int32_t* carried = reinterpret_cast<int32_t*>(totals);
@@ -140,24 +145,18 @@ inline void integer_tile(const Product& p, Panel& panel, int tile, float* totals
         if (whole ? !goes_on : by_token(p) ? s == 0 : start == panel.column || start % p.x_span == 0)
             __builtin_memset(parts, 0, sizeof part);
         prefetch_next(panel, (end - start) / 4);
-        multiply_integers<Op, kRowsHere>(
+        How::template multiply_integers<Op, kRowsHere>(
             panel.from + static_cast<int64_t>(start - panel.column) / Op::kColumns * 64, panel.stride,
-            p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / Op::kColumns * 4 * kRowsHere, (end - start) / Op::kColumns,
+            p.tiles + tile * p.tile_bytes + static_cast<int64_t>(start) / Op::kColumns * 4 * kApart, (end - start) / Op::kColumns,
             fold_quads(w.kind),
-            [&](auto& sum) {
-                if (panel.zero == nullptr)
-                    each<kRowsHere>([&](int r, int v) { sum[r][v] = splat(-digit_sum[r] * w.zero_all); });
-                else
-                    each<kRowsHere>([&](int r, int v) { sum[r][v] = mul(load_ints(panel.zero + at + v * kBlock), splat(-digit_sum[r])); });
-                if (whole && s > 0)
-                    each<kTokens>([&](int t, int v) {
-                        Ints& last = sum[(t + 1) * kDigits - 1][v];
-                        last = add(last, load_ints(carried + t * kWidth + v * kBlock));
-                    });
+            [&](int r, int v) {
+                const Ints first = panel.zero == nullptr ? splat(-digit_sum[r] * w.zero_all)
+                                                         : mul(load_ints(panel.zero + at + v * kBlock), splat(-digit_sum[r]));
+                return whole && s > 0 && r % kDigits == kDigits - 1 ? add(first, load_ints(carried + r / kDigits * kWidth + v * kBlock)) : first;
             },
-            [&](auto& sum) {
+            [&](const auto& sums) {
                 const auto of_token = [&](int t, int v, Ints* mine) {
-                    for (int d = 0; d < kDigits; d++) mine[d] = sum[t * kDigits + d][v];
+                    for (int d = 0; d < kDigits; d++) mine[d] = sums(t * kDigits + d, v);
                 };
                 if (goes_on)
                     return each<kTokens>([&](int t, int v) {
@@ -205,13 +204,13 @@ inline void float_tile(const Product& p, Panel& panel, int tile, float* totals) 
     for (int unit = 0; unit < units; unit += kChain) {
         prefetch_next(panel, kChain / 2);
         const bool last = unit + kChain >= units;
-        multiply<Op, kRowsHere>(
+        Registers::multiply<Op, kRowsHere>(
             panel.from + static_cast<int64_t>(unit) * 64, panel.stride, x + static_cast<int64_t>(unit) * kRowsHere * 4,
-            last ? units - unit : kChain, [](auto& s) { each<kRowsHere>([&](int r, int v) { s[r][v] = zero_floats(); }); },
-            [&](auto& s) {
+            last ? units - unit : kChain, [](int, int) { return zero_floats(); },
+            [&](const auto& sums) {
                 each<kRowsHere>([&](int r, int v) {
                     const int at = r * kWidth + v * kBlock;
-                    Floats sum = s[r][v];
+                    Floats sum = sums(r, v);
                     if (unit > 0) sum = add(load_floats(part + at), sum);
                     if (last && panel.column > 0) sum = add(load_floats(totals + at), sum);
                     store_floats((last ? totals : part) + at, sum);
@@ -222,10 +221,10 @@ inline void float_tile(const Product& p, Panel& panel, int tile, float* totals) 
 
 template <class Op, int kRowsHere>
 inline void integer_rows(const Product& p, Panel& panel, int tile, float* totals) {
-    if (p.digits == 1) return integer_tile<Op, kRowsHere, 1>(p, panel, tile, totals);
+    if (p.digits == 1) return integer_tile<Registers, Op, kRowsHere, 1>(p, panel, tile, totals);
     if constexpr (kRowsHere % 2 == 0)
-        if (p.digits == 2) return integer_tile<Op, kRowsHere, 2>(p, panel, tile, totals);
-    if constexpr (kRowsHere % 3 == 0) return integer_tile<Op, kRowsHere, 3>(p, panel, tile, totals);
+        if (p.digits == 2) return integer_tile<Registers, Op, kRowsHere, 2>(p, panel, tile, totals);
+    if constexpr (kRowsHere % 3 == 0) return integer_tile<Registers, Op, kRowsHere, 3>(p, panel, tile, totals);
 }
 
 template <int kRowsHere>
@@ -235,7 +234,7 @@ inline void any_tile(const Product& p, Panel& panel, int tile, float* totals) {
             if (p.pairs) return float_tile<PairOp, kRowsHere>(p, panel, tile, totals);
         return float_tile<FloatOp, kRowsHere>(p, panel, tile, totals);
     }
-    if (p.words) return integer_tile<WordOp, kRowsHere, 1>(p, panel, tile, totals);
+    if (p.words) return integer_tile<Registers, WordOp, kRowsHere, 1>(p, panel, tile, totals);
     if (wide(p.weight.kind)) return integer_rows<WideOp, kRowsHere>(p, panel, tile, totals);
     if constexpr (kShortSums)
         if (fold_quads(p.weight.kind) > 1) return integer_rows<ShortOp, kRowsHere>(p, panel, tile, totals);
@@ -335,10 +334,12 @@ inline void decode_panel(const Product& p, Panel& panel) {
         decode_steps<kKind>(p, panel);
 }
 
+inline int panel_tokens(const Product& p) { return p.chunk == 0 ? kPanelTokens : kUnitTokens; }
+
 inline int panel_columns(const Product& p) {
     const int step = 4 * step_quads(p.weight.kind);
     const int unit = p.span % step == 0 ? p.span : 2 * p.span;  // spans of half a step
-    const int most = p.digits == 0 && !p.pairs ? kPanelColumns / 2 : kPanelColumns;
+    const int most = p.digits == 0 && (!p.pairs || p.chunk != 0) ? kPanelColumns / 2 : kPanelColumns;  // a matrix unit is faster than any cache but the first
     return unit >= most ? unit : most / unit * unit;
 }
 
@@ -349,14 +350,14 @@ struct PanelSizes {
 
 inline PanelSizes panel_sizes(const Product& p) {
     const size_t columns = static_cast<size_t>(panel_columns(p));
-    const int tokens = p.m < kPanelTokens ? p.m : kPanelTokens;
+    const int tokens = std::min(p.m, panel_tokens(p));
     return {columns * kWidth * (p.words || p.pairs ? 2 : p.digits > 0 ? 1 : 4) + kVectors * kStagger, (columns / p.span + 1) * kWidth * 4,
-            static_cast<size_t>(tokens + kRowsMost) * kWidth * 4};
+            static_cast<size_t>(tokens + kRowsMost) * kWidth * 4};  // of each panel
 }
 
 inline size_t panel_scratch(const Product& p) {
     const PanelSizes sizes = panel_sizes(p);
-    return sizes.units + 3 * sizes.groups + sizes.totals;
+    return sizes.units + 3 * sizes.groups + static_cast<size_t>(p.panels) * sizes.totals;
 }
 
 // Scales, zero points and offsets of a panel as float32 and int32, so that tiles only load them.
@@ -379,49 +380,61 @@ inline void decode_groups(const Product& p, const Panel& panel) {
         }
 }
 
-template <Kind kKind>
-inline void panel_kind(const Product& p, int first, int last, uint8_t* scratch) {
+// What a tile's tokens have added up to, as results.
+inline void store_totals(const Product& p, const Panel& panel, int tile, const float* totals) {
+    const int count = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
+    for (int t = 0; t < count; t++, totals += kWidth) {
+        const int token = tile * p.tokens + t;
+        const float scale = by_token(p) ? scales_of(p, tile)[t] : 1.0f;
+        for (int v = 0; v < panel.blocks; v++) {
+            if (p.integers)
+                store_integers(p, token, panel.first + v, load_ints(reinterpret_cast<const int32_t*>(totals) + v * kBlock));
+            else
+                store_result(p, token, panel.first + v, mul(load_floats(totals + v * kBlock), splat(scale)));
+        }
+    }
+}
+
+// `rows` multiplies a panel by one tile: any_rows(), or that of matrix.h.
+template <Kind kKind, class Rows>
+inline void panel_kind(const Product& p, int first, int last, uint8_t* scratch, const Rows& rows) {
     const Weight& w = p.weight;
     constexpr int kColumns = 4 * Decode<kKind>::kQuads;
     const int padded = w.steps * kColumns, width = panel_columns(p);
-    const int tiles = (p.m + p.tokens - 1) / p.tokens, tiles_at_once = kPanelTokens / p.tokens;
+    const int tiles = (p.m + p.tokens - 1) / p.tokens, tiles_at_once = panel_tokens(p) / p.tokens;
     const PanelSizes sizes = panel_sizes(p);
     Panel panel{};
-    panel.first = first;
-    panel.blocks = last - first;
     panel.units = scratch;
     panel.scale = reinterpret_cast<float*>(scratch + sizes.units);
     panel.zero = w.zero == nullptr ? nullptr : reinterpret_cast<int32_t*>(scratch + sizes.units + sizes.groups);
     panel.offset = !has_offset(w) ? nullptr : reinterpret_cast<float*>(scratch + sizes.units + 2 * sizes.groups);
-    panel.totals = reinterpret_cast<float*>(scratch + sizes.units + 3 * sizes.groups);
     panel.next_stride = static_cast<int64_t>(w.steps) * step_bytes(kKind);
+    // Takes the panel of some blocks; where its totals are.
+    const auto turn_to = [&](int block) {
+        panel.first = block;
+        panel.blocks = last - block < kVectors ? last - block : kVectors;
+        panel.totals = reinterpret_cast<float*>(scratch + sizes.units + 3 * sizes.groups + (block - first) / kVectors * sizes.totals);
+    };
     for (int from = 0; from < tiles; from += tiles_at_once) {
         const int to = from + tiles_at_once < tiles ? from + tiles_at_once : tiles;
         for (panel.column = 0; panel.column < padded; panel.column += width) {
             panel.columns = panel.column + width < padded ? width : padded - panel.column;
-            decode_panel<kKind>(p, panel);
-            if (p.digits > 0) decode_groups(p, panel);
-            const int after = panel.column + panel.columns;
-            panel.next = w.codes + first * panel.next_stride + static_cast<int64_t>(after / kColumns) * step_bytes(kKind);
-            panel.next_bytes = static_cast<int64_t>((after + width < padded ? width : padded - after) / kColumns) * step_bytes(kKind);
-            panel.next_done = 0;
-            panel.next_vector = after < padded ? 0 : panel.blocks;
-            for (int tile = from; tile < to; tile++)
-                any_rows(p, panel, tile, panel.totals + static_cast<size_t>(tile - from) * p.tokens * kWidth);
-        }
-        for (int tile = from; tile < to; tile++) {
-            const int count = p.m - tile * p.tokens < p.tokens ? p.m - tile * p.tokens : p.tokens;
-            for (int t = 0; t < count; t++) {
-                const int token = tile * p.tokens + t;
-                const float* total = panel.totals + static_cast<size_t>((tile - from) * p.tokens + t) * kWidth;
-                const float scale = by_token(p) ? scales_of(p, tile)[t] : 1.0f;
-                for (int v = 0; v < panel.blocks; v++) {
-                    if (p.integers)
-                        store_integers(p, token, first + v, load_ints(reinterpret_cast<const int32_t*>(total) + v * kBlock));
-                    else
-                        store_result(p, token, first + v, mul(load_floats(total + v * kBlock), splat(scale)));
-                }
+            for (int block = first; block < last; block += kVectors) {
+                turn_to(block);
+                decode_panel<kKind>(p, panel);
+                if (p.digits > 0) decode_groups(p, panel);
+                const int after = panel.column + panel.columns;
+                panel.next = w.codes + block * panel.next_stride + static_cast<int64_t>(after / kColumns) * step_bytes(kKind);
+                panel.next_bytes = static_cast<int64_t>((after + width < padded ? width : padded - after) / kColumns) * step_bytes(kKind);
+                panel.next_done = 0;
+                panel.next_vector = after < padded ? 0 : panel.blocks;
+                for (int tile = from; tile < to; tile++)
+                    rows(p, panel, tile, panel.totals + static_cast<size_t>(tile - from) * p.tokens * kWidth);
             }
+        }
+        for (int block = first; block < last; block += kVectors) {
+            turn_to(block);
+            for (int tile = from; tile < to; tile++) store_totals(p, panel, tile, panel.totals + static_cast<size_t>(tile - from) * p.tokens * kWidth);
         }
     }
 }

@@ -27,7 +27,7 @@ const Training kTraining = {largest_of_rows, largest_of_columns, round_codes, sc
 extern const Codes kCodes;  // codes_*.cpp
 extern const Path kPath;
 const Path kPath = {ARRONDI_NAME(ARRONDI_PATH), kRows, kVectors, kFastDot, kHasBf16Dot, kWords, pack_tile, stream, panel,
-                    panel_scratch, finish_token, ring_row, {round, pack, restore, search, split, superblocks, sweep, search_ring}, &kTransforms, &kTokens,
+                    panel_scratch, nullptr, finish_token, ring_row, {round, pack, restore, search, split, superblocks, sweep, search_ring}, &kTransforms, &kTokens,
                     &kCodes, &kTraining};
 
 }  // namespace ARRONDI_PATH

@@ -1,4 +1,5 @@
 // One product: checks, activations into tiles, then blocks of the weight over the threads.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
@@ -44,6 +45,14 @@ int span_of(const Weight& w, int most) {
         if (w.group % span == 0) return span;
     return step;
 }
+
+// Tokens from which on a matrix unit takes bfloat16 as it is: decoding the weight to it costs more than integers of a few.
+constexpr int kMatrixTokens = 64;
+
+constexpr int kPanelsTogether = 4;  // their totals fill half a megabyte
+
+// The largest chunk of a matrix unit that divides what has these bits.
+int chunk_of(int sizes) { return sizes % 64 == 0 ? 64 : sizes % 32 == 0 ? 32 : 16; }
 
 const char* check(const Product& p) {
     const Weight& w = p.weight;
@@ -96,7 +105,9 @@ const char* compute(Product& p) {
     Weight& w = p.weight;
     // Pairs of bfloat16 need as many products as two digits, and no work at the end of a group.
     const bool ring = w.kind == Kind::ring;
-    if (p.digits == 2 && !ring && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128)) p.digits = 0;
+    const bool matrix = path.matrix_panel != nullptr && !ring && w.kind != Kind::trit5;
+    const bool pairs = matrix ? p.m >= kMatrixTokens : pairs_pay() && p.m >= (w.group < 64 ? 32 : 128);
+    if (p.digits == 2 && !ring && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs) p.digits = 0;
     // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
     // one or two tokens taking the codes apart costs more than that saves.
     const bool apart = wide(w.kind) || one_table(w.kind);
@@ -109,7 +120,8 @@ const char* compute(Product& p) {
     const bool few = ring || p.digits == 0 ? p.m <= 4 : rows <= 12 && p.m <= 2 * together;
     if (ring) w.zero_all = few ? kRingMiddle : 0;  // panels hold values, and not sums of bytes
     p.pairs = !few && !ring && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
-    p.tokens = few ? (p.m < together ? p.m : together) : path.rows / rows_of_token(p);
+    const bool tiles_of_unit = matrix && !few && (p.digits > 0 || p.pairs);
+    p.tokens = few ? (p.m < together ? p.m : together) : (tiles_of_unit ? kRowsMost : path.rows) / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
     p.span = span_of(w, p.x_group != 0 ? p.x_group : p.rounded ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);
     // Digits are shares of the largest of 256 columns, also where groups are shorter.
@@ -117,11 +129,12 @@ const char* compute(Product& p) {
     p.spans = w.groups == 1 ? (w.k + p.span - 1) / p.span : w.groups * (w.group / p.span);
     // The last group may be short: spans that start beyond the row are not there.
     while (p.spans > 1 && (p.spans - 1) * p.span >= padded) p.spans--;
+    p.chunk = !tiles_of_unit ? 0 : p.pairs ? 64 : chunk_of(p.span | padded);
     const int tiles = (p.m + p.tokens - 1) / p.tokens;
     // Columns are packed sixteen at a time: the last sixteen of steps that are no multiple of it reach beyond the row.
     const int64_t columns = padded + (step_quads(w.kind) % 4 == 0 ? 0 : 16);
     const int64_t units = p.digits > 0 ? columns / 4 : p.pairs ? columns / 2 : columns;
-    p.tile_bytes = (units * (p.words ? 8 : 4) * p.tokens * rows_of_token(p) + 63) / 64 * 64;
+    p.tile_bytes = (units * (p.words ? 8 : 4) * (p.chunk != 0 ? kRowsMost : p.tokens * rows_of_token(p)) + 63) / 64 * 64;
     const size_t sums = static_cast<size_t>(tiles) * p.spans * kRowsMost * 4;
     const size_t row = p.norm == nullptr && w.turn.columns == nullptr ? 0 : static_cast<size_t>(w.k + 15) / 16 * 64;
     uint8_t* memory = tiles_memory.of(static_cast<size_t>(tiles) * (p.tile_bytes + row + kRowsMost * 4) + 2 * sums);
@@ -153,15 +166,18 @@ const char* compute(Product& p) {
         return nullptr;
     }
     bool failed = false;
-    const int pieces = (blocks + path.vectors - 1) / path.vectors;
+    const int panels = (blocks + path.vectors - 1) / path.vectors;
+    // A matrix unit is fed from cache alone: several panels meet a part of x, as long as every thread has some pieces.
+    p.panels = p.chunk == 0 ? 1 : std::min(std::max(panels / (4 * p.threads), 1), kPanelsTogether);
+    const int pieces = (panels + p.panels - 1) / p.panels, of_piece = p.panels * path.vectors;
     parallel_for(pieces, work < 16384 ? 1 : p.threads, [&](int piece) {
         uint8_t* scratch = panel_memory.of(path.panel_scratch(p));
         if (scratch == nullptr) {
             failed = true;
             return;
         }
-        const int first = piece * path.vectors, last = first + path.vectors;
-        path.panel(p, first, last < blocks ? last : blocks, scratch);
+        const int first = piece * of_piece, last = first + of_piece;
+        (p.chunk != 0 ? path.matrix_panel : path.panel)(p, first, last < blocks ? last : blocks, scratch);
     });
     return failed ? "there is no memory for a panel" : nullptr;
 }

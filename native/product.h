@@ -52,7 +52,7 @@ struct StreamAction<Kind::ring> {
 
 template <Kind kKind>
 struct PanelAction {
-    static void run(const Product& p, int first, int last, uint8_t* scratch) { panel_kind<kKind>(p, first, last, scratch); }
+    static void run(const Product& p, int first, int last, uint8_t* scratch) { panel_kind<kKind>(p, first, last, scratch, any_rows); }
 };
 
 inline void stream(const Product& p, int first, int last) { by_kind<StreamAction>(p.weight.kind, p, first, last); }

@@ -33,19 +33,31 @@ inline Row turned(const Product& p, int tile, const Row& row) {
     return {out, Type::f32, 0};
 }
 
+// A matrix unit multiplies whole tiles: tokens that are not there have sums and scales of zero.
+inline void blank_tokens(const Product& p, int tile, int count) {
+    const int rows = rows_of_token(p), spans = by_token(p) ? 1 : p.spans;
+    for (int s = 0; s < p.spans && p.digits > 0; s++) {
+        const int64_t at = (static_cast<int64_t>(tile) * p.spans + s) * kRowsMost;
+        for (int r = count * rows; r < kRowsMost; r++) p.tile_sum[at + r] = 0;
+    }
+    for (int s = 0; s < spans && p.digits > 0; s++)
+        for (int t = count; t < kRowsMost; t++) p.tile_scale[(static_cast<int64_t>(tile) * spans + s) * kRowsMost + t] = 0.0f;
+}
+
 // One tile of activations in the form that p.digits asks for.
 inline void pack_tile(const Product& p, int tile) {
     const int first = tile * p.tokens, count = p.m - first < p.tokens ? p.m - first : p.tokens;
-    uint8_t* out = p.tiles + tile * p.tile_bytes;
+    const Cells cells = {p.tiles + tile * p.tile_bytes, count * rows_of_token(p), p.chunk};
     for (int t = 0; t < count; t++) {
         Row row = {p.x, p.x_type, (first + t) * p.ldx};
         if (p.norm != nullptr) row = normed(p, tile, row);
         if (p.weight.turn.columns != nullptr) row = turned(p, tile, row);
         if (p.digits == 0)
-            pack_floats(p, row, t, count, out);
+            pack_floats(p, row, t, cells);
         else
-            pack_digits(p, row, tile, t, count, out);
+            pack_digits(p, row, tile, t, cells);
     }
+    if (p.chunk != 0) blank_tokens(p, tile, count);
 }
 
 // Both gates are g · sigmoid(z), and e^-z is a power of two.

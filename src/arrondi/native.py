@@ -5,7 +5,7 @@ address is given for a shape, type and layout that were checked, since the kerne
 Without the extension (no compiler when arrondi was installed) everything works through PyTorch, and the first use says once
 that it is slower.
 
-`ARRONDI_CPU` forces a path (`avx512_bf16`, `avx512_vnni`, `avx_vnni`, `avx2`, `neon_i8mm`, `neon_dotprod`, `portable`); `none`
+`ARRONDI_CPU` forces a path (`avx512_amx`, `avx512_bf16`, `avx512_vnni`, `avx_vnni`, `avx2`, `neon_i8mm`, `neon_dotprod`, `portable`); `none`
 leaves the extension alone, which gives the slow references everywhere.
 """
 

@@ -102,8 +102,8 @@ def gate_reference(y: Near, gate: str) -> Near:
 
 def inside(dtype: torch.dtype, path: str) -> float:
     """What is lost before the result is rounded, in units of the sum of sizes: digits of 23 and of 15 bits beside the sign, of
-    which the largest of 256 numbers takes some; only one path rounds weights to bfloat16."""
-    return 2.0**-20 if dtype == torch.float32 else 2.0**-7 if path == "avx512_bf16" else 2.0**-12
+    which the largest of 256 numbers takes some; paths with products of bfloat16 round weights to it."""
+    return 2.0**-20 if dtype == torch.float32 else 2.0**-7 if path in ("avx512_bf16", "avx512_amx") else 2.0**-12
 
 
 def close(y: torch.Tensor, wanted: Near) -> bool:

@@ -1,0 +1,3 @@
+#define ARRONDI_PATH avx512_amx
+#include "lanes_avx512.h"
+#include "matrix.h"
