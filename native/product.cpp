@@ -105,9 +105,9 @@ const char* compute(Product& p) {
     Weight& w = p.weight;
     // Pairs of bfloat16 need as many products as two digits, and no work at the end of a group.
     const bool ring = w.kind == Kind::ring;
-    const bool matrix = path.matrix_panel != nullptr && !ring && w.kind != Kind::trit5;
-    const bool pairs = matrix ? p.m >= kMatrixTokens : pairs_pay() && p.m >= (w.group < 64 ? 32 : 128);
-    if (p.digits == 2 && !ring && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs) p.digits = 0;
+    const bool matrix = path.matrix_panel != nullptr && w.kind != Kind::trit5;
+    const bool pairs = matrix ? p.m >= kMatrixTokens : !ring && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128);
+    if (p.digits == 2 && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs) p.digits = 0;
     // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
     // one or two tokens taking the codes apart costs more than that saves.
     const bool apart = wide(w.kind) || one_table(w.kind);
@@ -119,8 +119,8 @@ const char* compute(Product& p) {
     const int rows = p.m * rows_of_token(p), together = rows_of_token(p) > 1 ? 2 : 4;
     const bool few = ring || p.digits == 0 ? p.m <= 4 : rows <= 12 && p.m <= 2 * together;
     if (ring) w.zero_all = few ? kRingMiddle : 0;  // panels hold values, and not sums of bytes
-    p.pairs = !few && !ring && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
-    const bool tiles_of_unit = matrix && !few && (p.digits > 0 || p.pairs);
+    p.pairs = !few && (!ring || matrix) && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
+    const bool tiles_of_unit = matrix && !few && !p.words && (p.digits > 0 || p.pairs);
     p.tokens = few ? (p.m < together ? p.m : together) : (tiles_of_unit ? kRowsMost : path.rows) / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
     p.span = span_of(w, p.x_group != 0 ? p.x_group : p.rounded ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);

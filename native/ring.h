@@ -261,7 +261,7 @@ inline void stream_ring(const Product& p, int first, int last) {
     }
 }
 
-// Columns of one block of a panel: words of columns 0 and 2, 1 and 3 of every four, or float32 with the scale in it.
+// Columns of one block of a panel: words of columns 0 and 2, 1 and 3 of every four, or float32 or pairs of bfloat16 with the scale in them.
 template <bool kNarrow>
 inline void decode_ring_block(const Product& p, const Window& window, const Panel& panel, int block, uint8_t* out) {
     const Weight& w = p.weight;
@@ -275,6 +275,9 @@ inline void decode_ring_block(const Product& p, const Window& window, const Pane
             v[j] = panel.column + c + j < w.k ? ring_numbers<kNarrow>(window, entry + j * stride) : zero_ints();
         if (p.words) {
             for (int j = 0; j < 2; j++, out += 64) store_bytes(out, bytes_of(or_ints(and_ints(v[j], low), shift_left<16>(v[j + 2]))));
+        } else if (p.pairs) {
+            for (int j = 0; j < 4; j += 2, out += 64)
+                store_bytes(out, bytes_of(or_ints(bf16_bits(mul(to_floats(v[j]), scale)), shift_left<16>(bf16_bits(mul(to_floats(v[j + 1]), scale))))));
         } else {
             for (int j = 0; j < 4; j++, out += 64) store_bytes(out, bytes_of(as_ints(mul(to_floats(v[j]), scale))));
         }
@@ -284,7 +287,7 @@ inline void decode_ring_block(const Product& p, const Window& window, const Pane
 inline void decode_ring(const Product& p, Panel& panel) {
     const Window window(p.weight);
     panel.from = panel.units;
-    panel.stride = static_cast<int64_t>(panel.columns) * (p.words ? 32 : 64) + kStagger;
+    panel.stride = static_cast<int64_t>(panel.columns) * (p.words || p.pairs ? 32 : 64) + kStagger;
     for (int v = 0; v < kVectors; v++) {
         uint8_t* out = panel.units + v * panel.stride;
         if (v >= panel.blocks)
