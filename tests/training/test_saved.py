@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from arrondi.errors import SchemeError
+from arrondi.errors import DataError, SchemeError
 from arrondi.training.saved import compress_saved_activations
 from arrondi.training.saved_bits import bits_by_sensitivity
 from tests.kernels.common import normal
@@ -243,3 +245,128 @@ def test_bad_input() -> None:
     small = nn.Linear(4, 4)
     with pytest.raises(SchemeError, match="saves nothing"):
         bits_by_sensitivity(small, lambda: small(torch.ones(2, 4)).sum(), 4)
+
+
+class Attended(nn.Module):
+    """Attention with large logits, as trained models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.attention.in_proj_weight.data *= 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+class Composed(nn.Module):
+    """A layer and a function written by hand."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(64, 128), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.layer(x))
+
+
+def stable(x: torch.Tensor) -> torch.Tensor:
+    y = (x - x.amax(-1, keepdim=True)).exp()
+    return y / y.sum(-1, keepdim=True)
+
+
+UNFORGIVING = {
+    "attention": Attended,
+    "softmax": lambda: Composed(stable),
+    "logarithm": lambda: Composed(lambda x: (4 * x).softmax(-1).log()),
+    "quotient": lambda: Composed(lambda x: x / (5 * x).exp()),
+    "root": lambda: Composed(lambda x: (x.sigmoid() ** 4).sqrt()),
+    "group norm": lambda: nn.Sequential(Scaled(), nn.GroupNorm(32, 64)),
+    "batch norm": lambda: nn.Sequential(Scaled(), nn.Flatten(1, 2), nn.BatchNorm1d(4096)),
+}
+
+
+class Scaled(nn.Linear):
+    """Channels whose sizes lie four decades apart."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+        self.weight.data *= torch.logspace(-3, 1, 64)[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).transpose(1, 2)
+
+
+@pytest.mark.parametrize("what", UNFORGIVING)
+def test_gradients_that_divide_compare_or_take_exponentials_stay_near(what: str) -> None:
+    """With statistics, maxima, denominators and logarithms in few bits they would be off by orders of magnitude, or NaN."""
+    torch.manual_seed(0)
+    model = UNFORGIVING[what]()
+    x = normal(64, 64, 64) if what == "group norm" else normal(16, 64, 64)
+    wanted, _ = gradients(model, x)
+    found, saved = gradients(model, x, bits=4)
+    assert saved.kept_bytes < saved.plain_bytes
+    assert off(*(torch.cat([g.flatten() for g in grads.values()]) for grads in (found, wanted))) < 0.5
+
+
+def test_one_tensor_is_the_same_for_all_who_saved_it() -> None:
+    """Softmax may keep its result in codes; when a logarithm needs it as it is, both have it, and it is counted once."""
+    x = normal(64, 128).requires_grad_()
+    with compress_saved_activations(bits=2) as saved:
+        y = (4 * x).softmax(-1).log()
+    assert saved.plain_bytes == saved.kept_bytes == 4 * 64 * 128
+    slope = normal(64, 128, seed=1)
+    (found,) = torch.autograd.grad(y, x, slope)
+    (wanted,) = torch.autograd.grad((4 * x).log_softmax(-1), x, slope)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_graphs_that_nobody_goes_back_through_are_freed() -> None:
+    gone = []
+    for function in (torch.exp, torch.sigmoid, lambda x: x[:2, :2].exp()):
+        x = normal(64, 256).requires_grad_()
+        with compress_saved_activations(bits=8):
+            y = function(x * 1.0)
+        gone.append(StorageWeakRef(y.untyped_storage()))
+        del y
+    assert all(storage.expired() for storage in gone)
+
+
+def test_what_is_changed_in_place_is_not_hidden() -> None:
+    """PyTorch does not look at what hooks gave back."""
+    for function in (lambda x: x.exp().mul_(2), lambda x: x[:2, :2].sigmoid().mul_(2)):
+        x = normal(64, 256).requires_grad_()
+        with compress_saved_activations(bits=8):
+            y = function(x)
+        with pytest.raises(DataError, match="changed in place"):
+            y.sum().backward()
+
+
+def test_a_whole_training_under_one_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a step is forgotten with it."""
+    monkeypatch.setattr("arrondi.training.saved._ROOM", 8)
+    model, x = mlp(), normal(64, 256)
+    with compress_saved_activations(bits=2) as saved:
+        for _ in range(20):
+            model(x + 1).sum().backward()
+        assert len(saved._storages) <= 9 and len(saved._alive) <= 9 and len(saved._counted) <= 9
+    assert saved.tensors == 40
+
+
+def test_a_list_of_bits_begins_anew_with_every_entry() -> None:
+    model, x = mlp(), normal(64, 256)
+    saved, kept = compress_saved_activations(bits=[8, 2]), [0]
+    for _ in range(3):
+        with saved:
+            model(x).sum().backward()
+        kept.append(saved.kept_bytes)
+    assert kept[1] == kept[2] - kept[1] == kept[3] - kept[2]
+
+
+def test_sparse_tensors_stay() -> None:
+    layer = nn.Linear(64, 64)
+    with compress_saved_activations(bits=2):
+        y = torch.sparse.mm(torch.eye(40).to_sparse(), layer(normal(40, 64)))
+    y.sum().backward()
+    assert torch.isfinite(layer.weight.grad).all()

@@ -19,9 +19,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from arrondi.errors import SchemeError
+from arrondi.errors import DataError, SchemeError
 from arrondi.tensor.blocks import Bits, BlockCodec
 from arrondi.tensor.packing import pack, unpack
+from arrondi.training.saved_exactly import exactly
 
 _LEAST_BYTES: Final = 1024
 _PASSED_ON: Final = (
@@ -33,11 +34,9 @@ _PASSED_ON: Final = (
     "UnsqueezeBackward0",
 )
 """Nodes through which a weight reaches a product as it is, perhaps in another type."""
-_ALL: Final = 1 << 30
-_EXPONENTIALS: Final = (
-    nn.functional.scaled_dot_product_attention, nn.functional.cross_entropy, nn.functional.nll_loss, nn.functional.log_softmax, torch.log_softmax, torch.Tensor.log_softmax, torch.logsumexp,
-    torch.Tensor.logsumexp, torch.exp, torch.Tensor.exp,
-)  # fmt: skip
+_ROOM: Final = 4096
+"""Storages that are known before those that are gone are looked for."""
+
 _PRODUCTS: Final = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 _PLAIN: Final = (torch.Tensor, nn.Parameter)
 _INPLACE: Final = (torch.relu_, torch.Tensor.relu_, nn.functional.relu_)
@@ -45,13 +44,37 @@ _RELUS: Final = (torch.relu, torch.Tensor.relu, nn.functional.relu, *_INPLACE)
 
 
 class _Kept:
-    """One encoded tensor. Everybody who saved it holds this."""
+    """One saved tensor, in codes or as it is. Everybody who saved it holds this."""
 
-    def __init__(self, message: torch.Tensor, codec: BlockCodec, rows: tuple[int, int], dtype: torch.dtype) -> None:
-        self.message, self.codec, self.rows, self.dtype = message, codec, rows, dtype
+    def __init__(self, rows: tuple[int, int], dtype: torch.dtype) -> None:
+        self.rows, self.dtype = rows, dtype
+        self.message: torch.Tensor | None = None
+        self.codec: BlockCodec | None = None
+        self.whole: _Whole | None = None
+
+    def values(self) -> torch.Tensor:
+        """In the order of memory."""
+        if self.whole is not None:
+            return self.whole.decoded()
+        assert self.codec is not None and self.message is not None
+        return self.codec.decode(self.message, self.rows[1], self.dtype)
+
+
+class _Whole:
+    """A tensor as it is, with PyTorch's own check that nothing changed it in place, which hooks on saved tensors switch off.
+
+    It holds no graph: a result that holds what made it, which holds the result, would never be freed unless somebody goes back.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.version = x.detach(), x._version
 
     def decoded(self) -> torch.Tensor:
-        return self.codec.decode(self.message, self.rows[1], self.dtype)
+        if self.x._version != self.version:
+            raise DataError(
+                f"A tensor of shape {tuple(self.x.shape)} that waits for the backward pass was changed in place. Go backward first, or change a copy."
+            )
+        return self.x
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,10 @@ class _Handle:
     """None: in the order of its memory. Compiled graphs rely on it."""
 
     def decoded(self) -> torch.Tensor:
-        values = self.kept.decoded().view(self.shape)
+        whole = self.kept.whole
+        if whole is not None and whole.x.shape == self.shape and whole.x.stride() == self.stride:
+            return whole.decoded()
+        values = self.kept.values().reshape(self.shape)
         if self.stride is None:
             return values
         return torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device).copy_(values)
@@ -74,8 +100,8 @@ class compress_saved_activations(TorchFunctionMode):
     """While this lasts, floating-point tensors that autograd saves take `bits` bits each.
 
     Args:
-        bits: 2, 4 or 8; or of each tensor its own, in the order in which they are saved, as `bits_by_sensitivity` gives them: 32
-            keeps one as it is, and tensors after the end of the list take its last bits.
+        bits: 2, 4 or 8; or of each tensor its own, in the order in which they are saved since the context was entered, as
+            `bits_by_sensitivity` gives them: 32 keeps one as it is, and tensors after the end of the list take its last bits.
         group: features of a sample under one step; a sample is one place of the first axis.
         generator: of the stochastic rounding, on the device of the activations; None: one seeded with 0, for each device its own.
         model: whose frozen parameters are not taken for activations where autocast casts them; nothing else is read of it.
@@ -85,8 +111,9 @@ class compress_saved_activations(TorchFunctionMode):
         plain_bytes, kept_bytes: of what was saved of floating-point activations, and of what it became; what is too small (1 KiB) to be encoded is in
             both, parameters are in neither.
 
-    Left as they are: parameters, integers, masks, tensors below 1 KiB, one number a token (what norms divide by), constants that
-    activations are multiplied by, and what a gradient takes the exponential of (logarithms of probabilities; queries, keys and values of attention). ReLU keeps one bit an element. A block with NaN or infinity reads
+    Left as they are: parameters, integers, masks, tensors below 1 KiB, one number a token and statistics of norms, constants that
+    activations are multiplied by, and what a gradient takes the exponential of, divides by or looks for (logarithms of probabilities; queries, keys and
+    values of attention; denominators; largest values). ReLU keeps one bit an element. A block with NaN or infinity reads
     back as NaN, so that gradients say it. Compiled graphs do not say for which function they save: ReLU, constants and exponentials are
     nothing special in them. Of a checkpointed part only the input is
     saved, and the part is computed again from what that reads back as. Gradients of
@@ -101,6 +128,7 @@ class compress_saved_activations(TorchFunctionMode):
 
     Raises:
         SchemeError: bits are none of these.
+        DataError: on the way back, something that was kept as it is was changed in place.
     """
 
     def __init__(
@@ -127,7 +155,9 @@ class compress_saved_activations(TorchFunctionMode):
         self._alive: dict[tuple[Any, ...], weakref.ref[_Kept]] = {}
         self._counted: set[tuple[Any, ...]] = set()
         self._constants: set[int] = set()
-        self._axes = -1
+        self._exact: Callable[[torch.Tensor], bool] | None = None
+        self._first = 0
+        self._room = _ROOM
         self._storages: dict[int, StorageWeakRef] = {}
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
 
@@ -139,6 +169,7 @@ class compress_saved_activations(TorchFunctionMode):
     def __enter__(self) -> compress_saved_activations:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         hooks.__enter__()
+        self._first = self._first if self._hooks else len(self.sizes)
         self._hooks.append(hooks)
         super().__enter__()
         return self
@@ -169,11 +200,11 @@ class compress_saved_activations(TorchFunctionMode):
             return y
         if func in _PRODUCTS:
             self._constants |= {_storage(a) for a in args if isinstance(a, torch.Tensor) and not a.requires_grad}
-        before, self._axes = self._axes, _ALL if func in _EXPONENTIALS else -1
+        before, self._exact = self._exact, exactly(func, args, kwargs or {})
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            self._axes = before
+            self._exact = before
 
     def _innermost(self) -> bool:
         """Whether what is saved now comes here: inside a checkpointed part it does not, and the part is computed again without this."""
@@ -182,19 +213,29 @@ class compress_saved_activations(TorchFunctionMode):
 
     @torch.compiler.disable(reason="codes are made by compiled kernels that cannot be traced")
     def _pack(self, x: torch.Tensor) -> Any:
-        if type(x) not in _PLAIN or not x.is_floating_point() or self._is_parameter(x):
+        if type(x) not in _PLAIN or not x.is_floating_point() or x.layout is not torch.strided:
             return x
+        if self._is_parameter(x):
+            return _Whole(x)
         key = self._key(x)
-        exact = x.ndim <= self._axes or x.shape[-1:] == (1,) or (x.grad_fn is None and key[0] in self._constants)
-        if exact or x.nbytes < _LEAST_BYTES or x.dtype.itemsize < 2:
-            self.kept_bytes += x.nbytes if self._count(key, x.nbytes) else 0
-            return x
+        constant = x.grad_fn is None and key[0] in self._constants
+        exact = constant or x.shape[-1:] == (1,) or (self._exact is not None and self._exact(x))
+        exact = exact or x.nbytes < _LEAST_BYTES or x.dtype.itemsize < 2
         known = self._alive.get(key)
         kept = None if known is None else known()
         if kept is None:
-            self._count(key, x.nbytes)
-            kept = self._encoded(x)
+            new = self._count(key, x.nbytes)
+            kept = _Kept(self._rows(x), x.dtype)
             self._alive[key] = weakref.ref(kept)
+            if exact:
+                kept.whole = _Whole(x)
+                self.kept_bytes += x.nbytes if new else 0
+            else:
+                self._encode(x, kept)
+        elif exact and kept.whole is None:  # who needs it as it is keeps it so for everybody
+            assert kept.message is not None
+            self.kept_bytes += x.nbytes - kept.message.nbytes
+            kept.whole, kept.message = _Whole(x), None
         return _Handle(kept, x.shape, None if x.is_contiguous() or 0 in x.stride() else x.stride())
 
     def _count(self, key: tuple[Any, ...], nbytes: int) -> bool:
@@ -204,25 +245,38 @@ class compress_saved_activations(TorchFunctionMode):
         self.plain_bytes += nbytes if new else 0
         return new
 
-    def _encoded(self, x: torch.Tensor) -> _Kept:
+    def _rows(self, x: torch.Tensor) -> tuple[int, int]:
+        """A sample is a row, if it fills a group."""
+        sample = x.numel() // max(x.shape[0], 1) if x.ndim > 1 else x.numel()
+        return (x.shape[0], sample) if sample >= self._codecs[0].block and x.ndim > 1 else (1, x.numel())
+
+    def _encode(self, x: torch.Tensor, kept: _Kept) -> None:
         with torch.no_grad():
-            sample = x.numel() // x.shape[0] if x.ndim > 1 else x.numel()
-            codec = self._codecs[min(len(self.sizes), len(self._codecs) - 1)]
-            rows = (x.shape[0], sample) if sample >= codec.block and x.ndim > 1 else (1, x.numel())
+            kept.codec = self._codecs[min(len(self.sizes) - self._first, len(self._codecs) - 1)]
             if x.device not in self._generators:
                 self._generators[x.device] = torch.Generator(x.device).manual_seed(0)
-            message = codec.encode(x.detach().reshape(rows), self._generators[x.device])
+            kept.message = kept.codec.encode(x.detach().reshape(kept.rows), self._generators[x.device])
         self.sizes.append(x.numel())
-        self.kept_bytes += message.nbytes
-        return _Kept(message, codec, rows, x.dtype)
+        self.kept_bytes += kept.message.nbytes
 
     def _key(self, x: torch.Tensor) -> tuple[Any, ...]:
         """Equal for tensors of the same numbers in the same order. A storage that is gone cannot be taken for a new one at its place:
         what is known of it is kept for as long."""
         reference = StorageWeakRef(x.untyped_storage())
         self._storages.setdefault(reference.cdata, reference)
+        if len(self._storages) > self._room:
+            self._forget()
         order = x.numel() if x.is_contiguous() else (tuple(x.shape), x.stride())
         return reference.cdata, x.storage_offset(), order, x.dtype, x._version
+
+    def _forget(self) -> None:
+        """Leave out what is known of storages that are gone, so that a whole training may stand under one context."""
+        gone = {cdata for cdata, reference in self._storages.items() if reference.expired()}
+        self._storages = {c: r for c, r in self._storages.items() if c not in gone}
+        self._alive = {key: kept for key, kept in self._alive.items() if key[0] not in gone}
+        self._counted = {key for key in self._counted if key[0] not in gone}
+        self._constants -= gone
+        self._room = max(_ROOM, 2 * len(self._storages))
 
     def _is_parameter(self, x: torch.Tensor) -> bool:
         base = x if x._base is None else x._base
@@ -242,7 +296,7 @@ def _storage(x: torch.Tensor) -> int:
 
 @torch.compiler.disable(reason="codes are made by compiled kernels that cannot be traced")
 def _unpack(saved: Any) -> torch.Tensor:
-    return saved.decoded() if isinstance(saved, _Handle) else saved
+    return saved.decoded() if isinstance(saved, _Handle | _Whole) else saved
 
 
 class _ReLU(torch.autograd.Function):
