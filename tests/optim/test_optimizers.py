@@ -301,3 +301,26 @@ def test_bad_input() -> None:
 
 def test_it_is_reached_from_the_package() -> None:
     assert ar.optim.AdamW8bit is AdamW8bit
+
+
+def test_nothing_moves_before_it_is_refused() -> None:
+    table, p = nn.Embedding(100, 100, sparse=True), nn.Parameter(normal(5000))
+    table(torch.tensor([1])).sum().backward()
+    p.grad, before = torch.ones(5000), p.detach().clone()
+    optimizer = AdamW8bit([p, table.weight])
+    with pytest.raises(DataError, match="SparseAdam"):
+        optimizer.step()
+    assert torch.equal(p, before) and not optimizer.state
+
+
+def test_states_of_other_kinds_of_optimizers() -> None:
+    """SGD's says nothing of betas; Adam takes over how AdamW decays, as PyTorch's does."""
+    p, q = (nn.Parameter(normal(32, 8)) for _ in range(2))
+    with pytest.raises(DataError, match="finds no 'betas'"):
+        AdamW8bit([p]).load_state_dict(torch.optim.SGD([p], 0.1, momentum=0.9).state_dict())
+    mine, other = Adam8bit([p]), torch.optim.Adam([q])
+    for optimizer, parameter in ((mine, p), (other, q)):
+        optimizer.load_state_dict(torch.optim.AdamW([parameter], 1e-2, weight_decay=0.5).state_dict())
+        parameter.grad = normal(32, 8, seed=1)
+        optimizer.step()
+    assert torch.equal(p, q)

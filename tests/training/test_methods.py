@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from arrondi.errors import SchemeError
@@ -498,8 +499,13 @@ def test_bad_input_is_one_sentence() -> None:
         load_learned_state(model, {"nowhere.step_x": torch.ones(1)})
     with pytest.raises(SchemeError, match="finds no layer"):
         convert_to_lowbit_training(net(), "int8", ignore=["lm_head"])
+    with pytest.raises(SchemeError, match="ignore are class names"):
+        convert_to_lowbit_training(net(), "int8", ignore=[1])
+    with pytest.raises(SchemeError, match="got 'net'"):
+        convert_to_lowbit_training("net", "int8")
 
 
+@pytest.mark.filterwarnings("ignore:Some layers stay in float")
 @pytest.mark.parametrize("method", ["int8", "binary"])
 def test_evaluation_does_not_pass_the_layers_by(method: str) -> None:
     """PyTorch's encoder has a fast path that reads weights itself."""
@@ -514,6 +520,99 @@ def test_evaluation_does_not_pass_the_layers_by(method: str) -> None:
         assert torch.allclose(seen, encoder.train()(x), atol=1e-5)
         restore_training(encoder)
         assert torch.allclose(encoder.eval()(x), plain, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Some layers stay in float", "ignore:.torch.nn.utils.weight_norm. is deprecated")
+@pytest.mark.parametrize("method", ["int8", "int4", "twn", "bitnet"])
+def test_what_cannot_be_converted_is_named_and_left(method: str) -> None:
+    """Layers without a weight of their own, and those whose weight somebody else reads, which would train in float unnoticed."""
+    tied, head = nn.Embedding(16, 16), nn.Linear(16, 16, bias=False)
+    head.weight = tied.weight
+    model = nn.ModuleDict({
+        "norm": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), "old": nn.utils.weight_norm(nn.Linear(16, 16)),
+        "pruned": prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5), "lazy": nn.LazyLinear(16),
+        "attention": nn.MultiheadAttention(16, 2, batch_first=True), "recurrent": nn.LSTM(16, 16), "tied": tied, "head": head,
+        "complex": nn.Linear(16, 16, dtype=torch.complex64), "ours": nn.Linear(16, 16), "kept": nn.Linear(16, 16),
+    })  # fmt: skip
+    x = torch.randn(2, 3, 16)
+    attended = model["attention"](x, x, x)[0]
+    why = {row.name: row.reason for row in convert_to_lowbit_training(model, method, ignore=("kept",))}
+    assert why.pop("ours") is None and why.pop("kept") == "It was told to."
+    assert set(why) == {
+        "norm",
+        "old",
+        "pruned",
+        "lazy",
+        "attention",
+        "attention.out_proj",
+        "recurrent",
+        "head",
+        "complex",
+    }
+    assert (
+        all(why.values()) and "weight_norm" in why["norm"] and "one batch" in why["lazy"] and "embedding" in why["head"]
+    )
+    assert torch.equal(model["attention"](x, x, x)[0], attended)
+    for name in ("norm", "old", "pruned"):
+        model[name](x).sum().backward()
+    restore_training(model)
+    assert type(model["ours"]) is nn.Linear and type(model["attention"].out_proj) is not nn.Linear
+
+
+def test_a_report_of_weights_of_few_bits_says_which_layers_are_too_small() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    assert "fewer than 8 outputs" in str(convert_to_lowbit_training(model, "twn")[1].reason)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "mxfp4", "fp8", "hlq", "lightseq"])
+def test_inputs_that_do_not_fit_are_pytorch_s_to_refuse(method: str) -> None:
+    """Whole numbers came out as whole numbers, and other errors spoke of codes."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.Conv2d(4, 8, 3))
+    plain = copy.deepcopy(model)
+    convert_to_lowbit_training(model, method)
+    bad = {
+        0: [torch.ones(4, 64, dtype=torch.int64), torch.ones(4, 64, dtype=torch.uint8), torch.ones(4, 32), torch.ones(()), torch.ones(4, 62)],
+        1: [torch.ones(2, 8, 9, 9), torch.ones(2, 4, 2, 5), torch.ones(9, 9), torch.ones(1, 2, 4, 9, 9), torch.ones(4, 1, 1)],
+    }  # fmt: skip
+    for i, inputs in bad.items():
+        for x in inputs:
+            with pytest.raises(RuntimeError) as wanted:
+                plain[i](x)
+            with pytest.raises(RuntimeError) as found:
+                model[i](x)
+            assert str(found.value) == str(wanted.value)
+        assert not model[i].lowbit.layer.kept, "what does not fit sets no first steps"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_layers_are_not_traced_or_exported() -> None:
+    """What compiled kernels write would be a constant of the trace."""
+    x = torch.randn(4, 16)
+    for method in ("int8", "int4", "bitnet"):
+        model = nn.Sequential(nn.Linear(16, 16))
+        convert_to_lowbit_training(model, method)
+        model(x)
+        with pytest.raises(SchemeError, match="traced or exported"):
+            torch.jit.trace(model, x)
+        with pytest.raises(SchemeError, match="traced or exported"):
+            torch.export.export(model, (x,))
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "lightseq"])
+def test_models_without_numbers_yet(method: str) -> None:
+    """Memory that `to_empty` takes is no learned step."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    convert_to_lowbit_training(model, method)
+    assert model(torch.ones(3, 16, device="meta")).shape == (3, 8)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(5.0)
+    plain = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(64, 16)
+    assert (model(x) - plain(x)).norm() < 0.4 * plain(x).norm()
 
 
 def test_a_report_speaks_of_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ from arrondi.optim.update import Adam, Momentum
 _CHUNK: Final = 1 << 18
 """Numbers that are in float32 at a time."""
 
+_ADDED: Final = ("maximize", "differentiable")
+"""Of the groups' settings, those that PyTorch's optimizers did not always have."""
+
 Params = nn.Module | Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
@@ -59,25 +62,28 @@ class _Optimizer8bit(torch.optim.Optimizer):
         """One step; the closure, if there is one, is called first and its loss returned.
 
         Raises:
-            DataError: a gradient is sparse, or a parameter no floating-point tensor.
+            DataError: a gradient is sparse, or a parameter no floating-point tensor; nothing has moved.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad if not group.get("maximize") else -p.grad, group)
+        moving = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, grad, _ in moving:  # before anything moves
+            self._refuse(p, grad)
+        for p, grad, group in moving:
+            self._update(p, -grad if group.get("maximize") else grad, group)
         return loss
 
-    def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+    def _refuse(self, p: torch.Tensor, grad: torch.Tensor) -> None:
         if grad.is_sparse or not p.is_floating_point():
             sparse = "Its gradient is sparse: use torch.optim.SparseAdam for it, or sparse=False."
             other = f"It is of {p.dtype}: give it to an optimizer of PyTorch's."
             raise DataError(
                 f"{type(self).__name__} takes dense gradients of floating-point tensors. {sparse if grad.is_sparse else other}"
             )
+
+    def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -151,6 +157,12 @@ class _Optimizer8bit(torch.optim.Optimizer):
         """
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
             raise SchemeError("amsgrad keeps a third state, which is not computed here. Load a state without it.")
+        needed = [name for name in self.defaults if name not in _ADDED]
+        for group in state_dict["param_groups"]:
+            if missing := [name for name in needed if name not in group]:
+                raise DataError(
+                    f"The state is of another kind of optimizer: {type(self).__name__} finds no {missing[0]!r} in its groups. Load one of its own kind."
+                )
         params = [p for group in self.param_groups for p in group["params"]]
         order = [n for group in state_dict["param_groups"] for n in group["params"]]
         plain = {n: {k: v for k, v in s.items() if k == "step"} for n, s in state_dict["state"].items()}
@@ -248,8 +260,9 @@ class Adam8bit(_Optimizer8bit):
     def rule(self, group: dict[str, Any], step: int) -> Adam:
         """The update of a group's parameters."""
         beta1, beta2 = group["betas"]
+        decoupled = self.decoupled or group.get("decoupled_weight_decay", False)  # as Adam does with a state of AdamW
         return Adam(
-            float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], self.decoupled, step
+            float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], decoupled, step
         )
 
 

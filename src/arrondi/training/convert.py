@@ -11,18 +11,24 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from arrondi.arguments import check_fields
+from arrondi.arguments import check_fields, said
 from arrondi.errors import SchemeError, unknown
 from arrondi.pipeline.recipe import matches
-from arrondi.training.latent import LATENT, _Latent
+from arrondi.pipeline.resolve import SMALL_OUTPUT
+from arrondi.training.latent import LATENT, MADE_OF_OTHERS, _Latent, refuse_latent
 from arrondi.training.method import Arithmetic, TrainingMethod
 from arrondi.training.methods import PRODUCTS, TRAINING_METHODS
-from arrondi.training.models import make_latent, make_plain
+from arrondi.training.models import make_latent, make_plain, selectors
 from arrondi.training.modules import PREFIX, LowBitConv2d, LowBitLinear, become, unbecome
 
 _SHORT_CUT: Final = "lowbit_activation"
 """Under what name an encoder layer of PyTorch keeps what it knew of its activation."""
+
+_PLAIN: Final = (nn.Linear, nn.Conv2d)
+_OTHERS: Final = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+"""Of PyTorch's modules, those whose matrices have other names than `weight`."""
 
 LOWBIT: Final = (LowBitLinear, LowBitConv2d)
 
@@ -55,10 +61,12 @@ def convert_to_lowbit_training(
     before a model is wrapped by DDP or `fully_shard`. `torch.compile` leaves the converted layers out of its graphs.
 
     Args:
-        model: any module. Layers whose class computes in a way of its own, grouped convolutions, heads that are tied to an
-            embedding and the output layer of a transformers model stay in float.
+        model: any module. Layers whose class computes in a way of its own or whose weight is made of others (weight_norm, pruning),
+            heads that are tied to an embedding, and the output layer of a transformers model stay in float; of methods whose
+            products run in few bits also grouped convolutions and those that pad by something else than zeros.
         method: a name of `TRAINING_METHODS`. Of those with weights of one or two bits, `arrondi.training.models.pack` makes an
-            ordinary quantized model.
+            ordinary quantized model. What `int4`, `luq`, `lsq-only` and `lightseq` learn besides are new parameters: make the
+            optimizer after the conversion.
         ignore: what stays in float: class names, paths of modules, or "re:" and a pattern.
         options: of the method; see its class of options.
 
@@ -69,23 +77,27 @@ def convert_to_lowbit_training(
         SchemeError: there is no such method or option, the model is converted already, a selector finds nothing, or nothing in the
             model can be converted.
     """
+    if not isinstance(model, nn.Module):
+        raise SchemeError(f"A model that trains is a torch.nn.Module, got {said(model)}.")
     if method not in TRAINING_METHODS:
         raise unknown("training method", method, TRAINING_METHODS)
+    words = None if ignore is None else selectors(ignore, "ignore")
     if any(isinstance(module, (*LOWBIT, _Latent)) for module in model.modules()):
         raise SchemeError("The model trains in few bits already: call restore_training() first.")
     if method in LATENT:
-        make_latent(model, method, ignore=ignore, **options)
+        heads = [name for name, module in _layers(model) if _is_head(model, module)]
+        make_latent(model, method, ignore=words if words is None and not heads else (*(words or ()), *heads), **options)
         _walk_through_layers(model)
         return training_report(model)
     chosen = PRODUCTS[method]
     given = _options(chosen, options)
-    found = [(name, module, _why_not(model, name, module, _words(ignore))) for name, module in _layers(model)]
-    for word in _words(ignore):
+    found = [(name, module, _why_not(model, name, module, words or ())) for name, module in _layers(model)]
+    for word in words or ():
         if not any(matches(word, [name], _classes(module)) for name, module in model.named_modules()):
             raise SchemeError(f"The selector {word!r} finds no layer of {type(model).__name__}. Check its spelling.")
     if not any(reason is None for _, _, reason in found):
-        said = "; ".join(f"{name or 'the model'}: {reason}" for name, _, reason in found[:3]) or "it has no layers"
-        raise SchemeError(f"Nothing in the model can train by {method} ({said}).")
+        reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, _, reason in found[:3]) or "it has no layers"
+        raise SchemeError(f"Nothing in the model can train by {method} ({reasons}).")
     for _, module, reason in found:
         if reason is None:
             assert isinstance(module, nn.Linear | nn.Conv2d)
@@ -107,6 +119,7 @@ def restore_training(model: nn.Module) -> None:
 def training_report(model: nn.Module) -> list[LayerReport]:
     """In which arithmetic every layer of a converted model runs, and why others stay in float."""
     rows = []
+    latent = any(isinstance(module, _Latent) for module in model.modules())
     for name, module in _layers(model):
         if isinstance(module, LOWBIT):
             lowbit = module.lowbit
@@ -116,7 +129,10 @@ def training_report(model: nn.Module) -> list[LayerReport]:
             way = f"float32, weights rounded to {module.kind.format}"
             rows.append(LayerReport(name, module.method, (way, way, "float32, straight through")))
         else:
-            reason = _why_not(model, name, module, ()) or "It was told to."
+            reason = (latent and refuse_latent(module)) or _why_not(model, name, module, ())
+            if latent and not reason and module.get_parameter("weight").shape[0] < SMALL_OUTPUT:
+                reason = f"It has fewer than {SMALL_OUTPUT} outputs, which are not packed."
+            reason = reason or "It was told to."
             rows.append(LayerReport(name, None, reason=reason))
     return rows
 
@@ -167,8 +183,9 @@ def _options(method: TrainingMethod, given: Mapping[str, Any]) -> Any:
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module that holds a matrix which multiplies, as far as its class shows it."""
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() >= 2 and not isinstance(module, nn.Embedding):
+        weight = module._parameters.get("weight")
+        holds = isinstance(module, _PLAIN) if weight is None else is_lazy(weight) or weight.dim() > 1
+        if (holds and not isinstance(module, nn.Embedding)) or isinstance(module, _OTHERS):
             yield name, module
 
 
@@ -176,17 +193,28 @@ def _why_not(model: nn.Module, name: str, module: nn.Module, ignore: tuple[str, 
     """Why a layer stays in float; None if it need not."""
     if any(matches(word, [name], _classes(module)) for word in ignore):
         return "It was told to."
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    weight: Any = module._parameters.get("weight")
+    if is_lazy(weight):
+        return "It has no weight yet: run one batch before the conversion."
+    if isinstance(module, _PLAIN) and weight is None:
+        return MADE_OF_OTHERS
+    if type(module) not in _PLAIN:
         return f"Its class {type(module).__name__} computes in a way of its own."
     assert isinstance(module, nn.Linear | nn.Conv2d)
-    if not module.weight.is_floating_point() or isinstance(module.weight, nn.UninitializedParameter):
-        return "Its weight is no floating matrix yet."
-    if isinstance(module, nn.Conv2d):
-        return _why_not_conv(module)
+    if not module.weight.is_floating_point():
+        return f"Its weight is of {module.weight.dtype}."
+    return _why_not_conv(module) if isinstance(module, nn.Conv2d) else _is_head(model, module)
+
+
+def _is_head(model: nn.Module, module: nn.Module) -> str | None:
+    """Why a linear layer is one that gives a model's scores, which stays in float whatever is ignored; None if it is none."""
     get = getattr(model, "get_output_embeddings", None)
     if callable(get) and get() is module:
         return "It is the output layer."
-    if any(isinstance(other, nn.Embedding) and other.weight is module.weight for other in model.modules()):
+    weight = module._parameters.get("weight")
+    if weight is not None and any(
+        isinstance(m, nn.Embedding) and m.weight is weight for m in model.modules() if m is not module
+    ):
         return "Its weight is an embedding's, too."
     return None
 
@@ -202,10 +230,6 @@ def _walk_through_layers(model: nn.Module) -> None:
 
 def _classes(module: nn.Module) -> tuple[str, ...]:
     return tuple(c.__name__ for c in type(module).__mro__)
-
-
-def _words(given: Iterable[str] | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def _why_not_conv(conv: nn.Conv2d) -> str | None:

@@ -17,6 +17,8 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError, unknown
@@ -32,6 +34,8 @@ from arrondi.training.ternary import EPS, alpha_at_first, bitnet_weight, terdit_
 
 SIGNS: Final = ActivationScheme(Scheme(get_format("binary"), PerTensor()), False)
 """Inputs of one bit: their signs, as ±1; zero is -1, as the format `binary` has it."""
+
+MADE_OF_OTHERS: Final = "Its weight is made of others, by weight_norm, pruning or another parametrization."
 
 _ONE: Final = 1.0
 
@@ -126,6 +130,10 @@ LATENT: Final[Mapping[str, Latent]] = MappingProxyType({
 
 @torch.compiler.disable(reason="rounding runs compiled kernels that cannot be traced")
 def _on_grid(x: torch.Tensor, inputs: ActivationScheme) -> torch.Tensor:
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise SchemeError(
+            "Inputs that are rounded while a layer is trained cannot be traced or exported: pack() or restore the model first."
+        )
     return fake_quantize(x, inputs.scheme, name="inputs")
 
 
@@ -301,9 +309,18 @@ def refuse_latent(layer: nn.Module) -> str | None:
     plain = next((c for c, _ in _CLASSES if isinstance(layer, c)), None)
     if isinstance(layer, _Latent):
         return f"It is trained by {layer.method} already."
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "Attention reads its weight and passes the layer by."
     own = type(layer).forward
     if plain is None or own not in (plain.forward, DenseLinear.forward):
         return f"{type(layer).__name__} computes something else than a linear layer, a convolution or a table."
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return MADE_OF_OTHERS
+    if is_lazy(weight):
+        return "It has no weight yet: run one batch before the conversion."
+    if not weight.is_floating_point():
+        return f"Its weight is of {weight.dtype}."
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq):
         return "A table that renormalises its rows, or has sparse or scaled gradients, is not trained in few bits."
     return None

@@ -64,10 +64,10 @@ def make_latent(
         raise SchemeError(
             f"{method} puts other layers into a model, and this is one layer, {type(model).__name__}. Put it into torch.nn.Sequential first."
         )
-    asked = () if targets is None else _words(targets, "targets")
+    asked = () if targets is None else selectors(targets, "targets")
     targets, ignore = (
         asked if targets is not None else ("Linear", "Conv2d"),
-        None if ignore is None else _words(ignore, "ignore"),
+        None if ignore is None else selectors(ignore, "ignore"),
     )
     known: Any = model
     head = known.get_output_embeddings() if ignore is None and hasattr(model, "get_output_embeddings") else None
@@ -87,10 +87,10 @@ def make_latent(
             or not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
         ):
             return None
-        if path not in hits and layer.weight.shape[0] < SMALL_OUTPUT:
-            return None
         if path not in hits and (reason := refuse_latent(layer)) is not None:
             left.append(f"{path} ({reason})")
+            return None
+        if path not in hits and layer.weight.shape[0] < SMALL_OUTPUT:
             return None
         return to_latent(layer, method, **options)
 
@@ -234,7 +234,12 @@ def _replace(
     return list(found.values())
 
 
-def _words(given: Iterable[str], what: str) -> tuple[str, ...]:
+def selectors(given: Iterable[str], what: str) -> tuple[str, ...]:
+    """What a user named to be taken or left, one word or several.
+
+    Raises:
+        SchemeError: it is something else.
+    """
     words = (given,) if isinstance(given, str) else tuple(given)
     if not all(isinstance(w, str) for w in words):
         raise SchemeError(f"{what} are class names, paths of modules or patterns, got {said(words)}.")

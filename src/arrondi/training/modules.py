@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from arrondi.errors import SchemeError
 from arrondi.training.function import product
 from arrondi.training.geometry import Geometry, Tokens, Windows
 from arrondi.training.method import Layer, TrainingMethod
@@ -26,7 +27,7 @@ class LowBitLinear(nn.Linear):
     lowbit: LowBit
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not input.numel():
+        if _left_to_pytorch(self, input):
             return super().forward(input) + _nothing(self)
         return _product(self, self.lowbit, input, Tokens)
 
@@ -37,7 +38,7 @@ class LowBitConv2d(nn.Conv2d):
     lowbit: LowBit
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not input.numel():
+        if _left_to_pytorch(self, input):
             return super().forward(input) + _nothing(self)
         whole = input if input.dim() == 4 else input[None]
         y = _product(self, self.lowbit, whole, lambda shape: Windows.of(self, shape))
@@ -83,9 +84,26 @@ def unbecome(module: LowBitLinear | LowBitConv2d) -> None:
     object.__delattr__(module, "lowbit")
 
 
+def _left_to_pytorch(module: nn.Linear | nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether PyTorch's own layer says what there is to say: of nothing, of the meta device, and of inputs that do not fit."""
+    if torch.jit.is_tracing():
+        return False  # to be refused
+    if not x.numel() or x.is_meta or not x.is_floating_point():
+        return True
+    if isinstance(module, nn.Linear):
+        return not x.dim() or x.shape[-1] != module.in_features
+    if x.dim() not in (3, 4) or x.shape[-3] != module.in_channels:
+        return True
+    return min(Windows.of(module, torch.Size((1, *x.shape[-3:]))).out) < 1
+
+
 @torch.compiler.disable(reason="products of codes are compiled kernels that cannot be traced")
 def _product(module: Any, lowbit: LowBit, x: torch.Tensor, geometry: Any) -> torch.Tensor:
     weight, bias = module.weight, module.bias
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise SchemeError(
+            "A layer that trains in few bits cannot be traced or exported: call restore_training() first."
+        )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     layer = lowbit.layer

@@ -54,5 +54,5 @@ class StatesClip(nn.Module):
             return {"clip": first_clip(torch.stack([s.detach().abs().amax().float() for s in states]))}
 
         if not bool(self.clip != 0) or "begun" not in self.layer.kept:
-            settle(self.layer, "begun", find)
+            settle(self.layer, "begun", find, loaded=True)
         return [_Rounded.apply(s, self.clip) for s in states]
