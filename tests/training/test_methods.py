@@ -234,6 +234,34 @@ def test_windows_are_the_convolution(how: tuple[int, int, int]) -> None:
 # ---- int4 ----
 
 
+@pytest.mark.parametrize("channels", [3, 20])
+def test_lsq_is_a_convolution_of_rounded_sides(channels: int) -> None:
+    """Values, gradients and steps of a plain simulation in float64; what lies between the last level and the next counts as outside."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, 8, (3, 2), stride=(2, 3), padding=(2, 1), dilation=(1, 2))
+    convert_to_lowbit_training(layer, "lsq-only")
+    x = torch.randn(3, channels, 11, 13, requires_grad=True)
+    layer(x)
+    x.data[0, 0] = 7.1 * layer.lowbit_step_x.detach()
+    y = layer(x)
+    slope = torch.randn_like(y)
+    y.backward(slope)
+    steps = [p.detach().double() for p in (layer.lowbit_step_x, layer.lowbit_step_weight)]
+    there = [side.detach().double() / step for side, step in zip((x, layer.weight), steps, strict=True)]
+    codes = [side.clamp(-8, 7).round() for side in there]
+    sides = [(c * step).requires_grad_() for c, step in zip(codes, steps, strict=True)]
+    wanted = F.conv2d(*sides, layer.bias.detach().double(), layer.stride, layer.padding, layer.dilation)
+    unit = slope.abs().amax().double() / 7
+    grads = torch.autograd.grad(wanted, sides, (slope / unit).round() * unit)
+    assert torch.allclose(y.double(), wanted, atol=1e-5)
+    found = ((x, layer.lowbit_step_x), (layer.weight, layer.lowbit_step_weight))
+    for (side, step), v, c, g in zip(found, there, codes, grads, strict=True):
+        inside = (v > -8) & (v < 7)
+        assert torch.allclose(side.grad.double(), g * inside, atol=1e-4)
+        by_step = (g * torch.where(inside, c - v, c)).sum() / math.sqrt(7 * v.numel())
+        assert abs(float(step.grad) - float(by_step)) < 0.01 * float(g.norm()) / math.sqrt(7 * v.numel())
+
+
 def test_chances_sum_to_the_budget() -> None:
     for sizes in (torch.rand(50), torch.rand(50) ** 12, torch.cat((torch.zeros(45), torch.rand(5)))):
         p = chances(sizes, 20)

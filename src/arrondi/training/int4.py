@@ -98,11 +98,12 @@ def best_block(x: torch.Tensor, weight: torch.Tensor) -> int:
 
 
 def _rounded(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Codes in [-8, 7]; those whose value lay outside have `_CLIPPED` added."""
+    """Codes in [-8, 7]; those whose value lay at the ends or beyond have `_CLIPPED` added."""
     there = inverse(step).expand(x.shape[0])
     codes = round_codes(x, row=there, lowest=_LOW, highest=_HIGH)
-    wide = round_codes(x, row=there * 2, lowest=-17, highest=15)  # by half steps: outside is beyond -8 or 7
-    return torch.where((wide < 2 * _LOW) | (wide > 2 * _HIGH), codes + _CLIPPED, codes)
+    unit = 1 / there[:1]  # infinity where there is no step: nothing is outside
+    outside = (x >= _HIGH * unit).logical_or_(x <= _LOW * unit)
+    return codes.add_(outside, alpha=_CLIPPED)
 
 
 def _plain(codes: torch.Tensor) -> torch.Tensor:
