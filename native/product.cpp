@@ -106,8 +106,9 @@ const char* compute(Product& p) {
     // Pairs of bfloat16 need as many products as two digits, and no work at the end of a group.
     const bool ring = w.kind == Kind::ring;
     const bool matrix = path.matrix_panel != nullptr && w.kind != Kind::trit5;
-    const bool pairs = matrix ? p.m >= kMatrixTokens : !ring && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128);
-    if (p.digits == 2 && !p.rounded && p.x_type == Type::bf16 && path.bf16_dot && pairs) p.digits = 0;
+    const bool many = matrix ? p.m >= kMatrixTokens : !ring && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128);
+    const bool pairs = p.x_type == Type::bf16 && path.bf16_dot, for_pairs = p.digits == 2 && !p.rounded && pairs && many;
+    if (for_pairs) p.digits = 0;
     // Products in 16 bits: one instruction where two digits take four, and codes that would overflow sums of 16 bits fit. For
     // one or two tokens taking the codes apart costs more than that saves.
     const bool apart = wide(w.kind) || one_table(w.kind);
@@ -119,7 +120,7 @@ const char* compute(Product& p) {
     const int rows = p.m * rows_of_token(p), together = rows_of_token(p) > 1 ? 2 : 4;
     const bool few = ring || p.digits == 0 ? p.m <= 4 : rows <= 12 && p.m <= 2 * together;
     if (ring) w.zero_all = few ? kRingMiddle : 0;  // panels hold values, and not sums of bytes
-    p.pairs = !few && (!ring || matrix) && p.digits == 0 && p.x_type == Type::bf16 && path.bf16_dot;
+    p.pairs = !few && p.digits == 0 && pairs && (!ring || for_pairs);
     const bool tiles_of_unit = matrix && !few && !p.words && (p.digits > 0 || p.pairs);
     p.tokens = few ? (p.m < together ? p.m : together) : (tiles_of_unit ? kRowsMost : path.rows) / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
