@@ -212,7 +212,7 @@ inline Row normed(const Product& p, int tile, const Row& row) {
 
 // Token `t` of a tile of `count` as float32 or pairs of bfloat16.
 inline void pack_floats(const Product& p, const Row& row, int t, const Cells& cells) {
-    const int padded = p.weight.steps * 4 * step_quads(p.weight.kind), k = p.weight.k;
+    const int padded = whole_columns(p, p.weight.steps * 4 * step_quads(p.weight.kind)), k = p.weight.k;
     for (int c = 0; c < padded; c += 16) {
         const Floats x = load_some(row.x, row.type, row.at + c, row.at + (k > c ? k : c));
         if (p.pairs) {

@@ -217,6 +217,12 @@ constexpr int kRowsMost = 16;
 // Longer sums of nine bits times eight may not fit int32.
 constexpr int kZeroPointColumns = 32768;
 
+// Columns that x and panels are filled up to with zeros, for a matrix unit takes whole chunks.
+inline int whole_columns(const Product& p, int columns) {
+    const int unit = p.chunk != 0 && p.pairs ? p.chunk / 2 : 1;
+    return (columns + unit - 1) / unit * unit;
+}
+
 inline bool by_token(const Product& p) { return p.rounded && p.x_group == 0; }
 
 // Rows of a tile that one token takes: a digit is a row like others.

@@ -105,7 +105,7 @@ template <class Op, int kChunk>
 inline void add_panel(const Product& p, Panel& panel, int tile, bool fresh, float* totals) {
     prefetch_next(panel, panel.columns / 4);
     const uint8_t* x = p.tiles + tile * p.tile_bytes + static_cast<int64_t>(panel.column) / Op::kColumns * 4 * kRowsMost;
-    add_tiles<Op, kChunk>(panel.from, panel.stride, x, panel.columns / Op::kColumns, fresh, totals);
+    add_tiles<Op, kChunk>(panel.from, panel.stride, x, whole_columns(p, panel.columns) / Op::kColumns, fresh, totals);
 }
 
 // Integers that go on to the row's end, in which totals become numbers.

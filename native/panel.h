@@ -295,7 +295,8 @@ inline void decode_steps(const Product& p, Panel& panel) {
     Numbers<kKind> numbers(w);
     Bytes decoded[D::kQuads];
     panel.from = panel.units;
-    panel.stride = static_cast<int64_t>(panel.columns / kColumns) * units * 64 + kStagger;
+    const int64_t of_column = units * 64 / kColumns, rest = of_column * (whole_columns(p, panel.columns) - panel.columns);
+    panel.stride = of_column * panel.columns + rest + kStagger;
     for (int v = 0; v < kVectors; v++) {
         uint8_t* out = panel.units + v * panel.stride;
         if (v >= panel.blocks) {
@@ -321,6 +322,7 @@ inline void decode_steps(const Product& p, Panel& panel) {
             }
             out += static_cast<int64_t>(units) * 64;
         }
+        __builtin_memset(out, 0, static_cast<size_t>(rest));
     }
 }
 

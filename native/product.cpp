@@ -49,6 +49,8 @@ int span_of(const Weight& w, int most) {
 // Tokens from which on a matrix unit takes bfloat16 as it is: decoding the weight to it costs more than integers of a few.
 constexpr int kMatrixTokens = 64;
 
+constexpr int kChunkOfFifths = 160;  // columns that are whole steps of twenty and whole chunks
+
 constexpr int kPanelsTogether = 4;  // their totals fill half a megabyte
 
 // The largest chunk of a matrix unit that divides what has these bits.
@@ -105,7 +107,7 @@ const char* compute(Product& p) {
     Weight& w = p.weight;
     // Pairs of bfloat16 need as many products as two digits, and no work at the end of a group.
     const bool ring = w.kind == Kind::ring;
-    const bool matrix = path.matrix_panel != nullptr && w.kind != Kind::trit5;
+    const bool matrix = path.matrix_panel != nullptr;
     const bool many = matrix ? p.m >= kMatrixTokens : !ring && pairs_pay() && p.m >= (w.group < 64 ? 32 : 128);
     const bool pairs = p.x_type == Type::bf16 && path.bf16_dot, for_pairs = p.digits == 2 && !p.rounded && pairs && many;
     if (for_pairs) p.digits = 0;
@@ -121,10 +123,12 @@ const char* compute(Product& p) {
     const bool few = ring || p.digits == 0 ? p.m <= 4 : rows <= 12 && p.m <= 2 * together;
     if (ring) w.zero_all = few ? kRingMiddle : 0;  // panels hold values, and not sums of bytes
     p.pairs = !few && p.digits == 0 && pairs && (!ring || for_pairs);
-    const bool tiles_of_unit = matrix && !few && !p.words && (p.digits > 0 || p.pairs);
+    const bool fifths = w.kind == Kind::trit5;  // steps of twenty columns, of which chunks of integers would have a part
+    const bool tiles_of_unit = matrix && !few && !p.words && (p.pairs || (p.digits > 0 && !fifths));
     p.tokens = few ? (p.m < together ? p.m : together) : (tiles_of_unit ? kRowsMost : path.rows) / rows_of_token(p);
     // Chains of float sums lose a bit at every doubling; words fill int32.
-    p.span = span_of(w, p.x_group != 0 ? p.x_group : p.rounded ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);
+    p.span = fifths && tiles_of_unit ? kChunkOfFifths
+                                     : span_of(w, p.x_group != 0 ? p.x_group : p.rounded ? 512 : p.digits == 0 ? 64 : p.words ? 128 : 256);
     // Digits are shares of the largest of 256 columns, also where groups are shorter.
     p.x_span = p.x_group != 0 ? p.x_group : p.span < 256 && 256 % p.span == 0 ? 256 : p.span;
     p.spans = w.groups == 1 ? (w.k + p.span - 1) / p.span : w.groups * (w.group / p.span);
@@ -133,7 +137,7 @@ const char* compute(Product& p) {
     p.chunk = !tiles_of_unit ? 0 : p.pairs ? 64 : chunk_of(p.span | padded);
     const int tiles = (p.m + p.tokens - 1) / p.tokens;
     // Columns are packed sixteen at a time: the last sixteen of steps that are no multiple of it reach beyond the row.
-    const int64_t columns = padded + (step_quads(w.kind) % 4 == 0 ? 0 : 16);
+    const int64_t columns = whole_columns(p, padded) + (step_quads(w.kind) % 4 == 0 ? 0 : 16);
     const int64_t units = p.digits > 0 ? columns / 4 : p.pairs ? columns / 2 : columns;
     p.tile_bytes = (units * (p.words ? 8 : 4) * (p.chunk != 0 ? kRowsMost : p.tokens * rows_of_token(p)) + 63) / 64 * 64;
     const size_t sums = static_cast<size_t>(tiles) * p.spans * kRowsMost * 4;
