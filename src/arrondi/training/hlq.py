@@ -20,7 +20,7 @@ from arrondi.kernels import hadamard, hadamard_matrix
 from arrondi.kernels.sides import integer_product, scaled
 from arrondi.training.geometry import Geometry
 from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, lanes, padding, seed
-from arrondi.training.scales import Rounded, rounded
+from arrondi.training.scales import Rounded, padded, rounded
 
 _STRIP: Final = 256
 """Inputs of a weight that are transformed at a time."""
@@ -105,7 +105,7 @@ def _backward(
         left = rounded(compressed(slope, line, block, options.input_rank), seed=seed())
         by_x = _restored(_product(left, rounded(weight, by_column=True)), rows, line, block, options.input_rank)
     elif wanted[0]:
-        there = F.pad(slope.float(), (0, -slope.shape[1] % block))
+        there = padded(slope.float(), block)
         left = rounded(hadamard(there.reshape(-1, block)).reshape(there.shape), 7, seed=seed())
         by_x = _product(left, turned_weight(weight, block))
     if wanted[1]:
@@ -130,7 +130,7 @@ def turned_weight(weight: torch.Tensor, block: int) -> Rounded:
     scales = []
     for start in range(0, inputs, _STRIP):  # strips stay in cache, and their memory is used again
         strip = weight[:, start : start + _STRIP].float()
-        strip = F.pad(strip, (0, 0, 0, len(codes) - outputs)).reshape(-1, block, strip.shape[1])
+        strip = padded(strip, block, dim=0).reshape(-1, block, strip.shape[1])
         found = rounded((basis @ strip).reshape(len(codes), -1), 7, by_column=True)
         codes[:, start : start + _STRIP] = found.codes
         scales.append(found.scale)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import torch
-from torch.nn import functional as F
 
 from arrondi.arguments import check_fields
 from arrondi.errors import SchemeError
@@ -23,7 +22,7 @@ from arrondi.training.first_batch import settle
 from arrondi.training.geometry import Geometry
 from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, lanes, padding, seed
 from arrondi.training.sampling import MOST, chances, drawn, logarithmic, split
-from arrondi.training.scales import inverse, rounded
+from arrondi.training.scales import inverse, padded, rounded
 
 _LOW, _HIGH = -8, 7
 _CLIPPED: Final = 32
@@ -71,17 +70,13 @@ def _turned(x: torch.Tensor, block: int, *, back: bool = False) -> torch.Tensor:
     return x if block < 2 else hadamard(x.reshape(-1, block), transposed=back).reshape(x.shape)
 
 
-def _padded(x: torch.Tensor, block: int) -> torch.Tensor:
-    return F.pad(x, (0, -x.shape[1] % max(block, 1)))
-
-
 def _some(x: torch.Tensor) -> torch.Tensor:
     return x.detach()[:: even_stride(len(x), _ROWS)].float()
 
 
 def _lost(x: torch.Tensor, block: int) -> float:
     """Share of x that rounding to 4 bits loses after the transform."""
-    there = _turned(_padded(x, block), block)
+    there = _turned(padded(x, block), block)
     step = first_step(there, _LOW, _HIGH).clamp_min(_TINY)
     lost = (there / step).clamp(_LOW, _HIGH).round() * step - there
     return float(lost.square().sum() / there.square().sum().clamp_min(_TINY))
@@ -116,7 +111,7 @@ def _settled(layer: Layer, x: torch.Tensor, weight: torch.Tensor, searched: bool
     def find() -> dict[str, torch.Tensor]:
         block = layer.options.block if searched else 1
         block = best_block(x, weight) if searched and not block else max(block, 1)
-        x_step, weight_step = (first_step(_turned(_padded(_some(s), block), block), _LOW, _HIGH) for s in (x, weight))
+        x_step, weight_step = (first_step(_turned(padded(_some(s), block), block), _LOW, _HIGH) for s in (x, weight))
         # What is zero at first, as the last layer of a branch often is, gets the steps of usual numbers.
         x_step = torch.where(x_step > 0, x_step, 2 / _HIGH)
         weight_step = torch.where(weight_step > 0, weight_step, weight.shape[1] ** -0.5 / _HIGH)
@@ -138,7 +133,7 @@ def _weight_codes(weight: torch.Tensor, block: int, step: torch.Tensor) -> torch
     codes = torch.empty((weight.shape[0], width), dtype=torch.int8, device=weight.device)
     there = inverse(step)
     for strip in _strips(*codes.shape):
-        turned = _turned(_padded(weight[strip], block).float(), block)
+        turned = _turned(padded(weight[strip], block).float(), block)
         codes[strip] = round_codes(turned, row=there.expand(len(turned)), lowest=_LOW, highest=_HIGH)
     return codes
 
@@ -154,7 +149,7 @@ def _forward(
 ) -> tuple[torch.Tensor, Passed]:
     taps = weight.reshape(-1, x.shape[1])  # the transform mixes the features of a point, so it does not meet windows
     block = _settled(layer, x, taps, turn)
-    there = _turned(_padded(x, block).float(), block)
+    there = _turned(padded(x, block).float(), block)
     step_x, step_weight = (layer.learned[name].detach().abs().reshape(()) for name in ("step_x", "step_weight"))
     codes, of_weight = _rounded(there, step_x), _weight_codes(taps, block, step_weight).reshape(len(weight), -1)
     plain = _plain(codes)
@@ -194,7 +189,7 @@ def _finish(
         total = torch.zeros((), device=weight.device)
         there = inverse(step_weight)
         for strip in _strips(*by_weight.shape):
-            turned = _turned(_padded(taps[strip], block).float(), block) * there
+            turned = _turned(padded(taps[strip], block).float(), block) * there
             slope = by_weight[strip]
             total += step_slope(turned, of_weight[strip], slope, _LOW, _HIGH, of_weight.numel())
             by_weight[strip] = _turned(slope * ((turned > _LOW) & (turned < _HIGH)), block, back=True)

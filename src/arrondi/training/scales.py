@@ -1,6 +1,6 @@
 """Scales of what is rounded at every step.
 
-Owns: `step`, `inverse`, `rounded`.
+Owns: `inverse`, `rounded`, and `padded`, zeros that fill the last block of a transform.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from arrondi.kernels.sides import Factor, extremes, round_codes
 
@@ -58,6 +59,15 @@ def rounded(
     of_row, of_column = (row, _times(column, there)) if by_column else (_times(row, there), column)
     codes = round_codes(x, row=of_row, column=of_column, lowest=-most, highest=most, seed=seed)
     return Rounded(codes, scale)
+
+
+def padded(x: torch.Tensor, block: int, dim: int = 1) -> torch.Tensor:
+    """A matrix whose last block of columns (rows with dim=0) is filled with zeros; itself where there is nothing to fill, since
+    `F.pad` would copy it."""
+    missing = -x.shape[dim] % max(block, 1)
+    if not missing:
+        return x
+    return F.pad(x, (0, missing) if dim == 1 else (0, 0, 0, missing))
 
 
 def _times(factor: Factor, other: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from arrondi.kernels import hadamard
 from arrondi.kernels.sides import later, round_codes
 from arrondi.training.geometry import Geometry
 from arrondi.training.method import Arithmetic, Gradients, Layer, Passed, TrainingMethod, padding, seed
+from arrondi.training.scales import padded
 
 _BLOCK: Final = 32
 _STRIP: Final = 1 << 12
@@ -78,8 +79,7 @@ def _sides(
     left: torch.Tensor, right: torch.Tensor, options: Mxfp4Options, *, back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(m, k) and (n, k) on the grid, blocks along what is summed over; the transforms of both cancel in the product."""
-    pad = (0, -left.shape[1] % _BLOCK)
-    left, right = F.pad(left.float(), pad), F.pad(right.float(), pad)
+    left, right = padded(left.float(), _BLOCK), padded(right.float(), _BLOCK)
     if options.turn:
         if back:
             generator = torch.Generator().manual_seed(seed())
